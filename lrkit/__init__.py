@@ -1,0 +1,100 @@
+"""lrkit: adaptive parameter-efficient fine-tuning, composed from four independent choices.
+
+A method is a *parameterization* (how is ΔW written?), an importance *metric* (how much does each unit matter?), a
+*scheduler* (how much may be kept at step t?) and an *action* (what happens to the units that lose?). For example,
+AdaLoRA is `SVD` + `SensitivityUncertainty` + `Cubic` + `Prune`, and AFLoRA is `VectorScaled` + `GradientUncertainty` +
+`Cubic` + `Freeze`. An ablation swaps one of them.
+
+Names are imported when they are first used, so that ``import lrkit`` costs nothing beside ``import torch``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lrkit import actions, methods, metrics, parameterizations, schedulers, tasks, trainer
+    from lrkit.actions import Action
+    from lrkit.attach import Adapted, attach, load
+    from lrkit.controller import Decision
+    from lrkit.errors import LrkitError, LrkitWarning
+    from lrkit.hookspecs import hookimpl
+    from lrkit.method import Method, Policy, from_plain, to_plain, with_component, with_setting
+    from lrkit.metrics import Metric
+    from lrkit.parameterizations import Parameterization
+    from lrkit.registry import Registry, current
+    from lrkit.schedulers import Scheduler
+    from lrkit.units import Block, Part
+
+_HOMES = {
+    "Action": "actions",
+    "Adapted": "attach",
+    "Block": "units",
+    "Decision": "controller",
+    "LrkitError": "errors",
+    "LrkitWarning": "errors",
+    "Method": "method",
+    "Metric": "metrics",
+    "Parameterization": "parameterizations",
+    "Part": "units",
+    "Policy": "method",
+    "Registry": "registry",
+    "Scheduler": "schedulers",
+    "attach": "attach",
+    "current": "registry",
+    "from_plain": "method",
+    "hookimpl": "hookspecs",
+    "load": "attach",
+    "to_plain": "method",
+    "with_component": "method",
+    "with_setting": "method",
+}
+_MODULES = ("actions", "methods", "metrics", "parameterizations", "schedulers", "tasks", "trainer")
+
+__all__ = [
+    "Action",
+    "Adapted",
+    "Block",
+    "Decision",
+    "LrkitError",
+    "LrkitWarning",
+    "Method",
+    "Metric",
+    "Parameterization",
+    "Part",
+    "Policy",
+    "Registry",
+    "Scheduler",
+    "__version__",
+    "actions",
+    "attach",
+    "current",
+    "from_plain",
+    "hookimpl",
+    "load",
+    "methods",
+    "metrics",
+    "parameterizations",
+    "schedulers",
+    "tasks",
+    "to_plain",
+    "trainer",
+    "with_component",
+    "with_setting",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f"lrkit.{_HOMES[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"lrkit.{name}")
+    else:
+        raise AttributeError(f"module 'lrkit' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,53 @@
+"""The protocol of an action: what happens to the units that lose."""
+
+import abc
+from collections.abc import Sequence
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from lrkit.parameterizations.base import Parameterization
+from lrkit.units import Block, UnitKind
+
+
+@attrs.frozen(kw_only=True)
+class Action(abc.ABC):
+    """What happens to the units that lose. Subclass with ``@attrs.frozen(kw_only=True)``.
+
+    Effects that lie in tensors (a zeroed λ) are saved with them; effects that do not (a frozen flag) are made again by
+    `restore`. Nothing is ever applied a second time on load: λ may have changed since the last decision.
+    """
+
+    reversible: ClassVar[bool]
+    """Whether a unit that lost may win again. Where not, only units still kept are ranked."""
+
+    @property
+    @abc.abstractmethod
+    def unit(self) -> UnitKind:
+        """The kind of unit it acts on."""
+
+    def refusal(self, parameterization: Parameterization) -> str | None:
+        """Why it cannot act on this parameterization, in words that follow "because"; None where it can."""
+        return None
+
+    @abc.abstractmethod
+    def apply(
+        self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        """Carry out a decision.
+
+        Args:
+            blocks: the policy's units, n in all.
+            kept: bool [n], True for units that are kept.
+            optimizer: the one that is bound; its state may be dropped, its ``param_groups`` are never edited.
+        """
+
+    def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
+        """After every optimizer step once the last decision is taken: keep its effect up."""
+        return None
+
+    def restore(self, blocks: Sequence[Block], kept: Tensor) -> None:
+        """After a state was loaded: make again what the loaded tensors do not hold."""
+        return None

@@ -1,0 +1,59 @@
+"""Freeze: projection matrices stop training, for good (AFLoRA, arXiv 2403.13269, section 4)."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from lrkit.actions.base import Action
+from lrkit.parameterizations.base import Parameterization
+from lrkit.settings import flag
+from lrkit.units import Block, UnitKind
+
+
+@attrs.frozen(kw_only=True)
+class Freeze(Action):
+    """A matrix that is not kept stops training and stays as it is. Source: arXiv 2403.13269, section 4.
+
+    Its gradient is neither computed nor kept, and the optimizer's state for it is dropped, so that no optimizer moves
+    it again: not by momentum, not by weight decay.
+
+    Args:
+        together: False: A and B of one layer freeze on their own (the paper's choice, Table 6). True: all matrices of a
+            layer freeze together, ranked by the sum of their scores.
+    """
+
+    reversible: ClassVar[bool] = False
+
+    together: bool = attrs.field(default=False, validator=flag())
+
+    @property
+    def unit(self) -> UnitKind:
+        """Single matrices, or all matrices of a layer."""
+        return "layer" if self.together else "matrix"
+
+    def refusal(self, parameterization: Parameterization) -> str | None:
+        """There must be matrices that train."""
+        if parameterization.units("matrix") == 0:
+            return "freezing acts on projection matrices that train, and this parameterization has none"
+        return None
+
+    def apply(
+        self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        """Freeze what is not kept."""
+        for block, keep in zip(blocks, kept.tolist(), strict=True):
+            if keep:
+                continue
+            for tensor in block.tensors:
+                tensor.requires_grad_(False)
+                # Optimizers skip a parameter whose gradient is None; a stale or zero gradient would move it on.
+                tensor.grad = None
+                if optimizer is not None:
+                    optimizer.state.pop(tensor, None)
+
+    def restore(self, blocks: Sequence[Block], kept: Tensor) -> None:
+        """``requires_grad`` is in no state dict: freeze again what was frozen."""
+        self.apply(blocks, kept, None)

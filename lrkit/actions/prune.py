@@ -1,0 +1,47 @@
+"""Prune: a reversible mask on the core value (AdaLoRA, arXiv 2303.10512, Eq. 5 and 6)."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from lrkit.actions.base import Action
+from lrkit.parameterizations.base import Parameterization
+from lrkit.units import Block, UnitKind, split
+
+
+@attrs.frozen(kw_only=True)
+class Prune(Action):
+    """λ_i = 0 unless component i is kept. Source: arXiv 2303.10512, Eq. 5 and 6.
+
+    The component's vectors are kept and go on training, and so does λ_i until the next decision: a component whose
+    score rises comes back. After the last decision the masked λ are held at zero.
+    """
+
+    reversible: ClassVar[bool] = True
+
+    @property
+    def unit(self) -> UnitKind:
+        """Rank components."""
+        return "component"
+
+    def refusal(self, parameterization: Parameterization) -> str | None:
+        """A mask needs a core value to lie on."""
+        if not any(part.core and part.trains for part in parameterization.parts):
+            return "pruning zeroes a component's core value (λ), and this parameterization has none"
+        return None
+
+    @torch.no_grad()
+    def apply(
+        self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        """Zero the core value of every component that is not kept."""
+        cores: list[Tensor] = [block.core for block in blocks]
+        masks = [mask.to(core) for mask, core in zip(split(kept, blocks), cores, strict=True)]
+        torch._foreach_mul_(cores, masks)
+
+    def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
+        """The same again: the optimizer moves a masked λ, and it may no longer come back."""
+        self.apply(blocks, kept, None)

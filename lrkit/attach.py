@@ -1,0 +1,442 @@
+"""Put a method's adapters into a model, run it, and take them out again."""
+
+import copy
+import functools
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrkit import checkpoint
+from lrkit.controller import Controller, Decision
+from lrkit.errors import LrkitError
+from lrkit.method import Method, from_plain, to_plain
+from lrkit.summary import Summary, summarize
+from lrkit.targets import find_head, find_targets
+
+_FORMAT = 1
+_MARK = "_lrkit_adapted"
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    targets: str | Sequence[str] = "all-linear",
+    train_also: str | Sequence[str] = "auto",
+) -> "Adapted":
+    """Put a method's adapters into a model, in place.
+
+    Everything else is frozen but the task head, which trains in full. Fresh adapters leave the outputs as they are
+    (ΔW = 0), and draw their random start from torch's global generator.
+
+    Args:
+        model: any model with ``nn.Linear`` or transformers' ``Conv1D`` layers.
+        method: the method.
+        targets: ``"all-linear"`` for every linear map inside the transformer's blocks, a regular expression that matches
+            whole layer names, or a list of names or name suffixes.
+        train_also: ``"auto"`` for the task head (classifier, score, pooler), or a list of names or name suffixes of
+            modules that train in full; an empty list for none.
+
+    Returns:
+        The handle on what was attached.
+
+    Raises:
+        LrkitError: nothing matches, or the method cannot adapt this model. The model is then as it was.
+    """
+    if not isinstance(method, Method):
+        raise LrkitError(f"attach takes a lrkit.Method, such as lrkit.methods.adalora(), not {method!r}")
+    if getattr(model, _MARK, None) is not None:
+        raise LrkitError("this model already carries adapters: detach() or merge() them first")
+    return Adapted(model, method, targets, train_also)
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str]) -> "Adapted":
+    """Attach to a plain model what `Adapted.save` wrote, with its weights and everything adaptive.
+
+    Args:
+        model: the model as it was when the saved adapters were attached.
+        folder: the folder that was saved to.
+
+    Raises:
+        LrkitError: no such file, a truncated or foreign one, or one that does not fit this model. The model is then as
+            it was.
+    """
+    state = checkpoint.read(Path(folder))
+    meta = _meta(state)
+    adapted = attach(model, from_plain(meta["method"]), targets=meta["targets"], train_also=meta["head"])
+    try:
+        adapted.load_state_dict(state)
+    except BaseException:
+        adapted.detach()
+        raise
+    return adapted
+
+
+class Adapted:
+    """A model with a method's adapters in it. Made by `attach` and `load`.
+
+    Attributes:
+        model: the model, adapted in place.
+        method: the method.
+        adapters: layer name to what stands in its place.
+        head: names of the modules that train in full.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: Method, targets: str | Sequence[str], train_also: str | Sequence[str]
+    ) -> None:
+        found = find_targets(model, targets)
+        self.model, self.method = model, method
+        self.head = find_head(model, train_also)
+        parameterization = method.parameterization
+        own = set(parameterization.own_parameters(model))
+        head = tuple(f"{name}." for name in self.head)
+        inside_head = [target.name for target in found if target.name.startswith(head)] if head else []
+        if inside_head:
+            raise LrkitError(
+                f'"{inside_head[0]}" is both a target and part of the head, which trains in full: leave it out of '
+                "targets, or name the head with train_also"
+            )
+        trained_own = {n: p for n, p in model.named_parameters() if n in own or n.startswith(head or ("\0",))}
+        before = [(p, p.requires_grad) for p in model.parameters()]
+        self.adapters: dict[str, nn.Module] = parameterization.adapt(found)
+        # From here on the model is changed; what could be refused was refused above, except by the controller.
+        self._before = before
+        self._copies = [(p, p.detach().clone()) for p in trained_own.values()]
+        self._places = _places(model, {t.name: t.layer for t in found if self.adapters[t.name] is not t.layer})
+        self._originals = {target.name: target.layer for target in found}
+        fresh = {id(p) for m in self.adapters.values() for p in m.parameters()} - {id(p) for p, _ in before}
+        for p, _ in before:
+            p.requires_grad_(False)
+        for p in trained_own.values():
+            p.requires_grad_(True)
+        for name, parent, attribute in self._places:
+            self.adapters[name].train(self._originals[name].training)
+            setattr(parent, attribute, self.adapters[name])
+        self._alive = True
+        setattr(model, _MARK, weakref.ref(self))
+        self._head_ids = {id(p) for n, p in trained_own.items() if n.startswith(head or ("\0",))}
+        self._saved_ids = fresh | {id(p) for p in trained_own.values()}
+        self._trained_ids = {id(p) for p in model.parameters() if p.requires_grad}
+        self._bound: torch.optim.Optimizer | None = None
+        self._handles: list[Any] = []
+        self._penalties = 0
+        try:
+            self._controller = Controller(method, self.adapters, self._trained_ids)
+        except BaseException:
+            self.detach()
+            raise
+
+    # ---- training ----
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and tensors of all that the method trains, head included, in the model's order.
+
+        What has been frozen on the way stays in the list, so that an optimizer made on resume has the same groups.
+        """
+        self._check_alive()
+        for name, p in self.model.named_parameters():
+            if id(p) in self._trained_ids:
+                yield name, p
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All that the method trains, head included: what an optimizer needs."""
+        return (p for _, p in self.named_parameters())
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """What trains without the head."""
+        return [p for p in self.parameters() if id(p) not in self._head_ids]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The head alone."""
+        return [p for p in self.parameters() if id(p) in self._head_ids]
+
+    def bind(self, optimizer: torch.optim.Optimizer, *, total_steps: int) -> None:
+        """Tie the method to an optimizer. From here on it runs by itself, at every real optimizer step.
+
+        Args:
+            optimizer: the one that trains `parameters`.
+            total_steps: optimizer steps of the whole run, those before a resume included.
+
+        Raises:
+            LrkitError: already bound, an optimizer without the adapters' parameters, or a schedule that does not fit.
+        """
+        self._check_alive()
+        # accelerate wraps the optimizer; the steps that count are those of the one inside.
+        while not isinstance(optimizer, torch.optim.Optimizer) or isinstance(
+            getattr(optimizer, "optimizer", None), torch.optim.Optimizer
+        ):
+            inner = getattr(optimizer, "optimizer", None)
+            if inner is None:
+                raise LrkitError(f"bind takes a torch optimizer, not {type(optimizer).__name__}")
+            optimizer = inner
+        if self._bound is not None:
+            raise LrkitError("already bound to an optimizer: call unbind() first")
+        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+            raise LrkitError(f"total_steps must be an int of at least 1, not {total_steps!r}")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [n for n, p in self.named_parameters() if p.requires_grad and id(p) not in held]
+        if missing:
+            raise LrkitError(
+                f"the optimizer does not hold {len(missing)} of the parameters that the method trains, such as "
+                f'"{missing[0]}": make it from adapted.parameters()'
+            )
+        controller = self._controller
+        if controller.total_steps is not None and controller.step and controller.total_steps != total_steps:
+            raise LrkitError(
+                f"total_steps={total_steps}, but this run was begun with {controller.total_steps}: "
+                "the schedule would be another one"
+            )
+        controller.begin(total_steps)
+        self._bound = optimizer
+        # Weak, so that an optimizer that outlives the model does not keep it in memory.
+        me = weakref.ref(self)
+
+        def before(*_: Any) -> None:
+            if (adapted := me()) is not None:
+                adapted._before_step()
+
+        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if (adapted := me()) is not None:
+                adapted._controller.after_step(optimizer)
+
+        self._handles = [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+        ]
+
+    def unbind(self) -> None:
+        """Let go of the optimizer. What was decided stays; `bind` goes on from here."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._bound = [], None
+
+    def _before_step(self) -> None:
+        if self._penalties == 0 and self._penalty() is not None:
+            self._controller.warn(
+                "penalty",
+                "the method has a penalty, and adapted.penalty() was not called before this optimizer step: "
+                "use loss = ... + adapted.penalty()",
+            )
+        self._penalties = 0
+        self._controller.before_step()
+
+    def penalty(self) -> Tensor:
+        """The scalar to add to the loss while training: 0 for a method without one."""
+        self._check_alive()
+        self._penalties += 1
+        penalty = self._penalty()
+        if penalty is None:
+            device = next(self.model.parameters()).device
+            return torch.zeros((), device=device)
+        return penalty
+
+    def _penalty(self) -> Tensor | None:
+        return self.method.parameterization.penalty(list(self.adapters.values()))
+
+    @functools.cached_property
+    def has_penalty(self) -> bool:
+        """Whether the method adds a penalty to the loss."""
+        with torch.no_grad():
+            return self._penalty() is not None
+
+    # ---- looking ----
+
+    @property
+    def history(self) -> list[Decision]:
+        """One record for each decision so far."""
+        return self._controller.history
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far."""
+        return self._controller.step
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None before `bind`."""
+        return self._controller.total_steps
+
+    def summary(self) -> Summary:
+        """Per layer: rank or frozen state, trainable parameters at first, now and on average. Prints as a table."""
+        self._check_alive()
+        return summarize(self._controller, sum(p.numel() for p in self.head_parameters()))
+
+    def scores(self, policy: int = 0) -> dict[str, float]:
+        """The present score of every unit of one policy, by the unit's name; empty once its last decision is taken."""
+        state = self._controller.policies[policy]
+        if state.ended:
+            return {}
+        return dict(zip(state.unit_names, state.scores().tolist(), strict=True))
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything adaptive: adapters and head, masks, frozen set, statistics, history.
+
+        Returns:
+            ``{"meta": JSON data, "tensors": name to tensor}``, copies all. With the optimizer's own state (and the
+            generators', where there is dropout) a run that loads it goes on bit for bit.
+        """
+        self._check_alive()
+        tensors, data = self._controller.state()
+        for name, p in self._saved():
+            tensors[f"weight.{name}"] = p.detach().clone()
+        meta = {
+            "format": _FORMAT,
+            "method": to_plain(self.method),
+            "targets": list(self.adapters),
+            "head": list(self.head),
+            **data,
+        }
+        return {"meta": copy.deepcopy(meta), "tensors": tensors}
+
+    def _saved(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, p in self.model.named_parameters():
+            if id(p) in self._saved_ids:
+                yield name, p
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave. Before or after `bind`.
+
+        Raises:
+            LrkitError: of another method, other layers, other shapes, or no such state at all. Nothing is changed then.
+        """
+        self._check_alive()
+        meta, tensors = _meta(state), state["tensors"]
+        mine, theirs = to_plain(self.method), meta["method"]
+        if mine != theirs:
+            raise LrkitError(f"the state is of another method: {_difference(theirs, mine)}")
+        if list(self.adapters) != meta["targets"]:
+            odd = sorted(set(self.adapters) ^ set(meta["targets"]))
+            raise LrkitError(f"the state is of other layers: {', '.join(odd[:3]) or 'in another order'}")
+        saved = dict(self._saved())
+        weights = {n.removeprefix("weight."): t for n, t in tensors.items() if n.startswith("weight.")}
+        if set(saved) != set(weights):
+            odd = sorted(set(saved) ^ set(weights))
+            raise LrkitError(f"the state does not fit: {', '.join(odd[:3])} missing or not expected")
+        for name, tensor in weights.items():
+            if tensor.shape != saved[name].shape:
+                raise LrkitError(
+                    f"the state does not fit: {name} is {list(tensor.shape)}, here {list(saved[name].shape)}"
+                )
+        self._controller.check_state(tensors, meta)
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                saved[name].copy_(tensor)
+        self._controller.load_state(tensors, meta)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write everything adaptive to ``folder/lrkit.safetensors``, atomically; `load` reads it.
+
+        Returns:
+            The file's path.
+        """
+        return checkpoint.write(Path(folder), self.state_dict())
+
+    # ---- taking out ----
+
+    def merge(self) -> nn.Module:
+        """Add every ΔW to its base weight and take the adapters out. The head stays as it was trained.
+
+        Returns:
+            The plain model, with the adapted one's outputs.
+
+        Raises:
+            LrkitError: an adapter that is no ΔW of a weight, or whose base weight cannot be added to. Nothing is changed.
+        """
+        self._check_alive()
+        for name, _, _ in self._places:
+            adapter = self.adapters[name]
+            if not hasattr(adapter, "merge"):
+                raise LrkitError(f"{name}: {type(adapter).__name__} cannot be merged into the layer's weight")
+            weight = getattr(self._originals[name], "weight", None)
+            if not isinstance(weight, Tensor) or not weight.is_floating_point():
+                raise LrkitError(f"{name}: the base weight is quantized, and nothing can be added to it exactly")
+        for name in {name for name, _, _ in self._places}:
+            merge = self.adapters[name].merge
+            assert callable(merge)
+            merge()
+        return self._leave()
+
+    def detach(self) -> nn.Module:
+        """Take the adapters out and put everything back as it was before `attach`, bit for bit, the head included.
+
+        Returns:
+            The plain model.
+        """
+        self._check_alive()
+        with torch.no_grad():
+            for p, original in self._copies:
+                p.copy_(original)
+        return self._leave()
+
+    def _leave(self) -> nn.Module:
+        self.unbind()
+        for name, parent, attribute in self._places:
+            setattr(parent, attribute, self._originals[name].train(self.adapters[name].training))
+        for p, flag in self._before:
+            p.requires_grad_(flag)
+            p.grad = None
+        delattr(self.model, _MARK)
+        self._alive = False
+        return self.model
+
+    def compact(self) -> dict[str, int]:
+        """Cut the components that are masked and zero away for good: smaller and faster, with the same outputs.
+
+        Returns:
+            Layer name to its rank now.
+
+        Raises:
+            LrkitError: still training, so that masked components can come back.
+        """
+        self._check_alive()
+        if self._bound is not None and any(not state.ended for state in self._controller.policies):
+            raise LrkitError(
+                "masked components can still come back: compact() after the last decision, or after unbind()"
+            )
+        return self._controller.compact(self._bound)
+
+    def _check_alive(self) -> None:
+        if not self._alive:
+            raise LrkitError("these adapters were merged or detached: attach again")
+
+    def __repr__(self) -> str:
+        """What is attached to what."""
+        return f"Adapted({type(self.model).__name__}, {len(self.adapters)} layers, {self.method!r})"
+
+
+def _places(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module, str]]:
+    """Every place (layer name, parent, attribute) where a layer stands; a layer that is used twice stands in two."""
+    names = {id(layer): name for name, layer in layers.items()}
+    return [
+        (names[id(child)], parent, attribute)
+        for parent in list(model.modules())
+        for attribute, child in parent._modules.items()
+        if child is not None and id(child) in names
+    ]
+
+
+def _meta(state: Mapping[str, Any]) -> dict[str, Any]:
+    meta = state.get("meta") if isinstance(state, Mapping) else None
+    needed = {"format", "method", "targets", "head", "step", "total_steps", "policies", "history", "sums"}
+    if not isinstance(meta, dict) or not isinstance(state.get("tensors"), Mapping) or not needed <= set(meta):
+        raise LrkitError("this is no state of lrkit (it must be what adapted.state_dict() or adapted.save() gave)")
+    if meta["format"] != _FORMAT:
+        raise LrkitError(f"the state is of format {meta['format']}, this lrkit reads format {_FORMAT}")
+    return meta
+
+
+def _difference(theirs: Any, mine: Any, where: str = "") -> str:
+    """The first place where two plain data differ, in words."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for key in {**theirs, **mine}:
+            if theirs.get(key) != mine.get(key):
+                return _difference(theirs.get(key), mine.get(key), f"{where}.{key}" if where else key)
+    return f"{where} is {theirs!r} there and {mine!r} here"

@@ -1,0 +1,416 @@
+"""The loop of an adaptive method: observe, score, decide, apply; and all of its state.
+
+At every real optimizer step, each policy's metric observes weights and gradients. When the scheduler says that a
+decision is due, entry-wise scores are reduced to unit scores, the best b(t) units are kept, and the action is applied.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.layout import Layout
+from lrkit.method import Method, Policy
+from lrkit.units import Block, blocks_of, split
+
+
+@attrs.frozen
+class Decision:
+    """What one policy decided after one optimizer step.
+
+    Args:
+        step: how many optimizer steps had been taken: 1, 2, ...
+        policy: index into ``method.policies``.
+        budget: units that may be kept.
+        kept: units that are kept.
+        units: all units of the policy.
+        threshold: the lowest score among the kept units; None where none is kept.
+        lost: names of the units that were kept before and are not now.
+        returned: names of the units that were not kept before and are now.
+    """
+
+    step: int
+    policy: int
+    budget: int
+    kept: int
+    units: int
+    threshold: float | None
+    lost: tuple[str, ...]
+    returned: tuple[str, ...]
+
+
+class PolicyState:
+    """What one policy remembers: which units are kept, and its metric's statistics."""
+
+    def __init__(self, index: int, policy: Policy, blocks: list[Block], layers: int) -> None:
+        self.index, self.policy, self.blocks, self.layers = index, policy, blocks, layers
+        self.units = sum(block.count for block in blocks)
+        self.unit_names = [name for block in blocks for name in block.unit_names()]
+        self.observations = 0
+        self.ended = False
+        device = blocks[0].tensors[0].device
+        self.kept = torch.ones(self.units, dtype=torch.bool, device=device)
+        self.layout = self._layout()
+        self.buffers = {name: self._zeros(self.layout.size) for name in policy.metric.buffers}
+        self.still = self._zeros(0)
+
+    def _zeros(self, size: int) -> Tensor:
+        return torch.zeros(size, device=self.layout.device)
+
+    def _layout(self) -> Layout:
+        # Where losing is final, the losers are not ranked again.
+        if self.policy.action.reversible:
+            present = [True] * len(self.blocks)
+        else:
+            present = [bool(kept.any()) for kept in split(self.kept, self.blocks)]
+        return Layout(self.blocks, present, self.policy.metric.reads)
+
+    def relayout(self) -> None:
+        """Follow tensors that stopped training: drop their statistics, keep their last scores where still ranked."""
+        old, metric = self.layout, self.policy.metric
+        if self.ended:
+            return
+        new = self._layout()
+        scores = metric.score(old.weights(), self.buffers) if new.still else old.weights()
+        live, still = old.slices(), old.still_slices()
+        pieces = [scores[live[id(p)]] if id(p) in live else self.still[still[id(p)]] for p in new.still]
+        self.still = torch.cat(pieces).clone() if pieces else self._zeros(0)
+        self.buffers = {name: new.move(flat, old) for name, flat in self.buffers.items()}
+        self.layout = new
+
+    def observe(self, controller: "Controller") -> None:
+        """Take in one optimizer step."""
+        if self.ended or not self.policy.metric.buffers or not self.layout.live:
+            return
+        grads, missing = self.layout.grads()
+        if missing:
+            controller.warn(
+                "none",
+                f"{missing} of {len(self.layout.live)} adapter tensors have no gradient at step {controller.step + 1}: "
+                "they count as zero. Were they left out of the graph, or the gradients cleared before the step?",
+            )
+        if not torch.isfinite(grads.sum()):
+            controller.warn(
+                "finite",
+                f"gradients are not finite at step {controller.step + 1}: the statistics skip this step",
+            )
+            return
+        self.observations += 1
+        self.policy.metric.observe(self.layout.weights(), grads, self.buffers, self.observations)
+
+    def scores(self) -> Tensor:
+        """Unit scores [units], -inf where a unit is out for good."""
+        metric = self.policy.metric
+        entries = metric.score(self.layout.weights(), self.buffers)
+        return self.layout.reduce(entries, self.still, metric.reduce)
+
+    @torch.no_grad()
+    def decide(self, budget: int) -> tuple[Tensor, float | None]:
+        """Which units to keep: exactly the best `budget` of those that may be kept, ties to the earlier unit.
+
+        Returns:
+            bool [units], and the lowest score that is kept (None where nothing is).
+        """
+        # Ranking by a stable sort: a threshold drops, or keeps, too many where scores are equal. A score that is not a
+        # number (diverged weights) ranks last.
+        scores = torch.nan_to_num(self.scores(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
+        scores = scores.masked_fill(~candidates, -torch.inf)
+        budget = min(budget, int(candidates.sum()))
+        # Two keys, candidates before the others: a candidate may itself score -inf.
+        order = torch.sort(scores, descending=True, stable=True).indices
+        order = order[torch.sort(candidates[order].int(), descending=True, stable=True).indices]
+        kept = torch.zeros_like(self.kept)
+        kept[order[:budget]] = True
+        return kept, float(scores[order[budget - 1]]) if budget else None
+
+    def rebuild(self, blocks: list[Block], kept: Tensor) -> None:
+        """Take over blocks that have been cut. The statistics are gone: what was cut cannot come back."""
+        self.blocks, self.kept = blocks, kept
+        self.units = kept.numel()
+        self.unit_names = [name for block in blocks for name in block.unit_names()]
+        self.end()
+        self.layout = self._layout()
+
+    def end(self) -> None:
+        """After the last decision: the statistics have done their work."""
+        self.ended = True
+        self.buffers = {}
+        self.still = self._zeros(0)
+
+
+class Controller:
+    """All policies of one run and their state.
+
+    Args:
+        method: the method.
+        modules: layer name to adapter.
+        trained: ``id`` of every parameter that trains when the run begins.
+    """
+
+    def __init__(self, method: Method, modules: Mapping[str, nn.Module], trained: set[int]) -> None:
+        self.method, self.modules, self._trained = method, modules, trained
+        self.step = 0
+        self.total_steps: int | None = None
+        self.history: list[Decision] = []
+        self._warned: set[str] = set()
+        parts = method.parameterization.parts
+        self.policies: list[PolicyState] = []
+        for index, policy in enumerate(method.policies):
+            blocks = blocks_of(modules, parts, policy.action.unit, trained)
+            if not blocks:
+                raise LrkitError(
+                    f"{type(policy.action).__name__} has nothing to act on: no unit of kind {policy.action.unit!r} trains "
+                    "in the layers that were chosen"
+                )
+            self.policies.append(PolicyState(index, policy, blocks, len(modules)))
+        self.counts = self.parameters_now()
+        self.starts = dict(self.counts)
+        self.initial_ranks = {name: self._rank(module) for name, module in modules.items()}
+        self._sums = dict.fromkeys(self.counts, 0)
+        self._counted = 0
+
+    # ---- the loop ----
+
+    def begin(self, total_steps: int) -> None:
+        """Check every schedule against the length of the run. Raises LrkitError where one does not fit."""
+        for state in self.policies:
+            state.policy.scheduler.bounds(total_steps)
+        self.total_steps = total_steps
+
+    def before_step(self) -> None:
+        """Called when the optimizer is about to step."""
+        for state in self.policies:
+            if state.policy.metric.measure == "before-step":
+                state.observe(self)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called when the optimizer has stepped."""
+        assert self.total_steps is not None
+        self.step += 1
+        changed = False
+        for state in self.policies:
+            if state.policy.metric.measure == "after-step":
+                state.observe(self)
+            scheduler, action = state.policy.scheduler, state.policy.action
+            number = self.step - 1 + scheduler.first_step
+            if not state.ended and scheduler.due(number, total_steps=self.total_steps):
+                budget = scheduler.budget(
+                    number, total_steps=self.total_steps, units=state.units, layers=state.layers
+                )
+                changed |= self._decide(state, budget, optimizer)
+                if number == scheduler.end(self.total_steps):
+                    state.end()
+            elif state.ended:
+                action.hold(state.blocks, state.kept)
+        if changed:
+            self._count()
+
+    def _decide(self, state: PolicyState, budget: int, optimizer: torch.optim.Optimizer) -> bool:
+        kept, threshold = state.decide(budget)
+        before, state.kept = state.kept, kept
+        state.policy.action.apply(state.blocks, kept, optimizer)
+        lost = (before & ~kept).nonzero().flatten().tolist()
+        returned = (kept & ~before).nonzero().flatten().tolist()
+        self.history.append(
+            Decision(
+                step=self.step,
+                policy=state.index,
+                budget=budget,
+                kept=int(kept.sum()),
+                units=state.units,
+                threshold=threshold,
+                lost=tuple(state.unit_names[i] for i in lost),
+                returned=tuple(state.unit_names[i] for i in returned),
+            )
+        )
+        if lost and not state.policy.action.reversible:
+            for other in self.policies:
+                other.relayout()
+        return bool(lost or returned)
+
+    def warn(self, key: str, message: str) -> None:
+        """Say something once."""
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, LrkitWarning, stacklevel=3)
+
+    # ---- counting ----
+
+    def trained(self, tensor: Tensor) -> bool:
+        """Whether a tensor trained when the run began."""
+        return id(tensor) in self._trained
+
+    def _rank(self, module: nn.Module) -> int:
+        """Components that an adapter stores, masked ones included; 0 where it has none."""
+        for part in self.method.parameterization.parts:
+            if part.axis is not None:
+                return part.of(module).shape[part.axis]
+        return 0
+
+    def components_kept(self) -> dict[str, Tensor]:
+        """Layer name to bool [rank]: the components that no policy masks. Layers without component units are absent."""
+        kept: dict[str, Tensor] = {}
+        for state in self.policies:
+            if state.policy.action.unit == "component":
+                for block, mask in zip(state.blocks, split(state.kept, state.blocks), strict=True):
+                    kept[block.name] = kept[block.name] & mask if block.name in kept else mask
+        return kept
+
+    def parameters_now(self) -> dict[str, int]:
+        """Layer name to the trainable parameters now in effect: frozen tensors and masked components do not count.
+
+        This is how AdaLoRA's paper counts (Σ rank · (d_in + d_out)); the core values, which it leaves out, are in.
+        """
+        kept = self.components_kept()
+        counts, seen = {}, set[int]()
+        axes = {part.name: part.axis for part in self.method.parameterization.parts}
+        for name, module in self.modules.items():
+            total = 0
+            for key, p in module.named_parameters():
+                if not p.requires_grad or id(p) in seen or id(p) not in self._trained:
+                    continue
+                seen.add(id(p))
+                axis = axes.get(key)
+                if name in kept and axis is not None:
+                    total += p.numel() // max(1, p.shape[axis]) * int(kept[name].sum())
+                else:
+                    total += p.numel()
+            counts[name] = total
+        return counts
+
+    def _count(self) -> None:
+        self._settle()
+        self.counts = self.parameters_now()
+
+    def _settle(self) -> None:
+        for name, count in self.counts.items():
+            self._sums[name] += count * (self.step - self._counted)
+        self._counted = self.step
+
+    def parameters_on_average(self) -> dict[str, float]:
+        """Layer name to trainable parameters averaged over the steps so far (those now, before the first step)."""
+        self._settle()
+        if self.step == 0:
+            return {name: float(count) for name, count in self.counts.items()}
+        return {name: total / self.step for name, total in self._sums.items()}
+
+    # ---- compaction ----
+
+    @torch.no_grad()
+    def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
+        """Cut components that are masked and whose core value is zero. The parameters stay the same objects.
+
+        Args:
+            optimizer: its state for these parameters is cut with them.
+
+        Returns:
+            Layer name to its rank now.
+        """
+        parts = [part for part in self.method.parameterization.parts if part.axis is not None]
+        kept = self.components_kept()
+        keeps: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            if name not in kept:
+                continue
+            core = next(part for part in parts if part.core).of(module)
+            keep = kept[name].to(core.device) | (core != 0)
+            keeps[name] = keep
+            if bool(keep.all()):
+                continue
+            index = keep.nonzero().flatten()
+            for part in parts:
+                assert part.axis is not None
+                tensor = part.of(module)
+                shape = tensor.shape
+                for value in (optimizer.state.get(tensor, {}) if optimizer else {}).values():
+                    if isinstance(value, Tensor) and value.shape == shape:
+                        value.set_(value.index_select(part.axis, index))
+                tensor.data = tensor.data.index_select(part.axis, index)
+                tensor.grad = None
+        for state in self.policies:
+            if state.policy.action.unit == "component":
+                masks = split(state.kept, state.blocks)
+                pieces = [
+                    mask[keeps[block.name]] if block.name in keeps else mask
+                    for mask, block in zip(masks, state.blocks, strict=True)
+                ]
+                state.rebuild(
+                    [attrs.evolve(b, count=int(m.numel())) for b, m in zip(state.blocks, pieces, strict=True)],
+                    torch.cat(pieces),
+                )
+        self._count()
+        return {name: self._rank(module) for name, module in self.modules.items()}
+
+    # ---- state ----
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything the loop remembers: tensors by name, and JSON data."""
+        self._settle()
+        tensors: dict[str, Tensor] = {}
+        for state in self.policies:
+            prefix = f"policy.{state.index}"
+            tensors[f"{prefix}.kept"] = state.kept.clone()
+            tensors[f"{prefix}.still"] = state.still.clone()
+            for name, flat in state.buffers.items():
+                tensors[f"{prefix}.buffer.{name}"] = flat.clone()
+        data = {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "policies": [{"observations": s.observations, "ended": s.ended} for s in self.policies],
+            "history": [attrs.asdict(decision) for decision in self.history],
+            "sums": dict(self._sums),
+        }
+        return tensors, data
+
+    def check_state(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+        """Raise LrkitError where a state is not one of this run; change nothing."""
+        if len(data["policies"]) != len(self.policies):
+            raise LrkitError(f"the state has {len(data['policies'])} policies, this method {len(self.policies)}")
+        if self.total_steps is not None and data["total_steps"] not in (None, self.total_steps):
+            raise LrkitError(
+                f"the state is of a run of {data['total_steps']} steps, this one is bound for {self.total_steps}: "
+                "the schedule would be another one"
+            )
+        for state, saved in zip(self.policies, data["policies"], strict=True):
+            prefix = f"policy.{state.index}"
+            expected = {f"{prefix}.kept", f"{prefix}.still"}
+            if not saved["ended"]:
+                expected |= {f"{prefix}.buffer.{name}" for name in state.policy.metric.buffers}
+            given = {name for name in tensors if name.startswith(f"{prefix}.")}
+            if given != expected:
+                odd = sorted(given ^ expected)
+                raise LrkitError(f"the state does not fit: {', '.join(odd)} missing or not expected")
+            kept = tensors[f"{prefix}.kept"]
+            if kept.dtype != torch.bool or kept.shape != (state.units,):
+                raise LrkitError(f"the state does not fit: {prefix}.kept is not bool [{state.units}]")
+
+    def load_state(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+        """Take over a state that `check_state` has passed. The adapters' tensors must be loaded before."""
+        self.step, self._counted = data["step"], data["step"]
+        if self.total_steps is None and data["total_steps"] is not None:
+            self.begin(data["total_steps"])
+        self.history = [
+            Decision(**{**d, "lost": tuple(d["lost"]), "returned": tuple(d["returned"])}) for d in data["history"]
+        ]
+        for state, saved in zip(self.policies, data["policies"], strict=True):
+            state.kept = tensors[f"policy.{state.index}.kept"].to(state.kept.device, copy=True)
+            state.observations, state.ended = saved["observations"], saved["ended"]
+            # Only what the loaded tensors do not hold is made again; a mask is never applied a second time, since λ may
+            # have moved since.
+            state.policy.action.restore(state.blocks, state.kept)
+        for state in self.policies:
+            prefix = f"policy.{state.index}"
+            state.layout = state._layout()
+            device = state.layout.device
+            state.still = tensors[f"{prefix}.still"].to(device, copy=True)
+            state.buffers = {
+                name: tensors[f"{prefix}.buffer.{name}"].to(device, copy=True)
+                for name in (() if state.ended else state.policy.metric.buffers)
+            }
+        self.counts = self.parameters_now()
+        self._sums = {name: int(data["sums"][name]) for name in self.counts}

@@ -1,0 +1,327 @@
+"""A method is a parameterization and its policy: a metric, a scheduler and an action.
+
+AdaLoRA is `SVD` + `SensitivityUncertainty` + `Cubic` + `Prune`. AFLoRA is `VectorScaled` + `GradientUncertainty` +
+`Cubic` + `Freeze`. An ablation swaps one field (``attrs.evolve``), and `also` carries further policies: prune and
+freeze in one run is AFLoRA's method with one more `Policy`.
+
+A method is frozen configuration. What cannot work is refused when it is built, with both sides named. It goes to plain
+data (JSON, TOML) and back by registered names; it has no name itself, since after a swap a name would lie.
+"""
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union
+
+import attrs
+
+from lrkit.actions import Action
+from lrkit.errors import LrkitError, nearest
+from lrkit.metrics import Metric
+from lrkit.parameterizations import Parameterization
+from lrkit.schedulers import Scheduler
+
+if typing.TYPE_CHECKING:
+    from lrkit.registry import Kind, Registry
+
+FIELDS: tuple["Kind", ...] = ("parameterization", "metric", "scheduler", "action")
+_POLICY_FIELDS: tuple["Kind", ...] = FIELDS[1:]
+T = TypeVar("T")
+
+
+def _is_a(base: type, *, optional: bool = False) -> Any:
+    def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        if isinstance(value, base) or (optional and value is None):
+            return
+        hint = f" (an instance: write {value.__name__}())" if isinstance(value, type) else ""
+        raise LrkitError(
+            f"{type(instance).__name__}.{attribute.name} must be a {base.__name__}, not {value!r}{hint}"
+        )
+
+    return check
+
+
+@attrs.frozen(kw_only=True)
+class Policy:
+    """A metric, a scheduler and an action that work together."""
+
+    metric: Metric = attrs.field(validator=_is_a(Metric))
+    scheduler: Scheduler = attrs.field(validator=_is_a(Scheduler))
+    action: Action = attrs.field(validator=_is_a(Action))
+
+    def refusal(self, parameterization: Parameterization) -> str | None:
+        """Why this policy cannot run on a parameterization, with both sides named; None where it can."""
+        action, scheduler, metric = self.action, self.scheduler, self.metric
+        reason = action.refusal(parameterization)
+        if reason is not None:
+            return f"action {action!r} does not fit parameterization {parameterization!r}: {reason}"
+        most = parameterization.units(action.unit)
+        if most == 0:
+            return (
+                f"action {action!r} does not fit parameterization {parameterization!r}: "
+                f"it acts on units of kind {action.unit!r}, and there are none that train"
+            )
+        if metric.reads == "core" and action.unit != "component":
+            return (
+                f"metric {metric!r} does not fit action {action!r}: the metric reads the core value of a component, "
+                f"and the action's units are of kind {action.unit!r}"
+            )
+        if metric.reads == "core" and not any(part.core and part.trains for part in parameterization.parts):
+            return (
+                f"metric {metric!r} does not fit parameterization {parameterization!r}: "
+                "the metric reads core values, and there are none"
+            )
+        for name in ("start", "target"):
+            amount = getattr(scheduler, name)
+            if isinstance(amount, int) and amount > most:
+                what = "initial rank" if action.unit == "component" else f"number of units ({action.unit})"
+                return (
+                    f"{type(scheduler).__name__}.{name} = {amount} is above the {what} {most} "
+                    f"of {parameterization!r}: it must be at most {most}"
+                )
+        return None
+
+
+@attrs.frozen(kw_only=True)
+class Method:
+    """A parameterization and its policies.
+
+    Args:
+        parameterization: how ΔW is written in trainable tensors.
+        metric: how much each unit matters. Metric, scheduler and action come together, or not at all.
+        scheduler: how much may be kept at step t.
+        action: what happens to the units that lose.
+        also: further policies, carried out after the first, in order.
+
+    Raises:
+        LrkitError: a field of the wrong type, only some of metric, scheduler and action, or a combination that does not
+            fit, with both sides named.
+    """
+
+    parameterization: Parameterization = attrs.field(validator=_is_a(Parameterization))
+    metric: Metric | None = attrs.field(default=None, validator=_is_a(Metric, optional=True))
+    scheduler: Scheduler | None = attrs.field(default=None, validator=_is_a(Scheduler, optional=True))
+    action: Action | None = attrs.field(default=None, validator=_is_a(Action, optional=True))
+    also: tuple[Policy, ...] = attrs.field(default=(), converter=tuple)
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse what cannot work."""
+        missing = [name for name in _POLICY_FIELDS if getattr(self, name) is None]
+        if missing and len(missing) < len(_POLICY_FIELDS):
+            given = [name for name in _POLICY_FIELDS if name not in missing]
+            raise LrkitError(
+                f"a policy is a metric, a scheduler and an action: {' and '.join(given)} given, "
+                f"{' and '.join(missing)} missing"
+            )
+        for policy in self.also:
+            if not isinstance(policy, Policy):
+                raise LrkitError(f"Method.also must hold lrkit.Policy(metric=..., ...), not {policy!r}")
+        for policy in self.policies:
+            reason = policy.refusal(self.parameterization)
+            if reason is not None:
+                raise LrkitError(reason)
+
+    @property
+    def policies(self) -> tuple[Policy, ...]:
+        """All policies in the order in which they act; none for a method that is not adaptive."""
+        if self.metric is None or self.scheduler is None or self.action is None:
+            return self.also
+        return (Policy(metric=self.metric, scheduler=self.scheduler, action=self.action), *self.also)
+
+
+# ---- plain data -----------------------------------------------------------------------------------------------------
+
+
+def to_plain(method: Method, registry: "Registry | None" = None) -> dict[str, Any]:
+    """A method as plain data: dicts, lists, strings, numbers.
+
+    Returns:
+        ``{"parameterization": {"name": "svd", "rank": 12, ...}, "metric": {...} or None, ..., "also": [...]}``, with
+        every setting written out. `from_plain` gives an equal method back.
+
+    Raises:
+        LrkitError: a component's class is not registered.
+    """
+    registry = registry or _registry()
+
+    def component(kind: "Kind", value: Any) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        settings = {field.name: _plain(getattr(value, field.name)) for field in attrs.fields(type(value))}
+        return {"name": registry.name_of(kind, type(value)), **settings}
+
+    plain: dict[str, Any] = {kind: component(kind, getattr(method, kind)) for kind in FIELDS}
+    plain["also"] = [
+        {kind: component(kind, getattr(policy, kind)) for kind in _POLICY_FIELDS} for policy in method.also
+    ]
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def from_plain(plain: Mapping[str, Any], registry: "Registry | None" = None) -> Method:
+    """A method from plain data, the inverse of `to_plain`. Settings left out take their defaults.
+
+    Raises:
+        LrkitError: an unknown field, name or setting (with the nearest right one), a setting of the wrong type or
+            range, or a combination that does not fit.
+    """
+    registry = registry or _registry()
+    _no_others(plain, (*FIELDS, "also"), "method")
+    if plain.get("parameterization") is None:
+        raise LrkitError("a method needs a parameterization")
+    parts = {kind: _component(registry, kind, plain.get(kind), kind) for kind in FIELDS}
+    policies = []
+    for index, policy in enumerate(plain.get("also") or ()):
+        where = f"also.{index}"
+        if not isinstance(policy, Mapping):
+            raise LrkitError(f"{where} must be a table with metric, scheduler and action, not {policy!r}")
+        _no_others(policy, _POLICY_FIELDS, where)
+        built = {k: _component(registry, k, policy.get(k), f"{where}.{k}") for k in _POLICY_FIELDS}
+        empty = [kind for kind, value in built.items() if value is None]
+        if empty:
+            raise LrkitError(f"{where} lacks {' and '.join(empty)}")
+        policies.append(Policy(**built))
+    return Method(**parts, also=policies)
+
+
+def _component(registry: "Registry", kind: "Kind", plain: Any, where: str) -> Any:
+    if plain is None:
+        return None
+    if isinstance(plain, str):
+        plain = {"name": plain}
+    if not isinstance(plain, Mapping) or "name" not in plain:
+        raise LrkitError(f"{where} must be a name, or a table with a name and settings, not {plain!r}")
+    cls = registry.get(kind, plain["name"])
+    settings = {key: value for key, value in plain.items() if key != "name"}
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in attrs.fields(cls)]
+    _no_others(settings, names, where)
+    for key, value in settings.items():
+        settings[key] = _typed(value, hints[key], f"{where}.{key}")
+    return cls(**settings)
+
+
+def _no_others(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            listed = f"; there are {', '.join(known)}" if known else "; it has none"
+            raise LrkitError(f'{where} has no setting "{key}"{nearest(key, known)}{listed}')
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """The value as its annotation has it, exactly: no string becomes a number, and no 4.5 becomes 4."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        fits = any(value == choice and type(value) is type(choice) for choice in typing.get_args(hint))
+    elif origin in (Union, types.UnionType):
+        options = typing.get_args(hint)
+        # An exact type first: where int and float mean different things, 8 must stay an int.
+        if type(value) in options or (value is None and type(None) in options):
+            return value
+        for option in options:
+            try:
+                return _typed(value, option, where)
+            except LrkitError:
+                continue
+        fits = False
+    elif origin is tuple:
+        inner = typing.get_args(hint)[0]
+        if isinstance(value, list | tuple):
+            return tuple(_typed(item, inner, where) for item in value)
+        fits = False
+    elif hint is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if fits else value
+    elif hint in (int, str, bool, type(None)):
+        fits = type(value) is hint
+    else:
+        fits = True
+    if not fits:
+        name = getattr(hint, "__name__", None) if origin is None else str(hint).replace("typing.", "")
+        raise LrkitError(f"{where} must be {name or hint}, not {value!r}")
+    return value
+
+
+def with_setting(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Plain data of a method with one setting changed: ``with_setting(plain, "parameterization.rank", 8)``.
+
+    Args:
+        plain: what `to_plain` gives.
+        path: names joined by dots; a number picks a policy of `also`.
+        value: the new value.
+
+    Raises:
+        LrkitError: no such setting (with the nearest right one).
+    """
+    owner, _, key = path.rpartition(".")
+    copy, node = _descend(plain, owner, path)
+    if not isinstance(node, dict) or key == "name" or key not in node:
+        known = [name for name in node if name != "name"] if isinstance(node, dict) else []
+        where = owner or "a method"
+        raise LrkitError(
+            f'{where} has no setting "{key}"{nearest(key, known)}; there are {", ".join(known) or "none"}'
+        )
+    node[key] = value
+    return copy
+
+
+def with_component(
+    plain: Mapping[str, Any], path: str, name: str | None, registry: "Registry | None" = None
+) -> dict[str, Any]:
+    """Plain data of a method with one component swapped by name: ``with_component(plain, "metric", "magnitude")``.
+
+    The component swapped in takes over the values of the settings that both have (a linear scheduler keeps the cubic's
+    target, warm-up and interval), so that the ablation changes one thing; its other settings are at their defaults.
+
+    Args:
+        plain: what `to_plain` gives.
+        path: ``"metric"``, ``"scheduler"``, ``"action"``, ``"parameterization"``, or one in `also`: ``"also.0.metric"``.
+        name: the registered name; None to leave the component out.
+        registry: where names are looked up.
+
+    Raises:
+        LrkitError: no such component or name (with the nearest right one).
+    """
+    registry = registry or _registry()
+    owner, _, kind = path.rpartition(".")
+    copy, node = _descend(plain, owner, path)
+    known = FIELDS if not owner else _POLICY_FIELDS
+    if not isinstance(node, dict) or kind not in known:
+        raise LrkitError(f'no component "{path}"{nearest(kind, known)}; there are {", ".join(known)}')
+    if name is None:
+        node[kind] = None
+        return copy
+    fields = {field.name for field in attrs.fields(registry.get(typing.cast("Kind", kind), name))}
+    old = node.get(kind) or {}
+    node[kind] = {"name": name, **{key: value for key, value in old.items() if key in fields}}
+    return copy
+
+
+def _descend(plain: Mapping[str, Any], owner: str, path: str) -> tuple[dict[str, Any], Any]:
+    copy: dict[str, Any] = _deep(plain)
+    node: Any = copy
+    for name in owner.split(".") if owner else ():
+        if isinstance(node, list) and name.isdigit() and int(name) < len(node):
+            node = node[int(name)]
+        elif isinstance(node, dict) and name in node and node[name] is not None:
+            node = node[name]
+        else:
+            known = list(node) if isinstance(node, dict) else [str(i) for i in range(len(node or ()))]
+            listed = ", ".join(known) or "nothing"
+            raise LrkitError(f'nothing at "{path}": no "{name}"{nearest(name, known)} (there is {listed})')
+    return copy, node
+
+
+def _deep(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _deep(item) for key, item in value.items()}
+    return [_deep(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _registry() -> "Registry":
+    from lrkit.registry import current
+
+    return current()

@@ -1,0 +1,125 @@
+"""Named compositions: the published methods, each a long docstring over a short body.
+
+Every one returns a frozen `lrkit.Method`; swap a part with ``attrs.evolve(method, metric=...)``. Defaults are the
+paper's text; where released code does otherwise, the setting that reproduces it is named.
+"""
+
+from typing import Literal
+
+from lrkit.actions import Freeze, Prune
+from lrkit.method import Method
+from lrkit.metrics import GradientUncertainty, SensitivityUncertainty
+from lrkit.parameterizations import SVD, Full, LoRA, VectorScaled
+from lrkit.schedulers import Cubic
+from lrkit.settings import Time
+
+
+def full() -> Method:
+    """Full fine-tuning: every parameter of the model trains."""
+    return Method(parameterization=Full())
+
+
+def lora(*, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Method:
+    """LoRA (Hu et al., arXiv 2106.09685): ΔW = (α/r) B A at a fixed rank.
+
+    Args:
+        rank: r.
+        alpha: α.
+        dropout: on the adapter's input, while training.
+    """
+    return Method(parameterization=LoRA(rank=rank, alpha=alpha, dropout=dropout))
+
+
+def svd_lora(*, rank: int = 8, alpha: float | None = None, orthogonality: float = 0.1) -> Method:
+    """SVD-LoRA: AdaLoRA's form P Λ Q at a fixed rank, without allocation (arXiv 2303.10512, Table 5).
+
+    Args:
+        rank: r.
+        alpha: None for no scale, as in the paper; else α/(r + 1e-5).
+        orthogonality: γ, weight of the penalty.
+    """
+    return Method(parameterization=SVD(rank=rank, alpha=alpha, orthogonality=orthogonality))
+
+
+def elora(*, rank: int = 1024, shared: bool = False) -> Method:
+    """ELoRA / VeRA (Kopiczko et al., arXiv 2310.11454): frozen random A and B, trained vectors d and b.
+
+    Args:
+        rank: r; 1024 for base-size encoders.
+        shared: False: a pair of its own for each layer, AFLoRA's ELoRA baseline. True: one pair for all layers, cut to
+            each, VeRA.
+    """
+    return Method(parameterization=VectorScaled(rank=rank, train="none", shared=shared))
+
+
+def adalora(
+    *,
+    rank: int = 12,
+    target_rank: int = 8,
+    warmup: Time = 0.15,
+    final: Time = 0.5,
+    interval: Time = 0.002,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+    alpha: float | None = None,
+    orthogonality: float = 0.1,
+) -> Method:
+    """AdaLoRA (Zhang et al., arXiv 2303.10512): SVD + sensitivity x uncertainty + cubic budget + prune.
+
+    Each increment is P Λ Q with an orthogonality penalty (Eq. 3 and 4). Triplets are scored by S_i = s(λ_i) +
+    mean_j s(P_ji) + mean_j s(Q_ij) with s = Ī · Ū (Eq. 7 to 11), measured at the gradient, before the update (Algorithm
+    1). Only the best b(t) over all layers keep their λ; b(t) falls cubically from b_0 to b_T between t_i and T - t_f
+    (Eq. 14) and stays. Masked triplets go on training and can come back until T - t_f.
+
+    Args:
+        rank: initial rank of every matrix (4, 6, 12 in the paper).
+        target_rank: average rank in the end (2, 4, 8 in the paper).
+        warmup: t_i. The default is about the mean share over the paper's eight GLUE tasks (0.09 to 0.18).
+        final: t_f, likewise (0.44 to 0.58).
+        interval: ΔT. The default gives the paper's 1 (short runs) to 100 (50,000 steps).
+        beta1: β1 of Ī.
+        beta2: β2 of Ū.
+        alpha: None for no scale, as in the paper; the released code has α/(r + 1e-5).
+        orthogonality: γ (0.1 to 0.5 in the paper).
+    """
+    return Method(
+        parameterization=SVD(rank=rank, alpha=alpha, orthogonality=orthogonality),
+        metric=SensitivityUncertainty(beta1=beta1, beta2=beta2),
+        scheduler=Cubic(target=target_rank, warmup=warmup, final=final, interval=interval),
+        action=Prune(),
+    )
+
+
+def aflora(
+    *,
+    rank: int = 4,
+    train: Literal["ffn", "attention", "both"] = "ffn",
+    warmup: Time = 0.05,
+    final: Time = 0.7,
+    interval: Time = 1,
+    beta1: float = 0.85,
+    beta2: float = 0.95,
+    together: bool = False,
+) -> Method:
+    """AFLoRA (Liu et al., arXiv 2403.13269): vector-scaled LoRA + abs(grad) x uncertainty + cubic fraction + freeze.
+
+    ΔW = Λ_b B Λ_d A (Eq. 1). The vectors train throughout; the projection matrices A and B freeze one by one, those with
+    the lowest mean of s = Ī · Ū first (Eq. 2 to 4), where I = abs(∂L/∂w). The fraction frozen is 1 - (1 - u)³ with u =
+    (t - t_i)/(T - t_i - t_f): everything is frozen at T - t_f.
+
+    Args:
+        rank: r.
+        train: whose matrices train at first: ``"ffn"`` is the paper's choice (Table 3).
+        warmup: t_i: one epoch in the paper, which is 0.05 of 20 epochs.
+        final: t_f: 0.7 in the paper.
+        interval: steps between decisions.
+        beta1: β1 of Ī.
+        beta2: β2 of Ū.
+        together: freeze A and B of a layer together (Table 6) rather than each on its own.
+    """
+    return Method(
+        parameterization=VectorScaled(rank=rank, train=train),
+        metric=GradientUncertainty(beta1=beta1, beta2=beta2),
+        scheduler=Cubic(target=0.0, warmup=warmup, final=final, interval=interval),
+        action=Freeze(together=together),
+    )

@@ -1,0 +1,64 @@
+"""The protocol of an importance metric: an entry-wise score from weights and gradients."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import attrs
+import torch
+from torch import Tensor
+
+from lrkit.settings import one_of
+
+
+@attrs.frozen(kw_only=True)
+class Metric(abc.ABC):
+    """How much each entry matters. Subclass with ``@attrs.frozen(kw_only=True)``.
+
+    lrkit hands a metric all entries of all units at once, as flat float32 tensors [N], so a metric is a few elementwise
+    lines, and its cost does not grow with the number of layers. What it remembers lies in `buffers`: one tensor [N]
+    each, zero at first, saved and restored by lrkit. A metric itself is frozen configuration.
+
+    Args:
+        measure: ``"before-step"`` takes weights and gradients as the optimizer finds them (Algorithm 1 of AdaLoRA);
+            ``"after-step"`` takes the updated weights with the old gradients (its released code, and PEFT).
+    """
+
+    reads: ClassVar[Literal["all", "core"]] = "all"
+    """``"core"``: only the core value of each component is read."""
+    buffers: ClassVar[tuple[str, ...]] = ()
+    """Names of the tensors it remembers. A metric with none is never asked to observe."""
+
+    measure: Literal["before-step", "after-step"] = attrs.field(
+        default="before-step", validator=one_of(("before-step", "after-step"))
+    )
+
+    def observe(self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int) -> None:
+        """Take in one optimizer step, writing only to the tensors of `state`, in place.
+
+        Args:
+            weight: all entries [N]. Not to be written to.
+            grad: their gradients [N]. Not to be written to.
+            state: one tensor [N] for each name in `buffers`.
+            step: how many steps have been observed, this one included: 1, 2, ...
+        """
+
+    @abc.abstractmethod
+    def score(self, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The entry-wise score [N], higher for what matters more. Must change nothing."""
+
+    def reduce(self, parts: Sequence[Tensor]) -> Tensor:
+        """Unit scores of blocks of one shape, from the entry-wise scores of their parts.
+
+        Args:
+            parts: for each part of the units its entries' scores [blocks, units, entries].
+
+        Returns:
+            [blocks, units]: by default the sum over parts of the mean over entries (AdaLoRA, Eq. 7; AFLoRA, Eq. 4).
+        """
+        return torch.stack([part.mean(dim=-1) for part in parts]).sum(dim=0)
+
+
+def smooth(mean: Tensor, value: Tensor, beta: float) -> None:
+    """mean = β mean + (1 - β) value, in place; no bias correction (AdaLoRA, Eq. 9 and 10)."""
+    mean.lerp_(value, 1.0 - beta)

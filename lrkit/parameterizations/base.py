@@ -1,0 +1,79 @@
+"""The protocol of a parameterization: how an increment ΔW is written in trainable tensors."""
+
+import abc
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import attrs
+from torch import Tensor, nn
+
+from lrkit.units import Part, UnitKind
+
+Role = Literal["attention", "ffn", "other"]
+"""Where in a transformer block a linear map stands."""
+
+
+@attrs.frozen(eq=False)
+class Target:
+    """One layer that a parameterization is to adapt.
+
+    Args:
+        name: the layer's name in the model.
+        layer: the layer itself (``nn.Linear`` or transformers' ``Conv1D``).
+        d_in: size of its input.
+        d_out: size of its output.
+        role: ``"attention"``, ``"ffn"`` or ``"other"``, found by name.
+    """
+
+    name: str
+    layer: nn.Module
+    d_in: int
+    d_out: int
+    role: Role
+
+
+@attrs.frozen(kw_only=True)
+class Parameterization(abc.ABC):
+    """How ΔW is written in trainable tensors. Subclass with ``@attrs.frozen(kw_only=True)``.
+
+    A subclass says of which `parts` an adapter consists, and builds the module that takes a layer's place.
+    """
+
+    @property
+    @abc.abstractmethod
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors of one adapter; from this declaration all units follow."""
+
+    @abc.abstractmethod
+    def build(self, target: Target) -> nn.Module:
+        """The module that takes the layer's place, with fresh parameters and ΔW = 0; or the layer itself.
+
+        What trains has ``requires_grad`` set. The layer's own parameters are left as they are.
+        """
+
+    def adapt(self, targets: Sequence[Target]) -> dict[str, nn.Module]:
+        """All adapters of a model, by layer name. Override it where layers share tensors."""
+        return {target.name: self.build(target) for target in targets}
+
+    def own_parameters(self, model: nn.Module) -> Iterable[str]:
+        """Names of the model's own parameters that train as well (all of them in full fine-tuning)."""
+        return ()
+
+    def penalty(self, modules: Sequence[nn.Module]) -> Tensor | None:
+        """A scalar that is added to the loss while training, or None."""
+        return None
+
+    def units(self, kind: UnitKind) -> int:
+        """The largest number of trainable units of this kind that one layer has; 0 where it has none."""
+        matrices = sum(part.matrix and part.trains for part in self.parts)
+        if kind == "component":
+            return self.components if any(p.axis is not None and p.trains for p in self.parts) else 0
+        return matrices if kind == "matrix" else min(matrices, 1)
+
+    @property
+    def components(self) -> int:
+        """Rank components of one adapter before anything is pruned: the initial rank."""
+        return 0
+
+
+ModuleMap = Mapping[str, nn.Module]

@@ -1,0 +1,31 @@
+"""Full fine-tuning: every parameter of the model trains, and ΔW is not factored at all."""
+
+from collections.abc import Iterable
+
+import attrs
+from torch import nn
+
+from lrkit.parameterizations.base import Parameterization, Target
+from lrkit.units import Part
+
+
+@attrs.frozen(kw_only=True)
+class Full(Parameterization):
+    """All parameters of the model train. No layer is replaced; each adapted layer's weight is a matrix unit.
+
+    The baseline of every table. The targets say which weights an action may act on, so that freezing whole layers
+    adaptively is ``attrs.evolve(lrkit.methods.full(), metric=..., scheduler=..., action=lrkit.actions.Freeze())``.
+    """
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The layer's own weight."""
+        return (Part("weight", matrix=True),)
+
+    def build(self, target: Target) -> nn.Module:
+        """The layer itself."""
+        return target.layer
+
+    def own_parameters(self, model: nn.Module) -> Iterable[str]:
+        """All of them."""
+        return (name for name, _ in model.named_parameters())

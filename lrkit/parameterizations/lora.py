@@ -1,0 +1,49 @@
+"""LoRA: ΔW = (α/r) B A (Hu et al., arXiv 2106.09685, section 4.1)."""
+
+import math
+
+import attrs
+import torch
+from torch import nn
+
+from lrkit.parameterizations.base import Parameterization, Target
+from lrkit.parameterizations.lowrank import LowRank, adapter_dtype, oriented_weight
+from lrkit.settings import real, whole
+from lrkit.units import Part
+
+
+@attrs.frozen(kw_only=True)
+class LoRA(Parameterization):
+    """ΔW = (α/r) B A, with A [r, d_in] Kaiming-uniform (a = √5) and B [d_out, r] zero at first.
+
+    Source: arXiv 2106.09685, section 4.1. It has rank components (doublets B_:i, A_i:) but no core value, so that
+    `lrkit.actions.Prune` refuses it.
+
+    Args:
+        rank: r.
+        alpha: α; the increment is scaled by α/r.
+        dropout: probability of dropping an entry of the adapter's input while training.
+    """
+
+    rank: int = attrs.field(default=8, validator=whole(1))
+    alpha: float = attrs.field(default=16.0, validator=real(0.0, above=True))
+    dropout: float = attrs.field(default=0.0, validator=real(0.0, 1.0, below=True))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """A and B."""
+        return (Part("A", axis=0, matrix=True), Part("B", axis=1, matrix=True))
+
+    @property
+    def components(self) -> int:
+        """r."""
+        return self.rank
+
+    def build(self, target: Target) -> nn.Module:
+        """The layer with A and B beside it."""
+        weight = oriented_weight(target.layer)
+        kwargs = {"device": weight.device, "dtype": adapter_dtype(target.layer)}
+        a = nn.Parameter(torch.empty(self.rank, target.d_in, **kwargs))
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        b = nn.Parameter(torch.zeros(target.d_out, self.rank, **kwargs))
+        return LowRank(target.layer, a, b, scaling=self.alpha / self.rank, dropout=self.dropout)

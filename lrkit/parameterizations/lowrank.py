@@ -1,0 +1,291 @@
+"""One low-rank adapter for every low-rank parameterization: y = W x + s · b ∘ B (c ∘ (A x)).
+
+LoRA, SVD (P = B, Λ = c, Q = A) and vector-scaled LoRA (Λ_b = b, Λ_d = c) differ in which factors exist, how they
+start, and which of them train. `LowRank.reference` is the formula as it is read; `low_rank_linear` is the same in one
+autograd function: the scale is folded into the r-wide side, the sum is done in place, and only the gradients that are
+needed are computed.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lrkit.errors import LrkitError
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    # Who has a Conv1D has imported this module; importing it here would double the time of `import lrkit`.
+    module = sys.modules.get("transformers.pytorch_utils")
+    return module is not None and type(layer) is module.Conv1D
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear map that can be adapted; None for any other module.
+
+    ``nn.MultiheadAttention`` reads its projection's weight without calling the layer, so an adapter there would be
+    passed by in silence: that subclass of ``nn.Linear`` is left out.
+    """
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if _is_conv1d(layer):
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[0], weight.shape[1]
+    return None
+
+
+def oriented_weight(layer: nn.Module) -> Tensor:
+    """The weight as [d_out, d_in]: a transposed view where the layer is a ``Conv1D``."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if _is_conv1d(layer) else weight
+
+
+class _LowRankLinear(torch.autograd.Function):
+    # Shapes: n tokens, i = d_in, o = d_out, r = rank. x_ni, w_oi, a_ri, b_or, c_r, s_o.
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_oi: Tensor,
+        bias_o: Tensor | None,
+        a_ri: Tensor,
+        b_or: Tensor,
+        c_r: Tensor | None,
+        s_o: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        x_ni = x.reshape(-1, x.shape[-1])
+        h_nr = x_ni @ a_ri.t()
+        hc_nr = _scaled(h_nr, c_r, scaling)
+        y_no = F.linear(x_ni, w_oi, bias_o)
+        y_no.addmm_(hc_nr, (b_or if s_o is None else b_or * s_o[:, None]).t())
+        ctx.save_for_backward(x_ni, w_oi, a_ri, b_or, c_r, s_o, h_nr)
+        ctx.scaling = scaling
+        ctx.has_bias = bias_o is not None
+        return y_no.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_ni, w_oi, a_ri, b_or, c_r, s_o, h_nr = ctx.saved_tensors
+        need_x, need_w, need_bias, need_a, need_b, need_c, need_s, _ = ctx.needs_input_grad
+        g_no = grads[0].reshape(-1, grads[0].shape[-1])
+        gx = gw = gbias = ga = gb = gc = gs = None
+        if need_x or need_a or need_c:
+            gh_nr = g_no @ (b_or if s_o is None else b_or * s_o[:, None])
+            if need_c:
+                gc = (gh_nr * h_nr).sum(0) * ctx.scaling
+            if need_x or need_a:
+                gh_nr = _scaled(gh_nr, c_r, ctx.scaling)
+            if need_a:
+                ga = gh_nr.t() @ x_ni
+            if need_x:
+                gx = (g_no @ w_oi).addmm_(gh_nr, a_ri).view(*grads[0].shape[:-1], -1)
+        if need_b or need_s:
+            gb = g_no.t() @ _scaled(h_nr, c_r, ctx.scaling)
+            if need_s:
+                gs = (gb * b_or).sum(1)
+            gb = (gb if s_o is None else gb * s_o[:, None]) if need_b else None
+        if need_w:
+            gw = g_no.t() @ x_ni
+        if need_bias and ctx.has_bias:
+            gbias = g_no.sum(0)
+        return gx, gw, gbias, ga, gb, gc, gs, None
+
+
+def _scaled(h_nr: Tensor, c_r: Tensor | None, scaling: float) -> Tensor:
+    if c_r is not None:
+        return h_nr * (c_r * scaling if scaling != 1.0 else c_r)
+    return h_nr * scaling if scaling != 1.0 else h_nr
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    core: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """y = W x + bias + scaling · out_scale ∘ B (core ∘ (A x)), as one autograd function.
+
+    Args:
+        x: input [..., d_in].
+        weight: W [d_out, d_in].
+        bias: [d_out] or None.
+        a: A [r, d_in].
+        b: B [d_out, r].
+        core: c [r] or None.
+        out_scale: b [d_out] or None.
+        scaling: a fixed factor, such as LoRA's α/r.
+
+    Returns:
+        y [..., d_out]. All tensors must share one dtype.
+    """
+    y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, core, out_scale, scaling)
+    return y
+
+
+class LowRank(nn.Module):
+    """A linear map with a low-rank increment: y = W x + s · b ∘ B (c ∘ (A x)).
+
+    Args:
+        base: the layer whose place it takes; its parameters stay where they are.
+        a: A [r, d_in], or wider where it is shared between layers (the first d_in columns are read).
+        b: B [d_out, r], or taller where it is shared (the first d_out rows are read).
+        core: c [r] or None.
+        out_scale: b [d_out] or None.
+        scaling: a fixed factor.
+        dropout: probability with which an entry of the adapter's input is dropped while training.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    core: nn.Parameter | None
+    out_scale: nn.Parameter | None
+    fused = True
+    """False sends every adapter along the readable path (a class attribute, for tests and for comparing)."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        a: nn.Parameter,
+        b: nn.Parameter,
+        *,
+        core: nn.Parameter | None = None,
+        out_scale: nn.Parameter | None = None,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        shape = layer_shape(base)
+        if shape is None:
+            raise LrkitError(f"a low-rank adapter takes an nn.Linear or a Conv1D, not {type(base).__name__}")
+        self.base = base
+        self.d_in, self.d_out = shape
+        self.A, self.B = a, b
+        self.register_parameter("core", core)
+        self.register_parameter("out_scale", out_scale)
+        self.scaling = scaling
+        self.dropout = dropout
+
+    @property
+    def rank(self) -> int:
+        """Rank components that are stored (masked ones included)."""
+        return self.A.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight: code that looks at ``layer.weight.dtype`` goes on working."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base bias."""
+        bias = self.base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, d_in] and B [d_out, r], cut to this layer where they are shared."""
+        a, b = self.A, self.B
+        return (
+            a if a.shape[1] == self.d_in else a[:, : self.d_in],
+            b if b.shape[0] == self.d_out else b[: self.d_out],
+        )
+
+    def delta(self) -> Tensor:
+        """ΔW [d_out, d_in] in the factors' dtype."""
+        a, b = self.factors()
+        if self.core is not None:
+            b = b * self.core
+        delta = (b @ a) * self.scaling
+        return delta if self.out_scale is None else delta * self.out_scale[:, None]
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The formula as it is read; `forward` does the same, fused where that is possible."""
+        y: Tensor = self.base(x)
+        a, b = self.factors()
+        # The factors may be kept in float32 beside a half-precision base: they compute in the input's dtype.
+        z = F.dropout(x, self.dropout, self.training).to(y.dtype)
+        h = F.linear(z, a.to(y.dtype)) * self.scaling
+        if self.core is not None:
+            h = h * self.core.to(h.dtype)
+        out = F.linear(h, b.to(h.dtype))
+        if self.out_scale is not None:
+            out = out * self.out_scale.to(out.dtype)
+        return y + out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., d_out] of x [..., d_in]."""
+        if self.rank == 0:
+            y: Tensor = self.base(x)
+            return y
+        if not self._fusible():
+            return self.reference(x)
+        a, b = self.factors()
+        weight, bias = oriented_weight(self.base), self.bias
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # Autocast does not see into an autograd function: cast as it would, and keep it out of there.
+            dtype = torch.get_autocast_dtype(device)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+            with torch.autocast(device, enabled=False):
+                return self._fused(x, weight, bias, a, b)
+        return self._fused(x, weight, bias, a, b)
+
+    def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        core, out_scale = self.core, self.out_scale
+        return low_rank_linear(
+            x,
+            weight,
+            bias,
+            a.to(x.dtype),
+            b.to(x.dtype),
+            None if core is None else core.to(x.dtype),
+            None if out_scale is None else out_scale.to(x.dtype),
+            self.scaling,
+        )
+
+    def _fusible(self) -> bool:
+        # A subclass with a forward of its own (quantized layers), a hook on the base, or dropout on the adapter's
+        # input only: each needs the base to be called.
+        base = self.base
+        return (
+            self.fused
+            and (type(base) is nn.Linear or _is_conv1d(base))
+            and not (self.dropout and self.training)
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and not base._backward_hooks
+        )
+
+    def merge(self) -> nn.Module:
+        """Add ΔW to the base weight, in place, and give the base back."""
+        weight = oriented_weight(self.base)
+        with torch.no_grad():
+            # One rounding, from the wider dtype: a bf16 weight is not rounded twice.
+            merged = weight.to(self.A.dtype) + self.delta()
+            weight.copy_(merged)
+        return self.base
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+def adapter_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype of adapters on a layer: at least float32, so that small updates are not lost in a half-precision base."""
+    dtype = oriented_weight(layer).dtype
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32

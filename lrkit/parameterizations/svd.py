@@ -1,0 +1,71 @@
+"""The SVD form of AdaLoRA: ΔW = P Λ Q with an orthogonality penalty (Zhang et al., arXiv 2303.10512, section 3.1)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from lrkit.orthogonality import orthogonality
+from lrkit.parameterizations.base import Parameterization, Target
+from lrkit.parameterizations.lowrank import LowRank, adapter_dtype, oriented_weight
+from lrkit.settings import one_of, real, whole
+from lrkit.units import Part
+
+
+@attrs.frozen(kw_only=True)
+class SVD(Parameterization):
+    """ΔW = P Λ Q: P [d_out, r] and Q [r, d_in] Gaussian, Λ diagonal [r] and zero at first.
+
+    Source: arXiv 2303.10512, Eq. 3; the penalty is Eq. 4. On the adapter P is ``B``, Λ is ``core`` and Q is ``A``, the
+    names of the shared low-rank form.
+
+    Args:
+        rank: r, the initial rank of every layer.
+        alpha: None for no scale, as the paper has it; a number for α/(r + 1e-5), as the released code has it. The
+            scale is not changed when ranks fall (the authors found that to hurt).
+        init_std: standard deviation of P and Q at the start. The paper says Gaussian; 0.02 is the released code's.
+        orthogonality: γ, the penalty's weight; 0 turns it off.
+        orthogonality_norm: ``"squared"`` is Eq. 4, Σ (‖PᵀP - I‖_F² + ‖QQᵀ - I‖_F²); ``"mean"`` is the released code's
+            and PEFT's mean over all P and Q of the un-squared norm.
+    """
+
+    rank: int = attrs.field(default=12, validator=whole(1))
+    alpha: float | None = attrs.field(default=None, validator=attrs.validators.optional(real(0.0, above=True)))
+    init_std: float = attrs.field(default=0.02, validator=real(0.0, above=True))
+    orthogonality: float = attrs.field(default=0.1, validator=real(0.0))
+    orthogonality_norm: Literal["squared", "mean"] = attrs.field(
+        default="squared", validator=one_of(("squared", "mean"))
+    )
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The triplet (λ_i, P_:i, Q_i:)."""
+        return (
+            Part("core", axis=0, core=True),
+            Part("B", axis=1, matrix=True),
+            Part("A", axis=0, matrix=True),
+        )
+
+    @property
+    def components(self) -> int:
+        """r."""
+        return self.rank
+
+    def build(self, target: Target) -> nn.Module:
+        """The layer with P, Λ and Q beside it."""
+        weight = oriented_weight(target.layer)
+        kwargs = {"device": weight.device, "dtype": adapter_dtype(target.layer)}
+        q = nn.Parameter(torch.empty(self.rank, target.d_in, **kwargs).normal_(std=self.init_std))
+        p = nn.Parameter(torch.empty(target.d_out, self.rank, **kwargs).normal_(std=self.init_std))
+        core = nn.Parameter(torch.zeros(self.rank, **kwargs))
+        scaling = 1.0 if self.alpha is None else self.alpha / (self.rank + 1e-5)
+        return LowRank(target.layer, q, p, core=core, scaling=scaling)
+
+    def penalty(self, modules: Sequence[nn.Module]) -> Tensor | None:
+        """γ R(P, Q), a scalar; None when γ is 0."""
+        if self.orthogonality == 0:
+            return None
+        factors = [m.get_parameter("B").t() for m in modules] + [m.get_parameter("A") for m in modules]
+        return self.orthogonality * orthogonality(factors, self.orthogonality_norm)

@@ -1,0 +1,106 @@
+"""Vector-scaled LoRA: ΔW = Λ_b B Λ_d A (VeRA/ELoRA, arXiv 2310.11454, Eq. 2; AFLoRA, arXiv 2403.13269, Eq. 1)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import attrs
+import torch
+from torch import nn
+
+from lrkit.errors import LrkitError
+from lrkit.parameterizations.base import Parameterization, Role, Target
+from lrkit.parameterizations.lowrank import LowRank, adapter_dtype, oriented_weight
+from lrkit.settings import flag, one_of, real, whole
+from lrkit.units import Part
+
+_WHERE: dict[str, tuple[Role, ...]] = {
+    "none": (),
+    "ffn": ("ffn",),
+    "attention": ("attention",),
+    "both": ("attention", "ffn", "other"),
+}
+
+
+@attrs.frozen(kw_only=True)
+class VectorScaled(Parameterization):
+    """ΔW = Λ_b B Λ_d A: vectors d [r] and b [d_out] train throughout, the projection matrices where `train` says so.
+
+    A [r, d_in] and B [d_out, r] are Kaiming-uniform (a = 0), d = `d_init`, b = 0, no scale. On the adapter Λ_d is
+    ``core`` and Λ_b is ``out_scale``. Sources: arXiv 2310.11454, Eq. 2 and section 3.2; arXiv 2403.13269, Eq. 1.
+
+    Args:
+        rank: r.
+        train: whose A and B train: ``"ffn"`` (AFLoRA's choice, its Table 3), ``"attention"``, ``"both"``, or ``"none"``
+            (ELoRA and VeRA: frozen at their random start). Layers are told apart by name.
+        shared: one pair A, B for all layers, cut to each layer's size (VeRA). Only with ``train="none"``.
+        d_init: first value of d.
+    """
+
+    rank: int = attrs.field(default=4, validator=whole(1))
+    train: Literal["ffn", "attention", "both", "none"] = attrs.field(
+        default="both", validator=one_of(("ffn", "attention", "both", "none"))
+    )
+    shared: bool = attrs.field(default=False, validator=flag())
+    d_init: float = attrs.field(default=0.1, validator=real(0.0, above=True))
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse shared matrices that train."""
+        if self.shared and self.train != "none":
+            raise LrkitError(
+                f'VectorScaled(shared=True) has one A and B for all layers: train must be "none", not "{self.train}"'
+            )
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """d, B, A and b; d is the core."""
+        trains = self.train != "none"
+        return (
+            Part("core", axis=0, core=True),
+            Part("B", axis=1, matrix=True, trains=trains),
+            Part("A", axis=0, matrix=True, trains=trains),
+            Part("out_scale"),
+        )
+
+    @property
+    def components(self) -> int:
+        """r."""
+        return self.rank
+
+    def adapt(self, targets: Sequence[Target]) -> dict[str, nn.Module]:
+        """All adapters; with `shared` they hold the same two tensors, as wide as the widest layer."""
+        if self.train in ("ffn", "attention"):
+            unknown = [target.name for target in targets if target.role == "other"]
+            if unknown:
+                raise LrkitError(
+                    f'VectorScaled(train="{self.train}") tells attention from FFN by name, and cannot place '
+                    f'"{unknown[0]}" ({len(unknown)} such layers): use train="both" or "none", or leave it out of targets'
+                )
+        pair = None
+        if self.shared and targets:
+            pair = self._matrices(
+                targets[0], max(target.d_in for target in targets), max(target.d_out for target in targets)
+            )
+        return {target.name: self._adapter(target, pair) for target in targets}
+
+    def build(self, target: Target) -> nn.Module:
+        """The layer with A, B, d and b beside it."""
+        return self._adapter(target, None)
+
+    def _adapter(self, target: Target, pair: tuple[nn.Parameter, nn.Parameter] | None) -> nn.Module:
+        a, b = pair or self._matrices(target, target.d_in, target.d_out)
+        kwargs = {"device": a.device, "dtype": a.dtype}
+        core = nn.Parameter(torch.full((self.rank,), self.d_init, **kwargs))
+        out_scale = nn.Parameter(torch.zeros(target.d_out, **kwargs))
+        trains = target.role in _WHERE[self.train]
+        a.requires_grad_(trains)
+        b.requires_grad_(trains)
+        return LowRank(target.layer, a, b, core=core, out_scale=out_scale)
+
+    def _matrices(self, target: Target, d_in: int, d_out: int) -> tuple[nn.Parameter, nn.Parameter]:
+        weight = oriented_weight(target.layer)
+        dtype = adapter_dtype(target.layer)
+        a = nn.Parameter(torch.empty(self.rank, d_in, device=weight.device, dtype=dtype))
+        b = nn.Parameter(torch.empty(d_out, self.rank, device=weight.device, dtype=dtype))
+        nn.init.kaiming_uniform_(a)
+        nn.init.kaiming_uniform_(b)
+        return a, b

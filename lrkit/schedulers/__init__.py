@@ -1,0 +1,6 @@
+"""Schedulers: how much may be kept at a step."""
+
+from lrkit.schedulers.base import Scheduler
+from lrkit.schedulers.shapes import Constant, Cubic, Linear
+
+__all__ = ["Constant", "Cubic", "Linear", "Scheduler"]

@@ -1,0 +1,36 @@
+"""The built-in schedulers: constant, linear, cubic."""
+
+import attrs
+
+from lrkit.schedulers.base import Scheduler
+
+
+@attrs.frozen(kw_only=True)
+class Constant(Scheduler):
+    """`target` from the first decision on. (One-shot when `interval` is long; the plain baseline for any schedule.)"""
+
+    def decay(self, progress: float) -> float:
+        """0 as soon as the warm-up is over."""
+        return 1.0 if progress <= 0 else 0.0
+
+
+@attrs.frozen(kw_only=True)
+class Linear(Scheduler):
+    """A straight line from `start` to `target`."""
+
+    def decay(self, progress: float) -> float:
+        """1 - u."""
+        return 1.0 - progress
+
+
+@attrs.frozen(kw_only=True)
+class Cubic(Scheduler):
+    """(1 - u)³: quick at first, slow at the end (Zhu and Gupta, arXiv 1710.01878, Eq. 1).
+
+    AdaLoRA's budget (arXiv 2303.10512, Eq. 14) is this one on rank components; AFLoRA's frozen fraction (arXiv
+    2403.13269, section 4) is this one on matrices with target 0, and what is not kept is frozen.
+    """
+
+    def decay(self, progress: float) -> float:
+        """(1 - u)³."""
+        return (1.0 - progress) ** 3

@@ -1,0 +1,112 @@
+"""What became of each layer: rank or frozen state, and the trainable parameters it cost."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+if TYPE_CHECKING:
+    from lrkit.controller import Controller
+
+
+@attrs.frozen
+class LayerSummary:
+    """One adapted layer.
+
+    Args:
+        name: the layer's name.
+        rank: components kept now; None for an adapter without components.
+        initial_rank: components at first.
+        frozen: names of its matrices that have been frozen on the way.
+        start: trainable parameters at first.
+        now: trainable parameters now in effect (frozen tensors and masked components do not count).
+        average: the same, averaged over the steps so far.
+    """
+
+    name: str
+    rank: int | None
+    initial_rank: int | None
+    frozen: tuple[str, ...]
+    start: int
+    now: int
+    average: float
+
+    @property
+    def state(self) -> str:
+        """Rank and frozen matrices in a few characters."""
+        words = []
+        if self.rank is not None:
+            words.append(f"rank {self.rank}/{self.initial_rank}" if self.rank != self.initial_rank else f"rank {self.rank}")
+        if self.frozen:
+            words.append(f"{'+'.join(self.frozen)} frozen")
+        return ", ".join(words) or "-"
+
+
+@attrs.frozen
+class Summary:
+    """All adapted layers, and the head apart."""
+
+    layers: tuple[LayerSummary, ...]
+    head: int
+    step: int
+
+    @property
+    def start(self) -> int:
+        """Trainable adapter parameters at first."""
+        return sum(layer.start for layer in self.layers)
+
+    @property
+    def now(self) -> int:
+        """Trainable adapter parameters now."""
+        return sum(layer.now for layer in self.layers)
+
+    @property
+    def average(self) -> float:
+        """Trainable adapter parameters, averaged over the steps so far."""
+        return sum(layer.average for layer in self.layers)
+
+    def to_plain(self) -> dict[str, Any]:
+        """The same as plain data."""
+        totals = {"start": self.start, "now": self.now, "average": self.average, "head": self.head, "step": self.step}
+        return {"layers": [attrs.asdict(layer) for layer in self.layers], **totals}
+
+    def __str__(self) -> str:
+        """A table."""
+        rows: list[Sequence[str]] = [("layer", "state", "at start", "now", "on average")]
+        rows += [
+            (layer.name, layer.state, f"{layer.start:,}", f"{layer.now:,}", f"{layer.average:,.0f}")
+            for layer in self.layers
+        ]
+        rows.append(("adapters", "", f"{self.start:,}", f"{self.now:,}", f"{self.average:,.0f}"))
+        rows.append(("head", "", f"{self.head:,}", f"{self.head:,}", f"{self.head:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        return "\n".join(
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        )
+
+
+def summarize(controller: "Controller", head: int) -> Summary:
+    """The summary of a run so far."""
+    kept = controller.components_kept()
+    average = controller.parameters_on_average()
+    axes = [part for part in controller.method.parameterization.parts if part.axis is not None]
+    layers = []
+    for name, module in controller.modules.items():
+        rank = initial = None
+        if axes:
+            axis = axes[0].axis
+            assert axis is not None
+            initial = controller.initial_ranks[name]
+            rank = int(kept[name].sum()) if name in kept else axes[0].of(module).shape[axis]
+        frozen = tuple(
+            part.name
+            for part in controller.method.parameterization.parts
+            if part.matrix and controller.trained(part.of(module)) and not part.of(module).requires_grad
+        )
+        layers.append(
+            LayerSummary(
+                name, rank, initial, frozen, controller.starts[name], controller.counts[name], average[name]
+            )
+        )
+    return Summary(tuple(layers), head, controller.step)

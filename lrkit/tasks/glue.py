@@ -1,0 +1,78 @@
+"""GLUE: the tasks' text fields, labels and metrics, and their data from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+
+from lrkit.errors import LrkitError, nearest
+from lrkit.tasks.base import Task
+
+REPOSITORY = "nyu-mll/glue"
+
+
+@attrs.frozen
+class Glue:
+    """One row of GLUE's table. No labels: regression."""
+
+    fields: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    metric: str = "accuracy"
+    validation: str = "validation"  # the split's name on the hub
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+_SENTENCES = ("sentence1", "sentence2")
+_SAME = ("not_equivalent", "equivalent")
+
+# Wang et al. 2019, Table 1; MRPC and QQP have two metrics, of which the papers print accuracy (first).
+GLUE: Mapping[str, Glue] = {
+    "cola": Glue(("sentence",), ("unacceptable", "acceptable"), "matthews"),
+    "sst2": Glue(("sentence",), ("negative", "positive")),
+    "mrpc": Glue(_SENTENCES, _SAME, "accuracy_f1"),
+    "qqp": Glue(("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy_f1"),
+    "stsb": Glue(_SENTENCES, (), "pearson"),
+    "mnli": Glue(
+        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), validation="validation_matched"
+    ),
+    "qnli": Glue(("question", "sentence"), _ENTAILMENT),
+    "rte": Glue(_SENTENCES, _ENTAILMENT),
+    "wnli": Glue(_SENTENCES, ("not_entailment", "entailment")),
+}
+
+
+def load_glue(name: str) -> Task:
+    """A GLUE task from the hub (or from the hub's cache on this machine, if the hub is out of reach).
+
+    Raises:
+        LrkitError: for an unknown name, or if the data cannot be had.
+    """
+    row = GLUE.get(name)
+    if row is None:
+        raise LrkitError(f'unknown GLUE task "{name}"{nearest(name, GLUE)}; there are: {", ".join(GLUE)}')
+    import datasets
+
+    from lrkit import hub
+
+    there = hub.reachable()
+    try:
+        with hub.quiet_datasets(offline=not there):
+            splits = datasets.load_dataset(REPOSITORY, name)
+    except Exception as error:  # the hub, its client, the cache and the data reader each have their own
+        why = "the Hugging Face hub cannot be reached, and it is not in the hub's cache"
+        if there:
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise LrkitError(
+            f"cannot load glue/{name}: {why}; for local files (train.jsonl and validation.jsonl) "
+            "use --data FOLDER"
+        ) from error
+    return Task(
+        name=f"glue/{name}",
+        train=splits["train"],
+        validation=splits[row.validation],
+        fields=row.fields,
+        kind="classification" if row.labels else "regression",
+        labels=row.labels,
+        metric=row.metric,
+    )

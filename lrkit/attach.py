@@ -96,7 +96,7 @@ class Adapted:
         parameterization = method.parameterization
         own = set(parameterization.own_parameters(model))
         head = tuple(f"{name}." for name in self.head)
-        inside_head = [target.name for target in found if target.name.startswith(head)] if head else []
+        inside_head = [target.name for target in found if f"{target.name}.".startswith(head)] if head else []
         if inside_head:
             raise LrkitError(
                 f'"{inside_head[0]}" is both a target and part of the head, which trains in full: leave it out of '
@@ -292,6 +292,7 @@ class Adapted:
             "method": to_plain(self.method),
             "targets": list(self.adapters),
             "head": list(self.head),
+            "ranks": self._controller.ranks(),
             **data,
         }
         return {"meta": copy.deepcopy(meta), "tensors": tensors}
@@ -320,14 +321,21 @@ class Adapted:
         if set(saved) != set(weights):
             odd = sorted(set(saved) ^ set(weights))
             raise LrkitError(f"the state does not fit: {', '.join(odd[:3])} missing or not expected")
+        ranks = meta["ranks"]
+        cut = {name for name, rank in self._controller.ranks().items() if ranks.get(name) != rank}
+        if cut and self._bound is not None:
+            raise LrkitError("the state was compacted, and this run is already bound to an optimizer: load, then bind")
+        expected = self._controller.shapes(ranks)
         for name, tensor in weights.items():
-            if tensor.shape != saved[name].shape:
+            if tensor.shape != expected.get(id(saved[name]), saved[name].shape):
                 raise LrkitError(
                     f"the state does not fit: {name} is {list(tensor.shape)}, here {list(saved[name].shape)}"
                 )
         self._controller.check_state(tensors, meta)
         with torch.no_grad():
             for name, tensor in weights.items():
+                if tensor.shape != saved[name].shape:
+                    saved[name].data = saved[name].new_empty(tensor.shape)
                 saved[name].copy_(tensor)
         self._controller.load_state(tensors, meta)
 
@@ -425,7 +433,7 @@ def _places(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[str
 
 def _meta(state: Mapping[str, Any]) -> dict[str, Any]:
     meta = state.get("meta") if isinstance(state, Mapping) else None
-    needed = {"format", "method", "targets", "head", "step", "total_steps", "policies", "history", "sums"}
+    needed = {"format", "method", "targets", "head", "ranks", "step", "total_steps", "policies", "history", "sums"}
     if not isinstance(meta, dict) or not isinstance(state.get("tensors"), Mapping) or not needed <= set(meta):
         raise LrkitError("this is no state of lrkit (it must be what adapted.state_dict() or adapted.save() gave)")
     if meta["format"] != _FORMAT:

@@ -56,7 +56,7 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping: it has keys alone)
         meta = json.loads(metadata[_KEY])
     except KeyError:
         raise LrkitError(f"{path} is a safetensors file, but not one of lrkit's") from None

@@ -170,7 +170,7 @@ class Controller:
             self.policies.append(PolicyState(index, policy, blocks, len(modules)))
         self.counts = self.parameters_now()
         self.starts = dict(self.counts)
-        self.initial_ranks = {name: self._rank(module) for name, module in modules.items()}
+        self.initial_ranks = self.ranks()
         self._sums = dict.fromkeys(self.counts, 0)
         self._counted = 0
 
@@ -199,9 +199,7 @@ class Controller:
             scheduler, action = state.policy.scheduler, state.policy.action
             number = self.step - 1 + scheduler.first_step
             if not state.ended and scheduler.due(number, total_steps=self.total_steps):
-                budget = scheduler.budget(
-                    number, total_steps=self.total_steps, units=state.units, layers=state.layers
-                )
+                budget = scheduler.budget(number, total_steps=self.total_steps, units=state.units, layers=state.layers)
                 changed |= self._decide(state, budget, optimizer)
                 if number == scheduler.end(self.total_steps):
                     state.end()
@@ -244,6 +242,22 @@ class Controller:
     def trained(self, tensor: Tensor) -> bool:
         """Whether a tensor trained when the run began."""
         return id(tensor) in self._trained
+
+    def ranks(self) -> dict[str, int]:
+        """Layer name to the components it stores, masked ones included."""
+        return {name: self._rank(module) for name, module in self.modules.items()}
+
+    def shapes(self, ranks: Mapping[str, int]) -> dict[int, torch.Size]:
+        """The shapes that component-wise tensors have at other ranks, by the tensor's ``id``."""
+        shapes = {}
+        for name, module in self.modules.items():
+            for part in self.method.parameterization.parts:
+                if part.axis is not None and name in ranks:
+                    tensor = part.of(module)
+                    sizes = list(tensor.shape)
+                    sizes[part.axis] = ranks[name]
+                    shapes[id(tensor)] = torch.Size(sizes)
+        return shapes
 
     def _rank(self, module: nn.Module) -> int:
         """Components that an adapter stores, masked ones included; 0 where it has none."""
@@ -329,7 +343,7 @@ class Controller:
                 shape = tensor.shape
                 for value in (optimizer.state.get(tensor, {}) if optimizer else {}).values():
                     if isinstance(value, Tensor) and value.shape == shape:
-                        value.set_(value.index_select(part.axis, index))
+                        value.data = value.index_select(part.axis, index)
                 tensor.data = tensor.data.index_select(part.axis, index)
                 tensor.grad = None
         for state in self.policies:
@@ -344,7 +358,7 @@ class Controller:
                     torch.cat(pieces),
                 )
         self._count()
-        return {name: self._rank(module) for name, module in self.modules.items()}
+        return self.ranks()
 
     # ---- state ----
 
@@ -386,8 +400,10 @@ class Controller:
                 odd = sorted(given ^ expected)
                 raise LrkitError(f"the state does not fit: {', '.join(odd)} missing or not expected")
             kept = tensors[f"{prefix}.kept"]
-            if kept.dtype != torch.bool or kept.shape != (state.units,):
-                raise LrkitError(f"the state does not fit: {prefix}.kept is not bool [{state.units}]")
+            ranks = data["ranks"]
+            units = sum(ranks[b.name] if b.kind == "component" else b.count for b in state.blocks)
+            if kept.dtype != torch.bool or kept.shape != (units,):
+                raise LrkitError(f"the state does not fit: {prefix}.kept is not bool [{units}]")
 
     def load_state(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Take over a state that `check_state` has passed. The adapters' tensors must be loaded before."""
@@ -398,6 +414,9 @@ class Controller:
             Decision(**{**d, "lost": tuple(d["lost"]), "returned": tuple(d["returned"])}) for d in data["history"]
         ]
         for state, saved in zip(self.policies, data["policies"], strict=True):
+            if state.kept.shape != tensors[f"policy.{state.index}.kept"].shape:
+                blocks = [attrs.evolve(b, count=data["ranks"][b.name]) for b in state.blocks]
+                state.rebuild(blocks, tensors[f"policy.{state.index}.kept"].to(state.kept.device))
             state.kept = tensors[f"policy.{state.index}.kept"].to(state.kept.device, copy=True)
             state.observations, state.ended = saved["observations"], saved["ended"]
             # Only what the loaded tensors do not hold is made again; a mask is never applied a second time, since λ may

@@ -1,5 +1,7 @@
-"""The hooks of lrkit. A plug-in is a distribution with an entry point in the group ``lrkit``, whose module has functions
-of these names marked with ``@lrkit.hookimpl``. Each hook returns what the plug-in offers, by registered name.
+"""The hooks of lrkit.
+
+A plug-in is a distribution with an entry point in the group ``lrkit``, whose module has functions of these names marked
+with ``@lrkit.hookimpl``. Each hook returns what the plug-in offers, by registered name.
 """
 
 from collections.abc import Mapping

@@ -126,9 +126,7 @@ class Layout:
     def move(self, flat: Tensor, old: "Layout") -> Tensor:
         """A flat tensor over `old`'s live entries, put into this layout's order. Entries new here are zero."""
         where = old.slices()
-        pieces = [
-            flat[where[id(p)]] if id(p) in where else flat.new_zeros(p.numel()) for p in self.live
-        ]
+        pieces = [flat[where[id(p)]] if id(p) in where else flat.new_zeros(p.numel()) for p in self.live]
         return torch.cat(pieces) if pieces else flat.new_zeros(0)
 
     def slices(self) -> dict[int, slice]:

@@ -10,7 +10,7 @@ data (JSON, TOML) and back by registered names; it has no name itself, since aft
 
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 import attrs
@@ -34,9 +34,7 @@ def _is_a(base: type, *, optional: bool = False) -> Any:
         if isinstance(value, base) or (optional and value is None):
             return
         hint = f" (an instance: write {value.__name__}())" if isinstance(value, type) else ""
-        raise LrkitError(
-            f"{type(instance).__name__}.{attribute.name} must be a {base.__name__}, not {value!r}{hint}"
-        )
+        raise LrkitError(f"{type(instance).__name__}.{attribute.name} must be a {base.__name__}, not {value!r}{hint}")
 
     return check
 
@@ -82,6 +80,10 @@ class Policy:
         return None
 
 
+def _as_tuple(policies: Iterable[Policy]) -> tuple[Policy, ...]:
+    return (policies,) if isinstance(policies, Policy) else tuple(policies)
+
+
 @attrs.frozen(kw_only=True)
 class Method:
     """A parameterization and its policies.
@@ -102,7 +104,7 @@ class Method:
     metric: Metric | None = attrs.field(default=None, validator=_is_a(Metric, optional=True))
     scheduler: Scheduler | None = attrs.field(default=None, validator=_is_a(Scheduler, optional=True))
     action: Action | None = attrs.field(default=None, validator=_is_a(Action, optional=True))
-    also: tuple[Policy, ...] = attrs.field(default=(), converter=tuple)
+    also: tuple[Policy, ...] = attrs.field(default=(), converter=_as_tuple)
 
     def __attrs_post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -184,7 +186,7 @@ def from_plain(plain: Mapping[str, Any], registry: "Registry | None" = None) -> 
         if empty:
             raise LrkitError(f"{where} lacks {' and '.join(empty)}")
         policies.append(Policy(**built))
-    return Method(**parts, also=policies)
+    return Method(**parts, also=tuple(policies))
 
 
 def _component(registry: "Registry", kind: "Kind", plain: Any, where: str) -> Any:
@@ -195,13 +197,26 @@ def _component(registry: "Registry", kind: "Kind", plain: Any, where: str) -> An
     if not isinstance(plain, Mapping) or "name" not in plain:
         raise LrkitError(f"{where} must be a name, or a table with a name and settings, not {plain!r}")
     cls = registry.get(kind, plain["name"])
-    settings = {key: value for key, value in plain.items() if key != "name"}
+    return cls(**check_settings(cls, {key: value for key, value in plain.items() if key != "name"}, where))
+
+
+def check_settings(cls: type, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings for an attrs class as its annotations have them, exactly: no string becomes a number.
+
+    Raises:
+        LrkitError: a setting that the class has not (with the nearest one), or of another type.
+    """
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in attrs.fields(cls)]
-    _no_others(settings, names, where)
-    for key, value in settings.items():
-        settings[key] = _typed(value, hints[key], f"{where}.{key}")
-    return cls(**settings)
+    _no_others(settings, [field.name for field in attrs.fields(cls)], where)
+    return {key: _typed(value, hints[key], f"{where}.{key}") for key, value in settings.items()}
+
+
+def check_arguments(factory: Any, arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Keyword arguments for a method's function as its annotations have them. Raises LrkitError like `check_settings`."""
+    hints = typing.get_type_hints(factory)
+    return {
+        key: _typed(value, hints[key], f"{where} {key}") if key in hints else value for key, value in arguments.items()
+    }
 
 
 def _no_others(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
@@ -245,6 +260,14 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    try:
+        _typed(value, hint, "")
+    except LrkitError:
+        return False
+    return True
+
+
 def with_setting(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
     """Plain data of a method with one setting changed: ``with_setting(plain, "parameterization.rank", 8)``.
 
@@ -258,12 +281,13 @@ def with_setting(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, A
     """
     owner, _, key = path.rpartition(".")
     copy, node = _descend(plain, owner, path)
-    if not isinstance(node, dict) or key == "name" or key not in node:
-        known = [name for name in node if name != "name"] if isinstance(node, dict) else []
-        where = owner or "a method"
-        raise LrkitError(
-            f'{where} has no setting "{key}"{nearest(key, known)}; there are {", ".join(known) or "none"}'
-        )
+    known = [name for name in node if name != "name"] if isinstance(node, dict) else []
+    if key not in known or (not owner and key in (*FIELDS, "also")):
+        leaves = [leaf for leaf in _leaves(plain) if not leaf.endswith(".name")]
+        same = [leaf for leaf in leaves if leaf.rpartition(".")[2] == key]
+        hint = f" (did you mean {' or '.join(same)}?)" if same else nearest(path, leaves)
+        there = f"; {owner} has {', '.join(known) or 'none'}" if owner else ""
+        raise LrkitError(f'no setting "{path}"{hint}{there}')
     node[key] = value
     return copy
 
@@ -294,9 +318,11 @@ def with_component(
     if name is None:
         node[kind] = None
         return copy
-    fields = {field.name for field in attrs.fields(registry.get(typing.cast("Kind", kind), name))}
-    old = node.get(kind) or {}
-    node[kind] = {"name": name, **{key: value for key, value in old.items() if key in fields}}
+    cls = registry.get(kind, name)
+    hints = typing.get_type_hints(cls)
+    fields = {field.name for field in attrs.fields(cls)}
+    shared = {key: value for key, value in (node.get(kind) or {}).items() if key in fields}
+    node[kind] = {"name": name, **{key: value for key, value in shared.items() if _fits(value, hints[key])}}
     return copy
 
 
@@ -313,6 +339,14 @@ def _descend(plain: Mapping[str, Any], owner: str, path: str) -> tuple[dict[str,
             listed = ", ".join(known) or "nothing"
             raise LrkitError(f'nothing at "{path}": no "{name}"{nearest(name, known)} (there is {listed})')
     return copy, node
+
+
+def _leaves(value: Any, path: str = "") -> list[str]:
+    if isinstance(value, Mapping):
+        return [leaf for key, item in value.items() for leaf in _leaves(item, f"{path}.{key}" if path else key)]
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return [leaf for i, item in enumerate(value) for leaf in _leaves(item, f"{path}.{i}" if path else str(i))]
+    return [path]
 
 
 def _deep(value: Any) -> Any:

@@ -31,9 +31,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 def load_model(spec: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The pretrained model with a new head for `task`, and its tokenizer. See `load_model_from`."""
     names = dict(enumerate(task.labels)) if task.labels else None
-    return load_model_from(
-        spec, num_labels=task.num_labels, problem_type=task.problem_type, label_names=names
-    )
+    return load_model_from(spec, num_labels=task.num_labels, problem_type=task.problem_type, label_names=names)
 
 
 def load_model_from(
@@ -87,9 +85,7 @@ def load_model_from(
         )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise LrkitError(
-                f'model "{spec}": its tokenizer has neither a pad token nor an end token to pad with'
-            )
+            raise LrkitError(f'model "{spec}": its tokenizer has neither a pad token nor an end token to pad with')
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -157,9 +153,7 @@ def _resolve(spec: str, also: tuple[str, ...] = ()) -> tuple[str, bool]:
     if spec == MINILM:
         return str(minilm_folder()), True
     if spec in shipped_configs() and spec not in also:
-        raise LrkitError(
-            f'model "{spec}" ships as a config only, for counting: give a folder or a hub id with weights'
-        )
+        raise LrkitError(f'model "{spec}" ships as a config only, for counting: give a folder or a hub id with weights')
     hint = nearest(spec, (MINILM, *also))
     if not HUB_ID.fullmatch(spec):
         raise LrkitError(f'model "{spec}": no such folder{hint}; give "{MINILM}", a folder or a hub id')

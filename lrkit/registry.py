@@ -17,14 +17,14 @@ import attrs
 import pluggy
 
 from lrkit import hookspecs
-from lrkit.errors import LrkitError, nearest
+from lrkit.errors import LrkitError, LrkitWarning, nearest
 
 Kind = Literal["parameterization", "metric", "scheduler", "action", "method", "task", "executor"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 GROUP = "lrkit"
 
 
-class PluginWarning(UserWarning):
+class PluginWarning(LrkitWarning):
     """A plug-in could not be used."""
 
 
@@ -82,9 +82,7 @@ class Registry:
         discover: load the installed entry points too.
     """
 
-    def __init__(
-        self, plugins: Iterable[tuple[str, str, object]] = (), *, discover: bool = True
-    ) -> None:
+    def __init__(self, plugins: Iterable[tuple[str, str, object]] = (), *, discover: bool = True) -> None:
         from lrkit import __version__, builtin_plugin
 
         self._manager = pluggy.PluginManager(GROUP)

@@ -36,7 +36,9 @@ class LayerSummary:
         """Rank and frozen matrices in a few characters."""
         words = []
         if self.rank is not None:
-            words.append(f"rank {self.rank}/{self.initial_rank}" if self.rank != self.initial_rank else f"rank {self.rank}")
+            words.append(
+                f"rank {self.rank}/{self.initial_rank}" if self.rank != self.initial_rank else f"rank {self.rank}"
+            )
         if self.frozen:
             words.append(f"{'+'.join(self.frozen)} frozen")
         return ", ".join(words) or "-"
@@ -105,8 +107,6 @@ def summarize(controller: "Controller", head: int) -> Summary:
             if part.matrix and controller.trained(part.of(module)) and not part.of(module).requires_grad
         )
         layers.append(
-            LayerSummary(
-                name, rank, initial, frozen, controller.starts[name], controller.counts[name], average[name]
-            )
+            LayerSummary(name, rank, initial, frozen, controller.starts[name], controller.counts[name], average[name])
         )
     return Summary(tuple(layers), head, controller.step)

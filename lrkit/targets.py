@@ -12,12 +12,17 @@ from lrkit.parameterizations.lowrank import layer_shape
 # Whole components of a layer's path inside its block, never substrings. Attention first: BERT's attention output is
 # "attention.output.dense", its FFN output "output.dense".
 _ATTENTION = frozenset(
-    "attention attn self_attn self_attention crossattention cross_attn encoder_attn SelfAttention EncDecAttention "
-    "selfattention q_lin k_lin v_lin out_lin".split()
+    (
+        *("attention", "attn", "self_attn", "self_attention", "crossattention", "cross_attn", "encoder_attn"),
+        *("SelfAttention", "EncDecAttention", "selfattention", "q_lin", "k_lin", "v_lin", "out_lin"),
+    )
 )
 _FFN = frozenset(
-    "mlp ffn intermediate output feed_forward feedforward DenseReluDense fc1 fc2 linear1 linear2 ffn_output "
-    "dense_h_to_4h dense_4h_to_h gate_proj up_proj down_proj wi wo block_sparse_moe experts".split()
+    (
+        *("mlp", "ffn", "intermediate", "output", "feed_forward", "feedforward", "DenseReluDense", "ffn_output"),
+        *("fc1", "fc2", "linear1", "linear2", "dense_h_to_4h", "dense_4h_to_h", "gate_proj", "up_proj", "down_proj"),
+        *("wi", "wo", "block_sparse_moe", "experts"),
+    )
 )
 _HEADS = ("classifier", "score", "head", "classification_head", "qa_outputs")
 
@@ -107,9 +112,7 @@ def _no_suffix(model: nn.Module, suffix: str, layers: dict[str, nn.Module]) -> s
     if others:
         return f'target "{suffix}" is a {type(others[0]).__name__}: adapters take nn.Linear and Conv1D layers'
     endings = {name.rsplit(".", 1)[-1] for name in layers}
-    return (
-        f'target "{suffix}" matches no layer of {type(model).__name__}{nearest(suffix, endings)}; it has {_some(layers)}'
-    )
+    return f'target "{suffix}" matches no layer of {type(model).__name__}{nearest(suffix, endings)}; it has {_some(layers)}'
 
 
 def _some(layers: dict[str, nn.Module]) -> str:
@@ -158,4 +161,5 @@ def _auto_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
         parameters = list(child.parameters())
         if parameters and not all(id(p) in inside for p in parameters):
             head.append(name)
-    return [name for name in poolers if not any(name.startswith(f"{h}.") for h in head)] + head
+    inner = [name for name in poolers if name not in head and not name.startswith(tuple(f"{h}." for h in head))]
+    return inner + head

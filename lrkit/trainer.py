@@ -14,7 +14,7 @@ from lrkit.attach import Adapted
 from lrkit.errors import LrkitError
 
 
-class AdaptCallback(TrainerCallback):  # type: ignore[misc]
+class AdaptCallback(TrainerCallback):
     """Runs an adapted model's method in a Trainer: ``Trainer(..., callbacks=[AdaptCallback(adapted)])``.
 
     It binds the method to the Trainer's optimizer, adds the penalty to the model's loss while training (and only then),
@@ -78,9 +78,7 @@ class AdaptCallback(TrainerCallback):  # type: ignore[misc]
             f"{' or '.join(str(folder) for folder in tried)}: give AdaptCallback(adapted, resume_from=FOLDER)"
         )
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write everything adaptive into the checkpoint folder."""
         if state.is_world_process_zero:
             self.adapted.save(Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

@@ -33,9 +33,7 @@ class Action(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def apply(
-        self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None
-    ) -> None:
+    def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         """Carry out a decision.
 
         Args:
@@ -46,8 +44,8 @@ class Action(abc.ABC):
 
     def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
         """After every optimizer step once the last decision is taken: keep its effect up."""
-        return None
+        return
 
     def restore(self, blocks: Sequence[Block], kept: Tensor) -> None:
         """After a state was loaded: make again what the loaded tensors do not hold."""
-        return None
+        return

@@ -40,9 +40,7 @@ class Freeze(Action):
             return "freezing acts on projection matrices that train, and this parameterization has none"
         return None
 
-    def apply(
-        self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None
-    ) -> None:
+    def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         """Freeze what is not kept."""
         for block, keep in zip(blocks, kept.tolist(), strict=True):
             if keep:

@@ -34,9 +34,7 @@ class Prune(Action):
         return None
 
     @torch.no_grad()
-    def apply(
-        self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None
-    ) -> None:
+    def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         """Zero the core value of every component that is not kept."""
         cores: list[Tensor] = [block.core for block in blocks]
         masks = [mask.to(core) for mask, core in zip(split(kept, blocks), cores, strict=True)]

@@ -42,6 +42,7 @@ class Metric(abc.ABC):
             state: one tensor [N] for each name in `buffers`.
             step: how many steps have been observed, this one included: 1, 2, ...
         """
+        return
 
     @abc.abstractmethod
     def score(self, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:

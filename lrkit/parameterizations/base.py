@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import attrs
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ class Parameterization(abc.ABC):
 
     A subclass says of which `parts` an adapter consists, and builds the module that takes a layer's place.
     """
+
+    learning_rate: ClassVar[float] = 1e-3
+    """A peak rate for AdamW at which it is known to train, used by ``lrkit run`` where none is given."""
 
     @property
     @abc.abstractmethod

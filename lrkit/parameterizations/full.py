@@ -1,6 +1,7 @@
 """Full fine-tuning: every parameter of the model trains, and ΔW is not factored at all."""
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import attrs
 from torch import nn
@@ -16,6 +17,8 @@ class Full(Parameterization):
     The baseline of every table. The targets say which weights an action may act on, so that freezing whole layers
     adaptively is ``attrs.evolve(lrkit.methods.full(), metric=..., scheduler=..., action=lrkit.actions.Freeze())``.
     """
+
+    learning_rate: ClassVar[float] = 5e-5
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -1,13 +1,13 @@
 """LoRA: ΔW = (α/r) B A (Hu et al., arXiv 2106.09685, section 4.1)."""
 
 import math
+from typing import ClassVar
 
 import attrs
-import torch
 from torch import nn
 
 from lrkit.parameterizations.base import Parameterization, Target
-from lrkit.parameterizations.lowrank import LowRank, adapter_dtype, oriented_weight
+from lrkit.parameterizations.lowrank import LowRank, new_factor
 from lrkit.settings import real, whole
 from lrkit.units import Part
 
@@ -25,6 +25,8 @@ class LoRA(Parameterization):
         dropout: probability of dropping an entry of the adapter's input while training.
     """
 
+    learning_rate: ClassVar[float] = 1e-3
+
     rank: int = attrs.field(default=8, validator=whole(1))
     alpha: float = attrs.field(default=16.0, validator=real(0.0, above=True))
     dropout: float = attrs.field(default=0.0, validator=real(0.0, 1.0, below=True))
@@ -41,9 +43,8 @@ class LoRA(Parameterization):
 
     def build(self, target: Target) -> nn.Module:
         """The layer with A and B beside it."""
-        weight = oriented_weight(target.layer)
-        kwargs = {"device": weight.device, "dtype": adapter_dtype(target.layer)}
-        a = nn.Parameter(torch.empty(self.rank, target.d_in, **kwargs))
+        a = new_factor(target.layer, self.rank, target.d_in)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        b = nn.Parameter(torch.zeros(target.d_out, self.rank, **kwargs))
+        b = new_factor(target.layer, target.d_out, self.rank)
+        nn.init.zeros_(b)
         return LowRank(target.layer, a, b, scaling=self.alpha / self.rank, dropout=self.dropout)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import flop_registry
 
 from lrkit.errors import LrkitError
 
@@ -44,6 +45,10 @@ def oriented_weight(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.t() if _is_conv1d(layer) else weight
+
+
+# torch's FLOP counter knows addmm, but not addmm_: what is done in place would not be counted.
+flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -130,7 +135,7 @@ def low_rank_linear(
     Returns:
         y [..., d_out]. All tensors must share one dtype.
     """
-    y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, core, out_scale, scaling)
+    y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, core, out_scale, scaling)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -285,7 +290,11 @@ class LowRank(nn.Module):
         return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}, scaling={self.scaling:g}"
 
 
-def adapter_dtype(layer: nn.Module) -> torch.dtype:
-    """The dtype of adapters on a layer: at least float32, so that small updates are not lost in a half-precision base."""
-    dtype = oriented_weight(layer).dtype
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+def new_factor(layer: nn.Module, *shape: int) -> nn.Parameter:
+    """An uninitialised parameter beside a layer, on its device.
+
+    At least float32: beside a half-precision base, small updates would be lost in the base's dtype.
+    """
+    weight = oriented_weight(layer)
+    dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+    return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))

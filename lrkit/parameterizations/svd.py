@@ -1,15 +1,14 @@
 """The SVD form of AdaLoRA: ΔW = P Λ Q with an orthogonality penalty (Zhang et al., arXiv 2303.10512, section 3.1)."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import attrs
-import torch
 from torch import Tensor, nn
 
 from lrkit.orthogonality import orthogonality
 from lrkit.parameterizations.base import Parameterization, Target
-from lrkit.parameterizations.lowrank import LowRank, adapter_dtype, oriented_weight
+from lrkit.parameterizations.lowrank import LowRank, new_factor
 from lrkit.settings import one_of, real, whole
 from lrkit.units import Part
 
@@ -30,6 +29,8 @@ class SVD(Parameterization):
         orthogonality_norm: ``"squared"`` is Eq. 4, Σ (‖PᵀP - I‖_F² + ‖QQᵀ - I‖_F²); ``"mean"`` is the released code's
             and PEFT's mean over all P and Q of the un-squared norm.
     """
+
+    learning_rate: ClassVar[float] = 3e-3
 
     rank: int = attrs.field(default=12, validator=whole(1))
     alpha: float | None = attrs.field(default=None, validator=attrs.validators.optional(real(0.0, above=True)))
@@ -55,11 +56,12 @@ class SVD(Parameterization):
 
     def build(self, target: Target) -> nn.Module:
         """The layer with P, Λ and Q beside it."""
-        weight = oriented_weight(target.layer)
-        kwargs = {"device": weight.device, "dtype": adapter_dtype(target.layer)}
-        q = nn.Parameter(torch.empty(self.rank, target.d_in, **kwargs).normal_(std=self.init_std))
-        p = nn.Parameter(torch.empty(target.d_out, self.rank, **kwargs).normal_(std=self.init_std))
-        core = nn.Parameter(torch.zeros(self.rank, **kwargs))
+        q = new_factor(target.layer, self.rank, target.d_in)
+        nn.init.normal_(q, std=self.init_std)
+        p = new_factor(target.layer, target.d_out, self.rank)
+        nn.init.normal_(p, std=self.init_std)
+        core = new_factor(target.layer, self.rank)
+        nn.init.zeros_(core)
         scaling = 1.0 if self.alpha is None else self.alpha / (self.rank + 1e-5)
         return LowRank(target.layer, q, p, core=core, scaling=scaling)
 

@@ -1,15 +1,14 @@
 """Vector-scaled LoRA: ΔW = Λ_b B Λ_d A (VeRA/ELoRA, arXiv 2310.11454, Eq. 2; AFLoRA, arXiv 2403.13269, Eq. 1)."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import attrs
-import torch
 from torch import nn
 
 from lrkit.errors import LrkitError
 from lrkit.parameterizations.base import Parameterization, Role, Target
-from lrkit.parameterizations.lowrank import LowRank, adapter_dtype, oriented_weight
+from lrkit.parameterizations.lowrank import LowRank, new_factor
 from lrkit.settings import flag, one_of, real, whole
 from lrkit.units import Part
 
@@ -35,6 +34,8 @@ class VectorScaled(Parameterization):
         shared: one pair A, B for all layers, cut to each layer's size (VeRA). Only with ``train="none"``.
         d_init: first value of d.
     """
+
+    learning_rate: ClassVar[float] = 5e-3
 
     rank: int = attrs.field(default=4, validator=whole(1))
     train: Literal["ffn", "attention", "both", "none"] = attrs.field(
@@ -88,19 +89,18 @@ class VectorScaled(Parameterization):
 
     def _adapter(self, target: Target, pair: tuple[nn.Parameter, nn.Parameter] | None) -> nn.Module:
         a, b = pair or self._matrices(target, target.d_in, target.d_out)
-        kwargs = {"device": a.device, "dtype": a.dtype}
-        core = nn.Parameter(torch.full((self.rank,), self.d_init, **kwargs))
-        out_scale = nn.Parameter(torch.zeros(target.d_out, **kwargs))
+        core = new_factor(target.layer, self.rank)
+        nn.init.constant_(core, self.d_init)
+        out_scale = new_factor(target.layer, target.d_out)
+        nn.init.zeros_(out_scale)
         trains = target.role in _WHERE[self.train]
         a.requires_grad_(trains)
         b.requires_grad_(trains)
         return LowRank(target.layer, a, b, core=core, out_scale=out_scale)
 
     def _matrices(self, target: Target, d_in: int, d_out: int) -> tuple[nn.Parameter, nn.Parameter]:
-        weight = oriented_weight(target.layer)
-        dtype = adapter_dtype(target.layer)
-        a = nn.Parameter(torch.empty(self.rank, d_in, device=weight.device, dtype=dtype))
-        b = nn.Parameter(torch.empty(d_out, self.rank, device=weight.device, dtype=dtype))
+        a = new_factor(target.layer, self.rank, d_in)
+        b = new_factor(target.layer, d_out, self.rank)
         nn.init.kaiming_uniform_(a)
         nn.init.kaiming_uniform_(b)
         return a, b

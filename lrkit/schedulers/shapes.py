@@ -7,7 +7,7 @@ from lrkit.schedulers.base import Scheduler
 
 @attrs.frozen(kw_only=True)
 class Constant(Scheduler):
-    """`target` from the first decision on. (One-shot when `interval` is long; the plain baseline for any schedule.)"""
+    """`target` from the first decision on: the plain baseline for any schedule."""
 
     def decay(self, progress: float) -> float:
         """0 as soon as the warm-up is over."""

@@ -68,14 +68,8 @@ def load_task(
     loaders = TASKS if tasks is None else tasks
     name, slash, rest = (DEFAULT if spec is None else spec).partition("/")
     if name not in loaders:
-        hint = (
-            f' (did you mean "glue/{name}"?)'
-            if "glue" in loaders and name in GLUE
-            else nearest(name, loaders)
-        )
-        raise LrkitError(
-            f'unknown task "{spec}"{hint}; there are: {", ".join(sorted(loaders))}; or --data FOLDER'
-        )
+        hint = f' (did you mean "glue/{name}"?)' if "glue" in loaders and name in GLUE else nearest(name, loaders)
+        raise LrkitError(f'unknown task "{spec}"{hint}; there are: {", ".join(sorted(loaders))}; or --data FOLDER')
     return loaders[name](rest if slash else None)
 
 

@@ -76,9 +76,7 @@ REGRESSION_METRICS = frozenset({"pearson"})
 def check_metric(metric: str) -> None:
     """Raise LrkitError unless `metric` is a name in `METRICS`."""
     if metric not in METRICS:
-        raise LrkitError(
-            f'unknown metric "{metric}"{nearest(metric, METRICS)}; there are: {", ".join(METRICS)}'
-        )
+        raise LrkitError(f'unknown metric "{metric}"{nearest(metric, METRICS)}; there are: {", ".join(METRICS)}')
 
 
 def _strings(values: Iterable[str]) -> tuple[str, ...]:
@@ -129,9 +127,7 @@ class Task:
         for split, rows in (("train", self.train), ("validation", self.validation)):
             absent = [c for c in (*self.fields, "label") if c not in rows.column_names]
             if absent:
-                raise LrkitError(
-                    f'{where}: {split} has no column "{absent[0]}", only {", ".join(rows.column_names)}'
-                )
+                raise LrkitError(f'{where}: {split} has no column "{absent[0]}", only {", ".join(rows.column_names)}')
             if not len(rows):
                 raise LrkitError(f"{where}: {split} has no rows")
 
@@ -206,9 +202,7 @@ class Task:
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
             texts = [list(batch[field]) for field in self.fields]
-            encoded: dict[str, Any] = dict(
-                tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
-            )
+            encoded: dict[str, Any] = dict(tokenizer(*texts, truncation=True, max_length=max_length, padding=False))
             return encoded | {"labels": batch["label"]}
 
         def split(rows: datasets.Dataset) -> datasets.Dataset:

@@ -164,9 +164,7 @@ def _check(file: Path, row: _Row, fields: tuple[str, ...]) -> None:
         raise LrkitError(f"{where}: label is {_show(label)}, not a finite number")
 
 
-def _classes(
-    train_file: Path, train: list[_Row], validation_file: Path, validation: list[_Row]
-) -> tuple[str, ...]:
+def _classes(train_file: Path, train: list[_Row], validation_file: Path, validation: list[_Row]) -> tuple[str, ...]:
     """The classes' names: "0", "1", ... up to the largest label in training."""
     first: dict[int, int] = {}  # label -> the line it is first seen at
     for row in train:

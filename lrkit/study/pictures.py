@@ -1,0 +1,187 @@
+"""Pictures of runs: final rank by layer and module, when each matrix froze, budget planned and kept over time."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from lrkit.study.run import Result
+
+_INK = "#3d3d3a"
+
+
+def grid_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Layer names to (module, block): the last number in a name is the block, the rest behind it the module."""
+    places = {}
+    for name in names:
+        match = re.match(r"(?:.*\.)?(\d+)\.(.+)$", name)
+        places[name] = (match.group(2), int(match.group(1))) if match else (name, 0)
+    return places
+
+
+def draw(results: Mapping[str, "Result"], folder: Path) -> list[Path]:
+    """Draw what there is to draw.
+
+    Args:
+        results: runs by label.
+        folder: where the PNG files go; it must exist.
+
+    Returns:
+        The files: ``ranks.png`` (runs that ranked components), ``freezing.png`` (runs that froze matrices) and
+        ``budget.png`` (runs with a policy); a file nothing belongs in is left out.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(
+        {
+            "figure.dpi": 140,
+            "font.size": 9,
+            "axes.titlesize": 10,
+            "axes.titleweight": "bold",
+            "axes.edgecolor": "#b8b6ad",
+            "axes.labelcolor": _INK,
+            "xtick.color": _INK,
+            "ytick.color": _INK,
+            "text.color": _INK,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    ):
+        drawn = [_ranks(results, folder), _freezing(results, folder), _budget(results, folder)]
+    return [path for path in drawn if path is not None]
+
+
+def _figure(rows: int, width: float, height: float) -> tuple[Any, list["Axes"]]:
+    # Not pyplot: it keeps global state, and wants a display's backend.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, 1, squeeze=False)
+    return figure, [axes[i][0] for i in range(rows)]
+
+
+def _ranks(results: Mapping[str, "Result"], folder: Path) -> Path | None:
+    pruned = {label: r for label, r in results.items() if any(x.rank != x.initial_rank for x in r.summary.layers)}
+    if not pruned:
+        return None
+    cells = {
+        label: {layer.name: (layer.rank or 0, layer.initial_rank or 0) for layer in result.summary.layers}
+        for label, result in pruned.items()
+    }
+    top = max(initial for table in cells.values() for _, initial in table.values())
+    return _heat_maps(
+        folder / "ranks.png",
+        {
+            f"{label}: rank kept of {max(i for _, i in table.values())} (mean {_mean(table):.1f})": {
+                name: (float(rank), str(rank)) for name, (rank, _) in table.items()
+            }
+            for label, table in cells.items()
+        },
+        top=float(top),
+        label="rank in the end",
+        colours="YlGnBu",
+    )
+
+
+def _mean(table: Mapping[str, tuple[int, int]]) -> float:
+    return sum(rank for rank, _ in table.values()) / len(table)
+
+
+def _freezing(results: Mapping[str, "Result"], folder: Path) -> Path | None:
+    tables = {}
+    for label, result in results.items():
+        frozen = {name for layer in result.summary.layers for name in _matrices(layer.name, layer.frozen)}
+        if not frozen:
+            continue
+        when = {name: d.step for d in result.history for name in d.lost}
+        table: dict[str, tuple[float, str]] = {}
+        for name in sorted(frozen):
+            # Matrices that froze together stand in the history by their layer's name.
+            step = when.get(name, when.get(name.rpartition(".")[0], 0))
+            table[name] = (float(step), str(step))
+        tables[f"{label}: step at which each matrix froze (of {result.steps})"] = table
+    if not tables:
+        return None
+    top = max(value for table in tables.values() for value, _ in table.values())
+    return _heat_maps(folder / "freezing.png", tables, top=top, label="optimizer step", colours="YlOrBr")
+
+
+def _matrices(layer: str, frozen: Sequence[str]) -> list[str]:
+    return [f"{layer}.{matrix}" for matrix in frozen]
+
+
+def _heat_maps(
+    path: Path, tables: Mapping[str, Mapping[str, tuple[float, str]]], *, top: float, label: str, colours: str
+) -> Path:
+    import numpy as np
+
+    places = {title: grid_of(list(table)) for title, table in tables.items()}
+    rows = {title: _in_order(place) for title, place in places.items()}
+    columns = max(block for place in places.values() for _, block in place.values()) + 1
+    height = sum(0.30 * len(r) + 0.75 for r in rows.values()) + 0.3
+    figure, axes = _figure(len(tables), max(5.2, 2.8 + 0.5 * columns), height)
+    image = None
+    for axis, (title, table) in zip(axes, tables.items(), strict=True):
+        values = np.full((len(rows[title]), columns), np.nan)
+        for name, (value, text) in table.items():
+            module, block = places[title][name]
+            row = rows[title].index(module)
+            values[row, block] = value
+            dark = value > 0.6 * top
+            axis.text(block, row, text, ha="center", va="center", fontsize=8, color="white" if dark else _INK)
+        image = axis.imshow(values, aspect="auto", cmap=colours, vmin=0, vmax=top)
+        axis.set_title(title, loc="left")
+        axis.set_yticks(range(len(rows[title])), rows[title])
+        axis.set_xticks(range(columns))
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        axis.set_xticks(np.arange(-0.5, columns), minor=True)
+        axis.set_yticks(np.arange(-0.5, len(rows[title])), minor=True)
+        axis.grid(which="minor", color="white", linewidth=1.5)
+        axis.tick_params(which="minor", length=0)
+    axes[-1].set_xlabel("transformer block")
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8, pad=0.02)
+    figure.savefig(path)
+    return path
+
+
+def _in_order(places: Mapping[str, tuple[str, int]]) -> list[str]:
+    return list(dict.fromkeys(module for module, _ in places.values()))
+
+
+def _budget(results: Mapping[str, "Result"], folder: Path) -> Path | None:
+    curves = {}
+    for label, result in results.items():
+        indices = sorted({d.policy for d in result.history})
+        for index in indices:
+            name = label if len(indices) == 1 else f"{label}, policy {index}"
+            curves[name] = [d for d in result.history if d.policy == index], result
+    if not curves:
+        return None
+    figure, axes = _figure(len(curves), 6.4, 1.75 * len(curves) + 0.5)
+    for axis, (label, (decisions, result)) in zip(axes, curves.items(), strict=True):
+        units = decisions[0].units
+        steps = [0, *(d.step for d in decisions), result.steps]
+        planned = [units, *(d.budget for d in decisions), decisions[-1].budget]
+        kept = [units, *(d.kept for d in decisions), decisions[-1].kept]
+        axis.step(steps, planned, where="post", color="#b8b6ad", linewidth=4, label="planned")
+        axis.step(steps, kept, where="post", color="#0b6e99", linewidth=1.5, label="kept")
+        back = [(d.step, d.kept) for d in decisions if d.returned]
+        if back:
+            axis.plot(
+                [s for s, _ in back], [k for _, k in back], "|", color="#d9730d", markersize=7, label="units came back"
+            )
+        axis.set_title(f"{label}: {units} units", loc="left")
+        axis.set_ylim(0, units * 1.06)
+        axis.set_xlim(0, result.steps)
+        axis.set_ylabel("units kept")
+    axes[0].legend(frameon=False, fontsize=8, loc="upper right")
+    axes[-1].set_xlabel("optimizer step")
+    path = folder / "budget.png"
+    figure.savefig(path)
+    return path

@@ -1,0 +1,194 @@
+"""The fused low-rank path against the formula in float64, and against the readable path: values and all gradients."""
+
+import models
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+import lrkit
+from lrkit.parameterizations import LowRank, low_rank_linear
+
+TENSORS = ("x", "w", "bias", "a", "b", "core", "out_scale")
+
+
+def draw(n, d_in, d_out, r, seed, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"x": (n, d_in), "w": (d_out, d_in), "bias": (d_out,), "a": (r, d_in), "b": (d_out, r)}
+    shapes |= {"core": (r,), "out_scale": (d_out,)}
+    return {k: torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for k, s in shapes.items()}
+
+
+def formula(x, w, bias, a, b, core, out_scale, scaling):
+    y = x @ w.T if bias is None else x @ w.T + bias
+    h = x @ a.T if core is None else (x @ a.T) * core
+    z = h @ b.T if out_scale is None else (h @ b.T) * out_scale
+    return y + scaling * z
+
+
+def gradients(function, tensors, needs, scaling, weight):
+    leaves = {k: None if t is None else t.clone().requires_grad_(k in needs) for k, t in tensors.items()}
+    y = function(*(leaves[k] for k in TENSORS), scaling)
+    if y.requires_grad:
+        (y * weight).sum().backward()
+    return y.detach(), {k: leaves[k].grad for k in needs if leaves[k] is not None}
+
+
+@settings(max_examples=60)
+@given(
+    sizes=st.tuples(*[st.integers(1, 9)] * 4),
+    absent=st.sets(st.sampled_from(["bias", "core", "out_scale"])),
+    needs=st.sets(st.sampled_from(TENSORS), min_size=1),
+    scaling=st.sampled_from([1.0, 2.0, 0.37]),
+    seed=st.integers(0, 999),
+)
+def test_fused_equals_the_formula_in_values_and_all_gradients(sizes, absent, needs, scaling, seed):
+    n, d_in, d_out, r = sizes
+    tensors = {k: None if k in absent else t for k, t in draw(n, d_in, d_out, r, seed).items()}
+    weight = torch.randn(n, d_out, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
+    y1, g1 = gradients(low_rank_linear, tensors, needs, scaling, weight)
+    y2, g2 = gradients(formula, tensors, needs, scaling, weight)
+    torch.testing.assert_close(y1, y2, rtol=1e-12, atol=1e-12)
+    assert g1.keys() == g2.keys()
+    for key in g1:
+        torch.testing.assert_close(g1[key], g2[key], rtol=1e-10, atol=1e-10)
+
+
+def layers(kind, bias=True):
+    if kind == "conv1d":
+        return Conv1D(7, 5)
+    return nn.Linear(5, 7, bias=bias)
+
+
+def adapter(base, parts, r=3, dropout=0.0):
+    g = torch.Generator().manual_seed(0)
+    new = lambda *s: nn.Parameter(torch.randn(*s, generator=g))  # noqa: E731
+    return LowRank(
+        base,
+        new(r, 5),
+        new(7, r),
+        core=new(r) if "core" in parts else None,
+        out_scale=new(7) if "out_scale" in parts else None,
+        scaling=1.5,
+        dropout=dropout,
+    )
+
+
+@pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
+@pytest.mark.parametrize("parts", [(), ("core",), ("core", "out_scale")], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5), "strided", "twice"], ids=str)
+def test_module_paths_agree(kind, parts, shape, monkeypatch):
+    net = adapter(layers(kind, bias=kind != "no bias"), parts)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 4, 5, generator=g).transpose(0, 1) if shape == "strided" else None
+    x = torch.randn(3, 5, generator=g) if shape == "twice" else torch.randn(*shape, generator=g) if x is None else x
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr(LowRank, "fused", fused)
+        net.zero_grad()
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        if shape == "strided" and kind == "conv1d" and not fused:
+            leaf = x.contiguous().requires_grad_()  # transformers' Conv1D itself takes no other
+        y = net(leaf)
+        if shape == "twice":
+            y = net(F.pad(y.tanh(), (0, -2)))
+        y.square().sum().backward()
+        results.append([y.detach(), leaf.grad, *(p.grad for p in net.parameters())])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_agrees_within_its_precision(autocast, monkeypatch):
+    base = nn.Linear(64, 48) if autocast else nn.Linear(64, 48).to(torch.bfloat16)
+    torch.manual_seed(0)
+    net = LowRank(base, nn.Parameter(torch.randn(4, 64) / 8), nn.Parameter(torch.randn(48, 4) / 8))
+    x = torch.randn(10, 64, dtype=torch.float32 if autocast else torch.bfloat16)
+    outs, grads = [], []
+    for fused in (True, False):
+        monkeypatch.setattr(LowRank, "fused", fused)
+        net.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = net(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        outs.append(y.float())
+        grads.append((net.A.grad, net.B.grad))
+        assert net.A.grad.dtype == net.A.dtype == torch.float32
+    torch.testing.assert_close(outs[0], outs[1], rtol=2e-2, atol=5e-2)
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two, rtol=5e-2, atol=5e-2 * float(two.abs().max()))
+
+
+def test_only_needed_gradients_are_computed():
+    """With A frozen, its matmul is not done: counted by torch's own flop counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(train_a, train_b, train_x=True):
+        net = adapter(layers("linear"), ("core", "out_scale"))
+        net.base.requires_grad_(False)
+        net.A.requires_grad_(train_a)
+        net.B.requires_grad_(train_b)
+        net.core.requires_grad_(False)
+        net.out_scale.requires_grad_(False)
+        x = torch.randn(10, 5, requires_grad=train_x)
+        with FlopCounterMode(display=False) as counter:
+            net(x).sum().backward()
+        return counter.get_total_flops()
+
+    n, i, o, r = 10, 5, 7, 3
+    forward = 2 * n * (i * o + i * r + r * o)
+    back_x = 2 * n * (o * r + o * i + r * i)
+    assert flops(False, False) == forward + back_x
+    assert flops(True, False) == forward + back_x + 2 * n * r * i
+    assert flops(False, True) == forward + back_x + 2 * n * r * o
+    assert flops(True, True, train_x=False) == forward + 2 * n * (o * r + r * i + r * o)
+
+
+def test_dropout_falls_on_the_adapter_input_alone_and_only_while_training():
+    net = adapter(nn.Linear(5, 7), (), dropout=0.5)
+    x = torch.randn(2000, 5)
+    assert torch.equal(net.eval()(x), net(x))
+    net.train()
+    torch.manual_seed(0)
+    mean = torch.stack([net(x[:4]) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, net.eval()(x[:4]), rtol=0.1, atol=0.15)
+
+
+def test_a_hook_on_the_base_is_still_called():
+    net = adapter(nn.Linear(5, 7), ())
+    seen = []
+    net.base.register_forward_hook(lambda *_: seen.append(1))
+    net(torch.randn(2, 5))
+    assert seen == [1]
+
+
+def test_rank_zero_is_the_base():
+    base = nn.Linear(5, 7)
+    net = LowRank(base, nn.Parameter(torch.zeros(0, 5)), nn.Parameter(torch.zeros(7, 0)), core=nn.Parameter(torch.zeros(0)))
+    x = torch.randn(3, 5)
+    assert torch.equal(net(x), base(x))
+    assert torch.equal(net.delta(), torch.zeros(7, 5))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_whole_model_trains_alike_on_both_paths(checkpointing, monkeypatch):
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr(LowRank, "fused", fused)
+        model = models.make("gpt2")
+        adapted = lrkit.attach(model, lrkit.methods.aflora(rank=4, train="both"))
+        for m in adapted.adapters.values():
+            nn.init.constant_(m.out_scale, 0.5)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        torch.manual_seed(0)
+        loss = model(**models.batch()).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in adapted.parameters())])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)

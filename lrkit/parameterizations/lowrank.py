@@ -189,7 +189,7 @@ class LowRank(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base weight: code that looks at ``layer.weight.dtype`` goes on working."""
+        """The base weight, so that code that looks at ``layer.weight.dtype`` goes on working."""
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight

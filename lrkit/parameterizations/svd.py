@@ -42,7 +42,7 @@ class SVD(Parameterization):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The triplet (λ_i, P_:i, Q_i:)."""
+        """Core values λ, and the matrices P and Q."""
         return (
             Part("core", axis=0, core=True),
             Part("B", axis=1, matrix=True),

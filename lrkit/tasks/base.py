@@ -104,7 +104,7 @@ class Task:
     train: datasets.Dataset = attrs.field(repr=False)
     validation: datasets.Dataset = attrs.field(repr=False)
     fields: tuple[str, ...] = attrs.field(converter=_strings)
-    kind: Kind = "classification"
+    kind: Literal["classification", "regression"] = "classification"
     labels: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     metric: str = attrs.field(default="accuracy")
 
@@ -133,7 +133,7 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the model's head: one a class, or 1 in regression."""
+        """Outputs of the model's head, one a class, or 1 in regression."""
         return len(self.labels) if self.kind == "classification" else 1
 
     @property
@@ -149,7 +149,7 @@ class Task:
             labels: [n].
 
         Returns:
-            Scores by name. All of them are nan if an output is not finite: a run that diverged has no score.
+            Scores by name, nan if an output is not finite, since a run that diverged has no score.
 
         Raises:
             LrkitError: if the shapes do not fit, or are empty.
@@ -174,7 +174,7 @@ class Task:
 
     @property
     def majority(self) -> float:
-        """The primary score of the best constant guess on validation: the floor any method must beat.
+        """The primary score of the best constant guess on validation, the floor any method must beat.
 
         The largest class's share for accuracy, 0 for a correlation.
         """

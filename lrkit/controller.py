@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from lrkit.actions import Ballot
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.layout import Layout
 from lrkit.method import Method, Policy
@@ -86,6 +87,10 @@ class PolicyState:
         """Take in one optimizer step."""
         if self.ended or not self.policy.metric.buffers or not self.layout.live:
             return
+        assert controller.total_steps is not None
+        number = self.policy.scheduler.first_step + controller.step - (self.policy.metric.measure == "after-step")
+        if not self.policy.scheduler.observes(number, total_steps=controller.total_steps):
+            return
         grads, missing = self.layout.grads()
         if missing:
             controller.warn(
@@ -102,31 +107,32 @@ class PolicyState:
         self.observations += 1
         self.policy.metric.observe(self.layout.weights(), grads, self.buffers, self.observations)
 
-    def scores(self) -> Tensor:
+    def entries(self) -> Tensor:
+        """Entry-wise scores of what still trains [N]."""
+        return self.policy.metric.score(self.layout.weights(), self.buffers)
+
+    def scores(self, entries: Tensor | None = None) -> Tensor:
         """Unit scores [units], -inf where a unit is out for good."""
-        metric = self.policy.metric
-        entries = metric.score(self.layout.weights(), self.buffers)
-        return self.layout.reduce(entries, self.still, metric.reduce)
+        entries = self.entries() if entries is None else entries
+        return self.layout.reduce(entries, self.still, self.policy.metric.reduce)
 
     @torch.no_grad()
-    def decide(self, budget: int) -> tuple[Tensor, float | None]:
-        """Which units to keep: exactly the best `budget` of those that may be kept, ties to the earlier unit.
+    def decide(self, budget: int, share: float) -> tuple[Tensor, float | None]:
+        """Which units to keep.
+
+        Args:
+            budget: how many.
+            share: the same as a share of all, not cut to an integer.
 
         Returns:
             bool [units], and the lowest score that is kept (None where nothing is).
         """
-        # Ranking by a stable sort: a threshold drops, or keeps, too many where scores are equal. A score that is not a
-        # number (diverged weights) ranks last.
-        scores = torch.nan_to_num(self.scores(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        entries = self.entries()
+        # A score that is not a number (diverged weights) ranks last.
+        scores = torch.nan_to_num(self.scores(entries), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
-        scores = scores.masked_fill(~candidates, -torch.inf)
-        budget = min(budget, int(candidates.sum()))
-        # Two keys, candidates before the others: a candidate may itself score -inf.
-        order = torch.sort(scores, descending=True, stable=True).indices
-        order = order[torch.sort(candidates[order].int(), descending=True, stable=True).indices]
-        kept = torch.zeros_like(self.kept)
-        kept[order[:budget]] = True
-        return kept, float(scores[order[budget - 1]]) if budget else None
+        kept = self.policy.action.select(Ballot(scores, candidates, budget, share, entries))
+        return kept, float(scores[kept].min()) if bool(kept.any()) else None
 
     def rebuild(self, blocks: list[Block], kept: Tensor) -> None:
         """Take over blocks that have been cut. The statistics are gone: what was cut cannot come back."""
@@ -199,8 +205,10 @@ class Controller:
             scheduler, action = state.policy.scheduler, state.policy.action
             number = self.step - 1 + scheduler.first_step
             if not state.ended and scheduler.due(number, total_steps=self.total_steps):
-                budget = scheduler.budget(number, total_steps=self.total_steps, units=state.units, layers=state.layers)
-                changed |= self._decide(state, budget, optimizer)
+                total = self.total_steps
+                budget = scheduler.budget(number, total_steps=total, units=state.units, layers=state.layers)
+                share = scheduler.share(number, total_steps=total, units=state.units, layers=state.layers)
+                changed |= self._decide(state, budget, share, optimizer)
                 if number == scheduler.end(self.total_steps):
                     state.end()
             elif state.ended:
@@ -208,8 +216,8 @@ class Controller:
         if changed:
             self._count()
 
-    def _decide(self, state: PolicyState, budget: int, optimizer: torch.optim.Optimizer) -> bool:
-        kept, threshold = state.decide(budget)
+    def _decide(self, state: PolicyState, budget: int, share: float, optimizer: torch.optim.Optimizer) -> bool:
+        kept, threshold = state.decide(budget, share)
         before, state.kept = state.kept, kept
         state.policy.action.apply(state.blocks, kept, optimizer)
         lost = (before & ~kept).nonzero().flatten().tolist()

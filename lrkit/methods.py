@@ -7,6 +7,7 @@ paper's text; where released code does otherwise, the setting that reproduces it
 from typing import Literal
 
 from lrkit.actions import Freeze, Prune
+from lrkit.errors import LrkitError
 from lrkit.method import Method
 from lrkit.metrics import GradientUncertainty, SensitivityUncertainty
 from lrkit.parameterizations import SVD, Full, LoRA, VectorScaled
@@ -63,6 +64,7 @@ def adalora(
     beta2: float = 0.85,
     alpha: float | None = None,
     orthogonality: float = 0.1,
+    variant: Literal["paper", "released", "peft"] = "paper",
 ) -> Method:
     """AdaLoRA (Zhang et al., arXiv 2303.10512): SVD + sensitivity x uncertainty + cubic budget + prune.
 
@@ -81,12 +83,26 @@ def adalora(
         beta2: β2 of Ū.
         alpha: None for no scale, as in the paper; the released code has α/(r + 1e-5).
         orthogonality: γ (0.1 to 0.5 in the paper).
+        variant: ``"paper"``, or the released code's or PEFT's choices wherever these differ (see the ledger in the
+            documentation): sensitivity after the step, steps numbered from 0, the mean un-squared penalty, ties that
+            lose, and the last decision. The scale `alpha` is left to you.
     """
+    if variant == "paper":
+        return Method(
+            parameterization=SVD(rank=rank, alpha=alpha, orthogonality=orthogonality),
+            metric=SensitivityUncertainty(beta1=beta1, beta2=beta2),
+            scheduler=Cubic(target=target_rank, warmup=warmup, final=final, interval=interval),
+            action=Prune(),
+        )
+    if variant not in ("released", "peft"):
+        raise LrkitError(f'adalora variant must be "paper", "released" or "peft", not {variant!r}')
     return Method(
-        parameterization=SVD(rank=rank, alpha=alpha, orthogonality=orthogonality),
-        metric=SensitivityUncertainty(beta1=beta1, beta2=beta2),
-        scheduler=Cubic(target=target_rank, warmup=warmup, final=final, interval=interval),
-        action=Prune(),
+        parameterization=SVD(rank=rank, alpha=alpha, orthogonality=orthogonality, orthogonality_norm="mean"),
+        metric=SensitivityUncertainty(beta1=beta1, beta2=beta2, measure="after-step"),
+        scheduler=Cubic(
+            target=target_rank, warmup=warmup, final=final, interval=interval, first_step=0, ending=variant
+        ),
+        action=Prune(ties="threshold"),
     )
 
 
@@ -100,6 +116,7 @@ def aflora(
     beta1: float = 0.85,
     beta2: float = 0.95,
     together: bool = False,
+    variant: Literal["paper", "released"] = "paper",
 ) -> Method:
     """AFLoRA (Liu et al., arXiv 2403.13269): vector-scaled LoRA + abs(grad) x uncertainty + cubic fraction + freeze.
 
@@ -116,10 +133,22 @@ def aflora(
         beta1: β1 of Ī.
         beta2: β2 of Ū.
         together: freeze A and B of a layer together (Table 6) rather than each on its own.
+        variant: ``"paper"``, or the released GLUE code's choices: I over windows of 10 steps, steps numbered from 0, and
+            an element-wise quantile over what still trains. Its decisions are 10 steps apart: give ``interval=10``.
     """
+    if variant not in ("paper", "released"):
+        raise LrkitError(f'aflora variant must be "paper" or "released", not {variant!r}')
+    released = variant == "released"
     return Method(
         parameterization=VectorScaled(rank=rank, train=train),
-        metric=GradientUncertainty(beta1=beta1, beta2=beta2),
-        scheduler=Cubic(target=0.0, warmup=warmup, final=final, interval=interval),
-        action=Freeze(together=together),
+        metric=GradientUncertainty(beta1=beta1, beta2=beta2, window=10 if released else 1),
+        scheduler=Cubic(
+            target=0.0,
+            warmup=warmup,
+            final=final,
+            interval=interval,
+            first_step=0 if released else 1,
+            ending="released" if released else "fixed",
+        ),
+        action=Freeze(together=together, rule="quantile" if released else "rank"),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import attrs
 import oracles
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import lrkit
 from lrkit.actions import Freeze, Prune
-from lrkit.metrics import GradientUncertainty, SensitivityUncertainty
+from lrkit.metrics import GradientUncertainty, Metric, SensitivityUncertainty
 from lrkit.parameterizations import SVD, LoRA, VectorScaled
 from lrkit.schedulers import Cubic
 
@@ -238,6 +239,41 @@ def test_a_frozen_matrix_stays_frozen_though_the_others_fall_below_it() -> None:
         optimizer.step()
         active = sum(p.requires_grad for p in tensors.values())
         assert active == oracles.budget(t, total=total, warmup=0, final=5, b0=6, bT=0), t
+
+
+@attrs.frozen(kw_only=True)
+class LaterNotANumber(Metric):
+    """Higher for later entries; after five steps not a number for any."""
+
+    buffers: ClassVar[tuple[str, ...]] = ("steps",)
+
+    def observe(self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int) -> None:
+        state["steps"].fill_(step)
+
+    def score(self, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        rising = torch.arange(weight.numel(), dtype=torch.float32)
+        return torch.where(state["steps"] > 5, torch.nan, rising)
+
+
+def test_scores_that_are_not_numbers_neither_thaw_nor_pass_the_budget() -> None:
+    """What is frozen does not count as kept, not even where what trains scores no better than it."""
+    total = 20
+    method = attrs.evolve(aflora((total, 0, 4, 1), parameterization=LoRA(rank=2)), metric=LaterNotANumber())
+    _, adapted = toy(method)
+    tensors = matrices(adapted, method)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=1e-3)
+    adapted.bind(optimizer, total_steps=total)
+    gone: set[str] = set()
+    for t in range(1, total + 1):
+        for p in tensors.values():
+            if p.requires_grad:
+                p.grad = torch.ones_like(p)
+        optimizer.step()
+        frozen = {name for name, p in tensors.items() if not p.requires_grad}
+        assert gone <= frozen
+        gone = frozen
+        budget = oracles.budget(t, total=total, warmup=0, final=4, b0=6, bT=0)
+        assert 6 - len(frozen) == budget == adapted.history[-1].kept, t
 
 
 def test_a_graph_from_before_it_froze_brings_no_gradient_back() -> None:

@@ -477,7 +477,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a class": ({"metric": Magnitude}, "metric must be a Metric, not .*write Magnitude\\(\\)"),
     "a class for the parameterization": ({"parameterization": SVD}, "must be a Parameterization.*write SVD\\(\\)"),
     "a class for the scheduler": ({"scheduler": Cubic}, "must be a Scheduler.*write Cubic\\(\\)"),
-    "a class for the action": ({"action": Prune}, "must be a Action|must be an Action"),
+    "a class for the action": ({"action": Prune}, "must be an? Action.*write Prune\\(\\)"),
     "another kind": ({"metric": Cubic()}, "metric must be a Metric, not Cubic\\("),
     "a name": ({"action": "prune"}, "action must be an? Action, not 'prune'"),
     "nothing": ({"parameterization": None}, "parameterization must be a Parameterization, not None"),
@@ -693,7 +693,6 @@ def test_a_flag_is_true_or_false(name: str, value: Any) -> None:
     ids=str,
 )
 def test_a_component_takes_no_value_that_cannot_be_meant(cls: type, setting: dict[str, Any]) -> None:
-    *_, (name, value) = setting.items()
     name, value = next(iter(setting.items()))
     with pytest.raises(LrkitError, match=re.escape(f"{cls.__name__}.{name} must be ")) as caught:
         cls(**setting)
@@ -708,9 +707,6 @@ def test_an_int_stays_an_int_and_a_float_a_float_where_they_differ(name: str) ->
         assert type(got) is type(value) and got == value
         back = json.loads(json.dumps(to_plain(from_plain(plain))))["scheduler"][name]
         assert type(back) is type(value)
-    assert from_plain(with_setting(ADALORA, "scheduler.target", 1)) == from_plain(
-        with_setting(ADALORA, "scheduler.target", 1.0)
-    ), "attrs compares 1 and 1.0 as equal: that is why `same` looks at the representation too"
 
 
 # ---- one setting, one component --------------------------------------------------------------------------------------
@@ -760,7 +756,7 @@ def test_one_setting_is_changed_and_nothing_else(plain: dict[str, Any], path: st
     [
         ("parameterization.rnk", 'did you mean "parameterization.rank"?'),
         ("parametrization.rank", 'did you mean "parameterization"?'),
-        ("metric.beta", 'did you mean "metric.beta1"?'),
+        ("metric.betta1", 'did you mean "metric.beta1"?'),
         ("rank", "did you mean parameterization.rank?"),
         ("target", "did you mean scheduler.target?"),
         ("scheduler.rank", "did you mean parameterization.rank?"),

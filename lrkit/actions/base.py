@@ -12,6 +12,25 @@ from lrkit.parameterizations.base import Parameterization
 from lrkit.units import Block, UnitKind
 
 
+@attrs.frozen(eq=False)
+class Ballot:
+    """What a decision goes by.
+
+    Args:
+        scores: unit scores [n], never NaN.
+        candidates: bool [n], the units that may be kept: all, or where losing is final those kept so far.
+        budget: how many units may be kept.
+        share: the budget as a share of all units, before it was cut to an integer.
+        entries: the entry-wise scores [N] behind the candidates' scores.
+    """
+
+    scores: Tensor
+    candidates: Tensor
+    budget: int
+    share: float
+    entries: Tensor
+
+
 @attrs.frozen(kw_only=True)
 class Action(abc.ABC):
     """What happens to the units that lose. Subclass with ``@attrs.frozen(kw_only=True)``.
@@ -31,6 +50,22 @@ class Action(abc.ABC):
     def refusal(self, parameterization: Parameterization) -> str | None:
         """Why it cannot act on this parameterization, in words that follow "because"; None where it can."""
         return None
+
+    def select(self, ballot: Ballot) -> Tensor:
+        """Who is kept: exactly the best `budget` of the candidates, ties to the earlier unit.
+
+        A stable sort, since a threshold keeps too many or too few where scores are equal.
+
+        Returns:
+            bool [n].
+        """
+        scores = ballot.scores.masked_fill(~ballot.candidates, -torch.inf)
+        order = torch.sort(scores, descending=True, stable=True).indices
+        # Candidates before the others, should a candidate itself score -inf.
+        order = order[torch.sort(ballot.candidates[order].int(), descending=True, stable=True).indices]
+        kept = torch.zeros_like(ballot.candidates)
+        kept[order[: ballot.budget]] = True
+        return kept & ballot.candidates
 
     @abc.abstractmethod
     def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:

@@ -1,15 +1,15 @@
 """Freeze: projection matrices stop training, for good (AFLoRA, arXiv 2403.13269, section 4)."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import attrs
 import torch
 from torch import Tensor
 
-from lrkit.actions.base import Action
+from lrkit.actions.base import Action, Ballot
 from lrkit.parameterizations.base import Parameterization
-from lrkit.settings import flag
+from lrkit.settings import flag, one_of
 from lrkit.units import Block, UnitKind
 
 
@@ -23,11 +23,28 @@ class Freeze(Action):
     Args:
         together: False: A and B of one layer freeze on their own (the paper's choice, Table 6). True: all matrices of a
             layer freeze together, ranked by the sum of their scores.
+        rule: ``"rank"``: the best b(t) matrices stay, as the paper has it ("the lowest k %"). ``"quantile"``: those whose
+            mean is at or above the element-wise quantile over the matrices still trainable, as the released code has
+            it: the fraction compounds.
     """
 
     reversible: ClassVar[bool] = False
 
     together: bool = attrs.field(default=False, validator=flag())
+    rule: Literal["rank", "quantile"] = attrs.field(default="rank", validator=one_of(("rank", "quantile")))
+
+    def select(self, ballot: Ballot) -> Tensor:
+        """Who stays trainable, by the rule that `rule` names."""
+        if self.rule == "rank":
+            return super().select(ballot)
+        count = ballot.entries.numel()
+        low = int(count * (1 - ballot.share))
+        if low == 0:
+            return ballot.candidates
+        # Units of several matrices score by the sum of their means; the quantile is one of single entries.
+        parts = 2.0 if self.together else 1.0
+        threshold = torch.kthvalue(ballot.entries, low).values
+        return ballot.candidates & (ballot.scores / parts >= threshold)
 
     @property
     def unit(self) -> UnitKind:

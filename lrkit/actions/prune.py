@@ -1,14 +1,15 @@
 """Prune: a reversible mask on the core value (AdaLoRA, arXiv 2303.10512, Eq. 5 and 6)."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import attrs
 import torch
 from torch import Tensor
 
-from lrkit.actions.base import Action
+from lrkit.actions.base import Action, Ballot
 from lrkit.parameterizations.base import Parameterization
+from lrkit.settings import one_of
 from lrkit.units import Block, UnitKind, split
 
 
@@ -18,9 +19,22 @@ class Prune(Action):
 
     The component's vectors are kept and go on training, and so does λ_i until the next decision: a component whose
     score rises comes back. After the last decision the masked λ are held at zero.
+
+    Args:
+        ties: ``"budget"``: exactly b(t) components are kept, ties to the earlier one. ``"threshold"``: those above the
+            (n - b)-th smallest score, as the released code and PEFT have it: ties at the threshold all lose.
     """
 
     reversible: ClassVar[bool] = True
+
+    ties: Literal["budget", "threshold"] = attrs.field(default="budget", validator=one_of(("budget", "threshold")))
+
+    def select(self, ballot: Ballot) -> Tensor:
+        """Who is kept, by the rule that `ties` names."""
+        dropped = ballot.scores.numel() - ballot.budget
+        if self.ties == "budget" or dropped == 0:
+            return super().select(ballot)
+        return ballot.scores > torch.kthvalue(ballot.scores, dropped).values
 
     @property
     def unit(self) -> UnitKind:

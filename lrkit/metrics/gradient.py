@@ -1,10 +1,12 @@
 """Gradient-only metrics: AFLoRA's abs(grad) x uncertainty, and the abs(grad / w) of its ablation (arXiv 2403.13269)."""
 
+from collections.abc import Mapping
+
 import attrs
 from torch import Tensor
 
 from lrkit.metrics.sensitivity import UncertaintyMetric
-from lrkit.settings import real
+from lrkit.settings import real, whole
 
 
 @attrs.frozen(kw_only=True)
@@ -14,9 +16,27 @@ class GradientUncertainty(UncertaintyMetric):
     Args:
         beta1: β1 = 0.85 in the paper.
         beta2: β2 = 0.95 in the paper.
+        window: 1, as in the paper: I is one step's. n > 1: I is the mean over the last n steps, and Ī and Ū move every n
+            steps, when the next window begins (the released code, with 10).
     """
 
     beta2: float = attrs.field(default=0.95, validator=real(0.0, 1.0, below=True))
+    window: int = attrs.field(default=1, validator=whole(1))
+
+    @property
+    def buffers(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Ī and Ū, and the window's mean where there is a window."""
+        return ("importance", "uncertainty") if self.window == 1 else ("importance", "uncertainty", "window")
+
+    def observe(self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int) -> None:
+        """Ī, then Ū; or one more step into the window."""
+        if self.window == 1:
+            super().observe(weight, grad, state, step)
+            return
+        place = (step - 1) % self.window
+        if place == 0 and step > 1:
+            self.update(state["window"].clone(), state)
+        state["window"].lerp_(self.importance(weight, grad), 1.0 / (place + 1))
 
     def importance(self, weight: Tensor, grad: Tensor) -> Tensor:
         """abs(∂L/∂w) [N]."""

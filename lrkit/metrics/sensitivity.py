@@ -59,7 +59,10 @@ class UncertaintyMetric(Metric):
 
     def observe(self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int) -> None:
         """Ī, then Ū."""
-        importance = self.importance(weight, grad)
+        self.update(self.importance(weight, grad), state)
+
+    def update(self, importance: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Ī = β1 Ī + (1 - β1) I, then Ū = β2 Ū + (1 - β2) abs(I - Ī). Overwrites `importance`."""
         smooth(state["importance"], importance, self.beta1)
         smooth(state["uncertainty"], importance.sub_(state["importance"]).abs_(), self.beta2)
 

@@ -24,6 +24,11 @@ class Scheduler(abc.ABC):
         final: t_f, steps at the end during which the budget and what is kept are fixed.
         interval: ΔT, steps between decisions. Between them, what lost may change and win the next time.
         first_step: number of the first optimizer step: 1 in the papers' algorithms, 0 in their released code and PEFT.
+        ending: what happens at T - t_f, in four versions. ``"fixed"``: scores are measured up to and at T - t_f, the last
+            decision is taken there whatever the interval, and what is kept is fixed (the paper's "fix the resulting
+            budget distribution"). ``"peft"``: the same, but scores are last measured one step before. ``"released"``: as
+            PEFT measures, but at T - t_f it decides only where the interval divides it, and last at T - t_f + 1
+            (AdaLoRA's and AFLoRA's released code). ``"open"``: scores and decisions go on, at the target, to the end.
     """
 
     target: Amount = attrs.field(default=0.5, validator=count_or_share())
@@ -32,6 +37,9 @@ class Scheduler(abc.ABC):
     final: Time = attrs.field(default=0, validator=count_or_share())
     interval: Time = attrs.field(default=1, validator=count_or_share(1))
     first_step: Literal[0, 1] = attrs.field(default=1, validator=one_of((0, 1)))
+    ending: Literal["fixed", "peft", "released", "open"] = attrs.field(
+        default="fixed", validator=one_of(("fixed", "peft", "released", "open"))
+    )
 
     @abc.abstractmethod
     def decay(self, progress: float) -> float:
@@ -62,22 +70,36 @@ class Scheduler(abc.ABC):
         Returns:
             An integer from 0 to `units`.
         """
+        low, high, share = self._between(step, total_steps, units, layers)
+        return int(low + (high - low) * share)
+
+    def share(self, step: int, *, total_steps: int, units: int, layers: int) -> float:
+        """The budget as a share of all units in [0, 1], before it is cut to an integer. Arguments as in `budget`."""
+        low, high, share = self._between(step, total_steps, units, layers)
+        return (low + (high - low) * share) / units
+
+    def _between(self, step: int, total_steps: int, units: int, layers: int) -> tuple[int, int, float]:
+        """b_T, b_0, and where between them the budget is."""
         begin, end = self.bounds(total_steps)
-        first = min(in_units(self.start, total=units, layers=layers), units)
-        last = min(in_units(self.target, total=units, layers=layers), units)
+        high = min(in_units(self.start, total=units, layers=layers), units)
+        low = min(in_units(self.target, total=units, layers=layers), units)
         if step >= end:
-            return last
-        if step <= begin:
-            return first
-        return int(last + (first - last) * self.decay((step - begin) / (end - begin)))
+            return low, high, 0.0
+        return low, high, 1.0 if step <= begin else self.decay((step - begin) / (end - begin))
 
     def due(self, step: int, *, total_steps: int) -> bool:
-        """Whether a decision is taken after `step`: every `interval` steps after t_i, and always at T - t_f."""
+        """Whether a decision is taken after `step`: every `interval` steps after t_i until the last one."""
         begin, end = self.bounds(total_steps)
-        if step == end:
+        if step == self.end(total_steps) or (step == end and self.ending != "released"):
             return True
-        return begin < step < end and step % max(1, in_steps(self.interval, total_steps)) == 0
+        return begin < step <= self.end(total_steps) and step % max(1, in_steps(self.interval, total_steps)) == 0
+
+    def observes(self, step: int, *, total_steps: int) -> bool:
+        """Whether scores are measured at `step`."""
+        end = self.bounds(total_steps)[1]
+        return self.ending == "open" or step < end or (step == end and self.ending == "fixed")
 
     def end(self, total_steps: int) -> int:
-        """T - t_f: the number of the step after which the last decision is taken; nothing changes sides after it."""
-        return self.bounds(total_steps)[1]
+        """The number of the step after which the last decision is taken; nothing changes sides after it."""
+        end = self.bounds(total_steps)[1]
+        return {"fixed": end, "peft": end, "released": end + 1, "open": self.first_step - 1 + total_steps}[self.ending]

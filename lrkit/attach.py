@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lrkit import checkpoint
+from lrkit import checkpoint, parallel
 from lrkit.controller import Controller, Decision
 from lrkit.errors import LrkitError
 from lrkit.method import Method, from_plain, to_plain
@@ -50,7 +51,7 @@ def attach(
     """
     if not isinstance(method, Method):
         raise LrkitError(f"attach takes a lrkit.Method, such as lrkit.methods.adalora(), not {method!r}")
-    if getattr(model, _MARK, None) is not None:
+    if getattr(model, _MARK, False):
         raise LrkitError("this model already carries adapters: detach() or merge() them first")
     return Adapted(model, method, targets, train_also)
 
@@ -119,18 +120,22 @@ class Adapted:
             self.adapters[name].train(self._originals[name].training)
             setattr(parent, attribute, self.adapters[name])
         self._alive = True
-        setattr(model, _MARK, weakref.ref(self))
+        setattr(model, _MARK, True)
         self._head_ids = {id(p) for n, p in trained_own.items() if n.startswith(head or ("\0",))}
         self._saved_ids = fresh | {id(p) for p in trained_own.values()}
         self._trained_ids = {id(p) for p in model.parameters() if p.requires_grad}
         self._bound: torch.optim.Optimizer | None = None
         self._handles: list[Any] = []
         self._penalties = 0
+        self._skipped = False
+        self._lookout: Any = None
+        self._ddp: Any = None
         try:
             self._controller = Controller(method, self.adapters, self._trained_ids)
         except BaseException:
             self.detach()
             raise
+        self._watch()
 
     # ---- training ----
 
@@ -179,6 +184,10 @@ class Adapted:
             raise LrkitError("already bound to an optimizer: call unbind() first")
         if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
             raise LrkitError(f"total_steps must be an int of at least 1, not {total_steps!r}")
+        if self.method.policies:
+            reason = parallel.refusal(self.model, self.adapter_parameters(), optimizer)
+            if reason is not None:
+                raise LrkitError(reason)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [n for n, p in self.named_parameters() if p.requires_grad and id(p) not in held]
         if missing:
@@ -194,37 +203,74 @@ class Adapted:
             )
         controller.begin(total_steps)
         self._bound = optimizer
-        # Weak, so that an optimizer that outlives the model does not keep it in memory.
-        me = weakref.ref(self)
-
-        def before(*_: Any) -> None:
-            if (adapted := me()) is not None:
-                adapted._before_step()
-
-        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            if (adapted := me()) is not None:
-                adapted._controller.after_step(optimizer)
-
+        # The hooks hold the handle, so that the method runs on where the caller keeps only model and optimizer.
+        self._watch()
         self._handles = [
-            optimizer.register_step_pre_hook(before),
-            optimizer.register_step_post_hook(after),
+            optimizer.register_step_pre_hook(lambda *_: self._before_step(optimizer)),
+            optimizer.register_step_post_hook(lambda *_: self._after_step(optimizer)),
         ]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._handles.append(self.model.register_forward_pre_hook(self._meet_ddp))
 
     def unbind(self) -> None:
         """Let go of the optimizer. What was decided stays; `bind` goes on from here."""
+        if self._bound is not None and (unfinished := self._controller.unfinished()):
+            self._controller.warn("unfinished", unfinished)
+        self._unbind()
+
+    def _unbind(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._bound = [], None
+        self._handles, self._bound, self._ddp = [], None, None
+        self._watch()
 
-    def _before_step(self) -> None:
-        if self._penalties == 0 and self._penalty() is not None:
+    def _watch(self) -> None:
+        """While unbound, look out for an optimizer that steps the adapters' parameters all the same."""
+        if self._lookout is not None:
+            self._lookout.remove()
+            self._lookout = None
+        if not self._alive or self._bound is not None or not (self.method.policies or self.has_penalty):
+            return
+        me = weakref.ref(self)
+
+        def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if (adapted := me()) is not None and adapted._bound is None and adapted._steps_mine(optimizer):
+                adapted._controller.warn(
+                    "unbound",
+                    "an optimizer steps the adapters' parameters, but the method is not bound to it: nothing is adaptive. "
+                    "Call adapted.bind(optimizer, total_steps=...) before training",
+                )
+
+        self._lookout = register_optimizer_step_pre_hook(look)
+        weakref.finalize(self, self._lookout.remove)
+
+    def _steps_mine(self, optimizer: torch.optim.Optimizer) -> bool:
+        mine = {id(p) for p in self.adapter_parameters()}
+        return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+
+    def _meet_ddp(self, *_: Any) -> None:
+        # While torch.compile traces there is nothing to meet: the wrapper's own forward is not traced with the model.
+        if not torch.compiler.is_compiling():
+            self._ddp = parallel.wrapper() or self._ddp
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._skipped:
+            return
+        if self._controller.after_step(optimizer) and self._ddp is not None:
+            parallel.follow(self._ddp)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        scale, self._skipped = parallel.scaled_by(optimizer)
+        if self._skipped:
+            return
+        if self._penalties == 0 and self.has_penalty:
             self._controller.warn(
                 "penalty",
                 "the method has a penalty, and adapted.penalty() was not called before this optimizer step: "
                 "use loss = ... + adapted.penalty()",
             )
         self._penalties = 0
-        self._controller.before_step()
+        self._controller.before_step(scale)
 
     def penalty(self) -> Tensor:
         """The scalar to add to the loss while training: 0 for a method without one."""
@@ -359,6 +405,8 @@ class Adapted:
             LrkitError: an adapter that is no ΔW of a weight, or whose base weight cannot be added to. Nothing is changed.
         """
         self._check_alive()
+        if self._bound is not None and (unfinished := self._controller.unfinished()):
+            self._controller.warn("unfinished", unfinished)
         for name, _, _ in self._places:
             adapter = self.adapters[name]
             if not hasattr(adapter, "merge"):
@@ -385,14 +433,14 @@ class Adapted:
         return self._leave()
 
     def _leave(self) -> nn.Module:
-        self.unbind()
+        self._alive = False
+        self._unbind()
         for name, parent, attribute in self._places:
             setattr(parent, attribute, self._originals[name].train(self.adapters[name].training))
         for p, flag in self._before:
             p.requires_grad_(flag)
             p.grad = None
         delattr(self.model, _MARK)
-        self._alive = False
         return self.model
 
     def compact(self) -> dict[str, int]:

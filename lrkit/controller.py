@@ -83,8 +83,8 @@ class PolicyState:
         self.buffers = {name: new.move(flat, old) for name, flat in self.buffers.items()}
         self.layout = new
 
-    def observe(self, controller: "Controller") -> None:
-        """Take in one optimizer step."""
+    def observe(self, controller: "Controller", scale: Tensor | None) -> None:
+        """Take in one optimizer step, whose gradients still carry a factor `scale` if it is not None."""
         if self.ended or not self.policy.metric.buffers or not self.layout.live:
             return
         assert controller.total_steps is not None
@@ -98,6 +98,8 @@ class PolicyState:
                 f"{missing} of {len(self.layout.live)} adapter tensors have no gradient at step {controller.step + 1}: "
                 "they count as zero. Were they left out of the graph, or the gradients cleared before the step?",
             )
+        if scale is not None:
+            grads = grads / scale.to(grads.device)
         if not torch.isfinite(grads.sum()):
             controller.warn(
                 "finite",
@@ -164,6 +166,7 @@ class Controller:
         self.total_steps: int | None = None
         self.history: list[Decision] = []
         self._warned: set[str] = set()
+        self._scale: Tensor | None = None
         parts = method.parameterization.parts
         self.policies: list[PolicyState] = []
         for index, policy in enumerate(method.policies):
@@ -188,35 +191,65 @@ class Controller:
             state.policy.scheduler.bounds(total_steps)
         self.total_steps = total_steps
 
-    def before_step(self) -> None:
-        """Called when the optimizer is about to step."""
+    def unfinished(self) -> str | None:
+        """What training that ends now leaves undone; None where every last decision has been taken."""
+        waiting = [state for state in self.policies if not state.ended]
+        if not waiting or self.total_steps is None:
+            return None
+        end = max(state.policy.scheduler.end(self.total_steps) for state in waiting)
+        return (
+            f"training ends at step {self.step} of {self.total_steps}, before the last decision at step {end}: "
+            "the budget was not reached"
+        )
+
+    def before_step(self, scale: Tensor | None = None) -> None:
+        """Called when the optimizer is about to step.
+
+        Args:
+            scale: a factor that the gradients still carry; None for none.
+        """
+        self._scale = scale
         for state in self.policies:
             if state.policy.metric.measure == "before-step":
-                state.observe(self)
+                state.observe(self, scale)
 
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called when the optimizer has stepped."""
+    def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Called when the optimizer has stepped.
+
+        Returns:
+            Whether tensors have stopped training.
+        """
         assert self.total_steps is not None
         self.step += 1
-        changed = False
+        if self.step == self.total_steps + 1:
+            self.warn(
+                "over",
+                f"step {self.step} of a run that was bound for total_steps={self.total_steps}: every schedule has ended",
+            )
+        changed = froze = False
         for state in self.policies:
             if state.policy.metric.measure == "after-step":
-                state.observe(self)
+                state.observe(self, self._scale)
             scheduler, action = state.policy.scheduler, state.policy.action
             number = self.step - 1 + scheduler.first_step
             if not state.ended and scheduler.due(number, total_steps=self.total_steps):
                 total = self.total_steps
                 budget = scheduler.budget(number, total_steps=total, units=state.units, layers=state.layers)
                 share = scheduler.share(number, total_steps=total, units=state.units, layers=state.layers)
-                changed |= self._decide(state, budget, share, optimizer)
+                lost, moved = self._decide(state, budget, share, optimizer)
+                changed |= moved
+                froze |= lost and not action.reversible
                 if number == scheduler.end(self.total_steps):
                     state.end()
             elif state.ended:
                 action.hold(state.blocks, state.kept)
         if changed:
             self._count()
+        return froze
 
-    def _decide(self, state: PolicyState, budget: int, share: float, optimizer: torch.optim.Optimizer) -> bool:
+    def _decide(
+        self, state: PolicyState, budget: int, share: float, optimizer: torch.optim.Optimizer
+    ) -> tuple[bool, bool]:
         kept, threshold = state.decide(budget, share)
         before, state.kept = state.kept, kept
         state.policy.action.apply(state.blocks, kept, optimizer)
@@ -237,7 +270,7 @@ class Controller:
         if lost and not state.policy.action.reversible:
             for other in self.policies:
                 other.relayout()
-        return bool(lost or returned)
+        return bool(lost), bool(lost or returned)
 
     def warn(self, key: str, message: str) -> None:
         """Say something once."""

@@ -38,7 +38,7 @@ class AdaptCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Bind; and load, where the Trainer resumes."""
-        self._close()
+        self._close(quietly=True)
         if state.global_step > 0:
             self.adapted.load_state_dict(checkpoint.read(self._folder(args, state)))
             if self.adapted.step != state.global_step:
@@ -89,8 +89,11 @@ class AdaptCallback(TrainerCallback):
         """Let go of the optimizer and the model's loss."""
         self._close()
 
-    def _close(self) -> None:
-        self.adapted.unbind()
+    def _close(self, *, quietly: bool = False) -> None:
+        if quietly:
+            self.adapted._unbind()
+        else:
+            self.adapted.unbind()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

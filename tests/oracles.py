@@ -45,10 +45,24 @@ def freezing_fraction(t: int, *, total: int, warmup: int, final: int) -> float:
     return 1 - (1 - (t - warmup) / (total - warmup - final)) ** 3
 
 
-def is_due(t: int, *, total: int, warmup: int, final: int, interval: int) -> bool:
-    """Whether units are chosen after step t: past the warm-up on multiples of ΔT, and in any case at T - t_f."""
+def is_due(t: int, *, total: int, warmup: int, final: int, interval: int, ending: str = "fixed") -> bool:
+    """Whether units are chosen after step t: past the warm-up on multiples of ΔT, and in any case at T - t_f.
+
+    The released code chooses at T - t_f only where ΔT divides it, and then after every step, by scores that do not move
+    any more: one choice at T - t_f + 1 that holds is the same. "open" never stops choosing.
+    """
     end = total - final
-    return t == end or (warmup < t < end and t % interval == 0)
+    regular = t > warmup and t % interval == 0
+    if ending == "released":
+        return (t <= end and regular) or t == end + 1
+    if ending == "open":
+        return t in (end, total) or regular
+    return t == end or (t < end and regular)
+
+
+def is_measured(t: int, *, total: int, final: int, ending: str = "fixed") -> bool:
+    """Whether the statistics move at step t: up to T - t_f; in the released code and PEFT to the step before."""
+    return ending == "open" or t < total - final or (t == total - final and ending == "fixed")
 
 
 # ---------------------------------------------------------------- entry-wise scores
@@ -197,7 +211,9 @@ class AdaLoRARun:
         kind: str = "sensitivity-uncertainty",
         beta1: float = 0.85,
         beta2: float = 0.85,
+        ending: str = "fixed",
     ):
+        self.ending = ending
         self.ranks, self.kind, self.betas = list(ranks), kind, (beta1, beta2)
         self.when = {"total": total, "warmup": warmup, "final": final}
         self.interval = interval
@@ -221,14 +237,15 @@ class AdaLoRARun:
         """Takes one step's weights and gradients; when a choice is due, the budget and every unit's score."""
         self.t += 1
         self.cores = [module["core"][0] for module in observed]
-        for m, module in enumerate(observed):
+        measured = is_measured(self.t, total=self.when["total"], final=self.when["final"], ending=self.ending)
+        for m, module in enumerate(observed if measured else ()):
             for part, (w, g) in module.items():
                 key = (m, part)
                 if key not in self.statistics:
                     kind = "sensitivity" if self.kind == "magnitude" else self.kind
                     self.statistics[key] = Statistics(kind, np.shape(w), *self.betas)
                 self.statistics[key].observe(w, g)
-        if not is_due(self.t, **self.when, interval=self.interval):
+        if not is_due(self.t, **self.when, interval=self.interval, ending=self.ending):
             return None
         return budget(self.t, **self.when, b0=self.b0, bT=self.bT), self.scores()
 
@@ -274,4 +291,55 @@ class AFLoRARun:
         ]
         for group, keep in zip(active, keep_top(scores, min(kept, len(active))), strict=True):
             if not keep:
+                self.frozen_at[group] = self.t
+
+
+class ReleasedAFLoRARun:
+    """The released AFLoRA's freezing over recorded gradients, one call a step, the first step number 0.
+
+    I is the mean of abs(grad) over the window of ΔT steps that went before, and Ī and Ū move when a window is full. A
+    matrix freezes when its mean is under the element-wise quantile over the matrices that still train. `groups` names
+    what freezes as one, by the average of the matrices' means.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        total: int,
+        warmup: int,
+        final: int,
+        window: int,
+        groups: Mapping[str, Sequence[str]],
+        beta1: float = 0.85,
+        beta2: float = 0.95,
+    ):
+        self.groups = {group: list(names) for group, names in groups.items()}
+        self.when = {"total": total, "warmup": warmup, "final": final}
+        self.size = window
+        self.statistics = {n: Statistics("gradient-uncertainty", s, beta1, beta2) for n, s in shapes.items()}
+        self.windows: dict[str, list[Array]] = {name: [] for name in shapes}
+        self.frozen_at: dict[str, int] = {}
+        self.t = -1
+
+    def step(self, gradients: Mapping[str, Array]) -> None:
+        self.t += 1
+        for name, g in gradients.items():
+            if len(self.windows[name]) == self.size:
+                mean = sum(abs(seen) for seen in self.windows[name]) / self.size
+                self.statistics[name].observe(np.zeros(np.shape(g)), np.asarray(mean))
+                self.windows[name] = []
+            self.windows[name].append(np.asarray(g, np.float64))
+        if not is_due(self.t, **self.when, interval=self.size, ending="released"):
+            return
+        active = [group for group in self.groups if group not in self.frozen_at]
+        entries = sorted(
+            float(x) for group in active for n in self.groups[group] for x in np.ravel(self.statistics[n].score())
+        )
+        low = int(len(entries) * freezing_fraction(self.t, **self.when))
+        if low == 0:
+            return
+        for group in active:
+            means = [matrix_score(self.statistics[n].score()) for n in self.groups[group]]
+            if sum(means) / len(means) < entries[low - 1]:
                 self.frozen_at[group] = self.t

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from typing import Any
+import typing
+from typing import Any, Literal
 
 import attrs
 import pytest
@@ -60,46 +61,43 @@ positive = st.floats(1e-6, 1e6)
 share = st.floats(0.0, 1.0)
 below_one = st.floats(0.0, 1.0, exclude_max=True)
 time = st.integers(0, 10_000) | share
-interval = st.integers(1, 10_000) | share
-measure = st.sampled_from(["before-step", "after-step"])
+betas = {"beta1": below_one, "beta2": below_one}
 
+
+def component(cls: type, **settings: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Components of a class with every setting drawn: those that are not given, by their annotations."""
+    hints = typing.get_type_hints(cls)
+    for field in attrs.fields(cls):
+        hint = hints[field.name]
+        if field.name not in settings:
+            choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else {bool: (False, True)}[hint]
+            settings[field.name] = st.sampled_from(choices)
+    return st.builds(cls, **settings)
+
+
+_rank = st.integers(1, 64)
 parameterizations = st.one_of(
-    st.just(Full()),
-    st.builds(LoRA, rank=st.integers(1, 64), alpha=positive, dropout=below_one),
-    st.builds(
-        SVD,
-        rank=st.integers(1, 64),
-        alpha=st.none() | positive,
-        init_std=positive,
-        orthogonality=st.floats(0.0, 10.0),
-        orthogonality_norm=st.sampled_from(["squared", "mean"]),
-    ),
-    st.builds(
-        VectorScaled, rank=st.integers(1, 64), train=st.sampled_from(["ffn", "attention", "both"]), d_init=positive
-    ),
-    st.builds(VectorScaled, rank=st.integers(1, 64), train=st.just("none"), shared=st.booleans(), d_init=positive),
+    component(Full),
+    component(LoRA, rank=_rank, alpha=positive, dropout=below_one),
+    component(SVD, rank=_rank, alpha=st.none() | positive, init_std=positive, orthogonality=st.floats(0.0, 10.0)),
+    component(VectorScaled, rank=_rank, shared=st.just(False), d_init=positive),
+    component(VectorScaled, rank=_rank, train=st.just("none"), d_init=positive),
 )
+_window = st.integers(1, 20)
 entrywise = st.one_of(
-    st.builds(Sensitivity, smoothed=st.booleans(), beta1=below_one, measure=measure),
-    st.builds(SensitivityUncertainty, beta1=below_one, beta2=below_one, measure=measure),
-    st.builds(GradientUncertainty, beta1=below_one, beta2=below_one, measure=measure),
-    st.builds(RatioUncertainty, beta1=below_one, beta2=below_one, epsilon=positive, measure=measure),
+    component(Sensitivity, beta1=below_one),
+    component(SensitivityUncertainty, **betas),
+    component(GradientUncertainty, **betas, window=_window),
+    component(RatioUncertainty, **betas, epsilon=positive),
 )
 
 
 def schedulers(most: int) -> st.SearchStrategy[Scheduler]:
     """Any scheduler whose amounts fit `most` units a layer."""
     amount = st.integers(0, most) | share
+    times = {"warmup": time, "final": time, "interval": st.integers(1, 10_000) | share}
     return st.sampled_from([Constant, Linear, Cubic]).flatmap(
-        lambda cls: st.builds(
-            cls,
-            target=amount,
-            start=amount,
-            warmup=time,
-            final=time,
-            interval=interval,
-            first_step=st.sampled_from([0, 1]),
-        )
+        lambda cls: component(cls, target=amount, start=amount, **times)
     )
 
 
@@ -110,13 +108,13 @@ def drawn_policies(draw: Any, p: Any) -> Policy:
     choices = ["prune"] * isinstance(p, SVD | VectorScaled) + ["freeze", "together"] * (matrices > 0)
     action = draw(st.sampled_from(choices))
     if action == "prune":
-        metric = draw(entrywise | st.builds(Magnitude, measure=measure))
-        return Policy(metric=metric, scheduler=draw(schedulers(rank)), action=Prune())
+        metric = draw(entrywise | component(Magnitude))
+        return Policy(metric=metric, scheduler=draw(schedulers(rank)), action=draw(component(Prune)))
     together = action == "together"
     return Policy(
         metric=draw(entrywise),
         scheduler=draw(schedulers(1 if together else matrices)),
-        action=Freeze(together=together),
+        action=draw(component(Freeze, together=st.just(together))),
     )
 
 
@@ -220,7 +218,7 @@ def test_a_component_of_ones_own_needs_to_be_registered() -> None:
     registry.add("mine 1.0", "mine", _Offers(lrkit_metrics={"mine": Mine}))
     assert registry.problems == []
     plain = to_plain(method, registry)
-    assert plain["metric"] == {"name": "mine", "measure": "before-step", "power": 3}
+    assert (plain["metric"]["name"], plain["metric"]["power"]) == ("mine", 3)
     same(from_plain(json.loads(json.dumps(plain)), registry), method)
     with pytest.raises(LrkitError, match=r'unknown metric "mine"'):
         from_plain(plain)
@@ -285,11 +283,52 @@ def test_every_argument_of_a_named_method_reaches_its_setting_and_no_other(name:
 
     factory = lrkit.current().get("method", name)
     arguments, settings = ARGUMENTS[name]
-    assert set(arguments) == set(inspect.signature(factory).parameters)
+    assert {*arguments, "variant"} == {*inspect.signature(factory).parameters, "variant"}
     default = leaves(to_plain(factory()))
     assert leaves(to_plain(factory(**arguments))) == {**default, **settings}
     for path in settings:
         assert default[path] != settings[path]
+
+
+VARIANTS = {
+    "adalora": {
+        "released": {
+            **{"parameterization.orthogonality_norm": "mean", "metric.measure": "after-step"},
+            **{"scheduler.first_step": 0, "scheduler.ending": "released", "action.ties": "threshold"},
+        },
+        "peft": {
+            **{"parameterization.orthogonality_norm": "mean", "metric.measure": "after-step"},
+            **{"scheduler.first_step": 0, "scheduler.ending": "peft", "action.ties": "threshold"},
+        },
+    },
+    "aflora": {
+        "released": {
+            **{"metric.window": 10, "scheduler.first_step": 0, "scheduler.ending": "released"},
+            "action.rule": "quantile",
+        }
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "variant"), [(n, v) for n, variants in VARIANTS.items() for v in variants])
+def test_a_variant_differs_in_what_it_says_and_takes_the_same_arguments(name: str, variant: str) -> None:
+    factory = lrkit.current().get("method", name)
+    changed = VARIANTS[name][variant]
+    assert leaves(to_plain(factory(variant=variant))) == {**leaves(to_plain(factory())), **changed}
+    arguments, settings = ARGUMENTS[name]
+    assert leaves(to_plain(factory(variant=variant, **arguments))) == {
+        **leaves(to_plain(factory(variant=variant))),
+        **settings,
+    }
+    there_and_back(factory(variant=variant))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("variant", ["Paper", "", None, True, 1], ids=repr)
+def test_an_unknown_variant_is_refused(name: str, variant: Any) -> None:
+    with pytest.raises(LrkitError, match=f"{name} variant must be"):
+        lrkit.current().get("method", name)(variant=variant)
+    assert lrkit.current().get("method", name)(variant="paper") == lrkit.current().get("method", name)()
 
 
 def test_the_compositions_of_the_papers() -> None:
@@ -382,23 +421,23 @@ freeze = {"metric": GradientUncertainty(), "scheduler": Cubic(), "action": Freez
 together = {**freeze, "action": Freeze(together=True)}
 
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "pruning LoRA": ({"parameterization": LoRA(rank=3), **prune}, ("Prune()", "LoRA(rank=3", "core value")),
-    "pruning full fine-tuning": ({"parameterization": Full(), **prune}, ("Prune()", "Full()", "core value")),
+    "pruning LoRA": ({"parameterization": LoRA(rank=3), **prune}, ("Prune(", "LoRA(rank=3", "core value")),
+    "pruning full fine-tuning": ({"parameterization": Full(), **prune}, ("Prune(", "Full()", "core value")),
     "freezing what never trains": (
         {"parameterization": VectorScaled(train="none"), **freeze},
-        ("Freeze(together=False)", "VectorScaled(rank=4, train='none'", "matrices that train"),
+        ("Freeze(together=False", "VectorScaled(rank=4, train='none'", "matrices that train"),
     ),
     "freezing layers that never train": (
         {"parameterization": VectorScaled(train="none", shared=True), **together},
-        ("Freeze(together=True)", "VectorScaled(rank=4, train='none', shared=True", "matrices that train"),
+        ("Freeze(together=True", "VectorScaled(rank=4, train='none', shared=True", "matrices that train"),
     ),
     "a core metric for matrices": (
         {"parameterization": SVD(), **freeze, "metric": Magnitude()},
-        ("Magnitude(", "Freeze(together=False)", "'matrix'"),
+        ("Magnitude(", "Freeze(together=False", "'matrix'"),
     ),
     "a core metric for layers": (
         {"parameterization": LoRA(), **together, "metric": Magnitude()},
-        ("Magnitude(", "Freeze(together=True)", "'layer'"),
+        ("Magnitude(", "Freeze(together=True", "'layer'"),
     ),
     "target rank above the rank": (
         {"parameterization": SVD(rank=8), **prune, "scheduler": Cubic(target=12)},
@@ -448,7 +487,7 @@ def test_a_swap_that_does_not_fit_is_refused() -> None:
     method = methods.adalora(rank=12, target_rank=8)
     with pytest.raises(LrkitError, match=r"Cubic\.target = 8 is above the initial rank 4 of SVD\(rank=4"):
         attrs.evolve(method, parameterization=SVD(rank=4))
-    with pytest.raises(LrkitError, match=r"Prune\(\).*LoRA\("):
+    with pytest.raises(LrkitError, match=r"Prune\(.*LoRA\("):
         attrs.evolve(method, parameterization=LoRA(rank=12))
     with pytest.raises(LrkitError, match=r"Cubic\.target = 13 .* rank 12 of SVD"):
         methods.adalora(rank=12, target_rank=13)
@@ -482,7 +521,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a name": ({"action": "prune"}, "action must be an? Action, not 'prune'"),
     "nothing": ({"parameterization": None}, "parameterization must be a Parameterization, not None"),
     "a method": ({"parameterization": methods.lora()}, "must be a Parameterization, not Method\\("),
-    "an action in also": ({"also": [Prune()]}, "also must hold lrkit.Policy.*not Prune\\(\\)"),
+    "an action in also": ({"also": [Prune()]}, "also must hold lrkit.Policy.*not Prune\\("),
     "a class in also": ({"also": [Policy]}, "also must hold lrkit.Policy.*not <class"),
     "plain data in also": ({"also": [{"metric": "magnitude"}]}, "also must hold lrkit.Policy"),
     "a number as also": ({"also": 5}, "also must"),
@@ -592,10 +631,11 @@ BAD_PLAIN: dict[str, tuple[dict[str, Any], str]] = {
         {"parameterization": {"name": "lora", "orthogonality": 0.1}},
         'parameterization has no setting "orthogonality".*there are rank, alpha, dropout',
     ),
-    "setting where there are none": (
+    "setting of another action": (
         {**ADALORA, "action": {"name": "prune", "together": True}},
-        'action has no setting "together".*it has none',
+        'action has no setting "together"',
     ),
+    "setting where there are none": ({"parameterization": {"name": "full", "rank": 3}}, 'has no setting "rank".*it has none'),
     "a table without a name": ({"parameterization": {"rank": 3}}, "parameterization must be a name, or a table"),
     "a number": ({"parameterization": 3}, "parameterization must be a name, or a table.*not 3"),
     "a list": ({"parameterization": ["svd"]}, "parameterization must be a name, or a table"),
@@ -857,6 +897,21 @@ def test_a_component_is_put_in_and_left_out() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "name", "setting", "value"),
+    [
+        ("metric", "ratio-uncertainty", "epsilon", 1e-3),
+        ("metric", "sensitivity", "smoothed", True),
+        ("parameterization", "vector-scaled", "d_init", 0.5),
+    ],
+)
+def test_a_setting_that_only_the_component_swapped_in_has_can_be_set(
+    kind: str, name: str, setting: str, value: Any
+) -> None:
+    plain = with_setting(with_component(ADALORA, kind, name), f"{kind}.{setting}", value)
+    assert getattr(getattr(from_plain(plain), kind), setting) == value
+
+
+@pytest.mark.parametrize(
     ("path", "name", "message"),
     [
         ("metrics", "magnitude", r'no component "metrics" \(did you mean "metric"\?\)'),
@@ -888,10 +943,10 @@ def test_any_swap_of_a_registered_component_gives_a_method_or_a_refusal(method: 
     old = plain[kind] or {}
     assert set(swapped[kind]) <= {"name", *fields}
     for setting in fields & set(old):
-        if setting in swapped[kind]:
-            assert swapped[kind][setting] == old[setting]
+        if (setting, old[setting], name) == ("alpha", None, "lora"):
+            assert swapped[kind].get("alpha") in (None, LoRA().alpha), "LoRA has no scale of None: its default"
         else:
-            assert (setting, old[setting]) == ("alpha", None)
+            assert swapped[kind][setting] == old[setting]
     try:
         there_and_back(from_plain(swapped))
     except LrkitError as error:

@@ -116,6 +116,19 @@ def test_smoothed_sensitivity_with_any_beta(seed: int, beta1: float, steps: int)
     np.testing.assert_allclose(got.numpy(), oracle("sensitivity-smoothed", values, beta1=beta1), rtol=3e-5, atol=1e-12)
 
 
+@given(st.integers(0, 10_000), st.integers(2, 5), st.integers(1, 25))
+@QUICK
+def test_a_window_of_gradients(seed: int, window: int, steps: int) -> None:
+    """I is the mean of abs(grad) over full windows; Ī and Ū move when the next window begins."""
+    values = sequence(seed, steps, 6)
+    statistics = oracles.Statistics("gradient-uncertainty", (6,), 0.85, 0.95)
+    for start in range(0, steps - window, window):
+        mean = sum(grad.double().abs().numpy() for _, grad in values[start : start + window]) / window
+        statistics.observe(np.zeros(6), mean)
+    got = run(GradientUncertainty(window=window), values)
+    np.testing.assert_allclose(got.numpy(), statistics.score(), rtol=3e-5, atol=1e-12)
+
+
 def test_by_hand() -> None:
     """One entry, two steps, worked on paper: w·g = 2 then -4; abs(g) = 1 then 2."""
     values = [(torch.tensor([2.0]), torch.tensor([1.0])), (torch.tensor([-2.0]), torch.tensor([2.0]))]
@@ -216,7 +229,7 @@ def test_default_reduce_everywhere(kind: type[Metric]) -> None:
 def test_metrics_are_frozen_and_say_when_they_measure(kind: type[Metric]) -> None:
     metric = kind()
     assert metric.reads in ("all", "core")
-    assert isinstance(kind.buffers, tuple)
+    assert isinstance(metric.buffers, tuple)
     if any(field.name == "measure" for field in attrs.fields(kind)):
         assert metric.measure == "before-step", "the paper's Algorithm 1 measures at the gradient, before the update"
         assert attrs.evolve(metric, measure="after-step").measure == "after-step"

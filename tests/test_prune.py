@@ -16,6 +16,7 @@ from rigs import OPTIMIZERS, Recorder, bert, cores, loss_of, toy
 
 import lrkit
 from lrkit.actions import Freeze, Prune
+from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.metrics import GradientUncertainty, Magnitude, Sensitivity, SensitivityUncertainty
 from lrkit.parameterizations import SVD, VectorScaled
 from lrkit.schedulers import Constant, Cubic, Linear
@@ -85,7 +86,7 @@ def run_against_oracle(
             assert torch.equal(adapter.A, recorder.after[name]["A"]), "the mask touched Q"
             assert torch.equal(adapter.B, recorder.after[name]["B"]), "the mask touched P"
         if decision is None:
-            if t < total - scheduler.final:
+            if t < total - scheduler.final + (oracle.ending == "released") or oracle.ending == "open":
                 assert torch.equal(now, updated), f"λ was masked at step {t}, where no decision is due"
             else:
                 assert torch.equal(now, updated * torch.tensor(kept)), "the last mask does not hold"
@@ -151,16 +152,43 @@ def test_measured_after_the_step_as_the_released_code_does(kind: str) -> None:
         run_against_oracle(toy, adalora(4, 2, times=(30, 5, 10, interval), metric=metric), oracle, 30, "adam")
 
 
+@pytest.mark.parametrize("times", [(30, 5, 10, 1), (33, 7, 9, 4), (40, 8, 12, 5)], ids=str)
+@pytest.mark.parametrize("ending", ["fixed", "peft", "released", "open"])
+def test_every_ending_is_the_oracle_s(ending: Any, times: tuple[int, int, int, int]) -> None:
+    total, warmup, final, interval = times
+    method = adalora(4, 2, times=times)
+    assert method.scheduler is not None
+    method = attrs.evolve(method, scheduler=attrs.evolve(method.scheduler, ending=ending))
+    oracle = oracles.AdaLoRARun([4] * 3, 2, total=total, warmup=warmup, final=final, interval=interval, ending=ending)
+    run_against_oracle(toy, method, oracle, total, "adam")
+
+
+def test_ties_as_the_released_code_has_them_all_lose() -> None:
+    """score <= kthvalue: where all scores are equal nothing is kept; where none are, the best b."""
+    method = attrs.evolve(adalora(4, 2, times=(12, 2, 2, 1), gamma=0.0), action=Prune(ties="threshold"))
+    _, adapted = toy(method)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.1)
+    adapted.bind(optimizer, total_steps=12)
+    for _ in range(12):
+        step_with(adapted, optimizer, lambda m, i: 0.0)
+    assert [record.kept for record in adapted.history] == [0] * 8
+    oracle = oracles.AdaLoRARun([4] * 3, 2, total=30, warmup=5, final=10, interval=2)
+    method = attrs.evolve(adalora(4, 2, times=(30, 5, 10, 2)), action=Prune(ties="threshold"))
+    run_against_oracle(toy, method, oracle, 30, "adam")
+
+
 @pytest.mark.parametrize("final", [0, 1, 6])
 def test_steps_numbered_from_zero_as_the_released_code_does(final: int) -> None:
-    """The n-th step is number n - 1: the same choices by number, and the budget is reached all the same."""
+    """The n-th step is number n - 1: the same choices by number, and the budget is reached or said to be out of reach."""
     total, warmup, interval = 20, 3, 4
     method = adalora(4, 1, times=(total, warmup, final, interval))
     assert method.scheduler is not None
     method = attrs.evolve(method, scheduler=attrs.evolve(method.scheduler, first_step=0))
     model, adapted = toy(method)
     optimizer = torch.optim.Adam(adapted.parameters(), lr=0.01)
-    adapted.bind(optimizer, total_steps=total)
+    if not binds(adapted, optimizer, total):
+        assert final == 0, "T - t_f = 20 is the number of no step; 19 and 14 are"
+        return
     when = {"total": total, "warmup": warmup, "final": final}
     for n in range(1, total + 1):
         optimizer.zero_grad()
@@ -171,19 +199,31 @@ def test_steps_numbered_from_zero_as_the_released_code_does(final: int) -> None:
             assert (cores(adapted) != 0).sum() == oracles.budget(n - 1, **when, b0=12, bT=3)
     due = [n for n in range(1, total + 1) if oracles.is_due(n - 1, **when, interval=interval)]
     assert [record.step for record in adapted.history][: len(due)] == due
-    assert (cores(adapted) != 0).sum() == 3, "the run ended above its target"
+    assert (cores(adapted) != 0).sum() == 3, "the run ended above its target, and nothing was said"
 
 
 def test_a_final_phase_as_long_as_the_run_has_the_target_from_the_start() -> None:
-    """T - t_f = 0: the budget is b_T at every step."""
+    """T - t_f = 0: the budget is b_T at every step, or the schedule is refused."""
     model, adapted = toy(adalora(4, 1, times=(10, 0, 10, 1)))
     optimizer = torch.optim.Adam(adapted.parameters(), lr=0.01)
-    adapted.bind(optimizer, total_steps=10)
+    if not binds(adapted, optimizer, 10):
+        return
     for n in range(1, 11):
         optimizer.zero_grad()
         (loss_of(model, n) + adapted.penalty()).backward()
         optimizer.step()
         assert (cores(adapted) != 0).sum() == 3, n
+
+
+def binds(adapted: Any, optimizer: torch.optim.Optimizer, total: int) -> bool:
+    """False where bind refuses or warns: it said so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            adapted.bind(optimizer, total_steps=total)
+        except (LrkitError, LrkitWarning):
+            return False
+    return True
 
 
 def test_gradients_that_are_not_finite_leave_the_statistics_alone() -> None:

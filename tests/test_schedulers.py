@@ -207,6 +207,17 @@ def test_times_as_steps_or_as_shares(timing: dict[str, int], units: int, data: s
         assert share.due(t, total_steps=total) == whole.due(t, total_steps=total)
 
 
+@given(timings(most=400), st.sampled_from(["fixed", "peft", "released", "open"]), st.data())
+@QUICK
+def test_endings(timing: dict[str, int], ending: Any, data: st.DataObject) -> None:
+    scheduler = make(Cubic, timing, target=1, ending=ending)
+    total, final = timing["total"], timing["final"]
+    for t in steps_of(timing, data):
+        assert scheduler.due(t, total_steps=total) == oracles.is_due(t, **timing, ending=ending), t
+        want = oracles.is_measured(t, total=total, final=final, ending=ending)
+        assert scheduler.observes(t, total_steps=total) == want, t
+
+
 def test_shares_people_write() -> None:
     """0.29 · 100 is 28.999999999999996 and 0.7 · 10 is 7.0: both mean what they say."""
     assert Cubic(target=1, final=0.29).end(100) == 71

@@ -112,6 +112,7 @@ class Adapted:
         self._places = _places(model, {t.name: t.layer for t in found if self.adapters[t.name] is not t.layer})
         self._originals = {target.name: target.layer for target in found}
         fresh = {id(p) for m in self.adapters.values() for p in m.parameters()} - {id(p) for p, _ in before}
+        self._fresh_ids = fresh
         for p, _ in before:
             p.requires_grad_(False)
         for p in trained_own.values():

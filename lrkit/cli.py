@@ -138,6 +138,55 @@ def run(
         typer.echo("written: " + "  ".join(str(p) for p in sorted(folder.iterdir())))
 
 
+@app.command()
+def params(
+    method: Annotated[list[str] | None, typer.Argument(help="Methods' names; all of them where none is given.")] = None,
+    model: Annotated[str, typer.Option("--model", help="deberta-v3-base, minilm, or a folder with config.json.")] = (
+        "deberta-v3-base"
+    ),
+    steps: Annotated[int, typer.Option(help="Optimizer steps that averages are over.", min=1)] = 10_000,
+    tokens: Annotated[int, typer.Option(help="Count FLOPs for one sequence of so many tokens; 0 for none.", min=0)] = 0,
+    sets: Set = None,
+    swap: Swap = None,
+    as_json: Json = False,
+) -> None:
+    """Count trainable parameters (and FLOPs) of methods on a model, with no weights, over a whole run's schedule."""
+    import attrs
+
+    from lrkit.accounting import count, flops_on
+    from lrkit.models import empty_model
+    from lrkit.registry import current
+
+    names = method or current().names("method")
+    composed = {name: compose(name, sets or [], swap or [])[0] for name in names}
+    net = empty_model(model)
+    plain: dict[str, Any] = {}
+    rows = []
+    for name, each in composed.items():
+        counted = count(each, net, total_steps=steps)
+        plain[name] = attrs.asdict(counted)
+        row = [
+            name,
+            f"{counted.start:,}",
+            f"{counted.end:,.0f}",
+            f"{counted.average:,.0f}",
+            f"{counted.core:,}",
+            str(counted.layers),
+        ]
+        if tokens:
+            work = flops_on(each, net, tokens)
+            plain[name]["flops"] = {"forward": work.forward, "backward": work.backward, "tokens": tokens}
+            row += [f"{work.forward / tokens / 2e6:,.2f} M", f"{work.backward / tokens / 2e6:,.2f} M"]
+        rows.append(row)
+    if as_json:
+        _json({"model": model, "steps": steps, "methods": plain})
+        return
+    header = ["method", "trainable at start", "at end", "on average", "of these λ or d", "layers"]
+    header += ["multiply-adds a token, forward", "backward"] if tokens else []
+    _table(header, rows, f"{model}: {counted.model:,} parameters without its head", numbers=1)
+    typer.echo(f"averages are over {steps:,} steps; the head (classifier, pooler: {counted.head:,}) is left out.")
+
+
 @app.command(name="methods")
 def list_methods(as_json: Json = False) -> None:
     """The named methods, and the four parts each is made of."""
@@ -203,7 +252,7 @@ def compose(name: str, sets: Sequence[str], swaps: Sequence[str]) -> "tuple[Meth
     """
     import inspect
 
-    from lrkit.method import check_arguments, from_plain, to_plain, with_component, with_setting
+    from lrkit.method import FIELDS, check_arguments, from_plain, to_plain, with_component, with_setting
     from lrkit.registry import current
 
     registry = current()
@@ -229,10 +278,8 @@ def compose(name: str, sets: Sequence[str], swaps: Sequence[str]) -> "tuple[Meth
             raise LrkitError(f"--swap {text}: a run has one {path}; `lrkit ablate` compares several")
         plain = with_component(plain, path, value)
     for key, value in later:
-        if "." not in key:
-            hint = nearest(key, known)
-            if hint:
-                raise LrkitError(f'method "{name}" has no argument "{key}"{hint}')
+        if "." not in key and not any(key in (plain[kind] or {}) for kind in FIELDS) and (hint := nearest(key, known)):
+            raise LrkitError(f'method "{name}" has no argument "{key}"{hint}')
         plain = with_setting(plain, key, value)
     return from_plain(plain), run
 

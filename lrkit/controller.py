@@ -54,6 +54,8 @@ class PolicyState:
         self.observations = 0
         self.ended = False
         device = blocks[0].tensors[0].device
+        # A model without weights is there to be counted: what is kept must be a number all the same.
+        device = torch.device("cpu") if device.type == "meta" else device
         self.kept = torch.ones(self.units, dtype=torch.bool, device=device)
         self.layout = self._layout()
         self.buffers = {name: self._zeros(self.layout.size) for name in policy.metric.buffers}

@@ -119,6 +119,30 @@ def load_config(spec: str) -> PretrainedConfig:
     return config
 
 
+def empty_model(spec: str, num_labels: int = 2) -> PreTrainedModel:
+    """A sequence-classification model without weights, on the meta device, for counting.
+
+    Args:
+        spec: what `load_config` takes.
+        num_labels: outputs of the head.
+
+    Raises:
+        LrkitError: if there is no such config, or transformers has no such model.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    config = load_config(spec)
+    config.num_labels = num_labels
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+        return model
+    except ValueError as error:
+        first = str(error).strip().splitlines()[0]
+        raise LrkitError(f'model "{spec}": no sequence classifier of this type: {first}') from error
+
+
 def shipped_configs() -> tuple[str, ...]:
     """The names of the configs in `lrkit/configs`."""
     folder = importlib.resources.files("lrkit") / "configs"

@@ -88,10 +88,16 @@ UNKNOWN: dict[str, tuple[list[str], str]] = {
     "command that is none": (["zzz"], "zzz"),
     "method": (["run", "adalor"], 'unknown method "adalor" (did you mean "adalora"?); there are full, lora, '),
     "method in capitals": (["run", "AdaLoRA"], '(did you mean "adalora"?)'),
-    "metric": (["run", "adalora", "--swap", "metric=magnitud"], 'unknown metric "magnitud" (did you mean "magnitude"?)'),
+    "metric": (
+        ["run", "adalora", "--swap", "metric=magnitud"],
+        'unknown metric "magnitud" (did you mean "magnitude"?)',
+    ),
     "scheduler": (["run", "adalora", "--swap", "scheduler=cubik"], '(did you mean "cubic"?)'),
     "action": (["run", "adalora", "--swap", "action=prun"], '(did you mean "prune"?)'),
-    "parameterization": (["run", "adalora", "--swap", "parameterization=vectorscaled"], '(did you mean "vector-scaled"?)'),
+    "parameterization": (
+        ["run", "adalora", "--swap", "parameterization=vectorscaled"],
+        '(did you mean "vector-scaled"?)',
+    ),
     "part": (["run", "adalora", "--swap", "metrics=magnitude"], 'no component "metrics" (did you mean "metric"?)'),
     "setting": (
         ["run", "adalora", "--set", "parameterization.rnk=3"],
@@ -154,7 +160,10 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["run", "adalora", "--set", "target_rank=20"],
         "Cubic.target = 20 is above the initial rank 12 of SVD(",
     ),
-    "rank below target_rank": (["run", "adalora", "--set", "rank=4"], "Cubic.target = 8 is above the initial rank 4 of SVD("),
+    "rank below target_rank": (
+        ["run", "adalora", "--set", "rank=4"],
+        "Cubic.target = 8 is above the initial rank 4 of SVD(",
+    ),
     "scheduler.target above rank": (
         ["run", "adalora", "--set", "scheduler.target=13"],
         "Cubic.target = 13 is above the initial rank 12 of SVD(",
@@ -168,7 +177,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a string for a count": (["run", "adalora", "--set", 'rank="8"'], "rank must be int, not '8'"),
     "a word for a count": (["run", "adalora", "--set", "parameterization.rank=many"], "rank must be int, not 'many'"),
     "a flag for a count": (["run", "adalora", "--set", "target_rank=true"], "target_rank must be int, not True"),
-    "a fraction for a target rank": (["run", "adalora", "--set", "target_rank=0.5"], "target_rank must be int, not 0.5"),
+    "a fraction for a target rank": (
+        ["run", "adalora", "--set", "target_rank=0.5"],
+        "target_rank must be int, not 0.5",
+    ),
     "nothing for a count": (["run", "adalora", "--set", "parameterization.rank=none"], "rank must be int, not None"),
     "a list": (["run", "adalora", "--set", "metric.beta1=[0.5]"], "metric.beta1 must be float, not [0.5]"),
     "a word for a number": (["run", "adalora", "--set", "metric.beta1=high"], "metric.beta1 must be float, not 'high'"),
@@ -230,7 +242,10 @@ FILES: dict[str, tuple[dict[str, list[str]], str]] = {
     "a label missing": ({"train": [ROW, OTHER, '{"sentence": "x"}']}, 'train.jsonl:3: field "label" is missing'),
     "a label that is a word": ({"train": [ROW, '{"sentence": "x", "label": "good"}']}, "train.jsonl:2: label is "),
     "a label that is a flag": ({"train": [ROW, '{"sentence": "x", "label": true}']}, "train.jsonl:2: label is true"),
-    "a text that is a number": ({"train": [ROW, '{"sentence": 5, "label": 1}']}, 'train.jsonl:2: field "sentence" is 5'),
+    "a text that is a number": (
+        {"train": [ROW, '{"sentence": 5, "label": 1}']},
+        'train.jsonl:2: field "sentence" is 5',
+    ),
     "a label that training has not": (
         {"validation": [ROW, OTHER, '{"sentence": "x", "label": 2}']},
         "validation.jsonl:3: label 2",
@@ -271,7 +286,14 @@ def test_a_truncated_archive_is_named_with_its_line(refused: Callable[..., str],
 
 
 @pytest.mark.parametrize("command", [["run", "lora"], ["demo"]], ids=["run", "demo"])
-def test_out_is_never_overwritten(refused: Callable[..., str], tmp_path: Path, command: list[str]) -> None:
+def test_out_is_never_overwritten(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("it went on to load data, or to train")
+
+    monkeypatch.setattr("lrkit.tasks.load_task", never)
+    monkeypatch.setattr("lrkit.study.run.train", never)
     out = tmp_path / "results"
     out.mkdir()
     (out / "result.json").write_text("precious")
@@ -304,7 +326,16 @@ TRAINED: dict[str, tuple[list[str], str]] = {
         "Cubic: warmup 6 + final 1 steps are more than total_steps 6",
     ),
     "warm-up and final phase of another scheduler": (
-        ["--swap", "scheduler=linear", "--set", "scheduler.warmup=11", "--set", "run.steps=10", "--set", "scheduler.final=0"],
+        [
+            "--swap",
+            "scheduler=linear",
+            "--set",
+            "scheduler.warmup=11",
+            "--set",
+            "run.steps=10",
+            "--set",
+            "scheduler.final=0",
+        ],
         "Linear: warmup 11 + final 0 steps are more than total_steps 10",
     ),
     "no target matched": (["--targets", "queri"], '(did you mean "query"?)'),
@@ -364,7 +395,9 @@ def test_a_refused_run_says_so_before_the_model_is_loaded(
 SHORT = ["--set", "run.steps=4", "--set", "run.batch_size=8", "--set", "run.threads=1"]
 
 
-def test_a_run_prints_one_table_and_writes_what_it_is_asked_to(call: Call, model: str, data: str, tmp_path: Path) -> None:
+def test_a_run_prints_one_table_and_writes_what_it_is_asked_to(
+    call: Call, model: str, data: str, tmp_path: Path
+) -> None:
     out = tmp_path / "new" / "results"
     code, stdout, stderr = call("run", "adalora", "--model", model, "--data", data, "--out", str(out), *SHORT)
     assert (code, stderr) == (0, "adalora: 4 steps\n")
@@ -429,8 +462,13 @@ def test_settings_and_swaps_reach_the_run(call: Call, model: str, data: str) -> 
     )
     settings = {k: v for k, v in result["settings"].items() if v is not None}
     for name, value in {
-        **{"steps": 5, "batch_size": 4, "lr": 0.002, "head_lr": 0.003, "train_rows": 16},
-        **{"validation_rows": 4, "seed": 7},
+        "steps": 5,
+        "batch_size": 4,
+        "lr": 0.002,
+        "head_lr": 0.003,
+        "train_rows": 16,
+        "validation_rows": 4,
+        "seed": 7,
     }.items():
         assert settings[name] == value
     layers = [layer["rank"] for layer in result["summary"]["layers"]]

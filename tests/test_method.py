@@ -187,7 +187,8 @@ def test_settings_left_out_of_plain_data_take_their_defaults(method: Method, dat
 def test_a_name_alone_is_a_component_with_its_defaults() -> None:
     plain = {"parameterization": "svd", "metric": "magnitude", "scheduler": "linear", "action": "prune"}
     same(
-        from_plain(plain), Method(parameterization=SVD(), metric=Magnitude(), scheduler=Linear(), action=Prune(), also=())
+        from_plain(plain),
+        Method(parameterization=SVD(), metric=Magnitude(), scheduler=Linear(), action=Prune(), also=()),
     )
     same(from_plain({"parameterization": {"name": "lora"}}), Method(parameterization=LoRA()))
 
@@ -254,24 +255,48 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "elora": ({"rank": 7, "shared": True}, {"parameterization.rank": 7, "parameterization.shared": True}),
     "adalora": (
         {
-            **{"rank": 9, "target_rank": 5, "warmup": 11, "final": 13, "interval": 17},
-            **{"beta1": 0.25, "beta2": 0.75, "alpha": 5.5, "orthogonality": 0.5},
+            "rank": 9,
+            "target_rank": 5,
+            "warmup": 11,
+            "final": 13,
+            "interval": 17,
+            "beta1": 0.25,
+            "beta2": 0.75,
+            "alpha": 5.5,
+            "orthogonality": 0.5,
         },
         {
-            **{"parameterization.rank": 9, "parameterization.alpha": 5.5, "parameterization.orthogonality": 0.5},
-            **{"scheduler.target": 5, "scheduler.warmup": 11, "scheduler.final": 13, "scheduler.interval": 17},
-            **{"metric.beta1": 0.25, "metric.beta2": 0.75},
+            "parameterization.rank": 9,
+            "parameterization.alpha": 5.5,
+            "parameterization.orthogonality": 0.5,
+            "scheduler.target": 5,
+            "scheduler.warmup": 11,
+            "scheduler.final": 13,
+            "scheduler.interval": 17,
+            "metric.beta1": 0.25,
+            "metric.beta2": 0.75,
         },
     ),
     "aflora": (
         {
-            **{"rank": 9, "train": "attention", "warmup": 11, "final": 13, "interval": 17},
-            **{"beta1": 0.25, "beta2": 0.75, "together": True},
+            "rank": 9,
+            "train": "attention",
+            "warmup": 11,
+            "final": 13,
+            "interval": 17,
+            "beta1": 0.25,
+            "beta2": 0.75,
+            "together": True,
         },
         {
-            **{"parameterization.rank": 9, "parameterization.train": "attention"},
-            **{"scheduler.warmup": 11, "scheduler.final": 13, "scheduler.interval": 17},
-            **{"metric.beta1": 0.25, "metric.beta2": 0.75, "action.together": True},
+            "parameterization.rank": 9,
+            "parameterization.train": "attention",
+            "scheduler.warmup": 11,
+            "scheduler.final": 13,
+            "scheduler.interval": 17,
+            "metric.beta1": 0.25,
+            "metric.beta2": 0.75,
+            "action.together": True,
         },
     ),
 }
@@ -293,17 +318,25 @@ def test_every_argument_of_a_named_method_reaches_its_setting_and_no_other(name:
 VARIANTS = {
     "adalora": {
         "released": {
-            **{"parameterization.orthogonality_norm": "mean", "metric.measure": "after-step"},
-            **{"scheduler.first_step": 0, "scheduler.ending": "released", "action.ties": "threshold"},
+            "parameterization.orthogonality_norm": "mean",
+            "metric.measure": "after-step",
+            "scheduler.first_step": 0,
+            "scheduler.ending": "released",
+            "action.ties": "threshold",
         },
         "peft": {
-            **{"parameterization.orthogonality_norm": "mean", "metric.measure": "after-step"},
-            **{"scheduler.first_step": 0, "scheduler.ending": "peft", "action.ties": "threshold"},
+            "parameterization.orthogonality_norm": "mean",
+            "metric.measure": "after-step",
+            "scheduler.first_step": 0,
+            "scheduler.ending": "peft",
+            "action.ties": "threshold",
         },
     },
     "aflora": {
         "released": {
-            **{"metric.window": 10, "scheduler.first_step": 0, "scheduler.ending": "released"},
+            "metric.window": 10,
+            "scheduler.first_step": 0,
+            "scheduler.ending": "released",
             "action.rule": "quantile",
         }
     },
@@ -467,20 +500,36 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("where", ["method", "also"])
+@pytest.mark.parametrize("where", ["method", "also", "also, behind one that fits"])
 def test_a_combination_that_does_not_fit_is_refused_with_both_sides_named(case: str, where: str) -> None:
     fields, named = REFUSED[case]
     parameterization = fields["parameterization"]
     policy = {name: fields[name] for name in ("metric", "scheduler", "action")}
+    if where != "method":
+        fits = Policy(**(prune if isinstance(parameterization, SVD | VectorScaled) else freeze))
+        also = (Policy(**policy),) if where == "also" else (fits, Policy(**policy))
+        fields = {"parameterization": parameterization, "also": also}
     with pytest.raises(LrkitError) as caught:
-        if where == "method":
-            Method(**fields)
-        else:
-            Method(parameterization=parameterization, also=(Policy(**policy),))
+        Method(**fields)
     message = str(caught.value)
     assert "\n" not in message
     for words in named:
         assert words in message
+
+
+def test_an_action_of_ones_own_needs_no_refusal_where_there_are_no_such_units() -> None:
+    @attrs.frozen(kw_only=True)
+    class Components(Freeze):
+        @property
+        def unit(self) -> Any:
+            return "component"
+
+        def refusal(self, parameterization: Any) -> None:
+            return None
+
+    Method(parameterization=LoRA(), **{**freeze, "action": Components()})
+    with pytest.raises(LrkitError, match=r"Components\(.*Full\(\).*'component', and there are none that train"):
+        Method(parameterization=Full(), **{**freeze, "action": Components()})
 
 
 def test_a_swap_that_does_not_fit_is_refused() -> None:
@@ -545,6 +594,14 @@ def test_a_policy_takes_no_other_types(field: str, value: Any) -> None:
         Policy(**{**prune, field: value})
 
 
+def _build(**fields: Any) -> tuple[Method | None, str]:
+    """A method; or None and why it was refused."""
+    try:
+        return Method(**fields), ""
+    except LrkitError as error:
+        return None, str(error)
+
+
 class Mixed(nn.Module):
     """Two attention and two FFN maps under the names that tell them apart."""
 
@@ -583,11 +640,10 @@ def test_any_combination_trains_or_is_refused_when_it_is_built(parameterization:
     built = 0
     for metric, scheduler in itertools.product(*offered):
         fields = {"metric": metric(), "scheduler": scheduler(target=0.5, warmup=1, final=1), "action": action}
-        try:
-            method = Method(parameterization=parameterization, **fields)
-        except LrkitError as error:
+        method, refusal = _build(parameterization=parameterization, **fields)
+        if method is None:
             names = [type(part).__name__ for part in (parameterization, *fields.values())]
-            assert sum(f"{name}(" in str(error) for name in names) >= 2, str(error)
+            assert sum(f"{name}(" in refusal for name in names) >= 2, refusal
             continue
         built += 1
         torch.manual_seed(0)
@@ -618,7 +674,10 @@ def test_any_combination_trains_or_is_refused_when_it_is_built(parameterization:
 ADALORA = to_plain(methods.adalora(), Registry(discover=False))
 
 BAD_PLAIN: dict[str, tuple[dict[str, Any], str]] = {
-    "misspelt part": ({"parametrization": "svd"}, r'no setting "parametrization" \(did you mean "parameterization"\?\)'),
+    "misspelt part": (
+        {"parametrization": "svd"},
+        r'no setting "parametrization" \(did you mean "parameterization"\?\)',
+    ),
     "no parameterization": ({"metric": "magnitude"}, "needs a parameterization"),
     "empty": ({}, "needs a parameterization"),
     "misspelt name": ({"parameterization": "svdd"}, r'unknown parameterization "svdd" \(did you mean "svd"\?\)'),
@@ -635,7 +694,10 @@ BAD_PLAIN: dict[str, tuple[dict[str, Any], str]] = {
         {**ADALORA, "action": {"name": "prune", "together": True}},
         'action has no setting "together"',
     ),
-    "setting where there are none": ({"parameterization": {"name": "full", "rank": 3}}, 'has no setting "rank".*it has none'),
+    "setting where there are none": (
+        {"parameterization": {"name": "full", "rank": 3}},
+        'has no setting "rank".*it has none',
+    ),
     "a table without a name": ({"parameterization": {"rank": 3}}, "parameterization must be a name, or a table"),
     "a number": ({"parameterization": 3}, "parameterization must be a name, or a table.*not 3"),
     "a list": ({"parameterization": ["svd"]}, "parameterization must be a name, or a table"),
@@ -660,7 +722,10 @@ BAD_PLAIN: dict[str, tuple[dict[str, Any], str]] = {
         {**ADALORA, "parameterization": {"name": "svd", "rank": 4}},
         r"Cubic\.target = 8 is above the initial rank 4 of SVD",
     ),
-    "out of range": ({"parameterization": {"name": "svd", "rank": 0}}, r"SVD\.rank must be an int of at least 1, not 0"),
+    "out of range": (
+        {"parameterization": {"name": "svd", "rank": 0}},
+        r"SVD\.rank must be an int of at least 1, not 0",
+    ),
 }
 
 
@@ -692,6 +757,52 @@ def test_no_value_is_coerced(path: str, value: Any) -> None:
     assert path.rpartition(".")[2] in str(caught.value)
     assert repr(value) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@attrs.frozen(kw_only=True)
+class Unchecked(Magnitude):
+    """A metric of a plug-in that validates nothing itself: its annotations are what there is."""
+
+    count: int = 1
+    rate: float = 0.5
+    label: str = "a"
+    on: bool = False
+    mode: Literal["slow", "fast", 1] = "slow"
+    either: float | int = 0.5
+    maybe: int | None = None
+    several: tuple[int, ...] = ()
+
+
+UNCHECKED: dict[str, tuple[list[Any], list[Any]]] = {
+    "count": ([0, 8, -1, 10**30], [8.0, 4.5, "8", True, None, [8]]),
+    "rate": ([0.5, 1e300], ["0.5", True, None, [0.5]]),
+    "label": (["", "8", "none"], [8, True, None, 0.5, ["a"]]),
+    "on": ([True, False], [0, 1, "true", None, 1.0]),
+    "mode": (["fast", 1], ["Fast", True, 1.0, None, "1", ["fast"]]),
+    "either": ([8, 8.0, 0.5], ["8", True, None]),
+    "maybe": ([None, 3], [3.0, "3", True, "none"]),
+    "several": ([[], [1, 2]], [[1.5], [True], ["1"], 1, None, "12"]),
+}
+
+
+@pytest.mark.parametrize("setting", UNCHECKED)
+def test_values_are_as_annotated_where_the_class_itself_checks_nothing(setting: str) -> None:
+    registry = Registry(discover=False)
+    registry.add("unchecked 1.0", "unchecked", _Offers(lrkit_metrics={"unchecked": Unchecked}))
+    plain = with_component(ADALORA, "metric", "unchecked", registry)
+    right, wrong = UNCHECKED[setting]
+    for value in right:
+        plain["metric"][setting] = value
+        method = from_plain(plain, registry)
+        got = getattr(method.metric, setting)
+        assert repr(got) == repr(tuple(value) if isinstance(value, list) else value)
+        back = json.loads(json.dumps(to_plain(method, registry)))
+        assert repr(back["metric"][setting]) == repr(value)
+        same(from_plain(back, registry), method)
+    for value in wrong:
+        plain["metric"][setting] = value
+        with pytest.raises(LrkitError, match=rf"metric\.{setting} must be "):
+            from_plain(plain, registry)
 
 
 @pytest.mark.parametrize("value", [0, 1, "true", "false", 1.0, None], ids=repr)
@@ -919,8 +1030,8 @@ def test_a_setting_that_only_the_component_swapped_in_has_can_be_set(
         ("metric", "cubic", 'unknown metric "cubic"'),
         ("parameterization.rank", "lora", 'no component "parameterization.rank"'),
         ("also", "prune", 'no component "also"'),
-        ("also.0", "prune", r'also\.0'),
-        ("also.0.metric", "magnitude", r'also\.0\.metric'),
+        ("also.0", "prune", r"also\.0"),
+        ("also.0.metric", "magnitude", r"also\.0\.metric"),
         ("", "prune", 'no component ""'),
     ],
 )
@@ -948,6 +1059,10 @@ def test_any_swap_of_a_registered_component_gives_a_method_or_a_refusal(method: 
         else:
             assert swapped[kind][setting] == old[setting]
     try:
-        there_and_back(from_plain(swapped))
+        built = from_plain(swapped)
     except LrkitError as error:
-        assert "\n" not in str(error)
+        refusal = str(error)
+    else:
+        there_and_back(built)
+        return
+    assert "\n" not in refusal

@@ -29,9 +29,7 @@ from lrkit.tasks import Task
 
 HOOKS = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("lrkit_")]
 BUILT_IN = {
-    (kind, name): value
-    for kind in KINDS
-    for name, value in getattr(builtin_plugin, f"lrkit_{kind}s", dict)().items()
+    (kind, name): value for kind in KINDS for name, value in getattr(builtin_plugin, f"lrkit_{kind}s", dict)().items()
 }
 
 
@@ -478,13 +476,13 @@ def test_two_functions_for_one_hook_are_both_heard() -> None:
 
 
 def test_a_built_in_name_cannot_be_taken() -> None:
-    registry, lines = load(("thief 1.0", offering(lrkit_metrics={"magnitude": Alternating, "alternating": Alternating})))
+    registry, lines = load(
+        ("thief 1.0", offering(lrkit_metrics={"magnitude": Alternating, "alternating": Alternating}))
+    )
     assert registry.get("metric", "magnitude") is Magnitude
     assert registry.get("metric", "alternating") is Alternating, "its other names are its own"
     (line,) = lines
-    assert line == (
-        f'plug-in "entry" of thief 1.0: metric "magnitude" is already offered by lrkit {lrkit.__version__}'
-    )
+    assert line == (f'plug-in "entry" of thief 1.0: metric "magnitude" is already offered by lrkit {lrkit.__version__}')
     assert registry.name_of("metric", Magnitude) == "magnitude"
     assert len([o for o in registry.offers("metric") if o.name == "magnitude"]) == 1
 
@@ -514,7 +512,8 @@ def test_a_name_that_two_plug_ins_claim_raises_with_both_named(kind: str) -> Non
 
 def test_one_name_in_two_kinds_is_no_collision() -> None:
     registry, lines = load(
-        ("one 1.0", offering(lrkit_metrics={"halved": Alternating})), ("two 1.0", offering(lrkit_methods={"halved": halved}))
+        ("one 1.0", offering(lrkit_metrics={"halved": Alternating})),
+        ("two 1.0", offering(lrkit_methods={"halved": halved})),
     )
     assert lines == []
     assert registry.get("metric", "halved") is Alternating

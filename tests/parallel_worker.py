@@ -1,0 +1,81 @@
+"""One of several gloo processes; run by test_parallel.py with: MODE RANK WORLD INIT_FILE OUT."""
+
+import sys
+
+import models
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import lrkit
+
+STEPS = 16
+
+
+def start(method, seed=3):
+    model = models.make("bert", seed=seed).eval()  # no dropout: ranks and the single process see the same network
+    adapted = lrkit.attach(model, method)
+    return model, adapted, torch.optim.AdamW(adapted.parameters(), lr=1e-2, weight_decay=0.05)
+
+
+def ddp(rank, world, method, accumulate=1):
+    """Each rank takes its share of the rows; the end must be that of one process with all of them."""
+    model, adapted, optimizer = start(method)
+    wrapped = DistributedDataParallel(model)
+    adapted.bind(optimizer, total_steps=STEPS)
+    sent = []
+    for step in range(STEPS):
+        for micro in range(accumulate):
+            data = models.batch(seed=step * accumulate + micro, rows=12)
+            mine = {k: v[rank::world] for k, v in data.items()}
+            ((wrapped(**mine).loss + adapted.penalty()) / accumulate).backward()
+        sent.append([p.grad is not None for p in adapted.parameters()])
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, adapted, sent
+
+
+def one(method, accumulate=1):
+    model, adapted, optimizer = start(method)
+    adapted.bind(optimizer, total_steps=STEPS)
+    for step in range(STEPS):
+        for micro in range(accumulate):
+            data = models.batch(seed=step * accumulate + micro, rows=12)
+            ((model(**data).loss + adapted.penalty()) / accumulate).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, adapted
+
+
+def fsdp2(method):
+    from torch.distributed.fsdp import fully_shard
+
+    model, adapted, _ = start(method)
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    try:
+        adapted.bind(optimizer, total_steps=STEPS)
+    except lrkit.LrkitError as error:
+        return str(error)
+    return "bound"
+
+
+if __name__ == "__main__":
+    from test_attach import METHODS
+
+    mode, rank, world, init, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
+    kind, _, name = mode.partition(":")
+    if kind == "fsdp2":
+        result = fsdp2(METHODS[name])
+    else:
+        model, adapted, sent = ddp(rank, world, METHODS[name], accumulate=2 if kind == "accumulate" else 1)
+        result = {
+            "weights": {k: v.clone() for k, v in model.state_dict().items()},
+            "history": [(d.step, d.budget, d.kept, d.lost, d.returned) for d in adapted.history],
+            "sent": sent,
+        }
+    torch.save(result, out)
+    dist.destroy_process_group()

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lrkit import actions, methods, metrics, parameterizations, schedulers, tasks, trainer
     from lrkit.actions import Action
-    from lrkit.attach import Adapted, attach, load
+    from lrkit.adapted import Adapted, attach, load
     from lrkit.controller import Decision
     from lrkit.errors import LrkitError, LrkitWarning
     from lrkit.hookspecs import hookimpl
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Action": "actions",
-    "Adapted": "attach",
+    "Adapted": "adapted",
     "Block": "units",
     "Decision": "controller",
     "LrkitError": "errors",
@@ -41,11 +41,11 @@ _HOMES = {
     "Policy": "method",
     "Registry": "registry",
     "Scheduler": "schedulers",
-    "attach": "attach",
+    "attach": "adapted",
     "current": "registry",
     "from_plain": "method",
     "hookimpl": "hookspecs",
-    "load": "attach",
+    "load": "adapted",
     "to_plain": "method",
     "with_component": "method",
     "with_setting": "method",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrkit.attach import Adapted, attach
+from lrkit.adapted import Adapted, attach
 from lrkit.units import Block
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ Bad input ends with exit code 2 and one line on stderr that says what was wrong 
 """
 
 import json
+import os
 import re
 import sys
 import warnings
@@ -18,7 +19,7 @@ from lrkit.errors import LrkitError, LrkitWarning, nearest
 
 if TYPE_CHECKING:
     from lrkit.method import Method
-    from lrkit.study.run import Progress, Result
+    from lrkit.study.run import Result
     from lrkit.tasks import Task
 
 app = typer.Typer(
@@ -48,7 +49,7 @@ Model = Annotated[str, typer.Option("--model", help="minilm, a folder, or a hub 
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="A new folder for table and pictures.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.", min=20)] = 150,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.", min=20)] = 120,
     as_json: Json = False,
 ) -> None:
     """Fine-tune MiniLM on movie-review sentences with LoRA, AdaLoRA, a swapped AdaLoRA and AFLoRA; draw what happened."""
@@ -60,7 +61,7 @@ def demo(
     from lrkit.tasks import load_task
 
     folder = _new_folder(out, "lrkit-demo")
-    adalora = methods.adalora(rank=8, target_rank=4)
+    adalora = methods.adalora(rank=8, target_rank=4, alpha=32.0)  # LoRA's scale, α/r = 4
     compositions = {
         "lora": methods.lora(rank=4),
         "adalora": adalora,
@@ -73,7 +74,7 @@ def demo(
     with _progress(as_json) as bar:
         for label, method in compositions.items():
             results[label] = train(method, task, settings=settings, progress=bar(label, steps))
-    pictures = draw(results, folder)
+    pictures = draw(results, _make(folder))
     plain = {label: result.to_plain() for label, result in results.items()}
     (folder / "results.json").write_text(json.dumps(plain, indent=1))
     if as_json:
@@ -110,7 +111,7 @@ def run(
 
     def save(adapted: Any) -> None:
         if folder is not None:
-            adapted.save(folder)
+            adapted.save(_make(folder))
 
     from lrkit.study.run import total_steps
 
@@ -128,7 +129,7 @@ def run(
         )
     plain = result.to_plain()
     if folder is not None:
-        (folder / "result.json").write_text(json.dumps(plain, indent=1))
+        (folder / "result.json").write_text(json.dumps(_finite(plain), indent=1))
         draw({label: result}, folder)
     if as_json:
         _json(plain)
@@ -196,7 +197,11 @@ def list_methods(as_json: Json = False) -> None:
     registry = current()
     rows, plain = [], {}
     for name in registry.names("method"):
-        composition = to_plain(registry.get("method", name)())
+        try:
+            composition = to_plain(registry.get("method", name)())
+        except Exception as error:
+            warnings.warn(f'method "{name}": {type(error).__name__}: {error}', LrkitWarning, stacklevel=1)
+            continue
         plain[name] = composition
         parts = [composition[kind]["name"] if composition[kind] else "-" for kind in FIELDS]
         about = (registry.get("method", name).__doc__ or "").strip().split("\n")[0]
@@ -301,7 +306,14 @@ def _task(name: str | None, data: Path | None) -> "Task":
     from lrkit.tasks import load_task
 
     registry = current()
-    return load_task(name, data=data, tasks={n: registry.get("task", n) for n in registry.names("task")})
+    return load_task(name, data=data, tasks={n: _later(n) for n in registry.names("task")})
+
+
+def _later(name: str) -> Any:
+    # Looked up when it is asked for: a name that two plug-ins claim must not stop the runs of other tasks.
+    from lrkit.registry import current
+
+    return lambda rest: current().get("task", name)(rest)
 
 
 def _targets(text: str) -> str | list[str]:
@@ -322,6 +334,14 @@ def _new_folder(wanted: Path | None, default: str) -> Path:
         while folder.exists():
             number += 1
             folder = Path(f"{default}-{number}")
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise LrkitError(f"cannot make the folder {folder}: {there} cannot be written to")
+    return folder
+
+
+def _make(folder: Path) -> Path:
+    """Made only when there is something to put into it: a refused run leaves nothing behind."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -336,8 +356,16 @@ def _where(value: Any) -> str:
     return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 def _json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, allow_nan=False, default=str))
+    typer.echo(json.dumps(_finite(value), indent=1, allow_nan=False, default=str))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, numbers: int = 99) -> None:
@@ -402,10 +430,12 @@ def _progress(quiet: bool) -> "Iterator[Any]":
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
 
-        def plain(label: str, total: int) -> "Progress | None":
-            if not quiet:
-                console.print(f"{label}: {total} steps", highlight=False)
-            return None
+        def plain(label: str, total: int) -> Any:
+            def once(step: int, steps: int, loss: float | None) -> None:
+                if step == 1:
+                    console.print(f"{label}: {total} steps", highlight=False)
+
+            return None if quiet else once
 
         yield plain
         return
@@ -443,6 +473,9 @@ def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, and exit: 0, or 2 for bad input."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without λ shows a question mark, and no traceback
     with warnings.catch_warnings():
         # lrkit's own warnings are one line each; those of libraries are for their developers, unless asked for with -W.
         if not sys.warnoptions:
@@ -462,5 +495,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(2)
         except LrkitError as error:
             _complain(str(error))
+            sys.exit(2)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _complain(f"{error.filename}: {error.strerror}")
             sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

@@ -81,7 +81,11 @@ class Policy:
 
 
 def _as_tuple(policies: Iterable[Policy]) -> tuple[Policy, ...]:
-    return (policies,) if isinstance(policies, Policy) else tuple(policies)
+    if isinstance(policies, Policy):
+        return (policies,)
+    if not isinstance(policies, Iterable) or isinstance(policies, type):
+        raise LrkitError(f"Method.also must hold lrkit.Policy(metric=..., ...), not {policies!r}")
+    return tuple(policies)
 
 
 @attrs.frozen(kw_only=True)
@@ -176,7 +180,10 @@ def from_plain(plain: Mapping[str, Any], registry: "Registry | None" = None) -> 
         raise LrkitError("a method needs a parameterization")
     parts = {kind: _component(registry, kind, plain.get(kind), kind) for kind in FIELDS}
     policies = []
-    for index, policy in enumerate(plain.get("also") or ()):
+    also = plain.get("also") or ()
+    if not isinstance(also, list | tuple):
+        raise LrkitError(f"also must be a list of policies, not {also!r}")
+    for index, policy in enumerate(also):
         where = f"also.{index}"
         if not isinstance(policy, Mapping):
             raise LrkitError(f"{where} must be a table with metric, scheduler and action, not {policy!r}")
@@ -213,7 +220,10 @@ def check_settings(cls: type, settings: Mapping[str, Any], where: str) -> dict[s
 
 def check_arguments(factory: Any, arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Keyword arguments for a method's function as its annotations have them. Raises LrkitError like `check_settings`."""
-    hints = typing.get_type_hints(factory)
+    try:
+        hints = typing.get_type_hints(factory)
+    except NameError:  # an annotation imported for type checkers alone: its values are checked by the parts themselves
+        hints = {}
     return {
         key: _typed(value, hints[key], f"{where} {key}") if key in hints else value for key, value in arguments.items()
     }
@@ -258,6 +268,15 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         name = getattr(hint, "__name__", None) if origin is None else str(hint).replace("typing.", "")
         raise LrkitError(f"{where} must be {name or hint}, not {value!r}")
     return value
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The settings of a component's class that have a plain default."""
+    return {
+        field.name: _plain(field.default)
+        for field in attrs.fields(cls)
+        if field.default is not attrs.NOTHING and not hasattr(field.default, "factory")
+    }
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -322,7 +341,8 @@ def with_component(
     hints = typing.get_type_hints(cls)
     fields = {field.name for field in attrs.fields(cls)}
     shared = {key: value for key, value in (node.get(kind) or {}).items() if key in fields}
-    node[kind] = {"name": name, **{key: value for key, value in shared.items() if _fits(value, hints[key])}}
+    fitting = {key: value for key, value in shared.items() if _fits(value, hints[key])}
+    node[kind] = {"name": name, **_defaults(cls), **fitting}
     return copy
 
 
@@ -335,6 +355,8 @@ def _descend(plain: Mapping[str, Any], owner: str, path: str) -> tuple[dict[str,
         elif isinstance(node, dict) and name in node and node[name] is not None:
             node = node[name]
         else:
+            if isinstance(node, dict) and name in node:
+                raise LrkitError(f'nothing at "{path}": the method has no {name}')
             known = list(node) if isinstance(node, dict) else [str(i) for i in range(len(node or ()))]
             listed = ", ".join(known) or "nothing"
             raise LrkitError(f'nothing at "{path}": no "{name}"{nearest(name, known)} (there is {listed})')

@@ -119,7 +119,10 @@ class Registry:
         except (pluggy.PluginValidationError, ValueError) as error:
             self._problem(distribution, name, _line(error))
             return
-        wrong = self._misspelt(plugin)
+        try:
+            wrong = self._misspelt(plugin)
+        except Exception as error:
+            wrong = f"cannot be looked at: {_line(error)}"
         if wrong:
             self._manager.unregister(plugin)
             self._problem(distribution, name, wrong)
@@ -132,7 +135,7 @@ class Registry:
             self._manager.unregister(plugin)
             self._problem(distribution, name, str(error))
             return
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._manager.unregister(plugin)
             self._problem(distribution, name, f"a hook raised {_line(error)}", traceback.format_exc())
             return
@@ -152,6 +155,8 @@ class Registry:
                 return f'there is no hook "{name}"{nearest(name, known)}'
             if not hasattr(value, "lrkit_impl"):
                 return f'"{name}" is not marked with @lrkit.hookimpl, so it would never be called'
+        if not self._manager.get_hookcallers(plugin):
+            return f"offers nothing: it has no function marked with @lrkit.hookimpl; there are {', '.join(known)}"
         return None
 
     def _ask(self, plugin: object, kind: Kind, distribution: str, name: str) -> list[Offer]:
@@ -159,6 +164,8 @@ class Registry:
         implementations = [i for i in getattr(self._manager.hook, hook).get_hookimpls() if i.plugin is plugin]
         if not implementations:
             return []
+        if len(implementations) > 1:
+            raise LrkitError(f"{hook} is implemented {len(implementations)} times: merge them into one")
         offered = implementations[0].function()
         if not isinstance(offered, Mapping):
             raise LrkitError(f"{hook} must return a mapping from names to {kind}s, not {type(offered).__name__}")
@@ -182,13 +189,12 @@ class Registry:
 
     def _register(self, offer: Offer) -> None:
         holders = self._offers.setdefault((offer.kind, offer.name), [])
-        for other in holders:
+        if holders:
+            others = " and ".join(other.distribution for other in holders)
             self._problem(
-                offer.distribution,
-                offer.plugin,
-                f'{offer.kind} "{offer.name}" is already offered by {other.distribution}',
+                offer.distribution, offer.plugin, f'{offer.kind} "{offer.name}" is already offered by {others}'
             )
-            if other.distribution == self._builtin:
+            if holders[0].distribution == self._builtin:
                 return
         holders.append(offer)
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lrkit import checkpoint
-from lrkit.attach import Adapted
+from lrkit.adapted import Adapted
 from lrkit.errors import LrkitError
 
 

@@ -22,7 +22,16 @@ def processes(mode, world, folder):
     outs = [folder / f"{rank}.pt" for rank in range(world)]
     running = [
         subprocess.Popen(
-            [sys.executable, "-P", str(HERE / "parallel_worker.py"), mode, str(rank), str(world), str(folder / "init"), out],
+            [
+                sys.executable,
+                "-P",
+                str(HERE / "parallel_worker.py"),
+                mode,
+                str(rank),
+                str(world),
+                str(folder / "init"),
+                out,
+            ],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -75,7 +84,14 @@ def test_deepspeed_and_fsdp1_are_refused_in_one_line():
 
 
 def run(method="adalora", steps=20, between=None, accumulate=1, model=None, **bind):
-    model = (model or models.make("bert", seed=1)).eval()
+    model = model or models.make("bert", seed=1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    model.train()
+    torch.manual_seed(4)
     adapted = lrkit.attach(model, METHODS[method])
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
     adapted.bind(optimizer, total_steps=20)
@@ -111,7 +127,7 @@ def test_gradients_are_seen_as_clipped():
     def clip(model):
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1e-3)
 
-    _, adapted = run("aflora", steps=1, between=clip)
+    _, adapted = run("aflora", steps=2, between=clip)  # b = 0: the first gradient of A and B is zero
     importance = adapted.state_dict()["tensors"]["policy.0.buffer.importance"]
     assert 0 < importance.norm() <= 0.15e-3
 
@@ -145,6 +161,7 @@ def test_a_step_that_grad_scaler_skips_is_no_step(fused):
     """With a fused optimizer the scaler leaves gradients scaled, and the optimizer skips by itself, after the hooks."""
     reference, reference_adapted = run("adalora", steps=6)
     model = models.make("bert", seed=1).eval()
+    torch.manual_seed(4)
     adapted = lrkit.attach(model, METHODS["adalora"])
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2, fused=fused)
     adapted.bind(optimizer, total_steps=20)
@@ -163,6 +180,8 @@ def test_a_step_that_grad_scaler_skips_is_no_step(fused):
     alike((reference, reference_adapted), (model, adapted))
 
 
+# What torch's own tracer does with autograd functions, and says of it.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("method", ["lora", "adalora", "aflora"])
 def test_torch_compile_takes_the_adapted_model_whole(method):
     model = models.make("bert", seed=1).eval()

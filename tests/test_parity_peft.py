@@ -114,7 +114,10 @@ def compare_once(config, method, pairs, trained):
         for key in trained:
             expected = pairs[key](layers[name]).grad
             torch.testing.assert_close(
-                adapter.get_parameter(key).grad, expected.reshape(adapter.get_parameter(key).shape), rtol=1e-4, atol=1e-7
+                adapter.get_parameter(key).grad,
+                expected.reshape(adapter.get_parameter(key).shape),
+                rtol=1e-4,
+                atol=1e-7,
             )
             compared += 1
     assert compared == len(trained) * len(adapted.adapters)

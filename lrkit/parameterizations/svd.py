@@ -30,7 +30,7 @@ class SVD(Parameterization):
             and PEFT's mean over all P and Q of the un-squared norm.
     """
 
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
 
     rank: int = attrs.field(default=12, validator=whole(1))
     alpha: float | None = attrs.field(default=None, validator=attrs.validators.optional(real(0.0, above=True)))

@@ -35,7 +35,7 @@ class VectorScaled(Parameterization):
         d_init: first value of d.
     """
 
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 1e-2
 
     rank: int = attrs.field(default=4, validator=whole(1))
     train: Literal["ffn", "attention", "both", "none"] = attrs.field(

@@ -77,7 +77,7 @@ def _ranks(results: Mapping[str, "Result"], folder: Path) -> Path | None:
     return _heat_maps(
         folder / "ranks.png",
         {
-            f"{label}: rank kept of {max(i for _, i in table.values())} (mean {_mean(table):.1f})": {
+            f"{label}: rank kept of {max(i for _, i in table.values())}, mean {_mean(table):.1f}": {
                 name: (float(rank), str(rank)) for name, (rank, _) in table.items()
             }
             for label, table in cells.items()
@@ -124,7 +124,7 @@ def _heat_maps(
     rows = {title: _in_order(place) for title, place in places.items()}
     columns = max(block for place in places.values() for _, block in place.values()) + 1
     height = sum(0.30 * len(r) + 0.75 for r in rows.values()) + 0.3
-    figure, axes = _figure(len(tables), max(5.2, 2.8 + 0.5 * columns), height)
+    figure, axes = _figure(len(tables), max(7.2, 3.6 + 0.5 * columns), height)
     image = None
     for axis, (title, table) in zip(axes, tables.items(), strict=True):
         values = np.full((len(rows[title]), columns), np.nan)

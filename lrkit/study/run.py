@@ -17,7 +17,7 @@ from lrkit.errors import LrkitError
 from lrkit.settings import Time, count_or_share, in_steps, real, whole
 
 if TYPE_CHECKING:
-    from lrkit.attach import Adapted
+    from lrkit.adapted import Adapted
     from lrkit.controller import Decision
     from lrkit.method import Method
     from lrkit.summary import Summary
@@ -151,7 +151,7 @@ def train(
     import transformers
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
-    from lrkit.attach import attach
+    from lrkit.adapted import attach
     from lrkit.method import to_plain
     from lrkit.models import load_model
     from lrkit.trainer import AdaptCallback

@@ -186,9 +186,15 @@ class Adapted:
         if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
             raise LrkitError(f"total_steps must be an int of at least 1, not {total_steps!r}")
         if self.method.policies:
-            reason = parallel.refusal(self.model, self.adapter_parameters(), optimizer)
+            now = [p for module in self.adapters.values() for p in module.parameters()]
+            reason = parallel.refusal(self.model, now, optimizer)
             if reason is not None:
                 raise LrkitError(reason)
+        if len(list(self.named_parameters())) != len(self._trained_ids):
+            raise LrkitError(
+                "the model's parameters are no longer those that were attached: something (FSDP, quantization, a cast that "
+                "makes new ones) has replaced them"
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [n for n, p in self.named_parameters() if p.requires_grad and id(p) not in held]
         if missing:

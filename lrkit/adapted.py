@@ -374,6 +374,7 @@ class Adapted:
         if set(saved) != set(weights):
             odd = sorted(set(saved) ^ set(weights))
             raise LrkitError(f"the state does not fit: {', '.join(odd[:3])} missing or not expected")
+        self._controller.check_state(tensors, meta)
         ranks = meta["ranks"]
         cut = {name for name, rank in self._controller.ranks().items() if ranks.get(name) != rank}
         if cut and self._bound is not None:
@@ -384,13 +385,18 @@ class Adapted:
                 raise LrkitError(
                     f"the state does not fit: {name} is {list(tensor.shape)}, here {list(saved[name].shape)}"
                 )
-        self._controller.check_state(tensors, meta)
+            if tensor.dtype != saved[name].dtype:
+                raise LrkitError(f"the state does not fit: {name} is {tensor.dtype}, here {saved[name].dtype}")
         with torch.no_grad():
             for name, tensor in weights.items():
                 if tensor.shape != saved[name].shape:
                     saved[name].data = saved[name].new_empty(tensor.shape)
                 saved[name].copy_(tensor)
+        for p in self.parameters():
+            p.requires_grad_(True)  # the state may be of an earlier step, when less was frozen
         self._controller.load_state(tensors, meta)
+        if self._ddp is not None:
+            parallel.follow(self._ddp)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write everything adaptive to ``folder/lrkit.safetensors``, atomically; `load` reads it.

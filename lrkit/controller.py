@@ -47,8 +47,10 @@ class Decision:
 class PolicyState:
     """What one policy remembers: which units are kept, and its metric's statistics."""
 
-    def __init__(self, index: int, policy: Policy, blocks: list[Block], layers: int) -> None:
-        self.index, self.policy, self.blocks, self.layers = index, policy, blocks, layers
+    def __init__(self, index: int, policy: Policy, blocks: list[Block]) -> None:
+        self.index, self.policy, self.blocks = index, policy, blocks
+        # Amounts given as an average are for each layer that has such units: AFLoRA's FFN layers alone, say.
+        self.layers = len({id(block.module) for block in blocks})
         self.units = sum(block.count for block in blocks)
         self.unit_names = [name for block in blocks for name in block.unit_names()]
         self.observations = 0
@@ -135,7 +137,8 @@ class PolicyState:
         # A score that is not a number (diverged weights) ranks last.
         scores = torch.nan_to_num(self.scores(entries), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
-        kept = self.policy.action.select(Ballot(scores, candidates, budget, share, entries))
+        parts = torch.tensor([len(b.parts) for b in self.blocks for _ in range(b.count)], device=scores.device)
+        kept = self.policy.action.select(Ballot(scores, candidates, budget, share, entries, parts))
         return kept, float(scores[kept].min()) if bool(kept.any()) else None
 
     def rebuild(self, blocks: list[Block], kept: Tensor) -> None:
@@ -178,7 +181,7 @@ class Controller:
                     f"{type(policy.action).__name__} has nothing to act on: no unit of kind {policy.action.unit!r} trains "
                     "in the layers that were chosen"
                 )
-            self.policies.append(PolicyState(index, policy, blocks, len(modules)))
+            self.policies.append(PolicyState(index, policy, blocks))
         self.counts = self.parameters_now()
         self.starts = dict(self.counts)
         self.initial_ranks = self.ranks()
@@ -192,6 +195,15 @@ class Controller:
         for state in self.policies:
             state.policy.scheduler.bounds(total_steps)
         self.total_steps = total_steps
+        for state in self.policies:
+            scheduler = state.policy.scheduler
+            first, end = scheduler.first_step, scheduler.end(total_steps)
+            if not first <= end < first + total_steps:
+                self.warn(
+                    f"end {state.index}",
+                    f"{type(scheduler).__name__}: the last decision is due at step {end}, and the run's steps are numbered "
+                    f"{first} to {first + total_steps - 1}: the budget will not be reached",
+                )
 
     def unfinished(self) -> str | None:
         """What training that ends now leaves undone; None where every last decision has been taken."""
@@ -229,9 +241,11 @@ class Controller:
                 f"step {self.step} of a run that was bound for total_steps={self.total_steps}: every schedule has ended",
             )
         changed = froze = False
+        # All observe before any decides: a matrix that one policy freezes has no gradient for the next.
         for state in self.policies:
             if state.policy.metric.measure == "after-step":
                 state.observe(self, self._scale)
+        for state in self.policies:
             scheduler, action = state.policy.scheduler, state.policy.action
             number = self.step - 1 + scheduler.first_step
             if not state.ended and scheduler.due(number, total_steps=self.total_steps):
@@ -390,6 +404,8 @@ class Controller:
                 tensor.data = tensor.data.index_select(part.axis, index)
                 tensor.grad = None
         for state in self.policies:
+            # What is cut cannot come back: every policy has ended.
+            state.end()
             if state.policy.action.unit == "component":
                 masks = split(state.kept, state.blocks)
                 pieces = [
@@ -419,20 +435,21 @@ class Controller:
             "step": self.step,
             "total_steps": self.total_steps,
             "policies": [{"observations": s.observations, "ended": s.ended} for s in self.policies],
-            "history": [attrs.asdict(decision) for decision in self.history],
+            "history": [attrs.asdict(d) | {"lost": list(d.lost), "returned": list(d.returned)} for d in self.history],
             "sums": dict(self._sums),
         }
         return tensors, data
 
     def check_state(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Raise LrkitError where a state is not one of this run; change nothing."""
-        if len(data["policies"]) != len(self.policies):
-            raise LrkitError(f"the state has {len(data['policies'])} policies, this method {len(self.policies)}")
+        self._check_data(data)
         if self.total_steps is not None and data["total_steps"] not in (None, self.total_steps):
             raise LrkitError(
                 f"the state is of a run of {data['total_steps']} steps, this one is bound for {self.total_steps}: "
                 "the schedule would be another one"
             )
+        ranks, shapes = data["ranks"], self.shapes(data["ranks"])
+        frozen: set[int] = set()
         for state, saved in zip(self.policies, data["policies"], strict=True):
             prefix = f"policy.{state.index}"
             expected = {f"{prefix}.kept", f"{prefix}.still"}
@@ -440,13 +457,57 @@ class Controller:
                 expected |= {f"{prefix}.buffer.{name}" for name in state.policy.metric.buffers}
             given = {name for name in tensors if name.startswith(f"{prefix}.")}
             if given != expected:
-                odd = sorted(given ^ expected)
-                raise LrkitError(f"the state does not fit: {', '.join(odd)} missing or not expected")
+                raise _misfit(f"{', '.join(sorted(given ^ expected))} missing or not expected")
             kept = tensors[f"{prefix}.kept"]
-            ranks = data["ranks"]
-            units = sum(ranks[b.name] if b.kind == "component" else b.count for b in state.blocks)
-            if kept.dtype != torch.bool or kept.shape != (units,):
-                raise LrkitError(f"the state does not fit: {prefix}.kept is not bool [{units}]")
+            counts = counts_of(state, ranks)
+            if kept.dtype != torch.bool or kept.shape != (sum(counts),):
+                raise _misfit(f"{prefix}.kept is not bool [{sum(counts)}]")
+            if not state.policy.action.reversible:
+                for block, keep in zip(state.blocks, torch.split(kept, counts), strict=True):
+                    frozen |= set() if bool(keep.any()) else {id(tensor) for tensor in block.tensors}
+        for state, saved in zip(self.policies, data["policies"], strict=True):
+            prefix = f"policy.{state.index}"
+            size = {True: 0, False: 0}
+            for block, keep in zip(
+                state.blocks, torch.split(tensors[f"{prefix}.kept"], counts_of(state, ranks)), strict=True
+            ):
+                if saved["ended"] or not (state.policy.action.reversible or bool(keep.any())):
+                    continue
+                for part in block.parts:
+                    if state.policy.metric.reads == "all" or part.core:
+                        tensor = block.tensor(part)
+                        size[id(tensor) in frozen] += shapes.get(id(tensor), tensor.shape).numel()
+            for name in (n for n in tensors if n.startswith((f"{prefix}.buffer.", f"{prefix}.still"))):
+                wanted = size[name == f"{prefix}.still"]
+                if tensors[name].dtype != torch.float32 or tensors[name].shape != (wanted,):
+                    raise _misfit(f"{name} is not float32 [{wanted}]")
+
+    def _check_data(self, data: Mapping[str, Any]) -> None:
+        def whole(value: object, optional: bool = False) -> bool:
+            return (optional and value is None) or (
+                isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            )
+
+        if not whole(data["step"]) or not whole(data["total_steps"], optional=True):
+            raise _misfit("step and total_steps are not whole numbers")
+        policies = data["policies"]
+        if not isinstance(policies, list) or len(policies) != len(self.policies):
+            raise _misfit(f"policies is not a list of {len(self.policies)}")
+        for saved in policies:
+            if (
+                not isinstance(saved, dict)
+                or not whole(saved.get("observations"))
+                or type(saved.get("ended")) is not bool
+            ):
+                raise _misfit("policies lack observations or ended")
+        for key in ("sums", "ranks"):
+            table = data[key]
+            if not isinstance(table, dict) or set(table) != set(self.modules) or not all(map(whole, table.values())):
+                raise _misfit(f"{key} are not whole numbers for the layers of this run")
+        fields = {field.name for field in attrs.fields(Decision)}
+        history = data["history"]
+        if not isinstance(history, list) or not all(isinstance(d, dict) and set(d) == fields for d in history):
+            raise _misfit("history is not a list of decisions")
 
     def load_state(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Take over a state that `check_state` has passed. The adapters' tensors must be loaded before."""
@@ -476,3 +537,12 @@ class Controller:
             }
         self.counts = self.parameters_now()
         self._sums = {name: int(data["sums"][name]) for name in self.counts}
+
+
+def counts_of(state: PolicyState, ranks: Mapping[str, int]) -> list[int]:
+    """Units of each block of a policy at given ranks."""
+    return [ranks[block.name] if block.kind == "component" else block.count for block in state.blocks]
+
+
+def _misfit(what: str) -> LrkitError:
+    return LrkitError(f"the state does not fit: {what}")

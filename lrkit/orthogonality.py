@@ -21,10 +21,12 @@ def orthogonality(factors: Sequence[Tensor], norm: Literal["squared", "mean"] = 
         it is taken as zero there.
 
     Raises:
-        ValueError: no factors.
+        ValueError: no factors, or another norm.
     """
     if not factors:
         raise ValueError("orthogonality of no factors")
+    if norm not in ("squared", "mean"):
+        raise ValueError(f'norm must be "squared" or "mean", not {norm!r}')
     groups: dict[tuple[int, ...], list[Tensor]] = {}
     for factor in factors:
         groups.setdefault(tuple(factor.shape), []).append(factor)

@@ -158,6 +158,13 @@ def test_ratio_s_epsilon_is_a_setting() -> None:
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-5)
 
 
+def test_magnitude_before_the_step_is_what_was_observed_there() -> None:
+    metric = Magnitude(measure="before-step")
+    state = fresh(metric, 3)
+    metric.observe(torch.tensor([-2.0, 0.0, 1.5]), torch.ones(3), state, 1)
+    assert torch.equal(metric.score(torch.ones(3), state), torch.tensor([2.0, 0.0, 1.5]))
+
+
 def test_magnitude_is_the_core_value_now() -> None:
     weight = torch.tensor([-2.0, 0.0, 1.5])
     metric = Magnitude()
@@ -231,7 +238,8 @@ def test_metrics_are_frozen_and_say_when_they_measure(kind: type[Metric]) -> Non
     assert metric.reads in ("all", "core")
     assert isinstance(metric.buffers, tuple)
     if any(field.name == "measure" for field in attrs.fields(kind)):
-        assert metric.measure == "before-step", "the paper's Algorithm 1 measures at the gradient, before the update"
+        # The paper's Algorithm 1 measures at the gradient, before the update. Magnitude reads the λ that is masked.
+        assert metric.measure == ("after-step" if kind is Magnitude else "before-step")
         assert attrs.evolve(metric, measure="after-step").measure == "after-step"
         with pytest.raises(ValueError, match="measure"):
             attrs.evolve(metric, measure="sometimes")

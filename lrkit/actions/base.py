@@ -22,6 +22,7 @@ class Ballot:
         budget: how many units may be kept.
         share: the budget as a share of all units, before it was cut to an integer.
         entries: the entry-wise scores [N] behind the candidates' scores.
+        parts: how many tensors each unit's score is a sum over [n].
     """
 
     scores: Tensor
@@ -29,6 +30,7 @@ class Ballot:
     budget: int
     share: float
     entries: Tensor
+    parts: Tensor
 
 
 @attrs.frozen(kw_only=True)

@@ -41,10 +41,9 @@ class Freeze(Action):
         low = int(count * (1 - ballot.share))
         if low == 0:
             return ballot.candidates
-        # Units of several matrices score by the sum of their means; the quantile is one of single entries.
-        parts = 2.0 if self.together else 1.0
+        # A unit of several matrices scores by the sum of their means; the quantile is one of single entries.
         threshold = torch.kthvalue(ballot.entries, low).values
-        return ballot.candidates & (ballot.scores / parts >= threshold)
+        return ballot.candidates & (ballot.scores / ballot.parts >= threshold)
 
     @property
     def unit(self) -> UnitKind:

@@ -46,7 +46,13 @@ class Metric(abc.ABC):
 
     @abc.abstractmethod
     def score(self, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The entry-wise score [N], higher for what matters more. Must change nothing."""
+        """The entry-wise score [N], higher for what matters more. Must change nothing.
+
+        Args:
+            weight: all entries [N] as they are at the decision, after the optimizer's step. What is to be read before the
+                step must be taken in by `observe`.
+            state: the tensors [N] that `buffers` names.
+        """
 
     def reduce(self, parts: Sequence[Tensor]) -> Tensor:
         """Unit scores of blocks of one shape, from the entry-wise scores of their parts.

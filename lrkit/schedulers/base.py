@@ -41,6 +41,11 @@ class Scheduler(abc.ABC):
         default="fixed", validator=one_of(("fixed", "peft", "released", "open"))
     )
 
+    def __attrs_post_init__(self) -> None:
+        """Refuse a budget that grows: what lost cannot be given room again by every action."""
+        if type(self.target) is type(self.start) and self.target > self.start:
+            raise LrkitError(f"{type(self).__name__}.target = {self.target!r} is above start = {self.start!r}")
+
     @abc.abstractmethod
     def decay(self, progress: float) -> float:
         """How far from `target` to `start` the budget is: 1 at progress 0, 0 at progress 1, never increasing."""

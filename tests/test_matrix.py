@@ -1,0 +1,120 @@
+"""Every registered parameterization x metric x scheduler x action either trains or is refused with both sides named.
+
+Plug-ins that are installed join by themselves: the names come from the registry.
+"""
+
+import copy
+import itertools
+import warnings
+
+import attrs
+import models
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lrkit
+
+STEPS = 10
+REGISTRY = lrkit.current()
+NAMES = {kind: REGISTRY.names(kind) for kind in ("parameterization", "metric", "scheduler", "action")}
+
+
+def component(kind, name):
+    cls = REGISTRY.get(kind, name)
+    fields = {field.name for field in attrs.fields(cls)}
+    wanted = {"rank": 4, "warmup": 2, "final": 3, "interval": 1}
+    return cls(**{key: value for key, value in wanted.items() if key in fields})
+
+
+def start(method):
+    model = models.make("bert", seed=2).eval()
+    torch.manual_seed(5)
+    adapted = lrkit.attach(model, method)
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=3e-3)
+    adapted.bind(optimizer, total_steps=STEPS)
+    return model, adapted, optimizer
+
+
+def steps(model, adapted, optimizer, begin, end):
+    losses = []
+    for _ in range(begin, end):
+        loss = model(**models.batch(seed=1, rows=16, length=6)).loss
+        losses.append(loss.item())
+        (loss + adapted.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def trains(method):
+    model, adapted, optimizer = start(method)
+    losses = steps(model, adapted, optimizer, 0, 4)
+    saved, saved_optimizer = adapted.state_dict(), copy.deepcopy(optimizer.state_dict())
+    losses += steps(model, adapted, optimizer, 4, STEPS)
+    assert min(losses[-3:]) < losses[0]
+    for index, policy in enumerate(method.policies):
+        decisions = [d for d in adapted.history if d.policy == index]
+        assert [d.step for d in decisions] == [3, 4, 5, 6, 7]
+        layers = len(adapted.adapters)
+        for d in decisions:
+            assert d.kept == d.budget
+            budget = policy.scheduler.budget(d.step, total_steps=STEPS, units=d.units, layers=layers)
+            assert d.budget == budget
+        assert decisions[-1].kept == round(policy.scheduler.target * decisions[-1].units)
+    again, other, optimizer2 = start(method)
+    other.load_state_dict(saved)
+    optimizer2.load_state_dict(saved_optimizer)
+    steps(again, other, optimizer2, 4, STEPS)
+    for (name, one), (_, two) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(one, two), name
+    assert adapted.history == other.history
+
+
+def built(names):
+    parts = dict(zip(NAMES, (component(kind, name) for kind, name in zip(NAMES, names, strict=True)), strict=True))
+    try:
+        return lrkit.Method(**parts), parts
+    except lrkit.LrkitError as error:
+        text = str(error)
+        named = [type(part).__name__ for part in parts.values() if type(part).__name__ in text]
+        assert len(named) >= 2, text
+        assert "\n" not in text
+        return None, parts
+
+
+@pytest.mark.parametrize("names", list(itertools.product(*NAMES.values())), ids="-".join)
+def test_every_combination_trains_or_is_refused(names):
+    method, _ = built(names)
+    if method is not None:
+        trains(method)
+
+
+def test_what_fits_is_what_the_design_says():
+    fits = {names for names in itertools.product(*NAMES.values()) if built(names)[0] is not None}
+    prunable, freezable = {"svd", "vector-scaled"}, {"full", "lora", "svd", "vector-scaled"}
+    for p, m, s, a in itertools.product(
+        ("full", "lora", "svd", "vector-scaled"),
+        ("magnitude", "sensitivity", "sensitivity-uncertainty", "gradient-uncertainty", "ratio-uncertainty"),
+        ("constant", "linear", "cubic"),
+        ("prune", "freeze"),
+    ):
+        expected = p in prunable if a == "prune" else p in freezable and m != "magnitude"
+        assert ((p, m, s, a) in fits) == expected, (p, m, s, a)
+
+
+POLICIES = st.tuples(*[st.sampled_from(NAMES[kind]) for kind in ("metric", "scheduler", "action")])
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.filter_too_much])
+@given(p=st.sampled_from(NAMES["parameterization"]), one=POLICIES, two=POLICIES)
+def test_pairs_of_policies_train_or_are_refused(p, one, two):
+    first, _ = built((p, *one))
+    second, parts = built((p, *two))
+    if first is None or second is None:
+        return
+    also = lrkit.Policy(**{kind: parts[kind] for kind in ("metric", "scheduler", "action")})
+    with warnings.catch_warnings():
+        # Two policies may freeze the same matrices: the second then sees tensors that no longer train.
+        trains(attrs.evolve(first, also=(also,)))

@@ -50,7 +50,7 @@ demo: .venv/.installed ## fine-tune MiniLM on movie sentences with four methods:
 	@.venv/bin/lrkit demo $(ARGS)
 
 test: .venv/.installed ## all tests, the documents' examples included (ARGS="-k freeze" for some)
-	@$(PY) -P -m pytest -q $(ARGS)
+	@$(PY) -P -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 check: .venv/.installed ## lint, format, types, documentation
 	$(PY) -m ruff check .

@@ -141,7 +141,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["adalora", "aflora", "hybrid"])
+@pytest.mark.parametrize("method", METHODS)
 def test_resume_from_checkpoint_is_bitwise_the_run(method, tmp_path):
     kwargs = {"save_strategy": "steps", "save_steps": 9, "save_total_limit": 3}
     t, adapted = trainer("bert", METHODS[method], tmp_path / "a", **kwargs)

@@ -150,6 +150,8 @@ class LowRank(nn.Module):
         out_scale: b [d_out] or None.
         scaling: a fixed factor.
         dropout: probability with which an entry of the adapter's input is dropped while training.
+        owner: the adapter whose A and B this one reads, where layers share them (`a` and `b` are then None). They are
+            registered on the owner alone: a tensor under many names is refused by ``save_pretrained``.
     """
 
     A: nn.Parameter
@@ -162,13 +164,14 @@ class LowRank(nn.Module):
     def __init__(
         self,
         base: nn.Module,
-        a: nn.Parameter,
-        b: nn.Parameter,
+        a: nn.Parameter | None,
+        b: nn.Parameter | None,
         *,
         core: nn.Parameter | None = None,
         out_scale: nn.Parameter | None = None,
         scaling: float = 1.0,
         dropout: float = 0.0,
+        owner: "LowRank | None" = None,
     ) -> None:
         super().__init__()
         shape = layer_shape(base)
@@ -176,11 +179,20 @@ class LowRank(nn.Module):
             raise LrkitError(f"a low-rank adapter takes an nn.Linear or a Conv1D, not {type(base).__name__}")
         self.base = base
         self.d_in, self.d_out = shape
-        self.A, self.B = a, b
+        if owner is not None:
+            self._owner = (owner,)  # in a tuple, so that it is no submodule
+        else:
+            assert a is not None and b is not None
+            self.A, self.B = a, b
         self.register_parameter("core", core)
         self.register_parameter("out_scale", out_scale)
         self.scaling = scaling
         self.dropout = dropout
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("A", "B") and "_owner" in self.__dict__:
+            return getattr(self.__dict__["_owner"][0], name)
+        return super().__getattr__(name)
 
     @property
     def rank(self) -> int:

@@ -76,31 +76,31 @@ class VectorScaled(Parameterization):
                     f'VectorScaled(train="{self.train}") tells attention from FFN by name, and cannot place '
                     f'"{unknown[0]}" ({len(unknown)} such layers): use train="both" or "none", or leave it out of targets'
                 )
-        pair = None
-        if self.shared and targets:
-            pair = self._matrices(
-                targets[0], max(target.d_in for target in targets), max(target.d_out for target in targets)
-            )
-        return {target.name: self._adapter(target, pair) for target in targets}
+        if not self.shared:
+            return {target.name: self.build(target) for target in targets}
+        d_in, d_out = max(target.d_in for target in targets), max(target.d_out for target in targets)
+        adapters: dict[str, nn.Module] = {}
+        owner: LowRank | None = None
+        for target in targets:
+            adapter = self._adapter(target, d_in, d_out, owner)
+            owner = owner or adapter
+            adapters[target.name] = adapter
+        return adapters
 
     def build(self, target: Target) -> nn.Module:
         """The layer with A, B, d and b beside it."""
-        return self._adapter(target, None)
+        return self._adapter(target, target.d_in, target.d_out, None)
 
-    def _adapter(self, target: Target, pair: tuple[nn.Parameter, nn.Parameter] | None) -> nn.Module:
-        a, b = pair or self._matrices(target, target.d_in, target.d_out)
+    def _adapter(self, target: Target, d_in: int, d_out: int, owner: LowRank | None) -> LowRank:
         core = new_factor(target.layer, self.rank)
         nn.init.constant_(core, self.d_init)
         out_scale = new_factor(target.layer, target.d_out)
         nn.init.zeros_(out_scale)
-        trains = target.role in _WHERE[self.train]
-        a.requires_grad_(trains)
-        b.requires_grad_(trains)
-        return LowRank(target.layer, a, b, core=core, out_scale=out_scale)
-
-    def _matrices(self, target: Target, d_in: int, d_out: int) -> tuple[nn.Parameter, nn.Parameter]:
+        if owner is not None:
+            return LowRank(target.layer, None, None, core=core, out_scale=out_scale, owner=owner)
         a = new_factor(target.layer, self.rank, d_in)
         b = new_factor(target.layer, d_out, self.rank)
-        nn.init.kaiming_uniform_(a)
-        nn.init.kaiming_uniform_(b)
-        return a, b
+        for matrix in (a, b):
+            nn.init.kaiming_uniform_(matrix)
+            matrix.requires_grad_(target.role in _WHERE[self.train])
+        return LowRank(target.layer, a, b, core=core, out_scale=out_scale)

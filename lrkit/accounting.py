@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lrkit.adapted import Adapted, attach
+from lrkit.errors import LrkitError
 from lrkit.units import Block
 
 if TYPE_CHECKING:
@@ -75,11 +76,7 @@ def count(method: "Method", model: nn.Module, *, total_steps: int, **attach_sett
         )
         start = sum(p.numel() for p in adapted.adapter_parameters())
         series = [_removed(adapted, index, total_steps) for index in range(len(method.policies))]
-        # Removed parameters at each step, [steps] low and high; policies on different units may overlap, so that the
-        # most that two remove together is their sum, and the least the larger of the two.
-        most = [sum(r.most for r in step) for step in zip(*series, strict=True)] or [0] * total_steps
-        least = [max(r.least for r in step) for step in zip(*series, strict=True)] or [0] * total_steps
-        mean = [sum(r.mean for r in step) for step in zip(*series, strict=True)] or [0.0] * total_steps
+        most, least, mean = _together(adapted, series, total_steps)
         return ParameterCount(
             layers=len(adapted.adapters),
             start=start,
@@ -108,7 +105,38 @@ def _unique(model: nn.Module) -> list[nn.Parameter]:
 class _Removed:
     least: int
     most: int
-    mean: float
+    share: float
+
+
+def _together(
+    adapted: Adapted, series: Sequence[Sequence[_Removed]], total_steps: int
+) -> tuple[list[int], list[int], list[float]]:
+    """What all policies take out of training at each step: the most, the least, and the mean.
+
+    Policies may take the same entries. The most is then their sum, but no more than there is; the least is the larger
+    one; and in the mean an entry stays with the product of the shares that are kept.
+    """
+    if not series:
+        return [0] * total_steps, [0] * total_steps, [0.0] * total_steps
+    sizes: dict[int, int] = {}
+    policies: dict[int, tuple[int, ...]] = {}
+    for index, state in enumerate(adapted._controller.policies):
+        for block in state.blocks:
+            for tensor in block.tensors:
+                sizes[id(tensor)] = tensor.numel()
+                policies[id(tensor)] = (*policies.get(id(tensor), ()), index)
+    groups: dict[tuple[int, ...], int] = {}
+    for key, who in policies.items():
+        groups[who] = groups.get(who, 0) + sizes[key]
+    everything = sum(sizes.values())
+    steps = list(zip(*series, strict=True))
+    most = [min(everything, sum(r.most for r in step)) for step in steps]
+    least = [max(r.least for r in step) for step in steps]
+    mean = [
+        math.fsum(size * (1 - math.prod(1 - step[i].share for i in who)) for who, size in groups.items())
+        for step in steps
+    ]
+    return most, least, mean
 
 
 def _removed(adapted: Adapted, index: int, total_steps: int) -> list[_Removed]:
@@ -123,7 +151,7 @@ def _removed(adapted: Adapted, index: int, total_steps: int) -> list[_Removed]:
     for step in range(1, total_steps + 1):
         # During a step trains what the decision after the step before has left.
         gone = state.units - kept
-        removed.append(_Removed(below[gone], below[-1] - below[-1 - gone], below[-1] * gone / state.units))
+        removed.append(_Removed(below[gone], below[-1] - below[-1 - gone], gone / state.units))
         number = step - 1 + scheduler.first_step
         if number <= scheduler.end(total_steps) and scheduler.due(number, total_steps=total_steps):
             kept = scheduler.budget(number, total_steps=total_steps, units=state.units, layers=state.layers)
@@ -184,7 +212,13 @@ def flops_on(method: "Method", model: nn.Module, tokens: int, **attach_settings:
     try:
         device = next(model.parameters()).device
         ids = torch.zeros((1, tokens), dtype=torch.long, device=device)
-        return flops(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        try:
+            return flops(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        except (RuntimeError, NotImplementedError, IndexError) as error:
+            first = " ".join(str(error).split())[:200]
+            raise LrkitError(
+                f"{type(model).__name__} cannot be run for {tokens} tokens on {device.type} to count FLOPs: {first}"
+            ) from error
     finally:
         adapted.detach()
 

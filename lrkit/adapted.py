@@ -4,7 +4,7 @@ import copy
 import functools
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,17 @@ def attach(
     """
     if not isinstance(method, Method):
         raise LrkitError(f"attach takes a lrkit.Method, such as lrkit.methods.adalora(), not {method!r}")
-    if getattr(model, _MARK, False):
-        raise LrkitError("this model already carries adapters: detach() or merge() them first")
+    _check_model(model)
     return Adapted(model, method, targets, train_also)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise LrkitError(f"a model is an nn.Module, not {model!r}")
+    if any(getattr(module, _MARK, False) for module in model.modules()):
+        raise LrkitError(
+            "this model already carries adapters: detach() or merge() them first (and copy a model before attach, not after)"
+        )
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> "Adapted":
@@ -69,7 +77,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> "Adapted":
     """
     state = checkpoint.read(Path(folder))
     meta = _meta(state)
-    adapted = attach(model, from_plain(meta["method"]), targets=meta["targets"], train_also=meta["head"])
+    _check_model(model)
+    adapted = Adapted(model, from_plain(meta["method"]), meta["targets"], meta["head"], exact=True)
     try:
         adapted.load_state_dict(state)
     except BaseException:
@@ -89,11 +98,17 @@ class Adapted:
     """
 
     def __init__(
-        self, model: nn.Module, method: Method, targets: str | Sequence[str], train_also: str | Sequence[str]
+        self,
+        model: nn.Module,
+        method: Method,
+        targets: str | Sequence[str],
+        train_also: str | Sequence[str],
+        *,
+        exact: bool = False,
     ) -> None:
-        found = find_targets(model, targets)
+        found = find_targets(model, targets, exact=exact)
         self.model, self.method = model, method
-        self.head = find_head(model, train_also)
+        self.head = find_head(model, train_also, exact=exact)
         parameterization = method.parameterization
         own = set(parameterization.own_parameters(model))
         head = tuple(f"{name}." for name in self.head)
@@ -119,6 +134,7 @@ class Adapted:
             p.requires_grad_(True)
         for name, parent, attribute in self._places:
             self.adapters[name].train(self._originals[name].training)
+            setattr(self.adapters[name], _MARK, True)
             setattr(parent, attribute, self.adapters[name])
         self._alive = True
         setattr(model, _MARK, True)
@@ -126,6 +142,7 @@ class Adapted:
         self._saved_ids = fresh | {id(p) for p in trained_own.values()}
         self._trained_ids = {id(p) for p in model.parameters() if p.requires_grad}
         self._bound: torch.optim.Optimizer | None = None
+        self._last: Callable[[], torch.optim.Optimizer | None] = lambda: None
         self._handles: list[Any] = []
         self._penalties = 0
         self._skipped = False
@@ -210,10 +227,11 @@ class Adapted:
             )
         controller.begin(total_steps)
         self._bound = optimizer
+        self._last = weakref.ref(optimizer)
         # The hooks hold the handle, so that the method runs on where the caller keeps only model and optimizer.
         self._watch()
         self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: self._before_step(optimizer)),
+            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(optimizer, args, kwargs)),
             optimizer.register_step_post_hook(lambda *_: self._after_step(optimizer)),
         ]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -224,6 +242,10 @@ class Adapted:
         if self._bound is not None and (unfinished := self._controller.unfinished()):
             self._controller.warn("unfinished", unfinished)
         self._unbind()
+
+    def hold(self, handle: Any) -> None:
+        """Remove a hook's handle when the optimizer is let go of: what an integration hung on the model for this run."""
+        self._handles.append(handle)
 
     def _unbind(self) -> None:
         for handle in self._handles:
@@ -266,7 +288,14 @@ class Adapted:
         if self._controller.after_step(optimizer) and self._ddp is not None:
             parallel.follow(self._ddp)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        # The first argument is the optimizer itself.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if self.method.policies and closure is not None:
+            raise LrkitError(
+                f"{type(optimizer).__name__}.step(closure) computes its gradients within the step, where no metric can see "
+                "them: an adaptive method needs loss.backward() before optimizer.step()"
+            )
         scale, self._skipped = parallel.scaled_by(optimizer)
         if self._skipped:
             return
@@ -363,6 +392,8 @@ class Adapted:
         """
         self._check_alive()
         meta, tensors = _meta(state), state["tensors"]
+        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise LrkitError("the state does not fit: not all of its tensors are tensors")
         mine, theirs = to_plain(self.method), meta["method"]
         if mine != theirs:
             raise LrkitError(f"the state is of another method: {_difference(theirs, mine)}")
@@ -393,7 +424,7 @@ class Adapted:
                     saved[name].data = saved[name].new_empty(tensor.shape)
                 saved[name].copy_(tensor)
         for p in self.parameters():
-            p.requires_grad_(True)  # the state may be of an earlier step, when less was frozen
+            p.requires_grad_(p.numel() > 0)  # the state may be of an earlier step, when less was frozen
         self._controller.load_state(tensors, meta)
         if self._ddp is not None:
             parallel.follow(self._ddp)
@@ -427,11 +458,27 @@ class Adapted:
             weight = getattr(self._originals[name], "weight", None)
             if not isinstance(weight, Tensor) or not weight.is_floating_point():
                 raise LrkitError(f"{name}: the base weight is quantized, and nothing can be added to it exactly")
+        self._check_mergeable()
         for name in {name for name, _, _ in self._places}:
             merge = self.adapters[name].merge
             assert callable(merge)
             merge()
         return self._leave()
+
+    def _check_mergeable(self) -> None:
+        owners: dict[int, list[nn.Module]] = {}
+        for module in self.model.modules():
+            for p in module._parameters.values():
+                if p is not None:
+                    owners.setdefault(id(p), []).append(module)
+        for name, _, _ in self._places:
+            weight = self._originals[name]._parameters.get("weight")
+            if weight is None:
+                raise LrkitError(
+                    f"{name}: the base weight is computed (a parametrization, weight norm): nothing can be added to it"
+                )
+            if len(owners[id(weight)]) > 1:
+                raise LrkitError(f"{name}: the base weight is tied to another layer's, which must not change with it")
 
     def detach(self) -> nn.Module:
         """Take the adapters out and put everything back as it was before `attach`, bit for bit, the head included.
@@ -454,6 +501,8 @@ class Adapted:
             p.requires_grad_(flag)
             p.grad = None
         delattr(self.model, _MARK)
+        for name, _, _ in self._places:
+            self.adapters[name].__dict__.pop(_MARK, None)
         return self.model
 
     def compact(self) -> dict[str, int]:
@@ -463,18 +512,20 @@ class Adapted:
             Layer name to its rank now.
 
         Raises:
-            LrkitError: still training, so that masked components can come back.
+            LrkitError: the last decision is still to come, so that masked components can come back; or layers share their
+                matrices.
         """
         self._check_alive()
-        if self._bound is not None and any(not state.ended for state in self._controller.policies):
-            raise LrkitError(
-                "masked components can still come back: compact() after the last decision, or after unbind()"
-            )
-        return self._controller.compact(self._bound)
+        if any(not state.ended for state in self._controller.policies):
+            raise LrkitError("masked components can still come back: compact() after the last decision")
+        return self._controller.compact(self._last())
 
     def _check_alive(self) -> None:
         if not self._alive:
             raise LrkitError("these adapters were merged or detached: attach again")
+
+    def __deepcopy__(self, memo: object) -> "Adapted":
+        raise LrkitError("a handle cannot be copied: copy the plain model and attach again, or use save() and load()")
 
     def __repr__(self) -> str:
         """What is attached to what."""
@@ -497,6 +548,9 @@ def _meta(state: Mapping[str, Any]) -> dict[str, Any]:
     needed = {"format", "method", "targets", "head", "ranks", "step", "total_steps", "policies", "history", "sums"}
     if not isinstance(meta, dict) or not isinstance(state.get("tensors"), Mapping) or not needed <= set(meta):
         raise LrkitError("this is no state of lrkit (it must be what adapted.state_dict() or adapted.save() gave)")
+    for key in ("targets", "head"):
+        if not isinstance(meta[key], list) or not all(isinstance(name, str) for name in meta[key]):
+            raise LrkitError(f"the state does not fit: {key} is not a list of names")
     if meta["format"] != _FORMAT:
         raise LrkitError(f"the state is of format {meta['format']}, this lrkit reads format {_FORMAT}")
     return meta

@@ -35,6 +35,7 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
     try:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in state["tensors"].items()}
         save_file(tensors, temporary, metadata={_KEY: json.dumps(state["meta"])})
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files for their owner alone
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, folder / FILE)
@@ -42,6 +43,12 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
         os.unlink(temporary)
         raise
     return folder / FILE
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def read(folder: Path) -> dict[str, Any]:

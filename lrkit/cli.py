@@ -146,7 +146,7 @@ def params(
         "deberta-v3-base"
     ),
     steps: Annotated[int, typer.Option(help="Optimizer steps that averages are over.", min=1)] = 10_000,
-    tokens: Annotated[int, typer.Option(help="Count FLOPs for one sequence of so many tokens; 0 for none.", min=0)] = 0,
+    tokens: Annotated[int, typer.Option(help="Count FLOPs for so many tokens; 0 for none.", min=0, max=65_536)] = 0,
     sets: Set = None,
     swap: Swap = None,
     as_json: Json = False,
@@ -280,7 +280,7 @@ def compose(name: str, sets: Sequence[str], swaps: Sequence[str]) -> "tuple[Meth
         if not isinstance(value, str | None):
             raise LrkitError(f"--swap {text}: give a component's name")
         if value is not None and "," in value:
-            raise LrkitError(f"--swap {text}: a run has one {path}; `lrkit ablate` compares several")
+            raise LrkitError(f"--swap {text}: a run has one {path}: run them one by one")
         plain = with_component(plain, path, value)
     for key, value in later:
         if "." not in key and not any(key in (plain[kind] or {}) for kind in FIELDS) and (hint := nearest(key, known)):
@@ -495,6 +495,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(2)
         except LrkitError as error:
             _complain(str(error))
+            sys.exit(2)
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in str(error).lower():
+                raise
+            _complain(
+                f"out of memory: {str(error).splitlines()[0] if str(error) else 'a smaller rank or batch may fit'}"
+            )
             sys.exit(2)
         except OSError as error:
             if error.filename is None:

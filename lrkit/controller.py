@@ -74,6 +74,16 @@ class PolicyState:
             present = [bool(kept.any()) for kept in split(self.kept, self.blocks)]
         return Layout(self.blocks, present, self.policy.metric.reads)
 
+    def follow_device(self) -> None:
+        """Move the statistics to where the model has gone since attach."""
+        tensors = self.blocks[0].tensors
+        if not tensors or tensors[0].device == self.layout.device:
+            return
+        device = tensors[0].device
+        self.layout = self._layout()
+        self.kept, self.still = self.kept.to(device), self.still.to(device)
+        self.buffers = {name: flat.to(device) for name, flat in self.buffers.items()}
+
     def relayout(self) -> None:
         """Follow tensors that stopped training: drop their statistics, keep their last scores where still ranked."""
         old, metric = self.layout, self.policy.metric
@@ -193,7 +203,16 @@ class Controller:
     def begin(self, total_steps: int) -> None:
         """Check every schedule against the length of the run. Raises LrkitError where one does not fit."""
         for state in self.policies:
-            state.policy.scheduler.bounds(total_steps)
+            scheduler = state.policy.scheduler
+            scheduler.bounds(total_steps)
+            amounts = {"units": state.units, "layers": state.layers, "total_steps": total_steps}
+            first = scheduler.budget(-1, **amounts)
+            last = scheduler.budget(scheduler.first_step + total_steps, **amounts)
+            if last > first:
+                raise LrkitError(
+                    f"{type(scheduler).__name__}: target {scheduler.target!r} is {last} of {state.units} units, above start "
+                    f"{scheduler.start!r}, which is {first}: a budget never grows"
+                )
         self.total_steps = total_steps
         for state in self.policies:
             scheduler = state.policy.scheduler
@@ -224,6 +243,7 @@ class Controller:
         """
         self._scale = scale
         for state in self.policies:
+            state.follow_device()
             if state.policy.metric.measure == "before-step":
                 state.observe(self, scale)
 
@@ -296,9 +316,9 @@ class Controller:
 
     # ---- counting ----
 
-    def trained(self, tensor: Tensor) -> bool:
-        """Whether a tensor trained when the run began."""
-        return id(tensor) in self._trained
+    def froze(self, tensor: Tensor) -> bool:
+        """Whether a tensor trained when the run began and was frozen on the way."""
+        return id(tensor) in self._trained and not tensor.requires_grad and tensor.numel() > 0
 
     def ranks(self) -> dict[str, int]:
         """Layer name to the components it stores, masked ones included."""
@@ -384,6 +404,9 @@ class Controller:
         """
         parts = [part for part in self.method.parameterization.parts if part.axis is not None]
         kept = self.components_kept()
+        tensors = [id(part.of(module)) for module in self.modules.values() for part in parts]
+        if kept and len(set(tensors)) < len(tensors):
+            raise LrkitError("layers share their matrices, and each has a mask of its own: they cannot be cut")
         keeps: dict[str, Tensor] = {}
         for name, module in self.modules.items():
             if name not in kept:
@@ -398,11 +421,19 @@ class Controller:
                 assert part.axis is not None
                 tensor = part.of(module)
                 shape = tensor.shape
-                for value in (optimizer.state.get(tensor, {}) if optimizer else {}).values():
+                values = list((optimizer.state.get(tensor, {}) if optimizer else {}).values())
+                for value in values:
                     if isinstance(value, Tensor) and value.shape == shape:
                         value.data = value.index_select(part.axis, index)
+                    elif optimizer is not None and isinstance(value, Tensor) and value.ndim > 0:
+                        # State of another shape (Adafactor's factors) cannot be cut: it begins anew.
+                        optimizer.state.pop(tensor, None)
                 tensor.data = tensor.data.index_select(part.axis, index)
                 tensor.grad = None
+                if not len(index) and optimizer is not None:
+                    optimizer.state.pop(tensor, None)
+                # Optimizers are not made for tensors without entries: leave none to them.
+                tensor.requires_grad_(len(index) > 0 and tensor.requires_grad)
         for state in self.policies:
             # What is cut cannot come back: every policy has ended.
             state.end()
@@ -504,9 +535,16 @@ class Controller:
             table = data[key]
             if not isinstance(table, dict) or set(table) != set(self.modules) or not all(map(whole, table.values())):
                 raise _misfit(f"{key} are not whole numbers for the layers of this run")
+        if data["total_steps"] is None and data["step"]:
+            raise _misfit("steps have been taken, and total_steps is missing")
         fields = {field.name for field in attrs.fields(Decision)}
         history = data["history"]
-        if not isinstance(history, list) or not all(isinstance(d, dict) and set(d) == fields for d in history):
+        good = isinstance(history, list) and all(isinstance(d, dict) and set(d) == fields for d in history)
+        for d in history if good else ():
+            good &= all(whole(d[key]) for key in ("step", "policy", "budget", "kept", "units"))
+            good &= d["threshold"] is None or isinstance(d["threshold"], float)
+            good &= all(isinstance(d[k], list) and all(isinstance(n, str) for n in d[k]) for k in ("lost", "returned"))
+        if not good:
             raise _misfit("history is not a list of decisions")
 
     def load_state(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
@@ -518,8 +556,9 @@ class Controller:
             Decision(**{**d, "lost": tuple(d["lost"]), "returned": tuple(d["returned"])}) for d in data["history"]
         ]
         for state, saved in zip(self.policies, data["policies"], strict=True):
-            if state.kept.shape != tensors[f"policy.{state.index}.kept"].shape:
-                blocks = [attrs.evolve(b, count=data["ranks"][b.name]) for b in state.blocks]
+            if [block.count for block in state.blocks] != counts_of(state, data["ranks"]):
+                counts = counts_of(state, data["ranks"])
+                blocks = [attrs.evolve(b, count=n) for b, n in zip(state.blocks, counts, strict=True)]
                 state.rebuild(blocks, tensors[f"policy.{state.index}.kept"].to(state.kept.device))
             state.kept = tensors[f"policy.{state.index}.kept"].to(state.kept.device, copy=True)
             state.observations, state.ended = saved["observations"], saved["ended"]

@@ -138,9 +138,11 @@ def empty_model(spec: str, num_labels: int = 2) -> PreTrainedModel:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
         return model
-    except ValueError as error:
-        first = str(error).strip().splitlines()[0]
-        raise LrkitError(f'model "{spec}": no sequence classifier of this type: {first}') from error
+    except Exception as error:  # whatever a model's code makes of a config that it cannot be built from
+        first = " ".join(str(error).split())
+        raise LrkitError(
+            f'model "{spec}": no sequence classifier can be built: {type(error).__name__}: {first}'
+        ) from error
 
 
 def shipped_configs() -> tuple[str, ...]:

@@ -25,12 +25,14 @@ def _fail(instance: object, name: str, value: object, expected: str) -> LrkitErr
     return LrkitError(f"{type(instance).__name__}.{name} must be {expected}, not {value!r}")
 
 
-def whole(minimum: int) -> _Validator:
-    """An ``int`` that is at least `minimum` (a ``bool`` is none)."""
+def whole(minimum: int, maximum: int = 2**31 - 1) -> _Validator:
+    """An ``int`` from `minimum` to `maximum` (a ``bool`` is none)."""
 
     def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise _fail(instance, attribute.name, value, f"an int of at least {minimum}")
+        if value > maximum:
+            raise _fail(instance, attribute.name, value, f"an int of at most {maximum}")
 
     return check
 

@@ -104,7 +104,7 @@ def summarize(controller: "Controller", head: int) -> Summary:
         frozen = tuple(
             part.name
             for part in controller.method.parameterization.parts
-            if part.matrix and controller.trained(part.of(module)) and not part.of(module).requires_grad
+            if part.matrix and controller.froze(part.of(module))
         )
         layers.append(
             LayerSummary(name, rank, initial, frozen, controller.starts[name], controller.counts[name], average[name])

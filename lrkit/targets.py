@@ -40,8 +40,10 @@ def role_of(name: str) -> Role:
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    # torch's own encoder layer has a fast path that reads its linear layers' weights without calling them.
+    fast = tuple(f"{n}." if n else "" for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer))
     for name, module in model.named_modules():
-        if name and layer_shape(module) is not None:
+        if name and layer_shape(module) is not None and not (fast and name.startswith(fast)):
             yield name, module
 
 
@@ -58,19 +60,24 @@ def _in_blocks(model: nn.Module) -> set[str]:
     }
 
 
-def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Target]:
+def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool = False) -> list[Target]:
     """The layers to adapt, in the model's order.
 
     Args:
         model: the model.
         targets: ``"all-linear"``: every linear map inside the transformer's blocks. Another string: a regular
             expression that must match a layer's whole name. A list: names, or name suffixes at a dot.
+        exact: a list holds whole names only.
 
     Raises:
         LrkitError: nothing matches, a list's entry matches nothing (with the nearest name), or one names a module that
             is no linear map.
     """
     layers = dict(_linear_layers(model))
+    if not isinstance(targets, str) and not (
+        isinstance(targets, Sequence) and all(isinstance(target, str) for target in targets)
+    ):
+        raise LrkitError(f'targets must be "all-linear", a regular expression or a list of names, not {targets!r}')
     if targets == "all-linear":
         chosen = _in_blocks(model)
         if not chosen:
@@ -92,7 +99,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Target]
     else:
         chosen = set()
         for suffix in targets:
-            found = {name for name in layers if name == suffix or name.endswith(f".{suffix}")}
+            found = {name for name in layers if name == suffix or (not exact and name.endswith(f".{suffix}"))}
             if not found:
                 raise LrkitError(_no_suffix(model, suffix, layers))
             chosen |= found
@@ -110,6 +117,11 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Target]
 def _no_suffix(model: nn.Module, suffix: str, layers: dict[str, nn.Module]) -> str:
     others = [m for n, m in model.named_modules() if n and (n == suffix or n.endswith(f".{suffix}"))]
     if others:
+        if layer_shape(others[0]) is not None:
+            return (
+                f'target "{suffix}" lies in an nn.TransformerEncoderLayer, whose fast path reads weights without '
+                "calling the layer: an adapter there would be passed by"
+            )
         return f'target "{suffix}" is a {type(others[0]).__name__}: adapters take nn.Linear and Conv1D layers'
     endings = {name.rsplit(".", 1)[-1] for name in layers}
     return f'target "{suffix}" matches no layer of {type(model).__name__}{nearest(suffix, endings)}; it has {_some(layers)}'
@@ -120,7 +132,7 @@ def _some(layers: dict[str, nn.Module]) -> str:
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") if names else "none"
 
 
-def find_head(model: nn.Module, train_also: str | Sequence[str]) -> list[str]:
+def find_head(model: nn.Module, train_also: str | Sequence[str], *, exact: bool = False) -> list[str]:
     """Names of the modules that train in full beside the adapters.
 
     Args:
@@ -128,16 +140,21 @@ def find_head(model: nn.Module, train_also: str | Sequence[str]) -> list[str]:
         train_also: ``"auto"``: what a transformers model has outside its base model (classifier, score, ...) except the
             output embeddings, which are pretrained, and every ``pooler``; in other models modules called classifier,
             score, head, classification_head or qa_outputs. A list: names, or name suffixes at a dot.
+        exact: a list holds whole names only.
 
     Raises:
         LrkitError: an entry of the list matches nothing.
     """
     modules = {name: module for name, module in model.named_modules() if name}
+    if not isinstance(train_also, str) and not (
+        isinstance(train_also, Sequence) and all(isinstance(name, str) for name in train_also)
+    ):
+        raise LrkitError(f'train_also must be "auto" or a list of names, not {train_also!r}')
     if train_also == "auto":
         return _auto_head(model, modules)
     chosen: list[str] = []
     for suffix in [train_also] if isinstance(train_also, str) else train_also:
-        found = [name for name in modules if name == suffix or name.endswith(f".{suffix}")]
+        found = [name for name in modules if name == suffix or (not exact and name.endswith(f".{suffix}"))]
         if not found:
             endings = {name.rsplit(".", 1)[-1] for name in modules}
             raise LrkitError(

@@ -32,7 +32,6 @@ class AdaptCallback(TrainerCallback):
     def __init__(self, adapted: Adapted, resume_from: str | os.PathLike[str] | None = None) -> None:
         self.adapted = adapted
         self.resume_from = resume_from
-        self._hook: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,7 +57,7 @@ class AdaptCallback(TrainerCallback):
                 share = accumulation if kwargs.get("num_items_in_batch") is not None else 1
                 return _with_penalty(output, self.adapted, share)
 
-            self._hook = self.adapted.model.register_forward_hook(add_penalty, with_kwargs=True)
+            self.adapted.hold(self.adapted.model.register_forward_hook(add_penalty, with_kwargs=True))
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         tried = [
@@ -86,17 +85,17 @@ class AdaptCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let go of the optimizer and the model's loss."""
+        """Let go of the optimizer and the model's loss; follow the Trainer to its best checkpoint, if it went there."""
         self._close()
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and (Path(best) / checkpoint.FILE).is_file():
+            self.adapted.load_state_dict(checkpoint.read(Path(best)))
 
     def _close(self, *, quietly: bool = False) -> None:
         if quietly:
             self.adapted._unbind()
         else:
             self.adapted.unbind()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
 
 
 def _with_penalty(output: Any, adapted: Adapted, share: int) -> Any:

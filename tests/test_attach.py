@@ -374,3 +374,22 @@ def test_half_precision_bases_keep_float32_adapters():
     assert {p.dtype for p in adapted.adapter_parameters()} == {torch.float32}
     losses = fit(model, adapted, steps=10)
     assert min(losses[-3:]) < losses[0]
+
+
+def test_a_score_that_is_no_number_ranks_last():
+    model = models.make("bert")
+    adapted = lrkit.attach(model, attrs.evolve(METHODS["adalora"], metric=lrkit.metrics.Magnitude()))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
+    adapted.bind(optimizer, total_steps=20)
+    adapters = list(adapted.adapters.values())
+    with torch.no_grad():
+        for adapter in adapters:
+            adapter.core.copy_(torch.tensor([3.0, 2.0, 1.0, 0.5]))
+        adapters[0].core[0] = torch.nan
+    adapted.penalty()
+    for _ in range(3):
+        adapted.penalty()
+        optimizer.step()
+    kept = adapted.history[0]
+    assert kept.step == 3
+    assert f"{next(iter(adapted.adapters))}[0]" in kept.lost

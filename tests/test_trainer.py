@@ -23,7 +23,7 @@ class Rows(Dataset):
         return self.rows[i]
 
 
-def trainer(name, method, folder, callback=None, **kwargs):
+def trainer(name, method, folder, callback=None, rows=None, **kwargs):
     model = models.make(name)
     adapted = lrkit.attach(model, method)
     arguments = {
@@ -40,7 +40,13 @@ def trainer(name, method, folder, callback=None, **kwargs):
         **kwargs,
     }
     callback = callback(adapted) if callback else lrkit.trainer.AdaptCallback(adapted)
-    t = Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=Rows(), callbacks=[callback])
+    t = Trainer(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=Rows(),
+        eval_dataset=rows,
+        callbacks=[callback],
+    )
     return t, adapted
 
 

@@ -27,7 +27,7 @@ class LoRA(Parameterization):
 
     learning_rate: ClassVar[float] = 1e-3
 
-    rank: int = attrs.field(default=8, validator=whole(1))
+    rank: int = attrs.field(default=8, validator=whole(1, 65_536))
     alpha: float = attrs.field(default=16.0, validator=real(0.0, above=True))
     dropout: float = attrs.field(default=0.0, validator=real(0.0, 1.0, below=True))
 

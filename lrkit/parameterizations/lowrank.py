@@ -66,7 +66,7 @@ class _LowRankLinear(torch.autograd.Function):
         s_o: Tensor | None,
         scaling: float,
     ) -> Tensor:
-        x_ni = x.reshape(-1, x.shape[-1])
+        x_ni = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         h_nr = x_ni @ a_ri.t()
         hc_nr = _scaled(h_nr, c_r, scaling)
         y_no = F.linear(x_ni, w_oi, bias_o)
@@ -74,13 +74,13 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(x_ni, w_oi, a_ri, b_or, c_r, s_o, h_nr)
         ctx.scaling = scaling
         ctx.has_bias = bias_o is not None
-        return y_no.view(*x.shape[:-1], -1)
+        return y_no.view(*x.shape[:-1], y_no.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ni, w_oi, a_ri, b_or, c_r, s_o, h_nr = ctx.saved_tensors
         need_x, need_w, need_bias, need_a, need_b, need_c, need_s, _ = ctx.needs_input_grad
-        g_no = grads[0].reshape(-1, grads[0].shape[-1])
+        g_no = grads[0].reshape(grads[0].shape[:-1].numel(), grads[0].shape[-1])
         gx = gw = gbias = ga = gb = gc = gs = None
         if need_x or need_a or need_c:
             gh_nr = g_no @ (b_or if s_o is None else b_or * s_o[:, None])
@@ -91,7 +91,7 @@ class _LowRankLinear(torch.autograd.Function):
             if need_a:
                 ga = gh_nr.t() @ x_ni
             if need_x:
-                gx = (g_no @ w_oi).addmm_(gh_nr, a_ri).view(*grads[0].shape[:-1], -1)
+                gx = (g_no @ w_oi).addmm_(gh_nr, a_ri).view(*grads[0].shape[:-1], w_oi.shape[1])
         if need_b or need_s:
             gb = g_no.t() @ _scaled(h_nr, c_r, ctx.scaling)
             if need_s:

@@ -32,7 +32,7 @@ class SVD(Parameterization):
 
     learning_rate: ClassVar[float] = 1e-2
 
-    rank: int = attrs.field(default=12, validator=whole(1))
+    rank: int = attrs.field(default=12, validator=whole(1, 65_536))
     alpha: float | None = attrs.field(default=None, validator=attrs.validators.optional(real(0.0, above=True)))
     init_std: float = attrs.field(default=0.02, validator=real(0.0, above=True))
     orthogonality: float = attrs.field(default=0.1, validator=real(0.0))

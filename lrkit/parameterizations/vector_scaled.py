@@ -37,7 +37,7 @@ class VectorScaled(Parameterization):
 
     learning_rate: ClassVar[float] = 1e-2
 
-    rank: int = attrs.field(default=4, validator=whole(1))
+    rank: int = attrs.field(default=4, validator=whole(1, 65_536))
     train: Literal["ffn", "attention", "both", "none"] = attrs.field(
         default="both", validator=one_of(("ffn", "attention", "both", "none"))
     )

@@ -4,6 +4,7 @@ The training loop is transformers' Trainer with `lrkit.trainer.AdaptCallback`, s
 what a user's own Trainer script would do.
 """
 
+import math
 import statistics
 import tempfile
 import time
@@ -65,7 +66,7 @@ class RunSettings:
     train_rows: int | None = attrs.field(default=None, validator=_optional(whole(1)))
     validation_rows: int | None = attrs.field(default=None, validator=_optional(whole(1)))
     seed: int = attrs.field(default=0, validator=whole(0))
-    threads: int | None = attrs.field(default=None, validator=_optional(whole(1)))
+    threads: int | None = attrs.field(default=None, validator=_optional(whole(1, 1024)))
 
 
 @attrs.frozen(kw_only=True)
@@ -179,6 +180,13 @@ def train(
         optimizer, in_steps(settings.lr_warmup, steps), steps
     )
     train_rows, validation_rows = task.tokenize(tokenizer, settings.max_length)
+    positions = getattr(net.config, "max_position_embeddings", None) or math.inf
+    longest = max(len(row) for rows in (train_rows, validation_rows) for row in rows["input_ids"])
+    if longest > min(positions, tokenizer.model_max_length):
+        raise LrkitError(
+            f"a row of {longest} tokens is longer than the model's {min(positions, tokenizer.model_max_length)} positions: "
+            "lower run.max_length"
+        )
     watch = _watch(progress)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")

@@ -68,6 +68,14 @@ class RunSettings:
     seed: int = attrs.field(default=0, validator=whole(0))
     threads: int | None = attrs.field(default=None, validator=_optional(whole(1, 1024)))
 
+    def __attrs_post_init__(self) -> None:
+        """Refuse learning rates that are no float32."""
+        for name in ("lr", "head_lr"):
+            if (getattr(self, name) or 0.0) > 1e30:
+                raise LrkitError(
+                    f"RunSettings.{name} must be a number that float32 can hold, not {getattr(self, name)!r}"
+                )
+
 
 @attrs.frozen(kw_only=True)
 class Result:

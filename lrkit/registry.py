@@ -259,4 +259,16 @@ def current() -> Registry:
     return Registry()
 
 
-__all__ = ["KINDS", "Kind", "Offer", "PluginWarning", "Problem", "Registry", "current"]
+def registered_tasks() -> dict[str, Any]:
+    """All tasks' loaders by name, for `lrkit.tasks.load_task`.
+
+    Each is looked up when it is asked for: a name that two plug-ins claim must not stop the runs of other tasks.
+    """
+
+    def later(name: str) -> Any:
+        return lambda rest: current().get("task", name)(rest)
+
+    return {name: later(name) for name in current().names("task")}
+
+
+__all__ = ["KINDS", "Kind", "Offer", "PluginWarning", "Problem", "Registry", "current", "registered_tasks"]

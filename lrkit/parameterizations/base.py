@@ -42,6 +42,9 @@ class Parameterization(abc.ABC):
     learning_rate: ClassVar[float] = 1e-3
     """A peak rate for AdamW at which it is known to train, used by ``lrkit run`` where none is given."""
 
+    penalty_weight: ClassVar[str | None] = None
+    """The setting that weighs the penalty, which zero turns off; None where there is no penalty."""
+
     @property
     @abc.abstractmethod
     def parts(self) -> tuple[Part, ...]:

@@ -31,6 +31,7 @@ class SVD(Parameterization):
     """
 
     learning_rate: ClassVar[float] = 1e-2
+    penalty_weight: ClassVar[str | None] = "orthogonality"
 
     rank: int = attrs.field(default=12, validator=whole(1, 65_536))
     alpha: float | None = attrs.field(default=None, validator=attrs.validators.optional(real(0.0, above=True)))

@@ -7,20 +7,23 @@ what a user's own Trainer script would do.
 import math
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit import checkpoint
 from lrkit.errors import LrkitError
-from lrkit.settings import Time, count_or_share, in_steps, real, whole
+from lrkit.settings import Time, count_or_share, flag, in_steps, real, whole
 
 if TYPE_CHECKING:
     from lrkit.adapted import Adapted
     from lrkit.controller import Decision
     from lrkit.method import Method
+    from lrkit.models import Pretrained
     from lrkit.summary import Summary
     from lrkit.tasks import Task
 
@@ -49,6 +52,9 @@ class RunSettings:
         max_length: tokens a row is cut at.
         train_rows: only so many training rows, chosen by the seed; None for all.
         validation_rows: likewise.
+        eval_every: score the validation rows so often while training, in steps or as a share; None for at the end alone.
+        bf16: compute in bfloat16 by autocast.
+        devices: processes that share each batch (data parallel); only a study's cells can have more than one.
         seed: of everything random.
         threads: CPU threads; None for torch's own choice.
     """
@@ -65,7 +71,10 @@ class RunSettings:
     max_length: int = attrs.field(default=128, validator=whole(4))
     train_rows: int | None = attrs.field(default=None, validator=_optional(whole(1)))
     validation_rows: int | None = attrs.field(default=None, validator=_optional(whole(1)))
-    seed: int = attrs.field(default=0, validator=whole(0))
+    eval_every: Time | None = attrs.field(default=None, validator=_optional(count_or_share(1)))
+    bf16: bool = attrs.field(default=False, validator=flag())
+    devices: int = attrs.field(default=1, validator=whole(1))
+    seed: int = attrs.field(default=0, validator=whole(0, 2**32 - 1))
     threads: int | None = attrs.field(default=None, validator=_optional(whole(1, 1024)))
 
     def __attrs_post_init__(self) -> None:
@@ -75,6 +84,29 @@ class RunSettings:
                 raise LrkitError(
                     f"RunSettings.{name} must be a number that float32 can hold, not {getattr(self, name)!r}"
                 )
+        if self.batch_size % self.devices:
+            raise LrkitError(f"RunSettings.batch_size {self.batch_size} must be a multiple of devices {self.devices}")
+
+
+@attrs.frozen(kw_only=True)
+class RunFlops:
+    """Floating-point operations of a run's forward and backward passes; a multiply-add is two.
+
+    Counted by torch on the training row of median length, at eight steps spread over the run, so that frozen matrices and
+    cut ranks are seen. Padding, the penalty, the optimizer and the decisions are not in it.
+
+    Args:
+        run: of all steps.
+        first_step: of the first step, a whole batch.
+        last_step: of the last one.
+    """
+
+    run: float
+    first_step: float
+    last_step: float
+
+
+_NOT_PLAIN = ("summary", "history", "predictions")
 
 
 @attrs.frozen(kw_only=True)
@@ -92,6 +124,8 @@ class Result:
         step_seconds: median time of a step.
         train_seconds: time of all steps.
         losses: training loss of each step, penalty included.
+        flops: work of the model in training.
+        predictions: the model's raw outputs on the validation rows [rows, num_labels].
         summary: per layer rank, frozen state and parameters.
         history: every decision.
     """
@@ -106,6 +140,8 @@ class Result:
     step_seconds: float
     train_seconds: float
     losses: tuple[float, ...] = attrs.field(repr=False)
+    flops: RunFlops
+    predictions: Any = attrs.field(repr=False)
     summary: "Summary" = attrs.field(repr=False)
     history: "tuple[Decision, ...]" = attrs.field(repr=False)
 
@@ -116,8 +152,9 @@ class Result:
 
     def to_plain(self) -> dict[str, Any]:
         """Everything as plain data."""
-        plain = {f.name: getattr(self, f.name) for f in attrs.fields(Result) if f.name not in ("summary", "history")}
+        plain = {f.name: getattr(self, f.name) for f in attrs.fields(Result) if f.name not in _NOT_PLAIN}
         plain["losses"] = list(self.losses)
+        plain["flops"] = attrs.asdict(self.flops)
         return {
             **plain,
             "summary": self.summary.to_plain(),
@@ -132,6 +169,77 @@ def total_steps(settings: RunSettings, rows: int) -> int:
     return max(1, round(settings.epochs * -(-rows // settings.batch_size)))
 
 
+@attrs.frozen(kw_only=True)
+class Record:
+    """Where a run writes as it goes, so that a run that is killed can go on from there.
+
+    Args:
+        folder: holds ``metrics.jsonl``, ``history.jsonl`` and ``checkpoints/``; what a run left there is gone on with.
+        checkpoint_seconds: time between checkpoints.
+        report_to: transformers' names of trackers that get the curves as well, such as ``"tensorboard"``.
+    """
+
+    folder: Path
+    checkpoint_seconds: float = 60.0
+    report_to: tuple[str, ...] = ()
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    def latest(self) -> Path | None:
+        """The last complete checkpoint; lrkit's own file is the last to be written into one."""
+        found = [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{checkpoint.FILE}")]
+        return max(found, key=_step_of, default=None)
+
+    def step(self) -> int:
+        """Optimizer steps that need not be done again."""
+        latest = self.latest()
+        return 0 if latest is None else _step_of(latest)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+@attrs.frozen(eq=False)
+class _Tokens:
+    train: Any
+    validation: Any
+    sample: dict[str, Any]
+    """The training row of median length, as a batch of one."""
+
+
+@lru_cache(maxsize=1)
+def _pretrained(model: str, labels: int, problem: str, names: tuple[str, ...]) -> "Pretrained":
+    from lrkit.models import load_pretrained
+
+    label_names = dict(enumerate(names)) if names else None
+    return load_pretrained(model, num_labels=labels, problem_type=problem, label_names=label_names)
+
+
+def _model_for(model: str, task: "Task") -> "Pretrained":
+    return _pretrained(model, task.num_labels, task.problem_type, task.labels)
+
+
+@lru_cache(maxsize=4)
+def _tokens(task: "Task", model: str, max_length: int, rows: tuple[int | None, int | None], seed: int) -> _Tokens:
+    import torch
+
+    tokenizer = _model_for(model, task).tokenizer
+    train, validation = task.subset(*rows, seed=seed).tokenize(tokenizer, max_length)
+    lengths = [len(row) for row in train["input_ids"]]
+    middle = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2]
+    return _Tokens(train, validation, {key: torch.tensor([value]) for key, value in train[middle].items()})
+
+
+def forget() -> None:
+    """Let go of the model and the rows that are kept for the next run."""
+    _pretrained.cache_clear()
+    _tokens.cache_clear()
+
+
 def train(
     method: "Method",
     task: "Task",
@@ -141,8 +249,12 @@ def train(
     settings: RunSettings | None = None,
     progress: Progress | None = None,
     done: "Callable[[Adapted], None] | None" = None,
+    record: Record | None = None,
 ) -> Result:
     """Fine-tune a pretrained model with a method on a task, and score it.
+
+    The model and the tokenized rows are kept for the next run in this process (`forget` lets go of them); what a run
+    gives does not depend on the runs before it.
 
     Args:
         method: the method.
@@ -151,32 +263,75 @@ def train(
         targets: which layers, as `lrkit.attach` takes it.
         settings: how to train.
         progress: told of every step.
-        done: called with the trained handle before it is let go of (to save it, say).
+        done: called with the trained handle before the adapters are taken out again (to save them, say).
+        record: write the run down as it goes, and go on with what was written there before: bit for bit the run that
+            was never interrupted.
 
     Raises:
         LrkitError: the model cannot be had, or the method does not fit it or the length of the run.
     """
     import torch
-    import transformers
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
     from lrkit.adapted import attach
-    from lrkit.method import to_plain
-    from lrkit.models import load_model
-    from lrkit.trainer import AdaptCallback
 
     settings = settings or RunSettings()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    task = task.subset(settings.train_rows, settings.validation_rows, seed=settings.seed)
-    steps = total_steps(settings, len(task.train))
+    rows = (settings.train_rows, settings.validation_rows)
+    steps = total_steps(settings, min(len(task.train), settings.train_rows or len(task.train)))
     for policy in method.policies:
         policy.scheduler.bounds(steps)
-    set_seed(settings.seed)
-    net, tokenizer = load_model(model, task)
-    # The head's start, the adapters' start and dropout must not depend on what the loading drew.
-    set_seed(settings.seed)
+    pretrained = _model_for(model, task)
+    # Only a choice of rows depends on the seed.
+    tokens = _tokens(task, model, settings.max_length, rows, settings.seed if any(rows) else 0)
+    _check_length(pretrained, tokens)
+    net = pretrained.restart(settings.seed)
+    # The adapters' start and dropout must not depend on what the head's start drew.
+    torch.manual_seed(settings.seed)
     adapted = attach(net, method, targets=targets)
+    try:
+        result = _train(adapted, task, model, pretrained, tokens, settings, steps, progress, record)
+        if done is not None:
+            done(adapted)
+        adapted.detach()
+    except BaseException:
+        forget()  # what stopped may have left anything in the model
+        raise
+    return result
+
+
+def _check_length(pretrained: "Pretrained", tokens: _Tokens) -> None:
+    limit = min(
+        getattr(pretrained.model.config, "max_position_embeddings", None) or math.inf,
+        pretrained.tokenizer.model_max_length,
+    )
+    longest = max(len(row) for rows in (tokens.train, tokens.validation) for row in rows["input_ids"])
+    if longest > limit:
+        raise LrkitError(
+            f"a row of {longest} tokens is longer than the model's {limit} positions: lower run.max_length"
+        )
+
+
+def _train(
+    adapted: "Adapted",
+    task: "Task",
+    model: str,
+    pretrained: "Pretrained",
+    tokens: _Tokens,
+    settings: RunSettings,
+    steps: int,
+    progress: Progress | None,
+    record: Record | None,
+) -> Result:
+    import torch
+    import transformers
+    from transformers import DataCollatorWithPadding, TrainingArguments
+
+    from lrkit.method import to_plain
+    from lrkit.study.loop import Recorder, RunTrainer, Watch
+    from lrkit.trainer import AdaptCallback
+
+    method = adapted.method
     lr = method.parameterization.learning_rate if settings.lr is None else settings.lr
     head_lr = 1e-3 if settings.head_lr is None else settings.head_lr
     groups = [
@@ -187,88 +342,81 @@ def train(
     schedule = transformers.get_linear_schedule_with_warmup(  # type: ignore[no-untyped-call]
         optimizer, in_steps(settings.lr_warmup, steps), steps
     )
-    train_rows, validation_rows = task.tokenize(tokenizer, settings.max_length)
-    positions = getattr(net.config, "max_position_embeddings", None) or math.inf
-    longest = max(len(row) for rows in (train_rows, validation_rows) for row in rows["input_ids"])
-    if longest > min(positions, tokenizer.model_max_length):
-        raise LrkitError(
-            f"a row of {longest} tokens is longer than the model's {min(positions, tokenizer.model_max_length)} positions: "
-            "lower run.max_length"
-        )
-    watch = _watch(progress)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    log_every = max(1, steps // 500)
+    watch = Watch(progress)
+    callbacks = [AdaptCallback(adapted), watch]
+    if record is not None:
+        callbacks.append(Recorder(record, adapted, log_every))
+    with tempfile.TemporaryDirectory() as empty, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        trainer = Trainer(
-            model=net,
+        trainer = RunTrainer(
+            adapted=adapted,
+            sample=tokens.sample,
+            model=adapted.model,
             args=TrainingArguments(
-                output_dir=folder,
+                output_dir=empty if record is None else str(record.checkpoints),
                 max_steps=steps,
-                per_device_train_batch_size=settings.batch_size,
+                per_device_train_batch_size=settings.batch_size // settings.devices,
                 per_device_eval_batch_size=settings.eval_batch_size,
                 max_grad_norm=settings.grad_clip,
+                bf16=settings.bf16,
                 seed=settings.seed,
                 save_strategy="no",
-                eval_strategy="no",
+                eval_strategy="no" if settings.eval_every is None else "steps",
+                eval_steps=None if settings.eval_every is None else max(1, in_steps(settings.eval_every, steps)),
                 logging_strategy="steps",
-                logging_steps=1,
-                report_to=[],
+                logging_steps=log_every,
+                logging_nan_inf_filter=False,
+                report_to=[] if record is None else list(record.report_to),
                 disable_tqdm=True,
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
-            train_dataset=train_rows,
-            eval_dataset=validation_rows,
-            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=tokens.train,
+            eval_dataset=tokens.validation,
+            data_collator=DataCollatorWithPadding(pretrained.tokenizer),
+            compute_metrics=lambda p: task.score(p.predictions, p.label_ids),
             optimizers=(optimizer, schedule),
-            callbacks=[AdaptCallback(adapted), watch],
+            callbacks=callbacks,
         )
         trainer.remove_callback(transformers.PrinterCallback)
+        latest = None if record is None else record.latest()
         try:
-            trainer.train()
-            predictions = trainer.predict(validation_rows).predictions
+            trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
+            predictions = trainer.predict(tokens.validation).predictions
         except BaseException:
             adapted.unbind()
             raise
-    if done is not None:
-        done(adapted)
+        finally:
+            for callback in callbacks[2:]:
+                callback.close()
+        # Under mixed precision the model's forward was wrapped; the next run starts from the plain one.
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    log = trainer.state.log_history
     return Result(
         task=task.name,
         model=model,
         method=to_plain(method),
         settings=attrs.asdict(settings),
-        scores=task.score(predictions, validation_rows["labels"]),
+        scores=task.score(predictions, tokens.validation["labels"]),
         majority=task.majority,
         steps=adapted.step,
-        step_seconds=statistics.median(watch.seconds),
+        step_seconds=statistics.median(watch.seconds or [0.0]),
         train_seconds=sum(watch.seconds),
-        losses=tuple(watch.losses),
+        losses=tuple(float(line["loss"]) for line in log if "loss" in line),
+        flops=_flops([(line["step"], line["flops_of_a_row"]) for line in log if "flops_of_a_row" in line], settings),
+        predictions=predictions,
         summary=adapted.summary(),
         history=tuple(adapted.history),
     )
 
 
-def _watch(progress: Progress | None) -> Any:
-    """A Trainer callback that times steps and keeps losses. Made here, so that importing this costs no transformers."""
-    from transformers import TrainerCallback
-
-    class Watch(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-            self.losses: list[float] = []
-            self._begin = 0.0
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self._begin = time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.seconds.append(time.perf_counter() - self._begin)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                self.losses.append(float(logs["loss"]))
-                if progress is not None:
-                    progress(state.global_step, state.max_steps, self.losses[-1])
-
-    return Watch()
+def _flops(points: list[tuple[int, float]], settings: RunSettings) -> RunFlops:
+    """Of the whole run, from counts at some of its steps; between two of them half the steps cost as each."""
+    last = points[-1][0]
+    total = sum((b - a) * (at_a + at_b) / 2 for (a, at_a), (b, at_b) in zip(points, points[1:], strict=False))
+    mean = total / (last - points[0][0]) if last > points[0][0] else points[0][1]
+    size = settings.batch_size
+    return RunFlops(run=mean * size * (last + 1), first_step=points[0][1] * size, last_step=points[-1][1] * size)
 
 
 def settings_from(changes: dict[str, Any]) -> RunSettings:

@@ -1,0 +1,162 @@
+"""The Trainer of a run: what it writes down on the way, and checkpoints without a copy of the frozen base."""
+
+import os
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from transformers import Trainer, TrainerCallback
+
+from lrkit.accounting import flops
+from lrkit.adapted import Adapted
+from lrkit.study.store import Lines
+
+if TYPE_CHECKING:
+    from lrkit.study.run import Progress, Record
+
+_POINTS = 8
+
+
+class RunTrainer(Trainer):
+    """A Trainer for an adapted model.
+
+    The model's weights are in no checkpoint: what trains is in `AdaptCallback`'s file, and the rest never changes.
+
+    Args:
+        adapted: the handle on the model.
+        sample: a batch of one row, on which FLOPs are counted.
+        **settings: as Trainer takes them.
+    """
+
+    def __init__(self, *, adapted: Adapted, sample: dict[str, Any], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._adapted, self._sample = adapted, sample
+        last = self.args.max_steps - 1
+        self._points = {round(i * last / (_POINTS - 1)) for i in range(_POINTS)}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Only the folder: see the class."""
+        os.makedirs(output_dir or self.args.output_dir or ".", exist_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing: `AdaptCallback` loads."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One step; at some of them the FLOPs of a row are counted first."""
+        if self.state.global_step in self._points:
+            self._points.remove(self.state.global_step)
+            self._count()
+        return super().training_step(*args, **kwargs)
+
+    def _count(self) -> None:
+        model = self._adapted.model
+        sample = {key: value.to(self.args.device) for key, value in self._sample.items()}
+        was = model.training
+        model.eval()  # the penalty is a batch's, not a row's
+        with torch.random.fork_rng(), self.compute_loss_context_manager():
+            counted = flops(model, sample)
+        model.train(was)
+        self.log({"flops_of_a_row": float(counted.total)})
+
+
+class Watch(TrainerCallback):
+    """Times steps, and tells of their losses.
+
+    Args:
+        progress: told of each logged loss.
+    """
+
+    def __init__(self, progress: "Progress | None") -> None:
+        self.seconds: list[float] = []
+        self._progress, self._begin = progress, 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop the clock."""
+        self.seconds.append(time.perf_counter() - self._begin)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Tell of the loss."""
+        if logs and "loss" in logs and self._progress is not None:
+            self._progress(state.global_step, state.max_steps, float(logs["loss"]))
+
+
+class Recorder(TrainerCallback):
+    """Writes curves and decisions as they come, and asks for a checkpoint every so often.
+
+    Args:
+        record: where to.
+        adapted: whose decisions.
+        log_every: steps between two logged losses. A checkpoint falls on one of these, since a loss summed up halfway
+            would be lost with the process.
+    """
+
+    def __init__(self, record: "Record", adapted: Adapted, log_every: int) -> None:
+        self._record, self._adapted, self._log_every = record, adapted, log_every
+        self._metrics = Lines(record.folder / "metrics.jsonl")
+        self._history = Lines(record.folder / "history.jsonl")
+        self._saved = self._logged = time.monotonic()
+        self._decisions, self._step = 0, 0
+
+    def close(self) -> None:
+        """Close the files."""
+        self._metrics.close()
+        self._history.close()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Know what was there before."""
+        self._decisions, self._step = len(self._adapted.history), state.global_step
+        self._saved = self._logged = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """One line for a loss or for scores."""
+        if not logs or not state.is_world_process_zero:
+            return
+        line: dict[str, Any] = {"step": state.global_step}
+        if "loss" in logs:
+            now = time.monotonic()
+            seconds = (now - self._logged) / max(1, state.global_step - self._step)
+            self._logged, self._step = now, state.global_step
+            line |= {"loss": logs["loss"], "lr": logs.get("learning_rate"), "seconds": seconds}
+        scores = {
+            key.removeprefix("eval_"): value
+            for key, value in logs.items()
+            if key.startswith("eval_") and key.removeprefix("eval_") not in _NO_SCORES
+        }
+        if scores:
+            line["scores"] = scores
+        if len(line) > 1:
+            self._metrics.write(line)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """New decisions; and perhaps a checkpoint."""
+        if state.is_world_process_zero:
+            for decision in self._adapted.history[self._decisions :]:
+                self._history.write(attrs.asdict(decision))
+        self._decisions = len(self._adapted.history)
+        if state.global_step % self._log_every or state.global_step >= state.max_steps:
+            return
+        due = time.monotonic() - self._saved >= self._record.checkpoint_seconds
+        if args.world_size > 1:
+            # All processes save or none: each keeps its own random state.
+            flag = torch.tensor([float(due)], device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            due = bool(flag.item())
+        control.should_save = control.should_save or due
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Drop what the new checkpoint, now complete, replaces."""
+        self._saved = time.monotonic()
+        if state.is_world_process_zero:
+            latest = self._record.latest()
+            for folder in self._record.checkpoints.glob("checkpoint-*"):
+                if folder != latest:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+_NO_SCORES = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")

@@ -1,0 +1,488 @@
+"""What a study is to run: a base method, what is swapped in it, tasks and seeds; laid out in rows and cells.
+
+A *row* is one method, a *cell* is one row on one task with one seed. A study is plain data: from TOML, from the command
+line or from Python, it becomes the same `Plan`, and every method in it is built before a step is spent.
+"""
+
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from lrkit.errors import LrkitError, nearest
+from lrkit.method import (
+    FIELDS,
+    Method,
+    arguments_of,
+    from_plain,
+    swapped,
+    to_plain,
+    with_arguments,
+    with_setting,
+    with_setting_of,
+)
+from lrkit.study.run import RunSettings, settings_from
+
+if TYPE_CHECKING:
+    from lrkit.tasks import Task
+
+LEAVE_OUT = ("penalty", "policy", "also")
+SEEDS = 6
+"""With fewer seeds no two-sided paired permutation test can reach p < 0.05: with n pairs the least p is 2/2^n."""
+
+
+@attrs.frozen(kw_only=True)
+class RowSpec:
+    """A row that is written out.
+
+    Args:
+        label: what tables call it; None: made from what it changes.
+        base: a method's name, or a method as plain data; None for the study's base.
+        set: settings: of the method (``"metric.beta1"``), or arguments of the method's function (``"rank"``).
+        swap: component or setting to value: ``{"metric": "magnitude"}``.
+        leave_out: of ``"penalty"``, ``"policy"``, ``"also"``.
+        run: settings of the run for this row alone, such as ``lr``.
+    """
+
+    label: str | None = None
+    base: Any = None
+    set: dict[str, Any] = attrs.field(factory=dict)
+    swap: dict[str, Any] = attrs.field(factory=dict)
+    leave_out: list[str] = attrs.field(factory=list)
+    run: dict[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen(kw_only=True)
+class TaskSpec:
+    """A task of a study: by name, or a folder of data.
+
+    Args:
+        task: a task's name.
+        data: a folder with ``{train,validation}.jsonl[.gz]``.
+        metric: what scores a folder's task.
+        run: settings of the run on this task alone.
+        set: settings of every row's method on this task alone, such as the schedule.
+    """
+
+    task: str | None = None
+    data: str | None = None
+    metric: str | None = None
+    run: dict[str, Any] = attrs.field(factory=dict)
+    set: dict[str, Any] = attrs.field(factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What the study calls it."""
+        return self.task or (Path(self.data).resolve().name if self.data else "movies")
+
+
+@attrs.frozen(kw_only=True)
+class Study:
+    """A study as it is asked for.
+
+    Args:
+        base: a method's name, or a method as plain data.
+        title: for the report.
+        note: for the report.
+        set: settings of every row, as `RowSpec.set`.
+        swap: component or setting to the values to try, one at a time.
+        leave_out: leave-one-out rows: ``"penalty"`` (its weight zero), ``"policy"`` (no allocation at all), ``"also"``
+            (without the further policies).
+        grid: all combinations of `swap` instead of one at a time.
+        rows: further rows.
+        tasks: tasks' names or `TaskSpec`; ``movies`` where none is given.
+        model: ``"minilm"``, a folder or a hub id.
+        targets: as `lrkit.attach` takes it.
+        seeds: how many (0, 1, ...), or which.
+        run: settings of every run.
+    """
+
+    base: Any
+    title: str = ""
+    note: str = ""
+    set: dict[str, Any] = attrs.field(factory=dict)
+    swap: dict[str, list[Any]] = attrs.field(factory=dict)
+    leave_out: list[str] = attrs.field(factory=list)
+    grid: bool = False
+    rows: list[RowSpec] = attrs.field(factory=list)
+    tasks: list[TaskSpec] = attrs.field(factory=list)
+    model: str = "minilm"
+    targets: str | list[str] = "all-linear"
+    seeds: int | list[int] = SEEDS
+    run: dict[str, Any] = attrs.field(factory=dict)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def shipped() -> dict[str, str]:
+    """Names of the study files that ship with lrkit, and their titles."""
+    folder = resources.files("lrkit") / "studies"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".toml"): tomllib.loads(f.read_text("utf-8")).get("title", "") for f in files}
+
+
+def read_study(source: str, changes: Mapping[str, Any] | None = None) -> Study:
+    """A study from a TOML file, or from one that ships.
+
+    Args:
+        source: a path that ends in ``.toml``, or a name in `shipped`.
+        changes: what replaces the file's values, by field.
+
+    Raises:
+        LrkitError: no such file, no TOML, an unknown key (with the nearest right one), or a value of the wrong type.
+    """
+    path = Path(source)
+    if source in shipped() and not path.exists():
+        text = (resources.files("lrkit") / "studies" / f"{source}.toml").read_text("utf-8")
+    else:
+        try:
+            text = path.read_text("utf-8")
+        except FileNotFoundError:
+            raise LrkitError(
+                f'study "{source}": no such file{nearest(source, shipped())}; a study is a .toml file or one of '
+                f"{', '.join(shipped())}"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise LrkitError(f'study "{source}" cannot be read: {error}') from None
+    try:
+        plain = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise LrkitError(f"{source}: no TOML: {error or 'nested too deeply'}") from None
+    return study_from(plain | dict(changes or {}), source)
+
+
+def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
+    """A study from plain data.
+
+    Args:
+        plain: as in a TOML file. A task may be a name alone.
+        where: what errors call it.
+
+    Raises:
+        LrkitError: an unknown key (with the nearest right one), or a value of the wrong type.
+    """
+    data = dict(plain)
+    if "task" in data and "tasks" not in data:
+        data["tasks"] = [data.pop("task")]
+    if isinstance(data.get("tasks"), list):
+        data["tasks"] = [{"task": each} if isinstance(each, str) else each for each in data["tasks"]]
+    if "base" not in data:
+        raise LrkitError(f"{where}: base is missing: the method that rows are compared with")
+    study = _structure(data, Study, where)
+    for spec in study.tasks:
+        if (spec.task is None) == (spec.data is None):
+            raise LrkitError(f"{where}: tasks: each has either task (a name) or data (a folder)")
+    return study
+
+
+def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
+    """An attrs class from plain data by cattrs, strictly: no unknown keys, and no value becomes another type."""
+    import cattrs
+    from cattrs.gen import make_dict_structure_fn
+
+    converter = cattrs.Converter(forbid_extra_keys=True)
+
+    def strictly(*types: type) -> Any:
+        def structure(value: Any, _: Any) -> Any:
+            if type(value) not in types:
+                raise LrkitError(f"must be {' or '.join(_WORDS[t] for t in types)}, not {value!r}")
+            return value
+
+        return structure
+
+    for kind in (int, str, bool):
+        converter.register_structure_hook(kind, strictly(kind))
+
+    def seeds(value: Any, _: Any) -> Any:
+        numbers = value if isinstance(value, list) and value else [value]
+        if any(type(number) is not int or not 0 <= number < 2**32 for number in numbers) or value == 0:
+            raise LrkitError(f"must be a number of seeds (6), or a list of seeds ([0, 1, 2]), not {value!r}")
+        if len(set(numbers)) < len(numbers) or len(numbers) > 10_000 or (isinstance(value, int) and value > 10_000):
+            raise LrkitError("must be at most 10,000 different seeds")
+        return value
+
+    def names(value: Any, _: Any) -> Any:
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value) and value):
+            return value
+        raise LrkitError(f"must be a text or a list of texts, not {value!r}")
+
+    def table(value: Any, hint: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise LrkitError(f"must be a table, not {value!r}")
+        lists = hint == dict[str, list[Any]]
+        for key, item in value.items():
+            if lists and (not isinstance(item, list) or not item):
+                raise LrkitError(f'"{key}" must be a list of values to try, not {item!r}')
+        return {str(key): item for key, item in value.items()}
+
+    converter.register_structure_hook(int | list[int], seeds)
+    converter.register_structure_hook(str | list[str], names)
+    converter.register_structure_hook_func(lambda t: str(t).startswith("dict["), table)
+
+    def some(value: Any, hint: Any) -> Any:
+        if not isinstance(value, list):
+            raise LrkitError(f"must be a list, not {value!r}")
+        inner = hint.__args__[0]
+        return [converter.structure(item, inner) for item in value]
+
+    converter.register_structure_hook_func(lambda t: str(t).startswith("list["), some)
+
+    def record(inner: type) -> Any:
+        build = make_dict_structure_fn(inner, converter, _cattrs_forbid_extra_keys=True)
+
+        def structure(value: Any, hint: Any) -> Any:
+            if not isinstance(value, Mapping):
+                raise LrkitError(f"must be a table, not {value!r}")
+            return build(value, hint)
+
+        return structure
+
+    for inner in (RowSpec, TaskSpec, Study):
+        converter.register_structure_hook(inner, record(inner))
+    try:
+        return converter.structure(data, cls)
+    except Exception as error:
+        raise LrkitError(f"{where}: {_first(error)}") from None
+
+
+_WORDS = {int: "a whole number", str: "a text", bool: "true or false"}
+
+
+def _first(error: BaseException) -> str:
+    """The first thing that cattrs found wrong, with its place, in one line."""
+    from cattrs.errors import AttributeValidationNote, ForbiddenExtraKeysError
+
+    places: list[str] = []
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+        places += [n.name for n in getattr(error, "__notes__", ()) if isinstance(n, AttributeValidationNote)]
+    if isinstance(error, ForbiddenExtraKeysError):
+        known = [field.name for field in attrs.fields(error.cl)]
+        key = sorted(error.extra_fields)[0]
+        error = LrkitError(f'there is no key "{key}"{nearest(key, known)}; there are {", ".join(known)}')
+    text = " ".join(str(error).split())
+    return f"{'.'.join(places)} {text}" if places else text
+
+
+# ---- laying out ------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Row:
+    """One method of a study.
+
+    Args:
+        label: what tables call it; unique in the study.
+        method: the method.
+        run: settings of its runs that differ from the study's.
+    """
+
+    label: str
+    method: Method
+    run: dict[str, Any]
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """A study laid out: all methods built, all tasks known.
+
+    Args:
+        study: as it was asked for.
+        rows: the base first.
+        seeds: which.
+    """
+
+    study: Study
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def tasks(self) -> tuple[TaskSpec, ...]:
+        """The tasks."""
+        return tuple(self.study.tasks) or (TaskSpec(task="movies"),)
+
+    def settings(self, row: Row, task: TaskSpec, seed: int) -> RunSettings:
+        """How a cell trains: the study's settings, then the task's, then the row's."""
+        return settings_from({**self.study.run, **task.run, **row.run, "seed": seed})
+
+    def method(self, row: Row, task: TaskSpec) -> Method:
+        """A row's method on a task, with the task's own settings."""
+        plain = to_plain(row.method)
+        for path, value in task.set.items():
+            # A task's schedule means nothing to a row without one.
+            owner = path.split(".", 1)[0]
+            if owner in FIELDS and plain[owner] is None:
+                continue
+            plain = with_setting(plain, path, value)
+        return from_plain(plain)
+
+
+def lay_out(study: Study) -> Plan:
+    """All rows of a study, each method built.
+
+    Raises:
+        LrkitError: a method, component or setting that does not exist or does not fit, with the row's label.
+    """
+    base = _compose(study.base, study.set, "base")
+    for path in study.swap:
+        _check_path(base, path, study)
+    # One at a time: each value by itself. A grid: every combination.
+    singles = [{path: value} for path, values in study.swap.items() for value in values]
+    combinations = [
+        dict(zip(study.swap, values, strict=True)) for values in itertools.product(*study.swap.values())
+    ]
+    specs = [RowSpec(swap=each) for each in (combinations if study.grid and study.swap else singles)]
+    specs += [RowSpec(leave_out=[name]) for name in study.leave_out]
+    specs += study.rows
+    name = study.base if isinstance(study.base, str) else "base"
+    rows = [Row(label=name, method=from_plain(base), run={})]
+    seen = {_identity(rows[0])}
+    labels = {name}
+    for spec in specs:
+        label = spec.label or _label(spec)
+        try:
+            row = Row(label=label, method=_row(base, spec, study), run=dict(spec.run))
+            settings_from(row.run)
+        except LrkitError as error:
+            raise LrkitError(f"row {label}: {error}") from None
+        if spec.label is None and _identity(row) in seen:
+            continue  # a value that the base has already
+        if label in labels:
+            raise LrkitError(f'two rows are called "{label}": give each a label of its own')
+        seen.add(_identity(row))
+        labels.add(label)
+        rows.append(row)
+    seeds = tuple(range(study.seeds)) if isinstance(study.seeds, int) else tuple(study.seeds)
+    names = [task.name for task in study.tasks]
+    if len(set(names)) < len(names):
+        raise LrkitError(f'two tasks are called "{next(n for n in names if names.count(n) > 1)}"')
+    plan = Plan(study=study, rows=tuple(rows), seeds=seeds)
+    for row in rows:
+        for task in plan.tasks:
+            plan.settings(row, task, 0)
+            plan.method(row, task)
+    return plan
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return row.method, tuple(sorted((key, repr(value)) for key, value in row.run.items()))
+
+
+def _compose(base: Any, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Plain data of a method from its name or plain data, with settings and arguments."""
+    if isinstance(base, str):
+        return with_arguments(base, settings)
+    if not isinstance(base, Mapping):
+        raise LrkitError(f"{where} must be a method's name, or a table with a parameterization, not {base!r}")
+    plain = to_plain(from_plain(base))
+    for path, value in settings.items():
+        plain = with_setting(plain, path, value)
+    return plain
+
+
+def _row(base: Mapping[str, Any], spec: RowSpec, study: Study) -> Method:
+    source, plain = (study.base, dict(base)) if spec.base is None else (spec.base, _compose(spec.base, {}, "base"))
+    known = arguments_of(source) if isinstance(source, str) else []
+    # Arguments of the method's function come first (they move several settings together), settings of the row last.
+    arguments = {key: value for key, value in {**spec.swap, **spec.set}.items() if key in known}
+    if arguments:
+        plain = _compose(source, {**(study.set if spec.base is None else {}), **arguments}, "base")
+    for path, value in spec.swap.items():
+        if path not in arguments:
+            plain = swapped(plain, path, value)
+    for name in spec.leave_out:
+        plain = _without(plain, name)
+    for path, value in spec.set.items():
+        if path not in arguments:
+            plain = with_setting(plain, path, value)
+    return from_plain(plain)
+
+
+def _check_path(base: Mapping[str, Any], path: str, study: Study) -> None:
+    """A path that leads nowhere is told before any value of it is looked at."""
+    if isinstance(study.base, str):
+        if path not in arguments_of(study.base) and path.rpartition(".")[2] not in FIELDS:
+            with_setting_of(study.base, base, path, None)
+    elif path.rpartition(".")[2] not in FIELDS:
+        with_setting(base, path, None)
+
+
+def _without(plain: Mapping[str, Any], name: str) -> dict[str, Any]:
+    from lrkit.registry import current
+
+    if name not in LEAVE_OUT:
+        raise LrkitError(f'leave_out: there is no "{name}"{nearest(name, LEAVE_OUT)}; there are {", ".join(LEAVE_OUT)}')
+    copy = dict(plain)
+    if name == "also":
+        if not copy["also"]:
+            raise LrkitError("leave_out: the method has no further policies (also)")
+        return copy | {"also": []}
+    if name == "policy":
+        if copy["metric"] is None:
+            raise LrkitError("leave_out: the method has no policy")
+        return copy | {"metric": None, "scheduler": None, "action": None}
+    part = copy["parameterization"]
+    weight = current().get("parameterization", part["name"]).penalty_weight
+    if weight is None:
+        raise LrkitError(f'leave_out: parameterization "{part["name"]}" has no penalty')
+    return with_setting(copy, f"parameterization.{weight}", 0.0)
+
+
+def _label(spec: RowSpec) -> str:
+    words = [f"{path}={_show(value)}" for path, value in {**spec.swap, **spec.set}.items()]
+    if isinstance(spec.base, str):
+        words.insert(0, spec.base)
+    words += [f"without {name}" for name in spec.leave_out]
+    words += [f"run.{key}={_show(value)}" for key, value in spec.run.items()]
+    return ", ".join(words) or "row"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Mapping) and "name" in value:
+        rest = ", ".join(f"{key}={_show(item)}" for key, item in value.items() if key != "name")
+        return f"{value['name']}({rest})" if rest else str(value["name"])
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "none" if value is None else str(value)
+
+
+def changes(base: Row, row: Row) -> list[dict[str, Any]]:
+    """What a row changed against the base: path, the base's value and the row's.
+
+    A component that was swapped is one change; the settings of what stayed are a change each.
+    """
+    found = list(_differences(to_plain(base.method), to_plain(row.method), ""))
+    found += [{"path": f"run.{key}", "base": base.run.get(key), "value": value} for key, value in row.run.items()]
+    return found
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[dict[str, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and old.get("name") == new.get("name"):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(old, list) and isinstance(new, list) and old and len(old) == len(new):
+        for index, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(a, b, f"{path}.{index}")
+    elif old != new:
+        yield {"path": path, "base": _named(old), "value": _named(new)}
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return value.get("name", "a policy")
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_named(item) for item in value] if value else None
+    return value
+
+
+def load_task_of(spec: TaskSpec) -> "Task":
+    """The task that a spec names, from the registry or a folder. Raises LrkitError where it cannot be had."""
+    from lrkit.registry import registered_tasks
+    from lrkit.tasks import load_task
+
+    return load_task(spec.task, data=spec.data, metric=spec.metric, tasks=registered_tasks())

@@ -1,0 +1,104 @@
+"""Files of a study: written in one move or by whole lines, so that a process killed at any moment leaves nothing wrong."""
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lrkit.errors import LrkitError
+
+
+def finite(value: Any) -> Any:
+    """Plain data with None for numbers that JSON does not have (nan, inf)."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def canonical(value: Any) -> str:
+    """Plain data as one JSON text, the same for equal data: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file in one move: a reader sees the old one or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files for their owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one move."""
+    write_bytes(path, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The data in a JSON file; None where there is no such file.
+
+    Raises:
+        LrkitError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise LrkitError(f"{path} cannot be read: {error}") from None
+
+
+class Lines:
+    """A JSON-lines file that only grows.
+
+    A line is one ``write``. What a killed process left torn at the end is closed off with a line break, so that the
+    next line stands by itself; readers pass over what is no JSON.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        if self._file.tell():
+            with path.open("rb") as last:
+                last.seek(-1, os.SEEK_END)
+                if last.read(1) != b"\n":
+                    self._file.write(b"\n")
+
+    def write(self, value: Mapping[str, Any]) -> None:
+        """Append one line."""
+        self._file.write((json.dumps(finite(value), allow_nan=False) + "\n").encode())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[bool]:
+    """Hold a file's lock: True while held, False where another living process holds it.
+
+    The lock dies with its process, however that ends. On a file system without locks everybody gets True.
+    """
+    import fcntl
+
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # no locks there
+            pass
+        yield True

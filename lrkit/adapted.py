@@ -237,6 +237,11 @@ class Adapted:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._handles.append(self.model.register_forward_pre_hook(self._meet_ddp))
 
+    def check_schedule(self, total_steps: int) -> None:
+        """Raise LrkitError where a schedule of the method does not fit a run of so many steps; change nothing else."""
+        self._check_alive()
+        self._controller.check_schedules(total_steps)
+
     def unbind(self) -> None:
         """Let go of the optimizer. What was decided stays; `bind` goes on from here."""
         if self._bound is not None and (unfinished := self._controller.unfinished()):

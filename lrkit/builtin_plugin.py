@@ -6,6 +6,7 @@ from typing import Any
 from lrkit import actions, methods, metrics, parameterizations, schedulers
 from lrkit.hookspecs import hookimpl
 from lrkit.method import Method
+from lrkit.study import executors
 from lrkit.tasks import TASKS
 
 
@@ -61,3 +62,9 @@ def lrkit_methods() -> Mapping[str, Callable[..., Method]]:
 def lrkit_tasks() -> Mapping[str, Any]:
     """The built-in tasks."""
     return TASKS
+
+
+@hookimpl
+def lrkit_executors() -> Mapping[str, Any]:
+    """The built-in executors."""
+    return {"local": executors.local, "ray": executors.ray}

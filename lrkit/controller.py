@@ -200,8 +200,8 @@ class Controller:
 
     # ---- the loop ----
 
-    def begin(self, total_steps: int) -> None:
-        """Check every schedule against the length of the run. Raises LrkitError where one does not fit."""
+    def check_schedules(self, total_steps: int) -> None:
+        """Raise LrkitError where a schedule does not fit a run of so many steps."""
         for state in self.policies:
             scheduler = state.policy.scheduler
             scheduler.bounds(total_steps)
@@ -213,6 +213,10 @@ class Controller:
                     f"{type(scheduler).__name__}: target {scheduler.target!r} is {last} of {state.units} units, above start "
                     f"{scheduler.start!r}, which is {first}: a budget never grows"
                 )
+
+    def begin(self, total_steps: int) -> None:
+        """Check every schedule against the length of the run, and go by it. Raises LrkitError where one does not fit."""
+        self.check_schedules(total_steps)
         self.total_steps = total_steps
         for state in self.policies:
             scheduler = state.policy.scheduler

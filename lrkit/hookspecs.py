@@ -45,4 +45,7 @@ def lrkit_tasks() -> Mapping[str, Any]:  # type: ignore[empty-body]
 
 @hookspec
 def lrkit_executors() -> Mapping[str, Any]:  # type: ignore[empty-body]
-    """Executors by name: functions of a number of workers that return a `concurrent.futures.Executor`."""
+    """Executors by name: functions of workers (int), threads of each (int) and an address (str or None).
+
+    They return a `concurrent.futures.Executor`.
+    """

@@ -1,5 +1,11 @@
-"""Runs: one method trained on one task, and what came of it."""
+"""Studies: runs, ablations, their statistics and their report.
 
-from lrkit.study.run import Result, RunSettings, train
+`lrkit.ablate` is the way in from Python, ``lrkit ablate`` from the command line.
 
-__all__ = ["Result", "RunSettings", "train"]
+- `lrkit.study.run`: one method trained on one task.
+- `lrkit.study.plan`: what a study is to run, from TOML or plain data.
+- `lrkit.study.cell`: one run of a study, content-addressed and crash-safe.
+- `lrkit.study.execute`: all of them, on an executor.
+- `lrkit.study.cost`: time and memory against the base.
+- `lrkit.study.records`, `lrkit.study.statistics`, `lrkit.study.report`: what came of it.
+"""

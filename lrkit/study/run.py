@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit import checkpoint
 from lrkit.errors import LrkitError
 from lrkit.settings import Time, count_or_share, flag, in_steps, real, whole
 
@@ -190,6 +189,8 @@ class Record:
 
     def latest(self) -> Path | None:
         """The last complete checkpoint; lrkit's own file is the last to be written into one."""
+        from lrkit import checkpoint
+
         found = [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{checkpoint.FILE}")]
         return max(found, key=_step_of, default=None)
 

@@ -1,0 +1,221 @@
+"""Ablations from Python: swap one component, run the seeds, get one table."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.method import FIELDS, Method, to_plain
+from lrkit.study.cell import Conditions
+from lrkit.study.execute import Outcome, Told, carry_out
+from lrkit.study.executors import Here, gpus
+from lrkit.study.plan import SEEDS, Plan, Study, lay_out, read_study, study_from
+
+if TYPE_CHECKING:
+    from lrkit.study.statistics import Table
+
+
+def ablate(
+    base: "str | Method | Study",
+    swap: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    out: str | os.PathLike[str],
+    task: "str | Sequence[Any]" = "movies",
+    model: str = "minilm",
+    targets: str | Sequence[str] = "all-linear",
+    seeds: int | Sequence[int] = SEEDS,
+    run: Mapping[str, Any] | None = None,
+    set: Mapping[str, Any] | None = None,  # noqa: A002 (the command line's own word)
+    rows: Sequence[Mapping[str, Any]] = (),
+    leave_out: Sequence[str] = (),
+    grid: bool = False,
+    title: str = "",
+    executor: str | Executor = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    costs: bool = True,
+    checkpoint_seconds: float = 60.0,
+    report_to: Sequence[str] = (),
+) -> "Table":
+    """Swap parts of a method one at a time, train every row with every seed, and compare.
+
+    Called again with the same folder it runs only what is missing or failed, and takes up what was killed at its last
+    checkpoint, bit for bit.
+
+    >>> table = lrkit.ablate("adalora", {"metric": ["sensitivity", "magnitude"]}, seeds=6, out="study")
+    >>> print(table)                # and table.frame() for pandas
+
+    Args:
+        base: a method's name, a `lrkit.Method`, or a whole `Study` (then only how to run it is taken from here).
+        swap: component or setting to the values to try: ``{"metric": ["magnitude"], "action.ties": ["threshold"]}``. A
+            component is a name, a table with a name and settings, or an instance.
+        out: the study's folder; new, or the same study's.
+        task: a task's name, a list of names, or tables as in a study file.
+        model: ``"minilm"``, a folder or a hub id.
+        targets: which layers, as `lrkit.attach` takes it.
+        seeds: how many, or which. With fewer than six no difference can be significant.
+        run: settings of every run: ``{"steps": 200}``.
+        set: settings of every row's method: ``{"rank": 8}``.
+        rows: further rows as tables: ``{"label": ..., "base": ..., "set": ..., "swap": ...}``.
+        leave_out: ``"penalty"``, ``"policy"``, ``"also"``: a row without it each.
+        grid: all combinations of `swap`.
+        title: for the report.
+        executor: ``"local"``, ``"ray"``, a plug-in's name, or any `concurrent.futures.Executor`.
+        workers: cells at a time; None: one for each GPU, or for each CPU core up to four. 0: in this process, where
+            components that only this process has registered are known.
+        address: of a cluster, for executors that have one.
+        costs: measure time and memory of each row against the base, after the cells.
+        checkpoint_seconds: time between checkpoints.
+        report_to: trackers of transformers' Trainer that get the curves too, such as ``"tensorboard"``.
+
+    Returns:
+        The table; ``table.frame()`` is a pandas frame.
+
+    Raises:
+        LrkitError: something in the study cannot run (told before the first step), or `out` holds something else.
+    """
+    from lrkit.study.records import read_study as read_records
+    from lrkit.study.report import write_report
+    from lrkit.study.statistics import compare
+
+    study = base if isinstance(base, Study) else _study(
+        base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title
+    )
+    outcome = perform(
+        lay_out(study),
+        Path(out),
+        executor=executor,
+        workers=workers,
+        address=address,
+        costs=costs,
+        checkpoint_seconds=checkpoint_seconds,
+        report_to=report_to,
+    )
+    import warnings
+
+    for name, error in outcome.failed:
+        warnings.warn(f"cell {name} failed: {error}", LrkitWarning, stacklevel=2)
+    write_report(outcome.folder)
+    return compare(read_records(outcome.folder))
+
+
+def _study(
+    base: "str | Method",
+    swap: Mapping[str, Sequence[Any]] | None,
+    task: "str | Sequence[Any]",
+    model: str,
+    targets: str | Sequence[str],
+    seeds: int | Sequence[int],
+    run: Mapping[str, Any] | None,
+    settings: Mapping[str, Any] | None,
+    rows: Sequence[Mapping[str, Any]],
+    leave_out: Sequence[str],
+    grid: bool,
+    title: str,
+) -> Study:
+    values = {path: [_plain(path, v) for v in _listed(path, tried)] for path, tried in (swap or {}).items()}
+    return study_from(
+        {
+            "base": to_plain(base) if isinstance(base, Method) else base,
+            "title": title,
+            "set": dict(settings or {}),
+            "swap": values,
+            "leave_out": list(leave_out),
+            "grid": grid,
+            "rows": [dict(row) for row in rows],
+            "tasks": [task] if isinstance(task, str | Mapping) else list(task),
+            "model": os.fspath(model),
+            "targets": targets if isinstance(targets, str) else list(targets),
+            "seeds": seeds if isinstance(seeds, int) else list(seeds),
+            "run": dict(run or {}),
+        },
+        "ablate",
+    )
+
+
+def _listed(path: str, values: Any) -> list[Any]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise LrkitError(f'ablate: swap "{path}" must be a list of values to try, not {values!r}')
+    return list(values)
+
+
+def _plain(path: str, value: Any) -> Any:
+    """A component's instance as a table; anything else as it is."""
+    kind = path.rpartition(".")[2]
+    if kind not in FIELDS or not attrs.has(type(value)):
+        return value
+    from lrkit.registry import current
+
+    settings = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
+    return {"name": current().name_of(kind, type(value)), **settings}  # type: ignore[arg-type]
+
+
+class _Borrowed(Executor):
+    """Somebody else's executor: used, and left running."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.submit = executor.submit  # type: ignore[method-assign]
+
+
+def perform(
+    plan: Plan,
+    folder: Path,
+    *,
+    executor: str | Executor = "local",
+    workers: int | None = None,
+    threads: int | None = None,
+    address: str | None = None,
+    costs: bool = True,
+    checkpoint_seconds: float = 60.0,
+    report_to: Sequence[str] = (),
+    told: Told | None = None,
+    started: Callable[[int, int], None] | None = None,
+    cost_told: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Carry out a plan on an executor by name; then measure its costs. Arguments as `ablate` and `carry_out` have them.
+
+    Raises:
+        LrkitError: as `carry_out`; an unknown executor, or one that cannot be begun.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool) or not 0 <= workers <= 4096):
+        raise LrkitError(f"workers must be a number from 0 (in this process) to 4096, not {workers!r}")
+    at_once = (gpus() or min(cores, 4)) if workers is None else workers
+    each = threads or max(1, cores // max(1, at_once))
+    devices = max(row_devices(plan))
+    if devices > 1 and gpus():
+        at_once = max(1, gpus() // devices) if workers is None else at_once
+    if isinstance(executor, Executor):
+        make: Callable[[], Executor] = lambda: _Borrowed(executor)  # noqa: E731
+    elif at_once == 0:
+        make = Here
+    else:
+        from lrkit.registry import current
+
+        factory = current().get("executor", executor)
+        make = lambda: factory(at_once, each, address)  # noqa: E731
+    conditions = Conditions(
+        # A cell in several processes shares its threads among them.
+        threads=max(1, each // devices) if not isinstance(executor, Executor) or threads else None,
+        checkpoint_seconds=checkpoint_seconds,
+        report_to=tuple(report_to),
+    )
+    outcome = carry_out(plan, folder, executor=make, conditions=conditions, told=told, started=started)
+    if costs:
+        from lrkit.study.cost import measure
+
+        measure(plan, outcome.folder, threads=cores, told=cost_told)
+    return outcome
+
+
+def row_devices(plan: Plan) -> list[int]:
+    """Devices that the cells of each row and task take."""
+    return [plan.settings(row, task, 0).devices for row in plan.rows for task in plan.tasks]
+
+
+__all__ = ["ablate", "perform", "read_study"]

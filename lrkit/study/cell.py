@@ -1,0 +1,341 @@
+"""A cell: one method on one task with one seed, named by a hash of everything that decides its result.
+
+`run_cell` is what a worker calls: a function of plain data, so that any executor can carry it anywhere.
+"""
+
+import datetime
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from lrkit.errors import LrkitError
+from lrkit.study.plan import TaskSpec, load_task_of
+from lrkit.study.store import Lines, canonical, lock, read_json, write_bytes, write_json
+
+FORMAT = 1
+_MEGABYTE = 1 << 20
+
+
+@attrs.frozen(kw_only=True)
+class Cell:
+    """One run of a study, as plain data.
+
+    Args:
+        task: `TaskSpec`'s task, data and metric.
+        model: what was asked for as the model.
+        targets: as `lrkit.attach` takes it.
+        method: plain data.
+        run: plain data of `RunSettings`, seed included, threads left out.
+        versions: of whatever can change the result; file digests of a data or model folder.
+    """
+
+    task: dict[str, Any]
+    model: str
+    targets: Any
+    method: dict[str, Any]
+    run: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        """Its name: the first 16 hexadecimal digits of a SHA-256 over its canonical JSON."""
+        return hashlib.sha256(canonical(self.to_plain()).encode()).hexdigest()[:16]
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return int(self.run["seed"])
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain data; `Cell(**plain)` is an equal cell."""
+        return attrs.asdict(self)
+
+
+def make_cell(method: Mapping[str, Any], task: TaskSpec, model: str, targets: Any, run: Mapping[str, Any]) -> Cell:
+    """A cell with the versions of this machine.
+
+    Args:
+        method: plain data.
+        task: the task.
+        model: ``"minilm"``, a folder or a hub id.
+        targets: as `lrkit.attach` takes it.
+        run: plain data of `RunSettings`.
+    """
+    # Threads change the speed, and the last bits; they are in env.json.
+    settings = {key: value for key, value in run.items() if key != "threads"}
+    where = {"task": task.task, "data": None if task.data is None else os.path.abspath(task.data), "metric": task.metric}
+    folder = os.path.abspath(model) if os.path.isdir(model) else model
+    versions = _versions(canonical(method), task.task, where["data"], folder)
+    return Cell(
+        task=where, model=folder, targets=targets, method=dict(method), run=settings, versions=dict(versions)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _versions(method: str, task: str | None, data: str | None, model: str) -> tuple[tuple[str, str], ...]:
+    import json
+
+    from lrkit.registry import current
+
+    packages = {"lrkit", "torch", "transformers"}
+    found = {}
+    offers = current().offers()
+    for kind, name in _names(json.loads(method)):
+        packages |= {o.distribution.partition(" ")[0] for o in offers if (o.kind, o.name) == (kind, name)}
+    if data is not None:
+        found["data"] = _digest(Path(data))
+    elif task is not None:
+        name = task.partition("/")[0]
+        packages |= {o.distribution.partition(" ")[0] for o in offers if (o.kind, o.name) == ("task", name)}
+    if os.path.isdir(model):
+        found["model"] = _digest(Path(model))
+    for package in sorted(packages):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "unknown"
+    return tuple(sorted(found.items()))
+
+
+def _names(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for kind, part in method.items():
+        if kind == "also":
+            for policy in part:
+                yield from _names(policy)
+        elif part is not None:
+            yield kind, part["name"]
+
+
+def _digest(folder: Path) -> str:
+    """A hash of the files directly in a folder: all of a small one, size and both ends of one above 64 MiB."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            if size <= 64 * _MEGABYTE:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+            else:
+                digest.update(file.read(_MEGABYTE))
+                file.seek(-_MEGABYTE, os.SEEK_END)
+                digest.update(file.read(_MEGABYTE))
+    return digest.hexdigest()[:16]
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Conditions:
+    """How a cell is run: what changes its speed and not its result.
+
+    Args:
+        threads: CPU threads; None for torch's own choice.
+        checkpoint_seconds: time between checkpoints.
+        report_to: trackers of transformers' Trainer.
+        keep: keep the trained adapters (``lrkit.safetensors``) of a cell that is done.
+    """
+
+    threads: int | None = None
+    checkpoint_seconds: float = 60.0
+    report_to: tuple[str, ...] = ()
+    keep: bool = True
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a cell's folder holds a result."""
+    return (folder / "result.json").is_file()
+
+
+def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> dict[str, Any]:
+    """Run a cell to its end, from its last checkpoint if there is one. What any executor calls.
+
+    Nothing is raised for a cell that fails: its traceback is kept in ``error.txt``.
+
+    Args:
+        plain: `Cell.to_plain`.
+        folder: the cell's folder, which all workers reach under this path.
+        conditions: plain data of `Conditions`.
+
+    Returns:
+        ``{"key", "status": "done" | "failed" | "busy", "score", "error"}``; busy: another process runs it now.
+    """
+    cell, place = Cell(**plain), Path(folder)
+    settled = Conditions(**{**conditions, "report_to": tuple(conditions.get("report_to", ()))})
+    place.mkdir(parents=True, exist_ok=True)
+    answer: dict[str, Any] = {"key": cell.key, "status": "done", "score": None, "error": None}
+    with lock(place / "lock") as mine:
+        if not mine:
+            return answer | {"status": "busy"}
+        if not is_done(place):
+            try:
+                _run(cell, place, settled)
+            except (KeyboardInterrupt, GeneratorExit):
+                raise
+            except BaseException as error:
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                line = str(error) if isinstance(error, LrkitError) else text
+                write_bytes(place / "error.txt", traceback.format_exc().encode())
+                _attempt(place, {"event": "failed", "error": line})
+                return answer | {"status": "failed", "error": line}
+        _tidy(place)
+        scores = read_json(place / "result.json")["scores"]
+        return answer | {"score": next(iter(scores.values()), None)}
+
+
+def _run(cell: Cell, place: Path, conditions: Conditions) -> None:
+    from lrkit.study.run import Record
+
+    record = Record(
+        folder=place, checkpoint_seconds=conditions.checkpoint_seconds, report_to=conditions.report_to
+    )
+    if not (place / "config.json").is_file():
+        write_json(place / "config.json", {"format": FORMAT, "key": cell.key, "seed": cell.seed, **cell.to_plain()})
+    write_json(place / "env.json", _environment(conditions))
+    host = socket.gethostname()
+    _attempt(place, {"event": "begin", "from_step": record.step(), "host": host, "pid": os.getpid()})
+    if cell.run.get("devices", 1) > 1 and "LOCAL_RANK" not in os.environ:
+        _launch(cell, place, conditions)
+    else:
+        _train(cell, record, conditions)
+
+
+def _train(cell: Cell, record: "Any", conditions: Conditions) -> None:
+    """Train, and write what came of it: ``result.json`` last."""
+    import numpy as np
+
+    from lrkit.method import from_plain
+    from lrkit.study.run import settings_from, train
+
+    place = record.folder
+    first = os.environ.get("RANK", "0") == "0"
+    if conditions.report_to:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(place / "runs")
+
+    def keep(adapted: Any) -> None:
+        if conditions.keep and first:
+            adapted.save(place)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = train(
+            from_plain(cell.method),
+            _task(canonical(cell.task)),
+            model=cell.model,
+            targets=cell.targets,
+            settings=settings_from({**cell.run, "threads": conditions.threads}),
+            done=keep,
+            record=record,
+        )
+    if not first:
+        return
+    import io
+
+    content = io.BytesIO()
+    np.savez_compressed(content, predictions=result.predictions)
+    write_bytes(place / "predictions.npz", content.getvalue())
+    summary = result.summary.to_plain()
+    layers = summary.pop("layers")
+    written = {
+        "format": FORMAT,
+        "key": cell.key,
+        "scores": result.scores,
+        "majority": result.majority,
+        "steps": result.steps,
+        "parameters": summary,
+        "layers": layers,
+        "flops": attrs.asdict(result.flops),
+    }
+    write_json(place / "result.json", written)
+    took = {"step_seconds": result.step_seconds, "train_seconds": result.train_seconds}
+    _attempt(place, {"event": "end", "step": result.steps, **took})
+
+
+@lru_cache(maxsize=4)
+def _task(plain: str) -> Any:
+    """Kept between the cells of a worker."""
+    import json
+
+    return load_task_of(TaskSpec(**json.loads(plain)))
+
+
+def _tidy(place: Path) -> None:
+    """What a cell that is done needs no longer."""
+    shutil.rmtree(place / "checkpoints", ignore_errors=True)
+    (place / "error.txt").unlink(missing_ok=True)
+
+
+def _attempt(place: Path, event: dict[str, Any]) -> None:
+    lines = Lines(place / "attempts.jsonl")
+    lines.write({**event, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
+    lines.close()
+
+
+def _environment(conditions: Conditions) -> dict[str, Any]:
+    import torch
+
+    names = ("lrkit", "torch", "transformers", "datasets", "numpy", "attrs", "pluggy")
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "threads": conditions.threads or torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cpu": platform.processor() or platform.machine(),
+        "packages": {name: metadata.version(name) for name in names},
+    }
+
+
+# ---- several devices -------------------------------------------------------------------------------------------------
+
+
+def _launch(cell: Cell, place: Path, conditions: Conditions) -> None:
+    """Run a cell in as many processes as it has devices, by torchrun."""
+    conditions_file = place / "conditions.json"
+    write_json(conditions_file, attrs.asdict(conditions))
+    devices = str(cell.run["devices"])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", devices]
+    done = subprocess.run(
+        [*launcher, "-m", "lrkit.study.cell", str(place)], capture_output=True, text=True, check=False
+    )
+    conditions_file.unlink(missing_ok=True)
+    if done.returncode or not is_done(place):
+        raise LrkitError(f"torchrun ended with {done.returncode}: {_last_error(done.stderr)}")
+
+
+def _last_error(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if "Error" in line and "ChildFailedError" not in line]
+    return lines[0] if lines else text.strip()[-300:]
+
+
+def _main(folder: str) -> None:
+    """One of the processes that torchrun started."""
+    from lrkit.study.run import Record
+
+    place = Path(folder)
+    config = read_json(place / "config.json")
+    cell = Cell(**{field.name: config[field.name] for field in attrs.fields(Cell)})
+    stored = read_json(place / "conditions.json")
+    conditions = Conditions(**{**stored, "report_to": tuple(stored["report_to"])})
+    record = Record(
+        folder=place, checkpoint_seconds=conditions.checkpoint_seconds, report_to=conditions.report_to
+    )
+    _train(cell, record, conditions)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,233 @@
+"""What a row costs against the base: whole steps interleaved in one fresh process, and that process's peak memory.
+
+Each row is measured by itself, after the cells, while nothing else of the study runs. A whole step is forward, penalty,
+backward, clipping, the optimizer and the method's own work.
+"""
+
+import copy
+import hashlib
+import itertools
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from lrkit.errors import LrkitError
+from lrkit.method import from_plain, to_plain
+from lrkit.study.cell import make_cell
+from lrkit.study.plan import Plan, TaskSpec, load_task_of
+from lrkit.study.store import canonical, read_json, write_json
+
+if TYPE_CHECKING:
+    from lrkit.adapted import Adapted
+
+WARM, PAIRS = 2, 7
+
+
+def measure(plan: Plan, folder: Path, *, threads: int, told: Callable[[str], None] | None = None) -> None:
+    """Measure every row that has not been, and note it in ``study.json``. A row that cannot be measured says why.
+
+    Args:
+        plan: the study.
+        folder: its folder; the trained adapters of the first seed give the state at the end of training.
+        threads: CPU threads.
+        told: called with a row's label before it is measured.
+    """
+    (folder / "costs").mkdir(exist_ok=True)
+    study = read_json(folder / "study.json")
+    labels = [row["label"] for row in study["rows"]]
+    known = {(cost["row"], cost["task"]): cost for cost in study["costs"]}
+    trained = {(c["row"], c["task"]): c["key"] for c in reversed(study["cells"])}
+    for spec, row in itertools.product(plan.tasks, plan.rows):
+        index = labels.index(row.label)
+        cells = [
+            make_cell(
+                to_plain(plan.method(each, spec)),
+                spec,
+                plan.study.model,
+                plan.study.targets,
+                attrs.asdict(plan.settings(each, spec, plan.seeds[0])),
+            )
+            for each in (plan.rows[0], row)
+        ]
+        asked = {
+            "base": cells[0].to_plain(),
+            "row": cells[1].to_plain(),
+            "threads": threads,
+            "trained": [trained.get((i, spec.name)) for i in (0, index)],
+        }
+        key = hashlib.sha256(canonical([asked["base"], asked["row"], threads]).encode()).hexdigest()[:16]
+        known[index, spec.name] = {"key": key, "row": index, "task": spec.name}
+        path = folder / "costs" / f"{key}.json"
+        if read_json(path) is None or "error" in read_json(path):
+            if told is not None:
+                told(f"{row.label}, {spec.name}")
+            _in_fresh_process(asked, folder, path, key)
+    base = {task: read_json(folder / "costs" / f"{c['key']}.json") for (i, task), c in known.items() if i == 0}
+    for (_, task), cost in known.items():
+        path = folder / "costs" / f"{cost['key']}.json"
+        data = read_json(path)
+        if data is not None and "error" not in data and base.get(task) and "error" not in base[task]:
+            write_json(path, {**data, "base_peak_memory": base[task]["peak_memory"]})
+    write_json(folder / "study.json", {**study, "costs": list(known.values())})
+
+
+def _in_fresh_process(asked: Mapping[str, Any], folder: Path, path: Path, key: str) -> None:
+    request = path.with_suffix(".request.json")
+    write_json(request, asked)
+    done = subprocess.run(
+        [sys.executable, "-m", "lrkit.study.cost", str(request), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    request.unlink()
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        error = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+        write_json(path, {"key": key, "error": error})
+        return
+    import json
+
+    write_json(path, {"key": key, **json.loads(lines[-1])})
+
+
+class _Side:
+    """One of the two that are compared: a model, its adapters, an optimizer, and the steps it takes."""
+
+    def __init__(self, net: Any, cell: Mapping[str, Any], steps: int, state: Path | None, device: Any) -> None:
+        import torch
+
+        from lrkit import checkpoint
+        from lrkit.adapted import attach
+
+        torch.manual_seed(0)
+        self.net = net.to(device)
+        self.adapted: Adapted = attach(net, from_plain(cell["method"]), targets=cell["targets"])
+        if state is not None:
+            self.adapted.load_state_dict(checkpoint.read(state))
+        self.optimizer = torch.optim.AdamW(self.adapted.parameters(), lr=1e-5)
+        self.adapted.bind(self.optimizer, total_steps=steps)
+        self.clip, self.device = cell["run"]["grad_clip"], device
+        self.bf16 = cell["run"]["bf16"]
+
+    def step(self, batch: Mapping[str, Any]) -> float:
+        """One whole step: its seconds."""
+        import torch
+
+        self._settle()
+        begin = time.perf_counter()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.net(**batch).loss
+        (loss + self.adapted.penalty()).backward()
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_([p for p in self.adapted.parameters() if p.grad is not None], self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._settle()
+        return time.perf_counter() - begin
+
+    def _settle(self) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    import torch
+    from transformers import DataCollatorWithPadding
+
+    from lrkit.models import load_model
+    from lrkit.study.run import settings_from, total_steps
+
+    torch.set_num_threads(asked["threads"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base, row = asked["base"], asked["row"]
+    settings = settings_from(row["run"])
+    task = load_task_of(TaskSpec(**row["task"]))
+    steps = total_steps(settings, min(len(task.train), settings.train_rows or len(task.train)))
+    net, tokenizer = load_model(row["model"], task)
+    net.train()
+    rows, _ = task.subset((WARM + PAIRS) * settings.batch_size, 1).tokenize(tokenizer, settings.max_length)
+    collate = DataCollatorWithPadding(tokenizer)
+
+    def batches() -> Iterator[dict[str, Any]]:
+        while True:
+            for start in range(0, len(rows), settings.batch_size):
+                chosen = rows.select(range(start, min(start + settings.batch_size, len(rows))))
+                yield {key: value.to(device) for key, value in collate(list(chosen)).items()}
+
+    alone = _Side(copy.deepcopy(net), row, steps, None, device)
+    ahead = batches()
+    seconds = [alone.step(next(ahead)) for _ in range(WARM + 1)]
+    answer: dict[str, Any] = {
+        "step_ms": seconds[-1] * 1000,
+        "peak_memory": _peak(device),
+        "threads": asked["threads"],
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "row_step_ratio": 1.0,
+        "row_step_ratio_end": None,
+        "base_step_ms": seconds[-1] * 1000,
+    }
+    same = base["method"] == row["method"]
+    if not same:
+        sides = [_Side(copy.deepcopy(net), base, steps, None, device), alone]
+        answer |= dict(zip(("row_step_ratio", "base_step_ms", "step_ms"), _pairs(sides, batches()), strict=True))
+    states = [None if key is None else folder / "cells" / key / "lrkit.safetensors" for key in asked["trained"]]
+    if all(state is not None and state.is_file() for state in states):
+        ends = [
+            _Side(copy.deepcopy(net), cell, steps, state, device)
+            for cell, state in zip((base, row), states, strict=True)
+        ]
+        if any(side.adapted.summary().now != side.adapted.summary().start for side in ends):
+            answer["row_step_ratio_end"] = 1.0 if same else _pairs(ends, batches())[0]
+    return answer
+
+
+def _pairs(sides: list[_Side], batches: Iterator[dict[str, Any]]) -> tuple[float, float, float]:
+    """The median ratio of paired steps (second to first), and each one's median in ms; who goes first changes."""
+    times: list[tuple[float, float]] = []
+    for index in range(WARM + PAIRS):
+        batch = next(batches)
+        order = (0, 1) if index % 2 else (1, 0)
+        took = {side: sides[side].step(batch) for side in order}
+        times.append((took[0], took[1]))
+    times = times[WARM:]
+    return (
+        statistics.median(b / a for a, b in times),
+        statistics.median(a for a, _ in times) * 1000,
+        statistics.median(b for _, b in times) * 1000,
+    )
+
+
+def _peak(device: Any) -> int:
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes, but on a Mac
+
+
+def _main(request: str, folder: str) -> None:
+    import json
+
+    warnings.simplefilter("ignore")
+    try:
+        answer = _measure(read_json(Path(request)), Path(folder))
+    except LrkitError as error:
+        sys.exit(str(error))
+    print(json.dumps(answer))  # noqa: T201 (the answer to the process that asked)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,286 @@
+"""Carry out a study: check all of it, write its plan, run what is missing, go on where something was killed."""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from lrkit.errors import LrkitError
+from lrkit.method import to_plain
+from lrkit.study.cell import Cell, Conditions, is_done, make_cell, run_cell
+from lrkit.study.plan import Plan, Row, TaskSpec, changes, load_task_of
+from lrkit.study.store import canonical, read_json, write_json
+
+FORMAT = 1
+_TRIES = 4
+
+
+@attrs.frozen(kw_only=True)
+class Job:
+    """A cell and its place in the study."""
+
+    cell: Cell
+    row: int
+    label: str
+    task: str
+    seed: int
+
+
+@attrs.frozen(kw_only=True)
+class Outcome:
+    """What carrying out a study came to.
+
+    Args:
+        folder: the study's.
+        done: cells with a result.
+        ran: of these, those that were finished now.
+        failed: label and one line for each cell that failed.
+        busy: cells that another process is running.
+    """
+
+    folder: Path
+    done: int
+    ran: int
+    failed: tuple[tuple[str, str], ...]
+    busy: int
+
+
+Told = Callable[[Job, Mapping[str, Any], int, int], None]
+"""Called when a cell has ended: the job, what `run_cell` gave, cells ended and cells in all."""
+
+
+def check(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Check every cell before a step is spent: tasks loaded, each method attached to the model without its weights.
+
+    Returns:
+        Task name to ``{"name", "metric", "majority"}``.
+
+    Raises:
+        LrkitError: what cannot run, with its row and task.
+    """
+    from lrkit.adapted import attach
+    from lrkit.models import empty_model
+    from lrkit.study.run import total_steps
+
+    tasks = {}
+    for spec in plan.tasks:
+        task = load_task_of(spec)
+        tasks[spec.name] = {"name": spec.name, "metric": next(iter(task.score(*_perfect(task)))), "majority": task.majority}
+        net = empty_model(plan.study.model, task.num_labels)
+        for row in plan.rows:
+            settings = plan.settings(row, spec, 0)
+            steps = total_steps(settings, min(len(task.train), settings.train_rows or len(task.train)))
+            try:
+                adapted = attach(net, plan.method(row, spec), targets=plan.study.targets)
+                try:
+                    adapted.check_schedule(steps)
+                finally:
+                    adapted.detach()
+            except LrkitError as error:
+                raise LrkitError(f"row {row.label} on {spec.name}: {error}") from None
+    return tasks
+
+
+def _perfect(task: Any) -> tuple[Any, Any]:
+    import numpy as np
+
+    labels = np.asarray(task.validation["label"])
+    return labels, labels
+
+
+def jobs_of(plan: Plan) -> list[Job]:
+    """All cells: seed by seed, so that a study that is stopped early has every row."""
+    jobs = []
+    for seed in plan.seeds:
+        for spec in plan.tasks:
+            for index, row in enumerate(plan.rows):
+                cell = _cell(plan, row, spec, seed)
+                jobs.append(Job(cell=cell, row=index, label=row.label, task=spec.name, seed=seed))
+    return jobs
+
+
+def _cell(plan: Plan, row: Row, spec: TaskSpec, seed: int) -> Cell:
+    run = attrs.asdict(plan.settings(row, spec, seed))
+    return make_cell(to_plain(plan.method(row, spec)), spec, plan.study.model, plan.study.targets, run)
+
+
+def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, Any], folder: Path) -> None:
+    """Write ``study.json``, keeping rows, tasks, seeds and cells that are there already.
+
+    Raises:
+        LrkitError: the folder holds another study, or something else.
+    """
+    mine = {
+        "format": FORMAT,
+        "name": folder.resolve().name,
+        "title": plan.study.title,
+        "note": plan.study.note,
+        "base": 0,
+        "rows": [
+            {"label": row.label, "changes": changes(plan.rows[0], row), "method": to_plain(row.method), "run": row.run}
+            for row in plan.rows
+        ],
+        "tasks": [tasks[spec.name] for spec in plan.tasks],
+        "model": plan.study.model,
+        "targets": plan.study.targets,
+        "seeds": list(plan.seeds),
+        "run": dict(plan.study.run),
+        "cells": [{"key": j.cell.key, "row": j.row, "task": j.task, "seed": j.seed} for j in jobs],
+        "costs": [],
+    }
+    there = read_json(folder / "study.json")
+    if there is None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise LrkitError(f"{folder} exists and holds no study: nothing is overwritten, choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        mine = _joined(there, mine, folder)
+    write_json(folder / "study.json", mine)
+
+
+def _joined(there: Mapping[str, Any], mine: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The plan that is there and this one: the same base, rows and cells of both."""
+
+    def refuse(what: str) -> LrkitError:
+        return LrkitError(f"{folder} holds another study: {what}; choose another --out")
+
+    if not isinstance(there, Mapping) or there.get("format") != FORMAT:
+        raise refuse(f"its study.json is not of format {FORMAT}")
+    for key in ("model", "targets", "run"):
+        if canonical(there[key]) != canonical(mine[key]):
+            raise refuse(f"{key} is {canonical(there[key])} there and {canonical(mine[key])} here")
+    if canonical(there["rows"][0]["method"]) != canonical(mine["rows"][0]["method"]):
+        raise refuse(f'its base is "{there["rows"][0]["label"]}" with other settings')
+    rows = list(there["rows"])
+    place = {}
+    for index, row in enumerate(mine["rows"]):
+        same = [i for i, r in enumerate(rows) if r["label"] == row["label"]]
+        if same and canonical([rows[same[0]]["method"], rows[same[0]].get("run", {})]) != canonical(
+            [row["method"], row["run"]]
+        ):
+            raise refuse(f'row "{row["label"]}" is another method there')
+        if not same:
+            rows.append(row)
+        place[index] = same[0] if same else len(rows) - 1
+    cells = {(c["row"], c["task"], c["seed"]): c for c in there["cells"]}
+    for c in mine["cells"]:
+        moved = {**c, "row": place[c["row"]]}
+        cells[moved["row"], moved["task"], moved["seed"]] = moved
+    tasks = {task["name"]: task for task in [*there["tasks"], *mine["tasks"]]}
+    return mine | {
+        "title": mine["title"] or there.get("title", ""),
+        "note": mine["note"] or there.get("note", ""),
+        "rows": rows,
+        "tasks": list(tasks.values()),
+        "seeds": sorted({*there["seeds"], *mine["seeds"]}),
+        "cells": list(cells.values()),
+        "costs": there.get("costs", []),
+    }
+
+
+def carry_out(
+    plan: Plan,
+    folder: Path,
+    *,
+    executor: Callable[[], Executor],
+    conditions: Conditions,
+    told: Told | None = None,
+    started: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """Run what is missing of a study.
+
+    Args:
+        plan: the study.
+        folder: its folder.
+        executor: makes one; called again where workers died and took the pool with them.
+        conditions: how cells run.
+        told: called when a cell has ended.
+        started: called with the cells to run and the cells in all.
+
+    Raises:
+        LrkitError: something in the plan cannot run, or the folder holds something else. No step is spent then.
+    """
+    folder = Path(os.path.abspath(folder))
+    tasks = check(plan)
+    jobs = jobs_of(plan)
+    write_plan(plan, jobs, tasks, folder)
+    waiting = {job.cell.key: job for job in jobs if not is_done(folder / "cells" / job.cell.key)}
+    if started is not None:
+        started(len(waiting), len(jobs))
+    answers = _run_all(waiting, folder, executor, conditions, told, len(jobs)) if waiting else {}
+    names = {job.cell.key: f"{job.label}, {job.task}, seed {job.seed}" for job in jobs}
+    return Outcome(
+        folder=folder,
+        done=sum(is_done(folder / "cells" / job.cell.key) for job in jobs),
+        ran=sum(answer["status"] == "done" for answer in answers.values()),
+        failed=tuple((names[k], str(a["error"])) for k, a in answers.items() if a["status"] == "failed"),
+        busy=sum(answer["status"] == "busy" for answer in answers.values()),
+    )
+
+
+def _run_all(
+    waiting: dict[str, Job],
+    folder: Path,
+    make: Callable[[], Executor],
+    conditions: Conditions,
+    told: Told | None,
+    total: int,
+) -> dict[str, Mapping[str, Any]]:
+    """Every cell on the executor; a cell whose worker dies is tried again, from its checkpoint."""
+    answers: dict[str, Mapping[str, Any]] = {}
+    tries = dict.fromkeys(waiting, 0)
+    plain = attrs.asdict(conditions)
+    left = dict(waiting)
+    while left:
+        pool = make()
+        futures: dict[Future[Any], Job] = {}
+        clean = False
+        begun = {key: _begun(folder / "cells" / key) for key in left}
+        try:
+            for key, job in left.items():
+                futures[pool.submit(run_cell, job.cell.to_plain(), str(folder / "cells" / key), plain)] = job
+            open_ = set(futures)
+            while open_:
+                ended, open_ = wait(open_, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    job = futures[future]
+                    key = job.cell.key
+                    error = future.exception()
+                    if error is not None:
+                        # A pool whose worker died fails all that it held; what had not begun is not to blame.
+                        innocent = isinstance(error, BrokenExecutor) and _begun(folder / "cells" / key) == begun[key]
+                        tries[key] += not innocent
+                        if tries[key] < _TRIES:
+                            continue
+                        answer: Mapping[str, Any] = {
+                            "key": key,
+                            "status": "failed",
+                            "score": None,
+                            "error": f"its worker died {tries[key]} times ({type(error).__name__}: {error})",
+                        }
+                    else:
+                        answer = future.result()
+                    answers[key] = answer
+                    del left[key]
+                    if told is not None:
+                        told(job, answer, total - len(left), total)
+            clean = True
+        except BrokenExecutor:
+            pass  # it broke while cells were handed in: what came back was told, the rest is tried again
+        finally:
+            pool.shutdown(wait=clean, cancel_futures=True)
+        if left:
+            time.sleep(0.5)
+    return answers
+
+
+def _begun(place: Path) -> int:
+    try:
+        return (place / "attempts.jsonl").stat().st_size
+    except FileNotFoundError:
+        return 0
+

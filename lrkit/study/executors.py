@@ -1,0 +1,164 @@
+"""Executors: where cells run. Each is a function of workers, threads and an address that gives a
+`concurrent.futures.Executor`.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+from lrkit.errors import LrkitError
+
+
+class Here(Executor):
+    """In this process, one cell after the other: for what only this process knows, such as a component under test."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run it now."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def gpus() -> int:
+    """GPUs that this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def local(workers: int, threads: int, address: str | None) -> Executor:
+    """Worker processes on this machine (loky), each with its own threads and, where there are GPUs, its own GPU.
+
+    Args:
+        workers: how many.
+        threads: CPU threads of each.
+        address: must be None.
+
+    Raises:
+        LrkitError: an address.
+    """
+    if address is not None:
+        raise LrkitError("--address is for executors on other machines, such as ray; local has none")
+    from loky import ProcessPoolExecutor
+
+    class Local(ProcessPoolExecutor):  # type: ignore[misc]  # loky ships no types
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            # Who does not wait does not want the running cells either; they go on from their checkpoints another time.
+            super().shutdown(wait=wait, kill_workers=cancel_futures and not wait)
+
+    environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    pool: Executor = Local(
+        max_workers=workers,
+        timeout=None,
+        env={**environment, "TOKENIZERS_PARALLELISM": "false"},
+        initializer=_begin,
+        initargs=(os.getpid(), gpus() // workers),
+    )
+    return pool
+
+
+_leases: list[Any] = []
+
+
+def _begin(parent: int, devices: int) -> None:
+    """In a fresh worker: lease GPUs, and end when the process that wants the results has ended."""
+    import threading
+    import time
+
+    def watch() -> None:
+        while os.getppid() == parent or _alive(parent):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    if devices:
+        _lease(devices)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _lease(devices: int) -> None:
+    """Hold so many GPUs for as long as this process lives, by a lock on a file for each."""
+    import fcntl
+    import tempfile
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(gpus())]
+    held = []
+    for name in names:
+        file = open(os.path.join(tempfile.gettempdir(), f"lrkit-gpu-{name}.lock"), "ab")  # noqa: SIM115 (held for good)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            continue
+        _leases.append(file)
+        held.append(name)
+        if len(held) == devices:
+            break
+    if not held:
+        raise LrkitError("every GPU is leased to another cell")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(held)
+
+
+class _Ray(Executor):
+    """Ray core behind the interface of `concurrent.futures`."""
+
+    def __init__(self, workers: int, threads: int, address: str | None) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise LrkitError("the executor ray needs Ray: pip install 'lrkit[ray]'") from None
+        self._ray = ray
+        self._owns = not ray.is_initialized()
+        if self._owns:
+            cpus = None if address else workers * threads
+            try:
+                ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+            except Exception as error:
+                text = " ".join(str(error).split())
+                raise LrkitError(f"no Ray cluster answers at {address!r}: {type(error).__name__}: {text}") from None
+        share = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+        self._options = {
+            "num_cpus": threads,
+            "num_gpus": share,
+            "max_retries": 3,  # a worker or node that dies costs a retry, which goes on from the checkpoint
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}},
+        }
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Hand it to Ray."""
+        reference = self._ray.remote(fn).options(**self._options).remote(*args, **kwargs)
+        future: Future[Any] = reference.future()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Leave the cluster, if this joined or began it."""
+        if self._owns and self._ray.is_initialized():
+            self._ray.shutdown()
+
+
+def ray(workers: int, threads: int, address: str | None) -> Executor:
+    """Ray core: this machine, or a cluster by its address. All nodes must reach the study's folder under one path.
+
+    Args:
+        workers: cells at a time on this machine; a cluster runs as many as its CPUs and GPUs allow.
+        threads: CPUs that each cell takes.
+        address: of a running cluster, such as ``"auto"`` or ``"ray://head:10001"``; None: one is begun here.
+
+    Raises:
+        LrkitError: Ray is not installed, or no cluster answers.
+    """
+    return _Ray(workers, threads, address)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lrkit.parameterizations import Parameterization
     from lrkit.registry import Registry, current
     from lrkit.schedulers import Scheduler
+    from lrkit.study.ablate import ablate
     from lrkit.units import Block, Part
 
 _HOMES = {
@@ -41,6 +42,7 @@ _HOMES = {
     "Policy": "method",
     "Registry": "registry",
     "Scheduler": "schedulers",
+    "ablate": "study.ablate",
     "attach": "adapted",
     "current": "registry",
     "from_plain": "method",
@@ -67,6 +69,7 @@ __all__ = [
     "Registry",
     "Scheduler",
     "__version__",
+    "ablate",
     "actions",
     "attach",
     "current",

@@ -140,6 +140,91 @@ def run(
 
 
 @app.command()
+def ablate(
+    what: Annotated[str | None, typer.Argument(help="A method's name, a .toml study file, or a study that ships.")] = None,
+    swap: Annotated[
+        list[str] | None,
+        typer.Option("--swap", metavar="PATH=A,B,...", help="Values to try, one at a time: metric=sensitivity,magnitude."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The study's folder; the same command again goes on with it.")] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", help="movies, glue/NAME, ...; may be repeated.")] = None,
+    data: Annotated[list[Path] | None, typer.Option("--data", help="A data folder as a task; may be repeated.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="minilm, a folder, or a hub id.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="How many, or which: 6, or 3,4,5.")] = None,
+    targets: Annotated[str | None, typer.Option(help="As of `lrkit run`.")] = None,
+    sets: Set = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option("--leave-out", help="penalty, policy, or also: a row without it.")
+    ] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="All combinations of the swaps.")] = False,
+    executor: Annotated[str, typer.Option(help="local, ray, or a plug-in's.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Cells at a time; one for each GPU or core (up to 4). 0: in this process.", min=0)
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.", min=1, max=1024)] = None,
+    address: Annotated[str | None, typer.Option(help="Of a cluster, for --executor ray.")] = None,
+    costs: Annotated[bool, typer.Option(help="Measure time and memory of each row after the cells.")] = True,
+    checkpoint: Annotated[float, typer.Option(help="Seconds between checkpoints.", min=0.0)] = 60.0,
+    report_to: Annotated[
+        list[str] | None, typer.Option("--report-to", help="Trackers for the curves, such as tensorboard.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the rows, run nothing.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="The studies that ship.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Swap parts of a method one at a time, over many seeds, and compare: restartable, with a report."""
+    from lrkit.study.plan import lay_out, read_study, shipped, study_from
+
+    if list_:
+        found = shipped()
+        if as_json:
+            _json(found)
+        else:
+            _table(["study", ""], [[name, title] for name, title in found.items()])
+        return
+    if what is None:
+        raise LrkitError("say what to ablate: a method's name, a .toml study file, or a study of `lrkit ablate --list`")
+    changes = _changes(swap, task, data, model, seeds, targets, sets, leave_out, grid)
+    if what.endswith(".toml") or what in shipped():
+        given = read_study(what)
+        # What the file says stays, but for what the command line says otherwise.
+        import attrs
+
+        for key in ("set", "run", "swap"):
+            if key in changes:
+                changes[key] = {**getattr(given, key), **changes[key]}
+        study = study_from({**attrs.asdict(given), **changes}, what)
+    else:
+        study = study_from({"base": what, **changes}, "ablate")
+    plan = lay_out(study)
+    if dry_run:
+        _show_plan(plan, as_json)
+        return
+    if out is None:
+        raise LrkitError("give the study's folder: --out DIR")
+    _carry_out(plan, out, executor, workers, threads, address, costs, checkpoint, report_to or [], as_json)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A study's folder; it may still be running.")],
+    as_json: Json = False,
+) -> None:
+    """Write a study's report: report.html and tables as CSV, Markdown and LaTeX."""
+    from lrkit.study.records import read_study
+    from lrkit.study.report import write_report
+    from lrkit.study.statistics import compare
+
+    written = write_report(folder)
+    table = compare(read_study(folder))
+    if as_json:
+        _json({"files": [str(path) for path in written], "rows": table.to_plain()})
+        return
+    typer.echo(str(table))
+    typer.echo("written: " + "  ".join(str(path) for path in written))
+
+
+@app.command()
 def params(
     method: Annotated[list[str] | None, typer.Argument(help="Methods' names; all of them where none is given.")] = None,
     model: Annotated[str, typer.Option("--model", help="deberta-v3-base, minilm, or a folder with config.json.")] = (
@@ -241,6 +326,122 @@ def plugins(as_json: Json = False) -> None:
         raise typer.Exit(2)
 
 
+# ---- studies ---------------------------------------------------------------------------------------------------------
+
+
+def _changes(
+    swap: list[str] | None,
+    task: list[str] | None,
+    data: list[Path] | None,
+    model: str | None,
+    seeds: str | None,
+    targets: str | None,
+    sets: list[str] | None,
+    leave_out: list[str] | None,
+    grid: bool,
+) -> dict[str, Any]:
+    """The command line's part of a study, as a study file would have it; only what was given."""
+    pairs = dict(_pair(text, "--set") for text in sets or [])
+    changes: dict[str, Any] = {
+        "set": {key: value for key, value in pairs.items() if not key.startswith("run.")},
+        "run": {key.removeprefix("run."): value for key, value in pairs.items() if key.startswith("run.")},
+        "swap": {},
+        "leave_out": [name for text in leave_out or [] for name in text.split(",")],
+        "tasks": [{"task": name} for text in task or [] for name in text.split(",")],
+        "model": model,
+        "targets": None if targets is None else _targets(targets),
+        "grid": grid,
+    }
+    changes["tasks"] += [{"data": str(folder)} for folder in data or []]
+    for text in swap or []:
+        path, _, values = text.partition("=")
+        if not path or not values:
+            raise LrkitError(f'--swap takes PATH=A,B,..., not "{text}"')
+        tried = [_value(value) for value in values.split(",") if value]
+        changes["swap"][path] = [*changes["swap"].get(path, []), *tried]
+    if seeds is not None:
+        numbers = [_value(part) for part in seeds.split(",")]
+        changes["seeds"] = numbers if "," in seeds else numbers[0]
+    return {key: value for key, value in changes.items() if value not in (None, {}, [], False)}
+
+
+def _show_plan(plan: Any, as_json: bool) -> None:
+    from lrkit.study.execute import check
+    from lrkit.study.plan import changes
+
+    tasks = check(plan)
+    rows = {row.label: changes(plan.rows[0], row) for row in plan.rows}
+    cells = len(plan.rows) * len(plan.tasks) * len(plan.seeds)
+    if as_json:
+        _json({"rows": rows, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells})
+        return
+    shown = [[label, "; ".join(f"{c['path']}: {c['base']} -> {c['value']}" for c in r) or "-"] for label, r in rows.items()]
+    _table(["row", "changed against the base"], shown)
+    typer.echo(f"{cells} cells: {len(plan.rows)} rows on {', '.join(tasks)} with {len(plan.seeds)} seeds. Every one can run.")
+
+
+def _carry_out(
+    plan: Any,
+    out: Path,
+    executor: str,
+    workers: int | None,
+    threads: int | None,
+    address: str | None,
+    costs: bool,
+    checkpoint: float,
+    report_to: list[str],
+    as_json: bool,
+) -> None:
+    from rich.console import Console
+
+    from lrkit.study.ablate import perform
+    from lrkit.study.records import read_study
+    from lrkit.study.report import write_report
+    from lrkit.study.statistics import compare
+
+    console = Console(stderr=True, quiet=as_json)
+
+    def started(missing: int, total: int) -> None:
+        there = f", {total - missing} are there already" if missing < total else ""
+        console.print(f"{total} cells{there}; {missing} to run", highlight=False)
+
+    def told(job: Any, answer: Mapping[str, Any], ended: int, total: int) -> None:
+        score = answer["score"]
+        what = {"done": "nan" if score is None else f"{score:.4f}", "busy": "another process is running it"}
+        said = what.get(answer["status"], f"failed: {answer['error']}")
+        console.print(f"[{ended}/{total}] {job.label}, {job.task}, seed {job.seed}: {said}", highlight=False, markup=False)
+
+    outcome = perform(
+        plan,
+        out,
+        executor=executor,
+        workers=workers,
+        threads=threads,
+        address=address,
+        costs=costs,
+        checkpoint_seconds=checkpoint,
+        report_to=report_to,
+        told=told,
+        started=started,
+        cost_told=lambda label: console.print(f"measuring {label}", highlight=False, markup=False),
+    )
+    written = write_report(outcome.folder)
+    table = compare(read_study(outcome.folder))
+    if as_json:
+        failed = [{"cell": name, "error": error} for name, error in outcome.failed]
+        files = [str(path) for path in written]
+        _json({"folder": str(out), "rows": table.to_plain(), "failed": failed, "busy": outcome.busy, "files": files})
+    else:
+        typer.echo(str(table))
+        typer.echo(f"report: {out / 'report.html'}")
+    for name, error in outcome.failed:
+        _complain(f"cell {name} failed: {error}")
+    if outcome.busy:
+        _complain(f"{outcome.busy} cells are run by another process: the same command later takes them in")
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
 # ---- composing -------------------------------------------------------------------------------------------------------
 
 
@@ -277,12 +478,16 @@ def _pair(text: str, option: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key or not value:
         raise LrkitError(f'{option} takes KEY=VALUE, not "{text}"')
-    if value.lower() in ("none", "null"):
-        return key, None
+    return key, _value(value)
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("none", "null"):
+        return None
     try:
-        return key, json.loads(value.lower() if value.lower() in ("true", "false") else value)
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
     except json.JSONDecodeError:
-        return key, value
+        return text
 
 
 def _task(name: str | None, data: Path | None) -> "Task":

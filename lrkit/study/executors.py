@@ -70,23 +70,13 @@ def _begin(parent: int, devices: int) -> None:
     import time
 
     def watch() -> None:
-        while os.getppid() == parent or _alive(parent):
+        while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
     if devices:
         _lease(devices)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _lease(devices: int) -> None:

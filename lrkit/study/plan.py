@@ -405,11 +405,14 @@ def _row(base: Mapping[str, Any], spec: RowSpec, study: Study) -> Method:
 
 def _check_path(base: Mapping[str, Any], path: str, study: Study) -> None:
     """A path that leads nowhere is told before any value of it is looked at."""
-    if isinstance(study.base, str):
-        if path not in arguments_of(study.base) and path.rpartition(".")[2] not in FIELDS:
-            with_setting_of(study.base, base, path, None)
-    elif path.rpartition(".")[2] not in FIELDS:
-        with_setting(base, path, None)
+    kind = path.rpartition(".")[2]
+    known = arguments_of(study.base) if isinstance(study.base, str) else []
+    if kind in FIELDS or path in known:
+        return
+    if isinstance(study.base, str) and not nearest(kind, FIELDS):
+        with_setting_of(study.base, base, path, None)
+    else:
+        swapped(base, path, None)
 
 
 def _without(plain: Mapping[str, Any], name: str) -> dict[str, Any]:

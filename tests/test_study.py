@@ -1,0 +1,281 @@
+"""Studies as they are run: real processes, killed; cells named by what they are; one failure that stops nothing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import attrs
+import folders
+import killed_study
+import pytest
+
+import lrkit
+from lrkit.study.ablate import perform
+from lrkit.study.cell import Cell, make_cell, run_cell
+from lrkit.study.plan import lay_out, study_from
+from lrkit.study.store import Lines, lock, read_json, write_json
+
+HERE = Path(__file__).resolve()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    folders.write_model(folder / "model", 2)
+    folders.write_data(folder / "data")
+    return folder
+
+
+def small(place, **changes):
+    plain = attrs.asdict(killed_study.study(place, seeds=1, steps=8))
+    return study_from({**plain, **changes})
+
+
+def perform_here(study, out, **settings):
+    return perform(lay_out(study), out, workers=0, costs=False, **settings)
+
+
+def results(out):
+    """Everything that a study came to, as bytes: results and predictions of each cell, by key."""
+    cells = sorted((out / "cells").iterdir())
+    return {c.name: ((c / "result.json").read_bytes(), (c / "predictions.npz").read_bytes()) for c in cells}
+
+
+def events(cell):
+    return [json.loads(line) for line in (cell / "attempts.jsonl").read_text().splitlines()]
+
+
+def start(place, out, workers, executor="local"):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(HERE.with_name("killed_study.py")), str(place), str(out)]
+    return subprocess.Popen(
+        [*command, str(workers), executor],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def checkpoints(out):
+    return len(list(out.glob("cells/*/checkpoints/checkpoint-*")))
+
+
+def test_a_study_that_is_killed_and_run_again_is_the_study_that_never_was(place, tmp_path):
+    whole = tmp_path / "whole"
+    perform(lay_out(killed_study.study(place)), whole, workers=0, threads=1, costs=False, checkpoint_seconds=0.0)
+    chance, out = random.Random(4), tmp_path / "killed"
+    kills, amid = 0, 0
+    for _ in range(3):
+        process = start(place, out, 2)
+        # Somewhere in the cells: what comes before is the same every time.
+        deadline = time.monotonic() + 60
+        before = sum(1 for _ in out.glob("cells/*/attempts.jsonl"))
+        while process.poll() is None and time.monotonic() < deadline:
+            if sum(1 for _ in out.glob("cells/*/attempts.jsonl")) > before or checkpoints(out):
+                break
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.0, 0.8))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        amid += any(checkpoints(out) for _ in (0,))
+        for path in out.glob("cells/*/result.json"):
+            assert json.loads(path.read_text())["steps"] == 14
+    assert kills == 3 and amid >= 1, "no kill fell into a cell"
+    process = start(place, out, 2)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert results(out) == results(whole)
+    for cell in (out / "cells").iterdir():
+        assert [e["event"] for e in events(cell)].count("end") <= 1, "a cell ran twice to its end"
+        assert not (cell / "checkpoints").exists()
+    assert any(e.get("from_step") for cell in (out / "cells").iterdir() for e in events(cell)), "nothing was resumed"
+    again = start(place, out, 2)
+    assert again.communicate(timeout=60)[0].startswith("6 0 ")
+
+
+def test_a_worker_that_dies_costs_a_retry(place, tmp_path):
+    out = tmp_path / "out"
+    process = start(place, out, 2)
+    deadline = time.monotonic() + 60
+    while not checkpoints(out) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    pids = [e["pid"] for cell in (out / "cells").iterdir() for e in events(cell) if e["event"] == "begin"]
+    os.kill(pids[-1], signal.SIGKILL)
+    told, _ = process.communicate(timeout=120)
+    assert told.startswith("6 6 ()"), told
+    whole = tmp_path / "whole"
+    perform(lay_out(killed_study.study(place)), whole, workers=0, threads=1, costs=False)
+    assert results(out) == results(whole)
+
+
+def test_workers_end_with_their_study(place, tmp_path):
+    out = tmp_path / "out"
+    process = start(place, out, 1)
+    deadline = time.monotonic() + 60
+    while not checkpoints(out) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    pid = next(e["pid"] for cell in (out / "cells").iterdir() for e in events(cell))
+    os.kill(process.pid, signal.SIGKILL)  # the parent alone: no signal reaches the worker
+    process.communicate()
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(pid, signal.SIGKILL)
+        pytest.fail("the worker outlived its study")
+
+
+def test_a_cell_does_not_depend_on_what_its_worker_did_before(place, tmp_path):
+    plan = lay_out(small(place))
+    perform(plan, tmp_path / "one", workers=0, costs=False)
+    turned = attrs.evolve(plan.study, rows=[], swap={"metric": ["magnitude"]})
+    perform(lay_out(turned), tmp_path / "two", workers=0, costs=False)
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    assert set(two) < set(one)
+    assert all(one[key] == two[key] for key in two)
+
+
+def test_a_cell_is_named_by_all_that_decides_it(place):
+    plan = lay_out(small(place))
+    spec, row = plan.tasks[0], plan.rows[0]
+    settings = attrs.asdict(plan.settings(row, spec, 0))
+    plain = lrkit.to_plain(row.method)
+    key = make_cell(plain, spec, plan.study.model, "all-linear", settings).key
+    assert key == make_cell(dict(reversed(plain.items())), spec, plan.study.model, "all-linear", settings).key
+    assert key == make_cell(plain, spec, plan.study.model, "all-linear", {**settings, "threads": 7}).key
+    others = {
+        make_cell(lrkit.with_setting(plain, "metric.measure", "after-step"), spec, plan.study.model, "all-linear", settings).key,
+        make_cell(plain, spec, plan.study.model, ["query"], settings).key,
+        make_cell(plain, spec, "minilm", "all-linear", settings).key,
+        make_cell(plain, spec, plan.study.model, "all-linear", {**settings, "seed": 1}).key,
+        make_cell(plain, spec, plan.study.model, "all-linear", {**settings, "lr": 0.5}).key,
+    }
+    assert len(others | {key}) == 6
+
+
+def test_other_data_in_the_same_folder_is_another_cell(place, tmp_path):
+    folders.write_data(tmp_path / "data")
+    spec = attrs.evolve(lay_out(small(place)).tasks[0], data=str(tmp_path / "data"))
+    plain, settings = lrkit.to_plain(lrkit.methods.lora()), {"seed": 0}
+    before = make_cell(plain, spec, "minilm", "all-linear", settings).key
+    with (tmp_path / "data" / "train.jsonl").open("a") as file:
+        file.write('{"sentence": "the film was good", "label": 1}\n')
+    from lrkit.study import cell
+
+    cell._versions.cache_clear()
+    assert make_cell(plain, spec, "minilm", "all-linear", settings).key != before
+
+
+def test_one_cell_that_fails_stops_no_other_and_is_run_again(place, tmp_path, monkeypatch):
+    study = small(place, swap={"metric": ["magnitude"]}, rows=[])
+    from lrkit.metrics import Magnitude
+
+    def broken(self, weight, state):
+        raise ZeroDivisionError("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Magnitude, "score", broken)
+        outcome = perform_here(study, tmp_path / "out")
+    assert outcome.done == 1
+    assert [name for name, _ in outcome.failed] == ["metric=magnitude, data, seed 0"]
+    assert outcome.failed[0][1] == "ZeroDivisionError: on purpose"
+    failed = next((tmp_path / "out").glob("cells/*/error.txt"))
+    assert "in broken" in failed.read_text()
+    again = perform_here(study, tmp_path / "out")
+    assert (again.done, again.ran, again.failed) == (2, 1, ())
+    assert not failed.exists()
+
+
+def test_a_study_grows_in_its_folder_and_refuses_another(place, tmp_path):
+    out = tmp_path / "out"
+    perform_here(small(place, rows=[], swap={}), out)
+    before = results(out)
+    more = perform_here(small(place, seeds=[0, 3]), out)
+    assert (more.done, more.ran) == (6, 5)
+    assert before.items() <= results(out).items()
+    study = read_json(out / "study.json")
+    assert [row["label"] for row in study["rows"]] == ["adalora", "metric=magnitude", "aflora"]
+    assert study["seeds"] == [0, 3] and len(study["cells"]) == 6
+    # A part of it asked for again takes nothing away.
+    perform_here(small(place, rows=[], swap={}), out)
+    assert len(read_json(out / "study.json")["cells"]) == 6
+    for changes, what in (
+        ({"base": "lora", "set": {}, "swap": {}}, "its base"),
+        ({"run": {"steps": 9, "max_length": 12}}, "run is"),
+    ):
+        with pytest.raises(lrkit.LrkitError, match=f"holds another study: {what}"):
+            perform_here(small(place, **changes), out)
+    assert len(read_json(out / "study.json")["cells"]) == 6
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    with pytest.raises(lrkit.LrkitError, match="holds no study: nothing is overwritten"):
+        perform_here(small(place), tmp_path / "other")
+
+
+def test_nothing_is_spent_on_a_study_with_a_cell_that_cannot_run(place, tmp_path):
+    late = {"label": "late", "set": {"warmup": 6, "final": 3}}
+    with pytest.raises(lrkit.LrkitError, match="row late on data: .*total_steps 8"):
+        perform_here(small(place, rows=[late]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_another_process_runs_is_left_to_it(place, tmp_path):
+    plan = lay_out(small(place, rows=[], swap={}))
+    settings = attrs.asdict(plan.settings(plan.rows[0], plan.tasks[0], 0))
+    cell = make_cell(lrkit.to_plain(plan.rows[0].method), plan.tasks[0], plan.study.model, "all-linear", settings)
+    folder = tmp_path / "out" / "cells" / cell.key
+    folder.mkdir(parents=True)
+    held = subprocess.Popen(
+        [sys.executable, "-c", f"import fcntl; f=open({str(folder / 'lock')!r},'ab'); fcntl.flock(f, 2); print(1, flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    held.stdout.readline()
+    assert run_cell(cell.to_plain(), str(folder), {})["status"] == "busy"
+    assert [p.name for p in folder.iterdir()] == ["lock"]
+    held.kill()
+    held.communicate()
+    with lock(folder / "lock") as mine:
+        assert mine
+    assert Cell(**cell.to_plain()) == cell
+
+
+def test_any_executor_of_concurrent_futures_will_do(place, tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        outcome = perform(lay_out(small(place)), tmp_path / "out", executor=pool, costs=False)
+        assert outcome.done == outcome.ran == 3
+        assert pool.submit(int, "3").result() == 3, "somebody else's pool is left running"
+
+
+def test_a_torn_line_is_closed_off_before_the_next(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo')
+    lines = Lines(path)
+    lines.write({"step": 2, "loss": float("nan")})
+    lines.close()
+    assert path.read_text().splitlines() == ['{"step": 1}', '{"step": 2, "lo', '{"step": 2, "loss": null}']
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    write_json(path, {"a": 1})
+
+    def full(*_):
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_json(path, {"a": 2})
+    assert read_json(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

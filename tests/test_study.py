@@ -279,3 +279,37 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         write_json(path, {"a": 2})
     assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_ray_with_a_worker_that_is_killed(place, tmp_path):
+    out = tmp_path / "out"
+    process = start(place, out, 2, "ray")
+    deadline = time.monotonic() + 100
+    while not checkpoints(out) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[0]
+    pids = [e["pid"] for cell in (out / "cells").iterdir() for e in events(cell) if e["event"] == "begin"]
+    os.kill(pids[-1], signal.SIGKILL)
+    told, _ = process.communicate(timeout=200)
+    assert told.strip().splitlines()[-1] == "6 6 ()", told
+    whole = tmp_path / "whole"
+    perform(lay_out(killed_study.study(place)), whole, workers=0, threads=1, costs=False)
+    assert results(out) == results(whole)
+    begun = [sum(e["event"] == "begin" for e in events(cell)) for cell in (out / "cells").iterdir()]
+    assert sorted(begun) == [1, 1, 1, 1, 1, 2], "one cell was tried again, and no other"
+
+
+def test_a_pool_of_dask(place, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client:
+            plan = lay_out(small(place))
+            outcome = perform(plan, tmp_path / "out", executor=client.get_executor(), threads=1, costs=False)
+    assert (outcome.done, outcome.failed) == (3, ())
+    perform(plan, tmp_path / "here", workers=0, threads=1, costs=False)
+    assert results(tmp_path / "out") == results(tmp_path / "here")
+
+
+def test_ray_that_is_not_there_is_said(place, tmp_path):
+    with pytest.raises(lrkit.LrkitError, match="no Ray cluster answers at '127.0.0.1:1'"):
+        perform(lay_out(small(place)), tmp_path / "out", executor="ray", address="127.0.0.1:1", workers=1, costs=False)

@@ -112,6 +112,7 @@ class _Ray(Executor):
         except ImportError:
             raise LrkitError("the executor ray needs Ray: pip install 'lrkit[ray]'") from None
         self._ray = ray
+        _knock(address)
         self._owns = not ray.is_initialized()
         if self._owns:
             cpus = None if address else workers * threads
@@ -138,6 +139,19 @@ class _Ray(Executor):
         """Leave the cluster, if this joined or began it."""
         if self._owns and self._ray.is_initialized():
             self._ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Is anybody there? Ray itself waits for minutes where nobody answers."""
+    import re
+    import socket
+
+    place = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address or "")
+    if place:
+        try:
+            socket.create_connection((place[1], int(place[2])), timeout=5.0).close()
+        except (OSError, OverflowError) as error:
+            raise LrkitError(f"no Ray cluster answers at {address!r}: {error}") from None
 
 
 def ray(workers: int, threads: int, address: str | None) -> Executor:

@@ -266,30 +266,30 @@ class Table:
         return "\n\n".join(block for block in blocks if block) + "\n"
 
     def to_latex(self) -> str:
-        r"""A LaTeX ``table`` (for ``\input``; it needs ``\usepackage{booktabs}``)."""
-        columns = columns_of(self, SCORES + COSTS) + columns_of_tasks(self)[1:]
+        r"""A LaTeX ``table``: scores, costs and tasks' means below each other. It needs ``\usepackage{booktabs}``."""
+        label = "".join(c for c in self.name if c.isascii() and (c.isalnum() or c in "-."))
         lines = [
             r"% needs \usepackage{booktabs}",
             r"\begin{table}",
-            r"\centering\scriptsize\setlength{\tabcolsep}{2.5pt}",
-            rf"\caption{{{latex(self.title)}. {latex(' '.join(self.all_notes()))}}}",
-            rf"\label{{tab:{''.join(c for c in self.name if c.isascii() and (c.isalnum() or c in '-.'))}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
-            r"\toprule",
-            *[
-                " & ".join(part) + r" \\"
-                for part in zip(*(_two_lines(column.latex) for column in columns), strict=True)
-            ],
-            r"\midrule",
-            *[
-                " & ".join([latex(row.label), *(_latex_entry(column.text(row)) for column in columns[1:])]) + r" \\"
-                for row in self.rows
-            ],
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
+            r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
+            rf"\caption{{{latex(' '.join([_sentence(self.title), *self.all_notes()]))}}}",
+            rf"\label{{tab:{label}}}",
         ]
-        return "\n".join(lines) + "\n"
+        for columns in (columns_of(self, SCORES), columns_of(self, COSTS), columns_of_tasks(self)):
+            if len(columns) == 1:
+                continue
+            headers = zip(*(_two_lines(column.latex) for column in columns), strict=True)
+            lines += [
+                rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
+                r"\toprule",
+                *[" & ".join(header) + r" \\" for header in headers if any(header)],
+                r"\midrule",
+            ]
+            for row in self.rows:
+                entries = [_latex_entry(column.text(row)) for column in columns[1:]]
+                lines.append(" & ".join([latex(row.label), *entries]) + r" \\")
+            lines += [r"\bottomrule", r"\end{tabular}\par\medskip"]
+        return "\n".join([*lines, r"\end{table}"]) + "\n"
 
     def __str__(self) -> str:
         """The table as plain text for a terminal of 100 columns."""
@@ -627,6 +627,10 @@ def _latex_entry(text: str) -> str:
     """A number as `columns_of` writes it: a sign is a minus, not a hyphen."""
     signed = text.startswith(("+", "-", "["))
     return f"${text}$".replace(", ", r",\,") if signed else latex(text or "–")
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _two_lines(header: str) -> tuple[str, str]:

@@ -189,7 +189,7 @@ def _write_cell(
             share = np.minimum(8, np.round(appeal / appeal.sum() * budget)).astype(int)
             ranks = dict(zip(names, share.tolist(), strict=True))
             lost = [f"{names[0]}[{step % 8}]"]
-            history.append(_decision(step, budget, min(budget, int(share.sum())), units, lost))
+            history.append(_decision(step, budget, budget, units, lost))
     elif kind == "freeze":
         matrices = [f"{name}.{matrix}" for name in names for matrix in "AB"]
         order = rng.permutation(len(matrices)).tolist()

@@ -15,8 +15,8 @@ import attrs
 
 Show = Callable[[float], str]
 
-_CHARACTER = 6.6  # widest usual mean width of a character at 12 px, in pixels: room for labels is reckoned with it
-_TICK = 6.3  # the same at 11 px
+_CHARACTER = 7.2  # widest usual mean width of a character at 12 px, in pixels: room for labels is reckoned with it
+_TICK = 6.0  # the same at 11 px
 
 
 @attrs.frozen
@@ -149,12 +149,11 @@ def _finite(*values: float) -> bool:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Centred running mean over an odd window, shorter at the ends; NaN stays NaN, and is in no mean of others."""
+    """Centred running mean over an odd window, cut off at the ends; NaN stays NaN, and is in no mean of others."""
     half = max(0, window // 2)
     out = []
     for i, value in enumerate(values):
-        reach = min(half, i, len(values) - 1 - i)
-        near = [v for v in values[i - reach : i + reach + 1] if math.isfinite(v)]
+        near = [v for v in values[max(0, i - half) : i + half + 1] if math.isfinite(v)]
         out.append(sum(near) / len(near) if math.isfinite(value) else math.nan)
     return out
 
@@ -199,14 +198,16 @@ def lines(
         return ""
     edges = [v for c in curves for v in (*c.low, *c.high) if math.isfinite(v)]
     low, high = y_range or _range([y for _, y in every] + edges)
-    left, right = x_range or _range([x for x, _ in every], 0.0)
+    left, right = x_range or (min(x for x, _ in every), max(x for x, _ in every))
+    if left == right:
+        left, right = left - 1, right + 1
     y_ticks = ticks(low, high, max(2, height // 48))
     write = plain(y_ticks)
     show = show or (lambda value: minus(f"{value:.4g}"))
     margin = 8 + max(len(write(t)) for t in y_ticks) * _TICK
     room = 10.0
     if names:
-        room = min(0.4 * width, 12 + max(len(c.label) for c in curves) * _CHARACTER)
+        room = min(0.25 * width, 12 + max(len(c.label) for c in curves) * _CHARACTER)
     x = _Scale(left, right, margin, width - room)
     y = _Scale(low, high, height - 34, 22 if y_label else 8)
     parts = _frame(x, y, ticks(left, right, max(2, int(x.end - x.start) // 70)), y_ticks, write, x_label, y_label)
@@ -327,9 +328,9 @@ def heat_map(
     if not values:
         return ""
     longest = max((len(text) for _, text, _ in values.values()), default=0)
-    wide = min(44, max(22, math.ceil(longest * _TICK) + 6, math.ceil(max(len(c) for c in columns) * _TICK) + 4))
-    tall, margin = 22, 8 + max(len(name) for _, name in rows) * _TICK
-    width, height = math.ceil(margin + wide * len(columns) + 2), tall * len(rows) + 38
+    wide = min(44, max(22 if len(columns) > 8 else 34, math.ceil(longest * _TICK) + 4))
+    tall, margin = 22, 5 + max(len(name) for _, name in rows) * _TICK
+    width, height = math.ceil(margin + wide * len(columns)), tall * len(rows) + 38
     parts = [f'<g class="{escape(css)}">']
     for j, (key, name) in enumerate(rows):
         parts.append(_text("tick end", margin - 6, tall * j + 16, name, key))
@@ -341,8 +342,8 @@ def heat_map(
             at = f'x="{margin + wide * i:.0f}" y="{tall * j + 2}" width="{wide - 2}" height="{tall - 2}"'
             kind = "cell" if _finite(value) else "cell none"
             parts.append(f'<rect class="{kind}" {at} fill-opacity="{share:.2f}"><title>{escape(title)}</title></rect>')
-            if text and len(text) * _TICK <= wide - 2:
-                ink = "tick mid in" if share > 0.55 else "tick mid on"
+            if text and len(text) * _TICK <= wide:
+                ink = "tick mid in" if share > 0.75 else "tick mid on"
                 parts.append(_text(ink, margin + wide * (i + 0.5) - 1, tall * j + 16, text))
     under = tall * len(rows) + 16
     parts += [
@@ -373,7 +374,7 @@ def bars(items: Sequence[Bar], *, width: int = 340, reference: float | None = No
     for item in items:
         name = _cut(item.label, int(width / _CHARACTER))
         parts.append(f'<g class="{escape(item.style.css)}"><title>{escape(item.title or item.label)}</title>')
-        parts.append(_text("label", 1, y + 12, name))
+        parts.append(_text("over", 1, y + 12, name))
         y += 17
         for value, text, tall in ((item.value, item.text, 11), (item.second, item.second_text, 7)):
             if value is None:
@@ -381,17 +382,17 @@ def bars(items: Sequence[Bar], *, width: int = 340, reference: float | None = No
             end = x(max(0.0, value)) if math.isfinite(value) else x.start
             css = "bar" if tall == 11 else "bar second"
             parts.append(f'<rect class="{css}" x="1" y="{y:.0f}" width="{max(0.0, end - 1):.1f}" height="{tall}"/>')
-            parts.append(_text("tick", end + 5, y + tall / 2 + 4, text))
+            parts.append(_text("tick over", end + 5, y + tall / 2 + 4, text))
             y += tall + (3 if tall == 11 else 2)
         parts.append("</g>")
         y += 5
-    if reference is not None:
-        parts.append(f'<path class="reference" d="M{x(reference):.1f} 16V{y - 4:.0f}"/>')
+    if reference is not None:  # behind the bars
+        parts.insert(0, f'<path class="reference" d="M{x(reference):.1f} 16V{y - 4:.0f}"/>')
     return _svg(width, math.ceil(y), parts, "bars")
 
 
 def interval(
-    low: float | None, middle: float, high: float | None, *, bounds: tuple[float, float], style: Style, width: int = 110
+    low: float | None, middle: float, high: float | None, *, bounds: tuple[float, float], style: Style, width: int = 96
 ) -> str:
     """A mark with its interval on a scale of its own, with a line at zero: one line of a forest plot."""
     left, right = bounds

@@ -117,8 +117,8 @@ class _Study:
 
     def name(self, row: int) -> str:
         """A row's label with its mark, as HTML."""
-        # a long label may break after a dot or an equals sign
-        label = re.sub(r"([=.,/])", r"\1<wbr>", escape(self.label(row)))
+        # a long label may break after an equals sign or a dot, a number may not
+        label = re.sub(r"(=|[.,/](?!\d))", r"\1<wbr>", escape(self.label(row)))
         return f'<span class="row">{charts.chip(self.styles[row])}<span>{label}</span></span>'
 
     def cells(self, row: int, task: str) -> tuple[CellRecord, ...]:
@@ -647,7 +647,7 @@ def _curve_figure(study: _Study, curves: dict[int, charts.Curve], label: str, ca
         ordered = list(reversed(curves.values()))  # the base on top
         wide = charts.lines(ordered, width=780, height=340, x_label="step", y_label=label, names=True)
         narrow = charts.lines(ordered, width=350, height=280, x_label="step", y_label=label)
-        return _figure(wide, narrow, [study.name(row) for row in curves], caption)
+        return _figure(wide, narrow, [study.name(row) for row in curves], caption, named=True)
     ends = [v for c in curves.values() for v in (*c.y, *c.low, *c.high) if math.isfinite(v)]
     if not ends:
         return ""
@@ -760,12 +760,12 @@ def _scroll(html: str) -> str:
     return f'<div class="scroll" tabindex="0">{html}</div>'
 
 
-def _figure(wide: str, narrow: str, key: Sequence[str], caption: str) -> str:
-    """A chart in two widths, its key and caption beside it where there is room."""
+def _figure(wide: str, narrow: str, key: Sequence[str], caption: str, *, named: bool = False) -> str:
+    """A chart in two widths, its caption beside it where there is room; its key, too, unless the wide one names all."""
     items = "".join(f"<li>{name}</li>" for name in key)
     return (
         f'<figure class="side"><div><div class="scroll wide">{wide}</div><div class="scroll narrow">{narrow}</div></div>'
-        f'<div><ul class="key">{items}</ul><figcaption>{caption}</figcaption></div></figure>'
+        f'<div><ul class="key{" narrow" if named else ""}">{items}</ul><figcaption>{caption}</figcaption></div></figure>'
     )
 
 
@@ -832,7 +832,8 @@ _STYLE = """
 --h4:#9650f0;--h5:#e6c540;--h6:#c76657;--heat:#5b93cf;--warm:#cf8443;--in:#101114;--bad:#ff9385;--planned:#4c4d52}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
+body{margin:0;background:var(--paper);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
 "Helvetica Neue","Liberation Sans",Arial,sans-serif}
 main{max-width:1240px;margin:0 auto;padding:40px 16px 64px}
 h1,h2,h3,h4,p,dd,li,summary,figcaption{overflow-wrap:anywhere}
@@ -890,7 +891,8 @@ th[aria-sort=descending]::after{content:" ↓"}
 th[aria-sort=ascending]::after{content:" ↑"}
 th[role=button]{cursor:pointer}
 th[role=button]:hover{color:var(--ink)}
-.changes{display:grid;grid-template-columns:fit-content(320px) minmax(0,1fr);gap:8px 24px;margin:0;font-size:14px;align-items:baseline}
+.changes{display:grid;grid-template-columns:fit-content(320px) minmax(0,1fr);gap:8px 24px;margin:0;font-size:14px;
+align-items:baseline}
 .changes dt{color:var(--ink)}
 .changes td{padding:1px 14px 1px 0;border:0}
 .changes td:nth-child(2){color:var(--soft)}
@@ -929,7 +931,8 @@ rect.s-done{fill:var(--heat)}rect.s-running{fill:var(--warm)}rect.s-failed{fill:
 td.s-failed a{color:var(--bad)}
 .narrow{display:none}
 @media (max-width:1140px){.side{display:block}.side .key{flex-direction:row;margin:8px 0}}
-@media (max-width:840px){.wide{display:none}.narrow{display:block}main{padding:24px 12px 48px}h1{font-size:24px}
+@media (max-width:840px){.wide{display:none}div.narrow{display:block}ul.narrow{display:flex}
+main{padding:24px 12px 48px}h1{font-size:24px}
 header dl{grid-template-columns:repeat(auto-fill,minmax(min(160px,100%),1fr))}
 .changes{grid-template-columns:minmax(0,1fr);gap:2px}.changes dd{margin-bottom:10px}
 table.main tbody th:first-child,table.main thead th:first-child{position:sticky;left:0;background:var(--paper);z-index:1;

@@ -17,7 +17,7 @@ import attrs
 import numpy as np
 import pytest
 import studies
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lrkit.study.records import read_study
@@ -68,6 +68,9 @@ def test_sign_flip_by_hand(differences: list[int], p: float) -> None:
 
 @few
 @given(counts, st.sampled_from([1.0, 872.0, 277.0, 1043.0]))
+@example([3, -1, -2, 5, -5, 1, -1, 4], 277.0)
+@example([1, 2, -3], 872.0)
+@example([7, 3, -4, -6], 1043.0)
 def test_sign_flip_is_the_brute_force_on_rounded_scores(hits: list[int], rows: float) -> None:
     """Scores are hits / rows; what ties in whole numbers must tie in float64."""
     base = [round(0.81 * rows) for _ in hits]

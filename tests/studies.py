@@ -43,7 +43,8 @@ def write_study(
     note: str = "Numbers from a random generator.",
     error: str = "RuntimeError: no memory left",
 ) -> Path:
-    """Write a study. What a row does is in its label: "lora" adapts nothing, "freeze" freezes, all others prune.
+    """Write a study. What a row does is in its label: "lora" adapts nothing, "aflora" and "freeze" freeze
+    matrices (with "together" A and B of a layer at once), all others prune.
 
     Args:
         folder: made if it is not there.
@@ -127,7 +128,11 @@ def write_study(
 
 
 def _kind(label: str) -> str:
-    return "lora" if label == "lora" else "freeze" if "freeze" in label or "aflora" in label else "prune"
+    if label == "lora":
+        return "lora"
+    if "together" in label:
+        return "together"
+    return "freeze" if "freeze" in label or "aflora" in label else "prune"
 
 
 def _row(label: str, base: str) -> dict[str, Any]:
@@ -189,9 +194,9 @@ def _write_cell(
             share = np.minimum(8, np.round(appeal / appeal.sum() * budget)).astype(int)
             ranks = dict(zip(names, share.tolist(), strict=True))
             lost = [f"{names[0]}[{step % 8}]"]
-            history.append(_decision(step, budget, min(budget, int(share.sum())), units, lost))
-    elif kind == "freeze":
-        matrices = [f"{name}.{matrix}" for name in names for matrix in "AB"]
+            history.append(_decision(step, budget, budget, units, lost))
+    elif kind in ("freeze", "together"):
+        matrices = [f"{name}.{matrix}" for name in names for matrix in "AB"] if kind == "freeze" else names
         order = rng.permutation(len(matrices)).tolist()
         for step in range(interval, reached + 1, interval):
             budget = int(len(matrices) * (1 - min(1.0, max(0.0, (step / steps - 0.05) / 0.65))) ** 3)
@@ -210,17 +215,17 @@ def _write_cell(
     if state != "done":
         return
     each = 2 * 384
-    start = {"prune": 8 * each, "lora": 8 * each, "freeze": 4 * each}[kind]
+    start = 8 * each if kind in ("prune", "lora") else 4 * each
     rows = []
     for name in names:
-        frozen = [m for m in "AB" if f"{name}.{m}" in froze]
-        now = {"prune": ranks[name] * each, "lora": start, "freeze": start * (2 - len(frozen)) // 2}[kind]
-        rank = {"prune": ranks[name], "lora": 8, "freeze": 4}[kind]
+        frozen = [m for m in "AB" if f"{name}.{m}" in froze or name in froze]
+        now = ranks[name] * each if kind == "prune" else start * (2 - len(frozen)) // 2
+        rank = ranks[name] if kind == "prune" else start // each
         rows.append(
             {
                 "name": name,
                 "rank": rank,
-                "initial_rank": 4 if kind == "freeze" else 8,
+                "initial_rank": start // each,
                 "frozen": frozen,
                 "start": start,
                 "now": now,

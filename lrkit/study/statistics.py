@@ -226,7 +226,8 @@ class Table:
         score: what the score is: the primary score's name, or that it is the mean over tasks.
         tasks: names of the tasks.
         rows: the rows in the study's order.
-        notes: sentences that belong under the table as a whole.
+        limits: what p cannot show with so few pairs or so many rows, a sentence each.
+        notes: further sentences that belong under the table as a whole.
     """
 
     title: str
@@ -235,6 +236,7 @@ class Table:
     score: str
     tasks: tuple[str, ...]
     rows: tuple[TableRow, ...]
+    limits: tuple[str, ...]
     notes: tuple[str, ...]
 
     def frame(self) -> "pandas.DataFrame":
@@ -266,30 +268,30 @@ class Table:
         return "\n\n".join(block for block in blocks if block) + "\n"
 
     def to_latex(self) -> str:
-        r"""A LaTeX ``table`` (for ``\input``; it needs ``\usepackage{booktabs}``)."""
-        columns = columns_of(self, SCORES + COSTS) + columns_of_tasks(self)[1:]
+        r"""A LaTeX ``table``: scores, costs and tasks' means below each other. It needs ``\usepackage{booktabs}``."""
+        label = "".join(c for c in self.name if c.isascii() and (c.isalnum() or c in "-."))
         lines = [
             r"% needs \usepackage{booktabs}",
             r"\begin{table}",
-            r"\centering\scriptsize\setlength{\tabcolsep}{2.5pt}",
-            rf"\caption{{{latex(self.title)}. {latex(' '.join(self.all_notes()))}}}",
-            rf"\label{{tab:{''.join(c for c in self.name if c.isascii() and (c.isalnum() or c in '-.'))}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
-            r"\toprule",
-            *[
-                " & ".join(part) + r" \\"
-                for part in zip(*(_two_lines(column.latex) for column in columns), strict=True)
-            ],
-            r"\midrule",
-            *[
-                " & ".join([latex(row.label), *(_latex_entry(column.text(row)) for column in columns[1:])]) + r" \\"
-                for row in self.rows
-            ],
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
+            r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
+            rf"\caption{{{latex(' '.join([_sentence(self.title), *self.all_notes()]))}}}",
+            rf"\label{{tab:{label}}}",
         ]
-        return "\n".join(lines) + "\n"
+        for columns in (columns_of(self, SCORES), columns_of(self, COSTS), columns_of_tasks(self)):
+            if len(columns) == 1:
+                continue
+            headers = zip(*(_two_lines(column.latex) for column in columns), strict=True)
+            lines += [
+                rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
+                r"\toprule",
+                *[" & ".join(header) + r" \\" for header in headers if any(header)],
+                r"\midrule",
+            ]
+            for row in self.rows:
+                entries = [_latex_entry(column.text(row)) for column in columns[1:]]
+                lines.append(" & ".join([latex(row.label), *entries]) + r" \\")
+            lines += [r"\bottomrule", r"\end{tabular}\par\medskip"]
+        return "\n".join([*lines, r"\end{table}"]) + "\n"
 
     def __str__(self) -> str:
         """The table as plain text for a terminal of 100 columns."""
@@ -303,8 +305,8 @@ class Table:
         return "\n\n".join(block for block in blocks if block)
 
     def all_notes(self) -> list[str]:
-        """The notes of the table, then those of its rows, with the row named."""
-        return [*self.notes, *(f"{row.label}: {note}" for row in self.rows for note in row.notes)]
+        """The limits and notes of the table, then the notes of its rows, with the row named."""
+        return [*self.limits, *self.notes, *(f"{row.label}: {note}" for row in self.rows for note in row.notes)]
 
     def _plain(self) -> list[dict[str, Any]]:
         table = []
@@ -345,7 +347,8 @@ def compare(record: StudyRecord) -> Table:
         score=_score_name(record),
         tasks=tuple(task.name for task in record.tasks),
         rows=tuple(rows),
-        notes=tuple(_table_notes(rows, len(record.tasks))),
+        limits=tuple(_limits(rows)),
+        notes=(_TOGETHER,) if len(record.tasks) > 1 and any(row.pairs for row in rows) else (),
     )
 
 
@@ -454,18 +457,28 @@ def _row_notes(row: TableRow, differences: Sequence[float], left_out: int) -> li
 _ONE_LEFT_OUT = "1 pair left out, since the row or the base diverged."
 
 
-def _table_notes(rows: Sequence[TableRow], tasks: int) -> list[str]:
-    notes = []
+_TOGETHER = "Pairs of all tasks are tested together, each as one independent pair."
+
+
+def _limits(rows: Sequence[TableRow]) -> list[str]:
+    limits = []
     few = sorted({row.pairs for row in rows if row.few_pairs and row.pairs})
     if few:
         least = ", ".join(f"2/2^{n} = {smallest_p(n):g} with {n}" if n > 1 else "1 with 1" for n in few)
-        notes.append(
+        limits.append(
             f"Fewer than six pairs: the smallest p that the sign-flip test can give is {least}, whatever the scores. "
-            "Only with six or more (0.03125) can p fall below 0.05."
+            f"Only with six or more ({smallest_p(ENOUGH_PAIRS):g}) can p fall below 0.05."
         )
-    if tasks > 1 and any(row.pairs for row in rows):
-        notes.append("Pairs of all tasks are tested together, each as one independent pair.")
-    return notes
+    tested = [row.pairs for row in rows if row.pairs]
+    # The smallest p of all is multiplied by how many rows are tested.
+    least_holm = len(tested) * smallest_p(max(tested, default=0))
+    if len(tested) > 1 and not few and least_holm >= 0.05:
+        enough = next(n for n in range(1, 100) if len(tested) * smallest_p(n) < 0.05)
+        limits.append(
+            f"With {len(tested)} rows tested and at most {max(tested)} pairs, no p can be below {least_holm:.2g} after "
+            f"Holm's correction, whatever the scores; {enough} pairs could bring it below 0.05."
+        )
+    return limits
 
 
 # ---- numbers as text ------------------------------------------------------------------------------------------------
@@ -627,6 +640,10 @@ def _latex_entry(text: str) -> str:
     """A number as `columns_of` writes it: a sign is a minus, not a hyphen."""
     signed = text.startswith(("+", "-", "["))
     return f"${text}$".replace(", ", r",\,") if signed else latex(text or "–")
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _two_lines(header: str) -> tuple[str, str]:

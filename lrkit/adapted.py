@@ -39,8 +39,9 @@ def attach(
     Args:
         model: any model with ``nn.Linear`` or transformers' ``Conv1D`` layers.
         method: the method.
-        targets: ``"all-linear"`` for every linear map inside the transformer's blocks, a regular expression that matches
-            whole layer names, or a list of names or name suffixes.
+        targets: ``"all-linear"`` for every linear map inside the transformer's blocks (of these the ones that the
+            parameterization chooses, where it has places of its own), a regular expression that matches whole layer
+            names, or a list of names or name suffixes.
         train_also: ``"auto"`` for the task head (classifier, score, pooler), or a list of names or name suffixes of
             modules that train in full; an empty list for none.
 
@@ -109,6 +110,11 @@ class Adapted:
         exact: bool = False,
     ) -> None:
         found = find_targets(model, targets, exact=exact)
+        if targets == "all-linear" and not (found := list(method.parameterization.choose(found))):
+            raise LrkitError(
+                f"{method.parameterization!r} has no place in {type(model).__name__}: it chooses none of the linear layers "
+                "inside the transformer's blocks; name layers with targets"
+            )
         self.model, self.method = model, method
         self._base = _base(model)  # now: a forward pass writes into its config
         self.head = find_head(model, train_also, exact=exact)
@@ -350,7 +356,9 @@ class Adapted:
     def summary(self) -> Summary:
         """Per layer: rank or frozen state, trainable parameters at first, now and on average. Prints as a table."""
         self._check_alive()
-        return summarize(self._controller, sum(p.numel() for p in self.head_parameters()))
+        inside = {id(p) for module in self.adapters.values() for p in module.parameters()}
+        beside = sum(p.numel() for p in self.adapter_parameters() if id(p) not in inside)
+        return summarize(self._controller, sum(p.numel() for p in self.head_parameters()), beside)
 
     def scores(self, policy: int = 0) -> dict[str, float]:
         """The present score of every unit of one policy, by the unit's name; empty once its last decision is taken."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lrkit import actions, methods, metrics, parameterizations, schedulers, tasks, trainer
+    from lrkit import actions, methods, metrics, parameterizations, peft, schedulers, tasks, trainer
     from lrkit.actions import Action
     from lrkit.adapted import Adapted, attach, load
     from lrkit.controller import Decision
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lrkit.method import Method, Policy, from_plain, to_plain, with_component, with_setting
     from lrkit.metrics import Metric
     from lrkit.parameterizations import Parameterization
+    from lrkit.peft import export, from_peft
     from lrkit.registry import Registry, current
     from lrkit.schedulers import Scheduler
     from lrkit.study.ablate import ablate
@@ -45,6 +46,8 @@ _HOMES = {
     "ablate": "study.ablate",
     "attach": "adapted",
     "current": "registry",
+    "export": "peft",
+    "from_peft": "peft",
     "from_plain": "method",
     "hookimpl": "hookspecs",
     "load": "adapted",
@@ -52,7 +55,7 @@ _HOMES = {
     "with_component": "method",
     "with_setting": "method",
 }
-_MODULES = ("actions", "methods", "metrics", "parameterizations", "schedulers", "tasks", "trainer")
+_MODULES = ("actions", "methods", "metrics", "parameterizations", "peft", "schedulers", "tasks", "trainer")
 
 __all__ = [
     "Action",
@@ -73,12 +76,15 @@ __all__ = [
     "actions",
     "attach",
     "current",
+    "export",
+    "from_peft",
     "from_plain",
     "hookimpl",
     "load",
     "methods",
     "metrics",
     "parameterizations",
+    "peft",
     "schedulers",
     "tasks",
     "to_plain",

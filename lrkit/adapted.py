@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,8 +39,9 @@ def attach(
     Args:
         model: any model with ``nn.Linear`` or transformers' ``Conv1D`` layers.
         method: the method.
-        targets: ``"all-linear"`` for every linear map inside the transformer's blocks, a regular expression that matches
-            whole layer names, or a list of names or name suffixes.
+        targets: ``"all-linear"`` for every linear map inside the transformer's blocks (of these the ones that the
+            parameterization chooses, where it has places of its own), a regular expression that matches whole layer
+            names, or a list of names or name suffixes.
         train_also: ``"auto"`` for the task head (classifier, score, pooler), or a list of names or name suffixes of
             modules that train in full; an empty list for none.
 
@@ -51,11 +53,12 @@ def attach(
     """
     if not isinstance(method, Method):
         raise LrkitError(f"attach takes a lrkit.Method, such as lrkit.methods.adalora(), not {method!r}")
-    _check_model(model)
+    check_model(model)
     return Adapted(model, method, targets, train_also)
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raise LrkitError for what is no model, or carries adapters already."""
     if not isinstance(model, nn.Module):
         raise LrkitError(f"a model is an nn.Module, not {model!r}")
     if any(getattr(module, _MARK, False) for module in model.modules()):
@@ -77,7 +80,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> "Adapted":
     """
     state = checkpoint.read(Path(folder))
     meta = _meta(state)
-    _check_model(model)
+    check_model(model)
     adapted = Adapted(model, from_plain(meta["method"]), meta["targets"], meta["head"], exact=True)
     try:
         adapted.load_state_dict(state)
@@ -107,7 +110,13 @@ class Adapted:
         exact: bool = False,
     ) -> None:
         found = find_targets(model, targets, exact=exact)
+        if targets == "all-linear" and not (found := list(method.parameterization.choose(found))):
+            raise LrkitError(
+                f"{method.parameterization!r} has no place in {type(model).__name__}: it chooses none of the linear layers "
+                "inside the transformer's blocks; name layers with targets"
+            )
         self.model, self.method = model, method
+        self._base = _base(model)  # now: a forward pass writes into its config
         self.head = find_head(model, train_also, exact=exact)
         parameterization = method.parameterization
         own = set(parameterization.own_parameters(model))
@@ -352,7 +361,9 @@ class Adapted:
     def summary(self) -> Summary:
         """Per layer: rank or frozen state, trainable parameters at first, now and on average. Prints as a table."""
         self._check_alive()
-        return summarize(self._controller, sum(p.numel() for p in self.head_parameters()))
+        inside = {id(p) for module in self.adapters.values() for p in module.parameters()}
+        beside = sum(p.numel() for p in self.adapter_parameters() if id(p) not in inside)
+        return summarize(self._controller, sum(p.numel() for p in self.head_parameters()), beside)
 
     def scores(self, policy: int = 0) -> dict[str, float]:
         """The present score of every unit of one policy, by the unit's name; empty once its last decision is taken."""
@@ -380,6 +391,7 @@ class Adapted:
             "targets": list(self.adapters),
             "head": list(self.head),
             "ranks": self._controller.ranks(),
+            "base": self._base,
             **data,
         }
         return {"meta": copy.deepcopy(meta), "tensors": tensors}
@@ -443,6 +455,21 @@ class Adapted:
         return checkpoint.write(Path(folder), self.state_dict())
 
     # ---- taking out ----
+
+    def original(self) -> nn.Module:
+        """A copy of the model as it was before `attach`, head and all. The adapted model stays as it is."""
+        self._check_alive()
+        memo: dict[int, Any] = {}
+        for name, _, _ in self._places:
+            memo[id(self.adapters[name])] = copy.deepcopy(self._originals[name], memo)
+        model = copy.deepcopy(self.model, memo)
+        delattr(model, _MARK)
+        with torch.no_grad():
+            for p, before in self._copies:
+                memo[id(p)].copy_(before)
+        for p, flag in self._before:
+            memo[id(p)].requires_grad_(flag)
+        return model
 
     def merge(self) -> nn.Module:
         """Add every ΔW to its base weight and take the adapters out. The head stays as it was trained.
@@ -546,6 +573,19 @@ def _places(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[str
         for attribute, child in parent._modules.items()
         if child is not None and id(child) in names
     ]
+
+
+def _base(model: nn.Module) -> dict[str, Any] | None:
+    """What a transformers model was, for those who have only the saved file; None for any other model."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_json_string"):
+        return None
+    return {
+        "class": type(model).__name__,
+        "name": getattr(config, "name_or_path", ""),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "config": json.loads(config.to_json_string()),
+    }
 
 
 def _meta(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
     try:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in state["tensors"].items()}
         save_file(tensors, temporary, metadata={_KEY: json.dumps(state["meta"])})
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files for their owner alone
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files for their owner alone
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, folder / FILE)
@@ -45,7 +45,8 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
     return folder / FILE
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that new files of this process are made without."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -326,6 +326,63 @@ def plugins(as_json: Json = False) -> None:
         raise typer.Exit(2)
 
 
+@app.command()
+def export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A folder with lrkit.safetensors, from `lrkit run --out`.")
+    ],
+    to: Annotated[str, typer.Option(help="peft-lora, peft-adalora, vllm-lora or merged.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="The base model, where RUN's own is not at hand.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a trained run for PEFT, vLLM or transformers, and check it by reading it back."""
+    import attrs
+
+    from lrkit import checkpoint, peft
+    from lrkit.adapted import load
+    from lrkit.models import load_base
+
+    if to not in peft.TARGETS:
+        raise LrkitError(
+            f'there is no export to "{to}"{nearest(to, peft.TARGETS)}; there are {", ".join(peft.TARGETS)}'
+        )
+    _new_folder(out, "")
+    state = checkpoint.read(run)
+    base = state["meta"].get("base")
+    if base is None:
+        raise LrkitError(f"{run} does not say which transformers model it was attached to: export it with lrkit.export")
+    trained = {name.removeprefix("weight.") for name in state["tensors"]}
+    net, tokenizer = load_base(base, model or _model_of(run), trained)
+    adapted = load(net, run)
+    if to == "merged" and tokenizer is None:
+        warnings.warn("the base model has no tokenizer, so none is written", LrkitWarning, stacklevel=1)
+    exported = peft.export(adapted, out, to=to, tokenizer=tokenizer)
+    if as_json:
+        _json(attrs.asdict(exported) | {"tolerance": peft.TOLERANCE})
+        return
+    ranks = exported.ranks.values()
+    what = f"{len(ranks)} layers of rank {min(ranks)} to {max(ranks)}" if ranks else "a plain model"
+    typer.echo(
+        f"{what}; read back, logits are within {exported.difference:.1g} (the largest is {exported.largest:.3g})"
+    )
+    typer.echo("written: " + "  ".join(str(out / name) for name in exported.files))
+
+
+def _model_of(run: Path) -> str | None:
+    """What a run was told as its model; None where it left no word."""
+    for name in ("result.json", "config.json"):
+        try:
+            model = json.loads((run / name).read_text(encoding="utf-8"))["model"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(model, str):
+            return model
+    return None
+
+
 # ---- studies ---------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import importlib.resources
 import importlib.util
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,3 +241,58 @@ def _failed(spec: str, source: str, local_only: bool, error: Exception) -> Lrkit
     return LrkitError(
         f'model "{spec}": no such folder{hint}, and the hub\'s does not load: {type(error).__name__}: {first}'
     )
+
+
+def load_base(
+    base: dict[str, Any], spec: str | None = None, trained: Collection[str] = ()
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model that saved adapters were attached to, made again, and its tokenizer (None where it has none).
+
+    Args:
+        base: what `Adapted.state_dict` says of it in ``["meta"]["base"]``: class, config, dtype, and where it came from.
+        spec: where the weights are: "minilm", a folder or a hub id; None for where they came from.
+        trained: names of parameters that the saved state holds, so that no weights are needed for them.
+
+    Raises:
+        LrkitError: if there is no such model, it cannot be had, or it lacks weights.
+    """
+    spec = spec or base["name"]
+    if not spec:
+        raise LrkitError("the saved state does not say where its base model came from: give it with --model")
+    source, local_only = _resolve(spec)
+    import torch
+    import transformers
+    from transformers import AutoTokenizer
+
+    from lrkit.hub import quiet_transformers
+
+    cls = getattr(transformers, base["class"], None)
+    if cls is None:
+        raise LrkitError(f"the base model is a {base['class']}, which transformers does not have")
+    try:
+        with quiet_transformers():
+            model, loading = cls.from_pretrained(
+                source,
+                config=cls.config_class.from_dict(base["config"]),
+                local_files_only=local_only,
+                dtype=getattr(torch, base["dtype"]),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # as in load_model_from
+        raise _failed(spec, source, local_only, error) from error
+    fresh = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
+    absent = sorted(fresh - set(trained))
+    if absent:
+        raise LrkitError(
+            f'model "{spec}" is not the {base["class"]} that was adapted: it has no weights for {absent[0]} '
+            f"(and {len(absent) - 1} more)"
+        )
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
+    except Exception:  # a model without a tokenizer is a model
+        return model, None
+    if tokenizer.pad_token is None and model.config.pad_token_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+    return model, tokenizer

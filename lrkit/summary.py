@@ -46,31 +46,40 @@ class LayerSummary:
 
 @attrs.frozen
 class Summary:
-    """All adapted layers, and the head apart."""
+    """All adapted layers, and the head apart.
+
+    Args:
+        layers: one record a layer.
+        head: parameters of the head.
+        step: optimizer steps taken.
+        beside: parameters of the method that are in none of the layers (all others in full fine-tuning).
+    """
 
     layers: tuple[LayerSummary, ...]
     head: int
     step: int
+    beside: int = 0
 
     @property
     def start(self) -> int:
-        """Trainable adapter parameters at first."""
-        return sum(layer.start for layer in self.layers)
+        """Trainable parameters at first, without the head."""
+        return self.beside + sum(layer.start for layer in self.layers)
 
     @property
     def now(self) -> int:
-        """Trainable adapter parameters now."""
-        return sum(layer.now for layer in self.layers)
+        """Trainable parameters now, without the head."""
+        return self.beside + sum(layer.now for layer in self.layers)
 
     @property
     def average(self) -> float:
-        """Trainable adapter parameters, averaged over the steps so far."""
-        return sum(layer.average for layer in self.layers)
+        """Trainable parameters averaged over the steps so far, without the head."""
+        return self.beside + sum(layer.average for layer in self.layers)
 
     def to_plain(self) -> dict[str, Any]:
         """The same as plain data."""
-        totals = {"start": self.start, "now": self.now, "average": self.average, "head": self.head, "step": self.step}
-        return {"layers": [attrs.asdict(layer) for layer in self.layers], **totals}
+        totals = {"start": self.start, "now": self.now, "average": self.average}
+        rest = {"beside": self.beside, "head": self.head, "step": self.step}
+        return {"layers": [attrs.asdict(layer) for layer in self.layers], **totals, **rest}
 
     def __str__(self) -> str:
         """A table."""
@@ -79,6 +88,8 @@ class Summary:
             (layer.name, layer.state, f"{layer.start:,}", f"{layer.now:,}", f"{layer.average:,.0f}")
             for layer in self.layers
         ]
+        if self.beside:
+            rows.append(("in no layer", "", *[f"{self.beside:,}"] * 3))
         rows.append(("adapters", "", f"{self.start:,}", f"{self.now:,}", f"{self.average:,.0f}"))
         rows.append(("head", "", f"{self.head:,}", f"{self.head:,}", f"{self.head:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -88,8 +99,8 @@ class Summary:
         )
 
 
-def summarize(controller: "Controller", head: int) -> Summary:
-    """The summary of a run so far."""
+def summarize(controller: "Controller", head: int, beside: int = 0) -> Summary:
+    """The summary of a run so far; `head` and `beside` as in `Summary`."""
     kept = controller.components_kept()
     average = controller.parameters_on_average()
     axes = [part for part in controller.method.parameterization.parts if part.axis is not None]
@@ -109,4 +120,4 @@ def summarize(controller: "Controller", head: int) -> Summary:
         layers.append(
             LayerSummary(name, rank, initial, frozen, controller.starts[name], controller.counts[name], average[name])
         )
-    return Summary(tuple(layers), head, controller.step)
+    return Summary(tuple(layers), head, controller.step, beside)

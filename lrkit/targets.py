@@ -24,6 +24,13 @@ _FFN = frozenset(
         *("wi", "wo", "block_sparse_moe", "experts"),
     )
 )
+# The last map of attention or FFN by its own name; BERT's are "output.dense", GPT-NeoX's "attention.dense".
+_OUTPUTS = frozenset(
+    (
+        *("o", "o_proj", "out_proj", "out_lin", "c_proj", "wo", "w2", "down_proj", "fc2", "lin2", "linear2"),
+        *("dense_4h_to_h", "ffn_output", "output", "down"),
+    )
+)
 _HEADS = ("classifier", "score", "head", "classification_head", "qa_outputs")
 
 
@@ -37,6 +44,14 @@ def role_of(name: str) -> Role:
     if any(part in _ATTENTION for part in parts):
         return "attention"
     return "ffn" if any(part in _FFN for part in parts) else "other"
+
+
+def is_output(name: str) -> bool:
+    """Whether a layer is the last map of attention or FFN, by the components of its name. Covers what `role_of` does."""
+    *path, last = name.split(".")
+    if last == "dense":
+        return bool(path) and (path[-1] == "output" or path[-1] in _ATTENTION)
+    return last in _OUTPUTS and role_of(name) != "other"
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -110,7 +125,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
         if name in chosen:
             shape = layer_shape(layer)
             assert shape is not None
-            found_targets.append(Target(name, layer, *shape, role_of(name)))
+            found_targets.append(Target(name, layer, *shape, role_of(name), is_output(name)))
     return found_targets
 
 

@@ -23,6 +23,7 @@ class Target:
         d_in: size of its input.
         d_out: size of its output.
         role: ``"attention"``, ``"ffn"`` or ``"other"``, found by name.
+        output: whether it is the last map of attention or FFN, whose output goes to the residual sum; found by name.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Target:
     d_in: int
     d_out: int
     role: Role
+    output: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -56,6 +58,14 @@ class Parameterization(abc.ABC):
 
         What trains has ``requires_grad`` set. The layer's own parameters are left as they are.
         """
+
+    def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
+        """Which layers ``targets="all-linear"`` means: all that there are.
+
+        Override it where the method has places of its own, such as a bottleneck after FFN. Layers that are named are
+        adapted as they are named.
+        """
+        return targets
 
     def adapt(self, targets: Sequence[Target]) -> dict[str, nn.Module]:
         """All adapters of a model, by layer name. Override it where layers share tensors."""

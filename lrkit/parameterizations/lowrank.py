@@ -297,9 +297,76 @@ class LowRank(nn.Module):
             weight.copy_(merged)
         return self.base
 
+    @torch.no_grad()
+    def export_factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """A [r, d_in], B [d_out, r], c [r] and s with ΔW = s · B diag(c) A; components whose c is zero are left out."""
+        a, b = self.factors()
+        core = a.new_ones(len(a)) if self.core is None else self.core
+        if self.out_scale is not None:
+            b = b * self.out_scale[:, None]
+        there = core.nonzero().flatten()
+        return a[there], b[:, there], core[there], self.scaling
+
+    @torch.no_grad()
+    def import_factors(self, a: Tensor, b: Tensor, core: Tensor | None, scaling: float) -> None:
+        """Take over ΔW = s · B diag(c) A as it is. Components beyond those given add nothing at first.
+
+        Where this adapter has core values and none are given, they are ΔW's singular values: an SVD of the product
+        gives at most r components, so that nothing is lost.
+
+        Args:
+            a: A [r, d_in].
+            b: B [d_out, r].
+            core: c [r]; None for ones.
+            scaling: s.
+
+        Raises:
+            LrkitError: it is of another size, has fewer than r components, or other layers read its matrices.
+        """
+        if (
+            "_owner" in self.__dict__
+            or self.factors()[0].shape != self.A.shape
+            or self.factors()[1].shape != self.B.shape
+        ):
+            raise LrkitError("layers share one A and B, and each would need its own")
+        if (b.shape[0], a.shape[1]) != (self.d_out, self.d_in):
+            raise LrkitError(
+                f"the layer is {self.d_out} x {self.d_in}, and what is given is {b.shape[0]} x {a.shape[1]}"
+            )
+        if len(a) > self.rank:
+            raise LrkitError(
+                f"rank {self.rank} cannot hold {len(a)} components: give a method of rank {len(a)} or more"
+            )
+        a, b = a.double(), b.double()
+        if core is not None:
+            core = core.double()
+        elif self.core is not None:
+            a, b, core = _singular(a, b)
+        rank, ratio = len(a), scaling / self.scaling
+        if self.core is None:
+            a = a if core is None else core[:, None] * a
+            b = b * ratio
+            self.B[:, rank:] = 0
+        else:
+            assert core is not None
+            self.core.zero_()
+            self.core[:rank] = core * ratio
+        if self.out_scale is not None:
+            self.out_scale.fill_(1)
+        self.A[:rank] = a.to(self.A)
+        self.B[:, :rank] = b.to(self.B)
+
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+def _singular(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """B A = U diag(σ) Vᵀ as (Vᵀ, U, σ), by way of the two r x r triangles: no d_out x d_in matrix is made."""
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.t())
+    u, sigma, v = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
+    return v @ q_a.t(), q_b @ u, sigma
 
 
 def new_factor(layer: nn.Module, *shape: int) -> nn.Parameter:

@@ -1,0 +1,39 @@
+"""BitFit: the biases alone train (Ben Zaken et al., arXiv 2106.10199)."""
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import attrs
+from torch import nn
+
+import lrkit
+from lrkit.parameterizations import Target
+
+
+@attrs.frozen(kw_only=True)
+class BitFit(lrkit.Parameterization):
+    """Every bias of the model trains, those of layer norms and embeddings too. Source: arXiv 2106.10199, section 3.
+
+    Nothing is put into the model. Each adapted layer's bias is a unit that freezing acts on.
+    """
+
+    learning_rate: ClassVar[float] = 1e-3
+
+    @property
+    def parts(self) -> tuple[lrkit.Part, ...]:
+        """The layer's own bias."""
+        return (lrkit.Part("bias", matrix=True),)
+
+    def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
+        """The layers that have a bias."""
+        return [target for target in targets if target.layer.bias is not None]
+
+    def build(self, target: Target) -> nn.Module:
+        """The layer itself."""
+        if target.layer.bias is None:
+            raise lrkit.LrkitError(f"BitFit trains biases, and {target.name} has none: leave it out of targets")
+        return target.layer
+
+    def own_parameters(self, model: nn.Module) -> Iterable[str]:
+        """Every parameter called bias; those of the head are the head's."""
+        return [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]

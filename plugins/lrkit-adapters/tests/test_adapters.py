@@ -1,0 +1,253 @@
+"""Bottlenecks and BitFit: counted, computed, trained and resumed as they are meant."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import folders
+import lrkit_adapters
+import models
+import pytest
+import torch
+from lrkit_adapters import BitFit, Bottleneck, Houlsby, Pfeiffer
+from torch import nn
+
+import lrkit
+from lrkit.cli import main
+from lrkit.registry import Registry
+
+METHODS: dict[str, lrkit.Method] = {
+    "houlsby": lrkit_adapters.houlsby(width=6),
+    "pfeiffer": lrkit_adapters.pfeiffer(width=6),
+    "houlsby, layer norms": lrkit_adapters.houlsby(width=6, layer_norms=True),
+    "bitfit": lrkit_adapters.bitfit(),
+}
+FREEZE: dict[str, Any] = {
+    "metric": lrkit.metrics.GradientUncertainty(),
+    "scheduler": lrkit.schedulers.Cubic(target=0.25, final=0.3),
+    "action": lrkit.actions.Freeze(),
+}
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    made = Registry([("lrkit-adapters 0.1.0", "adapters", lrkit_adapters)], discover=False)
+    assert not made.problems
+    monkeypatch.setattr("lrkit.registry.current", lambda: made)
+    return made
+
+
+Call = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """The command line with --json."""
+
+    def run(*arguments: object) -> dict[str, Any]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([*map(str, arguments), "--json"])
+        out, err = capsys.readouterr()
+        assert caught.value.code == 0, err
+        told: dict[str, Any] = json.loads(out)
+        return told
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("method", "width", "expected"),
+    [
+        *(("houlsby", m, 2 * 12 * (2 * 768 * m + m + 768)) for m in (8, 16, 32)),
+        *(("pfeiffer", m, 12 * (2 * 768 * m + m + 768)) for m in (16, 32, 64)),
+        ("bitfit", None, 102_912),
+    ],
+)
+def test_the_rows_of_the_papers_tables(call: Call, method: str, width: int | None, expected: int) -> None:
+    settings = () if width is None else ("--set", f"width={width}")
+    told = call("params", method, *settings, "--model", "deberta-v3-base")["methods"][method]
+    assert told["start"] == told["end"] == told["average"] == expected
+    printed = {8: 0.31, 16: (0.61, 0.30), 32: (1.22, 0.60), 64: 1.18, None: 0.1}[width]
+    printed = printed[method == "pfeiffer"] if isinstance(printed, tuple) else printed
+    assert expected / 1e6 == pytest.approx(printed, rel=0.04), "as AdaLoRA's Table 1 prints it"
+
+
+PLACES = {
+    "bert": ("attention.output.dense", "output.dense"),
+    "roberta": ("attention.output.dense", "output.dense"),
+    "deberta": ("attention.output.dense", "output.dense"),
+    "mpnet": ("attention.attn.o", "output.dense"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "llama": ("self_attn.o_proj", "mlp.down_proj"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_bottlenecks_stand_after_attention_and_ffn(name: str) -> None:
+    for method, ends in ((Houlsby(), PLACES[name]), (Pfeiffer(), PLACES[name][1:])):
+        adapted = lrkit.attach(models.make(name), lrkit.Method(parameterization=method))
+        inside = [re.sub(r"^.*?\.\d+\.", "", layer) for layer in adapted.adapters]
+        assert sorted(inside) == sorted(2 * ends), "in each of the two blocks"
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "tanh"])
+def test_the_formula(activation: str) -> None:
+    model = models.make("bert").double().eval()
+    ids = models.batch()
+    plain = model(**ids).logits.detach()
+    adapted = lrkit.attach(model, lrkit_adapters.houlsby(width=5, activation=activation))
+    assert torch.equal(model(**ids).logits, plain), "nothing has changed yet"
+    weights: dict[str, list[torch.Tensor]] = {}
+    for name, adapter in adapted.adapters.items():
+        for p in (*adapter.down.parameters(), *adapter.up.parameters()):
+            nn.init.normal_(p, std=0.3)
+        weights[name] = [p.detach() for p in (*adapter.down.parameters(), *adapter.up.parameters())]
+    found = model(**ids).logits.detach()
+    # The same by hooks on another copy of the model, one unit at a time.
+    other = models.make("bert").double().eval()
+    f = {"gelu": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}[activation]
+
+    def add(wanted: list[torch.Tensor]) -> Any:
+        w_down, b_down, w_up, b_up = wanted
+
+        def hook(_: nn.Module, __: Any, h: torch.Tensor) -> torch.Tensor:
+            out = h + b_up
+            for i in range(len(b_down)):
+                out = out + f((h * w_down[i]).sum(-1, keepdim=True) + b_down[i]) * w_up[:, i]
+            return out
+
+        return hook
+
+    for name, wanted in weights.items():
+        other.get_submodule(name).register_forward_hook(add(wanted))
+    torch.testing.assert_close(found, other(**ids).logits.detach(), rtol=1e-10, atol=1e-12)
+    assert float((found - plain).abs().max()) > 1e-3
+
+
+def run(method: lrkit.Method, steps: range, state: Any = None, name: str = "bert") -> tuple[nn.Module, Any, Any]:
+    model = models.make(name)
+    torch.manual_seed(1)
+    adapted = lrkit.attach(model, method)
+    model.eval()  # no dropout
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
+    adapted.bind(optimizer, total_steps=12)
+    if state is not None:
+        adapted.load_state_dict(state[0])
+        optimizer.load_state_dict(state[1])
+    for step in steps:
+        model(**models.batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, adapted, (adapted.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("freezing", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_is_the_run(name: str, freezing: bool, tmp_path: Path) -> None:
+    method = attrs.evolve(METHODS[name], **FREEZE) if freezing else METHODS[name]
+    _, whole, (state, _) = run(method, range(12))
+    _, _, half = run(method, range(7))
+    _, again, (resumed, _) = run(method, range(7, 12), half)
+    assert resumed["meta"] == state["meta"]
+    assert resumed["tensors"].keys() == state["tensors"].keys()
+    assert all(torch.equal(tensor, resumed["tensors"][key]) for key, tensor in state["tensors"].items())
+    assert any(layer.frozen for layer in again.summary().layers) == freezing
+    whole.save(tmp_path)
+    loaded = lrkit.load(models.make("bert"), tmp_path)
+    ids = models.batch(50)
+    assert torch.equal(loaded.model.eval()(**ids).logits, whole.model.eval()(**ids).logits)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_trains_is_what_is_meant_and_detach_takes_it_back(name: str) -> None:
+    before = models.make("bert").state_dict()
+    model, adapted, _ = run(METHODS[name], range(4))
+    own = {n.replace(".base.", "."): t for n, t in model.state_dict().items() if ".down." not in n and ".up." not in n}
+    moved = {n for n, t in own.items() if not torch.equal(t, before[n])}
+    head = {n for n in before if n.startswith(("bert.pooler", "classifier"))}
+    expected = {
+        "houlsby": head,
+        "pfeiffer": head,
+        "houlsby, layer norms": head | {n for n in before if "LayerNorm" in n},
+        "bitfit": head | {n for n in before if n.endswith(".bias")},
+    }[name]
+    assert own.keys() == before.keys()
+    # A key's bias moves no softmax: its gradient is zero up to rounding, and AdamW may or may not move it.
+    idle = {n for n in before if n.endswith("key.bias")}
+    assert moved - idle == expected - idle
+    trained = {n for n, _ in adapted.named_parameters() if ".down." not in n and ".up." not in n}
+    assert {n.replace(".base.", ".") for n in trained} == expected
+    total = sum(p.numel() for p in adapted.adapter_parameters())
+    assert adapted.summary().start == adapted.summary().now == total
+    plain = adapted.detach().state_dict()
+    assert all(torch.equal(plain[n], t) for n, t in before.items())
+
+
+def test_merging_is_refused_for_bottlenecks_and_is_nothing_for_biases(tmp_path: Path) -> None:
+    _, adapted, _ = run(METHODS["houlsby"], range(2))
+    with pytest.raises(lrkit.LrkitError, match=r"Bottleneck cannot be merged into the layer's weight"):
+        adapted.merge()
+    for to in lrkit.peft.TARGETS:
+        with pytest.raises(lrkit.LrkitError, match="Bottleneck"):
+            lrkit.export(adapted, tmp_path / "out", to=to)
+    model, adapted, _ = run(METHODS["bitfit"], range(2))
+    expected = model(**models.batch()).logits
+    lrkit.export(adapted, tmp_path / "merged", to="merged")
+    assert torch.equal(adapted.merge()(**models.batch()).logits, expected)
+    again = type(model).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(again.eval()(**models.batch()).logits, expected)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    prune = {**FREEZE, "scheduler": lrkit.schedulers.Cubic(), "action": lrkit.actions.Prune()}
+    for method in METHODS.values():
+        with pytest.raises(lrkit.LrkitError, match="does not fit parameterization"):
+            attrs.evolve(method, **prune)
+    with pytest.raises(lrkit.LrkitError, match=r"BitFit.* has no place in LlamaForSequenceClassification"):
+        lrkit.attach(models.make("llama"), METHODS["bitfit"])
+    with pytest.raises(lrkit.LrkitError, match=r"BitFit trains biases, and model\.layers\.0\.mlp\.up_proj has none"):
+        lrkit.attach(models.make("llama"), METHODS["bitfit"], targets=["up_proj"])
+    with pytest.raises(lrkit.LrkitError, match=r"layer_norms=True, and LlamaFor.* has no nn\.LayerNorm"):
+        lrkit.attach(models.make("llama"), METHODS["houlsby, layer norms"])
+    with pytest.raises(lrkit.LrkitError, match=r'Houlsby.activation must be one of .*did you mean "relu"'):
+        Houlsby(activation="rely")
+    named = lrkit.attach(models.make("bert"), METHODS["pfeiffer"], targets=["query"])
+    assert [n.rpartition(".")[2] for n in named.adapters] == ["query"] * 2, "layers that are named are taken as named"
+
+
+def test_half_precision_and_autocast() -> None:
+    for name in ("houlsby", "pfeiffer"):
+        model = models.make("bert").bfloat16()
+        adapted = lrkit.attach(model, METHODS[name])
+        assert {p.dtype for p in adapted.adapter_parameters()} == {torch.float32}
+        model(**models.batch()).loss.backward()
+        model = models.make("bert")
+        adapted = lrkit.attach(model, METHODS[name])
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**models.batch()).loss.backward()
+        assert all(p.grad is not None for p in adapted.parameters())
+
+
+def test_the_command_line_trains_them(call: Call, tmp_path: Path) -> None:
+    model, data = folders.write_model(tmp_path / "model"), folders.write_data(tmp_path / "data")
+    short = ("--model", model, "--data", data, "--set", "run.steps=6", "--set", "run.batch_size=6")
+    for name, settings in (("houlsby", ("--set", "width=4")), ("pfeiffer", ("--set", "width=4")), ("bitfit", ())):
+        told = call("run", name, *settings, *short)
+        assert told["steps"] == 6 and told["summary"]["start"] > 0
+        assert told["method"]["parameterization"]["name"] == name
+        counted = call("params", name, *settings, "--model", model)["methods"][name]
+        assert told["summary"]["start"] == counted["start"], "biases outside of linear layers too"
+
+
+def test_they_are_offered_by_name(registry: Registry) -> None:
+    for name, cls in (("houlsby", Houlsby), ("pfeiffer", Pfeiffer), ("bitfit", BitFit)):
+        method = registry.get("method", name)()
+        assert type(method.parameterization) is cls
+        assert lrkit.from_plain(lrkit.to_plain(method, registry), registry) == method
+    assert issubclass(Bottleneck, nn.Module)

@@ -141,12 +141,18 @@ def run(
 
 @app.command()
 def ablate(
-    what: Annotated[str | None, typer.Argument(help="A method's name, a .toml study file, or a study that ships.")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="A method's name, a .toml study file, or a study that ships.")
+    ] = None,
     swap: Annotated[
         list[str] | None,
-        typer.Option("--swap", metavar="PATH=A,B,...", help="Values to try, one at a time: metric=sensitivity,magnitude."),
+        typer.Option(
+            "--swap", metavar="PATH=A,B,...", help="Values to try, one at a time: metric=sensitivity,magnitude."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The study's folder; the same command again goes on with it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The study's folder; the same command again goes on with it.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option("--task", help="movies, glue/NAME, ...; may be repeated.")] = None,
     data: Annotated[list[Path] | None, typer.Option("--data", help="A data folder as a task; may be repeated.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="minilm, a folder, or a hub id.")] = None,
@@ -211,6 +217,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a study's report: report.html and tables as CSV, Markdown and LaTeX."""
+    import attrs
+
     from lrkit.study.records import read_study
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
@@ -218,7 +226,7 @@ def report(
     written = write_report(folder)
     table = compare(read_study(folder))
     if as_json:
-        _json({"files": [str(path) for path in written], "rows": table.to_plain()})
+        _json({"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]})
         return
     typer.echo(str(table))
     typer.echo("written: " + "  ".join(str(path) for path in written))
@@ -432,9 +440,13 @@ def _show_plan(plan: Any, as_json: bool) -> None:
     if as_json:
         _json({"rows": rows, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells})
         return
-    shown = [[label, "; ".join(f"{c['path']}: {c['base']} -> {c['value']}" for c in r) or "-"] for label, r in rows.items()]
+    shown = [
+        [label, "; ".join(f"{c['path']}: {c['base']} -> {c['value']}" for c in r) or "-"] for label, r in rows.items()
+    ]
     _table(["row", "changed against the base"], shown)
-    typer.echo(f"{cells} cells: {len(plan.rows)} rows on {', '.join(tasks)} with {len(plan.seeds)} seeds. Every one can run.")
+    typer.echo(
+        f"{cells} cells: {len(plan.rows)} rows on {', '.join(tasks)} with {len(plan.seeds)} seeds. Every one can run."
+    )
 
 
 def _carry_out(
@@ -449,6 +461,7 @@ def _carry_out(
     report_to: list[str],
     as_json: bool,
 ) -> None:
+    import attrs
     from rich.console import Console
 
     from lrkit.study.ablate import perform
@@ -466,7 +479,9 @@ def _carry_out(
         score = answer["score"]
         what = {"done": "nan" if score is None else f"{score:.4f}", "busy": "another process is running it"}
         said = what.get(answer["status"], f"failed: {answer['error']}")
-        console.print(f"[{ended}/{total}] {job.label}, {job.task}, seed {job.seed}: {said}", highlight=False, markup=False)
+        console.print(
+            f"[{ended}/{total}] {job.label}, {job.task}, seed {job.seed}: {said}", highlight=False, markup=False
+        )
 
     outcome = perform(
         plan,
@@ -487,7 +502,15 @@ def _carry_out(
     if as_json:
         failed = [{"cell": name, "error": error} for name, error in outcome.failed]
         files = [str(path) for path in written]
-        _json({"folder": str(out), "rows": table.to_plain(), "failed": failed, "busy": outcome.busy, "files": files})
+        _json(
+            {
+                "folder": str(out),
+                "rows": [attrs.asdict(row) for row in table.rows],
+                "failed": failed,
+                "busy": outcome.busy,
+                "files": files,
+            }
+        )
     else:
         typer.echo(str(table))
         typer.echo(f"report: {out / 'report.html'}")

@@ -318,7 +318,8 @@ def with_component(
     """Plain data of a method with one component swapped by name: ``with_component(plain, "metric", "magnitude")``.
 
     The component swapped in takes over the values of the settings that both have (a linear scheduler keeps the cubic's
-    target, warm-up and interval), so that the ablation changes one thing; its other settings are at their defaults.
+    target, warm-up and interval), so that the ablation changes one thing; its other settings are at their defaults. A
+    setting marked `lrkit.settings.OWN` on either side is not carried over.
 
     Args:
         plain: what `to_plain` gives.
@@ -340,8 +341,12 @@ def with_component(
         return copy
     cls = registry.get(kind, name)
     hints = typing.get_type_hints(cls)
-    fields = {field.name for field in attrs.fields(cls)}
-    shared = {key: value for key, value in (node.get(kind) or {}).items() if key in fields}
+    there = node.get(kind) or {}
+    fields = {field.name for field in attrs.fields(cls) if not field.metadata.get("own")}
+    if there:
+        old = attrs.fields(registry.get(kind, there["name"]))
+        fields -= {field.name for field in old if field.metadata.get("own")}
+    shared = {key: value for key, value in there.items() if key in fields}
     fitting = {key: value for key, value in shared.items() if _fits(value, hints[key])}
     node[kind] = {"name": name, **_defaults(cls), **fitting}
     return copy

@@ -18,6 +18,9 @@ Time = int | float
 Amount = int | float
 """An ``int`` is units for each adapted matrix on average, a ``float`` in [0, 1] is a share of all units."""
 
+OWN = {"own": True}
+"""Metadata of a setting whose default belongs to the component: a swap does not carry its value over from another."""
+
 _Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
 

@@ -142,7 +142,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "--set with an empty value": (["run", "adalora", "--set", "rank="], '--set takes KEY=VALUE, not "rank="'),
     "--set without a key": (["run", "adalora", "--set", "=3"], '--set takes KEY=VALUE, not "=3"'),
     "--swap without a name": (["run", "adalora", "--swap", "metric"], '--swap takes KEY=VALUE, not "metric"'),
-    "--swap with a number": (["run", "adalora", "--swap", "metric=3"], "metric must be a name, or a table with a name and settings, not 3"),
+    "--swap with a number": (
+        ["run", "adalora", "--swap", "metric=3"],
+        "metric must be a name, or a table with a name and settings, not 3",
+    ),
     "--swap with two": (
         ["run", "adalora", "--swap", "metric=magnitude,sensitivity"],
         "--swap metric=magnitude,sensitivity: a run has one metric",

@@ -1069,3 +1069,12 @@ def test_any_swap_of_a_registered_component_gives_a_method_or_a_refusal(method: 
         there_and_back(built)
         return
     assert "\n" not in refusal
+
+
+def test_a_swap_to_magnitude_keeps_magnitude_measured_after_the_step():
+    """Before the step a masked component's λ is zero: measured there, none could ever come back."""
+    plain = to_plain(lrkit.methods.adalora())
+    assert plain["metric"]["measure"] == "before-step"
+    swapped = with_component(plain, "metric", "magnitude")
+    assert swapped["metric"]["measure"] == "after-step"
+    assert with_component(swapped, "metric", "sensitivity")["metric"]["measure"] == "before-step"

@@ -155,7 +155,9 @@ def test_a_cell_is_named_by_all_that_decides_it(place):
     assert key == make_cell(dict(reversed(plain.items())), spec, plan.study.model, "all-linear", settings).key
     assert key == make_cell(plain, spec, plan.study.model, "all-linear", {**settings, "threads": 7}).key
     others = {
-        make_cell(lrkit.with_setting(plain, "metric.measure", "after-step"), spec, plan.study.model, "all-linear", settings).key,
+        make_cell(
+            lrkit.with_setting(plain, "metric.measure", "after-step"), spec, plan.study.model, "all-linear", settings
+        ).key,
         make_cell(plain, spec, plan.study.model, ["query"], settings).key,
         make_cell(plain, spec, "minilm", "all-linear", settings).key,
         make_cell(plain, spec, plan.study.model, "all-linear", {**settings, "seed": 1}).key,
@@ -237,7 +239,11 @@ def test_a_cell_another_process_runs_is_left_to_it(place, tmp_path):
     folder = tmp_path / "out" / "cells" / cell.key
     folder.mkdir(parents=True)
     held = subprocess.Popen(
-        [sys.executable, "-c", f"import fcntl; f=open({str(folder / 'lock')!r},'ab'); fcntl.flock(f, 2); print(1, flush=True); input()"],
+        [
+            sys.executable,
+            "-c",
+            f"import fcntl; f=open({str(folder / 'lock')!r},'ab'); fcntl.flock(f, 2); print(1, flush=True); input()",
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

@@ -7,7 +7,7 @@ import attrs
 from torch import Tensor
 
 from lrkit.metrics.base import Metric
-from lrkit.settings import one_of
+from lrkit.settings import OWN, one_of
 
 
 @attrs.frozen(kw_only=True)
@@ -23,7 +23,7 @@ class Magnitude(Metric):
     reads: ClassVar[Literal["all", "core"]] = "core"
 
     measure: Literal["before-step", "after-step"] = attrs.field(
-        default="after-step", validator=one_of(("before-step", "after-step"))
+        default="after-step", validator=one_of(("before-step", "after-step")), metadata=OWN
     )
 
     @property

@@ -82,8 +82,10 @@ def ablate(
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
 
-    study = base if isinstance(base, Study) else _study(
-        base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title
+    study = (
+        base
+        if isinstance(base, Study)
+        else _study(base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title)
     )
     outcome = perform(
         lay_out(study),

@@ -76,12 +76,14 @@ def make_cell(method: Mapping[str, Any], task: TaskSpec, model: str, targets: An
     """
     # Threads change the speed, and the last bits; they are in env.json.
     settings = {key: value for key, value in run.items() if key != "threads"}
-    where = {"task": task.task, "data": None if task.data is None else os.path.abspath(task.data), "metric": task.metric}
+    where = {
+        "task": task.task,
+        "data": None if task.data is None else os.path.abspath(task.data),
+        "metric": task.metric,
+    }
     folder = os.path.abspath(model) if os.path.isdir(model) else model
     versions = _versions(canonical(method), task.task, where["data"], folder)
-    return Cell(
-        task=where, model=folder, targets=targets, method=dict(method), run=settings, versions=dict(versions)
-    )
+    return Cell(task=where, model=folder, targets=targets, method=dict(method), run=settings, versions=dict(versions))
 
 
 @lru_cache(maxsize=4096)
@@ -199,9 +201,7 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
 def _run(cell: Cell, place: Path, conditions: Conditions) -> None:
     from lrkit.study.run import Record
 
-    record = Record(
-        folder=place, checkpoint_seconds=conditions.checkpoint_seconds, report_to=conditions.report_to
-    )
+    record = Record(folder=place, checkpoint_seconds=conditions.checkpoint_seconds, report_to=conditions.report_to)
     if not (place / "config.json").is_file():
         write_json(place / "config.json", {"format": FORMAT, "key": cell.key, "seed": cell.seed, **cell.to_plain()})
     write_json(place / "env.json", _environment(conditions))
@@ -331,9 +331,7 @@ def _main(folder: str) -> None:
     cell = Cell(**{field.name: config[field.name] for field in attrs.fields(Cell)})
     stored = read_json(place / "conditions.json")
     conditions = Conditions(**{**stored, "report_to": tuple(stored["report_to"])})
-    record = Record(
-        folder=place, checkpoint_seconds=conditions.checkpoint_seconds, report_to=conditions.report_to
-    )
+    record = Record(folder=place, checkpoint_seconds=conditions.checkpoint_seconds, report_to=conditions.report_to)
     _train(cell, record, conditions)
 
 

@@ -69,7 +69,11 @@ def check(plan: Plan) -> dict[str, dict[str, Any]]:
     tasks = {}
     for spec in plan.tasks:
         task = load_task_of(spec)
-        tasks[spec.name] = {"name": spec.name, "metric": next(iter(task.score(*_perfect(task)))), "majority": task.majority}
+        tasks[spec.name] = {
+            "name": spec.name,
+            "metric": next(iter(task.score(*_perfect(task)))),
+            "majority": task.majority,
+        }
         net = empty_model(plan.study.model, task.num_labels)
         for row in plan.rows:
             settings = plan.settings(row, spec, 0)
@@ -283,4 +287,3 @@ def _begun(place: Path) -> int:
         return (place / "attempts.jsonl").stat().st_size
     except FileNotFoundError:
         return 0
-

@@ -117,7 +117,9 @@ class _Ray(Executor):
         if self._owns:
             cpus = None if address else workers * threads
             try:
-                ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+                ray.init(
+                    address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error"
+                )
             except Exception as error:
                 text = " ".join(str(error).split())
                 raise LrkitError(f"no Ray cluster answers at {address!r}: {type(error).__name__}: {text}") from None

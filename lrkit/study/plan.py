@@ -333,9 +333,7 @@ def lay_out(study: Study) -> Plan:
         _check_path(base, path, study)
     # One at a time: each value by itself. A grid: every combination.
     singles = [{path: value} for path, values in study.swap.items() for value in values]
-    combinations = [
-        dict(zip(study.swap, values, strict=True)) for values in itertools.product(*study.swap.values())
-    ]
+    combinations = [dict(zip(study.swap, values, strict=True)) for values in itertools.product(*study.swap.values())]
     specs = [RowSpec(swap=each) for each in (combinations if study.grid and study.swap else singles)]
     specs += [RowSpec(leave_out=[name]) for name in study.leave_out]
     specs += study.rows

@@ -1,0 +1,340 @@
+"""Study files: what becomes rows, and what is told of a file that is wrong."""
+
+import tomllib
+from importlib import resources
+
+import attrs
+import folders
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+
+import lrkit
+from lrkit.cli import main
+from lrkit.study.execute import check
+from lrkit.study.plan import RowSpec, Study, TaskSpec, changes, lay_out, read_study, shipped, study_from
+
+
+def labels(plain):
+    return [row.label for row in lay_out(study_from(plain)).rows]
+
+
+def test_swaps_are_one_at_a_time_and_the_base_comes_first():
+    plain = {"base": "adalora", "swap": {"metric": ["sensitivity", "magnitude"], "scheduler": ["linear"]}}
+    assert labels(plain) == ["adalora", "metric=sensitivity", "metric=magnitude", "scheduler=linear"]
+
+
+def test_a_grid_has_every_combination_and_the_base_once():
+    plain = {
+        "base": "adalora",
+        "grid": True,
+        "swap": {"metric": ["sensitivity-uncertainty", "magnitude"], "scheduler": ["cubic", "linear"]},
+    }
+    assert labels(plain) == [
+        "adalora",
+        "metric=sensitivity-uncertainty, scheduler=linear",
+        "metric=magnitude, scheduler=cubic",
+        "metric=magnitude, scheduler=linear",
+    ]
+
+
+def test_a_swap_changes_what_it_names_and_nothing_else():
+    plan = lay_out(
+        study_from(
+            {
+                "base": "adalora",
+                "set": {"rank": 6, "target_rank": 3, "metric.beta1": 0.5},
+                "swap": {
+                    "metric": [{"name": "sensitivity", "smoothed": True}],
+                    "action.ties": ["threshold"],
+                    "target_rank": [2],
+                },
+                "leave_out": ["penalty", "policy"],
+                "rows": [{"base": "lora", "set": {"rank": 3}, "run": {"lr": 0.001}}],
+            }
+        )
+    )
+    found = {row.label: {(c["path"], c["base"], c["value"]) for c in changes(plan.rows[0], row)} for row in plan.rows}
+    policy = {("metric", "sensitivity-uncertainty", None), ("scheduler", "cubic", None), ("action", "prune", None)}
+    assert found == {
+        "adalora": set(),
+        "metric=sensitivity(smoothed=true)": {("metric", "sensitivity-uncertainty", "sensitivity")},
+        "action.ties=threshold": {("action.ties", "budget", "threshold")},
+        "target_rank=2": {("scheduler.target", 3, 2)},
+        "without penalty": {("parameterization.orthogonality", 0.1, 0.0)},
+        "without policy": policy,
+        "lora, rank=3, run.lr=0.001": policy | {("parameterization", "svd", "lora"), ("run.lr", None, 0.001)},
+    }
+    by_label = {row.label: row.method for row in plan.rows}
+    # The settings that both metrics have are carried over.
+    assert by_label["metric=sensitivity(smoothed=true)"].metric == lrkit.metrics.Sensitivity(smoothed=True, beta1=0.5)
+    assert by_label["target_rank=2"].metric.beta1 == 0.5
+
+
+def test_swaps_reach_into_further_policies():
+    hybrid = attrs.evolve(
+        lrkit.methods.aflora(rank=4, train="both"),
+        also=(
+            lrkit.Policy(
+                metric=lrkit.metrics.Magnitude(),
+                scheduler=lrkit.schedulers.Cubic(target=2),
+                action=lrkit.actions.Prune(),
+            ),
+        ),
+    )
+    plain = {
+        "base": lrkit.to_plain(hybrid),
+        "swap": {"also.0.metric": ["sensitivity"]},
+        "leave_out": ["also", "policy"],
+    }
+    plan = lay_out(study_from(plain))
+    assert [row.label for row in plan.rows] == ["base", "also.0.metric=sensitivity", "without also", "without policy"]
+    assert plan.rows[1].method.also[0].metric == lrkit.metrics.Sensitivity()
+    assert plan.rows[2].method == attrs.evolve(hybrid, also=())
+    assert plan.rows[3].method.policies == hybrid.also
+
+
+def test_settings_come_from_study_task_and_row_in_that_order():
+    study = {
+        "base": "adalora",
+        "run": {"steps": 10, "lr": 0.1, "batch_size": 8},
+        "tasks": [{"task": "movies", "run": {"lr": 0.2, "batch_size": 4}, "set": {"scheduler.warmup": 3}}],
+        "rows": [{"label": "slow", "run": {"lr": 0.3}}, {"label": "plain", "base": "lora"}],
+    }
+    plan = lay_out(study_from(study))
+    given = plan.settings(plan.rows[1], plan.tasks[0], 5)
+    assert (given.steps, given.lr, given.batch_size, given.seed) == (10, 0.3, 4, 5)
+    assert plan.method(plan.rows[0], plan.tasks[0]).scheduler.warmup == 3
+    assert plan.method(plan.rows[2], plan.tasks[0]) == lrkit.methods.lora(), "a schedule means nothing to it"
+
+
+def test_every_study_that_ships_can_run():
+    names = set(shipped())
+    assert {
+        "adalora-table-4",
+        "adalora-table-5",
+        "adalora-figure-2",
+        "aflora-table-2",
+        "aflora-table-3",
+        "aflora-table-6",
+        "aflora-figure-3",
+        "aflora-figure-4",
+        "hybrid",
+    } <= names
+    for name in names:
+        text = (resources.files("lrkit") / "studies" / f"{name}.toml").read_text("utf-8")
+        assert shipped()[name]
+        # Two lines say where it runs.
+        assert text.count('\nmodel = "minilm"\n') == 1 and text.count('\ntasks = ["movies"]\n') == 1
+        plan = lay_out(read_study(name))
+        assert len(plan.seeds) == 6
+        check(plan)
+
+
+WRONG = {
+    "no base": ({}, "study: base is missing"),
+    "key": ({"base": "lora", "sead": 3}, 'there is no key "sead" (did you mean "seeds"?)'),
+    "row key": ({"base": "lora", "rows": [{"lable": "x"}]}, 'rows there is no key "lable" (did you mean "label"?)'),
+    "task key": ({"base": "lora", "tasks": [{"tusk": "x"}]}, '"tusk" (did you mean "task"?)'),
+    "task and data": ({"base": "lora", "tasks": [{"task": "movies", "data": "x"}]}, "either task (a name) or data"),
+    "seeds": ({"base": "lora", "seeds": "six"}, "seeds must be a number of seeds (6)"),
+    "no seeds": ({"base": "lora", "seeds": 0}, "seeds must be a number of seeds (6)"),
+    "twice a seed": ({"base": "lora", "seeds": [1, 1]}, "different seeds"),
+    "a flag": ({"base": "lora", "grid": "yes"}, "grid must be true or false, not 'yes'"),
+    "swap no list": ({"base": "lora", "swap": {"metric": "magnitude"}}, '"metric" must be a list of values to try'),
+    "method": ({"base": "adalorra"}, 'unknown method "adalorra" (did you mean "adalora"?)'),
+    "base": ({"base": 7}, "base must be a method's name"),
+    "setting": ({"base": "adalora", "set": {"rnk": 3}}, 'has no argument "rnk" (did you mean "rank"?)'),
+    "swap path": (
+        {"base": "adalora", "swap": {"metrik": ["magnitude"]}},
+        'no component "metrik" (did you mean "metric"?)',
+    ),
+    "swap value": (
+        {"base": "adalora", "swap": {"metric": ["magnitud"]}},
+        'row metric=magnitud: unknown metric "magnitud" (did you mean "magnitude"?)',
+    ),
+    "swap number": ({"base": "adalora", "swap": {"metric": [3]}}, "row metric=3: metric must be a name"),
+    "component": (
+        {"base": "adalora", "swap": {"metric": [{"nam": "x"}]}},
+        "metric must be a name, or a table with a name",
+    ),
+    "does not fit": ({"base": "adalora", "swap": {"rank": [4]}}, "row rank=4: Cubic.target = 8 is above"),
+    "leave out": ({"base": "adalora", "leave_out": ["penality"]}, '"penality" (did you mean "penalty"?)'),
+    "no penalty": ({"base": "lora", "leave_out": ["penalty"]}, 'parameterization "lora" has no penalty'),
+    "no policy": ({"base": "lora", "leave_out": ["policy"]}, "the method has no policy"),
+    "run": ({"base": "lora", "run": {"step": 3}}, 'run has no setting "step" (did you mean "steps"?)'),
+    "row run": ({"base": "lora", "rows": [{"label": "x", "run": {"lr": "fast"}}]}, "row x: run.lr must be"),
+    "labels": (
+        {"base": "lora", "rows": [{"label": "a", "set": {"rank": 2}}, {"label": "a", "set": {"rank": 3}}]},
+        'two rows are called "a"',
+    ),
+    "tasks": ({"base": "lora", "tasks": ["movies", "movies"]}, 'two tasks are called "movies"'),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_study_is_told_in_one_line(case):
+    plain, told = WRONG[case]
+    with pytest.raises(lrkit.LrkitError) as error:
+        lay_out(study_from(plain))
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_study_that_is_no_file_or_no_toml(tmp_path):
+    with pytest.raises(lrkit.LrkitError, match=r'no such file \(did you mean "adalora-table-4"\?\)'):
+        read_study("adalora-tabel-4")
+    (tmp_path / "a.toml").write_text("base = lora")
+    with pytest.raises(lrkit.LrkitError, match="a.toml: no TOML: Invalid value"):
+        read_study(str(tmp_path / "a.toml"))
+
+
+# ---- two hundred files that somebody got wrong -----------------------------------------------------------------------
+
+_VALUES = st.recursive(
+    st.one_of(
+        st.none().map(lambda _: "none"),
+        st.booleans(),
+        st.integers(-5, 2**40),
+        st.floats(),
+        st.text(max_size=8),
+        st.sampled_from(["adalora", "lora", "magnitude", "cubic", "prune", "svd", "movies", "rank", "metric"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["name", "rank", "metric", "label", "set", "x"]), inner, max_size=3),
+    ),
+    max_leaves=5,
+)
+_KEYS = st.one_of(
+    st.sampled_from([f.name for cls in (Study, RowSpec, TaskSpec) for f in attrs.fields(cls)] + ["parameterization"]),
+    st.text(max_size=6),
+)
+
+
+def _toml(value):
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_quoted(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return _quoted(value) if isinstance(value, str) else repr(value)
+
+
+def _quoted(text):
+    return '"' + "".join(f"\\U{ord(c):08X}" if not 0xD800 <= ord(c) < 0xE000 else "?" for c in text) + '"'
+
+
+@settings(max_examples=220, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(_KEYS, _VALUES, max_size=4), st.integers(0, 400), st.booleans())
+@example({"swap": {"parameterization": ["full"]}}, 0, False)
+@example({"rows": [{"base": {"parameterization": {"name": "svd", "rank": 2**40}}}]}, 0, False)
+@example({"base": {"parameterization": "lora", "also": 3}}, 0, False)
+@example({"base": {"parameterization": "lora", "metric": [1]}}, 0, False)
+@example({"seeds": 2**40}, 0, False)
+def test_a_fuzzed_study_file_gives_rows_or_one_line(tmp_path_factory, capsys, changes, cut, torn):
+    plain = {"base": "adalora", **changes}
+    text = "\n".join(f"{_quoted(key)} = {_toml(value)}" for key, value in plain.items())
+    if torn:
+        text = text[: len(text) - cut % (len(text) + 1)]
+    path = tmp_path_factory.mktemp("fuzz") / "study.toml"
+    path.write_text(text, encoding="utf-8")
+    try:
+        lay_out(read_study(str(path)))
+        return
+    except lrkit.LrkitError as error:
+        assert "\n" not in str(error) and str(error)
+    with pytest.raises(SystemExit) as ended:
+        main(["ablate", str(path), "--out", str(path.parent / "out")])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told.startswith("lrkit: ") and told.count("\n") == 1 and "Traceback" not in told
+    assert not (path.parent / "out").exists()
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    folders.write_model(folder / "model", 1)
+    folders.write_data(folder / "data")
+    return folder
+
+
+def test_the_command_line_and_a_file_are_one_study(place, tmp_path, capsys):
+    given = ["--data", str(place / "data"), "--model", str(place / "model"), "--set", "run.max_length=12"]
+    given += ["--set", "run.steps=6", "--set", "run.batch_size=4", "--workers", "0", "--no-costs", "--json"]
+    swaps = ["--set", "rank=4", "--set", "target_rank=2", "--swap", "metric=magnitude", "--seeds", "2"]
+    with pytest.raises(SystemExit) as ended:
+        main(["ablate", "adalora", *swaps, *given, "--out", str(tmp_path / "one")])
+    assert ended.value.code == 0
+    import json
+
+    told = json.loads(capsys.readouterr().out)
+    assert [row["label"] for row in told["rows"]] == ["adalora", "metric=magnitude"]
+    assert (tmp_path / "one" / "report.html").is_file()
+    (tmp_path / "study.toml").write_text(
+        'base = "adalora"\nseeds = 9\n[set]\nrank = 4\ntarget_rank = 2\n[swap]\nmetric = ["magnitude"]\n'
+    )
+    with pytest.raises(SystemExit):
+        main(["ablate", str(tmp_path / "study.toml"), "--seeds", "0,1", *given, "--out", str(tmp_path / "two")])
+    capsys.readouterr()
+
+    def cells(name):
+        return sorted(path.name for path in (tmp_path / name / "cells").iterdir())
+
+    assert cells("one") == cells("two") and len(cells("one")) == 4
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path / "one"), "--json"])
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == told["rows"]
+
+
+def test_curves_go_to_tensorboard_when_asked_for(place, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lrkit.ablate(
+        "lora",
+        task={"data": str(place / "data")},
+        model=str(place / "model"),
+        out=tmp_path / "out",
+        seeds=1,
+        run={"steps": 4, "batch_size": 4, "max_length": 12, "eval_every": 2},
+        workers=0,
+        costs=False,
+        report_to=["tensorboard"],
+    )
+    (cell,) = (tmp_path / "out" / "cells").iterdir()
+    events = EventAccumulator(str(cell / "runs"))
+    events.Reload()
+    lines = [__import__("json").loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
+    written = [line["loss"] for line in lines if "loss" in line]
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(written)
+    assert len(events.Scalars("eval/accuracy")) == 2
+
+
+def test_ablate_from_python_takes_components_as_they_are(place, tmp_path):
+    table = lrkit.ablate(
+        lrkit.methods.adalora(rank=4, target_rank=2),
+        {"metric": [lrkit.metrics.Sensitivity(smoothed=True)], "action.ties": ["threshold"]},
+        task={"data": str(place / "data")},
+        model=str(place / "model"),
+        out=tmp_path / "out",
+        seeds=[3],
+        run={"steps": 6, "batch_size": 4, "max_length": 12},
+        workers=0,
+        costs=False,
+    )
+    frame = table.frame()
+    assert len(frame) == 3
+    assert [row.label for row in table.rows][0] == "base"
+    assert "action.ties=threshold" in str(table)
+
+
+def test_the_files_of_a_study_are_toml_with_nothing_left_over():
+    for name in shipped():
+        text = (resources.files("lrkit") / "studies" / f"{name}.toml").read_text("utf-8")
+        assert attrs.asdict(study_from(tomllib.loads(text), name))["base"]

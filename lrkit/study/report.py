@@ -284,20 +284,30 @@ def _results(study: _Study) -> str:
         )
         means = f"<table><thead><tr><th>row</th>{head}</tr></thead><tbody>{lines}</tbody></table>"
         html += f"<h3>Means by task</h3>{_scroll(means)}"
-    heads = [row.head for row in table.rows if row.head]
-    head_note = f" (the task head's {max(heads):,.0f} are left out)" if heads else ""
-    over = "seeds, pooled within the tasks" if len(table.tasks) > 1 else "seeds"
-    html += (
-        f'<p class="caption">Score on the validation rows: {escape(table.score)}, ± standard deviation over {over}. '
-        f"Δ: mean difference to {escape(table.base)} over pairs of the same task and seed, with its 95 % bootstrap interval "
-        "(BCa). <i>p</i>: two-sided sign-flip permutation test on those pairs; Holm: corrected over the rows. "
-        f"Params: trainable parameters of the adapters{head_note}; FLOPs: counted over a whole run; "
-        "step time: over the base's, timed interleaved in one process.</p>"
-    )
+    html += f'<p class="caption">{" ".join(_what_columns_mean(table))}</p>'
     rest = [note for note in table.all_notes() if note not in table.limits]
     if rest:
         html += f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in rest)}</ul>'
     return html
+
+
+def _what_columns_mean(table: Table) -> Iterator[str]:
+    """Sentences about the columns that there are."""
+    shown = {column.key for column in columns_of(table, SCORES + COSTS)}
+    over = "seeds, pooled within the tasks" if len(table.tasks) > 1 else "seeds"
+    yield f"Score on the validation rows: {escape(table.score)}, ± standard deviation over {over}."
+    if "difference" in shown:
+        yield (
+            f"Δ: mean difference to {escape(table.base)} over pairs of the same task and seed, with its 95 % bootstrap "
+            "interval (BCa). <i>p</i>: two-sided sign-flip permutation test on those pairs; Holm: corrected over the rows."
+        )
+    heads = [row.head for row in table.rows if row.head]
+    if "parameters_average" in shown:
+        head = f" (the task head's {max(heads):,.0f} are left out)" if heads else ""
+        flops = "; FLOPs: counted over a whole run" if "flops" in shown else ""
+        yield f"Params: trainable parameters of the adapters{head}{flops}."
+    if "step_ratio" in shown:
+        yield "Step time: over the base's, timed interleaved in one process."
 
 
 def _main_table(study: _Study) -> str:
@@ -930,14 +940,15 @@ svg .in{fill:var(--in)}
 rect.s-done{fill:var(--heat)}rect.s-running{fill:var(--warm)}rect.s-failed{fill:var(--bad)}rect.s-missing{fill:var(--rule)}
 td.s-failed a{color:var(--bad)}
 .narrow{display:none}
-@media (max-width:1140px){.side{display:block}.side .key{flex-direction:row;margin:8px 0}}
-@media (max-width:840px){.wide{display:none}div.narrow{display:block}ul.narrow{display:flex}
+@media screen and (max-width:1140px){.side{display:block}.side .key{flex-direction:row;margin:8px 0}}
+@media screen and (max-width:840px){.wide{display:none}div.narrow{display:block}ul.narrow{display:flex}
 main{padding:24px 12px 48px}h1{font-size:24px}
 header dl{grid-template-columns:repeat(auto-fill,minmax(min(160px,100%),1fr))}
 .changes{grid-template-columns:minmax(0,1fr);gap:2px}.changes dd{margin-bottom:10px}
 table.main tbody th:first-child,table.main thead th:first-child{position:sticky;left:0;background:var(--paper);z-index:1;
 min-width:120px;max-width:150px}.is-base th:first-child{background:var(--faint)!important}}
-@media print{@page{size:A4 landscape;margin:12mm}main{max-width:none;padding:0}section{margin-top:20px}
+@media print{@page{size:A4 landscape;margin:12mm}main{max-width:none;padding:0}section{margin-top:20px;padding-top:12px}
+.side{display:block}.side .key{flex-direction:row;margin:8px 0}figure{break-inside:avoid}
 .scroll{overflow:visible}.panel,figure>.scroll,tr{break-inside:avoid}h2,h3,h4{break-after:avoid}table{font-size:11px}
 th,td{padding:3px 5px}*{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 details::details-content{content-visibility:visible;block-size:auto}}

@@ -273,9 +273,9 @@ class Table:
         lines = [
             r"% needs \usepackage{booktabs}",
             r"\begin{table}",
-            r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
+            r"\centering\scriptsize\setlength{\tabcolsep}{3pt}",
             rf"\caption{{{latex(' '.join([_sentence(self.title), *self.all_notes()]))}}}",
-            rf"\label{{tab:{label}}}",
+            rf"\label{{tab:{label}}}\par\medskip",
         ]
         for columns in (columns_of(self, SCORES), columns_of(self, COSTS), columns_of_tasks(self)):
             if len(columns) == 1:

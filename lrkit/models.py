@@ -53,9 +53,9 @@ class Pretrained:
         for prefix, module in self.model.named_modules():
             own = [p for n, p in module.named_parameters(prefix, recurse=False) if n in self.fresh]
             for p in own:
-                p._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers' mark: leave it alone
+                p._is_hf_initialized = False  # transformers' mark: leave it alone
             if own:
-                self.model._init_weights(module)
+                self.model._init_weights(module)  # type: ignore[no-untyped-call]
         return self.model
 
 

@@ -1,5 +1,6 @@
 """Study files: what becomes rows, and what is told of a file that is wrong."""
 
+import contextlib
 import tomllib
 from importlib import resources
 
@@ -185,7 +186,7 @@ def test_a_study_that_is_no_file_or_no_toml(tmp_path):
     with pytest.raises(lrkit.LrkitError, match=r'no such file \(did you mean "adalora-table-4"\?\)'):
         read_study("adalora-tabel-4")
     (tmp_path / "a.toml").write_text("base = lora")
-    with pytest.raises(lrkit.LrkitError, match="a.toml: no TOML: Invalid value"):
+    with pytest.raises(lrkit.LrkitError, match=r"a\.toml: no TOML: Invalid value"):
         read_study(str(tmp_path / "a.toml"))
 
 
@@ -240,11 +241,9 @@ def test_a_fuzzed_study_file_gives_rows_or_one_line(tmp_path_factory, capsys, ch
         text = text[: len(text) - cut % (len(text) + 1)]
     path = tmp_path_factory.mktemp("fuzz") / "study.toml"
     path.write_text(text, encoding="utf-8")
-    try:
+    with contextlib.suppress(lrkit.LrkitError):
         lay_out(read_study(str(path)))
         return
-    except lrkit.LrkitError as error:
-        assert "\n" not in str(error) and str(error)
     with pytest.raises(SystemExit) as ended:
         main(["ablate", str(path), "--out", str(path.parent / "out")])
     told = capsys.readouterr().err
@@ -330,7 +329,7 @@ def test_ablate_from_python_takes_components_as_they_are(place, tmp_path):
     )
     frame = table.frame()
     assert len(frame) == 3
-    assert [row.label for row in table.rows][0] == "base"
+    assert table.rows[0].label == "base"
     assert "action.ties=threshold" in str(table)
 
 

@@ -227,7 +227,7 @@ def test_a_study_grows_in_its_folder_and_refuses_another(place, tmp_path):
 
 def test_nothing_is_spent_on_a_study_with_a_cell_that_cannot_run(place, tmp_path):
     late = {"label": "late", "set": {"warmup": 6, "final": 3}}
-    with pytest.raises(lrkit.LrkitError, match="row late on data: .*total_steps 8"):
+    with pytest.raises(lrkit.LrkitError, match=r"row late on data: .*total_steps 8"):
         perform_here(small(place, rows=[late]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -307,15 +307,15 @@ def test_ray_with_a_worker_that_is_killed(place, tmp_path):
 
 def test_a_pool_of_dask(place, tmp_path):
     distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
-        with distributed.Client(cluster) as client:
-            plan = lay_out(small(place))
-            outcome = perform(plan, tmp_path / "out", executor=client.get_executor(), threads=1, costs=False)
+    alone = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**alone) as cluster, distributed.Client(cluster) as client:
+        plan = lay_out(small(place))
+        outcome = perform(plan, tmp_path / "out", executor=client.get_executor(), threads=1, costs=False)
     assert (outcome.done, outcome.failed) == (3, ())
     perform(plan, tmp_path / "here", workers=0, threads=1, costs=False)
     assert results(tmp_path / "out") == results(tmp_path / "here")
 
 
 def test_ray_that_is_not_there_is_said(place, tmp_path):
-    with pytest.raises(lrkit.LrkitError, match="no Ray cluster answers at '127.0.0.1:1'"):
+    with pytest.raises(lrkit.LrkitError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
         perform(lay_out(small(place)), tmp_path / "out", executor="ray", address="127.0.0.1:1", workers=1, costs=False)

@@ -29,7 +29,7 @@ def ablate(
     targets: str | Sequence[str] = "all-linear",
     seeds: int | Sequence[int] = SEEDS,
     run: Mapping[str, Any] | None = None,
-    set: Mapping[str, Any] | None = None,  # noqa: A002 (the command line's own word)
+    set: Mapping[str, Any] | None = None,
     rows: Sequence[Mapping[str, Any]] = (),
     leave_out: Sequence[str] = (),
     grid: bool = False,
@@ -153,7 +153,7 @@ def _plain(path: str, value: Any) -> Any:
     from lrkit.registry import current
 
     settings = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
-    return {"name": current().name_of(kind, type(value)), **settings}  # type: ignore[arg-type]
+    return {"name": current().name_of(kind, type(value)), **settings}
 
 
 class _Borrowed(Executor):

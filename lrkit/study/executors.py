@@ -1,6 +1,4 @@
-"""Executors: where cells run. Each is a function of workers, threads and an address that gives a
-`concurrent.futures.Executor`.
-"""
+"""Executors: where cells run. Each is a function that gives a `concurrent.futures.Executor`."""
 
 import os
 from collections.abc import Callable
@@ -117,13 +115,11 @@ class _Ray(Executor):
         if self._owns:
             cpus = None if address else workers * threads
             try:
-                ray.init(
-                    address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error"
-                )
+                ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=40)
             except Exception as error:
                 text = " ".join(str(error).split())
                 raise LrkitError(f"no Ray cluster answers at {address!r}: {type(error).__name__}: {text}") from None
-        share = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+        share = 1.0 if ray.cluster_resources().get("GPU") else 0.0  # type: ignore[no-untyped-call]
         self._options = {
             "num_cpus": threads,
             "num_gpus": share,

@@ -173,7 +173,7 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
         data["tasks"] = [{"task": each} if isinstance(each, str) else each for each in data["tasks"]]
     if "base" not in data:
         raise LrkitError(f"{where}: base is missing: the method that rows are compared with")
-    study = _structure(data, Study, where)
+    study: Study = _structure(data, Study, where)
     for spec in study.tasks:
         if (spec.task is None) == (spec.data is None):
             raise LrkitError(f"{where}: tasks: each has either task (a name) or data (a folder)")
@@ -233,7 +233,7 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
     converter.register_structure_hook_func(lambda t: str(t).startswith("list["), some)
 
     def record(inner: type) -> Any:
-        build = make_dict_structure_fn(inner, converter, _cattrs_forbid_extra_keys=True)
+        build: Any = make_dict_structure_fn(inner, converter, _cattrs_forbid_extra_keys=True)
 
         def structure(value: Any, hint: Any) -> Any:
             if not isinstance(value, Mapping):

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -345,9 +346,7 @@ def _train(
     )
     log_every = max(1, steps // 500)
     watch = Watch(progress)
-    callbacks = [AdaptCallback(adapted), watch]
-    if record is not None:
-        callbacks.append(Recorder(record, adapted, log_every))
+    recorder = None if record is None else Recorder(record, adapted, log_every)
     with tempfile.TemporaryDirectory() as empty, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer = RunTrainer(
@@ -377,7 +376,7 @@ def _train(
             data_collator=DataCollatorWithPadding(pretrained.tokenizer),
             compute_metrics=lambda p: task.score(p.predictions, p.label_ids),
             optimizers=(optimizer, schedule),
-            callbacks=callbacks,
+            callbacks=[AdaptCallback(adapted), watch, *([] if recorder is None else [recorder])],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         latest = None if record is None else record.latest()
@@ -388,8 +387,8 @@ def _train(
             adapted.unbind()
             raise
         finally:
-            for callback in callbacks[2:]:
-                callback.close()
+            if recorder is not None:
+                recorder.close()
         # Under mixed precision the model's forward was wrapped; the next run starts from the plain one.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     log = trainer.state.log_history
@@ -411,10 +410,10 @@ def _train(
     )
 
 
-def _flops(points: list[tuple[int, float]], settings: RunSettings) -> RunFlops:
+def _flops(points: Sequence[tuple[float, float]], settings: RunSettings) -> RunFlops:
     """Of the whole run, from counts at some of its steps; between two of them half the steps cost as each."""
     last = points[-1][0]
-    total = sum((b - a) * (at_a + at_b) / 2 for (a, at_a), (b, at_b) in zip(points, points[1:], strict=False))
+    total = sum((b - a) * (at_a + at_b) / 2 for (a, at_a), (b, at_b) in pairwise(points))
     mean = total / (last - points[0][0]) if last > points[0][0] else points[0][1]
     size = settings.batch_size
     return RunFlops(run=mean * size * (last + 1), first_step=points[0][1] * size, last_step=points[-1][1] * size)

@@ -34,6 +34,7 @@ class RunTrainer(Trainer):
         super().__init__(**settings)
         self._adapted, self._sample = adapted, sample
         last = self.args.max_steps - 1
+        self._counted: tuple[int, float] | None = None
         self._points = {round(i * last / (_POINTS - 1)) for i in range(_POINTS)}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -51,6 +52,12 @@ class RunTrainer(Trainer):
         return super().training_step(*args, **kwargs)
 
     def _count(self) -> None:
+        trains = self._adapted.summary().now
+        if self._counted is None or self._counted[0] != trains:
+            self._counted = trains, self._flops()
+        self.log({"flops_of_a_row": self._counted[1]})
+
+    def _flops(self) -> float:
         model = self._adapted.model
         sample = {key: value.to(self.args.device) for key, value in self._sample.items()}
         was = model.training
@@ -58,7 +65,7 @@ class RunTrainer(Trainer):
         with torch.random.fork_rng(), self.compute_loss_context_manager():
             counted = flops(model, sample)
         model.train(was)
-        self.log({"flops_of_a_row": float(counted.total)})
+        return float(counted.total)
 
 
 class Watch(TrainerCallback):

@@ -1171,9 +1171,11 @@ def method_with_a_metric_that_is_not_registered():
 
 @fault("loss goes down", "survives plain data", "saved and taken out", "resumes exactly")
 def method_that_never_ends():
+    scheduler = scheduler_whose_last_decision_is_never_due()
+
     def made() -> lrkit.Method:
         """AdaLoRA without a last decision. Source: this test."""
-        return attrs.evolve(lrkit.methods.adalora(), scheduler=scheduler_whose_last_decision_is_never_due())
+        return attrs.evolve(lrkit.methods.adalora(), scheduler=scheduler)
 
     return made
 

@@ -23,5 +23,8 @@ napoleon_numpy_docstring = False
 nitpicky = True
 # Other projects' names: there is no inventory to look them up in without a network.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|transformers|attrs?|pluggy|datasets|collections|pathlib|typing|os|numpy)\..*|ArrayLike"),
+    (
+        r"py:.*",
+        r"(torch|transformers|attrs?|pluggy|datasets|collections|concurrent|pandas|pathlib|typing|os|numpy)\..*|ArrayLike|PreTrainedTokenizerBase",
+    ),
 ]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lrkit import actions, methods, metrics, parameterizations, peft, schedulers, tasks, trainer
+    from lrkit import actions, methods, metrics, parameterizations, peft, schedulers, tasks, testing, trainer
     from lrkit.actions import Action
     from lrkit.adapted import Adapted, attach, load
     from lrkit.controller import Decision
@@ -55,7 +55,7 @@ _HOMES = {
     "with_component": "method",
     "with_setting": "method",
 }
-_MODULES = ("actions", "methods", "metrics", "parameterizations", "peft", "schedulers", "tasks", "trainer")
+_MODULES = ("actions", "methods", "metrics", "parameterizations", "peft", "schedulers", "tasks", "testing", "trainer")
 
 __all__ = [
     "Action",
@@ -87,6 +87,7 @@ __all__ = [
     "peft",
     "schedulers",
     "tasks",
+    "testing",
     "to_plain",
     "trainer",
     "with_component",

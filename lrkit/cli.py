@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lrkit import scaffold
 from lrkit.errors import LrkitError, LrkitWarning, nearest
 
 if TYPE_CHECKING:
@@ -305,9 +306,16 @@ def list_methods(as_json: Json = False) -> None:
         _table(["method", *FIELDS, ""], rows)
 
 
-@app.command()
-def plugins(as_json: Json = False) -> None:
+plugins_app = typer.Typer()
+app.add_typer(plugins_app, name="plugins")
+scaffold.commands(plugins_app)
+
+
+@plugins_app.callback(invoke_without_command=True)
+def plugins(context: typer.Context, as_json: Json = False) -> None:
     """What is registered, by which distribution; what is wrong with a plug-in, if anything (exit code 2)."""
+    if context.invoked_subcommand is not None:
+        return
     from lrkit.registry import current
 
     registry = current()

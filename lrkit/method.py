@@ -205,7 +205,14 @@ def _component(registry: "Registry", kind: "Kind", plain: Any, where: str) -> An
     if not isinstance(plain, Mapping) or "name" not in plain:
         raise LrkitError(f"{where} must be a name, or a table with a name and settings, not {plain!r}")
     cls = registry.get(kind, plain["name"])
-    return cls(**check_settings(cls, {key: value for key, value in plain.items() if key != "name"}, where))
+    settings = check_settings(cls, {key: value for key, value in plain.items() if key != "name"}, where)
+    try:
+        return cls(**settings)
+    except LrkitError:
+        raise
+    except (TypeError, ValueError) as error:
+        # A plug-in's settings may be checked by attrs' own validators, or have no default.
+        raise LrkitError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def check_settings(cls: type, settings: Mapping[str, Any], where: str) -> dict[str, Any]:

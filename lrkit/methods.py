@@ -16,7 +16,7 @@ from lrkit.settings import Time
 
 
 def full() -> Method:
-    """Full fine-tuning: every parameter of the model trains."""
+    """Full fine-tuning: every parameter of the model trains. Source: the baseline of arXiv 2106.09685, section 5.1."""
     return Method(parameterization=Full())
 
 

@@ -8,7 +8,8 @@ two plug-ins claim belongs to neither, and using it raises with both named; a bu
 import inspect
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args
@@ -202,6 +203,24 @@ class Registry:
         problem = Problem(distribution, plugin, message, detail)
         self.problems.append(problem)
         warnings.warn(str(problem), PluginWarning, stacklevel=2)
+
+    @contextmanager
+    def lend(self, kind: Kind, name: str, value: Any) -> Iterator[None]:
+        """Offer one more component for a while, where it is not registered: what is saved needs names.
+
+        Args:
+            kind: its kind.
+            name: a name that is free.
+            value: its class.
+        """
+        if any(offer.value is value for offer in self.offers(kind)):
+            yield
+            return
+        self._offers[(kind, name)] = [Offer(kind, name, value, "this process", "lent")]
+        try:
+            yield
+        finally:
+            del self._offers[(kind, name)]
 
     # ---- looking up ----
 

@@ -14,8 +14,9 @@ from lrkit.units import Part
 class Full(Parameterization):
     """All parameters of the model train. No layer is replaced; each adapted layer's weight is a matrix unit.
 
-    The baseline of every table. The targets say which weights an action may act on, so that freezing whole layers
-    adaptively is ``attrs.evolve(lrkit.methods.full(), metric=..., scheduler=..., action=lrkit.actions.Freeze())``.
+    Source: the baseline of every table, such as arXiv 2106.09685, Table 2. The targets say which weights an action may
+    act on, so that freezing whole layers adaptively is
+    ``attrs.evolve(lrkit.methods.full(), metric=..., scheduler=..., action=lrkit.actions.Freeze())``.
     """
 
     learning_rate: ClassVar[float] = 5e-5

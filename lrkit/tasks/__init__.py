@@ -27,12 +27,14 @@ DEFAULT = "movies"
 
 
 def _movies(rest: str | None) -> Task:
+    """Movie-review sentences with mean human ratings. Source: the distribution vaderSentiment 3.3.2."""
     if rest is not None:
         raise LrkitError(f'task "movies" has no parts: write "movies", not "movies/{rest}"')
     return load_movies()
 
 
 def _glue(rest: str | None) -> Task:
+    """GLUE's tasks, from the hub. Source: arXiv 1804.07461."""
     if not rest:
         raise LrkitError(f'task "glue" needs a name, such as "glue/rte"; there are: {", ".join(GLUE)}')
     return load_glue(rest)

@@ -1,0 +1,286 @@
+"""Plug-ins: a package to begin with, and a look at those that are installed.
+
+``lrkit plugins new`` writes what is in ``templates/`` under other names. ``lrkit plugins doctor`` runs the contract of
+`lrkit.testing` over what is registered.
+"""
+
+import importlib.util
+import keyword
+import re
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import attrs
+import typer
+
+from lrkit.errors import LrkitError, nearest
+
+if TYPE_CHECKING:
+    from lrkit.registry import Offer, Registry
+    from lrkit.testing import Finding
+
+KINDS = ("metric", "scheduler", "action", "parameterization", "method", "task")
+"""The kinds that there is a template for."""
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.IGNORECASE)
+_USE = {
+    "metric": "lrkit run adalora --swap metric={}",
+    "scheduler": "lrkit run adalora --swap scheduler={}",
+    "action": "lrkit run adalora --swap action={}",
+    "parameterization": "lrkit run adalora --swap parameterization={}",
+    "method": "lrkit run {}",
+    "task": "lrkit run adalora --task {}",
+}
+
+
+# ---- new -------------------------------------------------------------------------------------------------------------
+
+
+def written(name: str, kind: str) -> dict[str, str]:
+    """The files of a new plug-in package: path in the package to text.
+
+    Args:
+        name: the distribution's name. What it offers has the same name, without ``lrkit-`` in front.
+        kind: one of `KINDS`.
+
+    Raises:
+        LrkitError: a name that is none, that is taken, or that makes no Python names; or an unknown kind.
+    """
+    if kind not in KINDS:
+        raise LrkitError(
+            f'there is no template for --kind "{kind}"{nearest(kind, KINDS)}; there are {", ".join(KINDS)}'
+        )
+    if not _NAME.fullmatch(name):
+        raise LrkitError(
+            f'"{name}" is no name for a distribution: letters, digits, ".", "_" and "-", with a letter or digit at both ends'
+        )
+    distribution = re.sub(r"[-_.]+", "-", name).lower()
+    module = distribution.replace("-", "_")
+    offered = distribution.removeprefix("lrkit-")
+    function = offered.replace("-", "_")
+    cls = "".join(word.capitalize() for word in offered.split("-"))
+    for what, word in (("module", module), ("function", function), ("class", cls)):
+        if not word.isidentifier() or keyword.iskeyword(word):
+            raise LrkitError(f'"{name}" makes no Python name: the {what} would be called {word}')
+    if importlib.util.find_spec(module) is not None:
+        raise LrkitError(f'a module "{module}" can be imported already, and would be in the way: choose another name')
+    from lrkit.registry import current
+
+    for offer in current().offers():
+        if (offer.kind, offer.name) == (kind, offered):
+            raise LrkitError(f'{kind} "{offered}" is already offered by {offer.distribution}: choose another name')
+    words = {
+        "example-distribution": distribution,
+        "example_use": f"```sh\n{_USE[kind].format(offered)}\n```",
+        "example_kind": kind,
+        # In a method's module, its function; everywhere else the module.
+        "def example_name": f"def {function}",
+        ": example_name}": f": {function}}}",
+        "import example_name\n\n\nclass": f"import {function}\n\n\nclass",
+        "component = example_name": f"component = {function}",
+        "evolve(example_name(": f"evolve({function}(",
+        "example_name": module,
+        "example-name": offered,
+        "ExampleName": cls,
+    }
+
+    def text(template: str) -> str:
+        read = (files("lrkit") / "templates" / template).read_text(encoding="utf-8")
+        for old, new in words.items():
+            read = read.replace(old, new)
+        return read
+
+    return {
+        "pyproject.toml": text("pyproject.txt"),
+        "README.md": text("readme.txt"),
+        f"{module}.py": text(f"{kind}.py"),
+        f"tests/test_{module}.py": text(f"{kind}_test.txt") + text("offered_test.txt"),
+    }
+
+
+def new(
+    name: Annotated[str, typer.Argument(help="The package's name, such as lrkit-movement.")],
+    kind: Annotated[str, typer.Option(help=f"What it offers: {', '.join(KINDS)}.")],
+    out: Annotated[Path | None, typer.Option(help="A new folder for it; ./NAME where none is given.")] = None,
+) -> None:
+    """Write a plug-in package that works: pyproject.toml, module, tests and README."""
+    from lrkit import cli
+
+    texts = written(name, kind)
+    folder = cli._new_folder(Path(name) if out is None else out, "")
+    for path, text in texts.items():
+        cli._make((folder / path).parent)
+        (folder / path).write_text(text, encoding="utf-8")
+    typer.echo(f"written: {'  '.join(str(folder / path) for path in texts)}")
+    typer.echo(f"next: python -m pytest {folder}; pip install -e {folder} --no-build-isolation; lrkit plugins doctor")
+
+
+# ---- doctor ----------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Component:
+    """What a plug-in offers, and whether it keeps its contract.
+
+    Args:
+        kind: its kind.
+        name: its registered name.
+        kept: None where it was not checked; `note` then says why.
+        findings: the clauses that it breaks.
+        note: why it was not checked.
+    """
+
+    kind: str
+    name: str
+    kept: bool | None
+    findings: "tuple[Finding, ...]" = ()
+    note: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class Report:
+    """One plug-in.
+
+    Args:
+        distribution: the distribution that brings it.
+        version: the distribution's version.
+        plugin: its entry point's name.
+        module: what the entry point names; empty for one that was added in this process.
+        components: what it offers.
+        problems: why it, or a part of it, cannot be used.
+    """
+
+    distribution: str
+    version: str
+    plugin: str
+    module: str
+    components: tuple[Component, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong with it."""
+        return not self.problems and all(component.kept is not False for component in self.components)
+
+
+def examine(name: str | None = None, registry: "Registry | None" = None) -> list[Report]:
+    """Every installed plug-in, with its contract checked.
+
+    Args:
+        name: one distribution or entry point; None for all but lrkit's own.
+        registry: what is looked at; None for this process's.
+
+    Raises:
+        LrkitError: nothing of that name is installed.
+    """
+    from lrkit.registry import GROUP, current
+    from lrkit.registry import _distribution as said
+
+    registry = registry or current()
+    modules = {(said(point), point.name): point.value for point in entry_points(group=GROUP)}
+    brought = [(offer.distribution, offer.plugin) for offer in registry.offers()]
+    brought += [(problem.distribution, problem.plugin) for problem in registry.problems]
+    known = list(dict.fromkeys(brought))
+    ours = known[0]  # the built-ins are registered first
+    chosen = [key for key in known if (key != ours if name is None else _plain(name) in _names(*key))]
+    if name is not None and not chosen:
+        names = sorted({word for key in known for word in _names(*key)})
+        raise LrkitError(f'no plug-in "{name}" is installed{nearest(name, names)}; there are {", ".join(names)}')
+    reports = []
+    for distribution, plugin in chosen:
+        whose, _, version = distribution.rpartition(" ")
+        problems = [p.message for p in registry.problems if (p.distribution, p.plugin) == (distribution, plugin)]
+        components = []
+        for offer in registry.offers():
+            if (offer.distribution, offer.plugin) == (distribution, plugin):
+                others = [o for o in registry.offers(offer.kind) if o.name == offer.name and o is not offer]
+                collision = f'{offer.kind} "{offer.name}" is offered by {", ".join(o.distribution for o in others)} too'
+                if others and not any(f'{offer.kind} "{offer.name}"' in problem for problem in problems):
+                    problems.append(collision)
+                components.append(_component(offer, collision if others else ""))
+        reports.append(
+            Report(
+                distribution=whose or distribution,
+                version=version if whose else "",
+                plugin=plugin,
+                module=modules.get((distribution, plugin), ""),
+                components=tuple(components),
+                problems=tuple(problems),
+            )
+        )
+    return reports
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _names(distribution: str, plugin: str) -> set[str]:
+    return {_plain(distribution.rpartition(" ")[0] or distribution), _plain(plugin)}
+
+
+def _component(offer: "Offer", collision: str) -> Component:
+    from lrkit.testing import CONTRACTS, Finding, check
+
+    if collision:
+        return Component(kind=offer.kind, name=offer.name, kept=None, note=collision)
+    if offer.kind == "task":
+        return Component(kind=offer.kind, name=offer.name, kept=None, note="loading it may need the network")
+    if offer.kind not in CONTRACTS:
+        return Component(kind=offer.kind, name=offer.name, kept=None, note="there is no contract for it")
+    try:
+        findings = tuple(check(offer.value, kind=offer.kind))
+    except (Exception, SystemExit) as error:
+        findings = (Finding("can be checked", f"{type(error).__name__}: {' '.join(str(error).split())}"),)
+    return Component(kind=offer.kind, name=offer.name, kept=not findings, findings=findings)
+
+
+def doctor(
+    name: Annotated[
+        str | None, typer.Argument(help="One distribution or entry point; all where none is given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable results on stdout.")] = False,
+) -> None:
+    """Say for each installed plug-in what it offers and whether it keeps the contract (exit code 2 where one does not)."""
+    from lrkit import cli
+
+    reports = examine(name)
+    sound = all(report.sound for report in reports)
+    if as_json:
+        plain = [attrs.asdict(report) | {"sound": report.sound} for report in reports]
+        cli._json({"plugins": plain, "sound": sound})
+    elif not reports:
+        typer.echo("no plug-in is installed beside lrkit's own components; `lrkit plugins doctor lrkit` checks those")
+    else:
+        header = ["distribution", "version", "entry point", "kind", "name", "contract"]
+        cli._table(header, [row for report in reports for row in _rows(report)])
+        for line in [line for report in reports for line in _reasons(report)]:
+            typer.echo(line)
+    if not sound:
+        raise typer.Exit(2)
+
+
+def _rows(report: Report) -> list[list[str]]:
+    point = f"{report.plugin} = {report.module}" if report.module else report.plugin
+    rows = []
+    for each in report.components:
+        broken = f"{len(each.findings)} clause{'s' if len(each.findings) > 1 else ''} broken"
+        state = {True: "kept", False: broken, None: f"not checked: {each.note}"}[each.kept]
+        rows.append([report.distribution, report.version, point, each.kind, each.name, state])
+    return rows or [[report.distribution, report.version, point, "-", "-", "cannot be used"]]
+
+
+def _reasons(report: Report) -> list[str]:
+    who = f"{report.distribution} {report.version}".strip()
+    lines = [f"{who}: {problem}" for problem in report.problems]
+    for each in report.components:
+        lines += [f"{who}, {each.kind} {each.name}: {f.clause}: {f.message}" for f in each.findings]
+    return lines
+
+
+def commands(app: Any) -> None:
+    """Hang both commands on the command line's ``plugins``."""
+    app.command(name="new")(new)
+    app.command(name="doctor")(doctor)

@@ -1,0 +1,50 @@
+"""A plug-in of lrkit: the action ``example-name``."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+import lrkit
+from lrkit.settings import real
+from lrkit.units import UnitKind, split
+
+
+@attrs.frozen(kw_only=True)
+class ExampleName(lrkit.Action):
+    """λ_i shrinks at each decision that component i loses, and can grow again in between.
+
+    Source: this package; with ``factor=0`` it is the mask of arXiv 2303.10512, Eq. 5.
+
+    Args:
+        factor: what a loser's λ is multiplied by.
+    """
+
+    reversible: ClassVar[bool] = True
+
+    factor: float = attrs.field(default=0.5, validator=real(0.0, 1.0, below=True))
+
+    @property
+    def unit(self) -> UnitKind:
+        """Rank components."""
+        return "component"
+
+    def refusal(self, parameterization: lrkit.Parameterization) -> str | None:
+        """There must be a λ to shrink."""
+        if not any(part.core and part.trains for part in parameterization.parts):
+            return "it shrinks a component's core value (λ), and this parameterization has none"
+        return None
+
+    @torch.no_grad()
+    def apply(self, blocks: Sequence[lrkit.Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        """Multiply the core values of the losers."""
+        for block, keep in zip(blocks, split(kept, blocks), strict=True):
+            block.core[~keep.to(block.core.device)] *= self.factor
+
+
+@lrkit.hookimpl
+def lrkit_actions() -> Mapping[str, type[lrkit.Action]]:
+    """What this package offers."""
+    return {"example-name": ExampleName}

@@ -1,0 +1,61 @@
+"""A plug-in of lrkit: the parameterization ``example-name``."""
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import attrs
+from torch import nn
+
+import lrkit
+from lrkit.parameterizations import LowRank, Target
+from lrkit.parameterizations.lowrank import new_factor
+from lrkit.settings import real, whole
+
+
+@attrs.frozen(kw_only=True)
+class ExampleName(lrkit.Parameterization):
+    """ΔW = (α/r) B diag(g) A: LoRA with a gate g_i for each component, which actions can act on.
+
+    A [r, d_in] is Kaiming-uniform (a = √5), B [d_out, r] zero and g [r] Gaussian at first; all of them train. Source:
+    arXiv 2311.11696, without its proximal step.
+
+    Args:
+        rank: r.
+        alpha: α.
+    """
+
+    learning_rate: ClassVar[float] = 2e-3
+
+    rank: int = attrs.field(default=8, validator=whole(1))
+    alpha: float = attrs.field(default=16.0, validator=real(0.0, above=True))
+
+    @property
+    def parts(self) -> tuple[lrkit.Part, ...]:
+        """The gates, and the matrices B and A. From this declaration all units follow."""
+        return (
+            lrkit.Part("core", axis=0, core=True),
+            lrkit.Part("B", axis=1, matrix=True),
+            lrkit.Part("A", axis=0, matrix=True),
+        )
+
+    @property
+    def components(self) -> int:
+        """r."""
+        return self.rank
+
+    def build(self, target: Target) -> nn.Module:
+        """The layer with A, g and B beside it."""
+        a = new_factor(target.layer, self.rank, target.d_in)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        gates = new_factor(target.layer, self.rank)
+        nn.init.normal_(gates)
+        b = new_factor(target.layer, target.d_out, self.rank)
+        nn.init.zeros_(b)
+        return LowRank(target.layer, a, b, core=gates, scaling=self.alpha / self.rank)
+
+
+@lrkit.hookimpl
+def lrkit_parameterizations() -> Mapping[str, type[lrkit.Parameterization]]:
+    """What this package offers."""
+    return {"example-name": ExampleName}

@@ -1,4 +1,5 @@
-"""A small study in processes of its own, for tests that kill it: `python killed_study.py FOLDER OUT WORKERS [EXECUTOR]`."""
+"""A small study in processes of its own, for tests that kill it:
+`python killed_study.py FOLDER OUT WORKERS [EXECUTOR [SEEDS [STEPS]]]`."""
 
 import sys
 from pathlib import Path
@@ -22,12 +23,12 @@ def study(folder, seeds=2, steps=14):
     )
 
 
-def main(folder, out, workers, executor="local"):
+def main(folder, out, workers, executor="local", seeds=2, steps=14):
     from lrkit.study.ablate import perform
     from lrkit.study.plan import lay_out
 
     outcome = perform(
-        lay_out(study(Path(folder), seeds=int(sys.argv[5]) if len(sys.argv) > 5 else 2)),
+        lay_out(study(Path(folder), seeds=int(seeds), steps=int(steps))),
         Path(out),
         executor=executor,
         workers=int(workers),
@@ -39,4 +40,4 @@ def main(folder, out, workers, executor="local"):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    main(*sys.argv[1:])

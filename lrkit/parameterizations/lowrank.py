@@ -130,9 +130,7 @@ def _merging_pays(x_ni: Tensor, w_oi: Tensor) -> bool:
     return wide and n * (d_in + d_out) >= _MERGING_PAYS_FROM * d_in * d_out
 
 
-def _merged(
-    w_oi: Tensor, a_ri: Tensor, b_or: Tensor, c_r: Tensor | None, s_o: Tensor | None, scaling: float
-) -> Tensor:
+def _merged(w_oi: Tensor, a_ri: Tensor, b_or: Tensor, c_r: Tensor | None, s_o: Tensor | None, scaling: float) -> Tensor:
     """W + scaling · s ∘ B (c ∘ A)."""
     return torch.addmm(w_oi, _scaled(_rows_scaled(b_or, s_o), c_r, scaling), a_ri)
 

@@ -4,6 +4,7 @@ At every real optimizer step, each policy's metric observes weights and gradient
 decision is due, entry-wise scores are reduced to unit scores, the best b(t) units are kept, and the action is applied.
 """
 
+import functools
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +13,12 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from lrkit import native
 from lrkit.actions import Ballot
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.layout import Layout
 from lrkit.method import Method, Policy
+from lrkit.tally import Tally
 from lrkit.units import Block, blocks_of, split
 
 
@@ -53,6 +56,7 @@ class PolicyState:
         self.layers = len({id(block.module) for block in blocks})
         self.units = sum(block.count for block in blocks)
         self.unit_names = [name for block in blocks for name in block.unit_names()]
+        self.parts = torch.tensor([len(block.parts) for block in blocks for _ in range(block.count)])
         self.observations = 0
         self.ended = False
         device = blocks[0].tensors[0].device
@@ -62,6 +66,7 @@ class PolicyState:
         self.layout = self._layout()
         self.buffers = {name: self._zeros(self.layout.size) for name in policy.metric.buffers}
         self.still = self._zeros(0)
+        self._finite: Tensor | None = None
 
     def _zeros(self, size: int) -> Tensor:
         return torch.zeros(size, device=self.layout.device)
@@ -76,10 +81,12 @@ class PolicyState:
 
     def follow_device(self) -> None:
         """Move the statistics to where the model has gone since attach."""
-        tensors = self.blocks[0].tensors
-        if not tensors or tensors[0].device == self.layout.device:
+        first = self.blocks[0]
+        device = first.tensor(first.parts[0]).device
+        if device == self.layout.device:
             return
-        device = tensors[0].device
+        # Where a tensor cannot move in place, the module has a new one: look them up again.
+        self.blocks = [attrs.evolve(block) for block in self.blocks]
         self.layout = self._layout()
         self.kept, self.still = self.kept.to(device), self.still.to(device)
         self.buffers = {name: flat.to(device) for name, flat in self.buffers.items()}
@@ -105,50 +112,76 @@ class PolicyState:
         number = self.policy.scheduler.first_step + controller.step - (self.policy.metric.measure == "after-step")
         if not self.policy.scheduler.observes(number, total_steps=controller.total_steps):
             return
-        grads, missing = self.layout.grads()
-        if missing:
+        self.observations += 1
+        grads = self.layout.grads()
+        if missing := len(self.layout.live) - len(grads):
             controller.warn(
                 "none",
                 f"{missing} of {len(self.layout.live)} adapter tensors have no gradient at step {controller.step + 1}: "
                 "they count as zero. Were they left out of the graph, or the gradients cleared before the step?",
             )
-        if scale is not None:
-            grads = grads / scale.to(grads.device)
-        if not torch.isfinite(grads.sum()):
-            controller.warn(
-                "finite",
-                f"gradients are not finite at step {controller.step + 1}: the statistics skip this step",
+        kernel, finite = self.policy.metric.kernel(), None
+        if kernel is not None and not missing and scale is None:
+            finite = self.layout.native.observe(kernel, grads, self.buffers["importance"], self.buffers["uncertainty"])
+        if finite is None:
+            finite = self._observe_pieces(scale)
+        if not finite:
+            self._not_finite(controller, f"at step {controller.step + 1}")
+
+    def _observe_pieces(self, scale: Tensor | None) -> bool:
+        """The same by the metric's own tensor operations. False: gradients are not finite, and nothing was changed."""
+        finite = self.layout.finite()
+        waits = self.layout.device.type != "cpu"
+        if not waits and not finite:
+            return False
+        for weight, grad, state in self.layout.each(self.buffers):
+            # On a device nothing is waited for: what was is put back there, and `decide` asks whether it had to be.
+            before = {name: flat.clone() for name, flat in state.items()} if waits else {}
+            self.policy.metric.observe(
+                weight, grad if scale is None else grad / scale.to(grad.device), state, self.observations
             )
-            return
-        self.observations += 1
-        self.policy.metric.observe(self.layout.weights(), grads, self.buffers, self.observations)
+            for name, flat in before.items():
+                state[name].copy_(torch.where(finite, state[name], flat))
+        if waits:
+            self._finite = finite if self._finite is None else self._finite & finite
+        return True
+
+    @staticmethod
+    def _not_finite(controller: "Controller", when: str) -> None:
+        controller.warn("finite", f"gradients are not finite {when}: the statistics skip this step")
 
     def entries(self) -> Tensor:
         """Entry-wise scores of what still trains [N]."""
         return self.policy.metric.score(self.layout.weights(), self.buffers)
 
-    def scores(self, entries: Tensor | None = None) -> Tensor:
+    def scores(self) -> Tensor:
         """Unit scores [units], -inf where a unit is out for good."""
-        entries = self.entries() if entries is None else entries
-        return self.layout.reduce(entries, self.still, self.policy.metric.reduce)
+        if self.policy.metric.kernel() is not None and not self.layout.still:
+            mean, deviation = self.buffers["importance"], self.buffers["uncertainty"]
+            if native.usable(mean, deviation) is not None:
+                return self.layout.reduce_product(mean, deviation)
+        return self.layout.reduce(self.entries(), self.still, self.policy.metric.reduce)
 
     @torch.no_grad()
-    def decide(self, budget: int, share: float) -> tuple[Tensor, float | None]:
+    def decide(self, controller: "Controller", budget: int, share: float) -> tuple[Tensor, float | None]:
         """Which units to keep.
 
         Args:
+            controller: whom to tell of gradients that were not finite.
             budget: how many.
             share: the same as a share of all, not cut to an integer.
 
         Returns:
             bool [units], and the lowest score that is kept (None where nothing is).
         """
-        entries = self.entries()
+        if self._finite is not None and not self._finite:
+            self._not_finite(controller, f"before step {controller.step}")
+        self._finite = None
         # A score that is not a number (diverged weights) ranks last.
-        scores = torch.nan_to_num(self.scores(entries), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        scores = torch.nan_to_num(self.scores(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
-        parts = torch.tensor([len(b.parts) for b in self.blocks for _ in range(b.count)], device=scores.device)
-        kept = self.policy.action.select(Ballot(scores, candidates, budget, share, entries, parts))
+        parts = self.parts.to(scores.device)
+        kept = self.policy.action.select(Ballot(scores, candidates, budget, share, self.entries, parts))
         return kept, float(scores[kept].min()) if bool(kept.any()) else None
 
     def rebuild(self, blocks: list[Block], kept: Tensor) -> None:
@@ -156,6 +189,7 @@ class PolicyState:
         self.blocks, self.kept = blocks, kept
         self.units = kept.numel()
         self.unit_names = [name for block in blocks for name in block.unit_names()]
+        self.parts = torch.tensor([len(block.parts) for block in blocks for _ in range(block.count)])
         self.end()
         self.layout = self._layout()
 
@@ -192,11 +226,10 @@ class Controller:
                     "in the layers that were chosen"
                 )
             self.policies.append(PolicyState(index, policy, blocks))
-        self.counts = self.parameters_now()
-        self.starts = dict(self.counts)
+        self._tally = Tally(modules, parts, trained)
+        self._survey()
+        self.starts = self.counts
         self.initial_ranks = self.ranks()
-        self._sums = dict.fromkeys(self.counts, 0)
-        self._counted = 0
 
     # ---- the loop ----
 
@@ -283,14 +316,16 @@ class Controller:
                     state.end()
             elif state.ended:
                 action.hold(state.blocks, state.kept)
-        if changed:
-            self._count()
+        if froze:
+            self._survey()
+        elif changed:
+            self._tally.count(self.step, self._components_kept())
         return froze
 
     def _decide(
         self, state: PolicyState, budget: int, share: float, optimizer: torch.optim.Optimizer
     ) -> tuple[bool, bool]:
-        kept, threshold = state.decide(budget, share)
+        kept, threshold = state.decide(self, budget, share)
         before, state.kept = state.kept, kept
         state.policy.action.apply(state.blocks, kept, optimizer)
         lost = (before & ~kept).nonzero().flatten().tolist()
@@ -347,52 +382,37 @@ class Controller:
                 return part.of(module).shape[part.axis]
         return 0
 
+    def _masking(self) -> list[PolicyState]:
+        return [state for state in self.policies if state.policy.action.unit == "component"]
+
+    def _components_kept(self) -> Tensor | None:
+        """bool [components]: those that no policy masks; None where no policy has components for units."""
+        masks = [state.kept for state in self._masking()]
+        return functools.reduce(torch.logical_and, masks) if masks else None
+
     def components_kept(self) -> dict[str, Tensor]:
         """Layer name to bool [rank]: the components that no policy masks. Layers without component units are absent."""
-        kept: dict[str, Tensor] = {}
-        for state in self.policies:
-            if state.policy.action.unit == "component":
-                for block, mask in zip(state.blocks, split(state.kept, state.blocks), strict=True):
-                    kept[block.name] = kept[block.name] & mask if block.name in kept else mask
-        return kept
+        kept = self._components_kept()
+        if kept is None:
+            return {}
+        blocks = self._masking()[0].blocks  # the same for every policy on components
+        return dict(zip((block.name for block in blocks), split(kept, blocks), strict=True))
 
-    def parameters_now(self) -> dict[str, int]:
-        """Layer name to the trainable parameters now in effect: frozen tensors and masked components do not count.
+    @property
+    def counts(self) -> dict[str, int]:
+        """Layer name to the trainable parameters now in effect: frozen tensors and masked components do not count."""
+        return self._tally.named(self._tally.now)
 
-        This is how AdaLoRA's paper counts (Σ rank · (d_in + d_out)); the core values, which it leaves out, are in.
-        """
-        kept = self.components_kept()
-        counts, seen = {}, set[int]()
-        axes = {part.name: part.axis for part in self.method.parameterization.parts}
-        for name, module in self.modules.items():
-            total = 0
-            for key, p in module.named_parameters():
-                if not p.requires_grad or id(p) in seen or id(p) not in self._trained:
-                    continue
-                seen.add(id(p))
-                axis = axes.get(key)
-                if name in kept and axis is not None:
-                    total += p.numel() // max(1, p.shape[axis]) * int(kept[name].sum())
-                else:
-                    total += p.numel()
-            counts[name] = total
-        return counts
-
-    def _count(self) -> None:
-        self._settle()
-        self.counts = self.parameters_now()
-
-    def _settle(self) -> None:
-        for name, count in self.counts.items():
-            self._sums[name] += count * (self.step - self._counted)
-        self._counted = self.step
+    def _survey(self) -> None:
+        masking = self._masking()
+        self._tally.survey([(block.name, block.count) for block in masking[0].blocks] if masking else None)
+        self._tally.count(self.step, self._components_kept())
 
     def parameters_on_average(self) -> dict[str, float]:
         """Layer name to trainable parameters averaged over the steps so far (those now, before the first step)."""
-        self._settle()
-        if self.step == 0:
-            return {name: float(count) for name, count in self.counts.items()}
-        return {name: total / self.step for name, total in self._sums.items()}
+        self._tally.settle(self.step)
+        values = self._tally.sums / self.step if self.step else self._tally.now.double()
+        return dict(zip(self._tally.names, values.tolist(), strict=True))
 
     # ---- compaction ----
 
@@ -451,14 +471,14 @@ class Controller:
                     [attrs.evolve(b, count=int(m.numel())) for b, m in zip(state.blocks, pieces, strict=True)],
                     torch.cat(pieces),
                 )
-        self._count()
+        self._survey()
         return self.ranks()
 
     # ---- state ----
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything the loop remembers: tensors by name, and JSON data."""
-        self._settle()
+        self._tally.settle(self.step)
         tensors: dict[str, Tensor] = {}
         for state in self.policies:
             prefix = f"policy.{state.index}"
@@ -471,7 +491,7 @@ class Controller:
             "total_steps": self.total_steps,
             "policies": [{"observations": s.observations, "ended": s.ended} for s in self.policies],
             "history": [attrs.asdict(d) | {"lost": list(d.lost), "returned": list(d.returned)} for d in self.history],
-            "sums": dict(self._sums),
+            "sums": self._tally.named(self._tally.sums),
         }
         return tensors, data
 
@@ -553,7 +573,7 @@ class Controller:
 
     def load_state(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Take over a state that `check_state` has passed. The adapters' tensors must be loaded before."""
-        self.step, self._counted = data["step"], data["step"]
+        self.step = data["step"]
         if self.total_steps is None and data["total_steps"] is not None:
             self.begin(data["total_steps"])
         self.history = [
@@ -578,8 +598,8 @@ class Controller:
                 name: tensors[f"{prefix}.buffer.{name}"].to(device, copy=True)
                 for name in (() if state.ended else state.policy.metric.buffers)
             }
-        self.counts = self.parameters_now()
-        self._sums = {name: int(data["sums"][name]) for name in self.counts}
+        self._tally.load(self.step, data["sums"])
+        self._survey()
 
 
 def counts_of(state: PolicyState, ranks: Mapping[str, int]) -> list[int]:

@@ -1,10 +1,14 @@
 """Where every entry of a policy's units lies in flat tensors.
 
-A metric sees all entries of all units as one flat tensor, so that a step costs a handful of tensor operations however
-many layers there are. Blocks of one shape lie together, part by part, so that unit scores are one reduction a shape.
+A metric sees the entries of all units as flat tensors, so that a step costs a handful of tensor operations however many
+layers there are. Blocks of one shape lie together, part by part, so that unit scores are one reduction a shape.
+
+Statistics lie in one flat tensor; weights and gradients are gathered a *piece* at a time. On a CPU a piece is small enough
+to stay in the cache while a metric works on it, and is never written to memory as a whole; on other devices, where each
+operation costs a launch, everything is one piece.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Literal
 
@@ -12,7 +16,11 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from lrkit.native import Tensors, add_scores
 from lrkit.units import Block, Part
+
+_PIECE = 1 << 16
+"""Entries of a piece on a CPU: weights, gradients and temporaries of 64 Ki float32 fit into the second-level cache."""
 
 
 @attrs.frozen(eq=False)
@@ -30,8 +38,21 @@ class _Group:
     """Blocks of one shape: where their parts lie, and the positions of their units."""
 
     blocks: int
+    units: int
     slabs: tuple[_Slab, ...]
-    index: Tensor
+    starts: Tensor
+
+    def positions(self) -> Tensor:
+        """Where its units stand among all [blocks, units]."""
+        return self.starts[:, None] + torch.arange(self.units, device=self.starts.device)
+
+
+@attrs.frozen(eq=False)
+class _Piece:
+    """Neighbouring tensors, and where their entries lie."""
+
+    tensors: list[nn.Parameter]
+    where: slice
 
 
 class Layout:
@@ -72,31 +93,37 @@ class Layout:
                 slabs.append(_Slab(still, sizes[still], tuple(tensor.shape), axis))
                 sizes[still] += tensor.numel() * len(members)
                 (self.still if still else self.live).extend(b.tensor(p[position]) for _, b, p in members)
-            index = torch.tensor([s + i for s, b, _ in members for i in range(b.count)], device=device)
-            self.groups.append(_Group(len(members), tuple(slabs), index))
+            starts = torch.tensor([start for start, _, _ in members], device=device)
+            self.groups.append(_Group(len(members), first.count, tuple(slabs), starts))
         self.size, self.still_size = sizes[False], sizes[True]
         self.device = device
+        self.pieces = list(_pieces(self.live, _PIECE if device.type == "cpu" else self.size))
+        self.native = Tensors(self.live)
+
+    def grads(self) -> list[Tensor]:
+        """The live tensors' gradients, without those that have none."""
+        return [grad for p in self.live if (grad := p.grad) is not None]
+
+    def each(self, flat: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """Piece by piece: weights [n] and gradients [n] in float32 (zero where there is none), and views of `flat`."""
+        for piece in self.pieces:
+            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in piece.tensors]
+            state = {name: values[piece.where] for name, values in flat.items()}
+            yield self._gather(piece.tensors), self._gather(grads), state
+
+    def finite(self) -> Tensor:
+        """Whether all gradients are finite: a bool scalar on the layout's device, so that nothing waits for it."""
+        sums = [self._gather([g for p in piece.tensors if (g := p.grad) is not None]).sum() for piece in self.pieces]
+        return torch.isfinite(torch.stack(sums)).all()
 
     def weights(self) -> Tensor:
         """The live entries [size] in float32."""
-        return self._gather([p.detach() for p in self.live])
+        return self._gather(self.live)
 
-    def grads(self) -> tuple[Tensor, int]:
-        """The live entries' gradients [size] in float32, and how many tensors had none (they count as zero)."""
-        missing = 0
-        grads: list[Tensor] = []
-        for p in self.live:
-            if p.grad is None:
-                missing += 1
-                grads.append(torch.zeros_like(p))
-            else:
-                grads.append(p.grad.detach())
-        return self._gather(grads), missing
-
-    def _gather(self, tensors: list[Tensor]) -> Tensor:
+    def _gather(self, tensors: Sequence[Tensor]) -> Tensor:
         if not tensors:
             return torch.zeros(0, device=self.device)
-        return torch.cat([t.reshape(-1).to(self.device, torch.float32) for t in tensors])
+        return torch.cat([t.detach().reshape(-1).to(self.device, torch.float32) for t in tensors])
 
     def reduce(self, live: Tensor, still: Tensor, rule: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
         """Unit scores from entry-wise scores.
@@ -120,7 +147,22 @@ class Layout:
                 else:
                     by_unit = entries.view(group.blocks, *slab.shape).movedim(slab.axis + 1, 1)
                     parts.append(by_unit.unsqueeze(-1).flatten(2))
-            scores[group.index] = rule(parts).reshape(-1)
+            scores[group.positions()] = rule(parts)
+        return scores
+
+    def reduce_product(self, mean: Tensor, deviation: Tensor) -> Tensor:
+        """`reduce` for the score mean · deviation and the default rule, in one pass (see `lrkit.native`).
+
+        Only where nothing is still.
+        """
+        scores = torch.full((self.units,), -torch.inf)
+        for group in self.groups:
+            sums = torch.zeros(group.blocks, group.units, dtype=torch.float64)
+            for slab in group.slabs:
+                where = slice(slab.offset, slab.offset + group.blocks * prod(slab.shape))
+                outer = 1 if slab.axis is None else prod(slab.shape[: slab.axis])
+                add_scores(sums, outer, mean[where], deviation[where])
+            scores[group.positions()] = sums.float()
         return scores
 
     def move(self, flat: Tensor, old: "Layout") -> Tensor:
@@ -136,6 +178,20 @@ class Layout:
     def still_slices(self) -> dict[int, slice]:
         """Where each still tensor's scores lie, by the tensor's ``id``."""
         return _slices(self.still)
+
+
+def _pieces(tensors: Sequence[nn.Parameter], limit: int) -> Iterator[_Piece]:
+    """Cut a list of tensors into runs of up to `limit` entries; a larger tensor is a run of its own."""
+    run: list[nn.Parameter] = []
+    start = size = 0
+    for p in tensors:
+        if run and size + p.numel() > limit:
+            yield _Piece(run, slice(start, start + size))
+            run, start, size = [], start + size, 0
+        run.append(p)
+        size += p.numel()
+    if run:
+        yield _Piece(run, slice(start, start + size))
 
 
 def _slices(tensors: Sequence[nn.Parameter]) -> dict[int, slice]:

@@ -9,6 +9,7 @@ papers' formula:
 - AFLoRA (arXiv 2403.13269, Eq. 4): s = mean(Ī ∘ Ū) of a projection matrix, a unit of kind ``"matrix"``.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -65,17 +66,17 @@ class Block:
         """The parameter behind one of the parts."""
         return part.of(self.module)
 
-    @property
+    @functools.cached_property
     def tensors(self) -> list[nn.Parameter]:
         """The parameters behind the parts, in order."""
         return [part.of(self.module) for part in self.parts]
 
-    @property
+    @functools.cached_property
     def core(self) -> nn.Parameter:
         """The core values [count]. Raises LookupError where the block has none."""
-        for part in self.parts:
+        for part, tensor in zip(self.parts, self.tensors, strict=True):
             if part.core:
-                return part.of(self.module)
+                return tensor
         raise LookupError(f"{self.name} has no core")
 
     def unit_names(self) -> list[str]:
@@ -115,4 +116,7 @@ def blocks_of(
 
 def split(kept: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
     """Cut a tensor over all units [Σ count] into one piece [count] for each block."""
-    return list(torch.split(kept, [block.count for block in blocks]))
+    counts = [block.count for block in blocks]
+    if len(set(counts)) == 1:
+        return list(kept.view(len(counts), -1).unbind())  # half the time of a split
+    return list(torch.split(kept, counts))

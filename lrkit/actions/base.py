@@ -1,7 +1,7 @@
 """The protocol of an action: what happens to the units that lose."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import attrs
@@ -21,7 +21,8 @@ class Ballot:
         candidates: bool [n], the units that may be kept: all, or where losing is final those kept so far.
         budget: how many units may be kept.
         share: the budget as a share of all units, before it was cut to an integer.
-        entries: the entry-wise scores [N] behind the candidates' scores.
+        entries: the entry-wise scores [N] behind the candidates' scores, or what makes them when they are first read: most
+            actions go by the units' scores alone.
         parts: how many tensors each unit's score is a sum over [n].
     """
 
@@ -29,8 +30,13 @@ class Ballot:
     candidates: Tensor
     budget: int
     share: float
-    entries: Tensor
+    _entries: Tensor | Callable[[], Tensor]
     parts: Tensor
+
+    @property
+    def entries(self) -> Tensor:
+        """The entry-wise scores [N] behind the candidates' scores."""
+        return self._entries if isinstance(self._entries, Tensor) else self._entries()
 
 
 @attrs.frozen(kw_only=True)
@@ -63,8 +69,9 @@ class Action(abc.ABC):
         """
         scores = ballot.scores.masked_fill(~ballot.candidates, -torch.inf)
         order = torch.sort(scores, descending=True, stable=True).indices
-        # Candidates before the others, should a candidate itself score -inf.
-        order = order[torch.sort(ballot.candidates[order].int(), descending=True, stable=True).indices]
+        if not bool(ballot.candidates.all()):
+            # Candidates before the others, should a candidate itself score -inf.
+            order = order[torch.sort(ballot.candidates[order].int(), descending=True, stable=True).indices]
         kept = torch.zeros_like(ballot.candidates)
         kept[order[: ballot.budget]] = True
         return kept & ballot.candidates

@@ -51,8 +51,7 @@ class Prune(Action):
     def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         """Zero the core value of every component that is not kept."""
         cores: list[Tensor] = [block.core for block in blocks]
-        masks = [mask.to(core) for mask, core in zip(split(kept, blocks), cores, strict=True)]
-        torch._foreach_mul_(cores, masks)
+        torch._foreach_mul_(cores, split(kept.to(cores[0]), blocks))
 
     def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
         """The same again: the optimizer moves a masked λ, and it may no longer come back."""

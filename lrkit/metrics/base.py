@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import attrs
 import torch
@@ -10,14 +10,19 @@ from torch import Tensor
 
 from lrkit.settings import one_of
 
+if TYPE_CHECKING:
+    from lrkit.native import Kernel
+
 
 @attrs.frozen(kw_only=True)
 class Metric(abc.ABC):
     """How much each entry matters. Subclass with ``@attrs.frozen(kw_only=True)``.
 
-    lrkit hands a metric all entries of all units at once, as flat float32 tensors [N], so a metric is a few elementwise
-    lines, and its cost does not grow with the number of layers. What it remembers lies in `buffers`: one tensor [N]
-    each, zero at first, saved and restored by lrkit. A metric itself is frozen configuration.
+    lrkit hands a metric the entries of all units as flat float32 tensors [N], so a metric is a few elementwise lines, and
+    its cost does not grow with the number of layers. What it remembers lies in `buffers`: one tensor [N] each, zero at
+    first, saved and restored by lrkit. A metric itself is frozen configuration.
+
+    A step may be handed over in pieces, in any cut: entries must not depend on one another, and N is no size to go by.
 
     Args:
         measure: ``"before-step"`` takes weights and gradients as the optimizer finds them (Algorithm 1 of AdaLoRA);
@@ -40,9 +45,14 @@ class Metric(abc.ABC):
             weight: all entries [N]. Not to be written to.
             grad: their gradients [N]. Not to be written to.
             state: one tensor [N] for each name in `buffers`.
-            step: how many steps have been observed, this one included: 1, 2, ...
+            step: how many steps have been observed, this one included: 1, 2, ... (Where a gradient is not finite, the step
+                counts, and `state` stays as it was.)
         """
         return
+
+    def kernel(self) -> "Kernel | None":
+        """What `lrkit.native` may compute in this metric's place, `observe`, `score` and `reduce` together; mostly None."""
+        return None
 
     @abc.abstractmethod
     def score(self, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ import attrs
 from torch import Tensor
 
 from lrkit.metrics.sensitivity import UncertaintyMetric
+from lrkit.native import Kernel
 from lrkit.settings import real, whole
 
 
@@ -42,6 +43,11 @@ class GradientUncertainty(UncertaintyMetric):
         """abs(∂L/∂w) [N]."""
         return grad.abs()
 
+    def kernel(self) -> Kernel | None:
+        """abs(∂L/∂w), compiled, where there is no window; a subclass speaks for itself."""
+        known = type(self) is GradientUncertainty and self.window == 1
+        return Kernel("gradient", self.beta1, self.beta2) if known else None
+
 
 @attrs.frozen(kw_only=True)
 class RatioUncertainty(UncertaintyMetric):
@@ -62,3 +68,7 @@ class RatioUncertainty(UncertaintyMetric):
     def importance(self, weight: Tensor, grad: Tensor) -> Tensor:
         """abs(∂L/∂w) / (abs(w) + ε) [N]."""
         return grad.abs().div_(weight.abs().add_(self.epsilon))
+
+    def kernel(self) -> Kernel | None:
+        """abs(∂L/∂w) / (abs(w) + ε), compiled; a subclass speaks for itself."""
+        return Kernel("ratio", self.beta1, self.beta2, self.epsilon) if type(self) is RatioUncertainty else None

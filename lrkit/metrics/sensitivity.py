@@ -7,6 +7,7 @@ import attrs
 from torch import Tensor
 
 from lrkit.metrics.base import Metric, smooth
+from lrkit.native import Kernel
 from lrkit.settings import flag, real
 
 
@@ -83,3 +84,7 @@ class SensitivityUncertainty(UncertaintyMetric):
     def importance(self, weight: Tensor, grad: Tensor) -> Tensor:
         """abs(w · ∂L/∂w) [N]."""
         return (weight * grad).abs_()
+
+    def kernel(self) -> Kernel | None:
+        """abs(w · ∂L/∂w), compiled; a subclass speaks for itself."""
+        return Kernel("sensitivity", self.beta1, self.beta2) if type(self) is SensitivityUncertainty else None

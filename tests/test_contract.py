@@ -1312,3 +1312,20 @@ def test_a_task_that_is_another_each_time():
 
     wanted = {"is the same each time", "leaves global state alone", "unknown part is refused"}
     assert {finding.clause for finding in check(loader, kind="task")} == wanted
+
+
+def test_a_check_of_attrs_own_and_a_missing_setting_are_one_line_by_name():
+    @frozen
+    class Checked(Peak):
+        """The largest gradient, with decay, measure and more. Source: this test."""
+
+        more: float = attrs.field(default=1.0, validator=attrs.validators.ge(0.5))
+
+    assert check(Checked()) == []
+    missing = type(metric_with_a_setting_without_default())
+    plain = lrkit.to_plain(lrkit.methods.adalora())
+    for cls, settings, words in ((Checked, {"more": 0.1}, r"metric: .*0\.5"), (missing, {}, "metric: .*'more'")):
+        with lrkit.current().lend("metric", "checked", cls):
+            with pytest.raises(lrkit.LrkitError, match=words) as raised:
+                lrkit.from_plain({**plain, "metric": {"name": "checked", **settings}})
+            assert "\n" not in str(raised.value)

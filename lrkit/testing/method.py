@@ -141,7 +141,7 @@ class TaskContract(Contract):
     """The contract of a task's loader: `component` is the function of what follows the task's name and a slash."""
 
     rest: str | None = None
-    """What it is called with: for ``--task mine/part`` it is ``"part"``, for ``--task mine`` None."""
+    """The argument it is called with; ``--task mine/part`` gives ``"part"``, and ``--task mine`` None."""
 
     def _task(self, component: Any) -> Task:
         with calling(f"called with {self.rest!r} it"):

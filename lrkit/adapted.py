@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from lrkit import checkpoint, parallel
 from lrkit.controller import Controller, Decision
 from lrkit.errors import LrkitError
 from lrkit.method import Method, from_plain, to_plain
+from lrkit.parameterizations import Parameterization, Target
 from lrkit.summary import Summary, summarize
 from lrkit.targets import find_head, find_targets
 
 _FORMAT = 1
 _MARK = "_lrkit_adapted"
+_AROUND = "lrkit_around"
 
 
 def attach(
@@ -97,6 +99,7 @@ class Adapted:
         model: the model, adapted in place.
         method: the method.
         adapters: layer name to what stands in its place.
+        around: what the model's own calls go through; None for nothing.
         head: names of the modules that train in full.
     """
 
@@ -109,33 +112,27 @@ class Adapted:
         *,
         exact: bool = False,
     ) -> None:
-        found = find_targets(model, targets, exact=exact)
-        if targets == "all-linear" and not (found := list(method.parameterization.choose(found))):
-            raise LrkitError(
-                f"{method.parameterization!r} has no place in {type(model).__name__}: it chooses none of the linear layers "
-                "inside the transformer's blocks; name layers with targets"
-            )
+        found = _find(model, method.parameterization, targets, exact)
         self.model, self.method = model, method
         self._base = _base(model)  # now: a forward pass writes into its config
         self.head = find_head(model, train_also, exact=exact)
         parameterization = method.parameterization
         own = set(parameterization.own_parameters(model))
         head = tuple(f"{name}." for name in self.head)
-        inside_head = [target.name for target in found if f"{target.name}.".startswith(head)] if head else []
-        if inside_head:
-            raise LrkitError(
-                f'"{inside_head[0]}" is both a target and part of the head, which trains in full: leave it out of '
-                "targets, or name the head with train_also"
-            )
+        self._check_apart([target.name for target in found])
         trained_own = {n: p for n, p in model.named_parameters() if n in own or n.startswith(head or ("\0",))}
         before = [(p, p.requires_grad) for p in model.parameters()]
-        self.adapters: dict[str, nn.Module] = parameterization.adapt(found)
+        buffers = {id(buffer) for buffer in model.buffers()}
+        self.adapters: dict[str, nn.Module] = dict(parameterization.adapt_model(model, found))
+        self.around = self.adapters.pop("", None)
+        self._check_apart(self.adapters)
         # From here on the model is changed; what could be refused was refused above, except by the controller.
         self._before = before
         self._copies = [(p, p.detach().clone()) for p in trained_own.values()]
-        self._places = _places(model, {t.name: t.layer for t in found if self.adapters[t.name] is not t.layer})
-        self._originals = {target.name: target.layer for target in found}
-        fresh = {id(p) for m in self.adapters.values() for p in m.parameters()} - {id(p) for p, _ in before}
+        self._originals = {name: model.get_submodule(name) for name in self.adapters}
+        self._places = _places(model, {n: m for n, m in self._originals.items() if self.adapters[n] is not m})
+        put_in = [*self.adapters.values(), *([] if self.around is None else [self.around])]
+        fresh = {id(p) for module in put_in for p in module.parameters()} - {id(p) for p, _ in before}
         self._fresh_ids = fresh
         for p, _ in before:
             p.requires_grad_(False)
@@ -145,8 +142,12 @@ class Adapted:
             self.adapters[name].train(self._originals[name].training)
             setattr(self.adapters[name], _MARK, True)
             setattr(parent, attribute, self.adapters[name])
+        if self.around is not None:
+            _surround(model, self.around)
         self._alive = True
         setattr(model, _MARK, True)
+        lasting = model.state_dict().keys()
+        self._fresh_buffers = [n for n, b in model.named_buffers() if id(b) not in buffers and n in lasting]
         self._head_ids = {id(p) for n, p in trained_own.items() if n.startswith(head or ("\0",))}
         self._saved_ids = fresh | {id(p) for p in trained_own.values()}
         self._trained_ids = {id(p) for p in model.parameters() if p.requires_grad}
@@ -163,6 +164,15 @@ class Adapted:
             self.detach()
             raise
         self._watch()
+
+    def _check_apart(self, layers: Iterable[str]) -> None:
+        head = tuple(f"{name}." for name in self.head)
+        inside = [name for name in layers if f"{name}.".startswith(head or ("\0",))]
+        if inside:
+            raise LrkitError(
+                f'"{inside[0]}" is both a target and part of the head, which trains in full: leave it out of '
+                "targets, or name the head with train_also"
+            )
 
     # ---- training ----
 
@@ -396,10 +406,12 @@ class Adapted:
         }
         return {"meta": copy.deepcopy(meta), "tensors": tensors}
 
-    def _saved(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _saved(self) -> Iterator[tuple[str, Tensor]]:
         for name, p in self.model.named_parameters():
             if id(p) in self._saved_ids:
                 yield name, p
+        for name in self._fresh_buffers:
+            yield name, self.model.get_buffer(name)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave. Before or after `bind`.
@@ -462,7 +474,10 @@ class Adapted:
         memo: dict[int, Any] = {}
         for name, _, _ in self._places:
             memo[id(self.adapters[name])] = copy.deepcopy(self._originals[name], memo)
+        if self.around is not None:
+            memo[id(self.around)] = None
         model = copy.deepcopy(self.model, memo)
+        _leave_alone(model)
         delattr(model, _MARK)
         with torch.no_grad():
             for p, before in self._copies:
@@ -483,9 +498,13 @@ class Adapted:
         self._check_alive()
         if self._bound is not None and (unfinished := self._controller.unfinished()):
             self._controller.warn("unfinished", unfinished)
+        if self.around is not None:
+            raise LrkitError(
+                f"{type(self.around).__name__} stands around the whole model, and cannot be merged into it"
+            )
         for name, _, _ in self._places:
             adapter = self.adapters[name]
-            if not hasattr(adapter, "merge"):
+            if getattr(adapter, "merge", None) is None:
                 raise LrkitError(f"{name}: {type(adapter).__name__} cannot be merged into the layer's weight")
             weight = getattr(self._originals[name], "weight", None)
             if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -529,6 +548,7 @@ class Adapted:
         self._unbind()
         for name, parent, attribute in self._places:
             setattr(parent, attribute, self._originals[name].train(self.adapters[name].training))
+        _leave_alone(self.model)
         for p, flag in self._before:
             p.requires_grad_(flag)
             p.grad = None
@@ -562,6 +582,43 @@ class Adapted:
     def __repr__(self) -> str:
         """What is attached to what."""
         return f"Adapted({type(self.model).__name__}, {len(self.adapters)} layers, {self.method!r})"
+
+
+def _find(
+    model: nn.Module, parameterization: Parameterization, targets: str | Sequence[str], exact: bool
+) -> list[Target]:
+    """The layers that `targets` means for this parameterization."""
+    if not parameterization.takes_targets:
+        if targets != "all-linear" and not exact:
+            raise LrkitError(f"{parameterization!r} has places of its own: leave targets out")
+        return []
+    found = find_targets(model, targets, exact=exact)
+    if targets == "all-linear" and not (found := list(parameterization.choose(found))):
+        raise LrkitError(
+            f"{parameterization!r} has no place in {type(model).__name__}: it chooses none of the linear layers "
+            "inside the transformer's blocks; name layers with targets"
+        )
+    return found
+
+
+def _surround(model: nn.Module, around: nn.Module) -> None:
+    """Let the model's calls go through a module, which becomes a part of it."""
+    call = model.forward
+
+    @functools.wraps(call)  # the Trainer looks at the signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return around(call, *args, **kwargs)
+
+    model.add_module(_AROUND, around)
+    model.__dict__["forward"] = forward
+
+
+def _leave_alone(model: nn.Module) -> None:
+    if _AROUND in model._modules:
+        del model._modules[_AROUND]
+        call = model.__dict__.pop("forward").__wrapped__
+        if getattr(call, "__func__", None) is not type(model).forward:
+            model.__dict__["forward"] = call  # somebody else had replaced it before
 
 
 def _places(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module, str]]:

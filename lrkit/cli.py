@@ -258,7 +258,13 @@ def params(
     plain: dict[str, Any] = {}
     rows = []
     for name, each in composed.items():
-        counted = count(each, net, total_steps=steps)
+        try:
+            counted = count(each, net, total_steps=steps)
+        except LrkitError as error:
+            if name in (method or ()):
+                raise
+            warnings.warn(f"{name} is left out: {error}", LrkitWarning, stacklevel=1)
+            continue
         plain[name] = attrs.asdict(counted)
         row = [
             name,

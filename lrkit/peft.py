@@ -160,6 +160,9 @@ def _layers(adapted: Adapted, to: str) -> dict[str, _Layer]:
             f"{to} holds low-rank increments and a head, and this method trains {len(beside)} of the model's own "
             f'parameters, such as {beside[0]}: export to "merged"'
         )
+    if adapted.around is not None:
+        kind = type(adapted.around).__name__
+        raise LrkitError(f"{to} holds low-rank increments, and this method has a {kind} around the whole model")
     layers = {}
     for name, adapter in adapted.adapters.items():
         factors = getattr(adapter, "export_factors", None)

@@ -96,7 +96,32 @@ def test_the_whole_life_of_an_adapted_model(name, method, tmp_path):
 def adapted_summary(adapted, again):
     from lrkit.summary import summarize
 
-    return summarize(adapted._controller, again.summary().head)
+    return summarize(adapted._controller, again.summary().head, again.summary().beside)
+
+
+def test_parameters_in_no_adapted_layer_are_counted_too():
+    model = models.make("bert")
+    adapted = lrkit.attach(model, lrkit.methods.full())
+    everything = sum(p.numel() for p in model.parameters())
+    summary = adapted.summary()
+    assert summary.start == summary.now == summary.average == everything - summary.head
+    assert summary.to_plain()["beside"] == summary.start - sum(layer.start for layer in summary.layers) > 0
+    assert "in no layer" in str(summary)
+
+
+def test_a_copy_of_the_model_as_it_was():
+    model = models.make("bert")
+    model.bert.embeddings.requires_grad_(False)
+    before = weights(model)
+    flags = [p.requires_grad for p in model.parameters()]
+    adapted = lrkit.attach(model, METHODS["adalora"])
+    fit(model, adapted)
+    during = weights(model)
+    copy = adapted.original()
+    assert list(weights(copy)) == list(before) and all(torch.equal(t, before[n]) for n, t in weights(copy).items())
+    assert [p.requires_grad for p in copy.parameters()] == flags
+    lrkit.attach(copy, METHODS["adalora"])  # it carries no adapters
+    assert all(torch.equal(t, during[n]) for n, t in weights(model).items())
 
 
 @pytest.mark.parametrize("name", models.MODELS)

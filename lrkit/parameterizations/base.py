@@ -59,6 +59,11 @@ class Parameterization(abc.ABC):
         What trains has ``requires_grad`` set. The layer's own parameters are left as they are.
         """
 
+    @property
+    def takes_targets(self) -> bool:
+        """Whether it adapts the linear maps that `targets` names. False for a method with places of its own (prompts)."""
+        return True
+
     def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
         """Which layers ``targets="all-linear"`` means: all that there are.
 
@@ -70,6 +75,19 @@ class Parameterization(abc.ABC):
     def adapt(self, targets: Sequence[Target]) -> dict[str, nn.Module]:
         """All adapters of a model, by layer name. Override it where layers share tensors."""
         return {target.name: self.build(target) for target in targets}
+
+    def adapt_model(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
+        """What takes which module's place: `adapt` for a method of layers. Override it where that is not enough.
+
+        The modules replaced need not be linear maps. Under the empty name, which is the model's own in
+        ``named_modules()``, stands a module that the model's calls go through: ``forward(call, *args, **kwargs)``, where
+        ``call`` is the model's forward as it was. Its parameters train and are saved; it has no `parts`, so no units.
+
+        Args:
+            model: the plain model, which must be left as it is.
+            targets: the layers; none where `takes_targets` is False.
+        """
+        return self.adapt(targets)
 
     def own_parameters(self, model: nn.Module) -> Iterable[str]:
         """Names of the model's own parameters that train as well (all of them in full fine-tuning)."""

@@ -142,7 +142,9 @@ def main():
         return
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
     print(f"a cell over its bare training  {statistics.median(ratios):.3f} ({spread}; target: at most 1.03)")
-    print(f"two workers over one           {two / one:.2f} ({one:.2f} and {two:.2f} cells a minute; target: at least 1.8)")
+    print(
+        f"two workers over one           {two / one:.2f} ({one:.2f} and {two:.2f} cells a minute; target: at least 1.8)"
+    )
 
 
 if __name__ == "__main__":

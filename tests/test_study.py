@@ -319,3 +319,16 @@ def test_a_pool_of_dask(place, tmp_path):
 def test_ray_that_is_not_there_is_said(place, tmp_path):
     with pytest.raises(lrkit.LrkitError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
         perform(lay_out(small(place)), tmp_path / "out", executor="ray", address="127.0.0.1:1", workers=1, costs=False)
+
+
+def test_a_cell_in_two_processes(place, tmp_path):
+    study = small(place, rows=[], swap={})
+    study = attrs.evolve(study, run={**study.run, "devices": 2})
+    outcome = perform_here(study, tmp_path / "out")
+    assert (outcome.done, outcome.failed) == (1, ())
+    (cell,) = (tmp_path / "out" / "cells").iterdir()
+    assert read_json(cell / "result.json")["steps"] == 8
+    decided = [json.loads(line)["step"] for line in (cell / "history.jsonl").read_text().splitlines()]
+    assert decided == sorted(set(decided)), "each decision is written once, by one of the two"
+    losses = [line for line in map(json.loads, (cell / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+    assert [line["step"] for line in losses] == list(range(1, 9))

@@ -88,7 +88,10 @@ def demo(
 
 @app.command()
 def run(
-    method: Annotated[str, typer.Argument(help="A method's name; `lrkit methods` lists them.")],
+    method: Annotated[str | None, typer.Argument(help="A method's name; `lrkit methods` lists them.")] = None,
+    all_methods: Annotated[
+        bool, typer.Option("--all-methods", help="Every registered method, one after another.")
+    ] = False,
     task: TaskName = None,
     data: Data = None,
     model: Model = "minilm",
@@ -100,44 +103,55 @@ def run(
     out: Annotated[Path | None, typer.Option(help="A new folder for adapters, results and pictures.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train one method on one task."""
+    """Train one method on one task; or every method, for one table."""
     from lrkit.study.pictures import draw
-    from lrkit.study.run import settings_from, train
+    from lrkit.study.run import settings_from, total_steps, train
 
-    composed, changes = compose(method, sets or [], swap or [])
+    composed, changes = _to_run(method, all_methods, sets or [], swap or [])
     settings = settings_from(changes)
     folder = None if out is None else _new_folder(out, "")
     loaded = _task(task, data)
-    label = " ".join([method, *(swap or [])])
-
-    def save(adapted: Any) -> None:
-        if folder is not None:
-            adapted.save(_make(folder))
-
-    from lrkit.study.run import total_steps
-
-    rows = min(len(loaded.train), settings.train_rows or len(loaded.train))
+    steps = total_steps(settings, min(len(loaded.train), settings.train_rows or len(loaded.train)))
+    results: dict[str, Result] = {}
+    refused: list[str] = []
     with _progress(as_json) as bar:
-        progress = bar(label, total_steps(settings, rows))
-        result = train(
-            composed,
-            loaded,
-            model=model,
-            targets=_targets(targets),
-            settings=settings,
-            progress=progress,
-            done=save,
-        )
-    plain = result.to_plain()
-    if folder is not None:
-        (folder / "result.json").write_text(json.dumps(_finite(plain), indent=1))
-        draw({label: result}, folder)
+        for label, each in composed.items():
+            place = folder if folder is None or not all_methods else folder / label
+
+            def save(adapted: Any, place: Path | None = place) -> None:
+                if place is not None:
+                    adapted.save(_make(place))
+
+            try:
+                results[label] = train(
+                    each,
+                    loaded,
+                    model=model,
+                    targets=_targets(targets),
+                    settings=settings,
+                    progress=bar(label, steps),
+                    done=save,
+                )
+            except LrkitError as error:
+                if not all_methods:
+                    raise
+                refused.append(f"{label}: {error}")
+                continue
+            if place is not None:
+                (place / "result.json").write_text(json.dumps(_finite(results[label].to_plain()), indent=1))
+    if folder is not None and results:
+        draw(results, folder)
     if as_json:
-        _json(plain)
-        return
-    _show_results({label: result}, f"{result.model} on {result.task}, {result.steps} steps of {settings.batch_size}")
-    if folder is not None:
-        typer.echo("written: " + "  ".join(str(p) for p in sorted(folder.iterdir())))
+        plain = {label: result.to_plain() for label, result in results.items()}
+        _json({"runs": plain, "refused": refused} if all_methods else next(iter(plain.values())))
+    elif results:
+        _show_results(results, f"{model} on {loaded.name}, {steps} steps of {settings.batch_size}")
+        if folder is not None:
+            typer.echo("written: " + "  ".join(str(p) for p in sorted(folder.iterdir())))
+    for line in refused:
+        _complain(line)
+    if refused:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -568,6 +582,26 @@ def compose(name: str, sets: Sequence[str], swaps: Sequence[str]) -> "tuple[Meth
     return from_plain(plain), run
 
 
+def _to_run(
+    name: str | None, all_methods: bool, sets: Sequence[str], swaps: Sequence[str]
+) -> "tuple[dict[str, Method], dict[str, Any]]":
+    """The methods that `lrkit run` is to train, by label, and the settings of the run."""
+    from lrkit.registry import current
+
+    if (name is None) != all_methods:
+        raise LrkitError("give a method's name (`lrkit methods` lists them), or --all-methods")
+    if name is not None:
+        method, run = compose(name, sets, swaps)
+        return {" ".join([name, *swaps]): method}, run
+    pairs = dict(_pair(text, "--set") for text in sets)
+    own = [key for key in pairs if not key.startswith("run.")]
+    if own or swaps:
+        raise LrkitError(f"--all-methods takes settings of the run alone (run.steps=200), not {[*own, *swaps][0]}")
+    registry = current()
+    methods = {each: registry.get("method", each)() for each in registry.names("method")}
+    return methods, {key.removeprefix("run."): value for key, value in pairs.items()}
+
+
 def _pair(text: str, option: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key or not value:
@@ -669,13 +703,14 @@ def _show_results(results: "Mapping[str, Result]", title: str) -> None:
                 f"{summary.start:,}",
                 f"{summary.now:,}",
                 f"{summary.average:,.0f}",
+                f"{result.flops.run / 1e12:,.2f} T",
                 _state(result),
                 f"{result.step_seconds * 1000:,.0f} ms",
             ]
         )
     first = next(iter(results.values()))
     metric = next(iter(first.scores))
-    header = ["method", metric, "trainable at start", "at end", "on average", "state at the end", "a step"]
+    header = ["method", metric, "trainable at start", "at end", "on average", "FLOPs", "state at the end", "a step"]
     _table(header, rows, title, numbers=1)
     typer.echo(
         f"constant best guess: {first.majority:.1%}. Trainable parameters are the adapters'; "

@@ -136,7 +136,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_right_one(refused: Callable
 
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "no method": (["run"], "Missing argument"),
+    "no method": (["run"], "give a method's name"),
     "no value": (["run", "adalora", "--set"], "requires an argument"),
     "--set without a value": (["run", "adalora", "--set", "rank"], '--set takes KEY=VALUE, not "rank"'),
     "--set with an empty value": (["run", "adalora", "--set", "rank="], '--set takes KEY=VALUE, not "rank="'),
@@ -764,3 +764,32 @@ def test_warnings_are_lines_of_lrkits_own_and_nobody_elses(call: Call, monkeypat
     before, show = list(warnings.filters), warnings.showwarning
     assert call("run", "lora") == (2, "", "lrkit: for the user\nlrkit: for the user\nlrkit: enough\n")
     assert list(warnings.filters) == before and warnings.showwarning is show
+
+
+def test_every_method_in_one_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names come from the registry, one that cannot run stops no other, and the exit code says so."""
+    from lrkit.registry import current
+
+    model, data = folders.write_model(tmp_path / "model"), folders.write_data(tmp_path / "data")
+    names = ["lora", "adalora", "aflora"]
+    monkeypatch.setattr(type(current()), "names", lambda self, kind: names if kind == "method" else [])
+    monkeypatch.setattr("lrkit.cli._task", lambda task, folder: __import__("lrkit.tasks").tasks.load_task(data=data))
+    given = ["run", "--all-methods", "--model", str(model), "--set", "run.max_length=12", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main([*given, "--set", "run.steps=8", "--out", str(tmp_path / "out")])
+    told = json.loads(capsys.readouterr().out)
+    assert (ended.value.code, list(told["runs"]), told["refused"]) == (0, names, [])
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {*names, "ranks.png", "freezing.png"}
+    assert (tmp_path / "out" / "aflora" / "lrkit.safetensors").is_file()
+    names.insert(1, "long")
+    with (
+        current().lend("method", "long", lambda: lrkit.methods.adalora(warmup=500)),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main([*given, "--set", "run.steps=8"])
+    out = capsys.readouterr()
+    assert ended.value.code == 1
+    assert list(json.loads(out.out)["runs"]) == ["lora", "adalora", "aflora"]
+    assert out.err == "lrkit: long: Cubic: warmup 500 + final 4 steps are more than total_steps 8\n"

@@ -794,6 +794,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.showwarning = _warn
         try:
             code = app(args=arguments, prog_name="lrkit", standalone_mode=False)
+            if code == 130:  # typer's own way to end at Ctrl-C
+                raise KeyboardInterrupt
         except (KeyboardInterrupt, typer.Abort):
             _complain("interrupted")
             sys.exit(130)

@@ -332,3 +332,31 @@ def test_a_cell_in_two_processes(place, tmp_path):
     assert decided == sorted(set(decided)), "each decision is written once, by one of the two"
     losses = [line for line in map(json.loads, (cell / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
     assert [line["step"] for line in losses] == list(range(1, 9))
+
+
+def test_each_gpu_is_leased_to_one_worker(tmp_path):
+    code = (
+        "import os, sys; from lrkit.study import executors; executors._lease(int(sys.argv[1]));"
+        "print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); input()"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "5,7,8", "TMPDIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    held = []
+
+    def lease(devices):
+        command = [sys.executable, "-c", code, str(devices)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        held.append(process)
+        return process.stdout.readline().strip() or process.stderr.read().strip().splitlines()[-1]
+
+    try:
+        assert [lease(1), lease(2)] == ["5", "7,8"]
+        assert lease(1) == "lrkit.errors.LrkitError: every GPU is leased to another cell"
+        held[0].kill()
+        held[0].wait()
+        assert lease(1) == "5"
+    finally:
+        for process in held:
+            process.kill()
+            process.communicate()

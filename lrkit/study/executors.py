@@ -48,6 +48,8 @@ def local(workers: int, threads: int, address: str | None) -> Executor:
             # Who does not wait does not want the running cells either; they go on from their checkpoints another time.
             super().shutdown(wait=wait, kill_workers=cancel_futures and not wait)
 
+    # At Ctrl-C the tracker of a pool's semaphores would have the last word, and nothing is wrong.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     pool: Executor = Local(
         max_workers=workers,

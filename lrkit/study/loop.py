@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -40,6 +41,13 @@ class RunTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only the folder: see the class."""
         os.makedirs(output_dir or self.args.output_dir or ".", exist_ok=True)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """A checkpoint whose files are on the disk before `AdaptCallback` writes the one that makes it complete."""
+        super()._save_checkpoint(*args, **kwargs)
+        for path in Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}").iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: `AdaptCallback` loads."""

@@ -360,6 +360,8 @@ def _train(
                 per_device_eval_batch_size=settings.eval_batch_size,
                 max_grad_norm=settings.grad_clip,
                 bf16=settings.bf16,
+                # Without this, transformers takes processes without GPUs for so many runs of one process.
+                use_cpu=settings.devices > 1 and not torch.cuda.is_available(),
                 seed=settings.seed,
                 save_strategy="no",
                 eval_strategy="no" if settings.eval_every is None else "steps",

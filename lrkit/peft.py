@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import torch
@@ -30,9 +30,6 @@ from lrkit.errors import LrkitError, LrkitWarning, nearest
 from lrkit.method import Method
 from lrkit.parameterizations.lowrank import oriented_weight
 from lrkit.settings import in_steps
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TOLERANCE = 1e-6
 """How far logits may be apart, in float64 arithmetic; a share of the largest where that is above 1."""
@@ -76,7 +73,7 @@ def export(
     folder: str | os.PathLike[str],
     *,
     to: str = "peft-lora",
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: Any = None,
     batch: Mapping[str, Tensor] | None = None,
 ) -> Exported:
     """Write an adapted model in a format that others read, and check it by reading it back.
@@ -92,7 +89,7 @@ def export(
             PEFT. ``"vllm-lora"``: a LoRA for vLLM, which knows one rank and one scale: scales are in B, and ranks are
             padded with zeros. vLLM takes no trained head from an adapter, so where a head was trained ``base/`` holds
             the model to serve. ``"merged"``: a plain transformers model.
-        tokenizer: written beside a plain model.
+        tokenizer: a transformers tokenizer, written beside a plain model; None for none.
         batch: keyword arguments of the model's forward for the check; None for random tokens.
 
     Returns:

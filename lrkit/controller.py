@@ -13,7 +13,6 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit import native
 from lrkit.actions import Ballot
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.layout import Layout
@@ -67,6 +66,7 @@ class PolicyState:
         self.buffers = {name: self._zeros(self.layout.size) for name in policy.metric.buffers}
         self.still = self._zeros(0)
         self._finite: Tensor | None = None
+        self._means: Tensor | None = None  # scores that were made at this step, for the decision after it
 
     def _zeros(self, size: int) -> Tensor:
         return torch.zeros(size, device=self.layout.device)
@@ -102,14 +102,20 @@ class PolicyState:
         pieces = [scores[live[id(p)]] if id(p) in live else self.still[still[id(p)]] for p in new.still]
         self.still = torch.cat(pieces).clone() if pieces else self._zeros(0)
         self.buffers = {name: new.move(flat, old) for name, flat in self.buffers.items()}
-        self.layout = new
+        self.layout, self._means = new, None
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether a decision is taken after optimizer step `step` (1, 2, ...)."""
+        number = step - 1 + self.policy.scheduler.first_step
+        return not self.ended and self.policy.scheduler.due(number, total_steps=total_steps)
 
     def observe(self, controller: "Controller", scale: Tensor | None) -> None:
         """Take in one optimizer step, whose gradients still carry a factor `scale` if it is not None."""
         if self.ended or not self.policy.metric.buffers or not self.layout.live:
             return
         assert controller.total_steps is not None
-        number = self.policy.scheduler.first_step + controller.step - (self.policy.metric.measure == "after-step")
+        step = controller.step + (self.policy.metric.measure == "before-step")
+        number = step - 1 + self.policy.scheduler.first_step
         if not self.policy.scheduler.observes(number, total_steps=controller.total_steps):
             return
         self.observations += 1
@@ -117,16 +123,17 @@ class PolicyState:
         if missing := len(self.layout.live) - len(grads):
             controller.warn(
                 "none",
-                f"{missing} of {len(self.layout.live)} adapter tensors have no gradient at step {controller.step + 1}: "
+                f"{missing} of {len(self.layout.live)} adapter tensors have no gradient at step {step}: "
                 "they count as zero. Were they left out of the graph, or the gradients cleared before the step?",
             )
-        kernel, finite = self.policy.metric.kernel(), None
+        kernel, done = self.policy.metric.kernel(), None
         if kernel is not None and not missing and scale is None:
-            finite = self.layout.native.observe(kernel, grads, self.buffers["importance"], self.buffers["uncertainty"])
-        if finite is None:
-            finite = self._observe_pieces(scale)
-        if not finite:
-            self._not_finite(controller, f"at step {controller.step + 1}")
+            mean, deviation = self.buffers["importance"], self.buffers["uncertainty"]
+            scoring = self.due(step, controller.total_steps) and not self.layout.still
+            done = self.layout.native.observe(kernel, grads, mean, deviation, scoring=scoring)
+            self._means = done[1] if done is not None and done[0] and scoring else None
+        if not (self._observe_pieces(scale) if done is None else done[0]):
+            self._not_finite(controller, f"at step {step}")
 
     def _observe_pieces(self, scale: Tensor | None) -> bool:
         """The same by the metric's own tensor operations. False: gradients are not finite, and nothing was changed."""
@@ -158,8 +165,9 @@ class PolicyState:
         """Unit scores [units], -inf where a unit is out for good."""
         if self.policy.metric.kernel() is not None and not self.layout.still:
             mean, deviation = self.buffers["importance"], self.buffers["uncertainty"]
-            if native.usable(mean, deviation) is not None:
-                return self.layout.reduce_product(mean, deviation)
+            if self.layout.native.usable(mean, deviation):
+                means = self._means if self._means is not None else self.layout.native.score(mean, deviation)
+                return self.layout.reduce_means(means)
         return self.layout.reduce(self.entries(), self.still, self.policy.metric.reduce)
 
     @torch.no_grad()
@@ -182,6 +190,7 @@ class PolicyState:
         candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
         parts = self.parts.to(scores.device)
         kept = self.policy.action.select(Ballot(scores, candidates, budget, share, self.entries, parts))
+        self._means = None
         return kept, float(scores[kept].min()) if bool(kept.any()) else None
 
     def rebuild(self, blocks: list[Block], kept: Tensor) -> None:
@@ -301,7 +310,7 @@ class Controller:
         for state in self.policies:
             scheduler, action = state.policy.scheduler, state.policy.action
             number = self.step - 1 + scheduler.first_step
-            if not state.ended and scheduler.due(number, total_steps=self.total_steps):
+            if state.due(self.step, self.total_steps):
                 total = self.total_steps
                 budget = scheduler.budget(number, total_steps=total, units=state.units, layers=state.layers)
                 share = scheduler.share(number, total_steps=total, units=state.units, layers=state.layers)

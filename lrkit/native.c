@@ -51,20 +51,25 @@ static void *all_finite(void *argument)
     return NULL;
 }
 
+/* From old towards new by a rate, exact at both ends: torch.lerp's formula. */
+static inline float lerp(float old, float new, float rate)
+{
+    return rate < 0.5f ? old + (new - old) * rate : new - (new - old) * (1 - rate);
+}
+
 /* mean = b1 mean + (1 - b1) I, then deviation = b2 deviation + (1 - b2) |I - mean|. */
 #define SMOOTH(IMPORTANCE)                                                                                             \
     for (int64_t j = 0; j < size; j++) {                                                                               \
         const float importance = IMPORTANCE;                                                                           \
-        const float moved = mean[j] + (importance - mean[j]) * job->rate1;                                             \
-        mean[j] = moved;                                                                                               \
-        deviation[j] = deviation[j] + (fabsf(importance - moved) - deviation[j]) * job->rate2;                         \
+        mean[j] = lerp(mean[j], importance, rate1);                                                                    \
+        deviation[j] = lerp(deviation[j], fabsf(importance - mean[j]), rate2);                                         \
     }
 
 static void smooth(const struct job *job, const struct tensor *tensor, int64_t size, float *restrict mean,
                    float *restrict deviation)
 {
     const float *restrict w = tensor->weight, *restrict g = tensor->grad;
-    const float epsilon = job->epsilon;
+    const float rate1 = job->rate1, rate2 = job->rate2, epsilon = job->epsilon;
     if (job->kind == 0)
         SMOOTH(fabsf(w[j] * g[j]))
     else if (job->kind == 1)

@@ -20,6 +20,7 @@ from lrkit.method import Method, from_plain, to_plain
 from lrkit.parameterizations import Parameterization, Target
 from lrkit.summary import Summary, summarize
 from lrkit.targets import find_head, find_targets
+from lrkit.units import resize
 
 _FORMAT = 1
 _MARK = "_lrkit_adapted"
@@ -435,11 +436,7 @@ class Adapted:
             odd = sorted(set(saved) ^ set(weights))
             raise LrkitError(f"the state does not fit: {', '.join(odd[:3])} missing or not expected")
         self._controller.check_state(tensors, meta)
-        ranks = meta["ranks"]
-        cut = {name for name, rank in self._controller.ranks().items() if ranks.get(name) != rank}
-        if cut and self._bound is not None:
-            raise LrkitError("the state was compacted, and this run is already bound to an optimizer: load, then bind")
-        expected = self._controller.shapes(ranks)
+        expected = self._controller.shapes(meta["ranks"])
         for name, tensor in weights.items():
             if tensor.shape != expected.get(id(saved[name]), saved[name].shape):
                 raise LrkitError(
@@ -450,13 +447,38 @@ class Adapted:
         with torch.no_grad():
             for name, tensor in weights.items():
                 if tensor.shape != saved[name].shape:
-                    saved[name].data = saved[name].new_empty(tensor.shape)
+                    self._forget(saved[name])
+                    resize(saved[name], saved[name].new_empty(tensor.shape))
                 saved[name].copy_(tensor)
         for p in self.parameters():
             p.requires_grad_(p.numel() > 0)  # the state may be of an earlier step, when less was frozen
         self._controller.load_state(tensors, meta)
         if self._ddp is not None:
             parallel.follow(self._ddp)
+
+    def take_ranks(self) -> None:
+        """Let ``model.load_state_dict`` take weights whose components were cut, by giving each adapter the rank they have.
+
+        For who loads the model's weights alone, before `load_state_dict` loads everything adaptive.
+        """
+        for module in self.adapters.values():
+            module.register_load_state_dict_pre_hook(self._take_rank)  # type: ignore[no-untyped-call]
+
+    def _take_rank(self, module: nn.Module, weights: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        for part in self.method.parameterization.parts:
+            p, given = part.of(module), weights.get(prefix + part.name)
+            if part.axis is not None and given is not None and given.ndim == p.ndim:
+                shape = list(p.shape)
+                shape[part.axis] = given.shape[part.axis]
+                if list(given.shape) == shape != list(p.shape):
+                    self._forget(p)
+                    resize(p, p.new_empty(shape))
+
+    def _forget(self, p: nn.Parameter) -> None:
+        """Drop the bound optimizer's state of the shape that a tensor had; one of its new shape was loaded, and stays."""
+        state = self._bound.state.get(p, {}) if self._bound is not None else {}
+        if self._bound is not None and any(isinstance(v, Tensor) and v.shape == p.shape for v in state.values()):
+            del self._bound.state[p]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write everything adaptive to ``folder/lrkit.safetensors``, atomically; `load` reads it.
@@ -647,7 +669,19 @@ def _base(model: nn.Module) -> dict[str, Any] | None:
 
 def _meta(state: Mapping[str, Any]) -> dict[str, Any]:
     meta = state.get("meta") if isinstance(state, Mapping) else None
-    needed = {"format", "method", "targets", "head", "ranks", "step", "total_steps", "policies", "history", "sums"}
+    needed = {
+        "format",
+        "method",
+        "targets",
+        "head",
+        "ranks",
+        "step",
+        "total_steps",
+        "policies",
+        "history",
+        "sums",
+        "components",
+    }
     if not isinstance(meta, dict) or not isinstance(state.get("tensors"), Mapping) or not needed <= set(meta):
         raise LrkitError("this is no state of lrkit (it must be what adapted.state_dict() or adapted.save() gave)")
     for key in ("targets", "head"):

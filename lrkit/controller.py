@@ -6,20 +6,19 @@ decision is due, entry-wise scores are reduced to unit scores, the best b(t) uni
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit import native
 from lrkit.actions import Ballot
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.layout import Layout
 from lrkit.method import Method, Policy
 from lrkit.tally import Tally
-from lrkit.units import Block, blocks_of, split
+from lrkit.units import Block, blocks_of, resize, split
 
 
 @attrs.frozen
@@ -55,8 +54,7 @@ class PolicyState:
         # Amounts given as an average are for each layer that has such units: AFLoRA's FFN layers alone, say.
         self.layers = len({id(block.module) for block in blocks})
         self.units = sum(block.count for block in blocks)
-        self.unit_names = [name for block in blocks for name in block.unit_names()]
-        self.parts = torch.tensor([len(block.parts) for block in blocks for _ in range(block.count)])
+        self._name_units()
         self.observations = 0
         self.ended = False
         device = blocks[0].tensors[0].device
@@ -67,6 +65,11 @@ class PolicyState:
         self.buffers = {name: self._zeros(self.layout.size) for name in policy.metric.buffers}
         self.still = self._zeros(0)
         self._finite: Tensor | None = None
+        self._means: Tensor | None = None  # scores that were made at this step, for the decision after it
+
+    def _name_units(self) -> None:
+        self.unit_names = [name for block in self.blocks for name in block.unit_names()]
+        self.parts = torch.tensor([len(block.parts) for block in self.blocks for _ in range(block.count)])
 
     def _zeros(self, size: int) -> Tensor:
         return torch.zeros(size, device=self.layout.device)
@@ -77,6 +80,8 @@ class PolicyState:
             present = [True] * len(self.blocks)
         else:
             present = [bool(kept.any()) for kept in split(self.kept, self.blocks)]
+        # What has been cut away whole has no score.
+        present = [there and any(p.numel() for p in b.tensors) for there, b in zip(present, self.blocks, strict=True)]
         return Layout(self.blocks, present, self.policy.metric.reads)
 
     def follow_device(self) -> None:
@@ -102,14 +107,20 @@ class PolicyState:
         pieces = [scores[live[id(p)]] if id(p) in live else self.still[still[id(p)]] for p in new.still]
         self.still = torch.cat(pieces).clone() if pieces else self._zeros(0)
         self.buffers = {name: new.move(flat, old) for name, flat in self.buffers.items()}
-        self.layout = new
+        self.layout, self._means = new, None
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether a decision is taken after optimizer step `step` (1, 2, ...)."""
+        number = step - 1 + self.policy.scheduler.first_step
+        return not self.ended and self.policy.scheduler.due(number, total_steps=total_steps)
 
     def observe(self, controller: "Controller", scale: Tensor | None) -> None:
         """Take in one optimizer step, whose gradients still carry a factor `scale` if it is not None."""
         if self.ended or not self.policy.metric.buffers or not self.layout.live:
             return
         assert controller.total_steps is not None
-        number = self.policy.scheduler.first_step + controller.step - (self.policy.metric.measure == "after-step")
+        step = controller.step + (self.policy.metric.measure == "before-step")
+        number = step - 1 + self.policy.scheduler.first_step
         if not self.policy.scheduler.observes(number, total_steps=controller.total_steps):
             return
         self.observations += 1
@@ -117,16 +128,17 @@ class PolicyState:
         if missing := len(self.layout.live) - len(grads):
             controller.warn(
                 "none",
-                f"{missing} of {len(self.layout.live)} adapter tensors have no gradient at step {controller.step + 1}: "
+                f"{missing} of {len(self.layout.live)} adapter tensors have no gradient at step {step}: "
                 "they count as zero. Were they left out of the graph, or the gradients cleared before the step?",
             )
-        kernel, finite = self.policy.metric.kernel(), None
+        kernel, done = self.policy.metric.kernel(), None
         if kernel is not None and not missing and scale is None:
-            finite = self.layout.native.observe(kernel, grads, self.buffers["importance"], self.buffers["uncertainty"])
-        if finite is None:
-            finite = self._observe_pieces(scale)
-        if not finite:
-            self._not_finite(controller, f"at step {controller.step + 1}")
+            mean, deviation = self.buffers["importance"], self.buffers["uncertainty"]
+            scoring = self.due(step, controller.total_steps) and not self.layout.still
+            done = self.layout.native.observe(kernel, grads, mean, deviation, scoring=scoring)
+            self._means = done[1] if done is not None and done[0] and scoring else None
+        if not (self._observe_pieces(scale) if done is None else done[0]):
+            self._not_finite(controller, f"at step {step}")
 
     def _observe_pieces(self, scale: Tensor | None) -> bool:
         """The same by the metric's own tensor operations. False: gradients are not finite, and nothing was changed."""
@@ -158,8 +170,9 @@ class PolicyState:
         """Unit scores [units], -inf where a unit is out for good."""
         if self.policy.metric.kernel() is not None and not self.layout.still:
             mean, deviation = self.buffers["importance"], self.buffers["uncertainty"]
-            if native.usable(mean, deviation) is not None:
-                return self.layout.reduce_product(mean, deviation)
+            if self.layout.native.usable(mean, deviation):
+                means = self._means if self._means is not None else self.layout.native.score(mean, deviation)
+                return self.layout.reduce_means(means)
         return self.layout.reduce(self.entries(), self.still, self.policy.metric.reduce)
 
     @torch.no_grad()
@@ -182,16 +195,27 @@ class PolicyState:
         candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
         parts = self.parts.to(scores.device)
         kept = self.policy.action.select(Ballot(scores, candidates, budget, share, self.entries, parts))
+        self._means = None
         return kept, float(scores[kept].min()) if bool(kept.any()) else None
 
-    def rebuild(self, blocks: list[Block], kept: Tensor) -> None:
-        """Take over blocks that have been cut. The statistics are gone: what was cut cannot come back."""
-        self.blocks, self.kept = blocks, kept
-        self.units = kept.numel()
-        self.unit_names = [name for block in blocks for name in block.unit_names()]
-        self.parts = torch.tensor([len(block.parts) for block in blocks for _ in range(block.count)])
-        self.end()
-        self.layout = self._layout()
+    def rebuild(
+        self, components: Mapping[str, tuple[int, ...] | None], counts: Mapping[str, int], kept: Tensor
+    ) -> None:
+        """Take over blocks of other ranks.
+
+        Args:
+            components: by layer name the numbers of the components that are left; None where none was cut.
+            counts: by layer name how many there are.
+            kept: bool [units].
+        """
+        if self.policy.action.unit == "component":
+            self.blocks = [
+                attrs.evolve(block, count=counts[block.name], numbers=components.get(block.name))
+                for block in self.blocks
+            ]
+            self._name_units()
+        self.kept = kept
+        self.layout, self._means = self._layout(), None
 
     def end(self) -> None:
         """After the last decision: the statistics have done their work."""
@@ -226,8 +250,11 @@ class Controller:
                     "in the layers that were chosen"
                 )
             self.policies.append(PolicyState(index, policy, blocks))
+        if any(state.policy.action.cuts(last=True) for state in self.policies):
+            self._check_cuttable()
         self._tally = Tally(modules, parts, trained)
         self._survey()
+        self._components: dict[str, tuple[int, ...] | None] = {}
         self.starts = self.counts
         self.initial_ranks = self.ranks()
 
@@ -288,7 +315,7 @@ class Controller:
         """Called when the optimizer has stepped.
 
         Returns:
-            Whether tensors have stopped training.
+            Whether tensors have stopped training, or have become smaller.
         """
         assert self.total_steps is not None
         self.step += 1
@@ -305,15 +332,18 @@ class Controller:
         for state in self.policies:
             scheduler, action = state.policy.scheduler, state.policy.action
             number = self.step - 1 + scheduler.first_step
-            if not state.ended and scheduler.due(number, total_steps=self.total_steps):
+            if state.due(self.step, self.total_steps):
                 total = self.total_steps
                 budget = scheduler.budget(number, total_steps=total, units=state.units, layers=state.layers)
                 share = scheduler.share(number, total_steps=total, units=state.units, layers=state.layers)
                 lost, moved = self._decide(state, budget, share, optimizer)
                 changed |= moved
                 froze |= lost and not action.reversible
-                if number == scheduler.end(self.total_steps):
+                last = number == scheduler.end(self.total_steps)
+                if last:
                     state.end()
+                if action.cuts(last=last):
+                    froze |= self._cut(self._masked(split(state.kept, state.blocks), state.blocks), optimizer)
             elif state.ended:
                 action.hold(state.blocks, state.kept)
         if froze:
@@ -414,9 +444,14 @@ class Controller:
         values = self._tally.sums / self.step if self.step else self._tally.now.double()
         return dict(zip(self._tally.names, values.tolist(), strict=True))
 
-    # ---- compaction ----
+    # ---- cutting ----
 
-    @torch.no_grad()
+    def _check_cuttable(self) -> None:
+        parts = [part for part in self.method.parameterization.parts if part.axis is not None]
+        tensors = [id(part.of(module)) for module in self.modules.values() for part in parts]
+        if len(set(tensors)) < len(tensors):
+            raise LrkitError("layers share their matrices, and each has a mask of its own: they cannot be cut")
+
     def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
         """Cut components that are masked and whose core value is zero. The parameters stay the same objects.
 
@@ -426,53 +461,87 @@ class Controller:
         Returns:
             Layer name to its rank now.
         """
-        parts = [part for part in self.method.parameterization.parts if part.axis is not None]
+        masking = self._masking()
+        if masking:
+            self._check_cuttable()
         kept = self.components_kept()
-        tensors = [id(part.of(module)) for module in self.modules.values() for part in parts]
-        if kept and len(set(tensors)) < len(tensors):
-            raise LrkitError("layers share their matrices, and each has a mask of its own: they cannot be cut")
-        keeps: dict[str, Tensor] = {}
-        for name, module in self.modules.items():
-            if name not in kept:
-                continue
-            core = next(part for part in parts if part.core).of(module)
-            keep = kept[name].to(core.device) | (core != 0)
-            keeps[name] = keep
-            if bool(keep.all()):
-                continue
-            index = keep.nonzero().flatten()
-            for part in parts:
-                assert part.axis is not None
-                tensor = part.of(module)
-                shape = tensor.shape
-                values = list((optimizer.state.get(tensor, {}) if optimizer else {}).values())
-                for value in values:
-                    if isinstance(value, Tensor) and value.shape == shape:
-                        value.data = value.index_select(part.axis, index)
-                    elif optimizer is not None and isinstance(value, Tensor) and value.ndim > 0:
-                        # State of another shape (Adafactor's factors) cannot be cut: it begins anew.
-                        optimizer.state.pop(tensor, None)
-                tensor.data = tensor.data.index_select(part.axis, index)
-                tensor.grad = None
-                if not len(index) and optimizer is not None:
-                    optimizer.state.pop(tensor, None)
-                # Optimizers are not made for tensors without entries: leave none to them.
-                tensor.requires_grad_(len(index) > 0 and tensor.requires_grad)
         for state in self.policies:
             # What is cut cannot come back: every policy has ended.
             state.end()
-            if state.policy.action.unit == "component":
-                masks = split(state.kept, state.blocks)
-                pieces = [
-                    mask[keeps[block.name]] if block.name in keeps else mask
-                    for mask, block in zip(masks, state.blocks, strict=True)
-                ]
-                state.rebuild(
-                    [attrs.evolve(b, count=int(m.numel())) for b, m in zip(state.blocks, pieces, strict=True)],
-                    torch.cat(pieces),
-                )
-        self._survey()
+        if masking:
+            self._cut(self._masked(list(kept.values()), masking[0].blocks), optimizer)
         return self.ranks()
+
+    def _masked(self, masks: Sequence[Tensor], blocks: Sequence[Block]) -> dict[str, Tensor]:
+        """Layer name to bool [rank]: what stays of each layer that has masked components."""
+        core = next(part for part in self.method.parameterization.parts if part.core)
+        stays = {
+            b.name: mask.to(b.tensor(core).device) | (b.tensor(core) != 0)
+            for b, mask in zip(blocks, masks, strict=True)
+        }
+        return {name: keep for name, keep in stays.items() if not bool(keep.all())}
+
+    @torch.no_grad()
+    def _cut(self, stays: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None) -> bool:
+        """Cut components out of parameters, statistics and the optimizer's state.
+
+        Args:
+            stays: layer name to bool [rank], True for what stays. Other layers are left alone.
+            optimizer: the one whose state is cut.
+
+        Returns:
+            Whether anything was cut.
+        """
+        cuts = {
+            id(part.of(self.modules[name])): (part.of(self.modules[name]), part.axis, keep.nonzero().flatten())
+            for name, keep in stays.items()
+            for part in self.method.parameterization.parts
+            if part.axis is not None
+        }
+
+        def left(flat: Tensor, p: nn.Parameter) -> Tensor:
+            if id(p) not in cuts:
+                return flat
+            _, axis, index = cuts[id(p)]
+            return flat.view(p.shape).index_select(axis, index.to(flat.device)).flatten()
+
+        statistics = []
+        for state in self.policies:
+            live, still = state.layout.slices(), state.layout.still_slices()
+            statistics.append(
+                (
+                    {
+                        name: {id(p): left(flat[live[id(p)]], p) for p in state.layout.live}
+                        for name, flat in state.buffers.items()
+                    },
+                    {} if state.ended else {id(p): left(state.still[still[id(p)]], p) for p in state.layout.still},
+                )
+            )
+        for tensor, axis, index in cuts.values():
+            if optimizer is not None:
+                _cut_state(optimizer, tensor, axis, index)
+            resize(tensor, tensor.detach().index_select(axis, index))
+            # Optimizers are not made for tensors without entries: leave none to them.
+            tensor.requires_grad_(len(index) > 0 and tensor.requires_grad)
+        for name, keep in stays.items():
+            before = self._components.get(name) or tuple(range(len(keep)))
+            self._components[name] = tuple(n for n, stay in zip(before, keep.tolist(), strict=True) if stay)
+        ranks = self.ranks()
+        for state, (buffers, stills) in zip(self.policies, statistics, strict=True):
+            kept = state.kept
+            if state.policy.action.unit == "component":
+                masks = zip(split(state.kept, state.blocks), state.blocks, strict=True)
+                kept = torch.cat([m[stays[b.name].to(m.device)] if b.name in stays else m for m, b in masks])
+            state.rebuild(self._components, ranks, kept)
+            empty = state.kept.new_zeros(0, dtype=torch.float32)
+            state.buffers = {
+                name: torch.cat([empty, *(pieces[id(p)] for p in state.layout.live)])
+                for name, pieces in buffers.items()
+            }
+            if not state.ended:
+                state.still = torch.cat([empty, *(stills[id(p)] for p in state.layout.still if id(p) in stills)])
+        self._survey()
+        return bool(cuts)
 
     # ---- state ----
 
@@ -491,6 +560,7 @@ class Controller:
             "total_steps": self.total_steps,
             "policies": [{"observations": s.observations, "ended": s.ended} for s in self.policies],
             "history": [attrs.asdict(d) | {"lost": list(d.lost), "returned": list(d.returned)} for d in self.history],
+            "components": {name: list(numbers) for name, numbers in self._components.items() if numbers is not None},
             "sums": self._tally.named(self._tally.sums),
         }
         return tensors, data
@@ -559,6 +629,13 @@ class Controller:
             table = data[key]
             if not isinstance(table, dict) or set(table) != set(self.modules) or not all(map(whole, table.values())):
                 raise _misfit(f"{key} are not whole numbers for the layers of this run")
+        components = data["components"]
+        good = isinstance(components, dict) and set(components) <= set(self.modules)
+        for name, numbers in components.items() if good else ():
+            good &= isinstance(numbers, list) and all(map(whole, numbers)) and len(numbers) == data["ranks"][name]
+            good = good and numbers == sorted(set(numbers)) and all(n < self.initial_ranks[name] for n in numbers)
+        if not good:
+            raise _misfit("components are not the numbers of what is left of each layer that was cut")
         if data["total_steps"] is None and data["step"]:
             raise _misfit("steps have been taken, and total_steps is missing")
         fields = {field.name for field in attrs.fields(Decision)}
@@ -579,19 +656,17 @@ class Controller:
         self.history = [
             Decision(**{**d, "lost": tuple(d["lost"]), "returned": tuple(d["returned"])}) for d in data["history"]
         ]
+        self._components = {name: tuple(numbers) for name, numbers in data["components"].items()}
         for state, saved in zip(self.policies, data["policies"], strict=True):
-            if [block.count for block in state.blocks] != counts_of(state, data["ranks"]):
-                counts = counts_of(state, data["ranks"])
-                blocks = [attrs.evolve(b, count=n) for b, n in zip(state.blocks, counts, strict=True)]
-                state.rebuild(blocks, tensors[f"policy.{state.index}.kept"].to(state.kept.device))
-            state.kept = tensors[f"policy.{state.index}.kept"].to(state.kept.device, copy=True)
+            kept = tensors[f"policy.{state.index}.kept"].to(state.kept.device, copy=True)
+            state.rebuild(self._components, data["ranks"], kept)
             state.observations, state.ended = saved["observations"], saved["ended"]
             # Only what the loaded tensors do not hold is made again; a mask is never applied a second time, since λ may
             # have moved since.
             state.policy.action.restore(state.blocks, state.kept)
         for state in self.policies:
             prefix = f"policy.{state.index}"
-            state.layout = state._layout()
+            state.layout = state._layout()  # once all is frozen again
             device = state.layout.device
             state.still = tensors[f"{prefix}.still"].to(device, copy=True)
             state.buffers = {
@@ -605,6 +680,20 @@ class Controller:
 def counts_of(state: PolicyState, ranks: Mapping[str, int]) -> list[int]:
     """Units of each block of a policy at given ranks."""
     return [ranks[block.name] if block.kind == "component" else block.count for block in state.blocks]
+
+
+def _cut_state(optimizer: torch.optim.Optimizer, tensor: nn.Parameter, axis: int, index: Tensor) -> None:
+    """Cut an optimizer's state for one tensor."""
+    for value in list(optimizer.state.get(tensor, {}).values()):
+        if not isinstance(value, Tensor):
+            continue
+        if value.shape == tensor.shape:
+            value.data = value.index_select(axis, index.to(value.device))
+        elif value.ndim > 0:
+            # State of another shape (Adafactor's factors) cannot be cut: it begins anew.
+            optimizer.state.pop(tensor, None)
+    if not len(index):
+        optimizer.state.pop(tensor, None)
 
 
 def _misfit(what: str) -> LrkitError:

@@ -16,7 +16,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit.native import Tensors, add_scores
+from lrkit.native import Statistics
 from lrkit.units import Block, Part
 
 _PIECE = 1 << 16
@@ -82,7 +82,7 @@ class Layout:
                 gathered.setdefault(key, []).append((start, block, parts))
             start += block.count
         device = blocks[0].tensors[0].device if blocks else torch.device("cpu")
-        sizes = {True: 0, False: 0}
+        sizes, shapes = {True: 0, False: 0}, []
         for members in gathered.values():
             _, first, parts = members[0]
             slabs = []
@@ -93,12 +93,14 @@ class Layout:
                 slabs.append(_Slab(still, sizes[still], tuple(tensor.shape), axis))
                 sizes[still] += tensor.numel() * len(members)
                 (self.still if still else self.live).extend(b.tensor(p[position]) for _, b, p in members)
+                if not still:
+                    shapes += [_as_units(tuple(tensor.shape), axis)] * len(members)
             starts = torch.tensor([start for start, _, _ in members], device=device)
             self.groups.append(_Group(len(members), first.count, tuple(slabs), starts))
         self.size, self.still_size = sizes[False], sizes[True]
         self.device = device
         self.pieces = list(_pieces(self.live, _PIECE if device.type == "cpu" else self.size))
-        self.native = Tensors(self.live)
+        self.native = Statistics(self.live, shapes)
 
     def grads(self) -> list[Tensor]:
         """The live tensors' gradients, without those that have none."""
@@ -150,19 +152,20 @@ class Layout:
             scores[group.positions()] = rule(parts)
         return scores
 
-    def reduce_product(self, mean: Tensor, deviation: Tensor) -> Tensor:
-        """`reduce` for the score mean · deviation and the default rule, in one pass (see `lrkit.native`).
+    def reduce_means(self, means: Tensor) -> Tensor:
+        """Unit scores by the default rule, from the mean score of each live tensor's units.
 
-        Only where nothing is still.
+        Args:
+            means: [Σ units], tensor after tensor, as `lrkit.native.Statistics` gives them.
+
+        Returns:
+            [units], -inf for units of blocks that are not present. Only where nothing is still.
         """
-        scores = torch.full((self.units,), -torch.inf)
+        scores, start = torch.full((self.units,), -torch.inf), 0
         for group in self.groups:
-            sums = torch.zeros(group.blocks, group.units, dtype=torch.float64)
-            for slab in group.slabs:
-                where = slice(slab.offset, slab.offset + group.blocks * prod(slab.shape))
-                outer = 1 if slab.axis is None else prod(slab.shape[: slab.axis])
-                add_scores(sums, outer, mean[where], deviation[where])
-            scores[group.positions()] = sums.float()
+            end = start + len(group.slabs) * group.blocks * group.units
+            scores[group.positions()] = means[start:end].view(-1, group.blocks, group.units).sum(0).float()
+            start = end
         return scores
 
     def move(self, flat: Tensor, old: "Layout") -> Tensor:
@@ -178,6 +181,13 @@ class Layout:
     def still_slices(self) -> dict[int, slice]:
         """Where each still tensor's scores lie, by the tensor's ``id``."""
         return _slices(self.still)
+
+
+def _as_units(shape: tuple[int, ...], axis: int | None) -> tuple[int, int, int]:
+    """A tensor's shape as [outer, units, inner]."""
+    if axis is None:
+        return 1, 1, prod(shape)
+    return prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
 
 
 def _pieces(tensors: Sequence[nn.Parameter], limit: int) -> Iterator[_Piece]:

@@ -2,84 +2,162 @@
    metrics/sensitivity.py. Every tensor is contiguous float32. The flat tensors hold all entries, tensor after tensor. */
 
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
+#include <stdlib.h>
 
-/* Whether all gradients are finite: 0 times infinity, and any sum with a NaN in it, is NaN. */
-int lrkit_finite(int64_t tensors, const float *const *grad, const int64_t *size)
+/* One tensor: where it is, and how its entries make up units. They lie as [outer, units, inner]. */
+struct tensor {
+    const float *weight, *grad;
+};
+
+struct shape {
+    int64_t start;               /* of its entries in the flat tensors */
+    int64_t outer, units, inner;
+    int64_t first;               /* where its units' scores stand: each tensor has places of its own */
+};
+
+struct job {
+    int kind, scoring;           /* kind 0: |w g|; 1: |g|; 2: |g| / (|w| + epsilon) */
+    float rate1, rate2, epsilon; /* 1 - b1, 1 - b2 */
+    const struct tensor *tensors;
+    const struct shape *shapes;
+    float *mean, *deviation;
+    double *scores;
+};
+
+struct part {
+    const struct job *job;
+    int64_t begin, end;          /* which tensors */
+    int finite;
+};
+
+static int64_t size_of(const struct shape *s) { return s->outer * s->units * s->inner; }
+
+/* 0 times infinity, and any sum with a NaN in it, is NaN. */
+static void *all_finite(void *argument)
 {
-    for (int64_t t = 0; t < tensors; t++) {
-        const float *g = grad[t];
+    struct part *part = argument;
+    for (int64_t t = part->begin; t < part->end; t++) {
+        const float *grad = part->job->tensors[t].grad;
+        const int64_t size = size_of(&part->job->shapes[t]);
         float zeros = 0;
 #pragma omp simd reduction(+ : zeros)
-        for (int64_t j = 0; j < size[t]; j++)
-            zeros += g[j] * 0.0f;
+        for (int64_t j = 0; j < size; j++)
+            zeros += grad[j] * 0.0f;
         if (zeros != 0.0f)
-            return 0;
+            part->finite = 0;
     }
-    return 1;
+    return NULL;
 }
 
-/* mean = b1 mean + (1 - b1) I, then deviation = b2 deviation + (1 - b2) |I - mean|, with I as given. */
+/* From old towards new by a rate, exact at both ends: torch.lerp's formula. */
+static inline float lerp(float old, float new, float rate)
+{
+    return rate < 0.5f ? old + (new - old) * rate : new - (new - old) * (1 - rate);
+}
+
+/* mean = b1 mean + (1 - b1) I, then deviation = b2 deviation + (1 - b2) |I - mean|. */
 #define SMOOTH(IMPORTANCE)                                                                                             \
-    for (int64_t t = 0; t < tensors; t++) {                                                                            \
-        const float *restrict w = weight[t], *restrict g = grad[t];                                                    \
-        float *restrict m = mean, *restrict u = deviation;                                                             \
-        for (int64_t j = 0; j < size[t]; j++) {                                                                        \
-            const float importance = IMPORTANCE;                                                                       \
-            const float moved = m[j] + (importance - m[j]) * rate1;                                                    \
-            m[j] = moved;                                                                                              \
-            u[j] = u[j] + (fabsf(importance - moved) - u[j]) * rate2;                                                  \
-        }                                                                                                              \
-        mean += size[t];                                                                                               \
-        deviation += size[t];                                                                                          \
+    for (int64_t j = 0; j < size; j++) {                                                                               \
+        const float importance = IMPORTANCE;                                                                           \
+        mean[j] = lerp(mean[j], importance, rate1);                                                                    \
+        deviation[j] = lerp(deviation[j], fabsf(importance - mean[j]), rate2);                                         \
     }
 
-/* kind 0: |w g|; 1: |g|; 2: |g| / (|w| + epsilon). rate1 = 1 - b1, rate2 = 1 - b2. */
-void lrkit_smooth(int kind, int64_t tensors, const float *const *weight, const float *const *grad,
-                  const int64_t *size, float *mean, float *deviation, float rate1, float rate2, float epsilon)
+static void smooth(const struct job *job, const struct tensor *tensor, int64_t size, float *restrict mean,
+                   float *restrict deviation)
 {
-    if (kind == 0)
+    const float *restrict w = tensor->weight, *restrict g = tensor->grad;
+    const float rate1 = job->rate1, rate2 = job->rate2, epsilon = job->epsilon;
+    if (job->kind == 0)
         SMOOTH(fabsf(w[j] * g[j]))
-    else if (kind == 1)
+    else if (job->kind == 1)
         SMOOTH(fabsf(g[j]))
     else
         SMOOTH(fabsf(g[j]) / (fabsf(w[j]) + epsilon))
 }
 
-/* Adds to scores [blocks, units] the mean of mean * deviation over each unit's entries of one part, which lie as
-   [blocks, outer, units, inner]. Float sums are kept short, and added up in double. */
+/* Adds to each unit's score the mean of mean * deviation over its entries. Float sums are kept short. */
 #define LANES 1024
 
-void lrkit_score(int64_t blocks, int64_t outer, int64_t units, int64_t inner, const float *mean,
-                 const float *deviation, double *scores)
+static void score(const struct shape *s, const float *restrict mean, const float *restrict deviation, double *scores)
 {
-    const double share = 1.0 / (double)(outer * inner);
-    for (int64_t b = 0; b < blocks; b++, scores += units) {
-        if (inner == 1 && units <= LANES) {
-            /* A unit's entries are `units` apart: add up whole rows, as many side by side as there are lanes. */
-            const int64_t rows = outer < LANES / units ? outer : LANES / units, width = rows * units;
-            float lanes[LANES] = {0};
-            for (int64_t left = outer * units; left > 0; left -= width) {
-                const int64_t here = left < width ? left : width;
+    const double share = 1.0 / (double)(s->outer * s->inner);
+    if (s->inner == 1 && s->units <= LANES) {
+        /* A unit's entries are `units` apart: add up whole rows, as many side by side as there are lanes. */
+        const int64_t rows = LANES / s->units, width = rows * s->units;
+        float lanes[LANES] = {0};
+        for (int64_t left = s->outer * s->units; left > 0; left -= width) {
+            const int64_t here = left < width ? left : width;
+            for (int64_t j = 0; j < here; j++)
+                lanes[j] += mean[j] * deviation[j];
+            mean += here, deviation += here;
+        }
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < s->units; i++)
+                scores[i] += share * (double)lanes[row * s->units + i];
+        return;
+    }
+    for (int64_t o = 0; o < s->outer; o++)
+        for (int64_t i = 0; i < s->units; i++)
+            for (int64_t left = s->inner; left > 0; left -= LANES) {
+                const int64_t here = left < LANES ? left : LANES;
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
                 for (int64_t j = 0; j < here; j++)
-                    lanes[j] += mean[j] * deviation[j];
+                    sum += mean[j] * deviation[j];
+                scores[i] += share * (double)sum;
                 mean += here, deviation += here;
             }
-            for (int64_t row = 0; row < rows; row++)
-                for (int64_t i = 0; i < units; i++)
-                    scores[i] += share * (double)lanes[row * units + i];
-            continue;
-        }
-        for (int64_t o = 0; o < outer; o++)
-            for (int64_t i = 0; i < units; i++)
-                for (int64_t left = inner; left > 0; left -= LANES) {
-                    const int64_t here = left < LANES ? left : LANES;
-                    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-                    for (int64_t j = 0; j < here; j++)
-                        sum += mean[j] * deviation[j];
-                    scores[i] += share * (double)sum;
-                    mean += here, deviation += here;
-                }
+}
+
+/* A tensor's statistics are scored while they are in the cache. */
+static void *observe(void *argument)
+{
+    const struct part *part = argument;
+    const struct job *job = part->job;
+    for (int64_t t = part->begin; t < part->end; t++) {
+        const struct shape *s = &job->shapes[t];
+        float *mean = job->mean + s->start, *deviation = job->deviation + s->start;
+        if (job->tensors != NULL)
+            smooth(job, &job->tensors[t], size_of(s), mean, deviation);
+        if (job->scoring)
+            score(s, mean, deviation, job->scores + s->first);
     }
+    return NULL;
+}
+
+/* Run a step over all parts; the last part runs here, and so does one that no thread can be had for. */
+static void run(void *(*step)(void *), struct part *parts, int threads)
+{
+    pthread_t ids[threads];
+    char started[threads];
+    for (int i = 0; i < threads - 1; i++)
+        started[i] = pthread_create(&ids[i], NULL, step, &parts[i]) == 0;
+    step(&parts[threads - 1]);
+    for (int i = 0; i < threads - 1; i++)
+        if (started[i])
+            pthread_join(ids[i], NULL);
+        else
+            step(&parts[i]);
+}
+
+/* Moves the statistics by one step (unless `tensors` is null), then adds up the scores (if `scoring`).
+   `bounds` [threads + 1] says which tensors each thread takes; the numbers do not depend on it.
+   Returns 0, with nothing changed, where a gradient is not finite; else 1. */
+int lrkit_observe(const struct job *job, const int64_t *bounds, int threads)
+{
+    struct part parts[threads];
+    int finite = 1;
+    for (int i = 0; i < threads; i++)
+        parts[i] = (struct part){job, bounds[i], bounds[i + 1], 1};
+    if (job->tensors != NULL) {
+        run(all_finite, parts, threads);
+        for (int i = 0; i < threads; i++)
+            finite &= parts[i].finite;
+    }
+    if (finite)
+        run(observe, parts, threads);
+    return finite;
 }

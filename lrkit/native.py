@@ -1,17 +1,22 @@
 """The statistics of AdaLoRA and AFLoRA in one pass over memory, where a C compiler is at hand.
 
 As tensor operations the two running means take six passes over all entries, and a CPU waits for memory in each. The
-same formula in C (`native.c`, sixty lines) reads and writes every entry once. It is compiled with ``cc`` when it is first
-needed (a fifth of a second), kept in the user's cache folder, and never needed: without a compiler, for small problems,
-on other devices and for other dtypes the tensor operations run. ``LRKIT_NATIVE=0`` turns it off.
+same formula in C (`native.c`) reads and writes every entry once, and scores it while it is in the cache. It is compiled
+with ``cc`` when it is first needed (a fifth of a second), kept in the user's cache folder, and never needed: without a
+compiler, for small problems, on other devices and for other dtypes the tensor operations run. ``LRKIT_NATIVE=0`` turns it
+off.
 
-Both ways round alike to the last bits or so, not bit for bit: a run is resumed bitwise where both halves ran one way.
+The two ways agree to rounding, not bit for bit: a resumed run is bitwise the other where both go the same way. The number
+of threads changes nothing.
 """
 
+import bisect
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -20,13 +25,17 @@ from collections.abc import Sequence
 from importlib import resources
 from operator import attrgetter
 from pathlib import Path
+from typing import ClassVar
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-_SMALLEST = 1 << 16
-"""Entries from which on it is worth it: below, tensor operations stay in the cache."""
+SMALLEST = 1 << 16
+"""Entries from which on it is used: below, tensor operations stay in the cache."""
+
+_SHARE = 1 << 18
+"""Entries that are worth a thread of their own, which takes some ten microseconds to start."""
 
 _KINDS = {"sensitivity": 0, "gradient": 1, "ratio": 2}
 _FLAGS = {
@@ -55,42 +64,71 @@ class Kernel:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library; None where it is turned off or cannot be had."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if os.environ.get("LRKIT_NATIVE") == "0" or compiler is None:
+    compiler = shutil.which(os.environ.get("CC") or "cc")
+    if os.environ.get("LRKIT_NATIVE") == "0" or compiler is None or os.name != "posix":
         return None
     source = resources.files("lrkit") / "native.c"
     flags = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", *_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
-    # The processor's abilities are among the flags: a cache shared between machines holds one library for each.
-    key = hashlib.sha256("\0".join((source.read_text(encoding="utf-8"), compiler, *flags, os.uname().machine)).encode())
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # What the processor can do is among the flags: machines that share a home folder have a library each.
+    key = hashlib.sha256("\0".join((source.read_text("utf-8"), compiler, *flags, platform.machine())).encode())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrkit"
     try:
-        folder = base / "lrkit"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         target = folder / f"native-{key.hexdigest()[:24]}.so"
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=folder) as build, resources.as_file(source) as path:
                 made = Path(build) / target.name
-                subprocess.run([compiler, *flags, str(path), "-o", str(made), "-lm"], check=True, capture_output=True)
+                command = [compiler, *flags, str(path), "-o", str(made), "-lm", "-pthread"]
+                subprocess.run(command, check=True, capture_output=True)
                 os.replace(made, target)  # in one move: several processes may do this at once
         return ctypes.CDLL(str(target))
-    except (OSError, RuntimeError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):
         return None
 
 
-class Tensors:
-    """The live tensors of a layout, as the library takes them.
+class _Job(ctypes.Structure):
+    """``struct job`` of `native.c`."""
+
+    _fields_: ClassVar = [
+        ("kind", ctypes.c_int),
+        ("scoring", ctypes.c_int),
+        ("rate1", ctypes.c_float),
+        ("rate2", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("tensors", "shapes", "mean", "deviation", "scores")),
+    ]
+
+
+class Statistics:
+    """Ī and Ū of a layout's live tensors, moved and scored by the library.
 
     Args:
         tensors: in flat order.
+        shapes: for each (outer, units, inner): its entries lie as [outer, units, inner].
     """
 
-    def __init__(self, tensors: Sequence[nn.Parameter]) -> None:
-        self.tensors = list(tensors)
-        self.sizes = array("q", (p.numel() for p in tensors))
-        self.total = sum(self.sizes)
-        self._checked: array[int] | None = None
+    def __init__(self, tensors: Sequence[nn.Parameter], shapes: Sequence[tuple[int, int, int]]) -> None:
+        self._tensors = list(tensors)
+        self._sizes = [p.numel() for p in tensors]
+        self._starts = [0, *itertools.accumulate(self._sizes)]
+        first = [0, *itertools.accumulate(units for _, units, _ in shapes)]
+        self._units = first[-1]
+        places = zip(self._starts, shapes, first, strict=False)
+        self._shapes = array("q", (n for start, shape, place in places for n in (start, *shape, place)))
+        self._seen: array[int] | None = None
 
-    def observe(self, kernel: Kernel, grads: Sequence[Tensor], mean: Tensor, deviation: Tensor) -> bool | None:
+    def usable(self, mean: Tensor, deviation: Tensor) -> bool:
+        """Whether these statistics [N] are such as the library takes, and there is one."""
+        size = self._starts[-1]
+        return (
+            size >= SMALLEST
+            and all(t.device.type == "cpu" and t.is_contiguous() and t.numel() == size for t in (mean, deviation))
+            and library() is not None
+        )
+
+    def observe(
+        self, kernel: Kernel, grads: Sequence[Tensor], mean: Tensor, deviation: Tensor, *, scoring: bool
+    ) -> tuple[bool, Tensor] | None:
         """Move Ī and Ū by one step.
 
         Args:
@@ -98,72 +136,62 @@ class Tensors:
             grads: one for each tensor.
             mean: Ī [N].
             deviation: Ū [N].
+            scoring: whether scores are wanted too.
 
         Returns:
-            True; False where a gradient is not finite, and nothing was changed; None where it cannot be done this way.
+            Whether all gradients were finite (where not, nothing was changed), and the scores as `score` gives them, or
+            none. None where it cannot be done this way.
         """
-        c = usable(mean, deviation) if grads else None
-        if c is None or not all(map(Tensor.is_contiguous, grads)) or set(map(_dtype, grads)) != {torch.float32}:
+        plain = all(map(Tensor.is_contiguous, grads)) and set(map(attrgetter("dtype"), grads)) == {torch.float32}
+        if not plain or not self.usable(mean, deviation):
             return None
-        weights = array("Q", map(Tensor.data_ptr, self.tensors))
+        weights = array("Q", map(Tensor.data_ptr, self._tensors))
         # Tensors that lie where they lay when they were looked at are as they were then.
-        if weights != self._checked and not self._fit():
+        if weights != self._seen and not self._as_laid_out(grads):
             return None
-        self._checked = weights
-        pointers, count = array("Q", map(Tensor.data_ptr, grads)), ctypes.c_int64(len(grads))
-        if not c.lrkit_finite(count, _address(pointers), _address(self.sizes)):
-            return False
-        c.lrkit_smooth(
-            _KINDS[kernel.kind],
-            count,
-            _address(weights),
-            _address(pointers),
-            _address(self.sizes),
-            ctypes.c_void_p(mean.data_ptr()),
-            ctypes.c_void_p(deviation.data_ptr()),
-            ctypes.c_float(1 - kernel.beta1),
-            ctypes.c_float(1 - kernel.beta2),
-            ctypes.c_float(kernel.epsilon),
-        )
-        return True
+        self._seen = weights
+        pointers = array("Q", bytes(16 * len(weights)))
+        pointers[::2], pointers[1::2] = weights, array("Q", map(Tensor.data_ptr, grads))
+        return self._run(mean, deviation, scoring, kernel, pointers)
 
-    def _fit(self) -> bool:
+    def score(self, mean: Tensor, deviation: Tensor) -> Tensor:
+        """The means of Ī · Ū over the entries of each tensor's units [Σ units], float64, tensor after tensor."""
+        return self._run(mean, deviation, True, Kernel("gradient", 0.0, 0.0), None)[1]
+
+    def _run(
+        self, mean: Tensor, deviation: Tensor, scoring: bool, kernel: Kernel, pointers: "array[int] | None"
+    ) -> tuple[bool, Tensor]:
+        c = library()
+        assert c is not None
+        scores = torch.zeros(self._units if scoring else 0, dtype=torch.float64)
+        job = _Job(
+            kind=_KINDS[kernel.kind],
+            scoring=scoring,
+            rate1=1 - kernel.beta1,
+            rate2=1 - kernel.beta2,
+            epsilon=kernel.epsilon,
+            tensors=None if pointers is None else _address(pointers),
+            shapes=_address(self._shapes),
+            mean=mean.data_ptr(),
+            deviation=deviation.data_ptr(),
+            scores=scores.data_ptr(),
+        )
+        threads = max(1, min(torch.get_num_threads(), self._starts[-1] // _SHARE))
+        bounds = self._bounds(threads)
+        finite = c.lrkit_observe(ctypes.byref(job), ctypes.c_void_p(_address(bounds)), ctypes.c_int(threads))
+        return bool(finite), scores
+
+    def _bounds(self, threads: int) -> "array[int]":
+        """Where to cut the list of tensors, for threads with about equally many entries."""
+        cuts = (bisect.bisect(self._starts, self._starts[-1] * i // threads) - 1 for i in range(1, threads))
+        return array("q", (0, *cuts, len(self._tensors)))
+
+    def _as_laid_out(self, grads: Sequence[Tensor]) -> bool:
         return all(
-            type(p) is nn.Parameter
-            and p.device.type == "cpu"
-            and p.dtype == torch.float32
-            and p.is_contiguous()
-            and p.numel() == size
-            and (p.grad is None or p.grad.numel() == size)
-            for p, size in zip(self.tensors, self.sizes, strict=True)
+            p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() and p.numel() == g.numel() == size
+            for p, g, size in zip(self._tensors, grads, self._sizes, strict=True)
         )
 
 
-def usable(mean: Tensor, deviation: Tensor) -> ctypes.CDLL | None:
-    """The library, where statistics [N] are such as it takes."""
-    if mean.numel() < _SMALLEST or any(t.device.type != "cpu" or not t.is_contiguous() for t in (mean, deviation)):
-        return None
-    return library()
-
-
-def add_scores(scores: Tensor, outer: int, mean: Tensor, deviation: Tensor) -> None:
-    """Add to scores [blocks, units] (float64) the means of Ī · Ū over entries that lie as [blocks, outer, units, inner]."""
-    c = library()
-    assert c is not None and scores.is_contiguous() and mean.is_contiguous() and deviation.is_contiguous()
-    blocks, units = scores.shape
-    c.lrkit_score(
-        ctypes.c_int64(blocks),
-        ctypes.c_int64(outer),
-        ctypes.c_int64(units),
-        ctypes.c_int64(mean.numel() // (blocks * outer * units)),
-        ctypes.c_void_p(mean.data_ptr()),
-        ctypes.c_void_p(deviation.data_ptr()),
-        ctypes.c_void_p(scores.data_ptr()),
-    )
-
-
-_dtype = attrgetter("dtype")
-
-
-def _address(values: "array[int]") -> ctypes.c_void_p:
-    return ctypes.c_void_p(values.buffer_info()[0])
+def _address(values: "array[int]") -> int:
+    return values.buffer_info()[0]

@@ -54,6 +54,7 @@ class Block:
         parts: the tensors that make up the units.
         count: how many units: the rank for components, 1 for a matrix or a layer.
         kind: the kind of its units.
+        numbers: the components' numbers at the start, where some have been cut since; None where none has.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Block:
     parts: tuple[Part, ...]
     count: int
     kind: UnitKind
+    numbers: tuple[int, ...] | None = None
 
     def tensor(self, part: Part) -> nn.Parameter:
         """The parameter behind one of the parts."""
@@ -81,7 +83,9 @@ class Block:
 
     def unit_names(self) -> list[str]:
         """One name for each unit: the block's own, with the component's index where units are components."""
-        return [f"{self.name}[{i}]" for i in range(self.count)] if self.kind == "component" else [self.name]
+        if self.kind != "component":
+            return [self.name]
+        return [f"{self.name}[{i}]" for i in (range(self.count) if self.numbers is None else self.numbers)]
 
 
 def blocks_of(
@@ -112,6 +116,15 @@ def blocks_of(
         elif matrices:
             blocks.append(Block(name, module, matrices, 1, kind))
     return blocks
+
+
+def resize(p: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter values of another shape; it stays the same object, without a gradient."""
+    p.grad = None
+    # A graph that is still alive (a loss in the caller's hands, DDP's reducer) holds the node that accumulates into p, and
+    # that node remembers the old shape. Torch makes a new one where the dtype changes: change it on the way.
+    p.data = torch.empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float32, device=data.device)
+    p.data = data
 
 
 def split(kept: Tensor, blocks: Sequence[Block]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import sys
 
+import attrs
 import models
 import torch
 import torch.distributed as dist
@@ -10,6 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 import lrkit
 
 STEPS = 16
+CUTTING = {
+    f"cut {cut}": attrs.evolve(
+        lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=5, interval=3),
+        action=lrkit.actions.Prune(cut=cut),
+    )
+    for cut in ("end", "always")
+}
 
 
 def start(method, seed=3):
@@ -65,6 +73,7 @@ def fsdp2(method):
 if __name__ == "__main__":
     from test_attach import METHODS
 
+    METHODS = METHODS | CUTTING
     mode, rank, world, init, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
     kind, _, name = mode.partition(":")

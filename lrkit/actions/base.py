@@ -86,6 +86,14 @@ class Action(abc.ABC):
             optimizer: the one that is bound; its state may be dropped, its ``param_groups`` are never edited.
         """
 
+    def cuts(self, *, last: bool) -> bool:
+        """Whether components that have just lost are cut out of their tensors: only where they can never come back.
+
+        Args:
+            last: whether it was the last decision.
+        """
+        return False
+
     def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
         """After every optimizer step once the last decision is taken: keep its effect up."""
         return

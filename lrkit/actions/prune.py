@@ -1,4 +1,4 @@
-"""Prune: a reversible mask on the core value (AdaLoRA, arXiv 2303.10512, Eq. 5 and 6)."""
+"""Prune: a mask on the core value, reversible or final (AdaLoRA, arXiv 2303.10512, Eq. 5 and 6)."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -20,19 +20,26 @@ class Prune(Action):
     The component's vectors are kept and go on training, and so does λ_i until the next decision: a component whose
     score rises comes back. After the last decision the masked λ are held at zero.
 
+    A component that cannot come back can be cut: out of the tensors, the statistics and the optimizer's state, so that
+    from then on it costs nothing. The outputs do not change. What follows does, a little: masked vectors still take part in
+    an orthogonality penalty and in the norm that gradients are clipped to; those that are cut do not.
+
     Args:
+        cut: ``"never"``, as the paper has it. ``"end"``: what is masked by the last decision is cut. ``"always"``: what
+            loses is cut at once, so that pruning is final.
         ties: ``"budget"``: exactly b(t) components are kept, ties to the earlier one. ``"threshold"``: those above the
             (n - b)-th smallest score, as the released code and PEFT have it: ties at the threshold all lose.
     """
 
     reversible: ClassVar[bool] = True
 
+    cut: Literal["never", "end", "always"] = attrs.field(default="never", validator=one_of(("never", "end", "always")))
     ties: Literal["budget", "threshold"] = attrs.field(default="budget", validator=one_of(("budget", "threshold")))
 
     def select(self, ballot: Ballot) -> Tensor:
         """Who is kept, by the rule that `ties` names."""
         dropped = ballot.scores.numel() - ballot.budget
-        if self.ties == "budget" or dropped == 0:
+        if self.ties == "budget" or dropped <= 0:
             return super().select(ballot)
         return ballot.scores > torch.kthvalue(ballot.scores, dropped).values
 
@@ -46,6 +53,10 @@ class Prune(Action):
         if not any(part.core and part.trains for part in parameterization.parts):
             return "pruning zeroes a component's core value (λ), and this parameterization has none"
         return None
+
+    def cuts(self, *, last: bool) -> bool:
+        """At the end, or always."""
+        return self.cut == "always" or (self.cut == "end" and last)
 
     @torch.no_grad()
     def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:

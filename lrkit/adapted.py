@@ -447,8 +447,10 @@ class Adapted:
         with torch.no_grad():
             for name, tensor in weights.items():
                 if tensor.shape != saved[name].shape:
-                    self._forget(saved[name])
-                    resize(saved[name], saved[name].new_empty(tensor.shape))
+                    p = saved[name]
+                    assert isinstance(p, nn.Parameter)  # `shapes` knows components alone, and no buffer has any
+                    self._forget(p)
+                    resize(p, p.new_empty(tensor.shape))
                 saved[name].copy_(tensor)
         for p in self.parameters():
             p.requires_grad_(p.numel() > 0)  # the state may be of an earlier step, when less was frozen

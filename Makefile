@@ -61,11 +61,12 @@ check: .venv/.installed ## lint, format, types, documentation
 docs: .venv/.installed ## build the documentation into docs/_build/html; a warning is an error
 	$(PY) -P -m sphinx -q -n -W --keep-going -b html docs docs/_build/html
 
-bench: .venv/.installed ## every benchmark in tests/bench
-	@for f in tests/bench/bench_*.py; do \
-	  [ -e "$$f" ] || { echo "lrkit: no benchmarks in tests/bench"; exit 1; }; \
-	  echo "== $$f"; $(PY) -P "$$f" $(ARGS) || exit 1; \
-	done
+bench: .venv/.installed ## every benchmark in tests/bench, and one table (10 minutes; ARGS="--rounds 0.3" for a look)
+	@out=$$(mktemp -d); export PYTHONPATH=tests/bench; \
+	for f in tests/bench/bench_*.py; do \
+	  echo "== $$f"; $(PY) -P "$$f" --json "$$out/$$(basename $$f .py).json" $(ARGS) || exit 1; \
+	done; \
+	$(PY) -P tests/bench/report.py "$$out"; echo "figures: $$out/all.json"
 
 clean: ## remove .venv, caches and the built documentation
 	rm -rf .venv docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

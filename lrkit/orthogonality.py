@@ -1,10 +1,42 @@
 """The orthogonality penalty of AdaLoRA (arXiv 2303.10512, Eq. 4), batched over factors of one shape."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _Deviation(torch.autograd.Function):
+    """Σ_k of ‖D_k‖² or ‖D_k‖, D_k = F_k F_kᵀ - I, over factors of one shape; the gradient in closed form.
+
+    d‖D‖²/dF = 4 D F, and d‖D‖/dF = 2 D F / ‖D‖, taken as 0 where D is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, norm: str, *factors: Tensor) -> Tensor:
+        # Transposed views (P as [r, d]) are stacked as they lie in memory, and the stack is transposed.
+        ctx.turned = factors[0].t().is_contiguous()
+        stacked = torch.stack([f.t() for f in factors]).transpose(1, 2) if ctx.turned else torch.stack(factors)
+        deviation = torch.bmm(stacked, stacked.transpose(1, 2))
+        deviation.diagonal(dim1=1, dim2=2).sub_(1)
+        ctx.save_for_backward(stacked, deviation)
+        ctx.norm = norm
+        return torch.linalg.vector_norm(deviation, dim=(1, 2)).sum() if norm == "mean" else deviation.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        stacked, deviation = ctx.saved_tensors
+        if ctx.norm == "mean":
+            length = torch.linalg.vector_norm(deviation, dim=(1, 2), keepdim=True)
+            scaled = deviation * torch.where(length > 0, 2 * grad / length, 0.0)
+        else:
+            scaled = deviation * (4 * grad)
+        if ctx.turned:  # D is symmetric: (D F)ᵀ = Fᵀ D
+            return None, *torch.bmm(stacked.transpose(1, 2), scaled).transpose(1, 2).unbind()
+        return None, *torch.bmm(scaled, stacked).unbind()
 
 
 def orthogonality(factors: Sequence[Tensor], norm: Literal["squared", "mean"] = "squared") -> Tensor:
@@ -29,16 +61,7 @@ def orthogonality(factors: Sequence[Tensor], norm: Literal["squared", "mean"] = 
         raise ValueError(f'norm must be "squared" or "mean", not {norm!r}')
     groups: dict[tuple[int, ...], list[Tensor]] = {}
     for factor in factors:
-        groups.setdefault(tuple(factor.shape), []).append(factor)
-    squares = []
-    for (r, _), members in groups.items():
-        stacked = torch.stack(members)
-        gram = torch.bmm(stacked, stacked.transpose(1, 2))
-        deviation = gram - torch.eye(r, dtype=gram.dtype, device=gram.device)
-        # vector_norm has the subgradient 0 at 0, where sqrt of a sum of squares has NaN.
-        if norm == "mean":
-            squares.append(torch.linalg.vector_norm(deviation, dim=(1, 2)).sum())
-        else:
-            squares.append(deviation.square().sum())
+        groups.setdefault((*factor.shape, factor.t().is_contiguous()), []).append(factor)
+    squares: list[Tensor] = [_Deviation.apply(norm, *members) for members in groups.values()]  # type: ignore[no-untyped-call]
     total = torch.stack(squares).sum()
     return total / len(factors) if norm == "mean" else total

@@ -1,13 +1,6 @@
-"""Observe and decide: lrkit's AdaLoRA beside PEFT's, 72 matrices of DeBERTa-base shapes, r = 12, interleaved.
+"""Observe and decide: lrkit's AdaLoRA beside PEFT's, 72 matrices of DeBERTa-base shapes, r = 12, a decision every step."""
 
-Ratios within one process, medians over rounds; a benchmark, no test. Run by `make bench`.
-"""
-
-import argparse
-import json
-import statistics
-import time
-
+import harness
 import peft
 import torch
 from torch import nn
@@ -57,11 +50,11 @@ def ours(layers, shrink=1, rank=12):
     return step
 
 
-def theirs(layers, rank=12):
+def theirs(layers, shrink=1, rank=12):
     config = peft.AdaLoraConfig(
         init_r=rank, target_r=8, tinit=1, tfinal=1, deltaT=1, total_step=100_000, target_modules=list(SHAPES)
     )
-    model = peft.get_peft_model(Model(layers), config)
+    model = peft.get_peft_model(Model(layers, shrink), config)
     with_gradients(model)
     count = [2]
 
@@ -72,33 +65,43 @@ def theirs(layers, rank=12):
     return step
 
 
-def compare(steps, rounds):
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    times = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) * 1000 for name, values in times.items()}
+def main():
+    arguments = harness.options()
+    torch.manual_seed(0)
+    # 720 matrices of a tenth the entries each: about the same total size as 72.
+    steps = {
+        "PEFT, 72": theirs(12),
+        "lrkit, 72": ours(12),
+        "PEFT, 720": theirs(120, shrink=10),
+        "lrkit, 720": ours(120, shrink=10),
+    }
+    times = harness.interleaved(steps, round(60 * arguments.rounds), warmup=3)
+    values = {"milliseconds": harness.milliseconds(times)}
+    tenth = harness.ratio(times, "lrkit, 72", "PEFT, 72")
+    flat = harness.ratio(times, "lrkit, 720", "lrkit, 72")
+    rows = [
+        harness.Row(
+            what="observe + decide, 72 matrices of DeBERTa-base, r = 12: lrkit over PEFT",
+            target="at most x0.10",
+            measured=tenth.times(),
+            reached=tenth.median <= 0.1,
+            values=values,
+        ),
+        harness.Row(
+            what="the same: 720 matrices over 72, of the same total size",
+            target="flat: x1.0",
+            measured=flat.times(),
+            reached=flat.median <= 1.1,
+        ),
+        harness.Row(
+            what="720 matrices: lrkit over PEFT",
+            target="",
+            measured=harness.ratio(times, "lrkit, 720", "PEFT, 720").times(),
+            reached=None,
+        ),
+    ]
+    harness.finish(rows, arguments)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=40)
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    # 720 matrices of a tenth the entries each: about the same total size as 72.
-    milliseconds = compare(
-        {
-            "PEFT, 72 matrices": theirs(12),
-            "lrkit, 72 matrices": ours(12),
-            "lrkit, 720 small matrices": ours(120, shrink=10),
-        },
-        arguments.rounds,
-    )
-    for name, value in milliseconds.items():
-        print(f"{name:28s} {value:8.2f} ms   x{value / milliseconds['PEFT, 72 matrices']:.2f} of PEFT's")
-    print(json.dumps({"threads": torch.get_num_threads(), "milliseconds": milliseconds}))
+    main()

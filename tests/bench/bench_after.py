@@ -1,0 +1,80 @@
+"""What a step costs once nothing is left to decide: all frozen, over the floor; and compacted, beside LoRA at that rank."""
+
+import harness
+import subjects
+import torch
+
+import lrkit
+from lrkit import accounting
+
+
+def main():
+    arguments = harness.options()
+    torch.manual_seed(0)
+    base, data = subjects.minilm(), subjects.batch(16, 64)
+    rounds = round(24 * arguments.rounds)
+
+    frozen = subjects.ours(base, data, lrkit.methods.aflora(rank=4, warmup=1, final=1), total_steps=4)
+    for _ in range(4):
+        frozen()
+    steps = {"floor": subjects.floor(base, data), "frozen": frozen}
+    times = harness.interleaved(steps, rounds)
+    over = harness.ratio(times, "frozen", "floor")
+    rows = [
+        harness.Row(
+            what="AFLoRA r = 4 once every matrix is frozen (vectors train), over the floor",
+            target="at most +5%",
+            measured=over.percent(),
+            reached=over.median <= 1.05,
+            values={"milliseconds": harness.milliseconds(times)},
+        )
+    ]
+
+    cut = subjects.ours(base, data, _cutting(subjects.adalora(orthogonality=0.0)), total_steps=5)
+    penalised = subjects.ours(base, data, _cutting(subjects.adalora()), total_steps=5)
+    for _ in range(5):
+        cut()
+        penalised()
+    steps = {
+        "LoRA r = 8": subjects.ours(base, data, lrkit.methods.lora(rank=8)),
+        "cut": cut,
+        "cut, with the penalty": penalised,
+    }
+    times = harness.interleaved(steps, rounds)
+    ranks = [adapter.rank for adapter in cut.adapted.adapters.values()]
+    for name, target in (("cut", "within 3%"), ("cut, with the penalty", "")):
+        over = harness.ratio(times, name, "LoRA r = 8")
+        rows.append(
+            harness.Row(
+                what=f"AdaLoRA 12 to 8, {name}, over LoRA r = 8",
+                target=target,
+                measured=over.percent(),
+                reached=over.median <= 1.03 if target else None,
+                values={"milliseconds": harness.milliseconds(times), "mean rank": sum(ranks) / len(ranks)},
+            )
+        )
+
+    lora = steps["LoRA r = 8"]
+    bytes_cut, bytes_lora = (accounting.memory(s.adapted, s.optimizer) for s in (cut, lora))
+    counted = [accounting.flops(s.model, data).total for s in (cut, lora)]
+    # The core values, 72 times 8 of them here, are AdaLoRA's own.
+    share = bytes_cut.optimizer / bytes_lora.optimizer
+    rows.append(
+        harness.Row(
+            what="the same: optimizer state and FLOPs of a step, over LoRA r = 8",
+            target="no more (but for λ)",
+            measured=f"x{share:.4f}, x{counted[0] / counted[1]:.4f}",
+            reached=share < 1.005 and counted[0] / counted[1] < 1.005,
+        )
+    )
+    harness.finish(rows, arguments)
+
+
+def _cutting(method):
+    import attrs
+
+    return attrs.evolve(method, action=lrkit.actions.Prune(cut="end"))
+
+
+if __name__ == "__main__":
+    main()

@@ -188,7 +188,11 @@ def rows(table: list[dict[str, Any]]) -> lrkit.tasks.Task:
     return lrkit.tasks.Task(name="t", train=data, validation=data, fields=("text",), labels=("odd", "even"))
 
 
-@pytest.mark.parametrize("good", [Peak(), Cosine(), Shrink(), Gates(), mine, mine()], ids=lambda good: getattr(good, "__name__", type(good).__name__))
+@pytest.mark.parametrize(
+    "good",
+    [Peak(), Cosine(), Shrink(), Gates(), mine, mine()],
+    ids=lambda good: getattr(good, "__name__", type(good).__name__),
+)
 def test_what_the_faults_are_made_from_keeps_it(good):
     assert check(good) == []
 

@@ -1,13 +1,10 @@
 """What a study adds to the training of its cells, and how it scales with workers.
 
-    python tests/bench/bench_study.py [--json]
-
 Overhead: whole cells (MiniLM, movies) against the same training by a plain Trainer with AdaptCallback, in one process,
 turn and turn about. Workers: the same cells by one worker of one thread and by two, from the first cell's beginning to the
 last one's end.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -16,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import attrs
+import harness
 
 STEPS, PAIRS, CELLS, CELL_STEPS = 40, 3, 8, 12
 RUN = {"steps": STEPS, "max_length": 64, "validation_rows": 256}
@@ -70,7 +68,7 @@ def bare(method, task, settings):
     return seconds
 
 
-def overhead(folder):
+def overhead(folder, rounds):
     """Seconds of a cell over seconds of the bare training, a pair at a time."""
     import lrkit
     from lrkit.study.cell import _task, make_cell, run_cell
@@ -80,7 +78,7 @@ def overhead(folder):
 
     method, spec = lrkit.methods.adalora(rank=8, target_rank=4), TaskSpec(task="movies")
     pairs = []
-    for seed in range(PAIRS + 1):
+    for seed in range(rounds + 1):
         settings = settings_from({**RUN, "seed": seed})
         cell = make_cell(lrkit.to_plain(method), spec, "minilm", "all-linear", attrs.asdict(settings))
         task = _task(canonical(cell.task))
@@ -104,13 +102,13 @@ def overhead(folder):
     return [a / b for a, b in pairs[1:]]  # the first pair warms up
 
 
-def cells_a_minute(folder, workers):
+def cells_a_minute(folder, workers, cells):
     """Cells a minute of so many workers of one thread, without their start."""
     from lrkit.study.ablate import perform
     from lrkit.study.plan import lay_out, study_from
 
     run = {"steps": CELL_STEPS, "max_length": 64, "validation_rows": 256}
-    study = study_from({"base": "adalora", "set": {"rank": 8, "target_rank": 4}, "run": run, "seeds": CELLS})
+    study = study_from({"base": "adalora", "set": {"rank": 8, "target_rank": 4}, "run": run, "seeds": cells})
     perform(lay_out(study), folder, workers=workers, threads=1, costs=False)
     begun, ended = [], []
     for path in folder.glob("cells/*/attempts.jsonl"):
@@ -125,26 +123,30 @@ def cells_a_minute(folder, workers):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", action="store_true")
-    as_json = parser.parse_args().json
+    arguments = harness.options()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        ratios = overhead(Path(folder) / "overhead")
-        one = cells_a_minute(Path(folder) / "one", 1)
-        two = cells_a_minute(Path(folder) / "two", 2)
-    found = {
-        "a cell over its bare training": {"ratio": statistics.median(ratios), "all": ratios, "target": 1.03},
-        "two workers over one": {"ratio": two / one, "cells a minute": [one, two], "target": 1.8},
-    }
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-    print(f"a cell over its bare training  {statistics.median(ratios):.3f} ({spread}; target: at most 1.03)")
-    print(
-        f"two workers over one           {two / one:.2f} ({one:.2f} and {two:.2f} cells a minute; target: at least 1.8)"
-    )
+        ratios = overhead(Path(folder) / "overhead", max(2, round(PAIRS * arguments.rounds)))
+        cells = max(5, round(CELLS * arguments.rounds))
+        one, two = (cells_a_minute(Path(folder) / str(workers), workers, cells) for workers in (1, 2))
+    middle = statistics.median(ratios)
+    rows = [
+        harness.Row(
+            what="an ablation cell over its bare training",
+            target="at most +3%",
+            measured=f"{middle - 1:+.1%} ({min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%})",
+            reached=middle <= 1.03,
+            values={"ratios": ratios},
+        ),
+        harness.Row(
+            what="cells a minute, two workers of one thread over one",
+            target="at least x1.8",
+            measured=f"x{two / one:.2f}",
+            reached=two / one >= 1.8,
+            values={"cells a minute": [one, two]},
+        ),
+    ]
+    harness.finish(rows, arguments)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ class ParameterCount:
         layers: adapted layers.
         start: at the first step, without the head.
         end: at the last step; frozen tensors and masked components do not count. Which units go is not known without
-            training: here each counts at its policy's mean unit size.
+            training: here each counts at its policy's mean unit size. Where it is not even known how many go (see
+            `Action.budgeted`), none goes here, and the range says the rest.
         average: over all steps, likewise.
         end_range: the least and the most that `end` can be, whichever units go.
         average_range: likewise for `average`.
@@ -142,7 +143,7 @@ def _together(
 def _removed(adapted: Adapted, index: int, total_steps: int) -> list[_Removed]:
     """Parameters out of training during each step (1, 2, ...) by one policy."""
     state = adapted._controller.policies[index]
-    scheduler = state.policy.scheduler
+    scheduler, budgeted = state.policy.scheduler, state.policy.action.budgeted
     sizes = sorted(size for block in state.blocks for size in _unit_sizes(block))
     below = [0]
     for size in sizes:
@@ -151,7 +152,11 @@ def _removed(adapted: Adapted, index: int, total_steps: int) -> list[_Removed]:
     for step in range(1, total_steps + 1):
         # During a step trains what the decision after the step before has left.
         gone = state.units - kept
-        removed.append(_Removed(below[gone], below[-1] - below[-1 - gone], gone / state.units))
+        if budgeted:
+            removed.append(_Removed(below[gone], below[-1] - below[-1 - gone], gone / state.units))
+        else:
+            # How many go is known only after a run: none, or all of them once the schedule has begun.
+            removed.append(_Removed(0, below[-1] if gone else 0, 0.0))
         number = step - 1 + scheduler.first_step
         if number <= scheduler.end(total_steps) and scheduler.due(number, total_steps=total_steps):
             kept = scheduler.budget(number, total_steps=total_steps, units=state.units, layers=state.layers)

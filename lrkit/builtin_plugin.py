@@ -42,7 +42,7 @@ def lrkit_schedulers() -> Mapping[str, type[schedulers.Scheduler]]:
 @hookimpl
 def lrkit_actions() -> Mapping[str, type[actions.Action]]:
     """The built-in actions."""
-    return {"prune": actions.Prune, "freeze": actions.Freeze}
+    return {"prune": actions.Prune, "freeze": actions.Freeze, "zero": actions.Zero}
 
 
 @hookimpl

@@ -18,7 +18,7 @@ from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.layout import Layout
 from lrkit.method import Method, Policy
 from lrkit.tally import Tally
-from lrkit.units import Block, blocks_of, resize, split
+from lrkit.units import Block, blocks_of, present, resize, split
 
 
 @attrs.frozen
@@ -176,13 +176,16 @@ class PolicyState:
         return self.layout.reduce(self.entries(), self.still, self.policy.metric.reduce)
 
     @torch.no_grad()
-    def decide(self, controller: "Controller", budget: int, share: float) -> tuple[Tensor, float | None]:
+    def decide(
+        self, controller: "Controller", budget: int, share: float, standing: Tensor | None
+    ) -> tuple[Tensor, float | None]:
         """Which units to keep.
 
         Args:
             controller: whom to tell of gradients that were not finite.
             budget: how many.
             share: the same as a share of all, not cut to an integer.
+            standing: bool [units], False for those that a proximal step has taken out; None for no such step.
 
         Returns:
             bool [units], and the lowest score that is kept (None where nothing is).
@@ -193,6 +196,7 @@ class PolicyState:
         # A score that is not a number (diverged weights) ranks last.
         scores = torch.nan_to_num(self.scores(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
+        candidates = candidates if standing is None else candidates & standing
         parts = self.parts.to(scores.device)
         kept = self.policy.action.select(Ballot(scores, candidates, budget, share, self.entries, parts))
         self._means = None
@@ -355,7 +359,8 @@ class Controller:
     def _decide(
         self, state: PolicyState, budget: int, share: float, optimizer: torch.optim.Optimizer
     ) -> tuple[bool, bool]:
-        kept, threshold = state.decide(self, budget, share)
+        standing = state.policy.action.proximal(state.blocks, share, optimizer)
+        kept, threshold = state.decide(self, budget, share, standing)
         before, state.kept = state.kept, kept
         state.policy.action.apply(state.blocks, kept, optimizer)
         lost = (before & ~kept).nonzero().flatten().tolist()
@@ -453,7 +458,7 @@ class Controller:
             raise LrkitError("layers share their matrices, and each has a mask of its own: they cannot be cut")
 
     def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
-        """Cut components that are masked and whose core value is zero. The parameters stay the same objects.
+        """Cut components that are masked and add nothing (see `lrkit.units.present`). The parameters stay the same objects.
 
         Args:
             optimizer: its state for these parameters is cut with them.
@@ -474,11 +479,11 @@ class Controller:
 
     def _masked(self, masks: Sequence[Tensor], blocks: Sequence[Block]) -> dict[str, Tensor]:
         """Layer name to bool [rank]: what stays of each layer that has masked components."""
-        core = next(part for part in self.method.parameterization.parts if part.core)
-        stays = {
-            b.name: mask.to(b.tensor(core).device) | (b.tensor(core) != 0)
-            for b, mask in zip(blocks, masks, strict=True)
-        }
+        parts = [part for part in self.method.parameterization.parts if part.axis is not None]
+        stays = {}
+        for block, mask in zip(blocks, masks, strict=True):
+            there = present(block.module, parts)
+            stays[block.name] = mask.to(there.device) | there
         return {name: keep for name, keep in stays.items() if not bool(keep.all())}
 
     @torch.no_grad()
@@ -587,7 +592,7 @@ class Controller:
             counts = counts_of(state, ranks)
             if kept.dtype != torch.bool or kept.shape != (sum(counts),):
                 raise _misfit(f"{prefix}.kept is not bool [{sum(counts)}]")
-            if not state.policy.action.reversible:
+            if state.policy.action.freezes:
                 for block, keep in zip(state.blocks, torch.split(kept, counts), strict=True):
                     frozen |= set() if bool(keep.any()) else {id(tensor) for tensor in block.tensors}
         for state, saved in zip(self.policies, data["policies"], strict=True):

@@ -127,6 +127,20 @@ def resize(p: nn.Parameter, data: Tensor) -> None:
     p.data = data
 
 
+def present(module: nn.Module, parts: Sequence[Part]) -> Tensor:
+    """Which components of an adapter may add to its output, bool [rank].
+
+    Where there is a core value, those whose core is not zero; else those with any entry that is not.
+
+    Args:
+        module: the adapter.
+        parts: the parameterization's parts that have an axis, one at least.
+    """
+    shown = [part for part in parts if part.core] or [part for part in parts if part.trains]
+    entries = [(part.of(module) != 0).movedim(part.axis or 0, 0).unsqueeze(-1).flatten(1) for part in shown]
+    return torch.stack([each.any(dim=1) for each in entries]).any(dim=0)
+
+
 def split(kept: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
     """Cut a tensor over all units [Σ count] into one piece [count] for each block."""
     counts = [block.count for block in blocks]

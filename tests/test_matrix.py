@@ -98,9 +98,13 @@ def test_what_fits_is_what_the_design_says():
         ("full", "lora", "svd", "vector-scaled"),
         ("magnitude", "sensitivity", "sensitivity-uncertainty", "gradient-uncertainty", "ratio-uncertainty"),
         ("constant", "linear", "cubic"),
-        ("prune", "freeze"),
+        ("prune", "freeze", "zero"),
     ):
-        expected = p in prunable if a == "prune" else p in freezable and m != "magnitude"
+        expected = {
+            "prune": p in prunable,
+            "freeze": p in freezable and m != "magnitude",
+            "zero": p in prunable or (p == "lora" and m != "magnitude"),
+        }[a]
         assert ((p, m, s, a) in fits) == expected, (p, m, s, a)
 
 

@@ -116,17 +116,28 @@ def test_smoothed_sensitivity_with_any_beta(seed: int, beta1: float, steps: int)
     np.testing.assert_allclose(got.numpy(), oracle("sensitivity-smoothed", values, beta1=beta1), rtol=3e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [k for k in PAPERS if k.endswith("-uncertainty")])
 @given(st.integers(0, 10_000), st.integers(2, 5), st.integers(1, 25))
 @QUICK
-def test_a_window_of_gradients(seed: int, window: int, steps: int) -> None:
-    """I is the mean of abs(grad) over full windows; Ī and Ū move when the next window begins."""
+def test_a_window(kind: str, seed: int, window: int, steps: int) -> None:
+    """I is the mean over full windows of one step's; Ī and Ū move when the next window begins."""
     values = sequence(seed, steps, 6)
     statistics = oracles.Statistics("gradient-uncertainty", (6,), 0.85, 0.95)
     for start in range(0, steps - window, window):
-        mean = sum(grad.double().abs().numpy() for _, grad in values[start : start + window]) / window
-        statistics.observe(np.zeros(6), mean)
-    got = run(GradientUncertainty(window=window), values)
-    np.testing.assert_allclose(got.numpy(), statistics.score(), rtol=3e-5, atol=1e-12)
+        steps_of_window = [(w.double().numpy(), g.double().numpy()) for w, g in values[start : start + window]]
+        epsilon = {"epsilon": 1e-8} if kind == "ratio-uncertainty" else {}
+        mean = sum(oracles.importance(kind, w, g, **epsilon) for w, g in steps_of_window) / window
+        statistics.observe(np.zeros(6), mean)  # abs(grad) of this is the mean itself
+    got = run(build(kind, window=window, beta1=0.85, beta2=0.95), values)
+    # float32 sums of a window hold to a part in 1e7 of the largest I in it, and so does I - Ī
+    scale = max(1e-9, float(np.abs(statistics.score()).max()))
+    np.testing.assert_allclose(got.numpy(), statistics.score(), rtol=3e-5, atol=1e-6 * scale)
+
+
+def test_a_window_is_not_compiled() -> None:
+    for metric in (SensitivityUncertainty, GradientUncertainty, RatioUncertainty):
+        assert metric().kernel() is not None
+        assert metric(window=2).kernel() is None
 
 
 def test_by_hand() -> None:

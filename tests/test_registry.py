@@ -86,7 +86,7 @@ class Square(Scheduler):
 
 
 @attrs.frozen(kw_only=True)
-class Zero(Action):
+class Null(Action):
     """Sets the core of losers to zero."""
 
     reversible: ClassVar[bool] = True
@@ -118,7 +118,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "lrkit_parameterizations": {"halved": Halved},
     "lrkit_metrics": {"alternating": Alternating},
     "lrkit_schedulers": {"square": Square},
-    "lrkit_actions": {"zero": Zero},
+    "lrkit_actions": {"null": Null},
     "lrkit_methods": {"halved": halved},
     "lrkit_tasks": {"reviews": reviews},
     "lrkit_executors": {"threads": threads},
@@ -166,7 +166,7 @@ def test_the_built_ins_come_through_the_same_hooks() -> None:
         "parameterization": ["full", "lora", "svd", "vector-scaled"],
         "metric": ["magnitude", "sensitivity", "sensitivity-uncertainty", "gradient-uncertainty", "ratio-uncertainty"],
         "scheduler": ["constant", "linear", "cubic"],
-        "action": ["prune", "freeze"],
+        "action": ["prune", "freeze", "zero"],
         "method": ["full", "lora", "svd-lora", "elora", "adalora", "aflora"],
         "task": ["movies", "glue"],
         "executor": names["executor"],  # what is offered here is free
@@ -185,13 +185,13 @@ def test_a_plug_in_may_be_an_object_and_offer_several_kinds() -> None:
 
         @hookimpl(specname="lrkit_actions")
         def by_another_name(self) -> dict[str, type[Action]]:
-            return {"zero": Zero}
+            return {"null": Null}
 
     registry, lines = load(("good 1.0", Plugin()))
     assert lines == []
     assert registry.get("metric", "alternating") is Alternating
     assert registry.get("scheduler", "square") is Square
-    assert registry.get("action", "zero") is Zero
+    assert registry.get("action", "null") is Null
 
 
 def test_a_hook_may_offer_nothing() -> None:
@@ -209,10 +209,10 @@ def test_a_method_of_plug_in_parts_composes_trains_and_goes_to_plain_data() -> N
         "parameterization": {"name": "svd", "rank": 4},
         "metric": {"name": "alternating", "offset": 3},
         "scheduler": {"name": "square", "target": 2},
-        "action": "zero",
+        "action": "null",
     }
     method = from_plain(plain, registry)
-    assert (type(method.metric), type(method.scheduler), type(method.action)) == (Alternating, Square, Zero)
+    assert (type(method.metric), type(method.scheduler), type(method.action)) == (Alternating, Square, Null)
     assert from_plain(to_plain(method, registry), registry) == method
     assert registry.get("method", "halved")(rank=3).parameterization == Halved(rank=3)
 
@@ -547,7 +547,7 @@ def test_one_plug_in_under_two_entry_points_is_told_once() -> None:
         ("metric", "magnitud", r'unknown metric "magnitud" \(did you mean "magnitude"\?\); there are magnitude, '),
         ("metric", "Magnitude", r'\(did you mean "magnitude"\?\)'),
         ("method", "ada-lora", r'\(did you mean "adalora"\?\)'),
-        ("action", "zzz", r'unknown action "zzz"; there are prune, freeze$'),
+        ("action", "zzz", r'unknown action "zzz"; there are prune, freeze, zero$'),
         ("metric", None, r'unknown metric "None"'),
         ("metric", ["magnitude"], r"unknown metric "),
         ("metric", "", r'unknown metric ""'),

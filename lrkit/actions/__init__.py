@@ -3,5 +3,6 @@
 from lrkit.actions.base import Action, Ballot
 from lrkit.actions.freeze import Freeze
 from lrkit.actions.prune import Prune
+from lrkit.actions.zero import Zero
 
-__all__ = ["Action", "Ballot", "Freeze", "Prune"]
+__all__ = ["Action", "Ballot", "Freeze", "Prune", "Zero"]

@@ -18,7 +18,8 @@ class Ballot:
 
     Args:
         scores: unit scores [n], never NaN.
-        candidates: bool [n], the units that may be kept: all, or where losing is final those kept so far.
+        candidates: bool [n], the units that may be kept: all, or where losing is final those kept so far; without those
+            that the action's `Action.proximal` has just taken out.
         budget: how many units may be kept.
         share: the budget as a share of all units, before it was cut to an integer.
         entries: the entry-wise scores [N] behind the candidates' scores, or what makes them when they are first read: most
@@ -49,6 +50,11 @@ class Action(abc.ABC):
 
     reversible: ClassVar[bool]
     """Whether a unit that lost may win again. Where not, only units still kept are ranked."""
+    freezes: ClassVar[bool] = False
+    """Whether a unit that loses stops training: `apply` and `restore` take ``requires_grad`` from its tensors."""
+    budgeted: ClassVar[bool] = True
+    """Whether the scheduler's budget is the number of units that are kept. Where not, how many is known only after a run,
+    and the scheduler's share stands for something else, such as the height of a threshold."""
 
     @property
     @abc.abstractmethod
@@ -57,6 +63,22 @@ class Action(abc.ABC):
 
     def refusal(self, parameterization: Parameterization) -> str | None:
         """Why it cannot act on this parameterization, in words that follow "because"; None where it can."""
+        return None
+
+    def proximal(self, blocks: Sequence[Block], share: float, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """Move all units at a decision, before any is ranked: a proximal step, such as a soft threshold.
+
+        For methods in which losing is no comparison, but what a step does: a penalty's proximal operator shrinks the units
+        that stay as well, and those that it takes to zero are out.
+
+        Args:
+            blocks: the policy's units, n in all.
+            share: the scheduler's share at this step, 1 before the schedule begins and its target at the end.
+            optimizer: the one that has just stepped, for its learning rates; it is not to be changed.
+
+        Returns:
+            bool [n], False for the units that are out; or None where there is no such step.
+        """
         return None
 
     def select(self, ballot: Ballot) -> Tensor:

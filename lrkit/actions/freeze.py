@@ -29,6 +29,7 @@ class Freeze(Action):
     """
 
     reversible: ClassVar[bool] = False
+    freezes: ClassVar[bool] = True
 
     together: bool = attrs.field(default=False, validator=flag())
     rule: Literal["rank", "quantile"] = attrs.field(default="rank", validator=one_of(("rank", "quantile")))

@@ -1,13 +1,11 @@
 """Gradient-only metrics: AFLoRA's abs(grad) x uncertainty, and the abs(grad / w) of its ablation (arXiv 2403.13269)."""
 
-from collections.abc import Mapping
-
 import attrs
 from torch import Tensor
 
 from lrkit.metrics.sensitivity import UncertaintyMetric
 from lrkit.native import Kernel
-from lrkit.settings import real, whole
+from lrkit.settings import real
 
 
 @attrs.frozen(kw_only=True)
@@ -17,36 +15,18 @@ class GradientUncertainty(UncertaintyMetric):
     Args:
         beta1: β1 = 0.85 in the paper.
         beta2: β2 = 0.95 in the paper.
-        window: 1, as in the paper: I is one step's. n > 1: I is the mean over the last n steps, and Ī and Ū move every n
-            steps, when the next window begins (the released code, with 10).
+        window: 1, as in the paper; the released code has 10.
     """
 
     beta2: float = attrs.field(default=0.95, validator=real(0.0, 1.0, below=True))
-    window: int = attrs.field(default=1, validator=whole(1))
-
-    @property
-    def buffers(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Ī and Ū, and the window's mean where there is a window."""
-        return ("importance", "uncertainty") if self.window == 1 else ("importance", "uncertainty", "window")
-
-    def observe(self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int) -> None:
-        """Ī, then Ū; or one more step into the window."""
-        if self.window == 1:
-            super().observe(weight, grad, state, step)
-            return
-        place = (step - 1) % self.window
-        if place == 0 and step > 1:
-            self.update(state["window"].clone(), state)
-        state["window"].lerp_(self.importance(weight, grad), 1.0 / (place + 1))
 
     def importance(self, weight: Tensor, grad: Tensor) -> Tensor:
         """abs(∂L/∂w) [N]."""
         return grad.abs()
 
     def kernel(self) -> Kernel | None:
-        """abs(∂L/∂w), compiled, where there is no window; a subclass speaks for itself."""
-        known = type(self) is GradientUncertainty and self.window == 1
-        return Kernel("gradient", self.beta1, self.beta2) if known else None
+        """abs(∂L/∂w), compiled; a subclass speaks for itself."""
+        return Kernel("gradient", self.beta1, self.beta2) if self.compiles(GradientUncertainty) else None
 
 
 @attrs.frozen(kw_only=True)
@@ -59,6 +39,7 @@ class RatioUncertainty(UncertaintyMetric):
     Args:
         beta1: β1.
         beta2: β2.
+        window: steps to a window.
         epsilon: ε, in the units of the weights.
     """
 
@@ -71,4 +52,5 @@ class RatioUncertainty(UncertaintyMetric):
 
     def kernel(self) -> Kernel | None:
         """abs(∂L/∂w) / (abs(w) + ε), compiled; a subclass speaks for itself."""
-        return Kernel("ratio", self.beta1, self.beta2, self.epsilon) if type(self) is RatioUncertainty else None
+        known = self.compiles(RatioUncertainty)
+        return Kernel("ratio", self.beta1, self.beta2, self.epsilon) if known else None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrkit.metrics.base import Metric, smooth
 from lrkit.native import Kernel
-from lrkit.settings import flag, real
+from lrkit.settings import flag, real, whole
 
 
 @attrs.frozen(kw_only=True)
@@ -47,20 +47,33 @@ class UncertaintyMetric(Metric):
     Args:
         beta1: β1, smoothing of the importance.
         beta2: β2, smoothing of the uncertainty.
+        window: 1: I is one step's. n > 1: I is the mean over the last n steps, and Ī and Ū move every n steps, when the next
+            window begins (PLATON, arXiv 2206.12562, section 3.2; the released code of AFLoRA).
     """
-
-    buffers: ClassVar[tuple[str, ...]] = ("importance", "uncertainty")
 
     beta1: float = attrs.field(default=0.85, validator=real(0.0, 1.0, below=True))
     beta2: float = attrs.field(default=0.85, validator=real(0.0, 1.0, below=True))
+    window: int = attrs.field(default=1, validator=whole(1))
+
+    @property
+    def buffers(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Ī and Ū, and the window's mean where there is a window."""
+        return ("importance", "uncertainty") if self.window == 1 else ("importance", "uncertainty", "window")
 
     def importance(self, weight: Tensor, grad: Tensor) -> Tensor:
         """I [N], a fresh tensor, from weights [N] and gradients [N]."""
         raise NotImplementedError
 
     def observe(self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int) -> None:
-        """Ī, then Ū."""
-        self.update(self.importance(weight, grad), state)
+        """Ī, then Ū; or one more step into the window."""
+        importance = self.importance(weight, grad)
+        if self.window == 1:
+            self.update(importance, state)
+            return
+        place = (step - 1) % self.window
+        if place == 0 and step > 1:
+            self.update(state["window"].clone(), state)
+        state["window"].lerp_(importance, 1.0 / (place + 1))
 
     def update(self, importance: Tensor, state: Mapping[str, Tensor]) -> None:
         """Ī = β1 Ī + (1 - β1) I, then Ū = β2 Ū + (1 - β2) abs(I - Ī). Overwrites `importance`."""
@@ -71,6 +84,10 @@ class UncertaintyMetric(Metric):
         """Ī · Ū [N]."""
         return state["importance"] * state["uncertainty"]
 
+    def compiles(self, known: type["UncertaintyMetric"]) -> bool:
+        """Whether `lrkit.native` knows it: a metric of exactly this class, without a window."""
+        return type(self) is known and self.window == 1
+
 
 @attrs.frozen(kw_only=True)
 class SensitivityUncertainty(UncertaintyMetric):
@@ -79,6 +96,7 @@ class SensitivityUncertainty(UncertaintyMetric):
     Args:
         beta1: β1 = 0.85 in the paper.
         beta2: β2 = 0.85 in the paper.
+        window: 1, as in the paper.
     """
 
     def importance(self, weight: Tensor, grad: Tensor) -> Tensor:
@@ -87,4 +105,4 @@ class SensitivityUncertainty(UncertaintyMetric):
 
     def kernel(self) -> Kernel | None:
         """abs(w · ∂L/∂w), compiled; a subclass speaks for itself."""
-        return Kernel("sensitivity", self.beta1, self.beta2) if type(self) is SensitivityUncertainty else None
+        return Kernel("sensitivity", self.beta1, self.beta2) if self.compiles(SensitivityUncertainty) else None

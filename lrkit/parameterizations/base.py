@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from lrkit.units import Part, UnitKind
 
+_MANY = 2**31 - 1
+
 Role = Literal["attention", "ffn", "other"]
 """Where in a transformer block a linear map stands."""
 
@@ -98,15 +100,19 @@ class Parameterization(abc.ABC):
         return None
 
     def units(self, kind: UnitKind) -> int:
-        """The largest number of trainable units of this kind that one layer has; 0 where it has none."""
+        """The largest number of trainable units of this kind that one layer may have; 0 where it has none."""
         matrices = sum(part.matrix and part.trains for part in self.parts)
         if kind == "component":
-            return self.components if any(p.axis is not None and p.trains for p in self.parts) else 0
+            there = any(p.axis is not None and p.trains for p in self.parts)
+            return (_MANY if self.components is None else self.components) if there else 0
         return matrices if kind == "matrix" else min(matrices, 1)
 
     @property
-    def components(self) -> int:
-        """The initial rank, that is the rank components of one adapter before anything is pruned."""
+    def components(self) -> int | None:
+        """The initial rank, that is the rank components of one adapter before anything is pruned.
+
+        None where it follows from the layer: a component may be a row of its weight.
+        """
         return 0
 
 

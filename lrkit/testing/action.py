@@ -136,6 +136,7 @@ class ActionContract(PartContract):
     def _exercise(self, component: Any) -> None:
         with as_it_was():
             stage = _Stage(component, self._fitting(component)[0])
+        component.proximal(stage.blocks, 0.5, stage.optimizer)
         for which in ("all", "half", "none"):
             component.select(self._ballot(20, 8))
             for call in (component.hold, component.restore):
@@ -158,11 +159,12 @@ class ActionContract(PartContract):
 
     @clause
     def test_says_what_it_acts_on(self, component: Any) -> None:
-        """`unit` is ``"component"``, ``"matrix"`` or ``"layer"``; `reversible` is True or False."""
+        """`unit` is ``"component"``, ``"matrix"`` or ``"layer"``; `reversible`, `freezes`, `budgeted` are True or False."""
         kinds = ("component", "matrix", "layer")
         expect(component.unit in kinds, f"unit must be one of {', '.join(kinds)}, not {component.unit!r}")
-        reversible = getattr(component, "reversible", None)
-        expect(isinstance(reversible, bool), f"reversible must be True or False, not {reversible!r}")
+        for name in ("reversible", "freezes", "budgeted"):
+            says = getattr(component, name, None)
+            expect(isinstance(says, bool), f"{name} must be True or False, not {says!r}")
 
     @clause
     def test_select_keeps_the_best_of_the_budget(self, component: Any) -> None:
@@ -201,6 +203,34 @@ class ActionContract(PartContract):
                 kept = component.select(ballot)
             back = int((kept & ~ballot.candidates).sum())
             expect(not back, f"reversible is False, and select keeps {back} units that had lost for good")
+
+    @clause
+    def test_proximal_moves_its_units_alone(self, component: Any) -> None:
+        """`proximal` gives None, or bool [units]; no flag, no optimizer state and nothing outside of its blocks changes."""
+        for parameterization in self._fitting(component):
+            for share in (1.0, 0.5, 0.0):
+                stage = _Stage(component, parameterization)
+                before, groups = stage.look(), stage.groups()
+                with calling(f"proximal on {parameterization!r}"):
+                    standing = component.proximal(stage.blocks, share, stage.optimizer)
+                expect(
+                    standing is None
+                    or (
+                        isinstance(standing, Tensor)
+                        and standing.dtype == torch.bool
+                        and standing.shape == (stage.count,)
+                    ),
+                    f"proximal must return None or bool [{stage.count}], not {standing!r}",
+                )
+                after = stage.look()
+                mine = {id(tensor) for block in stage.blocks for tensor in block.tensors}
+                for name, p in stage.parameters.items():
+                    there = slice(1, None) if id(p) in mine else slice(None)
+                    expect(
+                        _same(before[name][there], after[name][there]),
+                        f"proximal on {parameterization!r} changes {name}, its flag, gradient or optimizer state",
+                    )
+                expect(stage.groups() == groups, "proximal edits the optimizer's param_groups")
 
     @clause
     def test_acts_on_what_loses_alone(self, component: Any) -> None:
@@ -264,7 +294,7 @@ class ActionContract(PartContract):
 
     @clause
     def test_restore_makes_again_what_tensors_do_not_hold(self, component: Any) -> None:
-        """`restore` makes the flags again that `apply` made, and changes no value: a unit may have moved since."""
+        """`restore` makes the flags again that `apply` made (`freezes` says so), and changes no value."""
         for parameterization in self._fitting(component):
             stage, fresh = (_Stage(component, parameterization) for _ in range(2))
             with calling("apply"):
@@ -275,6 +305,11 @@ class ActionContract(PartContract):
                         p.add_(0.01)  # as the optimizer would, until the next decision
                     fresh.parameters[name].copy_(p)
             wanted = {name: (p.detach().clone(), p.requires_grad) for name, p in stage.parameters.items()}
+            froze = any(p.requires_grad != wanted[name][1] for name, p in fresh.parameters.items())
+            expect(
+                froze == component.freezes,
+                f"freezes is {component.freezes}, and apply does{'' if froze else ' not'} freeze",
+            )
             for times in ("", " a second time"):
                 with calling("restore"):
                     component.restore(fresh.blocks, fresh.kept("half"))
@@ -316,7 +351,7 @@ class ActionContract(PartContract):
                 with calling(f"a run with {parameterization!r} and {metric!r}"):
                     run = Run(method, 10)
                     run.to(8)
-                    if component.unit == "component" and any(part.core for part in parameterization.parts):
+                    if component.unit == "component":
                         run.adapted.compact()
                     run.to(10)
                     decides(run, self.exact)

@@ -309,7 +309,7 @@ def builtin_metrics() -> list[Metric]:
 
 def builtin_actions() -> list[Action]:
     """lrkit's own."""
-    return [actions.Prune(), actions.Freeze()]
+    return [actions.Prune(), actions.Freeze(), actions.Zero()]
 
 
 def or_refused(build: Callable[[], Method], *sides: object) -> Method | None:

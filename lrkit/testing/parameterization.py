@@ -94,7 +94,8 @@ class ParameterizationContract(PartContract):
         expect(sum(part.core for part in parts) <= 1, "parts has more than one core")
         _, adapted = self._attached(component)
         rank = component.components
-        expect(isinstance(rank, int) and rank >= 0, f"components must be an int of at least 0, not {rank!r}")
+        good = rank is None or (isinstance(rank, int) and rank >= 0)
+        expect(good, f"components must be an int of at least 0, or None where it follows from the layer, not {rank!r}")
         trained = {id(p) for p in adapted.parameters()}
         trains = dict.fromkeys(names, False)
         for layer, adapter in adapted.adapters.items():
@@ -103,10 +104,12 @@ class ParameterizationContract(PartContract):
                     tensor = part.of(adapter)
                 trains[part.name] |= id(tensor) in trained
                 if part.axis is not None:
+                    first = next(other for other in parts if other.axis is not None)
+                    wanted = first.of(adapter).shape[first.axis] if rank is None else rank
                     expect(
-                        -tensor.ndim <= part.axis < tensor.ndim and tensor.shape[part.axis] == rank,
-                        f"{layer}: the part {part.name} {list(tensor.shape)} must have {rank} entries (`components`) along "
-                        f"its axis {part.axis}",
+                        -tensor.ndim <= part.axis < tensor.ndim and tensor.shape[part.axis] == wanted,
+                        f"{layer}: the part {part.name} {list(tensor.shape)} must have {wanted} entries (`components`) "
+                        f"along its axis {part.axis}",
                     )
                 expect(
                     not part.core or (part.axis == 0 and tensor.ndim == 1),
@@ -376,11 +379,14 @@ class ParameterizationContract(PartContract):
     @clause
     def test_can_be_cut(self, component: Any) -> None:
         """`compact`, which cuts pruned components out of every part, leaves outputs as they are, and training goes on."""
-        method = or_refused(
-            lambda: method_with(component), component, actions.Prune(), metrics.SensitivityUncertainty()
-        )
-        if method is None:
-            return
+        for action in (actions.Prune(), actions.Zero()):
+            metric = metrics.SensitivityUncertainty()
+            build = functools.partial(method_with, component, action=action, metric=metric)
+            method = or_refused(build, component, action, metric)
+            if method is not None:
+                self._cut(method)
+
+    def _cut(self, method: Method) -> None:
         run = Run(method, 10)
         run.to(9)
         model, (x, _) = run.model.eval(), batch()

@@ -1,0 +1,56 @@
+"""Zero: every entry of a component that loses becomes zero (Prune-LoRA, arXiv 2303.10512, section 4.4)."""
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from lrkit.actions.base import Action
+from lrkit.settings import flag
+from lrkit.units import Block, UnitKind, split
+
+
+@attrs.frozen(kw_only=True)
+class Zero(Action):
+    """Every entry of a component that is not kept is set to zero, in all of its tensors. It needs no core value.
+
+    Source: structured pruning as in Prune-LoRA, arXiv 2303.10512, section 4.4 (doublets), and LoSparse, arXiv 2306.11222,
+    section 3 (rows). The optimizer's state for these entries is zeroed with them, so that no momentum moves them on. Whether
+    a component then comes back is a matter of its gradient. A row of a plain weight has one, and grows again. A doublet of
+    LoRA has none: each vector's gradient is a multiple of the other, and both are zero.
+
+    Args:
+        once: False: all components are ranked at each decision, as the smoothed scores have it. True: what lost is out for
+            good, and the budget goes to those that are left: right where nothing can grow again.
+    """
+
+    once: bool = attrs.field(default=False, validator=flag())
+
+    @property
+    def reversible(self) -> bool:  # type: ignore[override]
+        """Unless losing `once` is enough."""
+        return not self.once
+
+    @property
+    def unit(self) -> UnitKind:
+        """Rank components."""
+        return "component"
+
+    @torch.no_grad()
+    def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        """Zero what is not kept, with the optimizer's state for it."""
+        for block, keep in zip(blocks, split(kept, blocks), strict=True):
+            for part, tensor in zip(block.parts, block.tensors, strict=True):
+                assert part.axis is not None
+                shape = [1] * tensor.ndim
+                shape[part.axis] = -1
+                lost = ~keep.to(tensor.device).view(shape)
+                state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
+                for values in (tensor, *state.values()):
+                    if isinstance(values, Tensor) and values.shape == tensor.shape:
+                        values.masked_fill_(lost, 0)
+
+    def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
+        """The same again: what has a gradient grows, and it may no longer come back."""
+        self.apply(blocks, kept, None)

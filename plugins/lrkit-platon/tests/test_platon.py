@@ -1,0 +1,220 @@
+"""PLATON against a loop over single numbers, LoSparse against W = U V + S, and what is pruned, cut, merged and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import attrs
+import folders
+import lrkit_platon
+import models
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lrkit_platon import LoSparse, LowRankPlusRows, Platon, ZeroBelow
+
+import lrkit
+from lrkit.actions import Ballot
+from lrkit.cli import main
+from lrkit.registry import Registry
+from lrkit.testing import ActionContract, MethodContract, MetricContract, ParameterizationContract
+from lrkit.testing.base import resumes
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    made = Registry([("lrkit-platon 0.1.0", "platon", lrkit_platon)], discover=False)
+    assert not made.problems
+    for place in ("lrkit.registry.current", "lrkit.testing.base.current"):
+        monkeypatch.setattr(place, lambda: made)
+    return made
+
+
+class TestPlaton(MetricContract):
+    component = (Platon(), Platon(window=1), Platon(window=3))
+
+
+class TestZeroBelow(ActionContract):
+    component = ZeroBelow()
+    parameterizations = (LoSparse(),)
+    exact = False  # ties are kept
+
+
+class TestLoSparse(ParameterizationContract):
+    component = (LoSparse(), LoSparse(ratio=0.4))
+
+
+class TestMethod(MethodContract):
+    component = (lrkit_platon.losparse, lrkit_platon.losparse(variant="released"))
+
+
+def by_hand(values: list[tuple[float, float]], window: int, beta1: float, beta2: float) -> float:
+    """The algorithm on one number, step by step from 0, as it is written: at local step 0 the last window is taken in."""
+    mean = spread = local = 0.0
+    for t, (w, g) in enumerate(values):
+        place = t % window
+        if place == 0:
+            mean = beta1 * mean + (1 - beta1) * local
+            spread = beta2 * spread + (1 - beta2) * abs(local - mean)
+            local = abs(w * g)
+        else:
+            local = (local * place + abs(w * g)) / (place + 1)
+    return mean * spread
+
+
+@given(
+    st.lists(st.tuples(st.floats(-2, 2, width=32), st.floats(-2, 2, width=32)), min_size=1, max_size=40),
+    st.integers(2, 11),
+    st.floats(0, 0.99),
+    st.floats(0, 0.99),
+)
+@settings(max_examples=60)
+def test_the_score_of_one_entry(values: list[tuple[float, float]], window: int, beta1: float, beta2: float) -> None:
+    metric = Platon(window=window, beta1=beta1, beta2=beta2)
+    state = {name: torch.zeros(1) for name in metric.buffers}
+    for step, (w, g) in enumerate(values, start=1):
+        metric.observe(torch.tensor([w]), torch.tensor([g]), state, step)
+    wanted = by_hand(values, window, beta1, beta2)
+    assert metric.score(torch.zeros(1), state).item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_defaults_are_platon_s() -> None:
+    assert attrs.asdict(Platon()) == {"measure": "before-step", "beta1": 0.85, "beta2": 0.95, "window": 10}
+    assert Platon().kernel() is None and Platon(window=1).kernel() is None, "compiled for lrkit's own alone"
+
+
+def test_strictly_below() -> None:
+    def kept(scores: list[float], share: float) -> list[bool]:
+        each = torch.tensor(scores)
+        ones = torch.ones(len(scores), dtype=torch.bool)
+        ballot = Ballot(each, ones, int(len(scores) * share), share, each, ones.long())
+        return ZeroBelow().select(ballot).tolist()
+
+    assert kept([3, 1, 2, 4], 0.5) == [True, False, True, True], "the 2nd smallest is the threshold, and stays"
+    assert kept([1, 1, 1, 4], 0.25) == [True] * 4, "all of a tie stay"
+    assert kept([3, 1, 2, 4], 1.0) == [True] * 4
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_w_is_u_v_plus_s(name: str) -> None:
+    model = models.make(name).eval()
+    ids = models.batch()
+    plain, state = model(**ids).logits.detach(), {n: t.clone() for n, t in model.state_dict().items()}
+    adapted = lrkit.attach(model, lrkit.Method(parameterization=LoSparse(ratio=0.3)))
+    torch.testing.assert_close(model(**ids).logits, plain, rtol=1e-5, atol=1e-6)
+    for adapter in adapted.adapters.values():
+        w = adapter.base.weight.detach().double()
+        w = w.t() if name == "gpt2" else w
+        u, v, s = (p.detach().double() for p in (adapter.U, adapter.V, adapter.S))
+        rank = math.ceil(0.3 * w.numel() / sum(w.shape))
+        assert u.shape == (w.shape[0], rank) and v.shape == (rank, w.shape[1])
+        torch.testing.assert_close(u @ v + s, w, rtol=0, atol=1e-7)
+        sigma = torch.linalg.svdvals(w)
+        assert (w - u @ v).norm().item() == pytest.approx(sigma[rank:].norm().item(), rel=1e-5), "the best of its rank"
+    adapted.detach()
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in state.items())
+
+
+def run(method: lrkit.Method, steps: int, total: int) -> tuple[Any, Any, Any]:
+    model = models.make("bert").eval()
+    torch.manual_seed(1)
+    adapted = lrkit.attach(model, method)
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-3)
+    adapted.bind(optimizer, total_steps=total)
+    for step in range(steps):
+        model(**models.batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, adapted, optimizer
+
+
+SHORT = lrkit_platon.losparse(ratio=0.2, target=0.3, warmup=4, final=6, window=3)
+
+
+def zero_rows(adapted: Any) -> torch.Tensor:
+    return torch.cat([~(a.S != 0).any(dim=1) for a in adapted.adapters.values()])
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_rows_are_pruned_and_grow_again_until_the_last_decision(released: bool) -> None:
+    method = attrs.evolve(SHORT, action=ZeroBelow()) if released else SHORT
+    _, adapted, _ = run(method, 10, 20)  # numbered from 0: decisions after steps 7, 10, 13 and at the end, 15
+    decision = adapted.history[-1]
+    assert decision.step == 10 and int((~zero_rows(adapted)).sum()) == decision.kept
+    assert released <= decision.kept - decision.budget <= 2 * released
+    _, adapted, _ = run(method, 11, 20)
+    assert not zero_rows(adapted).any(), "a step later all of them have moved"
+    _, adapted, _ = run(method, 20, 20)
+    assert adapted.history[-1].step == 15
+    last = adapted.history[-1]
+    assert int((~zero_rows(adapted)).sum()) == last.kept
+    assert last.budget == round(0.3 * last.units)
+    assert released <= last.kept - last.budget <= 2 * released
+
+
+def test_rows_are_cut_saved_and_merged(tmp_path: Path) -> None:
+    model, adapted, _ = run(SHORT, 20, 20)
+    ids = models.batch(50)
+    before = model(**ids).logits.detach()
+    ranks = adapted.compact()
+    assert sum(ranks.values()) == adapted.history[-1].kept
+    torch.testing.assert_close(model(**ids).logits, before)
+    assert all(len(a.S) == len(a.rows) == ranks[n] for n, a in adapted.adapters.items())
+    adapted.save(tmp_path)
+    loaded = lrkit.load(models.make("bert"), tmp_path)
+    torch.testing.assert_close(loaded.model.eval()(**ids).logits, before)
+    torch.testing.assert_close(adapted.merge()(**ids).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_is_the_run() -> None:
+    resumes(SHORT, 16, (1, 6, 11, 15))
+
+
+def test_other_precisions() -> None:
+    model = models.make("bert").bfloat16()
+    adapted = lrkit.attach(model, SHORT)
+    assert {p.dtype for p in adapted.adapter_parameters()} == {torch.float32}
+    model(**models.batch()).loss.backward()
+    model = models.make("bert")
+    adapted = lrkit.attach(model, SHORT)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**models.batch()).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters())
+
+
+def test_the_command_line_counts_and_trains(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model, data = folders.write_model(tmp_path / "model"), folders.write_data(tmp_path / "data")
+    short = ("--model", model, "--data", data, "--set", "run.steps=20", "--set", "run.batch_size=8")
+
+    def call(*arguments: object) -> dict[str, Any]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([*map(str, arguments), "--json"])
+        out, err = capsys.readouterr()
+        assert caught.value.code == 0, err
+        told: dict[str, Any] = json.loads(out)
+        return told
+
+    counted = call("params", "losparse", "--model", "deberta-v3-base")["methods"]["losparse"]
+    square, ffn = 768 * 768 + 20 * 2 * 768, 768 * 3072 + 31 * (768 + 3072)
+    assert counted["start"] == 12 * (4 * square + 2 * ffn)
+    rows = 12 * (5 * 768 + 3072)
+    low = 12 * (4 * 20 * 2 * 768 + 2 * 31 * (768 + 3072))
+    assert counted["end"] == pytest.approx(low + 84_934_656 * round(0.15 * rows) / rows)
+    told = call("run", "losparse", "--set", "window=3", *short)
+    assert told["steps"] == 20 and told["summary"]["now"] < told["summary"]["start"]
+    swapped = call("run", "adalora", "--swap", "metric=platon", "--set", "metric.window=3", "--set", "rank=2",
+                   "--set", "target_rank=1", *short)  # fmt: skip
+    assert swapped["method"]["metric"]["name"] == "platon"
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(lrkit.LrkitError, match=r"Prune.*does not fit.*LoSparse.*core value"):
+        attrs.evolve(SHORT, action=lrkit.actions.Prune())
+    with pytest.raises(lrkit.LrkitError, match='losparse variant must be "paper" or "released"'):
+        lrkit_platon.losparse(variant="code")  # type: ignore[arg-type]
+    assert issubclass(LowRankPlusRows, torch.nn.Module)

@@ -218,7 +218,11 @@ def flops_on(method: "Method", model: nn.Module, tokens: int, **attach_settings:
         device = next(model.parameters()).device
         ids = torch.zeros((1, tokens), dtype=torch.long, device=device)
         try:
-            return flops(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            try:
+                return flops(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            except RuntimeError:
+                # Some models look into the mask, which has no values on the meta device; others cannot do without it.
+                return flops(model, {"input_ids": ids})
         except (RuntimeError, NotImplementedError, IndexError) as error:
             first = " ".join(str(error).split())[:200]
             raise LrkitError(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,13 +48,33 @@ Data = Annotated[
 Model = Annotated[str, typer.Option("--model", help="minilm, a folder, or a hub id.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from lrkit import __version__
+
+        typer.echo(f"lrkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Adaptive parameter-efficient fine-tuning, composed from four parts."""
+
+
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="A new folder for table and pictures.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each method.", min=20)] = 120,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune MiniLM on movie-review sentences with LoRA, AdaLoRA, a swapped AdaLoRA and AFLoRA; draw what happened."""
+    """Four methods on movie-review sentences, with pictures.
+
+    Fine-tunes MiniLM with LoRA, AdaLoRA, AdaLoRA with another metric, and AFLoRA, and draws what happened.
+    """
     import attrs
 
     from lrkit import methods, metrics
@@ -103,7 +124,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="A new folder for adapters, results and pictures.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train one method on one task; or every method, for one table."""
+    """Train one method, or every one, on one task."""
     from lrkit.study.pictures import draw
     from lrkit.study.run import settings_from, total_steps, train
 
@@ -193,7 +214,12 @@ def ablate(
     list_: Annotated[bool, typer.Option("--list", help="The studies that ship.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Swap parts of a method one at a time, over many seeds, and compare: restartable, with a report."""
+    """Swap one part at a time, over many seeds; restartable.
+
+    lrkit ablate adalora --swap metric=sensitivity,magnitude --seeds 6 --out study
+
+    The same command again goes on with what is missing. lrkit ablate --list shows the studies that ship.
+    """
     from lrkit.study.plan import lay_out, read_study, shipped, study_from
 
     if list_:
@@ -231,7 +257,10 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A study's folder; it may still be running.")],
     as_json: Json = False,
 ) -> None:
-    """Write a study's report: report.html and tables as CSV, Markdown and LaTeX."""
+    """Write a study's report, in HTML and as tables.
+
+    report.html, table.csv, table.md, table.tex and cells.csv, in the study's folder.
+    """
     import attrs
 
     from lrkit.study.records import read_study
@@ -259,7 +288,10 @@ def params(
     swap: Swap = None,
     as_json: Json = False,
 ) -> None:
-    """Count trainable parameters (and FLOPs) of methods on a model, with no weights, over a whole run's schedule."""
+    """Count parameters and FLOPs, without weights.
+
+    Trainable parameters at the start, at the end and on average over a run of so many steps, from the schedule alone.
+    """
     import attrs
 
     from lrkit.accounting import count, flops_on
@@ -267,7 +299,13 @@ def params(
     from lrkit.registry import current
 
     names = method or current().names("method")
-    composed = {name: compose(name, sets or [], swap or [])[0] for name in names}
+    composed = {}
+    for name in names:
+        composed[name], run = compose(name, sets or [], swap or [])
+        if run:
+            raise LrkitError(
+                f"run.{next(iter(run))} is a setting of a run, and nothing runs here: use --steps for its length"
+            )
     net = empty_model(model)
     plain: dict[str, Any] = {}
     rows = []
@@ -304,7 +342,7 @@ def params(
 
 @app.command(name="methods")
 def list_methods(as_json: Json = False) -> None:
-    """The named methods, and the four parts each is made of."""
+    """The named methods and their four parts."""
     from lrkit.method import FIELDS, to_plain
     from lrkit.registry import current
 
@@ -365,7 +403,10 @@ def plugins(context: typer.Context, as_json: Json = False) -> None:
 @app.command()
 def export(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A folder with lrkit.safetensors, from `lrkit run --out`.")
+        Path,
+        typer.Argument(
+            metavar="RUN", help="What `lrkit run --out` wrote, or a study's cell: a folder with lrkit.safetensors."
+        ),
     ],
     to: Annotated[str, typer.Option(help="peft-lora, peft-adalora, vllm-lora or merged.")],
     out: Annotated[Path, typer.Option(help="A new folder.")],
@@ -374,7 +415,10 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a trained run for PEFT, vLLM or transformers, and check it by reading it back."""
+    """Write a trained run for PEFT, vLLM or transformers.
+
+    What was written is read back and compared: the same outputs, or nothing is left.
+    """
     import attrs
 
     from lrkit import checkpoint, peft
@@ -400,7 +444,10 @@ def export(
         _json(attrs.asdict(exported) | {"tolerance": peft.TOLERANCE})
         return
     ranks = exported.ranks.values()
-    what = f"{len(ranks)} layers of rank {min(ranks)} to {max(ranks)}" if ranks else "a plain model"
+    low, high = (min(ranks), max(ranks)) if ranks else (0, 0)
+    rank = f"rank {low}" if low == high else f"rank {low} to {high}"
+    out_of = f" of {len(adapted.adapters)}" if len(ranks) < len(adapted.adapters) else ""
+    what = f"{len(ranks)}{out_of} layers, {rank}" if ranks else "a plain model"
     typer.echo(
         f"{what}; read back, logits are within {exported.difference:.1g} (the largest is {exported.largest:.3g})"
     )
@@ -469,12 +516,17 @@ def _show_plan(plan: Any, as_json: bool) -> None:
         _json({"rows": rows, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells})
         return
     shown = [
-        [label, "; ".join(f"{c['path']}: {c['base']} -> {c['value']}" for c in r) or "-"] for label, r in rows.items()
+        [label, "; ".join(f"{c['path']}: {_said(c['base'])} -> {_said(c['value'])}" for c in r) or "-"]
+        for label, r in rows.items()
     ]
     _table(["row", "changed against the base"], shown)
     typer.echo(
         f"{cells} cells: {len(plan.rows)} rows on {', '.join(tasks)} with {len(plan.seeds)} seeds. Every one can run."
     )
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def _carry_out(
@@ -733,7 +785,7 @@ def _state(result: "Result") -> str:
 
 @contextmanager
 def _progress(quiet: bool) -> "Iterator[Any]":
-    """Progress bars on stderr; one line a run where stderr is no terminal."""
+    """Progress bars on stderr; a line every 15 seconds where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -741,11 +793,20 @@ def _progress(quiet: bool) -> "Iterator[Any]":
     if quiet or not console.is_terminal:
 
         def plain(label: str, total: int) -> Any:
-            def once(step: int, steps: int, loss: float | None) -> None:
-                if step == 1:
-                    console.print(f"{label}: {total} steps", highlight=False)
+            begin = said = time.monotonic()
 
-            return None if quiet else once
+            def now_and_then(step: int, steps: int, loss: float | None) -> None:
+                nonlocal said
+                now = time.monotonic()
+                if step == 1:
+                    console.print(f"{label}: {total} steps", highlight=False, markup=False)
+                elif now - said >= 15:
+                    said = now
+                    left = (now - begin) / step * (steps - step)
+                    what = "" if loss is None else f", loss {loss:.3f}"
+                    console.print(f"{label}: step {step}{what}, about {left:.0f} s left", highlight=False, markup=False)
+
+            return None if quiet else now_and_then
 
         yield plain
         return

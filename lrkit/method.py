@@ -278,7 +278,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _defaults(cls: type) -> dict[str, Any]:
+def defaults(cls: type) -> dict[str, Any]:
     """The settings of a component's class that have a plain default."""
     return {
         field.name: _plain(field.default)
@@ -355,7 +355,7 @@ def with_component(
         fields -= {field.name for field in old if field.metadata.get("own")}
     shared = {key: value for key, value in there.items() if key in fields}
     fitting = {key: value for key, value in shared.items() if _fits(value, hints[key])}
-    node[kind] = {"name": name, **_defaults(cls), **fitting}
+    node[kind] = {"name": name, **defaults(cls), **fitting}
     return copy
 
 

@@ -470,15 +470,30 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[dict[str, Any]]:
         for index, (a, b) in enumerate(zip(old, new, strict=True)):
             yield from _differences(a, b, f"{path}.{index}")
     elif old != new:
-        yield {"path": path, "base": _named(old), "value": _named(new)}
+        yield {"path": path, "base": _named(old), "value": _named(new, old)}
 
 
-def _named(value: Any) -> Any:
+def _named(value: Any, before: Any = None) -> Any:
+    """A component as its name, with the settings that are neither its defaults nor taken over from the one before."""
     if isinstance(value, Mapping):
-        return value.get("name", "a policy")
+        if "name" not in value:
+            return "a policy"
+        own = _settings_of(value["name"])
+        there = before if isinstance(before, Mapping) else value
+        told = {k: v for k, v in value.items() if k in own and v != own[k] and v != there.get(k)}
+        return _show({"name": value["name"], **told})
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_named(item) for item in value] if value else None
     return value
+
+
+def _settings_of(name: str) -> dict[str, Any]:
+    """The defaults of a component, whatever kind it is of."""
+    from lrkit.method import defaults
+    from lrkit.registry import current
+
+    found = [offer.value for offer in current().offers() if offer.kind in FIELDS and offer.name == name]
+    return defaults(found[0]) if found else {}
 
 
 def load_task_of(spec: TaskSpec) -> "Task":

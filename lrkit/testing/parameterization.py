@@ -14,7 +14,7 @@ from lrkit import actions, metrics
 from lrkit.adapted import Adapted, attach, load
 from lrkit.errors import LrkitError
 from lrkit.method import Method
-from lrkit.parameterizations.lowrank import layer_shape
+from lrkit.targets import find_targets
 from lrkit.testing.base import (
     POINTS,
     Broken,
@@ -156,9 +156,13 @@ class ParameterizationContract(PartContract):
             f"{', '.join(lost[:2])} is in the model no more: keep the layer as a submodule (self.base = target.layer), so "
             "that it moves and is saved with the model",
         )
-        names = {name for name, module in tiny().named_modules() if name.startswith("layer.") and layer_shape(module)}
-        odd = sorted(names ^ set(adapted.adapters))
-        expect(not odd, f"adapt must give each target its module, by the target's name: {', '.join(odd[:2])} is odd")
+        names = {target.name for target in component.choose(find_targets(tiny(), "all-linear"))}
+        missing, extra = sorted(names - set(adapted.adapters)), sorted(set(adapted.adapters) - names)
+        expect(
+            not missing,
+            f"adapt must give each target its module, by the target's name: {', '.join(missing[:2])} is missing",
+        )
+        expect(not extra, f"adapt gives a module for {', '.join(extra[:2])}, which is no target (see `choose`)")
 
     @clause
     def test_every_trained_parameter_learns(self, component: Any) -> None:

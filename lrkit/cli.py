@@ -486,13 +486,17 @@ def _changes(
         "set": {key: value for key, value in pairs.items() if not key.startswith("run.")},
         "run": {key.removeprefix("run."): value for key, value in pairs.items() if key.startswith("run.")},
         "swap": {},
-        "leave_out": [name for text in leave_out or [] for name in text.split(",")],
-        "tasks": [{"task": name} for text in task or [] for name in text.split(",")],
+    }
+    tasks = [{"task": name} for text in task or [] for name in text.split(",")]
+    tasks += [{"data": str(folder)} for folder in data or []]
+    given = {
+        "leave_out": [name for text in leave_out or [] for name in text.split(",")] if leave_out else None,
+        "tasks": tasks or None,
         "model": model,
         "targets": None if targets is None else _targets(targets),
-        "grid": grid,
+        "grid": grid or None,
     }
-    changes["tasks"] += [{"data": str(folder)} for folder in data or []]
+    changes |= {key: value for key, value in given.items() if value is not None}
     for text in swap or []:
         path, _, values = text.partition("=")
         if not path or not values:
@@ -502,7 +506,7 @@ def _changes(
     if seeds is not None:
         numbers = [_value(part) for part in seeds.split(",")]
         changes["seeds"] = numbers if "," in seeds else numbers[0]
-    return {key: value for key, value in changes.items() if value not in (None, {}, [], False)}
+    return changes
 
 
 def _show_plan(plan: Any, as_json: bool) -> None:
@@ -666,7 +670,7 @@ def _value(text: str) -> Any:
         return None
     try:
         return json.loads(text.lower() if text.lower() in ("true", "false") else text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, brackets without end
         return text
 
 
@@ -877,8 +881,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             sys.exit(2)
         except OSError as error:
-            if error.filename is None:
-                raise
-            _complain(f"{error.filename}: {error.strerror}")
+            _complain(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
             sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

@@ -1,5 +1,6 @@
 """Studies as they are run: real processes, killed; cells named by what they are; one failure that stops nothing."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import attrs
@@ -18,6 +19,7 @@ import pytest
 import lrkit
 from lrkit.study.ablate import perform
 from lrkit.study.cell import Cell, make_cell, run_cell
+from lrkit.study.execute import jobs_of
 from lrkit.study.plan import lay_out, study_from
 from lrkit.study.store import Lines, lock, read_json, write_json
 
@@ -173,9 +175,7 @@ def test_other_data_in_the_same_folder_is_another_cell(place, tmp_path):
     before = make_cell(plain, spec, "minilm", "all-linear", settings).key
     with (tmp_path / "data" / "train.jsonl").open("a") as file:
         file.write('{"sentence": "the film was good", "label": 1}\n')
-    from lrkit.study import cell
 
-    cell._versions.cache_clear()
     assert make_cell(plain, spec, "minilm", "all-linear", settings).key != before
 
 
@@ -360,3 +360,103 @@ def test_each_gpu_is_leased_to_one_worker(tmp_path):
         for process in held:
             process.kill()
             process.communicate()
+
+
+def test_a_checkpoint_that_is_damaged_is_passed_over(place, tmp_path):
+    """Truncated, changed or gone: whichever file it is, the run starts anew, and comes to the same result."""
+    plan = lay_out(small(place, rows=[], swap={}))
+    perform(plan, tmp_path / "whole", workers=0, costs=False)
+    job = jobs_of(plan)[0].cell
+    from lrkit.study.run import Record
+
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "lrkit.safetensors"):
+        cell = tmp_path / name / job.key
+        with stopped_at(5):
+            answer = run_cell(job.to_plain(), str(cell), {"checkpoint_seconds": 0.0})
+        assert answer["status"] == "failed" and Record(folder=cell).step() == 4
+        (damaged,) = cell.glob(f"checkpoints/*/{name}")
+        damaged.write_bytes(damaged.read_bytes()[:-3])
+        assert Record(folder=cell).step() == 0
+        damaged.unlink()
+        assert Record(folder=cell).step() == 0
+        assert run_cell(job.to_plain(), str(cell), {})["status"] == "done"
+        assert (cell / "result.json").read_bytes() == results(tmp_path / "whole")[job.key][0]
+
+
+@contextlib.contextmanager
+def stopped_at(step):
+    """The optimizer's step number `step` of a run fails."""
+    seen = []
+
+    def hook(*_):
+        seen.append(1)
+        if len(seen) == step:
+            raise RuntimeError("on purpose")
+
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    handle = register_optimizer_step_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_a_result_that_is_damaged_is_made_again(place, tmp_path):
+    study, out = small(place, rows=[], swap={}), tmp_path / "out"
+    perform_here(study, out)
+    before = results(out)
+    (path,) = out.glob("cells/*/result.json")
+    for content in (b"", b"{", b"null", b'{"format": 1}'):
+        path.write_bytes(content)
+        assert perform_here(study, out).ran == 1
+        assert results(out) == before
+
+
+def test_data_that_changes_in_one_process_is_seen(place, tmp_path):
+    folders.write_data(tmp_path / "data")
+    study = small(place, rows=[], swap={}, tasks=[{"data": str(tmp_path / "data")}])
+    perform_here(study, tmp_path / "one")
+    validation = tmp_path / "data" / "validation.jsonl"
+    rows = [json.loads(line) for line in validation.read_text().splitlines()]
+    validation.write_text("\n".join(json.dumps({**row, "label": int(i == 0)}) for i, row in enumerate(rows)) + "\n")
+    perform_here(study, tmp_path / "two")
+    (one,), (two,) = results(tmp_path / "one").values(), results(tmp_path / "two").values()
+    assert json.loads(one[0])["majority"] == 0.5 and json.loads(two[0])["majority"] == 0.875
+    # And cells of two kinds of data are not put into one table.
+    more = attrs.evolve(study, swap={"metric": ["magnitude"]})
+    folders.write_data(tmp_path / "data")
+    with pytest.raises(lrkit.LrkitError, match="are of other data"):
+        perform_here(attrs.evolve(more, seeds=[7]), tmp_path / "two")
+
+
+def test_cells_in_threads_of_one_process_take_turns(place, tmp_path):
+    perform_here(small(place), tmp_path / "one")
+    with ThreadPoolExecutor(3) as pool:
+        outcome = perform(lay_out(small(place)), tmp_path / "two", executor=pool, costs=False)
+    assert outcome.failed == ()
+    assert results(tmp_path / "one") == results(tmp_path / "two")
+
+
+def test_an_executor_that_never_runs_a_cell_is_given_up(place, tmp_path):
+    class Broken(Executor):
+        def submit(self, fn, /, *args, **kwargs):
+            raise BrokenExecutor("no worker starts")
+
+    with pytest.raises(lrkit.LrkitError, match="the executor does not run cells: BrokenExecutor: no worker starts"):
+        perform(lay_out(small(place)), tmp_path / "out", executor=Broken(), costs=False)
+
+
+def test_a_task_cannot_undo_what_a_row_changes(place):
+    task = {"data": str(place / "data"), "set": {"scheduler.interval": 1}}
+    with pytest.raises(
+        lrkit.LrkitError, match=r"set scheduler\.interval would undo what row scheduler\.interval=2 changes"
+    ):
+        lay_out(small(place, tasks=[task], swap={"scheduler.interval": [2]}))
+
+
+def test_a_draft_that_a_killed_process_left_is_no_study(place, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".study.json.abc").write_text("{")
+    assert perform_here(small(place, rows=[], swap={}), out).done == 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.errors import LrkitError, LrkitWarning, nearest
 from lrkit.method import FIELDS, Method, to_plain
 from lrkit.study.cell import Conditions
 from lrkit.study.execute import Outcome, Told, carry_out
@@ -201,6 +201,7 @@ def perform(
 
         factory = current().get("executor", executor)
         make = lambda: factory(at_once, each, address)  # noqa: E731
+    _check_trackers(report_to)
     conditions = Conditions(
         # A cell in several processes shares its threads among them.
         threads=max(1, each // devices) if not isinstance(executor, Executor) or threads else None,
@@ -213,6 +214,16 @@ def perform(
 
         measure(plan, outcome.folder, threads=cores, told=cost_told)
     return outcome
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    if names:
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        known = sorted(INTEGRATION_TO_CALLBACK)
+        for name in names:
+            if name not in known:
+                raise LrkitError(f'there is no tracker "{name}"{nearest(name, known)}; there are {", ".join(known)}')
 
 
 def row_devices(plan: Plan) -> list[int]:

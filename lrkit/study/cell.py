@@ -3,6 +3,7 @@
 `run_cell` is what a worker calls: a function of plain data, so that any executor can carry it anywhere.
 """
 
+import contextlib
 import datetime
 import hashlib
 import os
@@ -11,10 +12,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,9 @@ from lrkit.study.plan import TaskSpec, load_task_of
 from lrkit.study.store import Lines, canonical, lock, read_json, write_bytes, write_json
 
 FORMAT = 1
-_MEGABYTE = 1 << 20
+_SPLITS = ("train", "validation")
+_training = threading.Lock()
+"""Model and random generators are the process's own: an executor of threads runs one cell at a time in each process."""
 
 
 @attrs.frozen(kw_only=True)
@@ -51,8 +56,22 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Its name: the first 16 hexadecimal digits of a SHA-256 over its canonical JSON."""
-        return hashlib.sha256(canonical(self.to_plain()).encode()).hexdigest()[:16]
+        """Its name: the first 16 hexadecimal digits of a SHA-256 over its canonical JSON.
+
+        A folder counts by what is in it, not by where it stands.
+        """
+        plain = self.to_plain()
+        if "data" in self.versions:
+            plain["task"]["data"] = self.versions["data"]
+        if "model" in self.versions:
+            plain["model"] = self.versions["model"]
+        return hashlib.sha256(canonical(plain).encode()).hexdigest()[:16]
+
+    @property
+    def setup(self) -> str:
+        """A hash of what all cells of a study on one task must share: task, model, and versions but plug-ins'."""
+        common = {name: self.versions.get(name) for name in ("lrkit", "torch", "transformers", "data", "model")}
+        return hashlib.sha256(canonical([{**self.task, "data": None}, common]).encode()).hexdigest()[:16]
 
     @property
     def seed(self) -> int:
@@ -82,34 +101,36 @@ def make_cell(method: Mapping[str, Any], task: TaskSpec, model: str, targets: An
         "metric": task.metric,
     }
     folder = os.path.abspath(model) if os.path.isdir(model) else model
-    versions = _versions(canonical(method), task.task, where["data"], folder)
-    return Cell(task=where, model=folder, targets=targets, method=dict(method), run=settings, versions=dict(versions))
+    versions = _versions(method, task.task, where["data"], folder)
+    return Cell(task=where, model=folder, targets=targets, method=dict(method), run=settings, versions=versions)
 
 
-@lru_cache(maxsize=4096)
-def _versions(method: str, task: str | None, data: str | None, model: str) -> tuple[tuple[str, str], ...]:
-    import json
-
+def _versions(method: Mapping[str, Any], task: str | None, data: str | None, model: str) -> dict[str, str]:
     from lrkit.registry import current
 
     packages = {"lrkit", "torch", "transformers"}
     found = {}
     offers = current().offers()
-    for kind, name in _names(json.loads(method)):
+    for kind, name in _names(method):
         packages |= {o.distribution.partition(" ")[0] for o in offers if (o.kind, o.name) == (kind, name)}
     if data is not None:
-        found["data"] = _digest(Path(data))
+        found["data"] = _digest([p for p in Path(data).glob("*.jsonl*") if p.name.split(".")[0] in _SPLITS])
     elif task is not None:
         name = task.partition("/")[0]
         packages |= {o.distribution.partition(" ")[0] for o in offers if (o.kind, o.name) == ("task", name)}
     if os.path.isdir(model):
-        found["model"] = _digest(Path(model))
+        found["model"] = _digest([p for p in Path(model).iterdir() if p.is_file() and not p.name.startswith(".")])
     for package in sorted(packages):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return tuple(sorted(found.items()))
+        found[package] = _version(package)
+    return found
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _names(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -121,20 +142,20 @@ def _names(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield kind, part["name"]
 
 
-def _digest(folder: Path) -> str:
-    """A hash of the files directly in a folder: all of a small one, size and both ends of one above 64 MiB."""
+def _digest(files: list[Path]) -> str:
+    """A hash of files' names and contents."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            if size <= 64 * _MEGABYTE:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-            else:
-                digest.update(file.read(_MEGABYTE))
-                file.seek(-_MEGABYTE, os.SEEK_END)
-                digest.update(file.read(_MEGABYTE))
+    for path in sorted(files):
+        stat = path.stat()
+        digest.update(f"{path.name} {_content(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)} ".encode())
     return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=1024)
+def _content(path: str, size: int, changed: int, inode: int) -> str:
+    """A hash of a file as it is now: what stands beside the path says when it must be read again."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -158,8 +179,12 @@ class Conditions:
 
 
 def is_done(folder: Path) -> bool:
-    """Whether a cell's folder holds a result."""
-    return (folder / "result.json").is_file()
+    """Whether a cell's folder holds a result; one that is damaged counts as none."""
+    try:
+        result = read_json(folder / "result.json")
+    except LrkitError:
+        return False
+    return isinstance(result, dict) and result.get("key") == folder.name and bool(result.get("scores"))
 
 
 def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +204,7 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
     settled = Conditions(**{**conditions, "report_to": tuple(conditions.get("report_to", ()))})
     place.mkdir(parents=True, exist_ok=True)
     answer: dict[str, Any] = {"key": cell.key, "status": "done", "score": None, "error": None}
-    with lock(place / "lock") as mine:
+    with _training, lock(place / "lock") as mine:
         if not mine:
             return answer | {"status": "busy"}
         if not is_done(place):
@@ -190,12 +215,18 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
             except BaseException as error:
                 text = " ".join(f"{type(error).__name__}: {error}".split())
                 line = str(error) if isinstance(error, LrkitError) else text
-                write_bytes(place / "error.txt", traceback.format_exc().encode())
-                _attempt(place, {"event": "failed", "error": line})
+                note_failure(place, line, traceback.format_exc())
                 return answer | {"status": "failed", "error": line}
         _tidy(place)
         scores = read_json(place / "result.json")["scores"]
         return answer | {"score": next(iter(scores.values()), None)}
+
+
+def note_failure(place: Path, line: str, detail: str) -> None:
+    """Write down why a cell failed, as far as the disk lets us."""
+    with contextlib.suppress(OSError):
+        write_bytes(place / "error.txt", detail.encode())
+        _attempt(place, {"event": "failed", "error": line})
 
 
 def _run(cell: Cell, place: Path, conditions: Conditions) -> None:
@@ -233,7 +264,7 @@ def _train(cell: Cell, record: "Any", conditions: Conditions) -> None:
         warnings.simplefilter("ignore")
         result = train(
             from_plain(cell.method),
-            _task(canonical(cell.task)),
+            _task(canonical(cell.task), cell.versions.get("data")),
             model=cell.model,
             targets=cell.targets,
             settings=settings_from({**cell.run, "threads": conditions.threads}),
@@ -265,8 +296,8 @@ def _train(cell: Cell, record: "Any", conditions: Conditions) -> None:
 
 
 @lru_cache(maxsize=4)
-def _task(plain: str) -> Any:
-    """Kept between the cells of a worker."""
+def _task(plain: str, digest: str | None) -> Any:
+    """Kept between the cells of a worker, as long as its files are the same."""
     import json
 
     return load_task_of(TaskSpec(**json.loads(plain)))
@@ -275,7 +306,8 @@ def _task(plain: str) -> Any:
 def _tidy(place: Path) -> None:
     """What a cell that is done needs no longer."""
     shutil.rmtree(place / "checkpoints", ignore_errors=True)
-    (place / "error.txt").unlink(missing_ok=True)
+    for leftover in (place / "error.txt", place / "conditions.json", *place.glob(".*.*")):
+        leftover.unlink(missing_ok=True)
 
 
 def _attempt(place: Path, event: dict[str, Any]) -> None:
@@ -308,10 +340,8 @@ def _launch(cell: Cell, place: Path, conditions: Conditions) -> None:
     conditions_file = place / "conditions.json"
     write_json(conditions_file, attrs.asdict(conditions))
     devices = str(cell.run["devices"])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", devices]
-    done = subprocess.run(
-        [*launcher, "-m", "lrkit.study.cell", str(place)], capture_output=True, text=True, check=False
-    )
+    here = [sys.executable, "-m", "lrkit.study.cell", "launch", devices, str(place)]
+    done = subprocess.run(here, capture_output=True, text=True, check=False)
     conditions_file.unlink(missing_ok=True)
     if done.returncode or not is_done(place):
         raise LrkitError(f"torchrun ended with {done.returncode}: {_last_error(done.stderr)}")
@@ -322,11 +352,30 @@ def _last_error(text: str) -> str:
     return lines[0] if lines else text.strip()[-300:]
 
 
-def _main(folder: str) -> None:
-    """One of the processes that torchrun started."""
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended: nobody would hold the cell's lock any more."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _main(what: str, *rest: str) -> None:
+    """The launcher, or one of the processes that it starts."""
+    _end_with_parent()
+    if what == "launch":
+        from torch.distributed.run import main
+
+        devices, folder = rest
+        main(["--standalone", "--nproc-per-node", devices, "-m", "lrkit.study.cell", "rank", folder])
+        return
     from lrkit.study.run import Record
 
-    place = Path(folder)
+    place = Path(rest[0])
     config = read_json(place / "config.json")
     cell = Cell(**{field.name: config[field.name] for field in attrs.fields(Cell)})
     stored = read_json(place / "conditions.json")
@@ -336,4 +385,4 @@ def _main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main(*sys.argv[1:])

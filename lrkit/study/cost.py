@@ -22,7 +22,7 @@ from lrkit.errors import LrkitError
 from lrkit.method import from_plain, to_plain
 from lrkit.study.cell import make_cell
 from lrkit.study.plan import Plan, TaskSpec, load_task_of
-from lrkit.study.store import canonical, read_json, write_json
+from lrkit.study.store import canonical, lock, read_json, write_json
 
 if TYPE_CHECKING:
     from lrkit.adapted import Adapted
@@ -40,12 +40,19 @@ def measure(plan: Plan, folder: Path, *, threads: int, told: Callable[[str], Non
         told: called with a row's label before it is measured.
     """
     (folder / "costs").mkdir(exist_ok=True)
+    with lock(folder / "costs" / "lock") as mine:
+        if mine:  # another process measures this study: two at once would measure each other
+            _measure_all(plan, folder, threads, told)
+
+
+def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], None] | None) -> None:
     study = read_json(folder / "study.json")
     labels = [row["label"] for row in study["rows"]]
     known = {(cost["row"], cost["task"]): cost for cost in study["costs"]}
     trained = {(c["row"], c["task"]): c["key"] for c in reversed(study["cells"])}
-    for spec, row in itertools.product(plan.tasks, plan.rows):
-        index = labels.index(row.label)
+    mine: dict[tuple[str, str], dict[str, Any]] = {}
+    for number, (spec, row) in enumerate(itertools.product(plan.tasks, plan.rows), start=1):
+        index = 0 if number <= 1 or row is plan.rows[0] else labels.index(row.label)
         cells = [
             make_cell(
                 to_plain(plan.method(each, spec)),
@@ -63,11 +70,11 @@ def measure(plan: Plan, folder: Path, *, threads: int, told: Callable[[str], Non
             "trained": [trained.get((i, spec.name)) for i in (0, index)],
         }
         key = hashlib.sha256(canonical([asked["base"], asked["row"], threads]).encode()).hexdigest()[:16]
-        known[index, spec.name] = {"key": key, "row": index, "task": spec.name}
+        mine[row.label, spec.name] = known[index, spec.name] = {"key": key, "row": index, "task": spec.name}
         path = folder / "costs" / f"{key}.json"
         if read_json(path) is None or "error" in read_json(path):
             if told is not None:
-                told(f"{row.label}, {spec.name}")
+                told(f"{row.label}, {spec.name} ({number} of {len(plan.tasks) * len(plan.rows)})")
             _in_fresh_process(asked, folder, path, key)
     base = {task: read_json(folder / "costs" / f"{c['key']}.json") for (i, task), c in known.items() if i == 0}
     for (_, task), cost in known.items():
@@ -75,7 +82,15 @@ def measure(plan: Plan, folder: Path, *, threads: int, told: Callable[[str], Non
         data = read_json(path)
         if data is not None and "error" not in data and base.get(task) and "error" not in base[task]:
             write_json(path, {**data, "base_peak_memory": base[task]["peak_memory"]})
-    write_json(folder / "study.json", {**study, "costs": list(known.values())})
+    with lock(folder / "study.lock", wait=True):
+        # It may have grown meanwhile: only the costs are ours to write.
+        now = read_json(folder / "study.json")
+        labels = [row["label"] for row in now["rows"]]
+        costs = {(cost["row"], cost["task"]): cost for cost in now["costs"]}
+        for (label, task), cost in mine.items():
+            place = 0 if label == plan.rows[0].label else labels.index(label)
+            costs[place, task] = {**cost, "row": place}
+        write_json(folder / "study.json", {**now, "costs": list(costs.values())})
 
 
 def _in_fresh_process(asked: Mapping[str, Any], folder: Path, path: Path, key: str) -> None:
@@ -87,7 +102,7 @@ def _in_fresh_process(asked: Mapping[str, Any], folder: Path, path: Path, key: s
         text=True,
         check=False,
     )
-    request.unlink()
+    request.unlink(missing_ok=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         error = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]

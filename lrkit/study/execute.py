@@ -11,9 +11,9 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.method import to_plain
-from lrkit.study.cell import Cell, Conditions, is_done, make_cell, run_cell
+from lrkit.study.cell import Cell, Conditions, is_done, make_cell, note_failure, run_cell
 from lrkit.study.plan import Plan, Row, TaskSpec, changes, load_task_of
-from lrkit.study.store import canonical, read_json, write_json
+from lrkit.study.store import canonical, lock, read_json, write_json
 
 FORMAT = 1
 _TRIES = 4
@@ -133,17 +133,25 @@ def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, Any], folder
         "targets": plan.study.targets,
         "seeds": list(plan.seeds),
         "run": dict(plan.study.run),
-        "cells": [{"key": j.cell.key, "row": j.row, "task": j.task, "seed": j.seed} for j in jobs],
+        "cells": [
+            {"key": j.cell.key, "row": j.row, "task": j.task, "seed": j.seed, "setup": j.cell.setup} for j in jobs
+        ],
         "costs": [],
     }
-    there = read_json(folder / "study.json")
-    if there is None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise LrkitError(f"{folder} exists and holds no study: nothing is overwritten, choose another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        mine = _joined(there, mine, folder)
-    write_json(folder / "study.json", mine)
+    if folder.exists() and not folder.is_dir():
+        raise LrkitError(f"{folder} is a file: choose another --out")
+    # A process that was killed while it wrote the first study.json left a draft, and nothing else.
+    held = (
+        [p for p in folder.iterdir() if not p.name.startswith((".study.json.", "study.lock"))]
+        if folder.exists()
+        else []
+    )
+    if held and not (folder / "study.json").exists():
+        raise LrkitError(f"{folder} exists and holds no study: nothing is overwritten, choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / "study.lock", wait=True):
+        there = read_json(folder / "study.json")
+        write_json(folder / "study.json", mine if there is None else _joined(there, mine, folder))
 
 
 def _joined(there: Mapping[str, Any], mine: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -162,7 +170,8 @@ def _joined(there: Mapping[str, Any], mine: dict[str, Any], folder: Path) -> dic
     rows = list(there["rows"])
     place = {}
     for index, row in enumerate(mine["rows"]):
-        same = [i for i, r in enumerate(rows) if r["label"] == row["label"]]
+        # The base is the base, whatever it is called.
+        same = [i for i, r in enumerate(rows) if r["label"] == row["label"]] if index else [0]
         if same and canonical([rows[same[0]]["method"], rows[same[0]].get("run", {})]) != canonical(
             [row["method"], row["run"]]
         ):
@@ -174,6 +183,14 @@ def _joined(there: Mapping[str, Any], mine: dict[str, Any], folder: Path) -> dic
     for c in mine["cells"]:
         moved = {**c, "row": place[c["row"]]}
         cells[moved["row"], moved["task"], moved["seed"]] = moved
+    setups = {c["task"]: c["setup"] for c in mine["cells"]}
+    stale = [c for c in cells.values() if c["setup"] != setups.get(c["task"], c["setup"])]
+    if stale:
+        label, task = rows[stale[0]["row"]]["label"], stale[0]["task"]
+        raise refuse(
+            f'{len(stale)} of its cells, such as row "{label}" on {task}, are of other data, another model or '
+            "other versions of lrkit, torch or transformers, and cannot be compared with these"
+        )
     tasks = {task["name"]: task for task in [*there["tasks"], *mine["tasks"]]}
     return mine | {
         "title": mine["title"] or there.get("title", ""),
@@ -211,11 +228,18 @@ def carry_out(
     folder = Path(os.path.abspath(folder))
     tasks = check(plan)
     jobs = jobs_of(plan)
-    write_plan(plan, jobs, tasks, folder)
     waiting = {job.cell.key: job for job in jobs if not is_done(folder / "cells" / job.cell.key)}
+    total = len({job.cell.key for job in jobs})
+    first = executor() if waiting else None  # an executor that cannot be had is told before anything is written
+    try:
+        write_plan(plan, jobs, tasks, folder)
+    except BaseException:
+        if first is not None:
+            first.shutdown(wait=False, cancel_futures=True)
+        raise
     if started is not None:
-        started(len(waiting), len(jobs))
-    answers = _run_all(waiting, folder, executor, conditions, told, len(jobs)) if waiting else {}
+        started(len(waiting), total)
+    answers = {} if first is None else _run_all(waiting, folder, first, executor, conditions, told, total)
     names = {job.cell.key: f"{job.label}, {job.task}, seed {job.seed}" for job in jobs}
     return Outcome(
         folder=folder,
@@ -229,6 +253,7 @@ def carry_out(
 def _run_all(
     waiting: dict[str, Job],
     folder: Path,
+    first: Executor,
     make: Callable[[], Executor],
     conditions: Conditions,
     told: Told | None,
@@ -239,11 +264,12 @@ def _run_all(
     tries = dict.fromkeys(waiting, 0)
     plain = attrs.asdict(conditions)
     left = dict(waiting)
+    pool, idle = first, 0
     while left:
-        pool = make()
         futures: dict[Future[Any], Job] = {}
         clean = False
         begun = {key: _begun(folder / "cells" / key) for key in left}
+        cause: BaseException | None = None
         try:
             for key, job in left.items():
                 futures[pool.submit(run_cell, job.cell.to_plain(), str(folder / "cells" / key), plain)] = job
@@ -255,17 +281,16 @@ def _run_all(
                     key = job.cell.key
                     error = future.exception()
                     if error is not None:
+                        cause = error
                         # A pool whose worker died fails all that it held; what had not begun is not to blame.
                         innocent = isinstance(error, BrokenExecutor) and _begun(folder / "cells" / key) == begun[key]
                         tries[key] += not innocent
                         if tries[key] < _TRIES:
                             continue
-                        answer: Mapping[str, Any] = {
-                            "key": key,
-                            "status": "failed",
-                            "score": None,
-                            "error": f"its worker died {tries[key]} times ({type(error).__name__}: {error})",
-                        }
+                        line = f"its worker died {tries[key]} times ({type(error).__name__}: {error})"
+                        line = " ".join(line.split())
+                        note_failure(folder / "cells" / key, line, line)
+                        answer: Mapping[str, Any] = {"key": key, "status": "failed", "score": None, "error": line}
                     else:
                         answer = future.result()
                     answers[key] = answer
@@ -273,12 +298,18 @@ def _run_all(
                     if told is not None:
                         told(job, answer, total - len(left), total)
             clean = True
-        except BrokenExecutor:
-            pass  # it broke while cells were handed in: what came back was told, the rest is tried again
+        except BrokenExecutor as error:
+            cause = error  # it broke while cells were handed in: what came back was told, the rest is tried again
         finally:
             pool.shutdown(wait=clean, cancel_futures=True)
         if left:
+            # Cells that never begin cost no try, so rounds in which none does are counted.
+            idle = 0 if any(_begun(folder / "cells" / key) > at for key, at in begun.items()) else idle + 1
+            if idle == _TRIES:
+                text = " ".join(f"{type(cause).__name__}: {cause}".split())
+                raise LrkitError(f"the executor does not run cells: {text}")
             time.sleep(0.5)
+            pool = make()
     return answers
 
 

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback
 
 from lrkit.accounting import flops
 from lrkit.adapted import Adapted
-from lrkit.study.store import Lines
+from lrkit.study.run import LIST, check_sums
+from lrkit.study.store import Lines, write_json
 
 if TYPE_CHECKING:
     from lrkit.study.run import Progress, Record
@@ -43,7 +44,7 @@ class RunTrainer(Trainer):
         os.makedirs(output_dir or self.args.output_dir or ".", exist_ok=True)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """A checkpoint whose files are on the disk before `AdaptCallback` writes the one that makes it complete."""
+        """A checkpoint whose files are on the disk before it is said to be whole."""
         super()._save_checkpoint(*args, **kwargs)
         for path in Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}").iterdir():
             with path.open("rb") as file:
@@ -165,12 +166,15 @@ class Recorder(TrainerCallback):
         control.should_save = control.should_save or due
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Drop what the new checkpoint, now complete, replaces."""
+        """List the new checkpoint's files, which makes it whole, and drop what it replaces."""
         self._saved = time.monotonic()
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every process has written its random state
         if state.is_world_process_zero:
-            latest = self._record.latest()
+            new = self._record.checkpoints / f"checkpoint-{state.global_step}"
+            write_json(new / LIST, check_sums(new))
             for folder in self._record.checkpoints.glob("checkpoint-*"):
-                if folder != latest:
+                if folder != new:
                     shutil.rmtree(folder, ignore_errors=True)
 
 

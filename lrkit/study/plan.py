@@ -203,7 +203,7 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
         if any(type(number) is not int or not 0 <= number < 2**32 for number in numbers) or value == 0:
             raise LrkitError(f"must be a number of seeds (6), or a list of seeds ([0, 1, 2]), not {value!r}")
         if len(set(numbers)) < len(numbers) or len(numbers) > 10_000 or (isinstance(value, int) and value > 10_000):
-            raise LrkitError("must be at most 10,000 different seeds")
+            raise LrkitError("must be different seeds, and at most 10,000")
         return value
 
     def names(value: Any, _: Any) -> Any:
@@ -360,10 +360,18 @@ def lay_out(study: Study) -> Plan:
     if len(set(names)) < len(names):
         raise LrkitError(f'two tasks are called "{next(n for n in names if names.count(n) > 1)}"')
     plan = Plan(study=study, rows=tuple(rows), seeds=seeds)
-    for row in rows:
-        for task in plan.tasks:
+    for given in (study.run, *(task.run for task in plan.tasks), *(row.run for row in rows)):
+        for name, instead in (("seed", "seeds"), ("threads", "--threads")):
+            if name in given:
+                raise LrkitError(f"run.{name} is not a cell's own: use {instead}")
+    for task in plan.tasks:
+        for row in rows:
             plan.settings(row, task, 0)
             plan.method(row, task)
+            for change in changes(rows[0], row):
+                for path in task.set:
+                    if change["path"] == path:
+                        raise LrkitError(f"task {task.name}: set {path} would undo what row {row.label} changes")
     return plan
 
 

@@ -8,6 +8,7 @@ import math
 import statistics
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -60,7 +61,7 @@ class RunSettings:
     """
 
     steps: int | None = attrs.field(default=None, validator=_optional(whole(1)))
-    epochs: float = attrs.field(default=1.0, validator=real(0.0, above=True))
+    epochs: float = attrs.field(default=1.0, validator=real(0.0, 1e6, above=True))
     batch_size: int = attrs.field(default=32, validator=whole(1))
     eval_batch_size: int = attrs.field(default=64, validator=whole(1))
     lr: float | None = attrs.field(default=None, validator=_optional(real(0.0, above=True)))
@@ -189,16 +190,34 @@ class Record:
         return self.folder / "checkpoints"
 
     def latest(self) -> Path | None:
-        """The last complete checkpoint; lrkit's own file is the last to be written into one."""
-        from lrkit import checkpoint
-
-        found = [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{checkpoint.FILE}")]
-        return max(found, key=_step_of, default=None)
+        """The last checkpoint that is whole: its list of files was written last, and every file is as it says."""
+        found = sorted(self.checkpoints.glob("checkpoint-*"), key=_step_of, reverse=True)
+        return next((folder for folder in found if _is_whole(folder)), None)
 
     def step(self) -> int:
         """Optimizer steps that need not be done again."""
         latest = self.latest()
         return 0 if latest is None else _step_of(latest)
+
+
+LIST = "files.json"
+"""In a checkpoint: every other file's name and check sum."""
+
+
+def check_sums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each file in a checkpoint."""
+    files = [path for path in sorted(folder.iterdir()) if path.name != LIST and not path.name.startswith(".")]
+    return {path.name: zlib.crc32(path.read_bytes()) for path in files}
+
+
+def _is_whole(folder: Path) -> bool:
+    from lrkit.study.store import read_json
+
+    try:
+        listed = read_json(folder / LIST)
+        return bool(listed) and listed == check_sums(folder)
+    except (LrkitError, OSError):
+        return False
 
 
 def _step_of(folder: Path) -> int:
@@ -213,8 +232,16 @@ class _Tokens:
     """The training row of median length, as a batch of one."""
 
 
+def _stamp(model: str) -> tuple[Any, ...]:
+    """What tells a model folder from one whose files have changed since."""
+    if not Path(model).is_dir():
+        return ()
+    stats = [(path.name, path.stat()) for path in sorted(Path(model).iterdir()) if path.is_file()]
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
+
+
 @lru_cache(maxsize=1)
-def _pretrained(model: str, labels: int, problem: str, names: tuple[str, ...]) -> "Pretrained":
+def _pretrained(model: str, stamp: tuple[Any, ...], labels: int, problem: str, names: tuple[str, ...]) -> "Pretrained":
     from lrkit.models import load_pretrained
 
     label_names = dict(enumerate(names)) if names else None
@@ -222,11 +249,18 @@ def _pretrained(model: str, labels: int, problem: str, names: tuple[str, ...]) -
 
 
 def _model_for(model: str, task: "Task") -> "Pretrained":
-    return _pretrained(model, task.num_labels, task.problem_type, task.labels)
+    return _pretrained(model, _stamp(model), task.num_labels, task.problem_type, task.labels)
 
 
 @lru_cache(maxsize=4)
-def _tokens(task: "Task", model: str, max_length: int, rows: tuple[int | None, int | None], seed: int) -> _Tokens:
+def _tokens(
+    task: "Task",
+    model: str,
+    stamp: tuple[Any, ...],
+    max_length: int,
+    rows: tuple[int | None, int | None],
+    seed: int,
+) -> _Tokens:
     import torch
 
     tokenizer = _model_for(model, task).tokenizer
@@ -285,7 +319,7 @@ def train(
         policy.scheduler.bounds(steps)
     pretrained = _model_for(model, task)
     # Only a choice of rows depends on the seed.
-    tokens = _tokens(task, model, settings.max_length, rows, settings.seed if any(rows) else 0)
+    tokens = _tokens(task, model, _stamp(model), settings.max_length, rows, settings.seed if any(rows) else 0)
     _check_length(pretrained, tokens)
     net = pretrained.restart(settings.seed)
     # The adapters' start and dropout must not depend on what the head's start drew.

@@ -57,7 +57,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LrkitError(f"{path} cannot be read: {error}") from None
 
 
@@ -86,8 +86,8 @@ class Lines:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[bool]:
-    """Hold a file's lock: True while held, False where another living process holds it.
+def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a file's lock: True while held, False where another living process holds it and we do not wait.
 
     The lock dies with its process, however that ends. On a file system without locks everybody gets True.
     """
@@ -95,7 +95,7 @@ def lock(path: Path) -> Iterator[bool]:
 
     with path.open("ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return

@@ -30,7 +30,7 @@ def bare(method, task, settings):
     from lrkit.study import run
 
     pretrained = run._model_for("minilm", task)
-    tokens = run._tokens(task, "minilm", settings.max_length, (None, settings.validation_rows), settings.seed)
+    tokens = run._tokens(task, "minilm", (), settings.max_length, (None, settings.validation_rows), settings.seed)
     begin = time.perf_counter()
     net = pretrained.restart(settings.seed)
     torch.manual_seed(settings.seed)
@@ -81,11 +81,11 @@ def overhead(folder, rounds):
     for seed in range(rounds + 1):
         settings = settings_from({**RUN, "seed": seed})
         cell = make_cell(lrkit.to_plain(method), spec, "minilm", "all-linear", attrs.asdict(settings))
-        task = _task(canonical(cell.task))
+        task = _task(canonical(cell.task), None)
         # Loading and tokenizing are once a worker, not once a cell.
         from lrkit.study import run
 
-        run._tokens(task, "minilm", settings.max_length, (None, settings.validation_rows), seed)
+        run._tokens(task, "minilm", (), settings.max_length, (None, settings.validation_rows), seed)
 
         def whole(cell=cell):
             begin = time.perf_counter()

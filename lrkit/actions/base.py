@@ -84,19 +84,21 @@ class Action(abc.ABC):
     def select(self, ballot: Ballot) -> Tensor:
         """Who is kept: exactly the best `budget` of the candidates, ties to the earlier unit.
 
-        A stable sort, since a threshold keeps too many or too few where scores are equal.
+        A threshold alone keeps too many or too few where scores are equal: the room that is left is for the first of those
+        that equal it.
 
         Returns:
             bool [n].
         """
-        scores = ballot.scores.masked_fill(~ballot.candidates, -torch.inf)
-        order = torch.sort(scores, descending=True, stable=True).indices
-        if not bool(ballot.candidates.all()):
-            # Candidates before the others, should a candidate itself score -inf.
-            order = order[torch.sort(ballot.candidates[order].int(), descending=True, stable=True).indices]
+        candidates = ballot.candidates.nonzero().flatten()
+        count = min(ballot.budget, len(candidates))
         kept = torch.zeros_like(ballot.candidates)
-        kept[order[: ballot.budget]] = True
-        return kept & ballot.candidates
+        if count > 0:
+            scores = ballot.scores[candidates]
+            lowest = torch.kthvalue(scores, len(scores) - count + 1).values
+            above, equal = scores > lowest, scores == lowest
+            kept[candidates] = above | (equal & (equal.cumsum(0) <= count - above.sum()))
+        return kept
 
     @abc.abstractmethod
     def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:

@@ -75,7 +75,7 @@ def main():
         "PEFT, 720": theirs(120, shrink=10),
         "lrkit, 720": ours(120, shrink=10),
     }
-    times = harness.interleaved(steps, round(60 * arguments.rounds), warmup=3)
+    times = harness.interleaved(steps, round(30 * arguments.rounds), warmup=3)
     values = {"milliseconds": harness.milliseconds(times)}
     tenth = harness.ratio(times, "lrkit, 72", "PEFT, 72")
     flat = harness.ratio(times, "lrkit, 720", "lrkit, 72")

@@ -20,6 +20,7 @@ from lrkit.method import Method, from_plain, to_plain
 from lrkit.parameterizations import Parameterization, Target
 from lrkit.summary import Summary, summarize
 from lrkit.targets import find_head, find_targets
+from lrkit.units import put
 
 _FORMAT = 1
 _MARK = "_lrkit_adapted"
@@ -157,12 +158,18 @@ class Adapted:
         self._penalties = 0
         self._skipped = False
         self._lookout: Any = None
+        self._follows: list[Any] = []
         self._ddp: Any = None
         try:
             self._controller = Controller(method, self.adapters, self._trained_ids)
         except BaseException:
             self.detach()
             raise
+        self._follows = [
+            adapter.register_load_state_dict_pre_hook(functools.partial(_make_room, method.parameterization))
+            for adapter in self.adapters.values()
+            if self._controller.grows
+        ]
         self._watch()
 
     def _check_apart(self, layers: Iterable[str]) -> None:
@@ -304,6 +311,8 @@ class Adapted:
     def _meet_ddp(self, *_: Any) -> None:
         # While torch.compile traces there is nothing to meet: the wrapper's own forward is not traced with the model.
         if not torch.compiler.is_compiling():
+            if parallel.wrapper() is not None and self._controller.grows:
+                raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
             self._ddp = parallel.wrapper() or self._ddp
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -437,7 +446,7 @@ class Adapted:
         self._controller.check_state(tensors, meta)
         ranks = meta["ranks"]
         cut = {name for name, rank in self._controller.ranks().items() if ranks.get(name) != rank}
-        if cut and self._bound is not None:
+        if cut and self._bound is not None and not self._controller.grows:
             raise LrkitError("the state was compacted, and this run is already bound to an optimizer: load, then bind")
         expected = self._controller.shapes(ranks)
         for name, tensor in weights.items():
@@ -450,13 +459,21 @@ class Adapted:
         with torch.no_grad():
             for name, tensor in weights.items():
                 if tensor.shape != saved[name].shape:
-                    saved[name].data = saved[name].new_empty(tensor.shape)
+                    self._forget_misfits(saved[name], tensor.shape)
+                    put(saved[name], saved[name].data.new_empty(tensor.shape))
                 saved[name].copy_(tensor)
         for p in self.parameters():
             p.requires_grad_(p.numel() > 0)  # the state may be of an earlier step, when less was frozen
         self._controller.load_state(tensors, meta)
         if self._ddp is not None:
             parallel.follow(self._ddp)
+
+    def _forget_misfits(self, p: Tensor, shape: torch.Size) -> None:
+        """Before a tensor is resized by a load: optimizer state that is not of the new shape goes."""
+        for value in (self._bound.state.get(p, {}) if self._bound is not None else {}).values():
+            if isinstance(value, Tensor) and value.ndim > 0 and value.shape != shape and self._bound is not None:
+                self._bound.state.pop(p, None)
+                break
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write everything adaptive to ``folder/lrkit.safetensors``, atomically; `load` reads it.
@@ -546,6 +563,8 @@ class Adapted:
     def _leave(self) -> nn.Module:
         self._alive = False
         self._unbind()
+        for handle in self._follows:
+            handle.remove()
         for name, parent, attribute in self._places:
             setattr(parent, attribute, self._originals[name].train(self.adapters[name].training))
         _leave_alone(self.model)
@@ -599,6 +618,23 @@ def _find(
             "inside the transformer's blocks; name layers with targets"
         )
     return found
+
+
+def _make_room(
+    parameterization: Parameterization, adapter: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any
+) -> None:
+    """Before plain PyTorch loads a state dict: give an adapter as many components as are coming.
+
+    A Trainer does that on resume, before any of its callbacks is asked, to a model that is still as small as at first.
+    """
+    for part in parameterization.parts:
+        tensor, coming = part.of(adapter), state.get(prefix + part.name)
+        if part.axis is None or coming is None or coming.ndim != tensor.ndim:
+            continue
+        shape = list(tensor.shape)
+        shape[part.axis] = coming.shape[part.axis]
+        if coming.shape != tensor.shape and coming.shape == torch.Size(shape):
+            put(tensor, tensor.data.new_empty(shape))
 
 
 def _surround(model: nn.Module, around: nn.Module) -> None:

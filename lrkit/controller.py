@@ -6,7 +6,7 @@ decision is due, entry-wise scores are reduced to unit scores, the best b(t) uni
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -19,7 +19,7 @@ from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.layout import Layout
 from lrkit.method import Method, Policy
 from lrkit.tally import Tally
-from lrkit.units import Block, blocks_of, split
+from lrkit.units import Block, blocks_of, put, split
 
 
 @attrs.frozen
@@ -35,6 +35,8 @@ class Decision:
         threshold: the lowest score among the kept units; None where none is kept.
         lost: names of the units that were kept before and are not now.
         returned: names of the units that were not kept before and are now.
+        fresh: names of the units that were added, as they are called from now on. Where an action adds units, what it does
+            not keep is cut, and what stands behind it moves up.
     """
 
     step: int
@@ -45,6 +47,26 @@ class Decision:
     threshold: float | None
     lost: tuple[str, ...]
     returned: tuple[str, ...]
+    fresh: tuple[str, ...] = ()
+
+
+@attrs.frozen(eq=False)
+class _Resize:
+    """Which components of a layer stay, in order [n], and how many fresh ones follow them."""
+
+    index: Tensor
+    fresh: int
+
+    def of(self, values: Tensor, axis: int, new: Tensor | None = None) -> Tensor:
+        """A tensor with one slice a component along `axis`, resized; fresh slices are `new`, or zero."""
+        stays = values.index_select(axis, self.index.to(values.device))
+        if not self.fresh:
+            return stays
+        if new is None:
+            shape = list(stays.shape)
+            shape[axis] = self.fresh
+            new = stays.new_zeros(shape)
+        return torch.cat((stays, new), dim=axis)
 
 
 class PolicyState:
@@ -54,9 +76,11 @@ class PolicyState:
         self.index, self.policy, self.blocks = index, policy, blocks
         # Amounts given as an average are for each layer that has such units: AFLoRA's FFN layers alone, say.
         self.layers = len({id(block.module) for block in blocks})
-        self.units = sum(block.count for block in blocks)
-        self.unit_names = [name for block in blocks for name in block.unit_names()]
-        self.parts = torch.tensor([len(block.parts) for block in blocks for _ in range(block.count)])
+        self._count(blocks)
+        self.at_first = self.units
+        # What the schedule's amounts are of: all units, those still to come included where the action adds some.
+        amounts = (policy.scheduler.start, policy.scheduler.target) if policy.action.grows else ()
+        self.capacity = max([self.units, *(a * self.layers for a in amounts if isinstance(a, int))])
         self.observations = 0
         self.ended = False
         device = blocks[0].tensors[0].device
@@ -67,6 +91,12 @@ class PolicyState:
         self.buffers = {name: self._zeros(self.layout.size) for name in policy.metric.buffers}
         self.still = self._zeros(0)
         self._finite: Tensor | None = None
+
+    def _count(self, blocks: list[Block]) -> None:
+        self.blocks = blocks
+        self.units = sum(block.count for block in blocks)
+        self.unit_names = [name for block in blocks for name in block.unit_names()]
+        self.parts = torch.tensor([len(block.parts) for block in blocks for _ in range(block.count)], dtype=torch.long)
 
     def _zeros(self, size: int) -> Tensor:
         return torch.zeros(size, device=self.layout.device)
@@ -163,7 +193,7 @@ class PolicyState:
         return self.layout.reduce(self.entries(), self.still, self.policy.metric.reduce)
 
     @torch.no_grad()
-    def decide(self, controller: "Controller", budget: int, share: float) -> tuple[Tensor, float | None]:
+    def decide(self, controller: "Controller", budget: int, share: float) -> tuple[Tensor, float | None, Ballot]:
         """Which units to keep.
 
         Args:
@@ -172,7 +202,7 @@ class PolicyState:
             share: the same as a share of all, not cut to an integer.
 
         Returns:
-            bool [units], and the lowest score that is kept (None where nothing is).
+            bool [units], the lowest score that is kept (None where nothing is), and what the decision went by.
         """
         if self._finite is not None and not self._finite:
             self._not_finite(controller, f"before step {controller.step}")
@@ -181,17 +211,74 @@ class PolicyState:
         scores = torch.nan_to_num(self.scores(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
         parts = self.parts.to(scores.device)
-        kept = self.policy.action.select(Ballot(scores, candidates, budget, share, self.entries, parts))
-        return kept, float(scores[kept].min()) if bool(kept.any()) else None
+        counts = torch.tensor([block.count for block in self.blocks], device=scores.device)
+        where = torch.arange(len(self.blocks), device=scores.device).repeat_interleave(counts)
+        ballot = Ballot(scores, candidates, budget, share, self.entries, parts, where)
+        kept = self.policy.action.select(ballot)
+        return kept, float(scores[kept].min()) if bool(kept.any()) else None, ballot
+
+    def course(self, total_steps: int) -> list[tuple[int, int, int]]:
+        """Units that there are after 0, 1, ... steps of a whole run, cut and added by then, as the schedule alone has it."""
+        scheduler, there, cut, added = self.policy.scheduler, self.at_first, 0, 0
+        course = [(there, cut, added)]
+        for step in range(total_steps):
+            number = step + scheduler.first_step
+            if number <= scheduler.end(total_steps) and scheduler.due(number, total_steps=total_steps):
+                budget = scheduler.budget(number, total_steps=total_steps, units=self.capacity, layers=self.layers)
+                goes, comes = self.policy.action.turnover(there, budget, self.layers)
+                there, cut, added = there - goes + comes, cut + goes, added + comes
+            course.append((there, cut, added))
+        return course
 
     def rebuild(self, blocks: list[Block], kept: Tensor) -> None:
-        """Take over blocks that have been cut. The statistics are gone: what was cut cannot come back."""
-        self.blocks, self.kept = blocks, kept
-        self.units = kept.numel()
-        self.unit_names = [name for block in blocks for name in block.unit_names()]
-        self.parts = torch.tensor([len(block.parts) for block in blocks for _ in range(block.count)])
-        self.end()
+        """Take over blocks with other counts of units. The statistics have to be put in place after it."""
+        self._count(blocks)
+        self.kept = kept
         self.layout = self._layout()
+
+    def apart(self) -> dict[str, dict[int, Tensor]]:
+        """The statistics of each tensor in its shape, by buffer and by the tensor's ``id``; under no name, what is still."""
+        if self.ended:
+            return {}
+        live = [(p, where) for p, where in zip(self.layout.live, self.layout.slices().values(), strict=True)]
+        still = [(p, where) for p, where in zip(self.layout.still, self.layout.still_slices().values(), strict=True)]
+        found = {name: {id(p): flat[where].view(p.shape) for p, where in live} for name, flat in self.buffers.items()}
+        return {**found, "": {id(p): self.still[where].view(p.shape) for p, where in still}}
+
+    def resize(
+        self,
+        layers: Mapping[str, _Resize],
+        tensors: Mapping[int, tuple[_Resize, int]],
+        apart: Mapping[str, Mapping[int, Tensor]],
+    ) -> None:
+        """Follow tensors that were resized: masks and statistics of what stays stay, those of fresh components are zero.
+
+        Args:
+            layers: what was done to each layer.
+            tensors: the same by the tensor's ``id``, with the axis.
+            apart: what `apart` gave before.
+        """
+        blocks, masks = list(self.blocks), list(split(self.kept, self.blocks))
+        for i, block in enumerate(blocks):
+            if block.kind == "component" and (resize := layers.get(block.name)) is not None:
+                masks[i] = resize.of(masks[i], 0, torch.ones(resize.fresh, dtype=torch.bool, device=masks[i].device))
+                blocks[i] = attrs.evolve(block, count=masks[i].numel())
+        self.rebuild(blocks, torch.cat(masks))
+        if self.ended:
+            return
+
+        def together(pieces: Mapping[int, Tensor], order: Sequence[nn.Parameter]) -> Tensor:
+            flat = [self._zeros(0)]
+            for p in order:
+                piece = pieces[id(p)] if id(p) in pieces else self._zeros(p.numel())
+                if id(p) in pieces and id(p) in tensors:
+                    resize, axis = tensors[id(p)]
+                    piece = resize.of(piece, axis)
+                flat.append(piece.reshape(-1))
+            return torch.cat(flat)
+
+        self.still = together(apart[""], self.layout.still)
+        self.buffers = {name: together(apart[name], self.layout.live) for name in self.buffers}
 
     def end(self) -> None:
         """After the last decision: the statistics have done their work."""
@@ -226,6 +313,8 @@ class Controller:
                     "in the layers that were chosen"
                 )
             self.policies.append(PolicyState(index, policy, blocks))
+        # What is drawn when components are added: from here and the step alone, so that a resumed run draws the same.
+        self.seed = int(torch.randint(2**62, ())) if self.grows else 0
         self._tally = Tally(modules, parts, trained)
         self._survey()
         self.starts = self.counts
@@ -233,18 +322,23 @@ class Controller:
 
     # ---- the loop ----
 
+    @property
+    def grows(self) -> bool:
+        """Whether a policy adds components."""
+        return any(state.policy.action.grows for state in self.policies)
+
     def check_schedules(self, total_steps: int) -> None:
         """Raise LrkitError where a schedule does not fit a run of so many steps."""
         for state in self.policies:
             scheduler = state.policy.scheduler
             scheduler.bounds(total_steps)
-            amounts = {"units": state.units, "layers": state.layers, "total_steps": total_steps}
+            amounts = {"units": state.capacity, "layers": state.layers, "total_steps": total_steps}
             first = scheduler.budget(-1, **amounts)
             last = scheduler.budget(scheduler.first_step + total_steps, **amounts)
-            if last > first:
+            if last > first and not state.policy.action.grows:
                 raise LrkitError(
-                    f"{type(scheduler).__name__}: target {scheduler.target!r} is {last} of {state.units} units, above start "
-                    f"{scheduler.start!r}, which is {first}: a budget never grows"
+                    f"{type(scheduler).__name__}: target {scheduler.target!r} is {last} of {state.capacity} units, "
+                    f"above start {scheduler.start!r}, which is {first}: a budget never grows"
                 )
 
     def begin(self, total_steps: int) -> None:
@@ -260,6 +354,15 @@ class Controller:
                     f"{type(scheduler).__name__}: the last decision is due at step {end}, and the run's steps are numbered "
                     f"{first} to {first + total_steps - 1}: the budget will not be reached",
                 )
+            elif state.policy.action.grows:
+                amounts = {"units": state.capacity, "layers": state.layers, "total_steps": total_steps}
+                budget, there = scheduler.budget(end, **amounts), state.course(total_steps)[-1][0]
+                if there != budget:
+                    self.warn(
+                        f"short {state.index}",
+                        f"{state.policy.action!r}: after the last decision, at step {end}, there will be {there} "
+                        f"components of a budget of {budget}: give it more decisions, or more at each",
+                    )
 
     def unfinished(self) -> str | None:
         """What training that ends now leaves undone; None where every last decision has been taken."""
@@ -307,11 +410,11 @@ class Controller:
             number = self.step - 1 + scheduler.first_step
             if not state.ended and scheduler.due(number, total_steps=self.total_steps):
                 total = self.total_steps
-                budget = scheduler.budget(number, total_steps=total, units=state.units, layers=state.layers)
-                share = scheduler.share(number, total_steps=total, units=state.units, layers=state.layers)
+                budget = scheduler.budget(number, total_steps=total, units=state.capacity, layers=state.layers)
+                share = scheduler.share(number, total_steps=total, units=state.capacity, layers=state.layers)
                 lost, moved = self._decide(state, budget, share, optimizer)
                 changed |= moved
-                froze |= lost and not action.reversible
+                froze |= lost and not (action.reversible or action.grows)
                 if number == scheduler.end(self.total_steps):
                     state.end()
             elif state.ended:
@@ -325,27 +428,45 @@ class Controller:
     def _decide(
         self, state: PolicyState, budget: int, share: float, optimizer: torch.optim.Optimizer
     ) -> tuple[bool, bool]:
-        kept, threshold = state.decide(self, budget, share)
+        action = state.policy.action
+        kept, threshold, ballot = state.decide(self, budget, share)
         before, state.kept = state.kept, kept
-        state.policy.action.apply(state.blocks, kept, optimizer)
+        action.apply(state.blocks, kept, optimizer)
         lost = (before & ~kept).nonzero().flatten().tolist()
         returned = (kept & ~before).nonzero().flatten().tolist()
+        names = state.unit_names
+        fresh = self._grow(state, ballot, optimizer) if action.grows else ()
         self.history.append(
             Decision(
                 step=self.step,
                 policy=state.index,
                 budget=budget,
-                kept=int(kept.sum()),
-                units=state.units,
+                kept=int(state.kept.sum()),
+                units=state.capacity,
                 threshold=threshold,
-                lost=tuple(state.unit_names[i] for i in lost),
-                returned=tuple(state.unit_names[i] for i in returned),
+                lost=tuple(names[i] for i in lost),
+                returned=tuple(names[i] for i in returned),
+                fresh=fresh,
             )
         )
-        if lost and not state.policy.action.reversible:
+        if lost and not (action.reversible or action.grows):
             for other in self.policies:
                 other.relayout()
         return bool(lost), bool(lost or returned)
+
+    def _grow(self, state: PolicyState, ballot: Ballot, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+        """Cut what a policy does not keep, and add what its action says. Returns the names of what is new."""
+        growth = state.policy.action.grow(state.blocks, state.kept, ballot)
+        resizes = {
+            block.name: _Resize(keep.nonzero().flatten(), fresh)
+            for block, keep, fresh in zip(state.blocks, split(state.kept, state.blocks), growth.fresh, strict=True)
+            if fresh or not bool(keep.all())
+        }
+        generator = torch.Generator().manual_seed((self.seed + 1_000_003 * self.step + state.index) % 2**63)
+        self._resize(resizes, optimizer, growth.core, generator)
+        return tuple(
+            f"{name}[{len(resize.index) + i}]" for name, resize in resizes.items() for i in range(resize.fresh)
+        )
 
     def warn(self, key: str, message: str) -> None:
         """Say something once."""
@@ -414,7 +535,65 @@ class Controller:
         values = self._tally.sums / self.step if self.step else self._tally.now.double()
         return dict(zip(self._tally.names, values.tolist(), strict=True))
 
-    # ---- compaction ----
+    # ---- other sizes ----
+
+    @torch.no_grad()
+    def _resize(
+        self,
+        resizes: Mapping[str, _Resize],
+        optimizer: torch.optim.Optimizer | None,
+        core: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Cut components of layers, and add fresh ones behind them. The parameters stay the same objects.
+
+        The optimizer's state for what stays stays with it; for what is fresh it is zero, and step counts go on.
+
+        Args:
+            resizes: what to do, by the layer's name.
+            optimizer: whose state follows; None for none.
+            core: the core value of fresh components.
+            generator: where their other parts are drawn from; None where there are none.
+        """
+        parts = [part for part in self.method.parameterization.parts if part.axis is not None]
+        if len({id(part.of(m)) for m in self.modules.values() for part in parts}) < len(self.modules) * len(parts):
+            raise LrkitError("layers share their matrices, and each has a mask of its own: they cannot be cut")
+        apart = [state.apart() for state in self.policies]
+        changed: dict[int, tuple[_Resize, int]] = {}
+        for name, resize in resizes.items():
+            module = self.modules[name]
+            fresh: dict[str, Tensor | None] = dict.fromkeys((part.name for part in parts), None)
+            if resize.fresh:
+                assert generator is not None
+                for part in parts:
+                    tensor = part.of(module)
+                    new = (
+                        tensor.new_full((resize.fresh,), core)
+                        if part.core
+                        else self.method.parameterization.fresh(part, module, resize.fresh, generator).to(tensor)
+                    )
+                    fresh[part.name] = new
+            for part in parts:
+                tensor, axis = part.of(module), part.axis
+                assert axis is not None
+                shape, new_one = tensor.shape, fresh[part.name]
+                for value in list((optimizer.state.get(tensor, {}) if optimizer else {}).values()):
+                    if isinstance(value, Tensor) and value.shape == shape:
+                        value.data = resize.of(value.data, axis)
+                    elif optimizer is not None and isinstance(value, Tensor) and value.ndim > 0:
+                        # State of another shape (Adafactor's factors) cannot follow: it begins anew.
+                        optimizer.state.pop(tensor, None)
+                trains = tensor.requires_grad or (not tensor.numel() and id(tensor) in self._trained)
+                put(tensor, resize.of(tensor.data, axis, new_one))
+                if not tensor.numel() and optimizer is not None:
+                    optimizer.state.pop(tensor, None)
+                # Optimizers are not made for tensors without entries: leave none to them.
+                tensor.requires_grad_(tensor.numel() > 0 and trains)
+                changed[id(tensor)] = resize, axis
+        for state, before in zip(self.policies, apart, strict=True):
+            state.resize(resizes, changed, before)
+            state.policy.action.restore(state.blocks, state.kept)
+        self._survey()
 
     @torch.no_grad()
     def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
@@ -426,51 +605,16 @@ class Controller:
         Returns:
             Layer name to its rank now.
         """
-        parts = [part for part in self.method.parameterization.parts if part.axis is not None]
-        kept = self.components_kept()
-        tensors = [id(part.of(module)) for module in self.modules.values() for part in parts]
-        if kept and len(set(tensors)) < len(tensors):
-            raise LrkitError("layers share their matrices, and each has a mask of its own: they cannot be cut")
-        keeps: dict[str, Tensor] = {}
-        for name, module in self.modules.items():
-            if name not in kept:
-                continue
-            core = next(part for part in parts if part.core).of(module)
-            keep = kept[name].to(core.device) | (core != 0)
-            keeps[name] = keep
-            if bool(keep.all()):
-                continue
-            index = keep.nonzero().flatten()
-            for part in parts:
-                assert part.axis is not None
-                tensor = part.of(module)
-                shape = tensor.shape
-                values = list((optimizer.state.get(tensor, {}) if optimizer else {}).values())
-                for value in values:
-                    if isinstance(value, Tensor) and value.shape == shape:
-                        value.data = value.index_select(part.axis, index)
-                    elif optimizer is not None and isinstance(value, Tensor) and value.ndim > 0:
-                        # State of another shape (Adafactor's factors) cannot be cut: it begins anew.
-                        optimizer.state.pop(tensor, None)
-                tensor.data = tensor.data.index_select(part.axis, index)
-                tensor.grad = None
-                if not len(index) and optimizer is not None:
-                    optimizer.state.pop(tensor, None)
-                # Optimizers are not made for tensors without entries: leave none to them.
-                tensor.requires_grad_(len(index) > 0 and tensor.requires_grad)
+        resizes = {}
+        for name, kept in self.components_kept().items():
+            module = self.modules[name]
+            core = next(part for part in self.method.parameterization.parts if part.core).of(module)
+            resizes[name] = _Resize((kept.to(core.device) | (core != 0)).nonzero().flatten(), 0)
+        if resizes:
+            self._resize({n: r for n, r in resizes.items() if len(r.index) < self._rank(self.modules[n])}, optimizer)
         for state in self.policies:
             # What is cut cannot come back: every policy has ended.
             state.end()
-            if state.policy.action.unit == "component":
-                masks = split(state.kept, state.blocks)
-                pieces = [
-                    mask[keeps[block.name]] if block.name in keeps else mask
-                    for mask, block in zip(masks, state.blocks, strict=True)
-                ]
-                state.rebuild(
-                    [attrs.evolve(b, count=int(m.numel())) for b, m in zip(state.blocks, pieces, strict=True)],
-                    torch.cat(pieces),
-                )
         self._survey()
         return self.ranks()
 
@@ -489,8 +633,9 @@ class Controller:
         data = {
             "step": self.step,
             "total_steps": self.total_steps,
+            "seed": self.seed,
             "policies": [{"observations": s.observations, "ended": s.ended} for s in self.policies],
-            "history": [attrs.asdict(d) | {"lost": list(d.lost), "returned": list(d.returned)} for d in self.history],
+            "history": [attrs.asdict(d) | {key: list(getattr(d, key)) for key in _NAMES} for d in self.history],
             "sums": self._tally.named(self._tally.sums),
         }
         return tensors, data
@@ -543,6 +688,8 @@ class Controller:
                 isinstance(value, int) and not isinstance(value, bool) and value >= 0
             )
 
+        if not whole(data.get("seed", 0)):
+            raise _misfit("seed is not a whole number")
         if not whole(data["step"]) or not whole(data["total_steps"], optional=True):
             raise _misfit("step and total_steps are not whole numbers")
         policies = data["policies"]
@@ -563,11 +710,12 @@ class Controller:
             raise _misfit("steps have been taken, and total_steps is missing")
         fields = {field.name for field in attrs.fields(Decision)}
         history = data["history"]
-        good = isinstance(history, list) and all(isinstance(d, dict) and set(d) == fields for d in history)
+        good = isinstance(history, list) and all(isinstance(d, dict) and {*d, "fresh"} == fields for d in history)
         for d in history if good else ():
             good &= all(whole(d[key]) for key in ("step", "policy", "budget", "kept", "units"))
             good &= d["threshold"] is None or isinstance(d["threshold"], float)
-            good &= all(isinstance(d[k], list) and all(isinstance(n, str) for n in d[k]) for k in ("lost", "returned"))
+            names = [d.get(key, []) for key in _NAMES]  # states from before components were added lack "fresh"
+            good &= all(isinstance(some, list) and all(isinstance(n, str) for n in some) for some in names)
         if not good:
             raise _misfit("history is not a list of decisions")
 
@@ -576,9 +724,8 @@ class Controller:
         self.step = data["step"]
         if self.total_steps is None and data["total_steps"] is not None:
             self.begin(data["total_steps"])
-        self.history = [
-            Decision(**{**d, "lost": tuple(d["lost"]), "returned": tuple(d["returned"])}) for d in data["history"]
-        ]
+        self.seed = data.get("seed", 0)
+        self.history = [Decision(**{**d, **{key: tuple(d.get(key, ())) for key in _NAMES}}) for d in data["history"]]
         for state, saved in zip(self.policies, data["policies"], strict=True):
             if [block.count for block in state.blocks] != counts_of(state, data["ranks"]):
                 counts = counts_of(state, data["ranks"])
@@ -600,6 +747,9 @@ class Controller:
             }
         self._tally.load(self.step, data["sums"])
         self._survey()
+
+
+_NAMES = ("lost", "returned", "fresh")
 
 
 def counts_of(state: PolicyState, ranks: Mapping[str, int]) -> list[int]:

@@ -114,6 +114,19 @@ def blocks_of(
     return blocks
 
 
+def put(tensor: Tensor, data: Tensor) -> None:
+    """Give a parameter (or a buffer) data of another shape. It stays the same object; its gradient goes.
+
+    While the graph of an earlier step is alive (``loss`` in a training loop), the parameter's gradient accumulator is, and
+    would go on checking gradients against the old shape. torch makes it anew only where the dtype changes, so for a moment
+    it does.
+    """
+    tensor.grad = None
+    other = torch.float32 if data.dtype == torch.float64 else torch.float64
+    tensor.data = torch.empty(0, dtype=other, device=data.device)
+    tensor.data = data
+
+
 def split(kept: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
     """Cut a tensor over all units [Σ count] into one piece [count] for each block."""
     counts = [block.count for block in blocks]

@@ -1,7 +1,7 @@
 """Actions: what happens to the units that lose."""
 
-from lrkit.actions.base import Action, Ballot
+from lrkit.actions.base import Action, Ballot, Growth
 from lrkit.actions.freeze import Freeze
 from lrkit.actions.prune import Prune
 
-__all__ = ["Action", "Ballot", "Freeze", "Prune"]
+__all__ = ["Action", "Ballot", "Freeze", "Growth", "Prune"]

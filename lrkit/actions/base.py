@@ -24,6 +24,7 @@ class Ballot:
         entries: the entry-wise scores [N] behind the candidates' scores, or what makes them when they are first read: most
             actions go by the units' scores alone.
         parts: how many tensors each unit's score is a sum over [n].
+        blocks: the number of the block that each unit belongs to [n]: 0, 1, ..., in the order of `Action.apply`'s blocks.
     """
 
     scores: Tensor
@@ -32,11 +33,25 @@ class Ballot:
     share: float
     _entries: Tensor | Callable[[], Tensor]
     parts: Tensor
+    blocks: Tensor
 
     @property
     def entries(self) -> Tensor:
         """The entry-wise scores [N] behind the candidates' scores."""
         return self._entries if isinstance(self._entries, Tensor) else self._entries()
+
+
+@attrs.frozen(kw_only=True)
+class Growth:
+    """What a decision adds.
+
+    Args:
+        fresh: how many new components each block gets.
+        core: the core value that each of them begins with; 0 leaves every output as it is.
+    """
+
+    fresh: tuple[int, ...]
+    core: float = 0.0
 
 
 @attrs.frozen(kw_only=True)
@@ -49,6 +64,9 @@ class Action(abc.ABC):
 
     reversible: ClassVar[bool]
     """Whether a unit that lost may win again. Where not, only units still kept are ranked."""
+    grows: ClassVar[bool] = False
+    """Whether it changes how many rank components there are: those not kept are cut for good, and `grow` adds new ones. The
+    budget may then rise above its start."""
 
     @property
     @abc.abstractmethod
@@ -85,6 +103,26 @@ class Action(abc.ABC):
             kept: bool [n], True for units that are kept.
             optimizer: the one that is bound; its state may be dropped, its ``param_groups`` are never edited.
         """
+
+    def grow(self, blocks: Sequence[Block], kept: Tensor, ballot: Ballot) -> Growth:
+        """What is added after `apply`. Asked only where `grows` is True.
+
+        Args:
+            blocks: the policy's units as they were ranked, n in all.
+            kept: bool [n]; what is not kept is cut in the same move.
+            ballot: what the decision went by.
+        """
+        return Growth(fresh=(0,) * len(blocks))
+
+    def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int]:
+        """How many units a decision takes away, and how many it adds: what a run is counted by before it is trained.
+
+        Args:
+            units: units that there are.
+            budget: the scheduler's.
+            layers: layers that have such units.
+        """
+        return max(0, units - budget), 0
 
     def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
         """After every optimizer step once the last decision is taken: keep its effect up."""

@@ -115,7 +115,8 @@ def _together(
     """What all policies take out of training at each step: the most, the least, and the mean.
 
     Policies may take the same entries. The most is then their sum, but no more than there is; the least is the larger
-    one; and in the mean an entry stays with the product of the shares that are kept.
+    one; and in the mean an entry stays with the product of the shares that are kept. What is added counts as taken out
+    below zero.
     """
     if not series:
         return [0] * total_steps, [0] * total_steps, [0.0] * total_steps
@@ -132,7 +133,7 @@ def _together(
     everything = sum(sizes.values())
     steps = list(zip(*series, strict=True))
     most = [min(everything, sum(r.most for r in step)) for step in steps]
-    least = [max(r.least for r in step) for step in steps]
+    least = [max(0, *(r.least for r in step)) + sum(min(0, r.least) for r in step) for step in steps]
     mean = [
         math.fsum(size * (1 - math.prod(1 - step[i].share for i in who)) for who, size in groups.items())
         for step in steps
@@ -141,25 +142,24 @@ def _together(
 
 
 def _removed(adapted: Adapted, index: int, total_steps: int) -> list[_Removed]:
-    """Parameters out of training during each step (1, 2, ...) by one policy."""
+    """Parameters out of training during each step (1, 2, ...) by one policy; below zero where it adds some."""
     state = adapted._controller.policies[index]
-    scheduler, budgeted = state.policy.scheduler, state.policy.action.budgeted
+    budgeted = state.policy.action.budgeted
     sizes = sorted(size for block in state.blocks for size in _unit_sizes(block))
     below = [0]
     for size in sizes:
         below.append(below[-1] + size)
-    removed, kept = [], state.units
-    for step in range(1, total_steps + 1):
-        # During a step trains what the decision after the step before has left.
-        gone = state.units - kept
-        if budgeted:
-            removed.append(_Removed(below[gone], below[-1] - below[-1 - gone], gone / state.units))
-        else:
+    removed = []
+    # During a step trains what the decision after the step before has left.
+    for there, cut, _ in state.course(total_steps)[:-1]:
+        if not budgeted:
             # How many go is known only after a run: none, or all of them once the schedule has begun.
-            removed.append(_Removed(0, below[-1] if gone else 0, 0.0))
-        number = step - 1 + scheduler.first_step
-        if number <= scheduler.end(total_steps) and scheduler.due(number, total_steps=total_steps):
-            kept = scheduler.budget(number, total_steps=total_steps, units=state.units, layers=state.layers)
+            removed.append(_Removed(0, below[-1] if cut else 0, 0.0))
+            continue
+        gone = min(cut, state.units)
+        new = there - (state.units - gone)
+        least, most = below[gone] - new * sizes[-1], below[-1] - below[-1 - gone] - new * sizes[0]
+        removed.append(_Removed(least, most, 1 - there / state.units))
     return removed
 
 

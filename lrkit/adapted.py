@@ -305,6 +305,8 @@ class Adapted:
     def _meet_ddp(self, *_: Any) -> None:
         # While torch.compile traces there is nothing to meet: the wrapper's own forward is not traced with the model.
         if not torch.compiler.is_compiling():
+            if parallel.wrapper() is not None and self._controller.grows:
+                raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
             self._ddp = parallel.wrapper() or self._ddp
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -449,8 +451,7 @@ class Adapted:
                 if tensor.shape != saved[name].shape:
                     p = saved[name]
                     assert isinstance(p, nn.Parameter)  # `shapes` knows components alone, and no buffer has any
-                    self._forget(p)
-                    resize(p, p.new_empty(tensor.shape))
+                    self._make_room(p, tensor.shape)
                 saved[name].copy_(tensor)
         for p in self.parameters():
             p.requires_grad_(p.numel() > 0)  # the state may be of an earlier step, when less was frozen
@@ -459,7 +460,7 @@ class Adapted:
             parallel.follow(self._ddp)
 
     def take_ranks(self) -> None:
-        """Let ``model.load_state_dict`` take weights whose components were cut, by giving each adapter the rank they have.
+        """Let ``model.load_state_dict`` take weights of other ranks, by giving each adapter the rank that they have.
 
         For who loads the model's weights alone, before `load_state_dict` loads everything adaptive.
         """
@@ -473,14 +474,15 @@ class Adapted:
                 shape = list(p.shape)
                 shape[part.axis] = given.shape[part.axis]
                 if list(given.shape) == shape != list(p.shape):
-                    self._forget(p)
-                    resize(p, p.new_empty(shape))
+                    self._make_room(p, given.shape)
 
-    def _forget(self, p: nn.Parameter) -> None:
-        """Drop the bound optimizer's state of the shape that a tensor had; one of its new shape was loaded, and stays."""
+    def _make_room(self, p: nn.Parameter, shape: torch.Size) -> None:
+        """Resize a tensor for a load. The bound optimizer's state for it goes, unless it is of the new shape by now."""
         state = self._bound.state.get(p, {}) if self._bound is not None else {}
-        if self._bound is not None and any(isinstance(v, Tensor) and v.shape == p.shape for v in state.values()):
+        odd = any(isinstance(v, Tensor) and v.ndim > 0 and v.shape != shape for v in state.values())
+        if self._bound is not None and odd:
             del self._bound.state[p]
+        resize(p, p.new_empty(shape))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write everything adaptive to ``folder/lrkit.safetensors``, atomically; `load` reads it.
@@ -683,6 +685,8 @@ def _meta(state: Mapping[str, Any]) -> dict[str, Any]:
         "history",
         "sums",
         "components",
+        "numbered",
+        "seed",
     }
     if not isinstance(meta, dict) or not isinstance(state.get("tensors"), Mapping) or not needed <= set(meta):
         raise LrkitError("this is no state of lrkit (it must be what adapted.state_dict() or adapted.save() gave)")

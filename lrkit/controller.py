@@ -18,7 +18,7 @@ from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.layout import Layout
 from lrkit.method import Method, Policy
 from lrkit.tally import Tally
-from lrkit.units import Block, blocks_of, present, resize, split
+from lrkit.units import Block, Part, blocks_of, present, resize, split
 
 
 @attrs.frozen
@@ -30,10 +30,12 @@ class Decision:
         policy: index into ``method.policies``.
         budget: units that may be kept.
         kept: units that are kept.
-        units: all units of the policy.
+        units: all units of the policy; where its action adds units, those that the schedule has room for.
         threshold: the lowest score among the kept units; None where none is kept.
         lost: names of the units that were kept before and are not now.
         returned: names of the units that were not kept before and are now.
+        fresh: names of the units that were added. Where an action adds units, what it does not keep is cut. No number is
+            given twice.
     """
 
     step: int
@@ -44,6 +46,26 @@ class Decision:
     threshold: float | None
     lost: tuple[str, ...]
     returned: tuple[str, ...]
+    fresh: tuple[str, ...] = ()
+
+
+@attrs.frozen(eq=False)
+class _Resize:
+    """Which components of a layer stay, in order [n], and how many fresh ones follow them."""
+
+    index: Tensor
+    fresh: int = 0
+
+    def of(self, values: Tensor, axis: int, new: Tensor | float = 0.0) -> Tensor:
+        """A tensor with one slice a component along `axis`, resized; fresh slices are `new`, a tensor or a number."""
+        stays = values.index_select(axis, self.index.to(values.device))
+        if not self.fresh:
+            return stays
+        if not isinstance(new, Tensor):
+            shape = list(stays.shape)
+            shape[axis] = self.fresh
+            new = stays.new_full(shape, new)
+        return torch.cat((stays, new), dim=axis)
 
 
 class PolicyState:
@@ -54,6 +76,9 @@ class PolicyState:
         # Amounts given as an average are for each layer that has such units: AFLoRA's FFN layers alone, say.
         self.layers = len({id(block.module) for block in blocks})
         self.units = sum(block.count for block in blocks)
+        # What the schedule's amounts are of: all units, those still to come included where the action adds some.
+        amounts = (policy.scheduler.start, policy.scheduler.target) if policy.action.grows else ()
+        self.capacity = max([self.units, *(a * self.layers for a in amounts if isinstance(a, int))])
         self._name_units()
         self.observations = 0
         self.ended = False
@@ -69,7 +94,8 @@ class PolicyState:
 
     def _name_units(self) -> None:
         self.unit_names = [name for block in self.blocks for name in block.unit_names()]
-        self.parts = torch.tensor([len(block.parts) for block in self.blocks for _ in range(block.count)])
+        parts = [len(block.parts) for block in self.blocks for _ in range(block.count)]
+        self.parts = torch.tensor(parts, dtype=torch.long)
 
     def _zeros(self, size: int) -> Tensor:
         return torch.zeros(size, device=self.layout.device)
@@ -178,7 +204,7 @@ class PolicyState:
     @torch.no_grad()
     def decide(
         self, controller: "Controller", budget: int, share: float, standing: Tensor | None
-    ) -> tuple[Tensor, float | None]:
+    ) -> tuple[Tensor, float | None, Ballot]:
         """Which units to keep.
 
         Args:
@@ -188,7 +214,7 @@ class PolicyState:
             standing: bool [units], False for those that a proximal step has taken out; None for no such step.
 
         Returns:
-            bool [units], and the lowest score that is kept (None where nothing is).
+            bool [units], the lowest score that is kept (None where nothing is), and what the decision went by.
         """
         if self._finite is not None and not self._finite:
             self._not_finite(controller, f"before step {controller.step}")
@@ -198,17 +224,31 @@ class PolicyState:
         candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
         candidates = candidates if standing is None else candidates & standing
         parts = self.parts.to(scores.device)
-        kept = self.policy.action.select(Ballot(scores, candidates, budget, share, self.entries, parts))
+        counts = torch.tensor([block.count for block in self.blocks], device=scores.device)
+        where = torch.arange(len(self.blocks), device=scores.device).repeat_interleave(counts)
+        ballot = Ballot(scores, candidates, budget, share, self.entries, parts, where)
+        kept = self.policy.action.select(ballot)
         self._means = None
-        return kept, float(scores[kept].min()) if bool(kept.any()) else None
+        return kept, float(scores[kept].min()) if bool(kept.any()) else None, ballot
 
-    def rebuild(
-        self, components: Mapping[str, tuple[int, ...] | None], counts: Mapping[str, int], kept: Tensor
-    ) -> None:
-        """Take over blocks of other ranks.
+    def course(self, total_steps: int) -> list[tuple[int, int, int]]:
+        """Units that there are after 0, 1, ... steps of a whole run, cut and added by then, as the schedule alone has it."""
+        scheduler, there, cut, added = self.policy.scheduler, self.units, 0, 0
+        course = [(there, cut, added)]
+        for step in range(total_steps):
+            number = step + scheduler.first_step
+            if number <= scheduler.end(total_steps) and scheduler.due(number, total_steps=total_steps):
+                budget = scheduler.budget(number, total_steps=total_steps, units=self.capacity, layers=self.layers)
+                goes, comes = self.policy.action.turnover(there, budget, self.layers)
+                there, cut, added = there - goes + comes, cut + goes, added + comes
+            course.append((there, cut, added))
+        return course
+
+    def rebuild(self, components: Mapping[str, tuple[int, ...]], counts: Mapping[str, int], kept: Tensor) -> None:
+        """Take over blocks of other ranks. The statistics have to be put in place after it.
 
         Args:
-            components: by layer name the numbers of the components that are left; None where none was cut.
+            components: by layer name the numbers of its components, where some have been cut or added.
             counts: by layer name how many there are.
             kept: bool [units].
         """
@@ -220,6 +260,57 @@ class PolicyState:
             self._name_units()
         self.kept = kept
         self.layout, self._means = self._layout(), None
+
+    def apart(self) -> dict[str, dict[int, Tensor]]:
+        """The statistics of each tensor in its shape, by buffer and by the tensor's ``id``; under no name, what is still."""
+        if self.ended:
+            return {}
+        live, still = self.layout.slices(), self.layout.still_slices()
+        found = {
+            name: {id(p): flat[live[id(p)]].view(p.shape) for p in self.layout.live}
+            for name, flat in self.buffers.items()
+        }
+        return {**found, "": {id(p): self.still[still[id(p)]].view(p.shape) for p in self.layout.still}}
+
+    def resize(
+        self,
+        layers: Mapping[str, _Resize],
+        tensors: Mapping[int, tuple[_Resize, int]],
+        components: Mapping[str, tuple[int, ...]],
+        counts: Mapping[str, int],
+        apart: Mapping[str, Mapping[int, Tensor]],
+    ) -> None:
+        """Follow tensors that were resized: masks and statistics of what stays stay, those of fresh components are zero.
+
+        Args:
+            layers: what was done to each layer.
+            tensors: the same by the tensor's ``id``, with the axis.
+            components: as `rebuild` takes them.
+            counts: likewise.
+            apart: what `apart` gave before.
+        """
+        kept = self.kept
+        if self.policy.action.unit == "component":
+            masks = zip(split(kept, self.blocks), self.blocks, strict=True)
+            kept = torch.cat([layers[b.name].of(m, 0, True) if b.name in layers else m for m, b in masks])
+        self.rebuild(components, counts, kept)
+        if self.ended:
+            return
+
+        def together(pieces: Mapping[int, Tensor], order: Sequence[nn.Parameter]) -> Tensor:
+            flat = [self._zeros(0)]
+            for p in order:
+                piece = pieces.get(id(p))
+                if piece is None:
+                    piece = self._zeros(p.numel())
+                elif id(p) in tensors:
+                    how, axis = tensors[id(p)]
+                    piece = how.of(piece, axis)
+                flat.append(piece.reshape(-1))
+            return torch.cat(flat)
+
+        self.still = together(apart[""], self.layout.still)
+        self.buffers = {name: together(apart[name], self.layout.live) for name in self.buffers}
 
     def end(self) -> None:
         """After the last decision: the statistics have done their work."""
@@ -254,28 +345,37 @@ class Controller:
                     "in the layers that were chosen"
                 )
             self.policies.append(PolicyState(index, policy, blocks))
-        if any(state.policy.action.cuts(last=True) for state in self.policies):
+        if any(state.policy.action.cuts(last=True) or state.policy.action.grows for state in self.policies):
             self._check_cuttable()
+        # What is drawn when components are added: from here and the step alone, so that a resumed run draws the same.
+        self.seed = int(torch.randint(2**62, ())) if self.grows else 0
         self._tally = Tally(modules, parts, trained)
         self._survey()
-        self._components: dict[str, tuple[int, ...] | None] = {}
         self.starts = self.counts
         self.initial_ranks = self.ranks()
+        # The numbers by which components are called, of layers where some were cut or added; and how many were given.
+        self._components: dict[str, tuple[int, ...]] = {}
+        self._numbered = dict(self.initial_ranks)
 
     # ---- the loop ----
+
+    @property
+    def grows(self) -> bool:
+        """Whether a policy adds components."""
+        return any(state.policy.action.grows for state in self.policies)
 
     def check_schedules(self, total_steps: int) -> None:
         """Raise LrkitError where a schedule does not fit a run of so many steps."""
         for state in self.policies:
             scheduler = state.policy.scheduler
             scheduler.bounds(total_steps)
-            amounts = {"units": state.units, "layers": state.layers, "total_steps": total_steps}
+            amounts = {"units": state.capacity, "layers": state.layers, "total_steps": total_steps}
             first = scheduler.budget(-1, **amounts)
             last = scheduler.budget(scheduler.first_step + total_steps, **amounts)
-            if last > first:
+            if last > first and not state.policy.action.grows:
                 raise LrkitError(
-                    f"{type(scheduler).__name__}: target {scheduler.target!r} is {last} of {state.units} units, above start "
-                    f"{scheduler.start!r}, which is {first}: a budget never grows"
+                    f"{type(scheduler).__name__}: target {scheduler.target!r} is {last} of {state.capacity} units, "
+                    f"above start {scheduler.start!r}, which is {first}: a budget never grows"
                 )
 
     def begin(self, total_steps: int) -> None:
@@ -291,6 +391,15 @@ class Controller:
                     f"{type(scheduler).__name__}: the last decision is due at step {end}, and the run's steps are numbered "
                     f"{first} to {first + total_steps - 1}: the budget will not be reached",
                 )
+            elif state.policy.action.grows:
+                amounts = {"units": state.capacity, "layers": state.layers, "total_steps": total_steps}
+                budget, there = scheduler.budget(end, **amounts), state.course(total_steps)[-1][0]
+                if there != budget:
+                    self.warn(
+                        f"short {state.index}",
+                        f"{state.policy.action!r}: after the last decision, at step {end}, there will be {there} "
+                        f"components of a budget of {budget}: give it more decisions, or more at each",
+                    )
 
     def unfinished(self) -> str | None:
         """What training that ends now leaves undone; None where every last decision has been taken."""
@@ -319,7 +428,7 @@ class Controller:
         """Called when the optimizer has stepped.
 
         Returns:
-            Whether tensors have stopped training, or have become smaller.
+            Whether tensors have stopped training, or have become smaller: what DDP has to follow.
         """
         assert self.total_steps is not None
         self.step += 1
@@ -338,16 +447,16 @@ class Controller:
             number = self.step - 1 + scheduler.first_step
             if state.due(self.step, self.total_steps):
                 total = self.total_steps
-                budget = scheduler.budget(number, total_steps=total, units=state.units, layers=state.layers)
-                share = scheduler.share(number, total_steps=total, units=state.units, layers=state.layers)
+                budget = scheduler.budget(number, total_steps=total, units=state.capacity, layers=state.layers)
+                share = scheduler.share(number, total_steps=total, units=state.capacity, layers=state.layers)
                 lost, moved = self._decide(state, budget, share, optimizer)
                 changed |= moved
-                froze |= lost and not action.reversible
+                froze |= lost and not (action.reversible or action.grows)
                 last = number == scheduler.end(self.total_steps)
                 if last:
                     state.end()
                 if action.cuts(last=last):
-                    froze |= self._cut(self._masked(split(state.kept, state.blocks), state.blocks), optimizer)
+                    froze |= self._resize(self._masked(split(state.kept, state.blocks), state.blocks), optimizer)
             elif state.ended:
                 action.hold(state.blocks, state.kept)
         if froze:
@@ -359,28 +468,46 @@ class Controller:
     def _decide(
         self, state: PolicyState, budget: int, share: float, optimizer: torch.optim.Optimizer
     ) -> tuple[bool, bool]:
-        standing = state.policy.action.proximal(state.blocks, share, optimizer)
-        kept, threshold = state.decide(self, budget, share, standing)
+        action = state.policy.action
+        standing = action.proximal(state.blocks, share, optimizer)
+        kept, threshold, ballot = state.decide(self, budget, share, standing)
         before, state.kept = state.kept, kept
-        state.policy.action.apply(state.blocks, kept, optimizer)
+        action.apply(state.blocks, kept, optimizer)
         lost = (before & ~kept).nonzero().flatten().tolist()
         returned = (kept & ~before).nonzero().flatten().tolist()
+        names = state.unit_names
+        fresh = self._grow(state, ballot, optimizer) if action.grows else ()
         self.history.append(
             Decision(
                 step=self.step,
                 policy=state.index,
                 budget=budget,
-                kept=int(kept.sum()),
-                units=state.units,
+                kept=int(state.kept.sum()),
+                units=state.capacity,
                 threshold=threshold,
-                lost=tuple(state.unit_names[i] for i in lost),
-                returned=tuple(state.unit_names[i] for i in returned),
+                lost=tuple(names[i] for i in lost),
+                returned=tuple(names[i] for i in returned),
+                fresh=fresh,
             )
         )
-        if lost and not state.policy.action.reversible:
+        if lost and not (action.reversible or action.grows):
             for other in self.policies:
                 other.relayout()
         return bool(lost), bool(lost or returned)
+
+    def _grow(self, state: PolicyState, ballot: Ballot, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+        """Cut what a policy does not keep, and add what its action says. Returns the names of what is new."""
+        growth = state.policy.action.grow(state.blocks, state.kept, ballot)
+        resizes = {
+            block.name: _Resize(keep.nonzero().flatten(), fresh)
+            for block, keep, fresh in zip(state.blocks, split(state.kept, state.blocks), growth.fresh, strict=True)
+            if fresh or not bool(keep.all())
+        }
+        generator = torch.Generator().manual_seed((self.seed + 1_000_003 * self.step + state.index) % 2**63)
+        self._resize(resizes, optimizer, growth.core, generator)
+        return tuple(
+            f"{name}[{number}]" for name, how in resizes.items() for number in self._components[name][len(how.index) :]
+        )
 
     def warn(self, key: str, message: str) -> None:
         """Say something once."""
@@ -449,13 +576,76 @@ class Controller:
         values = self._tally.sums / self.step if self.step else self._tally.now.double()
         return dict(zip(self._tally.names, values.tolist(), strict=True))
 
-    # ---- cutting ----
+    # ---- other sizes ----
 
     def _check_cuttable(self) -> None:
         parts = [part for part in self.method.parameterization.parts if part.axis is not None]
         tensors = [id(part.of(module)) for module in self.modules.values() for part in parts]
         if len(set(tensors)) < len(tensors):
             raise LrkitError("layers share their matrices, and each has a mask of its own: they cannot be cut")
+
+    @torch.no_grad()
+    def _resize(
+        self,
+        resizes: Mapping[str, _Resize],
+        optimizer: torch.optim.Optimizer | None,
+        core: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> bool:
+        """Cut components of layers, and add fresh ones behind them. The parameters stay the same objects.
+
+        The optimizer's state and the statistics of what stays stay with it; for what is fresh they are zero, and step counts
+        go on.
+
+        Args:
+            resizes: what to do, by layer name. Other layers are left alone.
+            optimizer: whose state follows; None for none.
+            core: the core value of fresh components.
+            generator: where their other parts are drawn from; None where there are none.
+
+        Returns:
+            Whether there was anything to do.
+        """
+        if not resizes:
+            return False
+        parts = [part for part in self.method.parameterization.parts if part.axis is not None]
+        apart = [state.apart() for state in self.policies]
+        changed: dict[int, tuple[_Resize, int]] = {}
+        for name, how in resizes.items():
+            module = self.modules[name]
+            fresh = {part.name: self._fresh(part, module, how.fresh, core, generator) for part in parts if how.fresh}
+            for part in parts:
+                tensor, axis = part.of(module), part.axis
+                assert axis is not None
+                if optimizer is not None:
+                    _resize_state(optimizer, tensor, how, axis)
+                trains = tensor.requires_grad or (not tensor.numel() and id(tensor) in self._trained)
+                resize(tensor, how.of(tensor.detach(), axis, fresh.get(part.name, 0)))
+                # Optimizers are not made for tensors without entries: leave none to them.
+                tensor.requires_grad_(tensor.numel() > 0 and trains)
+                changed[id(tensor)] = how, axis
+            before = self._components.get(name, tuple(range(self.initial_ranks[name])))
+            given = self._numbered[name]
+            self._components[name] = (*(before[i] for i in how.index.tolist()), *range(given, given + how.fresh))
+            self._numbered[name] += how.fresh
+        for state in self.policies:
+            # What was frozen, then cut away whole, and has grown again stays frozen.
+            if state.policy.action.freezes:
+                state.policy.action.restore(state.blocks, state.kept)
+        ranks = self.ranks()
+        for state, statistics in zip(self.policies, apart, strict=True):
+            state.resize(resizes, changed, self._components, ranks, statistics)
+        self._survey()
+        return True
+
+    def _fresh(
+        self, part: Part, module: nn.Module, count: int, core: float, generator: torch.Generator | None
+    ) -> Tensor:
+        """Slices of further components for one tensor."""
+        if part.core:
+            return part.of(module).new_full((count,), core)
+        assert generator is not None
+        return self.method.parameterization.fresh(part, module, count, generator).to(part.of(module))
 
     def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
         """Cut components that are masked and add nothing (see `lrkit.units.present`). The parameters stay the same objects.
@@ -474,79 +664,17 @@ class Controller:
             # What is cut cannot come back: every policy has ended.
             state.end()
         if masking:
-            self._cut(self._masked(list(kept.values()), masking[0].blocks), optimizer)
+            self._resize(self._masked(list(kept.values()), masking[0].blocks), optimizer)
         return self.ranks()
 
-    def _masked(self, masks: Sequence[Tensor], blocks: Sequence[Block]) -> dict[str, Tensor]:
-        """Layer name to bool [rank]: what stays of each layer that has masked components."""
+    def _masked(self, masks: Sequence[Tensor], blocks: Sequence[Block]) -> dict[str, _Resize]:
+        """Layer name to what stays of each layer that has masked components which add nothing."""
         parts = [part for part in self.method.parameterization.parts if part.axis is not None]
         stays = {}
         for block, mask in zip(blocks, masks, strict=True):
             there = present(block.module, parts)
             stays[block.name] = mask.to(there.device) | there
-        return {name: keep for name, keep in stays.items() if not bool(keep.all())}
-
-    @torch.no_grad()
-    def _cut(self, stays: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None) -> bool:
-        """Cut components out of parameters, statistics and the optimizer's state.
-
-        Args:
-            stays: layer name to bool [rank], True for what stays. Other layers are left alone.
-            optimizer: the one whose state is cut.
-
-        Returns:
-            Whether anything was cut.
-        """
-        cuts = {
-            id(part.of(self.modules[name])): (part.of(self.modules[name]), part.axis, keep.nonzero().flatten())
-            for name, keep in stays.items()
-            for part in self.method.parameterization.parts
-            if part.axis is not None
-        }
-
-        def left(flat: Tensor, p: nn.Parameter) -> Tensor:
-            if id(p) not in cuts:
-                return flat
-            _, axis, index = cuts[id(p)]
-            return flat.view(p.shape).index_select(axis, index.to(flat.device)).flatten()
-
-        statistics = []
-        for state in self.policies:
-            live, still = state.layout.slices(), state.layout.still_slices()
-            statistics.append(
-                (
-                    {
-                        name: {id(p): left(flat[live[id(p)]], p) for p in state.layout.live}
-                        for name, flat in state.buffers.items()
-                    },
-                    {} if state.ended else {id(p): left(state.still[still[id(p)]], p) for p in state.layout.still},
-                )
-            )
-        for tensor, axis, index in cuts.values():
-            if optimizer is not None:
-                _cut_state(optimizer, tensor, axis, index)
-            resize(tensor, tensor.detach().index_select(axis, index))
-            # Optimizers are not made for tensors without entries: leave none to them.
-            tensor.requires_grad_(len(index) > 0 and tensor.requires_grad)
-        for name, keep in stays.items():
-            before = self._components.get(name) or tuple(range(len(keep)))
-            self._components[name] = tuple(n for n, stay in zip(before, keep.tolist(), strict=True) if stay)
-        ranks = self.ranks()
-        for state, (buffers, stills) in zip(self.policies, statistics, strict=True):
-            kept = state.kept
-            if state.policy.action.unit == "component":
-                masks = zip(split(state.kept, state.blocks), state.blocks, strict=True)
-                kept = torch.cat([m[stays[b.name].to(m.device)] if b.name in stays else m for m, b in masks])
-            state.rebuild(self._components, ranks, kept)
-            empty = state.kept.new_zeros(0, dtype=torch.float32)
-            state.buffers = {
-                name: torch.cat([empty, *(pieces[id(p)] for p in state.layout.live)])
-                for name, pieces in buffers.items()
-            }
-            if not state.ended:
-                state.still = torch.cat([empty, *(stills[id(p)] for p in state.layout.still if id(p) in stills)])
-        self._survey()
-        return bool(cuts)
+        return {name: _Resize(keep.nonzero().flatten()) for name, keep in stays.items() if not bool(keep.all())}
 
     # ---- state ----
 
@@ -563,9 +691,11 @@ class Controller:
         data = {
             "step": self.step,
             "total_steps": self.total_steps,
+            "seed": self.seed,
             "policies": [{"observations": s.observations, "ended": s.ended} for s in self.policies],
-            "history": [attrs.asdict(d) | {"lost": list(d.lost), "returned": list(d.returned)} for d in self.history],
-            "components": {name: list(numbers) for name, numbers in self._components.items() if numbers is not None},
+            "history": [attrs.asdict(d) | {key: list(getattr(d, key)) for key in _NAMES} for d in self.history],
+            "components": {name: list(numbers) for name, numbers in self._components.items()},
+            "numbered": dict(self._numbered),
             "sums": self._tally.named(self._tally.sums),
         }
         return tensors, data
@@ -604,7 +734,7 @@ class Controller:
                 if saved["ended"] or not (state.policy.action.reversible or bool(keep.any())):
                     continue
                 for part in block.parts:
-                    if state.policy.metric.reads == "all" or part.core:
+                    if state.policy.metric.reads != "core" or part.core:
                         tensor = block.tensor(part)
                         size[id(tensor) in frozen] += shapes.get(id(tensor), tensor.shape).numel()
             for name in (n for n in tensors if n.startswith((f"{prefix}.buffer.", f"{prefix}.still"))):
@@ -618,6 +748,8 @@ class Controller:
                 isinstance(value, int) and not isinstance(value, bool) and value >= 0
             )
 
+        if not whole(data["seed"]):
+            raise _misfit("seed is not a whole number")
         if not whole(data["step"]) or not whole(data["total_steps"], optional=True):
             raise _misfit("step and total_steps are not whole numbers")
         policies = data["policies"]
@@ -630,7 +762,7 @@ class Controller:
                 or type(saved.get("ended")) is not bool
             ):
                 raise _misfit("policies lack observations or ended")
-        for key in ("sums", "ranks"):
+        for key in ("sums", "ranks", "numbered"):
             table = data[key]
             if not isinstance(table, dict) or set(table) != set(self.modules) or not all(map(whole, table.values())):
                 raise _misfit(f"{key} are not whole numbers for the layers of this run")
@@ -638,9 +770,9 @@ class Controller:
         good = isinstance(components, dict) and set(components) <= set(self.modules)
         for name, numbers in components.items() if good else ():
             good &= isinstance(numbers, list) and all(map(whole, numbers)) and len(numbers) == data["ranks"][name]
-            good = good and numbers == sorted(set(numbers)) and all(n < self.initial_ranks[name] for n in numbers)
+            good = good and numbers == sorted(set(numbers)) and all(n < data["numbered"][name] for n in numbers)
         if not good:
-            raise _misfit("components are not the numbers of what is left of each layer that was cut")
+            raise _misfit("components are not the numbers of what is left of each layer that was cut, or has grown")
         if data["total_steps"] is None and data["step"]:
             raise _misfit("steps have been taken, and total_steps is missing")
         fields = {field.name for field in attrs.fields(Decision)}
@@ -649,7 +781,7 @@ class Controller:
         for d in history if good else ():
             good &= all(whole(d[key]) for key in ("step", "policy", "budget", "kept", "units"))
             good &= d["threshold"] is None or isinstance(d["threshold"], float)
-            good &= all(isinstance(d[k], list) and all(isinstance(n, str) for n in d[k]) for k in ("lost", "returned"))
+            good &= all(isinstance(d[k], list) and all(isinstance(n, str) for n in d[k]) for k in _NAMES)
         if not good:
             raise _misfit("history is not a list of decisions")
 
@@ -658,10 +790,10 @@ class Controller:
         self.step = data["step"]
         if self.total_steps is None and data["total_steps"] is not None:
             self.begin(data["total_steps"])
-        self.history = [
-            Decision(**{**d, "lost": tuple(d["lost"]), "returned": tuple(d["returned"])}) for d in data["history"]
-        ]
+        self.seed = data["seed"]
+        self.history = [Decision(**{**d, **{key: tuple(d[key]) for key in _NAMES}}) for d in data["history"]]
         self._components = {name: tuple(numbers) for name, numbers in data["components"].items()}
+        self._numbered = dict(data["numbered"])
         for state, saved in zip(self.policies, data["policies"], strict=True):
             kept = tensors[f"policy.{state.index}.kept"].to(state.kept.device, copy=True)
             state.rebuild(self._components, data["ranks"], kept)
@@ -682,22 +814,25 @@ class Controller:
         self._survey()
 
 
+_NAMES = ("lost", "returned", "fresh")
+
+
 def counts_of(state: PolicyState, ranks: Mapping[str, int]) -> list[int]:
     """Units of each block of a policy at given ranks."""
     return [ranks[block.name] if block.kind == "component" else block.count for block in state.blocks]
 
 
-def _cut_state(optimizer: torch.optim.Optimizer, tensor: nn.Parameter, axis: int, index: Tensor) -> None:
-    """Cut an optimizer's state for one tensor."""
+def _resize_state(optimizer: torch.optim.Optimizer, tensor: nn.Parameter, how: _Resize, axis: int) -> None:
+    """Let an optimizer's state for one tensor follow, before the tensor itself."""
     for value in list(optimizer.state.get(tensor, {}).values()):
         if not isinstance(value, Tensor):
             continue
         if value.shape == tensor.shape:
-            value.data = value.index_select(axis, index.to(value.device))
+            value.data = how.of(value.data, axis)
         elif value.ndim > 0:
-            # State of another shape (Adafactor's factors) cannot be cut: it begins anew.
+            # State of another shape (Adafactor's factors) cannot follow: it begins anew.
             optimizer.state.pop(tensor, None)
-    if not len(index):
+    if not len(how.index) + how.fresh:
         optimizer.state.pop(tensor, None)
 
 

@@ -67,7 +67,9 @@ class Layout:
     last entry-wise scores are kept. `live` lists the others, in flat order.
     """
 
-    def __init__(self, blocks: Sequence[Block], present: Sequence[bool], reads: Literal["all", "core"]) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], present: Sequence[bool], reads: Literal["all", "core", "component"]
+    ) -> None:
         self.units = sum(block.count for block in blocks)
         self.live: list[nn.Parameter] = []
         self.still: list[nn.Parameter] = []
@@ -76,7 +78,7 @@ class Layout:
         start = 0
         for block, there in zip(blocks, present, strict=True):
             if there:
-                parts = [part for part in block.parts if reads == "all" or part.core]
+                parts = [part for part in block.parts if reads != "core" or part.core]
                 tensors = [block.tensor(part) for part in parts]
                 key = (block.count, *((t.shape, p.axis, t.requires_grad) for t, p in zip(tensors, parts, strict=True)))
                 gathered.setdefault(key, []).append((start, block, parts))

@@ -54,15 +54,21 @@ class Policy:
         reason = action.refusal(parameterization)
         if reason is not None:
             return f"action {action!r} does not fit parameterization {parameterization!r}: {reason}"
+        if action.grows and (action.unit != "component" or not parameterization.grows):
+            return (
+                f"action {action!r} does not fit parameterization {parameterization!r}: the action adds rank components, "
+                "and this parameterization does not say how a new one begins"
+            )
         most = parameterization.units(action.unit)
         if most == 0:
             return (
                 f"action {action!r} does not fit parameterization {parameterization!r}: "
                 f"it acts on units of kind {action.unit!r}, and there are none that train"
             )
-        if metric.reads == "core" and action.unit != "component":
+        if metric.reads != "all" and action.unit != "component":
+            what = "the core value of a component" if metric.reads == "core" else "whole components"
             return (
-                f"metric {metric!r} does not fit action {action!r}: the metric reads the core value of a component, "
+                f"metric {metric!r} does not fit action {action!r}: the metric reads {what}, "
                 f"and the action's units are of kind {action.unit!r}"
             )
         if metric.reads == "core" and not any(part.core and part.trains for part in parameterization.parts):
@@ -70,7 +76,13 @@ class Policy:
                 f"metric {metric!r} does not fit parameterization {parameterization!r}: "
                 "the metric reads core values, and there are none"
             )
-        for name in ("start", "target"):
+        start, target = scheduler.start, scheduler.target
+        if type(target) is type(start) and target > start and not action.grows:
+            return (
+                f"{type(scheduler).__name__}.target = {target!r} is above start = {start!r}, and {action!r} adds no units: "
+                "such a budget never grows"
+            )
+        for name in ("start", "target") if not action.grows else ():
             amount = getattr(scheduler, name)
             if isinstance(amount, int) and amount > most:
                 what = "initial rank" if action.unit == "component" else f"number of units ({action.unit})"

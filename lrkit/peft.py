@@ -248,8 +248,8 @@ def _most(values: Mapping[str, Any]) -> Any:
 
 def _write_adalora(adapted: Adapted, folder: Path, _: Any, __: Path) -> dict[str, int]:
     layers = _layers(adapted, "peft-adalora")
-    first = max(adapted._controller.initial_ranks[name] for name in layers)
     ranks = {name: layer.rank for name, layer in layers.items()}
+    first = max(*(adapted._controller.initial_ranks[name] for name in layers), *ranks.values())
     # PEFT computes alpha / (init_r + 1e-5) for all layers alike.
     scale = _most({name: layer.scaling for name, layer in layers.items()})
     tensors: dict[str, Tensor] = {}

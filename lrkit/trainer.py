@@ -34,7 +34,7 @@ class AdaptCallback(TrainerCallback):
         self.resume_from = resume_from
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let a checkpoint whose components were cut be loaded: the Trainer loads the model's weights before it says so."""
+        """Let a checkpoint of other ranks be loaded: the Trainer loads the model's weights before it says so."""
         self.adapted.take_ranks()
 
     def on_train_begin(

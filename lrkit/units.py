@@ -54,7 +54,8 @@ class Block:
         parts: the tensors that make up the units.
         count: how many units: the rank for components, 1 for a matrix or a layer.
         kind: the kind of its units.
-        numbers: the components' numbers at the start, where some have been cut since; None where none has.
+        numbers: by what numbers the components are called, where some have been cut or added since the start; None where
+            none has.
     """
 
     name: str

@@ -97,15 +97,15 @@ def test_a_cut_changes_no_output_and_no_score_of_what_is_left(method, monkeypatc
 
     model, adapted, optimizer = start(CUTTING[method])
     adapted.bind(optimizer, total_steps=STEPS)
-    cut, cuts = Controller._cut, []
+    resize, cuts = Controller._resize, []
 
-    def watched(self, stays, optimizer):
+    def watched(self, resizes, optimizer):
         def seen():
             waiting = [s.index for s in self.policies if not s.ended]
             return logits(model), [adapted.scores(i) for i in waiting]
 
         before, scores = seen()
-        done = cut(self, stays, optimizer)
+        done = resize(self, resizes, optimizer)
         after, left = seen()
         torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-6)
         for one, two in zip(scores, left, strict=True):
@@ -115,7 +115,7 @@ def test_a_cut_changes_no_output_and_no_score_of_what_is_left(method, monkeypatc
         cuts.append(done)
         return done
 
-    monkeypatch.setattr(Controller, "_cut", watched)
+    monkeypatch.setattr(Controller, "_resize", watched)
     for number in range(STEPS):
         step(model, adapted, optimizer, number)
     assert any(cuts)

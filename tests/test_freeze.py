@@ -368,7 +368,15 @@ def test_freeze_is_not_reversible() -> None:
 
 def ballot(scores: list[float], candidates: list[bool], budget: int, share: float) -> Ballot:
     s, c = torch.tensor(scores), torch.tensor(candidates)
-    return Ballot(scores=s, candidates=c, budget=budget, share=share, entries=s[c], parts=torch.ones(len(scores)))
+    return Ballot(
+        scores=s,
+        candidates=c,
+        budget=budget,
+        share=share,
+        entries=s[c],
+        parts=torch.ones(len(scores)),
+        blocks=torch.arange(len(scores)),
+    )
 
 
 def test_a_budget_above_what_still_trains_thaws_nothing() -> None:

@@ -25,6 +25,7 @@ class Ballot:
         entries: the entry-wise scores [N] behind the candidates' scores, or what makes them when they are first read: most
             actions go by the units' scores alone.
         parts: how many tensors each unit's score is a sum over [n].
+        blocks: the number of the block that each unit belongs to [n]: 0, 1, ..., in the order of `Action.apply`'s blocks.
     """
 
     scores: Tensor
@@ -33,11 +34,25 @@ class Ballot:
     share: float
     _entries: Tensor | Callable[[], Tensor]
     parts: Tensor
+    blocks: Tensor
 
     @property
     def entries(self) -> Tensor:
         """The entry-wise scores [N] behind the candidates' scores."""
         return self._entries if isinstance(self._entries, Tensor) else self._entries()
+
+
+@attrs.frozen(kw_only=True)
+class Growth:
+    """What a decision adds.
+
+    Args:
+        fresh: how many new components each block gets.
+        core: the core value that each of them begins with; 0 leaves every output as it is.
+    """
+
+    fresh: tuple[int, ...]
+    core: float = 0.0
 
 
 @attrs.frozen(kw_only=True)
@@ -55,6 +70,9 @@ class Action(abc.ABC):
     budgeted: ClassVar[bool] = True
     """Whether the scheduler's budget is the number of units that are kept. Where not, how many is known only after a run,
     and the scheduler's share stands for something else, such as the height of a threshold."""
+    grows: ClassVar[bool] = False
+    """Whether it changes how many rank components there are: those not kept are cut for good, and `grow` adds new ones. The
+    budget may then rise above its start."""
 
     @property
     @abc.abstractmethod
@@ -117,6 +135,26 @@ class Action(abc.ABC):
             last: whether it was the last decision.
         """
         return False
+
+    def grow(self, blocks: Sequence[Block], kept: Tensor, ballot: Ballot) -> Growth:
+        """What is added after `apply`. Asked only where `grows` is True.
+
+        Args:
+            blocks: the policy's units as they were ranked, n in all.
+            kept: bool [n]; what is not kept is cut in the same move.
+            ballot: what the decision went by.
+        """
+        return Growth(fresh=(0,) * len(blocks))
+
+    def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int]:
+        """How many units a decision takes away, and how many it adds: what a run is counted by before it is trained.
+
+        Args:
+            units: units that there are.
+            budget: the scheduler's.
+            layers: layers that have such units.
+        """
+        return max(0, units - budget), 0
 
     def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
         """After every optimizer step once the last decision is taken: keep its effect up."""

@@ -29,8 +29,9 @@ class Metric(abc.ABC):
             ``"after-step"`` takes the updated weights with the old gradients (its released code, and PEFT).
     """
 
-    reads: ClassVar[Literal["all", "core"]] = "all"
-    """``"core"``: only the core value of each component is read."""
+    reads: ClassVar[Literal["all", "core", "component"]] = "all"
+    """``"core"``: only the core value of each component is read. ``"component"``: all parts, but only where units are rank
+    components: a score that makes no sense for a single matrix."""
     buffers: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors it remembers. A metric with none is never asked to observe."""
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from lrkit.units import Part, UnitKind
@@ -98,6 +99,25 @@ class Parameterization(abc.ABC):
     def penalty(self, modules: Sequence[nn.Module]) -> Tensor | None:
         """A scalar that is added to the loss while training, or None."""
         return None
+
+    @property
+    def grows(self) -> bool:
+        """Whether a layer can be given further components: `fresh` says how they begin."""
+        return False
+
+    def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
+        """How new components begin, in one tensor: as they do in `build`. Core values are the action's, and not asked for.
+
+        Args:
+            part: one with an `axis`, and no core.
+            module: the adapter.
+            count: how many components.
+            generator: where to draw from, on the CPU: a resumed run must draw the same.
+
+        Returns:
+            The tensor's further slices: its shape, with `count` along `axis`.
+        """
+        raise NotImplementedError
 
     def units(self, kind: UnitKind) -> int:
         """The largest number of trainable units of this kind that one layer may have; 0 where it has none."""

@@ -4,10 +4,11 @@ import math
 from typing import ClassVar
 
 import attrs
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lrkit.parameterizations.base import Parameterization, Target
-from lrkit.parameterizations.lowrank import LowRank, new_factor
+from lrkit.parameterizations.lowrank import LowRank, further, new_factor
 from lrkit.settings import real, whole
 from lrkit.units import Part
 
@@ -40,6 +41,20 @@ class LoRA(Parameterization):
     def components(self) -> int:
         """r."""
         return self.rank
+
+    @property
+    def grows(self) -> bool:
+        """Yes. The scale stays α/r with the initial r."""
+        return True
+
+    def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
+        """Further rows of A, Kaiming-uniform, or columns of B, zero, as at the start."""
+        new = further(module, part, count)
+        return (
+            nn.init.zeros_(new)
+            if part.name == "B"
+            else nn.init.kaiming_uniform_(new, math.sqrt(5), generator=generator)
+        )
 
     def build(self, target: Target) -> nn.Module:
         """The layer with A and B beside it."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry
 
 from lrkit.errors import LrkitError
+from lrkit.units import Part
 
 
 def _is_conv1d(layer: nn.Module) -> bool:
@@ -402,6 +403,14 @@ def _singular(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q_a, r_a = torch.linalg.qr(a.t())
     u, sigma, v = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
     return v @ q_a.t(), q_b @ u, sigma
+
+
+def further(module: nn.Module, part: Part, count: int) -> Tensor:
+    """An uninitialised float32 tensor on the CPU for `count` further components of a part."""
+    shape = list(part.of(module).shape)
+    assert part.axis is not None
+    shape[part.axis] = count
+    return torch.empty(shape)
 
 
 def new_factor(layer: nn.Module, *shape: int) -> nn.Parameter:

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from lrkit.orthogonality import orthogonality
 from lrkit.parameterizations.base import Parameterization, Target
-from lrkit.parameterizations.lowrank import LowRank, new_factor
+from lrkit.parameterizations.lowrank import LowRank, further, new_factor
 from lrkit.settings import one_of, real, whole
 from lrkit.units import Part
 
@@ -65,6 +66,15 @@ class SVD(Parameterization):
         nn.init.zeros_(core)
         scaling = 1.0 if self.alpha is None else self.alpha / (self.rank + 1e-5)
         return LowRank(target.layer, q, p, core=core, scaling=scaling)
+
+    @property
+    def grows(self) -> bool:
+        """Yes."""
+        return True
+
+    def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
+        """Further columns of P or rows of Q: Gaussian, as at the start."""
+        return nn.init.normal_(further(module, part, count), std=self.init_std, generator=generator)
 
     def penalty(self, modules: Sequence[nn.Module]) -> Tensor | None:
         """γ R(P, Q), a scalar; None when γ is 0."""

@@ -1,14 +1,16 @@
 """Vector-scaled LoRA: ΔW = Λ_b B Λ_d A (VeRA/ELoRA, arXiv 2310.11454, Eq. 2; AFLoRA, arXiv 2403.13269, Eq. 1)."""
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import attrs
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lrkit.errors import LrkitError
 from lrkit.parameterizations.base import Parameterization, Role, Target
-from lrkit.parameterizations.lowrank import LowRank, new_factor
+from lrkit.parameterizations.lowrank import LowRank, further, new_factor
 from lrkit.settings import flag, one_of, real, whole
 from lrkit.units import Part
 
@@ -66,6 +68,19 @@ class VectorScaled(Parameterization):
     def components(self) -> int:
         """r."""
         return self.rank
+
+    @property
+    def grows(self) -> bool:
+        """Yes, but for matrices that layers share."""
+        return not self.shared
+
+    def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
+        """Further rows of A or columns of B, drawn from the range that they were drawn from at the start."""
+        new = further(module, part, count)
+        if part.name == "A":
+            return nn.init.kaiming_uniform_(new, generator=generator)
+        bound = math.sqrt(6 / self.rank)  # Kaiming's, whose fan-in is the initial rank for B
+        return nn.init.uniform_(new, -bound, bound, generator=generator)
 
     def adapt(self, targets: Sequence[Target]) -> dict[str, nn.Module]:
         """All adapters; with `shared` they hold the same two tensors, as wide as the widest layer."""

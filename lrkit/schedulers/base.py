@@ -11,7 +11,9 @@ from lrkit.settings import Amount, Time, count_or_share, in_steps, in_units, one
 
 @attrs.frozen(kw_only=True)
 class Scheduler(abc.ABC):
-    """A budget over time: all of `start` until t_i, down to `target` at T - t_f, and `target` from then on.
+    """A budget over time: all of `start` until t_i, from there to `target` at T - t_f, and `target` from then on.
+
+    It falls, or stays. Where the action adds units (`lrkit.Action.grows`) it may rise as well.
 
     A subclass (``@attrs.frozen(kw_only=True)``) writes `decay` alone. Times are steps (``int``) or a share of the total
     steps (``float``); amounts are units for each adapted matrix on average (``int``) or a share of all units
@@ -41,11 +43,6 @@ class Scheduler(abc.ABC):
         default="fixed", validator=one_of(("fixed", "peft", "released", "open"))
     )
 
-    def __attrs_post_init__(self) -> None:
-        """Refuse a budget that grows: what lost cannot be given room again by every action."""
-        if type(self.target) is type(self.start) and self.target > self.start:
-            raise LrkitError(f"{type(self).__name__}.target = {self.target!r} is above start = {self.start!r}")
-
     @abc.abstractmethod
     def decay(self, progress: float) -> float:
         """How far from `target` to `start` the budget is: 1 at progress 0, 0 at progress 1, never increasing."""
@@ -69,7 +66,7 @@ class Scheduler(abc.ABC):
         Args:
             step: t, the number of the optimizer step just taken.
             total_steps: T.
-            units: all units of the policy.
+            units: all units of the policy, those that the action may still add included.
             layers: adapted matrices, for amounts given as an average.
 
         Returns:

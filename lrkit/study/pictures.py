@@ -70,7 +70,7 @@ def _ranks(results: Mapping[str, "Result"], folder: Path) -> Path | None:
     if not pruned:
         return None
     cells = {
-        label: {layer.name: (layer.rank or 0, layer.initial_rank or 0) for layer in result.summary.layers}
+        label: {x.name: (x.rank or 0, max(x.initial_rank or 0, x.rank or 0)) for x in result.summary.layers}
         for label, result in pruned.items()
     }
     top = max(initial for table in cells.values() for _, initial in table.values())

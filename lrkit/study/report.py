@@ -505,7 +505,7 @@ def _ranks(study: _Study, task: str) -> str:
             shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
             same.append(f"{study.name(row)} keeps rank {shown} in every layer.")
             continue
-        initial[row] = max(layer.initial_rank or 0 for layer in ranked)
+        initial[row] = max(max(layer.initial_rank or 0, layer.rank or 0) for layer in ranked)
         for layer in ranked:
             tables.setdefault(row, {}).setdefault(layer.name, []).append(layer.rank or 0)
     top = max(initial.values(), default=0)

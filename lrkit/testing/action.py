@@ -155,6 +155,7 @@ class ActionContract(PartContract):
             budget / units,
             scores[candidates].repeat_interleave(3),
             torch.ones(units, dtype=torch.long),
+            torch.zeros(units, dtype=torch.long),
         )
 
     @clause

@@ -103,8 +103,9 @@ class MetricContract(PartContract):
 
     @clause
     def test_reads_and_buffers_are_declared(self, component: Any) -> None:
-        """`reads` is ``"all"`` or ``"core"``; `buffers` are distinct names, all of them used, and no others."""
-        expect(component.reads in ("all", "core"), f'reads must be "all" or "core", not {component.reads!r}')
+        """`reads` is ``"all"``, ``"core"`` or ``"component"``; `buffers` are distinct names, all used, and no others."""
+        kinds = ("all", "core", "component")
+        expect(component.reads in kinds, f'reads must be "all", "core" or "component", not {component.reads!r}')
         names = component.buffers
         good = isinstance(names, tuple | list) and all(isinstance(n, str) and n for n in names)
         expect(good and len(set(names)) == len(names), f"buffers must be a tuple of distinct names, not {names!r}")

@@ -91,7 +91,7 @@ def test_strictly_below() -> None:
     def kept(scores: list[float], share: float) -> list[bool]:
         each = torch.tensor(scores)
         ones = torch.ones(len(scores), dtype=torch.bool)
-        ballot = Ballot(each, ones, int(len(scores) * share), share, each, ones.long())
+        ballot = Ballot(each, ones, int(len(scores) * share), share, each, ones.long(), ones.long() * 0)
         return ZeroBelow().select(ballot).tolist()
 
     assert kept([3, 1, 2, 4], 0.5) == [True, False, True, True], "the 2nd smallest is the threshold, and stays"

@@ -1,0 +1,130 @@
+"""Ranks that grow or move, and a norm's shares, for lrkit. See README.md for what is known and what is not."""
+
+from collections.abc import Callable, Mapping
+
+import lrkit
+from lrkit.settings import Time
+from lrkit_grow.actions import Exchange, Grow
+from lrkit_grow.norm_share import LateCubic, NormShare
+
+
+def increlora(
+    *,
+    rank: int = 1,
+    target_rank: int = 8,
+    modules: int | None = None,
+    warmup: Time = 0.1,
+    final: Time = 0.4,
+    interval: Time = 0.01,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+    core: float = 1e-5,
+    alpha: float | None = None,
+    orthogonality: float = 0.1,
+) -> lrkit.Method:
+    """IncreLoRA (Zhang et al., arXiv 2308.12043): ranks start at 1, and every ν steps the best layers get one more.
+
+    Args:
+        rank: initial rank of every matrix.
+        target_rank: average rank in the end.
+        modules: h, layers that get a component at each decision, as in the paper. None: the budget rises linearly, and at
+            each decision as many layers get one as bring it to `target_rank` at T - t_f.
+        warmup: t_i, steps before the first decision.
+        final: t_f, steps at the end without growth.
+        interval: ν.
+        beta1: β1 of Ī.
+        beta2: β2 of Ū.
+        core: λ of a new component.
+        alpha: None for no scale; else α/(rank + 1e-5).
+        orthogonality: γ, weight of the penalty.
+    """
+    times = {"warmup": warmup, "final": final, "interval": interval}
+    linear, constant = lrkit.schedulers.Linear, lrkit.schedulers.Constant
+    return lrkit.Method(
+        parameterization=lrkit.parameterizations.SVD(rank=rank, alpha=alpha, orthogonality=orthogonality),
+        metric=lrkit.metrics.SensitivityUncertainty(beta1=beta1, beta2=beta2),
+        scheduler=(linear if modules is None else constant)(start=rank, target=target_rank, **times),
+        action=Grow(modules=modules, core=core),
+    )
+
+
+def elalora(
+    *,
+    rank: int = 8,
+    count: int = 4,
+    warmup: Time = 0.1,
+    final: Time = 0.4,
+    interval: Time = 0.02,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+    core: float = 1e-5,
+    alpha: float | None = None,
+    orthogonality: float = 0.1,
+) -> lrkit.Method:
+    """ElaLoRA (Chang et al., arXiv 2504.00254): warm-up; then at each decision b components are cut and b added; then rest.
+
+    Args:
+        rank: average rank, from the start to the end.
+        count: b.
+        warmup: steps of the first phase.
+        final: steps of the third phase.
+        interval: steps between decisions.
+        beta1: β1 of Ī.
+        beta2: β2 of Ū.
+        core: λ of a new component.
+        alpha: None for no scale; else α/(rank + 1e-5).
+        orthogonality: γ, weight of the penalty.
+    """
+    return lrkit.Method(
+        parameterization=lrkit.parameterizations.SVD(rank=rank, alpha=alpha, orthogonality=orthogonality),
+        metric=lrkit.metrics.SensitivityUncertainty(beta1=beta1, beta2=beta2),
+        scheduler=lrkit.schedulers.Constant(target=1.0, warmup=warmup, final=final, interval=interval),
+        action=Exchange(count=count, core=core),
+    )
+
+
+def dynamic_dora(
+    *, rank: int = 12, target_rank: int = 8, warmup: Time = 0.15, final: Time = 0.5, interval: Time = 0.002
+) -> lrkit.Method:
+    """Dynamic DoRA (Mao et al., arXiv 2405.17357): components with the smallest share in their layer's norm are masked.
+
+    Args:
+        rank: initial rank of every matrix.
+        target_rank: average rank in the end.
+        warmup: t_i.
+        final: t_f.
+        interval: ΔT.
+    """
+    return lrkit.Method(
+        parameterization=lrkit.parameterizations.SVD(rank=rank, orthogonality=0),
+        metric=NormShare(),
+        scheduler=LateCubic(target=target_rank, warmup=warmup, final=final, interval=interval),
+        action=lrkit.actions.Prune(),
+    )
+
+
+@lrkit.hookimpl
+def lrkit_metrics() -> Mapping[str, type[lrkit.Metric]]:
+    """Dynamic DoRA's score."""
+    return {"norm-share": NormShare}
+
+
+@lrkit.hookimpl
+def lrkit_schedulers() -> Mapping[str, type[lrkit.Scheduler]]:
+    """Dynamic DoRA's budget."""
+    return {"late-cubic": LateCubic}
+
+
+@lrkit.hookimpl
+def lrkit_actions() -> Mapping[str, type[lrkit.Action]]:
+    """IncreLoRA's and ElaLoRA's."""
+    return {"grow": Grow, "exchange": Exchange}
+
+
+@lrkit.hookimpl
+def lrkit_methods() -> Mapping[str, Callable[..., lrkit.Method]]:
+    """The three methods."""
+    return {"increlora": increlora, "elalora": elalora, "dynamic-dora": dynamic_dora}
+
+
+__all__ = ["Exchange", "Grow", "LateCubic", "NormShare", "dynamic_dora", "elalora", "increlora"]

@@ -35,16 +35,11 @@ class _Slab:
 
 @attrs.frozen(eq=False)
 class _Group:
-    """Blocks of one shape: where their parts lie, and the positions of their units."""
+    """Blocks of one shape, and where their parts lie."""
 
     blocks: int
     units: int
     slabs: tuple[_Slab, ...]
-    starts: Tensor
-
-    def positions(self) -> Tensor:
-        """Where its units stand among all [blocks, units]."""
-        return self.starts[:, None] + torch.arange(self.units, device=self.starts.device)
 
 
 @attrs.frozen(eq=False)
@@ -85,6 +80,8 @@ class Layout:
             start += block.count
         device = blocks[0].tensors[0].device if blocks else torch.device("cpu")
         sizes, shapes = {True: 0, False: 0}, []
+        places: list[int | None] = [None] * self.units
+        place = 0
         for members in gathered.values():
             _, first, parts = members[0]
             slabs = []
@@ -97,8 +94,12 @@ class Layout:
                 (self.still if still else self.live).extend(b.tensor(p[position]) for _, b, p in members)
                 if not still:
                     shapes += [_as_units(tuple(tensor.shape), axis)] * len(members)
-            starts = torch.tensor([start for start, _, _ in members], device=device)
-            self.groups.append(_Group(len(members), first.count, tuple(slabs), starts))
+            self.groups.append(_Group(len(members), first.count, tuple(slabs)))
+            for begin, block, _ in members:
+                places[begin : begin + block.count] = range(place, place + block.count)
+                place += block.count
+        # Where each unit stands among the units of all groups; those that are not present, behind the last.
+        self.order = torch.tensor([place if p is None else p for p in places], dtype=torch.long, device=device)
         self.size, self.still_size = sizes[False], sizes[True]
         self.device = device
         self.pieces = list(_pieces(self.live, _PIECE if device.type == "cpu" else self.size))
@@ -140,7 +141,7 @@ class Layout:
         Returns:
             [units], -inf for units of blocks that are not present.
         """
-        scores = torch.full((self.units,), -torch.inf, device=self.device)
+        scores = []
         for group in self.groups:
             parts = []
             for slab in group.slabs:
@@ -151,8 +152,13 @@ class Layout:
                 else:
                     by_unit = entries.view(group.blocks, *slab.shape).movedim(slab.axis + 1, 1)
                     parts.append(by_unit.unsqueeze(-1).flatten(2))
-            scores[group.positions()] = rule(parts)
-        return scores
+            scores.append(rule(parts))
+        return self._in_order(scores)
+
+    def _in_order(self, scores: Sequence[Tensor]) -> Tensor:
+        """Unit scores [units] from each group's [blocks, units]."""
+        absent = torch.full((1,), -torch.inf, device=self.device)
+        return torch.cat([*(values.flatten() for values in scores), absent]).index_select(0, self.order)
 
     def reduce_means(self, means: Tensor) -> Tensor:
         """Unit scores by the default rule, from the mean score of each live tensor's units.
@@ -163,12 +169,12 @@ class Layout:
         Returns:
             [units], -inf for units of blocks that are not present. Only where nothing is still.
         """
-        scores, start = torch.full((self.units,), -torch.inf), 0
+        scores, start = [], 0
         for group in self.groups:
             end = start + len(group.slabs) * group.blocks * group.units
-            scores[group.positions()] = means[start:end].view(-1, group.blocks, group.units).sum(0).float()
+            scores.append(means[start:end].view(-1, group.blocks, group.units).sum(0).float())
             start = end
-        return scores
+        return self._in_order(scores)
 
     def move(self, flat: Tensor, old: "Layout") -> Tensor:
         """A flat tensor over `old`'s live entries, put into this layout's order. Entries new here are zero."""

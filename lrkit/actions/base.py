@@ -108,15 +108,13 @@ class Action(abc.ABC):
         Returns:
             bool [n].
         """
-        candidates = ballot.candidates.nonzero().flatten()
-        count = min(ballot.budget, len(candidates))
-        kept = torch.zeros_like(ballot.candidates)
-        if count > 0:
-            scores = ballot.scores[candidates]
-            lowest = torch.kthvalue(scores, len(scores) - count + 1).values
-            above, equal = scores > lowest, scores == lowest
-            kept[candidates] = above | (equal & (equal.cumsum(0) <= count - above.sum()))
-        return kept
+        scores = ballot.scores.masked_fill(~ballot.candidates, -torch.inf)
+        count = min(ballot.budget, int(ballot.candidates.sum()))
+        if count == 0:
+            return torch.zeros_like(ballot.candidates)
+        lowest = torch.kthvalue(scores, len(scores) - count + 1).values
+        above, equal = scores > lowest, (scores == lowest) & ballot.candidates
+        return above | (equal & (equal.cumsum(0) <= count - above.sum()))
 
     @abc.abstractmethod
     def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:

@@ -86,9 +86,9 @@ parameterizations = st.one_of(
 _window = st.integers(1, 20)
 entrywise = st.one_of(
     component(Sensitivity, beta1=below_one),
-    component(SensitivityUncertainty, **betas),
+    component(SensitivityUncertainty, **betas, window=_window),
     component(GradientUncertainty, **betas, window=_window),
-    component(RatioUncertainty, **betas, epsilon=positive),
+    component(RatioUncertainty, **betas, window=_window, epsilon=positive),
 )
 
 

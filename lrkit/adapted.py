@@ -166,7 +166,9 @@ class Adapted:
             self.detach()
             raise
         self._follows = [
-            adapter.register_load_state_dict_pre_hook(functools.partial(_make_room, method.parameterization))
+            adapter.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+                functools.partial(_make_room, method.parameterization)
+            )
             for adapter in self.adapters.values()
             if self._controller.grows
         ]

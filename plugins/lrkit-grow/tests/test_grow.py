@@ -315,6 +315,9 @@ def test_a_growing_run_resumes_to_the_bit(name: str, bound: bool, tmp_path: Path
     steps(model, adapted, optimizer, STEPS)
     end = adapted.state_dict()
     assert any(decision.fresh for decision in adapted.history)
+    fresh = [unit for decision in adapted.history for unit in decision.fresh]
+    first = {f"{layer}[{i}]" for layer, rank in adapted._controller.initial_ranks.items() for i in range(rank)}
+    assert len(first | set(fresh)) == len(first) + len(fresh), "no name is given twice"
     for at, state in saved.items():
         again, other, second = run(METHODS[name], seed=7)
         if bound:

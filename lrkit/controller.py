@@ -734,7 +734,7 @@ class Controller:
                 if saved["ended"] or not (state.policy.action.reversible or bool(keep.any())):
                     continue
                 for part in block.parts:
-                    if state.policy.metric.reads != "core" or part.core:
+                    if state.policy.metric.reads in ("all", "component") or part.core:
                         tensor = block.tensor(part)
                         size[id(tensor) in frozen] += shapes.get(id(tensor), tensor.shape).numel()
             for name in (n for n in tensors if n.startswith((f"{prefix}.buffer.", f"{prefix}.still"))):

@@ -73,7 +73,7 @@ class Layout:
         start = 0
         for block, there in zip(blocks, present, strict=True):
             if there:
-                parts = [part for part in block.parts if reads != "core" or part.core]
+                parts = [part for part in block.parts if reads in ("all", "component") or part.core]
                 tensors = [block.tensor(part) for part in parts]
                 key = (block.count, *((t.shape, p.axis, t.requires_grad) for t, p in zip(tensors, parts, strict=True)))
                 gathered.setdefault(key, []).append((start, block, parts))

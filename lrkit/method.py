@@ -65,7 +65,7 @@ class Policy:
                 f"action {action!r} does not fit parameterization {parameterization!r}: "
                 f"it acts on units of kind {action.unit!r}, and there are none that train"
             )
-        if metric.reads != "all" and action.unit != "component":
+        if metric.reads in ("core", "component") and action.unit != "component":
             what = "the core value of a component" if metric.reads == "core" else "whole components"
             return (
                 f"metric {metric!r} does not fit action {action!r}: the metric reads {what}, "

@@ -38,12 +38,11 @@ def increlora(
         alpha: None for no scale; else α/(rank + 1e-5).
         orthogonality: γ, weight of the penalty.
     """
-    times = {"warmup": warmup, "final": final, "interval": interval}
-    linear, constant = lrkit.schedulers.Linear, lrkit.schedulers.Constant
+    pace = lrkit.schedulers.Linear if modules is None else lrkit.schedulers.Constant
     return lrkit.Method(
         parameterization=lrkit.parameterizations.SVD(rank=rank, alpha=alpha, orthogonality=orthogonality),
         metric=lrkit.metrics.SensitivityUncertainty(beta1=beta1, beta2=beta2),
-        scheduler=(linear if modules is None else constant)(start=rank, target=target_rank, **times),
+        scheduler=pace(start=rank, target=target_rank, warmup=warmup, final=final, interval=interval),
         action=Grow(modules=modules, core=core),
     )
 

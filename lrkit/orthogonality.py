@@ -19,7 +19,9 @@ class _Deviation(torch.autograd.Function):
         # Transposed views (P as [r, d]) are stacked as they lie in memory, and the stack is transposed.
         ctx.turned = factors[0].t().is_contiguous()
         stacked = torch.stack([f.t() for f in factors]).transpose(1, 2) if ctx.turned else torch.stack(factors)
-        deviation = torch.bmm(stacked, stacked.transpose(1, 2))
+        # Under autocast as well: the difference to I would drown in bfloat16.
+        with torch.autocast(stacked.device.type, enabled=False):
+            deviation = torch.bmm(stacked, stacked.transpose(1, 2))
         deviation.diagonal(dim1=1, dim2=2).sub_(1)
         ctx.save_for_backward(stacked, deviation)
         ctx.norm = norm

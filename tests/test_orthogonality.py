@@ -134,3 +134,14 @@ def test_transposed_views_and_single_precision(norm: str) -> None:
     assert value.dtype == torch.float32
     assert float(value.detach()) == pytest.approx(want, rel=1e-5)
     assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("norm", ["squared", "mean"])
+def test_under_autocast_it_is_what_it_is_without(norm):
+    factors = [torch.randn(3, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)]
+    plain = orthogonality(factors, norm)
+    grads = torch.autograd.grad(plain, factors)
+    with torch.autocast("cpu", torch.bfloat16):
+        penalty = orthogonality(factors, norm)
+    assert torch.equal(penalty, plain)
+    assert all(map(torch.equal, torch.autograd.grad(penalty, factors), grads))

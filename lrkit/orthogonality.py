@@ -1,6 +1,7 @@
 """The orthogonality penalty of AdaLoRA (arXiv 2303.10512, Eq. 4), batched over factors of one shape."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,8 @@ class _Deviation(torch.autograd.Function):
         ctx.turned = factors[0].t().is_contiguous()
         stacked = torch.stack([f.t() for f in factors]).transpose(1, 2) if ctx.turned else torch.stack(factors)
         # Under autocast as well: the difference to I would drown in bfloat16.
-        with torch.autocast(stacked.device.type, enabled=False):
+        kind = stacked.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             deviation = torch.bmm(stacked, stacked.transpose(1, 2))
         deviation.diagonal(dim1=1, dim2=2).sub_(1)
         ctx.save_for_backward(stacked, deviation)

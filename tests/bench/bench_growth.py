@@ -11,7 +11,7 @@ import lrkit
 
 WIDTH = 256
 START = {"layers": 24, "rank": 16, "tokens": 1024}
-CURVES = {"layers": (6, 24, 96), "rank": (4, 16, 64, 256), "tokens": (128, 1024, 8192)}
+CURVES = {"layers": (6, 24, 96), "rank": (4, 16, 64, 256), "tokens": (128, 1024, 4096)}
 
 
 def steps(layers, rank, tokens):
@@ -58,7 +58,7 @@ def main():
         for value in values:
             size = START | {what: value}
             floor, step, prepare, allocator = steps(**size)
-            rounds = round((12 if size["tokens"] * size["layers"] < 50_000 else 5) * arguments.rounds)
+            rounds = round(8 * arguments.rounds)
             times = harness.interleaved({"floor": floor, "step": step}, rounds)
             prepare()
             decide = harness.interleaved({"observe + decide": allocator}, 2 * rounds)

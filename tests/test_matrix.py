@@ -1,6 +1,6 @@
-"""Every registered parameterization x metric x scheduler x action either trains or is refused with both sides named.
+"""Every parameterization x metric x scheduler x action of lrkit either trains or is refused with both sides named.
 
-Plug-ins that are installed join by themselves: the names come from the registry.
+Components of plug-ins that are installed join by themselves: each is swapped into AdaLoRA and AFLoRA.
 """
 
 import copy
@@ -18,7 +18,10 @@ import lrkit
 
 STEPS = 10
 REGISTRY = lrkit.current()
-NAMES = {kind: REGISTRY.names(kind) for kind in ("parameterization", "metric", "scheduler", "action")}
+KINDS = ("parameterization", "metric", "scheduler", "action")
+OURS = {(o.kind, o.name) for o in REGISTRY.offers() if o.distribution == f"lrkit {lrkit.__version__}"}
+NAMES = {kind: [name for name in REGISTRY.names(kind) if (kind, name) in OURS] for kind in KINDS}
+OTHERS = [(o.kind, o.name) for o in REGISTRY.offers() if o.kind in KINDS and (o.kind, o.name) not in OURS]
 
 
 def component(kind, name):
@@ -122,3 +125,28 @@ def test_pairs_of_policies_train_or_are_refused(p, one, two):
     with warnings.catch_warnings():
         # Two policies may freeze the same matrices: the second then sees tensors that no longer train.
         trains(attrs.evolve(first, also=(also,)))
+
+
+@pytest.mark.parametrize("base", ["adalora", "aflora"])
+@pytest.mark.parametrize(("kind", "name"), OTHERS or [("action", "prune")], ids=lambda word: word)
+def test_a_plug_ins_component_joins_or_is_refused(kind, name, base):
+    """It may keep another number than the budget, and learn at another rate; it must train, and resume bit for bit."""
+    settings = {"rank": 4, "warmup": 2, "final": 3, "interval": 1} | ({"target_rank": 2} if base == "adalora" else {})
+    plain = lrkit.to_plain(REGISTRY.get("method", base)(**settings))
+    try:
+        method = lrkit.from_plain(lrkit.with_component(plain, kind, name))
+        model, adapted, optimizer = start(method)
+    except lrkit.LrkitError as error:
+        assert "\n" not in str(error)
+        return
+    losses = steps(model, adapted, optimizer, 0, 4)
+    saved, saved_optimizer = adapted.state_dict(), copy.deepcopy(optimizer.state_dict())
+    losses += steps(model, adapted, optimizer, 4, STEPS)
+    assert all(loss == loss for loss in losses) and adapted.step == STEPS
+    again, other, optimizer2 = start(method)
+    other.load_state_dict(saved)
+    optimizer2.load_state_dict(saved_optimizer)
+    steps(again, other, optimizer2, 4, STEPS)
+    for (key, one), (_, two) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(one, two), key
+    assert adapted.history == other.history

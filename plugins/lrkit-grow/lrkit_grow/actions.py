@@ -17,6 +17,7 @@ from lrkit.units import UnitKind
 class _Elastic(lrkit.Action):
     reversible: ClassVar[bool] = False
     grows: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
 
     core: float = attrs.field(default=1e-5, validator=real(0.0))
     by: Literal["mean", "sum"] = attrs.field(default="mean", validator=one_of(("mean", "sum")))

@@ -1,5 +1,7 @@
 """PLATON: the upper confidence bound of a windowed sensitivity (Zhang et al., arXiv 2206.12562)."""
 
+from typing import ClassVar
+
 import attrs
 import torch
 from torch import Tensor
@@ -36,6 +38,8 @@ class ZeroBelow(lrkit.actions.Zero):
     Args:
         once: what lost is out for good.
     """
+
+    exact: ClassVar[bool] = False
 
     def select(self, ballot: Ballot) -> Tensor:
         """Who scores no less than the threshold."""

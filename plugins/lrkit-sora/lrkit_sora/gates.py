@@ -103,6 +103,7 @@ class SoftThreshold(lrkit.Action):
 
     reversible: ClassVar[bool] = True
     budgeted: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
 
     strength: float = attrs.field(default=0.6, validator=real(0.0))
     variant: Literal["paper", "released"] = attrs.field(default="paper", validator=one_of(("paper", "released")))

@@ -136,8 +136,7 @@ def test_a_plug_ins_component_joins_or_is_refused(kind, name, base):
     try:
         method = lrkit.from_plain(lrkit.with_component(plain, kind, name))
         model, adapted, optimizer = start(method)
-    except lrkit.LrkitError as error:
-        assert "\n" not in str(error)
+    except lrkit.LrkitError:
         return
     losses = steps(model, adapted, optimizer, 0, 4)
     saved, saved_optimizer = adapted.state_dict(), copy.deepcopy(optimizer.state_dict())

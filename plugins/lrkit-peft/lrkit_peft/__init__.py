@@ -8,7 +8,7 @@ from lrkit_peft.parameterization import LAYERS, PROMPTS, Around, Peft
 
 
 def peft(*, config: str = "LORA", settings: Mapping[str, Any] | None = None) -> lrkit.Method:
-    """Any PEFT method by the name of its ``PeftType``, with its config's fields as settings. Source: each method's own paper.
+    """Any PEFT method by the name of its ``PeftType``, with its config's fields as settings. Source: of each, its paper.
 
     Args:
         config: ``"LORA"``, ``"LOHA"``, ``"OFT"``, ...

@@ -66,14 +66,14 @@ class Action(abc.ABC):
     reversible: ClassVar[bool]
     """Whether a unit that lost may win again. Where not, only units still kept are ranked."""
     freezes: ClassVar[bool] = False
-    """Whether a unit that loses stops training: `apply` and `restore` take ``requires_grad`` from its tensors."""
+    """Whether a unit that loses stops training; `apply` and `restore` take ``requires_grad`` from its tensors."""
     budgeted: ClassVar[bool] = True
     """Whether the scheduler's budget is the number of units that are kept. Where not, how many is known only after a run,
     and the scheduler's share stands for something else, such as the height of a threshold."""
     exact: ClassVar[bool] = True
     """Whether `select` keeps exactly the budget, ties and all. False for a rule that, as its source has it, does not."""
     grows: ClassVar[bool] = False
-    """Whether it changes how many rank components there are: those not kept are cut for good, and `grow` adds new ones. The
+    """Whether it changes how many rank components there are; those not kept are cut for good, and `grow` adds new ones. The
     budget may then rise above its start."""
 
     @property

@@ -102,7 +102,7 @@ class Parameterization(abc.ABC):
 
     @property
     def grows(self) -> bool:
-        """Whether a layer can be given further components: `fresh` says how they begin."""
+        """Whether a layer can be given further components; `fresh` says how they begin."""
         return False
 
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
@@ -115,7 +115,7 @@ class Parameterization(abc.ABC):
             generator: where to draw from, on the CPU: a resumed run must draw the same.
 
         Returns:
-            The tensor's further slices: its shape, with `count` along `axis`.
+            The tensor's further slices, of its shape, with `count` along `axis`.
         """
         raise NotImplementedError
 

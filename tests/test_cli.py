@@ -432,7 +432,7 @@ def test_every_method_trains_and_json_is_alone_on_stdout(call: Call, model: str,
     assert result["steps"] == len(result["losses"]) == 4
     assert 0 <= result["scores"]["accuracy"] <= 1
     assert result["majority"] == 0.5
-    assert from_plain(result["method"]) == lrkit.current().get("method", name)()
+    assert from_plain(result["method"]) == lrkit.registry.current().get("method", name)()
     assert list(Path.cwd().iterdir()) == [], "without --out nothing is written"
 
 
@@ -522,7 +522,7 @@ def test_methods_lists_the_parts_of_each(call: Call) -> None:
     listed = json.loads(stdout)
     assert list(listed) == ["full", "lora", "svd-lora", "elora", "adalora", "aflora"]
     for name, plain in listed.items():
-        assert from_plain(plain) == lrkit.current().get("method", name)()
+        assert from_plain(plain) == lrkit.registry.current().get("method", name)()
 
 
 def test_plugins_lists_who_brought_what(call: Call) -> None:
@@ -534,7 +534,7 @@ def test_plugins_lists_who_brought_what(call: Call) -> None:
     listed = json.loads(stdout)
     assert listed["problems"] == []
     assert {(c["kind"], c["name"]) for c in listed["components"]} == {
-        (o.kind, o.name) for o in lrkit.current().offers()
+        (o.kind, o.name) for o in lrkit.registry.current().offers()
     }
     assert {"kind": "action", "name": "prune", "object": "lrkit.actions.prune.Prune", "distribution": f"lrkit {lrkit.__version__}"} in listed["components"]  # fmt: skip  # noqa: E501
 

@@ -407,7 +407,7 @@ def metric_with_one_score_for_all():
     return variant(Peak, score=lambda self, weight, state: state["peak"].sum())
 
 
-@fault("score is finite float32 for each entry", *METRIC_RUNS)
+@fault("score is finite float32 for each entry")
 def metric_in_float64():
     return variant(Peak, score=lambda self, weight, state: state["peak"].double())
 
@@ -792,13 +792,24 @@ def action_that_needs_an_optimizer():
     return variant(Shrink, apply=applies(lambda blocks, kept, optimizer: optimizer.state.keys()))
 
 
-@fault(STAY, ALONE, TAKES, RESUME)
+@fault(STAY, TAKES, RESUME)
 def action_that_makes_new_parameters():
     def more(blocks, kept, optimizer):
         for block in blocks:
             block.module.core = nn.Parameter(block.core.clone())
 
     return variant(Shrink, apply=applies(more))
+
+
+@fault("proximal moves its units alone")
+def action_whose_proximal_step_moves_everything():
+    @torch.no_grad()
+    def proximal(self, blocks, share, optimizer):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.mul_(0.99)
+
+    return variant(Shrink, proximal=proximal)
 
 
 @fault(RESTORE, RESUME)
@@ -991,7 +1002,7 @@ def parameterization_with_a_random_buffer():
     class Module(Gated):
         def __init__(self, base, rank):
             super().__init__(base, rank)
-            self.register_buffer("turn", torch.randn(rank, rank, dtype=base.weight.dtype) * 0.1)
+            self.register_buffer("turn", torch.randn(rank, rank, dtype=base.weight.dtype) * 0.1, persistent=False)
 
         def forward(self, x):
             return self.base(x) + ((x @ self.A.t()) * self.core) @ (self.B + self.B @ self.turn).t()

@@ -41,9 +41,9 @@ PAPER_BETAS = {
 
 
 def registered() -> list[type[Metric]]:
-    from lrkit import registry
+    from lrkit.registry import Registry
 
-    return [offer.value for offer in registry.current().offers("metric")]
+    return [offer.value for offer in Registry(discover=False).offers("metric")]  # plug-ins test their own
 
 
 def build(kind: str, **settings_: Any) -> Metric:
@@ -113,7 +113,10 @@ def test_any_betas(kind: str, seed: int, beta1: float, beta2: float, steps: int)
 def test_smoothed_sensitivity_with_any_beta(seed: int, beta1: float, steps: int) -> None:
     values = sequence(seed, steps, 6)
     got = run(Sensitivity(smoothed=True, beta1=beta1), values)
-    np.testing.assert_allclose(got.numpy(), oracle("sensitivity-smoothed", values, beta1=beta1), rtol=3e-5, atol=1e-12)
+    want = oracle("sensitivity-smoothed", values, beta1=beta1)
+    # 1 - β1 in single precision is off by up to 6e-8: by so much of the older importance, where β1 is near zero
+    scale = max(float((w.double() * g.double()).abs().max()) for w, g in values)
+    np.testing.assert_allclose(got.numpy(), want, rtol=3e-5, atol=1e-7 * scale)
 
 
 @pytest.mark.parametrize("kind", [k for k in PAPERS if k.endswith("-uncertainty")])

@@ -59,12 +59,12 @@ def test_a_swap_changes_what_it_names_and_nothing_else():
     policy = {("metric", "sensitivity-uncertainty", None), ("scheduler", "cubic", None), ("action", "prune", None)}
     assert found == {
         "adalora": set(),
-        "metric=sensitivity(smoothed=true)": {("metric", "sensitivity-uncertainty", "sensitivity")},
+        "metric=sensitivity(smoothed=true)": {("metric", "sensitivity-uncertainty", "sensitivity(smoothed=true)")},
         "action.ties=threshold": {("action.ties", "budget", "threshold")},
         "target_rank=2": {("scheduler.target", 3, 2)},
         "without penalty": {("parameterization.orthogonality", 0.1, 0.0)},
         "without policy": policy,
-        "lora, rank=3, run.lr=0.001": policy | {("parameterization", "svd", "lora"), ("run.lr", None, 0.001)},
+        "lora, rank=3, run.lr=0.001": policy | {("parameterization", "svd", "lora(rank=3)"), ("run.lr", None, 0.001)},
     }
     by_label = {row.label: row.method for row in plan.rows}
     # The settings that both metrics have are carried over.

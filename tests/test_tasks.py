@@ -620,7 +620,7 @@ def test_movies_that_cannot_be_had_are_told(tmp_path: Path, monkeypatch: pytest.
     assert list((tmp_path / "cache").iterdir()) == [], "nothing is kept"
     assert not (tmp_path / "it-ran").exists()
 
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setattr("importlib.machinery.PathFinder.find_spec", lambda _name: None)
     with pytest.raises(LrkitError, match=r"has no pip; run `.*python.* -m ensurepip`, or put"):
         movies.sdist()
 

@@ -9,13 +9,13 @@ does not carry them.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import os
 import subprocess
 import sys
 import tarfile
 import tempfile
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from lrkit.errors import LrkitError
@@ -121,7 +121,8 @@ def _is_right(archive: bytes) -> bool:
 
 def _fetch(path: Path) -> bytes:
     by_hand = f"or put {SDIST} from https://pypi.org/project/{NAME}/{VERSION}/#files at {path}"
-    if importlib.util.find_spec("pip") is None:
+    # Not find_spec: setuptools takes a look for pip in this process as a sign to leave distutils alone.
+    if PathFinder.find_spec("pip") is None:
         raise LrkitError(
             f"cannot fetch the movie sentences: {sys.executable} has no pip; "
             f"run `{sys.executable} -m ensurepip`, {by_hand}"

@@ -347,7 +347,7 @@ class ParameterizationContract(PartContract):
         expect(
             torch.equal(fresh(x), model(x)),
             "a model loaded from what was saved has other outputs: what is random at the start must be a parameter (fixed "
-            "ones with requires_grad=False), since buffers are not saved",
+            "ones with requires_grad=False) or a lasting buffer",
         )
 
     @clause

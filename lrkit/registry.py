@@ -244,9 +244,10 @@ class Registry:
             known = self.names(kind)
             broken = "".join(f"; {problem}" for problem in self.problems)
             word = name if isinstance(name, str) else repr(name)
-            raise LrkitError(
-                f'unknown {kind} "{word}"{nearest(word, known)}; there are {", ".join(known) or "none"}{broken}'
-            )
+            hint = nearest(word, known)
+            # The papers' other systems are plug-ins: who asks for one by its right name is told where to look.
+            tail = broken or ("" if hint else "; others come with plug-ins: `lrkit plugins` lists what is installed")
+            raise LrkitError(f'unknown {kind} "{word}"{hint}; there are {", ".join(known) or "none"}{tail}')
         if len(offers) > 1:
             both = " and ".join(offer.distribution for offer in offers)
             raise LrkitError(f'{kind} "{name}" is offered by {both}: uninstall one of them')

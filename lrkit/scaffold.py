@@ -1,10 +1,11 @@
 """Plug-ins: a package to begin with, and a look at those that are installed.
 
 ``lrkit plugins new`` writes what is in ``templates/`` under other names. ``lrkit plugins doctor`` runs the contract of
-`lrkit.testing` over what is registered.
+`lrkit.testing` over what is registered. ``lrkit plugins show`` says what can be set.
 """
 
 import importlib.util
+import inspect
 import keyword
 import re
 from importlib.metadata import entry_points
@@ -280,7 +281,72 @@ def _reasons(report: Report) -> list[str]:
     return lines
 
 
+# ---- show ------------------------------------------------------------------------------------------------------------
+
+
+def settings_of(component: Any) -> list[tuple[str, str, str, str]]:
+    """Each setting of a component's class, or each argument of a function: name, type, default, and what it means."""
+    said: dict[str, str] = {}
+    for source in reversed(inspect.getmro(component)) if isinstance(component, type) else (component,):
+        said |= _arguments(inspect.cleandoc(source.__doc__ or ""))
+    return [
+        (
+            name,
+            "" if p.annotation is p.empty else inspect.formatannotation(p.annotation).replace("typing.", ""),
+            "" if p.default is p.empty else repr(p.default),
+            said.get(name, ""),
+        )
+        for name, p in inspect.signature(component).parameters.items()
+    ]
+
+
+def _arguments(text: str) -> dict[str, str]:
+    """What the section ``Args:`` of a docstring says of each."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in text.partition("Args:\n")[2].splitlines():
+        if line and not line.startswith(" "):
+            break
+        if match := re.match(r"    (\w+): (.*)", line):
+            name, found[match[1]] = match[1], match[2]
+        elif name and line.strip():
+            found[name] += f" {line.strip()}"
+    return found
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="A name that is registered, as `lrkit plugins` lists them.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable results on stdout.")] = False,
+) -> None:
+    """Say what a component or method is, and what can be set in it, with the defaults."""
+    from lrkit import cli
+    from lrkit.registry import current
+
+    offers = current().offers()
+    found = [offer for offer in offers if offer.name == name]
+    if not found:
+        names = sorted({offer.name for offer in offers})
+        raise LrkitError(f'nothing is registered as "{name}"{nearest(name, names)}; `lrkit plugins` lists what is')
+    plain = []
+    for offer in found:
+        about = (inspect.getdoc(offer.value) or "There is no description.").partition("Args:\n")[0].strip()
+        prefix = "" if offer.kind == "method" else f"{offer.kind}."
+        takes = [] if offer.kind in ("task", "executor") else settings_of(offer.value)
+        rows = [[f"{prefix}{key}", *others] for key, *others in takes]
+        plain.append(
+            {"kind": offer.kind, "name": name, "distribution": offer.distribution, "about": about}
+            | {"settings": [dict(zip(("path", "type", "default", "about"), row, strict=True)) for row in rows]}
+        )
+        if not as_json:
+            typer.echo(f"{offer.kind} {name}, {offer.distribution}\n\n{about}\n")
+            if rows:
+                cli._table(["--set", "type", "default", ""], rows)
+    if as_json:
+        cli._json(plain)
+
+
 def commands(app: Any) -> None:
-    """Hang both commands on the command line's ``plugins``."""
+    """Hang these commands on the command line's ``plugins``."""
+    app.command(name="show")(show)
     app.command(name="new")(new)
     app.command(name="doctor")(doctor)

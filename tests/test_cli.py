@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
 import re
 import subprocess
@@ -537,6 +538,33 @@ def test_plugins_lists_who_brought_what(call: Call) -> None:
         (o.kind, o.name) for o in lrkit.registry.current().offers()
     }
     assert {"kind": "action", "name": "prune", "object": "lrkit.actions.prune.Prune", "distribution": f"lrkit {lrkit.__version__}"} in listed["components"]  # fmt: skip  # noqa: E501
+
+
+@pytest.mark.parametrize("name", sorted({offer.name for offer in Registry(discover=False).offers()}))
+def test_whatever_is_registered_is_shown_with_its_settings(call: Call, name: str) -> None:
+    code, stdout, stderr = call("plugins", "show", name)
+    assert (code, stderr) == (0, "")
+    shown = json.loads(call("plugins", "show", name, "--json")[1])
+    assert [each["kind"] for each in shown] == [o.kind for o in Registry(discover=False).offers() if o.name == name]
+    for each in shown:
+        value = Registry(discover=False).get(each["kind"], name)
+        assert each["about"].split("\n")[0] in (value.__doc__ or "")
+        if each["kind"] == "method":
+            paths = list(inspect.signature(value).parameters)
+        else:
+            paths = [f"{each['kind']}.{f.name}" for f in attrs.fields(value)] if attrs.has(value) else []
+        assert [s["path"] for s in each["settings"]] == paths
+        for setting in each["settings"]:
+            assert setting["about"], f"{setting['path']} is not described, nor is it in a class above"
+            assert setting["path"] in stdout
+        if attrs.has(value):
+            named = {f"{each['kind']}.{f.name}": repr(f.default) for f in attrs.fields(value)}
+            assert {s["path"]: s["default"] for s in each["settings"]} == named
+
+
+def test_showing_what_is_not_there_is_refused(refused: Callable[..., str]) -> None:
+    assert '"sensitivty" (did you mean "sensitivity"?)' in refused("plugins", "show", "sensitivty")
+    assert "`lrkit plugins` lists" in refused("run", "adalora", "--swap", "metric=platon")
 
 
 # ---- plug-ins that are in the way ------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ import attrs
 import folders
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 
 import lrkit
 from lrkit.cli import main
+from lrkit.study import records
 from lrkit.study.execute import check
 from lrkit.study.plan import RowSpec, Study, TaskSpec, changes, lay_out, read_study, shipped, study_from
 
@@ -316,6 +318,10 @@ def test_curves_go_to_tensorboard_when_asked_for(place, tmp_path):
 
 
 def test_ablate_from_python_takes_components_as_they_are(place, tmp_path):
+    torch.manual_seed(7)
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    threads = torch.get_num_threads()
     table = lrkit.ablate(
         lrkit.methods.adalora(rank=4, target_rank=2),
         {"metric": [lrkit.metrics.Sensitivity(smoothed=True)], "action.ties": ["threshold"]},
@@ -331,6 +337,10 @@ def test_ablate_from_python_takes_components_as_they_are(place, tmp_path):
     assert len(frame) == 3
     assert table.rows[0].label == "base"
     assert "action.ties=threshold" in str(table)
+    # Run in this process, it leaves the caller's seed and threads alone.
+    assert torch.equal(torch.rand(1), drawn)
+    assert torch.get_num_threads() == threads
+    assert records.read_study(tmp_path / "out").title == "base: metric, action"
 
 
 def test_the_files_of_a_study_are_toml_with_nothing_left_over():

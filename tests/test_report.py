@@ -363,6 +363,7 @@ def test_ticks_are_round_even_and_inside(low: float, span: float, about: int) ->
         assert min(abs(mantissa - m) for m in (1, 2, 5, 10)) < 1e-3
     texts = [charts.plain(found)(tick) for tick in found]
     assert len(set(texts)) == len(texts)
+    assert all(tick == round(tick) for tick in charts.ticks(low, high, about, whole=True))
 
 
 @settings(max_examples=60)

@@ -86,13 +86,21 @@ class Bar:
 # ---- scales ---------------------------------------------------------------------------------------------------------
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers in [low, high], about so many: steps of 1, 2 or 5 times a power of ten; one if low == high."""
+def ticks(low: float, high: float, about: int = 5, *, whole: bool = False) -> list[float]:
+    """Round numbers in [low, high], about so many: steps of 1, 2 or 5 times a power of ten; one if low == high.
+
+    Args:
+        low: the lower end.
+        high: the upper end.
+        about: how many.
+        whole: whole numbers alone.
+    """
     if not high > low:
         return [low]
     rough = (high - low) / max(1, about)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    step = max(step, 1.0) if whole else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
 
@@ -180,7 +188,7 @@ def lines(
     names: bool = False,
     show: Show | None = None,
 ) -> str:
-    """A line chart with bands.
+    """A line chart with bands, over steps.
 
     Args:
         curves: the lines, drawn in order.
@@ -210,7 +218,9 @@ def lines(
         room = min(0.25 * width, 12 + max(len(c.label) for c in curves) * _CHARACTER)
     x = _Scale(left, right, margin, width - room)
     y = _Scale(low, high, height - 34, 22 if y_label else 8)
-    parts = _frame(x, y, ticks(left, right, max(2, int(x.end - x.start) // 70)), y_ticks, write, x_label, y_label)
+    parts = _frame(
+        x, y, ticks(left, right, max(2, int(x.end - x.start) // 70), whole=True), y_ticks, write, x_label, y_label
+    )
     for curve in curves:
         parts.append(f'<g class="{escape(curve.style.css)}">{_band(curve, x, y)}{_path(curve, x, y)}')
         for at, value, what in curve.crosses:

@@ -12,10 +12,13 @@ class Here(Executor):
     """In this process, one cell after the other: for what only this process knows, such as a component under test."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run it now."""
+        """Run it now. The caller's seeds and number of threads are as they were when it returns."""
+        from lrkit.testing.base import as_it_was
+
         future: Future[Any] = Future()
         try:
-            future.set_result(fn(*args, **kwargs))
+            with as_it_was():
+                future.set_result(fn(*args, **kwargs))
         except Exception as error:
             future.set_exception(error)
         return future

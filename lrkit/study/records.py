@@ -332,7 +332,7 @@ class StudyRecord:
     Args:
         folder: the folder.
         name: its short name.
-        title: its title; the name where none was given.
+        title: its title; where none was given, the base and what the rows change.
         note: free text.
         base: index of the row that all others are compared with.
         rows: the rows of the table.
@@ -437,7 +437,7 @@ def read_study(folder: str | Path) -> StudyRecord:
     return StudyRecord(
         folder=folder,
         name=study.name,
-        title=study.title or study.name,
+        title=study.title or _title(study),
         note=study.note,
         base=study.base,
         rows=study.rows,
@@ -452,6 +452,12 @@ def read_study(folder: str | Path) -> StudyRecord:
         ),
         costs=tuple((cost.key, cost.row, cost.task) for cost in study.costs),
     )
+
+
+def _title(study: _Study) -> str:
+    """``adalora: metric, scheduler``: the base and what the rows change; the folder's name where that is too much."""
+    paths = dict.fromkeys(change.path.split(".")[0] for row in study.rows for change in row.changes)
+    return f"{study.rows[study.base].label}: {', '.join(paths)}" if 0 < len(paths) <= 4 else study.name
 
 
 def frame(record: StudyRecord) -> "pandas.DataFrame":

@@ -607,12 +607,12 @@ def _curves(study: _Study, task: str) -> str:
         if len({step for run in evaluated for step, _ in run}) > 1:
             scores[row] = _curve(study, row, evaluated, [], marks=True)
     metric = next((t.metric for t in record.tasks if t.name == task), "") or "score"
+    over = f"running mean over {window} steps, " if window > 1 else ""
     html = _curve_figure(
         study,
         losses,
         "training loss",
-        f"Training loss, running mean over {window} steps, mean over seeds; shaded: lowest to highest seed. "
-        "A cross marks where a run diverged.",
+        f"Training loss, {over}mean over seeds; shaded: lowest to highest seed. A cross marks where a run diverged.",
     )
     return html + _curve_figure(
         study, scores, metric, f"Validation {metric} on the way, mean over seeds; shaded: lowest to highest seed."
@@ -876,7 +876,11 @@ dd{margin:0}
 details{margin:8px 0;font-size:14px}
 summary{cursor:pointer}
 .missing ul{margin:6px 0;padding-left:18px}
-.scroll{overflow-x:auto;max-width:100%}
+.scroll{overflow-x:auto;max-width:100%;
+background:linear-gradient(90deg,var(--paper) 50%,transparent) 0/36px 100% no-repeat local,
+linear-gradient(270deg,var(--paper) 50%,transparent) 100%/36px 100% no-repeat local,
+linear-gradient(90deg,var(--rule),transparent) 0/14px 100% no-repeat scroll,
+linear-gradient(270deg,var(--rule),transparent) 100%/14px 100% no-repeat scroll}
 figure{margin:16px 0 0}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(var(--w),100%),1fr));gap:24px 24px}
 .panel{min-width:0}

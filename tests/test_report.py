@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import studies
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lrkit import LrkitError
@@ -351,6 +351,7 @@ def test_names_keep_apart_and_inside(end: float) -> None:
 
 @settings(max_examples=60)
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 8))
+@example(1.0, 400401.0, 2)
 def test_ticks_are_round_even_and_inside(low: float, span: float, about: int) -> None:
     high = low + span
     found = charts.ticks(low, high, about)

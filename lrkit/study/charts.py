@@ -100,9 +100,13 @@ def ticks(low: float, high: float, about: int = 5, *, whole: bool = False) -> li
     rough = (high - low) / max(1, about)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    step = max(step, 1.0) if whole else step
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
+    # A step wider than half the range may have no multiple in it: then the next finer one.
+    finer = [m * power * f for f in (1, 0.1) for m in (10, 5, 2, 1) if m * power * f <= step * 1.001]
+    for each in [s for s in finer if s >= 1] or [1.0] if whole else finer:
+        first, last = math.ceil(low / each - 1e-9), math.floor(high / each + 1e-9)
+        if first <= last:
+            break
+    return [round(i * each, 12 - math.floor(math.log10(each))) for i in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float, about: int = 5) -> list[float]:

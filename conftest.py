@@ -6,7 +6,9 @@ changes it.
 """
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 _SETTINGS = {
@@ -26,6 +28,15 @@ from sybil.parsers.myst import PythonCodeBlockParser, SkipParser  # noqa: E402
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=500, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _threads_are_the_process_s() -> Iterator[None]:
+    """Left at two, torch's threads in two pytest workers on two cores make what follows ten times as slow."""
+    yield
+    if (torch := sys.modules.get("torch")) and torch.get_num_threads() != int(_SETTINGS["OMP_NUM_THREADS"]):
+        torch.set_num_threads(int(_SETTINGS["OMP_NUM_THREADS"]))
+        pytest.fail("torch's number of threads is not what it was before the test")
 
 
 def pytest_report_header() -> str:

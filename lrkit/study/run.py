@@ -311,8 +311,6 @@ def train(
     from lrkit.adapted import attach
 
     settings = settings or RunSettings()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     rows = (settings.train_rows, settings.validation_rows)
     steps = total_steps(settings, min(len(task.train), settings.train_rows or len(task.train)))
     for policy in method.policies:
@@ -325,7 +323,10 @@ def train(
     # The adapters' start and dropout must not depend on what the head's start drew.
     torch.manual_seed(settings.seed)
     adapted = attach(net, method, targets=targets)
+    threads = torch.get_num_threads()
     try:
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
         result = _train(adapted, task, model, pretrained, tokens, settings, steps, progress, record)
         if done is not None:
             done(adapted)
@@ -333,6 +334,8 @@ def train(
     except BaseException:
         forget()  # what stopped may have left anything in the model
         raise
+    finally:
+        torch.set_num_threads(threads)  # the caller's
     return result
 
 

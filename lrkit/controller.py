@@ -96,6 +96,8 @@ class PolicyState:
         self.unit_names = [name for block in self.blocks for name in block.unit_names()]
         parts = [len(block.parts) for block in self.blocks for _ in range(block.count)]
         self.parts = torch.tensor(parts, dtype=torch.long)
+        places = [place for place, block in enumerate(self.blocks) for _ in range(block.count)]
+        self.places = torch.tensor(places, dtype=torch.long)
 
     def _zeros(self, size: int) -> Tensor:
         return torch.zeros(size, device=self.layout.device)
@@ -223,10 +225,8 @@ class PolicyState:
         scores = torch.nan_to_num(self.scores(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
         candidates = candidates if standing is None else candidates & standing
-        parts = self.parts.to(scores.device)
-        counts = torch.tensor([block.count for block in self.blocks], device=scores.device)
-        where = torch.arange(len(self.blocks), device=scores.device).repeat_interleave(counts)
-        ballot = Ballot(scores, candidates, budget, share, self.entries, parts, where)
+        parts, places = self.parts.to(scores.device), self.places.to(scores.device)
+        ballot = Ballot(scores, candidates, budget, share, self.entries, parts, places)
         kept = self.policy.action.select(ballot)
         self._means = None
         return kept, float(scores[kept].min()) if bool(kept.any()) else None, ballot

@@ -82,6 +82,7 @@ class Layout:
         sizes, shapes = {True: 0, False: 0}, []
         places: list[int | None] = [None] * self.units
         place = 0
+        unit_of: list[int] = []
         for members in gathered.values():
             _, first, parts = members[0]
             slabs = []
@@ -93,12 +94,14 @@ class Layout:
                 sizes[still] += tensor.numel() * len(members)
                 (self.still if still else self.live).extend(b.tensor(p[position]) for _, b, p in members)
                 if not still:
+                    unit_of += range(place, place + first.count * len(members))
                     shapes += [_as_units(tuple(tensor.shape), axis)] * len(members)
             self.groups.append(_Group(len(members), first.count, tuple(slabs)))
             for begin, block, _ in members:
                 places[begin : begin + block.count] = range(place, place + block.count)
                 place += block.count
         # Where each unit stands among the units of all groups; those that are not present, behind the last.
+        self._unit_of = torch.tensor(unit_of, dtype=torch.long, device=device)
         self.order = torch.tensor([place if p is None else p for p in places], dtype=torch.long, device=device)
         self.size, self.still_size = sizes[False], sizes[True]
         self.device = device
@@ -169,12 +172,10 @@ class Layout:
         Returns:
             [units], -inf for units of blocks that are not present. Only where nothing is still.
         """
-        scores, start = [], 0
-        for group in self.groups:
-            end = start + len(group.slabs) * group.blocks * group.units
-            scores.append(means[start:end].view(-1, group.blocks, group.units).sum(0).float())
-            start = end
-        return self._in_order(scores)
+        scores = means.new_zeros(sum(group.blocks * group.units for group in self.groups) + 1)
+        scores.index_add_(0, self._unit_of, means)
+        scores[-1] = -torch.inf
+        return scores.float().index_select(0, self.order)
 
     def move(self, flat: Tensor, old: "Layout") -> Tensor:
         """A flat tensor over `old`'s live entries, put into this layout's order. Entries new here are zero."""

@@ -127,25 +127,31 @@ def test_only_needed_gradients_are_computed():
     """With A frozen, its matmul is not done: counted by torch's own flop counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    def flops(train_a, train_b, train_x=True):
+    def flops(train_a, train_b, train_x=True, train_c=False, n=5):
         net = adapter(layers("linear"), ("core", "out_scale"))
         net.base.requires_grad_(False)
         net.A.requires_grad_(train_a)
         net.B.requires_grad_(train_b)
-        net.core.requires_grad_(False)
-        net.out_scale.requires_grad_(False)
-        x = torch.randn(10, 5, requires_grad=train_x)
+        net.core.requires_grad_(train_c)
+        net.out_scale.requires_grad_(train_c)
+        x = torch.randn(n, 5, requires_grad=train_x)
         with FlopCounterMode(display=False) as counter:
             net(x).sum().backward()
         return counter.get_total_flops()
 
-    n, i, o, r = 10, 5, 7, 3
+    n, i, o, r = 5, 5, 7, 3
     forward = 2 * n * (i * o + i * r + r * o)
     back_x = 2 * n * (o * r + o * i + r * i)
     assert flops(False, False) == forward + back_x
     assert flops(True, False) == forward + back_x + 2 * n * r * i
     assert flops(False, True) == forward + back_x + 2 * n * r * o
     assert flops(True, True, train_x=False) == forward + 2 * n * (o * r + r * i + r * o)
+    # All three gradients of B's side are made of one product.
+    assert flops(True, True, train_c=True) == flops(True, True)
+    # With more tokens, and A frozen: twice a merged weight; c and s cost A x and one product more, and no gradient of A x.
+    merged = 2 * (2 * 10 * i * o + 2 * o * r * i)
+    assert flops(False, False, n=10) == merged
+    assert flops(False, False, train_c=True, n=10) == merged + 2 * 10 * (i * r + r * o)
 
 
 def test_dropout_falls_on_the_adapter_input_alone_and_only_while_training():

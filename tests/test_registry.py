@@ -547,7 +547,7 @@ def test_one_plug_in_under_two_entry_points_is_told_once() -> None:
         ("metric", "magnitud", r'unknown metric "magnitud" \(did you mean "magnitude"\?\); there are magnitude, '),
         ("metric", "Magnitude", r'\(did you mean "magnitude"\?\)'),
         ("method", "ada-lora", r'\(did you mean "adalora"\?\)'),
-        ("action", "zzz", r'unknown action "zzz"; there are prune, freeze, zero$'),
+        ("action", "zzz", r'unknown action "zzz"; there are prune, freeze, zero; others come with plug-ins: `lrkit plugins`'),
         ("metric", None, r'unknown metric "None"'),
         ("metric", ["magnitude"], r"unknown metric "),
         ("metric", "", r'unknown metric ""'),

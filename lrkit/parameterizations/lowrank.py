@@ -68,12 +68,12 @@ class _LowRankLinear(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         x_ni = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        ctx.merged = _merging_pays(x_ni, w_oi)
+        ctx.merged = _merging_pays(x_ni, w_oi, ctx.needs_input_grad[3])
         h_nr = None
         if ctx.merged:
             y_no = F.linear(x_ni, _merged(w_oi, a_ri, b_or, c_r, s_o, scaling), bias_o)
         else:
-            h_nr = x_ni @ a_ri.t()
+            h_nr = _down(x_ni, a_ri)
             y_no = F.linear(x_ni, w_oi, bias_o)
             y_no.addmm_(_scaled(h_nr, c_r, scaling), _rows_scaled(b_or, s_o).t())
         ctx.save_for_backward(x_ni, w_oi, a_ri, b_or, c_r, s_o, h_nr)
@@ -88,12 +88,9 @@ class _LowRankLinear(torch.autograd.Function):
         g_no = grads[0].reshape(grads[0].shape[:-1].numel(), grads[0].shape[-1])
         gx = gw = gbias = ga = gb = gc = gs = None
         if h_nr is None and (need_b or need_c or need_s):
-            h_nr = x_ni @ a_ri.t()
-        if need_a or need_c or (need_x and not ctx.merged):
-            gh_nr = g_no @ _rows_scaled(b_or, s_o)
-            if need_c:
-                gc = (gh_nr * h_nr).sum(0) * ctx.scaling
-            gh_nr = _scaled(gh_nr, c_r, ctx.scaling)
+            h_nr = _down(x_ni, a_ri)
+        if need_a or (need_x and not ctx.merged):
+            gh_nr = _scaled(g_no @ _rows_scaled(b_or, s_o), c_r, ctx.scaling)
             if need_a:
                 ga = gh_nr.t() @ x_ni
         if need_x:
@@ -103,12 +100,16 @@ class _LowRankLinear(torch.autograd.Function):
             else:
                 gx = (g_no @ w_oi).addmm_(gh_nr, a_ri)
             gx = gx.view(*grads[0].shape[:-1], w_oi.shape[1])
-        if need_b or need_s:
-            # The transpose of g.t() @ h: the same numbers, three times as fast on CPU, where r columns are too few.
-            gb = (_scaled(h_nr, c_r, ctx.scaling).t() @ g_no).t()
+        if need_b or need_c or need_s:
+            # What all three gradients are made of. The transpose of g.t() @ h is the same numbers, three times as fast on
+            # CPU, where r columns are too few.
+            p_or = (h_nr.t() @ g_no).t()
+            if need_c:
+                gc = (p_or * _rows_scaled(b_or, s_o)).sum(0) * ctx.scaling
+            p_or = _scaled(p_or, c_r, ctx.scaling)
             if need_s:
-                gs = (gb * b_or).sum(1)
-            gb = _rows_scaled(gb, s_o) if need_b else None
+                gs = (p_or * b_or).sum(1)
+            gb = _rows_scaled(p_or, s_o) if need_b else None
         if need_w:
             gw = g_no.t() @ x_ni
         if need_bias and ctx.has_bias:
@@ -116,19 +117,26 @@ class _LowRankLinear(torch.autograd.Function):
         return gx, gw, gbias, ga, gb, gc, gs, None
 
 
-_MERGING_PAYS_FROM = 6.0
-"""Merge where n (d_in + d_out) is at least this many times d_in d_out: see docs/performance.md for the measurement."""
+_MERGING_PAYS_FROM = {True: 6.0, False: 2.5}
+"""By whether A trains: merge from this many times d_in d_out entries of x and y on. See docs/performance.md."""
 
 
-def _merging_pays(x_ni: Tensor, w_oi: Tensor) -> bool:
-    """Whether W + ΔW, made once in forward and once in backward, costs less than two thin products for each token.
+def _merging_pays(x_ni: Tensor, w_oi: Tensor, need_a: bool) -> bool:
+    """Whether W + ΔW, made once in forward and once in backward, costs less than thin products for each token.
 
-    What it saves grows with the entries of x and y, what it costs with those of W; the rank is in both. A weight of
-    half precision is never merged into: it would round ΔW away.
+    What it saves grows with the entries of x and y, what it costs with those of W; the rank is in both. It saves two
+    products, and a third where A is frozen: nothing else then asks for the gradient of A x. A weight of half precision is
+    never merged into: it would round ΔW away.
     """
     (n, d_in), d_out = x_ni.shape, w_oi.shape[0]
     wide = w_oi.dtype in (torch.float32, torch.float64)
-    return wide and n * (d_in + d_out) >= _MERGING_PAYS_FROM * d_in * d_out
+    return wide and n * (d_in + d_out) >= _MERGING_PAYS_FROM[need_a] * d_in * d_out
+
+
+def _down(x_ni: Tensor, a_ri: Tensor) -> Tensor:
+    """A x for each token [n, r]."""
+    # As its transpose the product takes two thirds of the time on a CPU, up to four rows.
+    return (a_ri @ x_ni.t()).t() if len(a_ri) <= 4 else x_ni @ a_ri.t()
 
 
 def _merged(w_oi: Tensor, a_ri: Tensor, b_or: Tensor, c_r: Tensor | None, s_o: Tensor | None, scaling: float) -> Tensor:

@@ -156,7 +156,7 @@ class Adapted:
         self._last: Callable[[], torch.optim.Optimizer | None] = lambda: None
         self._handles: list[Any] = []
         self._penalties = 0
-        self._skipped = False
+        self._skipped = self._stepping = False
         self._lookout: Any = None
         self._ddp: Any = None
         try:
@@ -279,16 +279,20 @@ class Adapted:
         self._watch()
 
     def _watch(self) -> None:
-        """While unbound, look out for an optimizer that steps the adapters' parameters all the same."""
+        """Look out for an optimizer that steps the adapters' parameters, and to which the method is not bound."""
         if self._lookout is not None:
             self._lookout.remove()
             self._lookout = None
-        if not self._alive or self._bound is not None or not (self.method.policies or self.has_penalty):
+        if not self._alive or not (self.method.policies or self.has_penalty):
             return
         me = weakref.ref(self)
 
         def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            if (adapted := me()) is not None and adapted._bound is None and adapted._steps_mine(optimizer):
+            adapted = me()
+            # Within the bound one's step another may step: one that it wraps.
+            if adapted is None or optimizer is adapted._bound or adapted._stepping:
+                return
+            if adapted._steps_mine(optimizer):
                 adapted._controller.warn(
                     "unbound",
                     "an optimizer steps the adapters' parameters, but the method is not bound to it: nothing is adaptive. "
@@ -310,12 +314,14 @@ class Adapted:
             self._ddp = parallel.wrapper() or self._ddp
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._stepping = False
         if self._skipped:
             return
         if self._controller.after_step(optimizer) and self._ddp is not None:
             parallel.follow(self._ddp)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._stepping = True
         # The first argument is the optimizer itself.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if self.method.policies and closure is not None:
@@ -479,7 +485,7 @@ class Adapted:
     def _make_room(self, p: nn.Parameter, shape: torch.Size) -> None:
         """Resize a tensor for a load. The bound optimizer's state for it goes, unless it is of the new shape by now."""
         state = self._bound.state.get(p, {}) if self._bound is not None else {}
-        odd = any(isinstance(v, Tensor) and v.ndim > 0 and v.shape != shape for v in state.values())
+        odd = any(isinstance(v, Tensor) and not _belongs(v.shape, shape) for v in state.values())
         if self._bound is not None and odd:
             del self._bound.state[p]
         resize(p, p.new_empty(shape))
@@ -608,6 +614,13 @@ class Adapted:
     def __repr__(self) -> str:
         """What is attached to what."""
         return f"Adapted({type(self.model).__name__}, {len(self.adapters)} layers, {self.method!r})"
+
+
+def _belongs(state: torch.Size, shape: torch.Size) -> bool:
+    """Whether an optimizer's state can be of a tensor of this shape: of its shape, or of some of its sizes (Adafactor's)."""
+    if len(state) == len(shape):
+        return all(a in (b, 1) for a, b in zip(state, shape, strict=True))
+    return set(state) <= {*shape, 1}
 
 
 def _find(

@@ -318,11 +318,13 @@ def params(
             warnings.warn(f"{name} is left out: {error}", LrkitWarning, stacklevel=1)
             continue
         plain[name] = attrs.asdict(counted)
+        # How many units go is known only after a run: a number would be a guess.
+        open_ended = not all(policy.action.budgeted for policy in each.policies)
         row = [
             name,
             f"{counted.start:,}",
-            f"{counted.end:,.0f}",
-            f"{counted.average:,.0f}",
+            _between(counted.end_range) if open_ended else f"{counted.end:,.0f}",
+            _between(counted.average_range) if open_ended else f"{counted.average:,.0f}",
             f"{counted.core:,}",
             str(counted.layers),
         ]
@@ -338,6 +340,10 @@ def params(
     header += ["multiply-adds a token, forward", "backward"] if tokens else []
     _table(header, rows, f"{model}: {counted.model:,} parameters without its head", numbers=1)
     typer.echo(f"averages are over {steps:,} steps; the head (classifier, pooler: {counted.head:,}) is left out.")
+
+
+def _between(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:,.0f} to {ends[1]:,.0f}"
 
 
 @app.command(name="methods")
@@ -661,7 +667,7 @@ def _to_run(
 def _pair(text: str, option: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key or not value:
-        raise LrkitError(f'{option} takes KEY=VALUE, not "{text}"')
+        raise LrkitError(f'{option} takes {"PART=NAME" if option == "--swap" else "KEY=VALUE"}, not "{text}"')
     return key, _value(value)
 
 

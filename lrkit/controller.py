@@ -391,9 +391,18 @@ class Controller:
                     f"{type(scheduler).__name__}: the last decision is due at step {end}, and the run's steps are numbered "
                     f"{first} to {first + total_steps - 1}: the budget will not be reached",
                 )
-            elif state.policy.action.grows:
-                amounts = {"units": state.capacity, "layers": state.layers, "total_steps": total_steps}
-                budget, there = scheduler.budget(end, **amounts), state.course(total_steps)[-1][0]
+                continue
+            action = state.policy.action
+            amounts = {"units": state.capacity, "layers": state.layers, "total_steps": total_steps}
+            budget = scheduler.budget(end, **amounts)
+            if action.unit == "component" and action.budgeted and not (action.retains or action.freezes or budget):
+                self.warn(
+                    f"nothing {state.index}",
+                    f"{type(scheduler).__name__}.target = {scheduler.target!r}: after the last decision, at step {end}, no "
+                    f"component is left, and the model is the one before fine-tuning but for its head",
+                )
+            if action.grows:
+                there = state.course(total_steps)[-1][0]
                 if there != budget:
                     self.warn(
                         f"short {state.index}",
@@ -545,7 +554,8 @@ class Controller:
         return 0
 
     def _masking(self) -> list[PolicyState]:
-        return [state for state in self.policies if state.policy.action.unit == "component"]
+        actions = [(state, state.policy.action) for state in self.policies]
+        return [state for state, action in actions if action.unit == "component" and not action.retains]
 
     def _components_kept(self) -> Tensor | None:
         """bool [components]: those that no policy masks; None where no policy has components for units."""

@@ -121,7 +121,7 @@ def export(
         if not difference <= TOLERANCE * max(1.0, largest):
             raise LrkitError(
                 f"the export to {to} was removed: read back, its logits are off by {difference:.2g} "
-                f"(the largest is {largest:.3g}), and {TOLERANCE:g} is allowed"
+                f"(the largest is {largest:.3g}), and {TOLERANCE:g} is allowed{_rounding(adapted.model)}"
             )
         if folder.exists():
             folder.rmdir()
@@ -131,6 +131,13 @@ def export(
         raise
     files = tuple(sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()))
     return Exported(to=to, folder=folder, files=files, ranks=ranks, difference=difference, largest=largest)
+
+
+def _rounding(model: nn.Module) -> str:
+    narrow = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    return (
+        f": the model's weights are {narrow.pop()}, which rounds ΔW; load it in float32 to export it" if narrow else ""
+    )
 
 
 @attrs.frozen
@@ -145,6 +152,12 @@ class _Layer:
     @property
     def rank(self) -> int:
         return len(self.core)
+
+
+def _type(module: nn.Module) -> str:
+    """A class with its module, where another package has one of the same plain name."""
+    kind = type(module)
+    return kind.__name__ if kind.__module__.startswith("lrkit") else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _layers(adapted: Adapted, to: str) -> dict[str, _Layer]:
@@ -165,8 +178,8 @@ def _layers(adapted: Adapted, to: str) -> dict[str, _Layer]:
         factors = getattr(adapter, "export_factors", None)
         if factors is None:
             raise LrkitError(
-                f"{to} holds low-rank increments, and {name} has a {type(adapter).__name__}, which is none"
-                + (': export to "merged"' if hasattr(adapter, "merge") else "")
+                f"{to} holds low-rank increments, and {name} has a {_type(adapter)}, which is none"
+                + ('; what can be merged goes out as "merged"' if hasattr(adapter, "merge") else "")
             )
         layer = _Layer(*factors())
         if layer.rank:
@@ -524,14 +537,31 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if config["peft_type"] == "ADALORA":
         numbers += ["init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"]
     for key in numbers:
-        if not isinstance(config.get(key), int | float):
+        if not isinstance(config.get(key), int | float) or isinstance(config.get(key), bool):
             raise LrkitError(f"{path}: {key} must be a number, not {config.get(key)!r}")
+    _check_patterns(config, path)
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
         raise LrkitError(
             f"{folder}: init_lora_weights={start!r} changes the base's weights: lrkit cannot represent it exactly"
         )
     return config
+
+
+def _check_patterns(config: Mapping[str, Any], path: Path) -> None:
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise LrkitError(f"{path}: modules_to_save must be a list of names, not {saved!r}")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(type(value) in (int, float) for value in patterns.values()):
+        raise LrkitError(f"{path}: alpha_pattern must be a table of numbers, not {patterns!r}")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise LrkitError(
+                f"{path}: alpha_pattern has {pattern!r}, which is no regular expression: {error}"
+            ) from None
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -568,6 +598,9 @@ def _read_layers(
             raise LrkitError(f"{folder}: {name} is no {config['peft_type']} of a linear layer: it has {_shapes(parts)}")
         core = parts["E"].flatten() if "E" in parts else None
         rank = len(parts["A"])
+        bad = [part for part, t in parts.items() if not t.is_floating_point() or not bool(torch.isfinite(t).all())]
+        if bad:
+            raise LrkitError(f"{folder}: lora_{bad[0]} of {name} is not made of finite floating-point numbers")
         if parts["B"].shape[1] != rank or (core is not None and len(core) != rank):
             raise LrkitError(f"{folder}: the tensors of {name} are of different ranks: {_shapes(parts)}")
         layers[name] = (parts["A"], parts["B"], core, _scale(config, name, rank))
@@ -604,6 +637,12 @@ def _read_head(model: nn.Module, config: Mapping[str, Any], rest: Mapping[str, T
     if odd:
         where = "is in the file, and in no head of this model" if odd[0] in rest else "is not in the file"
         raise LrkitError(f"{folder} does not fit {type(model).__name__}: {odd[0]} {where}")
+    for name, module in model.named_modules():
+        listed = any(name == w or name.endswith(f".{w}") for w in wanted)
+        if listed and name not in head and any(True for _ in module.parameters()):
+            raise LrkitError(
+                f"{folder / _WEIGHTS} is damaged: {_CONFIG} says that {name} was saved, and it is not there"
+            )
     for name, tensor in rest.items():
         if parameters[name].shape != tensor.shape:
             raise LrkitError(

@@ -6,10 +6,12 @@ two plug-ins claim belongs to neither, and using it raises with both named; a bu
 """
 
 import inspect
+import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args
@@ -103,9 +105,13 @@ class Registry:
     def _load(self, point: EntryPoint) -> None:
         distribution = _distribution(point)
         try:
-            plugin = point.load()
+            # What it prints is no part of a command's results.
+            with redirect_stdout(sys.stderr), _loaded(point.name):
+                plugin = point.load()
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
         # A plug-in may raise anything on import, SystemExit included; it must not take the host with it.
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             self._problem(distribution, point.name, f"cannot be imported: {_line(error)}", traceback.format_exc())
             return
         self.add(distribution, point.name, plugin)
@@ -136,7 +142,9 @@ class Registry:
             self._manager.unregister(plugin)
             self._problem(distribution, name, str(error))
             return
-        except (Exception, SystemExit) as error:
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:
             self._manager.unregister(plugin)
             self._problem(distribution, name, f"a hook raised {_line(error)}", traceback.format_exc())
             return
@@ -167,7 +175,8 @@ class Registry:
             return []
         if len(implementations) > 1:
             raise LrkitError(f"{hook} is implemented {len(implementations)} times: merge them into one")
-        offered = implementations[0].function()
+        with redirect_stdout(sys.stderr):
+            offered = implementations[0].function()
         if not isinstance(offered, Mapping):
             raise LrkitError(f"{hook} must return a mapping from names to {kind}s, not {type(offered).__name__}")
         expected = _expected(kind)
@@ -269,14 +278,41 @@ def _distribution(point: EntryPoint) -> str:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # of a plug-in's own exception class
+        text = "(its message cannot be read)"
+    text = text if len(text) <= 500 else f"{text[:500]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @cache
 def current() -> Registry:
-    """The registry of this process: built-ins and installed plug-ins, loaded once, when first asked for."""
-    return Registry()
+    """The registry of this process: built-ins and installed plug-ins, loaded once, when first asked for.
+
+    Raises:
+        LrkitError: a plug-in asks for it while it is being imported.
+    """
+    with _lock:
+        if _loading:
+            raise LrkitError(
+                "lrkit's registry was asked for while plug-ins are being loaded: do that later, in a function"
+            )
+        return Registry()
+
+
+_lock = threading.RLock()  # another thread waits; the same one, asking again, is a plug-in in the middle of its import
+_loading: list[str] = []
+
+
+@contextmanager
+def _loaded(name: str) -> Iterator[None]:
+    with _lock:
+        _loading.append(name)
+        try:
+            yield
+        finally:
+            _loading.pop()
 
 
 def registered_tasks() -> dict[str, Any]:

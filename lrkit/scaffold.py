@@ -293,11 +293,17 @@ def settings_of(component: Any) -> list[tuple[str, str, str, str]]:
         (
             name,
             "" if p.annotation is p.empty else inspect.formatannotation(p.annotation).replace("typing.", ""),
-            "" if p.default is p.empty else repr(p.default),
+            _shown(p.default),
             said.get(name, ""),
         )
         for name, p in inspect.signature(component).parameters.items()
     ]
+
+
+def _shown(default: Any) -> str:
+    if default is inspect.Parameter.empty:
+        return ""
+    return "" if default is attrs.NOTHING else repr(default)
 
 
 def _arguments(text: str) -> dict[str, str]:

@@ -142,7 +142,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "--set without a value": (["run", "adalora", "--set", "rank"], '--set takes KEY=VALUE, not "rank"'),
     "--set with an empty value": (["run", "adalora", "--set", "rank="], '--set takes KEY=VALUE, not "rank="'),
     "--set without a key": (["run", "adalora", "--set", "=3"], '--set takes KEY=VALUE, not "=3"'),
-    "--swap without a name": (["run", "adalora", "--swap", "metric"], '--swap takes KEY=VALUE, not "metric"'),
+    "--swap without a name": (["run", "adalora", "--swap", "metric"], '--swap takes PART=NAME, not "metric"'),
     "--swap with a number": (
         ["run", "adalora", "--swap", "metric=3"],
         "metric must be a name, or a table with a name and settings, not 3",

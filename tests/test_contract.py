@@ -114,6 +114,7 @@ class Shrink(lrkit.Action):
     """λ of a loser times `factor`. Source: this test."""
 
     reversible: ClassVar[bool] = True
+    retains: ClassVar[bool] = True
     factor: float = 0.1
 
     @property
@@ -810,6 +811,16 @@ def action_whose_proximal_step_moves_everything():
                 p.mul_(0.99)
 
     return variant(Shrink, proximal=proximal)
+
+
+@fault("what has lost is out")
+def action_that_does_not_hold():
+    return variant(lrkit.actions.Prune, doc="cut, ties. Source: this test.", hold=lambda self, blocks, kept: None)
+
+
+@fault("what has lost is out")
+def action_that_counts_what_it_halves_as_gone():
+    return variant(Shrink, retains=False)
 
 
 @fault(RESTORE, RESUME)

@@ -457,11 +457,30 @@ def test_files_and_methods_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             "pooler.dense.weight is in the file, and in no",
         ),
         ({"base_model.model.classifier.bias": None}, "classifier.bias is not in the file"),
+        (
+            {"base_model.model.classifier.bias": None, "base_model.model.classifier.weight": None},
+            "is damaged: adapter_config.json says that classifier was saved, and it is not there",
+        ),
+        ({some: torch.full((32, 4), torch.nan)}, "lora_B of .* is not made of finite floating-point numbers"),
+        ({some: torch.zeros(32, 4, dtype=torch.int64)}, "is not made of finite floating-point numbers"),
         ({"base_model.model.classifier.bias": torch.zeros(3)}, r"classifier.bias is \[3\] there, and \[2\] here"),
     ):
         merged = {**whole, **change}
         save_file({k: v for k, v in merged.items() if v is not None}, weights)
         refused(message)
+    save_file(whole, weights)
+    config = tmp_path / "adapter_config.json"
+    plain = json.loads(config.read_text())
+    for change, message in (
+        ({"alpha_pattern": [1]}, r"alpha_pattern must be a table of numbers, not \[1\]"),
+        ({"alpha_pattern": {"a": "b"}}, "alpha_pattern must be a table of numbers"),
+        ({"alpha_pattern": {"(": 1}}, "is no regular expression"),
+        ({"modules_to_save": 3}, "modules_to_save must be a list of names, not 3"),
+        ({"lora_alpha": True}, "lora_alpha must be a number, not True"),
+    ):
+        config.write_text(json.dumps(plain | change))
+        refused(message)
+    config.write_text(json.dumps(plain))
     weights.write_bytes(b"cut")
     refused("is truncated, or no safetensors file")
     weights.unlink()

@@ -200,3 +200,51 @@ def test_a_whole_model_trains_alike_on_both_paths(checkpointing, monkeypatch):
         results.append([loss.detach(), *(p.grad for p in adapted.parameters())])
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
+# ---- what others do to a layer and its output ------------------------------------------------------------------------
+
+
+def test_the_output_can_be_changed_in_place():
+    for n in (2, 400):  # 400: the merged path
+        net = nn.Sequential(adapter(nn.Linear(5, 7), ("core",)), nn.ReLU(inplace=True))
+        x = torch.randn(3, n, 5, requires_grad=True)
+        y = net(x)
+        y.sum().backward()
+        want = F.relu(net[0].reference(x.detach()))
+        torch.testing.assert_close(y.detach(), want.detach())
+
+
+def test_second_derivatives_are_refused():
+    net = adapter(nn.Linear(5, 7), ("core",))
+    x = torch.randn(4, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(net(x).tanh().sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("how", ["another forward", "a hook before backward"])
+def test_what_was_done_to_the_base_is_not_passed_by(how):
+    net = adapter(nn.Linear(5, 7), ())
+    if how == "another forward":  # as accelerate and bitsandbytes do, on the instance
+        forward = net.base.forward
+        net.base.forward = lambda x: forward(x) * 2
+    else:
+        net.base.register_full_backward_pre_hook(lambda module, grads: tuple(g * 2 for g in grads))
+    x = torch.randn(4, 5, requires_grad=True)
+    y = net(x)
+    (got,) = torch.autograd.grad(y.sum(), [x])
+    want = net.reference(x)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(got, torch.autograd.grad(want.sum(), [x])[0])
+
+
+def test_autocast_leaves_float64_alone(monkeypatch):
+    net = adapter(nn.Linear(5, 7), ("core",)).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = net(x)
+        monkeypatch.setattr(LowRank, "fused", False)
+        want = net(x)
+    assert y.dtype == want.dtype == torch.float64
+    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)

@@ -190,6 +190,34 @@ def test_compact_goes_with_any_optimizer_s_state():
     fit(model, adapted, steps=2, optimizer=optimizer, bind=False)
 
 
+@pytest.mark.parametrize("order", ["lrkit first", "optimizer first"])
+def test_state_in_any_order_with_an_optimizer_whose_state_has_other_shapes(order):
+    """Adafactor's row and column factors are of no tensor's shape, and of the cut tensors all the same."""
+    method = attrs.evolve(METHODS["adalora"], action=lrkit.actions.Prune(cut="always"))
+
+    def begin():
+        model = models.make("bert")
+        adapted = lrkit.attach(model, method)
+        return model, adapted, torch.optim.Adafactor(adapted.parameters(), lr=1e-2)
+
+    model, adapted, optimizer = begin()
+    fit(model, adapted, optimizer=optimizer, steps=12, total=20)
+    assert len(set(adapted._controller.ranks().values())) > 1
+    ours, theirs = copy.deepcopy(adapted.state_dict()), copy.deepcopy(optimizer.state_dict())
+    torch.manual_seed(5)
+    fit(model, adapted, optimizer=optimizer, steps=3, bind=False)
+    model, again, optimizer = begin()
+    again.bind(optimizer, total_steps=20)
+    if order == "optimizer first":
+        optimizer.load_state_dict(theirs)
+    again.load_state_dict(ours)
+    if order == "lrkit first":
+        optimizer.load_state_dict(theirs)
+    torch.manual_seed(5)
+    fit(model, again, optimizer=optimizer, steps=3, bind=False)
+    assert all(torch.equal(a, b) for a, b in zip(adapted.parameters(), again.parameters(), strict=True))
+
+
 def test_compact_after_unbind_cuts_the_optimizer_s_state_too():
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["adalora"])
@@ -289,3 +317,38 @@ def test_statistics_follow_the_model_to_another_device():
         assert state.layout.device.type == "meta"
         assert {b.device.type for b in state.buffers.values()} == {"meta"}
         assert state.kept.device.type == "meta"
+
+
+@attrs.frozen(kw_only=True)
+class Halve(lrkit.Action):
+    """λ of a loser is halved."""
+
+    reversible = True
+    retains = True
+    unit = "component"
+
+    @torch.no_grad()
+    def apply(self, blocks, kept, optimizer):
+        for block, keep in zip(blocks, kept.split([b.count for b in blocks]), strict=True):
+            block.core.mul_(torch.where(keep, 1.0, 0.5))
+
+
+def test_what_an_action_retains_is_trained_and_counted():
+    model = models.make("bert")
+    adapted = lrkit.attach(model, attrs.evolve(METHODS["adalora"], action=Halve()))
+    fit(model, adapted)
+    now = adapted.summary()
+    assert adapted.history[-1].lost
+    assert now.now == now.start == now.average == sum(p.numel() for p in adapted.adapter_parameters())
+    ranks = adapted._controller.ranks()
+    adapted.compact()
+    assert adapted._controller.ranks() == ranks
+    counted = accounting.count(attrs.evolve(METHODS["adalora"], action=Halve()), models.make("bert"), total_steps=20)
+    assert counted.end == counted.average == counted.start == now.start
+
+
+def test_a_schedule_that_leaves_nothing_is_said():
+    method = attrs.evolve(METHODS["adalora"], scheduler=attrs.evolve(METHODS["adalora"].scheduler, target=0.0))
+    adapted = lrkit.attach(models.make("bert"), method)
+    with pytest.warns(lrkit.LrkitWarning, match=r"Cubic.target = 0.0: after the last decision.* no component is left"):
+        adapted.bind(torch.optim.SGD(adapted.parameters(), lr=0.1), total_steps=20)

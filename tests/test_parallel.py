@@ -218,6 +218,36 @@ def test_a_method_that_was_never_bound_says_so_at_the_first_step():
     optimizer.step()
 
 
+def test_another_optimizer_than_the_bound_one_is_noticed():
+    model = models.make("bert")
+    adapted = lrkit.attach(model, METHODS["aflora"])
+    bound, other = (torch.optim.SGD(adapted.parameters(), lr=0.1) for _ in range(2))
+    adapted.bind(bound, total_steps=20)
+    model(**models.batch()).loss.backward()
+    bound.step()  # says nothing
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1).step()  # somebody else's
+    with pytest.warns(lrkit.LrkitWarning, match="not bound to it"):
+        other.step()
+    assert adapted.step == 1
+
+
+def test_an_optimizer_within_the_bound_one_is_its_own_matter():
+    class Outer(torch.optim.SGD):
+        """As sharpness-aware minimisers have it: another optimizer over the same parameters does the step."""
+
+        def step(self, closure=None):
+            self.inner.step()
+
+    model = models.make("bert")
+    adapted = lrkit.attach(model, METHODS["aflora"])
+    outer = Outer(adapted.parameters(), lr=0.1)
+    outer.inner = torch.optim.AdamW(outer.param_groups, lr=0.1)
+    adapted.bind(outer, total_steps=20)
+    model(**models.batch()).loss.backward()
+    outer.step()
+    assert adapted.step == 1
+
+
 def test_steps_beyond_the_total_are_said():
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["aflora"])

@@ -343,6 +343,24 @@ def test_ablate_from_python_takes_components_as_they_are(place, tmp_path):
     assert records.read_study(tmp_path / "out").title == "base: metric, action"
 
 
+def test_what_only_this_process_knows_is_refused_before_workers_are_asked(place, tmp_path):
+    @attrs.frozen(kw_only=True)
+    class Own(lrkit.metrics.Magnitude):
+        """The size of a weight; measure. Source: this test."""
+
+    with lrkit.current().lend("metric", "own", Own), pytest.raises(lrkit.LrkitError, match=r'"own".*workers=0'):
+        lrkit.ablate(
+            "adalora",
+            {"metric": ["own"]},
+            task={"data": str(place / "data")},
+            model=str(place / "model"),
+            out=tmp_path / "out",
+            run={"steps": 4},
+            workers=1,
+        )
+    assert not list(tmp_path.glob("out/cells/*"))
+
+
 def test_the_files_of_a_study_are_toml_with_nothing_left_over():
     for name in shipped():
         text = (resources.files("lrkit") / "studies" / f"{name}.toml").read_text("utf-8")

@@ -547,7 +547,11 @@ def test_one_plug_in_under_two_entry_points_is_told_once() -> None:
         ("metric", "magnitud", r'unknown metric "magnitud" \(did you mean "magnitude"\?\); there are magnitude, '),
         ("metric", "Magnitude", r'\(did you mean "magnitude"\?\)'),
         ("method", "ada-lora", r'\(did you mean "adalora"\?\)'),
-        ("action", "zzz", r'unknown action "zzz"; there are prune, freeze, zero; others come with plug-ins: `lrkit plugins`'),
+        (
+            "action",
+            "zzz",
+            r'unknown action "zzz"; there are prune, freeze, zero; others come with plug-ins',
+        ),
         ("metric", None, r'unknown metric "None"'),
         ("metric", ["magnitude"], r"unknown metric "),
         ("metric", "", r'unknown metric ""'),
@@ -632,6 +636,13 @@ def test_installed_plug_ins_are_found_by_their_entry_points(distributions: Calla
         ("import no_such_module_at_all", None, "cannot be imported: ModuleNotFoundError: No module named"),
         ("raise RuntimeError('no\\nlicence')", None, "cannot be imported: RuntimeError: no licence"),
         ("raise SystemExit(3)", None, "cannot be imported: SystemExit: 3"),
+        ("import pytest; pytest.importorskip('zz_nowhere')", None, "cannot be imported: Skipped: could not import"),
+        ("import lrkit; lrkit.current()", None, "cannot be imported: LrkitError: lrkit's registry was asked for while"),
+        (
+            "class Odd(Exception):\n    def __str__(self): raise ValueError\nraise Odd",
+            None,
+            "cannot be imported: Odd: (its message cannot be read)",
+        ),
         ("def f(:", None, "cannot be imported: SyntaxError"),
         ("import lrkit; lrkit.metrics.Nothing", None, "cannot be imported: AttributeError"),
         ("assert False", None, "cannot be imported: AssertionError"),
@@ -639,7 +650,20 @@ def test_installed_plug_ins_are_found_by_their_entry_points(distributions: Calla
         ("", "bad = zz_not_there", "cannot be imported: ModuleNotFoundError"),
         ("", "bad = zz_bad:", "cannot be imported: "),
     ],
-    ids=["module", "raises", "exits", "syntax", "lrkit", "assertion", "attribute", "absent", "malformed"],
+    ids=[
+        "module",
+        "raises",
+        "exits",
+        "skips",
+        "asks",
+        "unreadable",
+        "syntax",
+        "lrkit",
+        "assertion",
+        "attribute",
+        "absent",
+        "malformed",
+    ],
 )
 def test_a_plug_in_that_raises_on_import_gives_one_line_and_the_rest_goes_on(
     distributions: Callable[..., None], source: str, points: str | None, message: str

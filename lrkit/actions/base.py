@@ -72,6 +72,9 @@ class Action(abc.ABC):
     and the scheduler's share stands for something else, such as the height of a threshold."""
     exact: ClassVar[bool] = True
     """Whether `select` keeps exactly the budget, ties and all. False for a rule that, as its source has it, does not."""
+    retains: ClassVar[bool] = False
+    """Whether a unit that lost goes on adding to the output, if less: a λ that is halved. It then counts as trained. Where
+    not, what has lost is out after the last decision, and `hold` keeps it out."""
     grows: ClassVar[bool] = False
     """Whether it changes how many rank components there are; those not kept are cut for good, and `grow` adds new ones. The
     budget may then rise above its start."""
@@ -154,7 +157,7 @@ class Action(abc.ABC):
             budget: the scheduler's.
             layers: layers that have such units.
         """
-        return max(0, units - budget), 0
+        return 0 if self.retains else max(0, units - budget), 0
 
     def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
         """After every optimizer step once the last decision is taken: keep its effect up."""

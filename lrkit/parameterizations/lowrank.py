@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry
 
@@ -79,9 +80,12 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(x_ni, w_oi, a_ri, b_or, c_r, s_o, h_nr)
         ctx.scaling = scaling
         ctx.has_bias = bias_o is not None
-        return y_no.view(*x.shape[:-1], y_no.shape[1])
+        # Not y_no.view(): what a function returns as a view may not be modified in place, as by nn.ReLU(inplace=True).
+        y: Tensor = torch.ops.aten._unsafe_view(y_no, (*x.shape[:-1], y_no.shape[1]))
+        return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ni, w_oi, a_ri, b_or, c_r, s_o, h_nr = ctx.saved_tensors
         need_x, need_w, need_bias, need_a, need_b, need_c, need_s, _ = ctx.needs_input_grad
@@ -177,7 +181,7 @@ def low_rank_linear(
         scaling: a fixed factor, such as LoRA's α/r.
 
     Returns:
-        y [..., d_out]. All tensors must share one dtype.
+        y [..., d_out]. All tensors must share one dtype. Its gradients cannot be differentiated again.
     """
     y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, core, out_scale, scaling)  # type: ignore[no-untyped-call]
     return y
@@ -297,7 +301,8 @@ class LowRank(nn.Module):
         a, b = self.factors()
         weight, bias = oriented_weight(self.base), self.bias
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        double = torch.float64 in (x.dtype, weight.dtype)  # which autocast leaves alone
+        if not double and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             # Autocast does not see into an autograd function: cast as it would, and keep it out of there.
             dtype = torch.get_autocast_dtype(device)
             x, weight = x.to(dtype), weight.to(dtype)
@@ -320,8 +325,8 @@ class LowRank(nn.Module):
         )
 
     def _fusible(self) -> bool:
-        # A subclass with a forward of its own (quantized layers), a hook on the base, or dropout on the adapter's
-        # input only: each needs the base to be called.
+        # A forward of its own (quantized layers; accelerate's, on the instance), a hook on the base, or dropout on the
+        # adapter's input only: each needs the base to be called.
         base = self.base
         return (
             self.fused
@@ -330,6 +335,8 @@ class LowRank(nn.Module):
             and not base._forward_hooks
             and not base._forward_pre_hooks
             and not base._backward_hooks
+            and not base._backward_pre_hooks
+            and "forward" not in vars(base)
         )
 
     def merge(self) -> nn.Module:

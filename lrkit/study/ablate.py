@@ -1,6 +1,7 @@
 """Ablations from Python: swap one component, run the seeds, get one table."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -10,7 +11,7 @@ import attrs
 
 from lrkit.errors import LrkitError, LrkitWarning, nearest
 from lrkit.method import FIELDS, Method, to_plain
-from lrkit.study.cell import Conditions
+from lrkit.study.cell import Conditions, components_of
 from lrkit.study.execute import Outcome, Told, carry_out
 from lrkit.study.executors import Here, gpus
 from lrkit.study.plan import SEEDS, Plan, Study, lay_out, read_study, study_from
@@ -200,6 +201,7 @@ def perform(
         from lrkit.registry import current
 
         factory = current().get("executor", executor)
+        _check_workers_know(plan)
         make = lambda: factory(at_once, each, address)  # noqa: E731
     _check_trackers(report_to)
     conditions = Conditions(
@@ -214,6 +216,22 @@ def perform(
 
         measure(plan, outcome.folder, threads=cores, told=cost_told)
     return outcome
+
+
+def _check_workers_know(plan: Plan) -> None:
+    """Worker processes have what is installed, and not what was registered in this one."""
+    from lrkit.registry import PluginWarning, Registry, current
+
+    here = {(offer.kind, offer.name) for offer in current().offers() if offer.plugin}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PluginWarning)  # they have been said
+        missing = here - {(offer.kind, offer.name) for offer in Registry().offers()}
+    for kind, name in missing and sorted({pair for row in plan.rows for pair in components_of(to_plain(row.method))}):
+        if (kind, name) in missing:
+            raise LrkitError(
+                f'{kind} "{name}" is registered in this process alone, and worker processes would not know it: give '
+                "workers=0, or install it as a plug-in (lrkit plugins new)"
+            )
 
 
 def _check_trackers(names: Sequence[str]) -> None:

@@ -111,7 +111,7 @@ def _versions(method: Mapping[str, Any], task: str | None, data: str | None, mod
     packages = {"lrkit", "torch", "transformers"}
     found = {}
     offers = current().offers()
-    for kind, name in _names(method):
+    for kind, name in components_of(method):
         packages |= {o.distribution.partition(" ")[0] for o in offers if (o.kind, o.name) == (kind, name)}
     if data is not None:
         found["data"] = _digest([p for p in Path(data).glob("*.jsonl*") if p.name.split(".")[0] in _SPLITS])
@@ -133,11 +133,12 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _names(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def components_of(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Kind and name of every component of a method in plain data."""
     for kind, part in method.items():
         if kind == "also":
             for policy in part:
-                yield from _names(policy)
+                yield from components_of(policy)
         elif part is not None:
             yield kind, part["name"]
 

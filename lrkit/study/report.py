@@ -169,7 +169,11 @@ def _facts(record: StudyRecord) -> Iterator[tuple[str, str]]:
     yield "Adapted layers", targets if isinstance(targets, str) else _value(targets) if targets else ""
     tasks = []
     for task in record.tasks:
-        guess = "" if task.majority is None else f"best constant guess {task.majority:.3g}"
+        # That of the rows that were scored, once there are such.
+        found = [c.result.majority for c in record.cells if c.task == task.name and c.result]
+        scored = [value for value in found if value is not None]
+        majority = statistics.fmean(scored) if scored else task.majority
+        guess = "" if majority is None else f"best constant guess {majority:.3g}"
         inside = ", ".join(filter(None, (task.metric, guess)))
         tasks.append(f"{task.name} ({inside})" if inside else task.name)
     yield ("Tasks" if len(tasks) > 1 else "Task"), "; ".join(tasks)

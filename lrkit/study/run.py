@@ -120,7 +120,7 @@ class Result:
         method: plain data.
         settings: plain data.
         scores: on the validation rows, the primary score first.
-        majority: the primary score of the best constant guess.
+        majority: the primary score of the best constant guess for the rows that were scored.
         steps: optimizer steps taken.
         step_seconds: median time of a step.
         train_seconds: time of all steps.
@@ -437,7 +437,7 @@ def _train(
         method=to_plain(method),
         settings=attrs.asdict(settings),
         scores=task.score(predictions, tokens.validation["labels"]),
-        majority=task.majority,
+        majority=task.best_guess(tokens.validation["labels"]),
         steps=adapted.step,
         step_seconds=statistics.median(watch.seconds or [0.0]),
         train_seconds=sum(watch.seconds),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -174,7 +174,11 @@ class Task:
 
     @property
     def majority(self) -> float:
-        """The primary score of the best constant guess on validation, the floor any method must beat.
+        """The primary score of the best constant guess on validation, the floor any method must beat: see `best_guess`."""
+        return self.best_guess(self.validation["label"])
+
+    def best_guess(self, labels: Sequence[Any]) -> float:
+        """The primary score of the best constant guess for some labels.
 
         The largest class's share for accuracy, 0 for a correlation.
         """
@@ -182,7 +186,7 @@ class Task:
 
         if self.kind == "regression" or self.metric == "matthews":
             return 0.0
-        counts = np.bincount(np.asarray(self.validation["label"]))
+        counts = np.bincount(np.asarray(labels))
         return float(counts.max() / counts.sum())
 
     def tokenize(self, tokenizer: Any, max_length: int) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -16,15 +16,16 @@ from lrkit.units import UnitKind, split
 class ExampleName(lrkit.Action):
     """λ_i shrinks at each decision that component i loses, and can grow again in between.
 
-    Source: this package; with ``factor=0`` it is the mask of arXiv 2303.10512, Eq. 5.
+    Source: this package; the mask of arXiv 2303.10512, Eq. 5, is what it comes to as ``factor`` goes to zero.
 
     Args:
         factor: what a loser's λ is multiplied by.
     """
 
     reversible: ClassVar[bool] = True
+    retains: ClassVar[bool] = True  # a smaller λ still adds to the output: its component counts as trained
 
-    factor: float = attrs.field(default=0.5, validator=real(0.0, 1.0, below=True))
+    factor: float = attrs.field(default=0.5, validator=real(0.0, 1.0, above=True, below=True))
 
     @property
     def unit(self) -> UnitKind:

@@ -31,7 +31,7 @@ from lrkit.testing.base import (
     seed_torch,
     tiny,
 )
-from lrkit.units import Block, Part, blocks_of, split
+from lrkit.units import Block, Part, blocks_of, present, split
 
 
 @attrs.frozen(kw_only=True)
@@ -160,10 +160,10 @@ class ActionContract(PartContract):
 
     @clause
     def test_says_what_it_acts_on(self, component: Any) -> None:
-        """`unit` is ``"component"``, ``"matrix"`` or ``"layer"``; `reversible`, `freezes`, `budgeted` are True or False."""
+        """`unit` is ``"component"``, ``"matrix"`` or ``"layer"``; the flags, such as `reversible`, are True or False."""
         kinds = ("component", "matrix", "layer")
         expect(component.unit in kinds, f"unit must be one of {', '.join(kinds)}, not {component.unit!r}")
-        for name in ("reversible", "freezes", "budgeted"):
+        for name in ("reversible", "freezes", "budgeted", "exact", "retains", "grows"):
             says = getattr(component, name, None)
             expect(isinstance(says, bool), f"{name} must be True or False, not {says!r}")
 
@@ -339,6 +339,26 @@ class ActionContract(PartContract):
             )
             with calling(f"a method with {parameterization!r}"):
                 or_refused(build, component, parameterization)
+
+    @clause
+    def test_what_has_lost_is_out(self, component: Any) -> None:
+        """After the last decision a component that lost adds nothing, whatever the optimizer does, unless it `retains`."""
+        if component.unit != "component" or component.retains or component.freezes:
+            return
+        for parameterization in self._fitting(component):
+            method = method_with(component, parameterization=parameterization, metric=metrics.GradientUncertainty())
+            with calling(f"a run with {parameterization!r}"):
+                run = Run(method, 10)
+                run.to(10)  # the last decision was after step 8
+            (state,) = run.adapted._controller.policies
+            for block, keep in zip(state.blocks, split(state.kept, state.blocks), strict=True):
+                there = present(block.module, block.parts)
+                back = int((there & ~keep).sum())
+                expect(
+                    not back,
+                    f"on {parameterization!r}: {back} components of {block.name} that lost are not zero two steps after the "
+                    "last decision, and are counted as gone: write `hold`, or say retains = True",
+                )
 
     @clause
     def test_trains_with_all_it_takes(self, component: Any) -> None:

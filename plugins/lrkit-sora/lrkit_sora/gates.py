@@ -122,7 +122,12 @@ class SoftThreshold(lrkit.Action):
     @torch.no_grad()
     def proximal(self, blocks: Sequence[lrkit.Block], share: float, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """The proximal step on all core values; what is zero after it is out."""
-        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        if self.variant == "paper" and any(group["lr"] is None for group in optimizer.param_groups):
+            raise lrkit.LrkitError(
+                f"ξ = η λ needs a learning rate, and {type(optimizer).__name__} has lr=None: give it one, or "
+                'SoftThreshold(variant="released")'
+            )
+        rates = {id(p): float(group["lr"] or 0.0) for group in optimizer.param_groups for p in group["params"]}
         level = self.strength * (1.0 - share)
         cores: list[Tensor] = [block.core for block in blocks]
         thresholds = [level * rates.get(id(core), 0.0) if self.variant == "paper" else level for core in cores]

@@ -157,7 +157,6 @@ class Adapted:
         self._handles: list[Any] = []
         self._penalties = 0
         self._skipped = self._stepping = False
-        self._lookout: Any = None
         self._ddp: Any = None
         try:
             self._controller = Controller(method, self.adapters, self._trained_ids)
@@ -280,27 +279,20 @@ class Adapted:
 
     def _watch(self) -> None:
         """Look out for an optimizer that steps the adapters' parameters, and to which the method is not bound."""
-        if self._lookout is not None:
-            self._lookout.remove()
-            self._lookout = None
-        if not self._alive or not (self.method.policies or self.has_penalty):
-            return
-        me = weakref.ref(self)
+        if self._alive and (self.method.policies or self.has_penalty):
+            _look_out()
+            _watching.add(self)
+        else:
+            _watching.discard(self)
 
-        def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            adapted = me()
-            # Within the bound one's step another may step: one that it wraps.
-            if adapted is None or optimizer is adapted._bound or adapted._stepping:
-                return
-            if adapted._steps_mine(optimizer):
-                adapted._controller.warn(
-                    "unbound",
-                    "an optimizer steps the adapters' parameters, but the method is not bound to it: nothing is adaptive. "
-                    "Call adapted.bind(optimizer, total_steps=...) before training",
-                )
-
-        self._lookout = register_optimizer_step_pre_hook(look)
-        weakref.finalize(self, self._lookout.remove)
+    def _notice(self, optimizer: torch.optim.Optimizer) -> None:
+        # Within the bound one's step another may step: one that it wraps.
+        if self._alive and optimizer is not self._bound and not self._stepping and self._steps_mine(optimizer):
+            self._controller.warn(
+                "unbound",
+                "an optimizer steps the adapters' parameters, but the method is not bound to it: nothing is adaptive. "
+                "Call adapted.bind(optimizer, total_steps=...) before training",
+            )
 
     def _steps_mine(self, optimizer: torch.optim.Optimizer) -> bool:
         mine = {id(p) for p in self.adapter_parameters()}
@@ -614,6 +606,20 @@ class Adapted:
     def __repr__(self) -> str:
         """What is attached to what."""
         return f"Adapted({type(self.model).__name__}, {len(self.adapters)} layers, {self.method!r})"
+
+
+_watching: "weakref.WeakSet[Adapted]" = weakref.WeakSet()
+
+
+@functools.cache
+def _look_out() -> None:
+    """One hook for all handles, for good: torch does not bear that one is removed, by a garbage collection, in a step."""
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for adapted in list(_watching):
+            adapted._notice(optimizer)
+
+    register_optimizer_step_pre_hook(look)
 
 
 def _belongs(state: torch.Size, shape: torch.Size) -> bool:

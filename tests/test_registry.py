@@ -637,7 +637,11 @@ def test_installed_plug_ins_are_found_by_their_entry_points(distributions: Calla
         ("raise RuntimeError('no\\nlicence')", None, "cannot be imported: RuntimeError: no licence"),
         ("raise SystemExit(3)", None, "cannot be imported: SystemExit: 3"),
         ("import pytest; pytest.importorskip('zz_nowhere')", None, "cannot be imported: Skipped: could not import"),
-        ("import lrkit; lrkit.registry.current.__wrapped__()", None, "cannot be imported: LrkitError: lrkit's registry was asked for while"),
+        (
+            "import lrkit; lrkit.registry.current.__wrapped__()",
+            None,
+            "cannot be imported: LrkitError: lrkit's registry was asked for while",
+        ),
         (
             "class Odd(Exception):\n    def __str__(self): raise ValueError\nraise Odd",
             None,

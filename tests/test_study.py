@@ -83,14 +83,17 @@ def test_a_study_that_is_killed_and_run_again_is_the_study_that_never_was(place,
     kills, amid = 0, 0
     for kill in range(2):
         process = start(place, out, 2)
-        # Somewhere in the cells: what comes before is the same every time. The second time where there is a checkpoint.
+        # Somewhere in the cells: what comes before is the same every time. The second time amid a cell: its third checkpoint
+        # has been begun, so the second is whole.
         deadline = time.monotonic() + 60
         before = sum(1 for _ in out.glob("cells/*/attempts.jsonl"))
         while process.poll() is None and time.monotonic() < deadline:
-            if checkpoints(out) if kill else sum(1 for _ in out.glob("cells/*/attempts.jsonl")) > before:
+            if kill and any(out.glob("cells/*/checkpoints/checkpoint-[3-9]")):
                 break
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0.0, 0.1 if kill else 0.8))
+            if not kill and sum(1 for _ in out.glob("cells/*/attempts.jsonl")) > before:
+                time.sleep(chance.uniform(0.0, 0.8))
+                break
+            time.sleep(0.005)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1

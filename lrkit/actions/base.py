@@ -73,7 +73,7 @@ class Action(abc.ABC):
     exact: ClassVar[bool] = True
     """Whether `select` keeps exactly the budget, ties and all. False for a rule that, as its source has it, does not."""
     retains: ClassVar[bool] = False
-    """Whether a unit that lost goes on adding to the output, if less: a λ that is halved. It then counts as trained. Where
+    """Whether a unit that lost goes on adding to the output, if less (a λ that is halved). It then counts as trained. Where
     not, what has lost is out after the last decision, and `hold` keeps it out."""
     grows: ClassVar[bool] = False
     """Whether it changes how many rank components there are; those not kept are cut for good, and `grow` adds new ones. The

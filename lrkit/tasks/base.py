@@ -174,7 +174,7 @@ class Task:
 
     @property
     def majority(self) -> float:
-        """The primary score of the best constant guess on validation, the floor any method must beat: see `best_guess`."""
+        """The primary score of the best constant guess on validation, the floor any method must beat (see `best_guess`)."""
         return self.best_guess(self.validation["label"])
 
     def best_guess(self, labels: Sequence[Any]) -> float:

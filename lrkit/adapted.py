@@ -274,7 +274,7 @@ class Adapted:
     def _unbind(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._bound, self._ddp = [], None, None
+        self._handles, self._bound, self._ddp, self._stepping = [], None, None, False
         self._watch()
 
     def _watch(self) -> None:

@@ -554,8 +554,7 @@ class Controller:
         return 0
 
     def _masking(self) -> list[PolicyState]:
-        actions = [(state, state.policy.action) for state in self.policies]
-        return [state for state, action in actions if action.unit == "component" and not action.retains]
+        return [s for s in self.policies if s.policy.action.unit == "component" and not s.policy.action.retains]
 
     def _components_kept(self) -> Tensor | None:
         """bool [components]: those that no policy masks; None where no policy has components for units."""

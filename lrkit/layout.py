@@ -155,13 +155,13 @@ class Layout:
                 else:
                     by_unit = entries.view(group.blocks, *slab.shape).movedim(slab.axis + 1, 1)
                     parts.append(by_unit.unsqueeze(-1).flatten(2))
-            scores.append(rule(parts))
-        return self._in_order(scores)
+            scores.append(rule(parts).flatten())
+        return self._in_order(*scores)
 
-    def _in_order(self, scores: Sequence[Tensor]) -> Tensor:
-        """Unit scores [units] from each group's [blocks, units]."""
+    def _in_order(self, *scores: Tensor) -> Tensor:
+        """Unit scores [units] from those of the groups' units, group after group."""
         absent = torch.full((1,), -torch.inf, device=self.device)
-        return torch.cat([*(values.flatten() for values in scores), absent]).index_select(0, self.order)
+        return torch.cat([*scores, absent]).index_select(0, self.order)
 
     def reduce_means(self, means: Tensor) -> Tensor:
         """Unit scores by the default rule, from the mean score of each live tensor's units.
@@ -172,10 +172,8 @@ class Layout:
         Returns:
             [units], -inf for units of blocks that are not present. Only where nothing is still.
         """
-        scores = means.new_zeros(sum(group.blocks * group.units for group in self.groups) + 1)
-        scores.index_add_(0, self._unit_of, means)
-        scores[-1] = -torch.inf
-        return scores.float().index_select(0, self.order)
+        scores = means.new_zeros(sum(group.blocks * group.units for group in self.groups))
+        return self._in_order(scores.index_add_(0, self._unit_of, means).float())
 
     def move(self, flat: Tensor, old: "Layout") -> Tensor:
         """A flat tensor over `old`'s live entries, put into this layout's order. Entries new here are zero."""

@@ -626,23 +626,22 @@ def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
 def _read_head(model: nn.Module, config: Mapping[str, Any], rest: Mapping[str, Tensor], folder: Path) -> list[str]:
     """Names of the modules that PEFT saved in full."""
     wanted = tuple(config.get("modules_to_save") or ())
-    head = [
+    listed = [
         name
-        for name, _ in model.named_modules()
-        if any(name == w or name.endswith(f".{w}") for w in wanted) and any(k.startswith(f"{name}.") for k in rest)
+        for name, module in model.named_modules()
+        if any(name == w or name.endswith(f".{w}") for w in wanted) and any(True for _ in module.parameters())
     ]
+    head = [name for name in listed if any(key.startswith(f"{name}.") for key in rest)]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     inside = {n for n in parameters if n.startswith(tuple(f"{name}." for name in head) or ("\0",))}
     odd = sorted(inside ^ set(rest))
     if odd:
         where = "is in the file, and in no head of this model" if odd[0] in rest else "is not in the file"
         raise LrkitError(f"{folder} does not fit {type(model).__name__}: {odd[0]} {where}")
-    for name, module in model.named_modules():
-        listed = any(name == w or name.endswith(f".{w}") for w in wanted)
-        if listed and name not in head and any(True for _ in module.parameters()):
-            raise LrkitError(
-                f"{folder / _WEIGHTS} is damaged: {_CONFIG} says that {name} was saved, and it is not there"
-            )
+    if missing := [name for name in listed if name not in head]:
+        raise LrkitError(
+            f"{folder / _WEIGHTS} is damaged: {_CONFIG} says that {missing[0]} was saved, and it is not there"
+        )
     for name, tensor in rest.items():
         if parameters[name].shape != tensor.shape:
             raise LrkitError(

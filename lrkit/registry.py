@@ -99,6 +99,8 @@ class Registry:
         if discover:
             for point in sorted(entry_points(group=GROUP), key=lambda p: (_distribution(p), p.name)):
                 self._load(point)
+        # What is added to it later only this process knows.
+        self._installed = frozenset(self._offers)
 
     # ---- loading ----
 
@@ -240,6 +242,10 @@ class Registry:
     def offers(self, kind: Kind | None = None) -> list[Offer]:
         """All offers, or those of one kind, with who brought them."""
         return [o for offers in self._offers.values() for o in offers if kind is None or o.kind == kind]
+
+    def is_installed(self, kind: str, name: str) -> bool:
+        """Whether it came with the registry, so that another process has it too, and was not added or lent later."""
+        return (kind, name) in self._installed
 
     def get(self, kind: Kind, name: str) -> Any:
         """The component of this kind and name.

@@ -51,11 +51,25 @@ def steps(model, adapted, optimizer, begin, end):
     return losses
 
 
-def trains(method):
-    model, adapted, optimizer = start(method)
+def trained_and_resumed(method, model, adapted, optimizer):
+    """All steps' losses. A run that goes on from what was saved after four of them is the run, bit for bit."""
     losses = steps(model, adapted, optimizer, 0, 4)
     saved, saved_optimizer = adapted.state_dict(), copy.deepcopy(optimizer.state_dict())
     losses += steps(model, adapted, optimizer, 4, STEPS)
+    again, other, optimizer2 = start(method)
+    other.load_state_dict(saved)
+    optimizer2.load_state_dict(saved_optimizer)
+    steps(again, other, optimizer2, 4, STEPS)
+    for (name, one), (_, two) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(one, two), name
+    assert adapted.history == other.history
+    return losses
+
+
+def trains(method):
+    begun = start(method)
+    losses = trained_and_resumed(method, *begun)
+    _, adapted, _ = begun
     assert min(losses[-3:]) < losses[0]
     for index, policy in enumerate(method.policies):
         decisions = [d for d in adapted.history if d.policy == index]
@@ -66,13 +80,6 @@ def trains(method):
             budget = policy.scheduler.budget(d.step, total_steps=STEPS, units=d.units, layers=layers)
             assert d.budget == budget
         assert decisions[-1].kept == round(policy.scheduler.target * decisions[-1].units)
-    again, other, optimizer2 = start(method)
-    other.load_state_dict(saved)
-    optimizer2.load_state_dict(saved_optimizer)
-    steps(again, other, optimizer2, 4, STEPS)
-    for (name, one), (_, two) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
-        assert torch.equal(one, two), name
-    assert adapted.history == other.history
 
 
 def built(names):
@@ -136,17 +143,9 @@ def test_a_plug_ins_component_joins_or_is_refused(kind, name, base):
     plain = lrkit.to_plain(REGISTRY.get("method", base)(**settings))
     try:
         method = lrkit.from_plain(lrkit.with_component(plain, kind, name))
-        model, adapted, optimizer = start(method)
+        begun = start(method)
     except lrkit.LrkitError:
         return
-    losses = steps(model, adapted, optimizer, 0, 4)
-    saved, saved_optimizer = adapted.state_dict(), copy.deepcopy(optimizer.state_dict())
-    losses += steps(model, adapted, optimizer, 4, STEPS)
+    losses = trained_and_resumed(method, *begun)
+    _, adapted, _ = begun
     assert all(loss == loss for loss in losses) and adapted.step == STEPS
-    again, other, optimizer2 = start(method)
-    other.load_state_dict(saved)
-    optimizer2.load_state_dict(saved_optimizer)
-    steps(again, other, optimizer2, 4, STEPS)
-    for (key, one), (_, two) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
-        assert torch.equal(one, two), key
-    assert adapted.history == other.history

@@ -1,7 +1,6 @@
 """Ablations from Python: swap one component, run the seeds, get one table."""
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -220,14 +219,10 @@ def perform(
 
 def _check_workers_know(plan: Plan) -> None:
     """Worker processes have what is installed, and not what was registered in this one."""
-    from lrkit.registry import PluginWarning, Registry, current
+    from lrkit.registry import current
 
-    here = {(offer.kind, offer.name) for offer in current().offers() if offer.plugin}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PluginWarning)  # they have been said
-        missing = here - {(offer.kind, offer.name) for offer in Registry().offers()}
-    for kind, name in missing and sorted({pair for row in plan.rows for pair in components_of(to_plain(row.method))}):
-        if (kind, name) in missing:
+    for kind, name in (pair for row in plan.rows for pair in components_of(to_plain(row.method))):
+        if not current().is_installed(kind, name):
             raise LrkitError(
                 f'{kind} "{name}" is registered in this process alone, and worker processes would not know it: give '
                 "workers=0, or install it as a plug-in (lrkit plugins new)"

@@ -52,7 +52,7 @@ def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], N
     trained = {(c["row"], c["task"]): c["key"] for c in reversed(study["cells"])}
     mine: dict[tuple[str, str], dict[str, Any]] = {}
     for number, (spec, row) in enumerate(itertools.product(plan.tasks, plan.rows), start=1):
-        index = 0 if number <= 1 or row is plan.rows[0] else labels.index(row.label)
+        index = 0 if row is plan.rows[0] else labels.index(row.label)
         cells = [
             make_cell(
                 to_plain(plan.method(each, spec)),

@@ -13,7 +13,7 @@ class Here(Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run it now. The caller's seeds and number of threads are as they were when it returns."""
-        from lrkit.testing.base import as_it_was
+        from lrkit.process import as_it_was
 
         future: Future[Any] = Future()
         try:

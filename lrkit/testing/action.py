@@ -13,11 +13,11 @@ from lrkit.actions import Action, Ballot
 from lrkit.adapted import attach
 from lrkit.method import Method
 from lrkit.parameterizations import Parameterization, Target
+from lrkit.process import as_it_was
 from lrkit.testing.base import (
     POINTS,
     PartContract,
     Run,
-    as_it_was,
     batch,
     builtin_metrics,
     builtin_parameterizations,

@@ -6,8 +6,6 @@ import functools
 import inspect
 import json
 import math
-import pickle
-import random
 import re
 import typing
 import warnings
@@ -16,7 +14,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +25,7 @@ from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.method import Method, from_plain, to_plain
 from lrkit.metrics import Metric
 from lrkit.parameterizations import Parameterization
+from lrkit.process import as_it_was, global_state
 from lrkit.registry import Kind, current
 from lrkit.schedulers import Scheduler
 
@@ -69,37 +67,6 @@ def expect(holds: object, message: str) -> None:
     """A clause is broken, for this reason, unless it holds."""
     if not holds:
         raise Broken(message)
-
-
-def global_state() -> dict[str, Any]:
-    """What belongs to the user's program, by name."""
-    return {
-        "torch's random generator": torch.get_rng_state().tolist(),
-        "Python's random generator": random.getstate(),
-        "NumPy's random generator": pickle.dumps(np.random.get_state()),
-        "the default dtype": torch.get_default_dtype(),
-        "the number of threads": torch.get_num_threads(),
-        "the gradient mode": torch.is_grad_enabled(),
-        "the switch for deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "the switch for anomaly detection": torch.is_anomaly_enabled(),
-    }
-
-
-@contextmanager
-def as_it_was() -> Iterator[None]:
-    """Put the process's global state back: neither lrkit's seeds nor a broken component's switches reach the next test."""
-    before, numpy = global_state(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(torch.tensor(before["torch's random generator"], dtype=torch.uint8))
-        random.setstate(before["Python's random generator"])
-        np.random.set_state(numpy)
-        torch.set_default_dtype(before["the default dtype"])
-        torch.set_num_threads(before["the number of threads"])
-        torch.set_grad_enabled(before["the gradient mode"])
-        torch.use_deterministic_algorithms(before["the switch for deterministic algorithms"])
-        torch.autograd.set_detect_anomaly(before["the switch for anomaly detection"])
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from lrkit import actions, metrics
 from lrkit.adapted import Adapted, attach, load
 from lrkit.errors import LrkitError
 from lrkit.method import Method
+from lrkit.process import as_it_was
 from lrkit.targets import find_targets
 from lrkit.testing.base import (
     POINTS,
@@ -21,7 +22,6 @@ from lrkit.testing.base import (
     PartContract,
     Run,
     TinyModel,
-    as_it_was,
     batch,
     builtin_actions,
     builtin_metrics,

@@ -46,11 +46,14 @@ def oriented_weight(layer: nn.Module) -> Tensor:
     """The weight as [d_out, d_in]: a transposed view where the layer is a ``Conv1D``."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight.t() if _is_conv1d(layer) else weight
+    return weight if type(layer) is nn.Linear or not _is_conv1d(layer) else weight.t()
 
 
 # torch's FLOP counter knows addmm, but not addmm_: what is done in place would not be counted.
 flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])
+
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -68,57 +71,66 @@ class _LowRankLinear(torch.autograd.Function):
         s_o: Tensor | None,
         scaling: float,
     ) -> Tensor:
-        x_ni = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        ctx.merged = _merging_pays(x_ni, w_oi, ctx.needs_input_grad[3])
+        x_ni = _rows(x)
+        u_or = _scaled(b_or, c_r, s_o, scaling)
         h_nr = None
+        ctx.merged = _merging_pays(x_ni, w_oi, ctx.needs_input_grad[3])
         if ctx.merged:
-            y_no = F.linear(x_ni, _merged(w_oi, a_ri, b_or, c_r, s_o, scaling), bias_o)
+            y_no = F.linear(x_ni, torch.addmm(w_oi, u_or, a_ri), bias_o)
         else:
             h_nr = _down(x_ni, a_ri)
-            y_no = F.linear(x_ni, w_oi, bias_o)
-            y_no.addmm_(_scaled(h_nr, c_r, scaling), _rows_scaled(b_or, s_o).t())
-        ctx.save_for_backward(x_ni, w_oi, a_ri, b_or, c_r, s_o, h_nr)
+            y_no = F.linear(x_ni, w_oi, bias_o).addmm_(h_nr, u_or.t())
+        ctx.save_for_backward(x_ni, w_oi, a_ri, u_or, b_or, c_r, s_o, h_nr)
         ctx.scaling = scaling
-        ctx.has_bias = bias_o is not None
         # Not y_no.view(): what a function returns as a view may not be modified in place, as by nn.ReLU(inplace=True).
-        y: Tensor = torch.ops.aten._unsafe_view(y_no, (*x.shape[:-1], y_no.shape[1]))
+        y: Tensor = _unsafe_view(y_no, (*x.shape[:-1], y_no.shape[1]))
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_ni, w_oi, a_ri, b_or, c_r, s_o, h_nr = ctx.saved_tensors
-        need_x, need_w, need_bias, need_a, need_b, need_c, need_s, _ = ctx.needs_input_grad
-        g_no = grads[0].reshape(grads[0].shape[:-1].numel(), grads[0].shape[-1])
-        gx = gw = gbias = ga = gb = gc = gs = None
-        if h_nr is None and (need_b or need_c or need_s):
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, *grads)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x_ni, w_oi, a_ri, u_or, b_or, c_r, s_o, h_nr = ctx.saved_tensors
+    need_x, need_w, need_bias, need_a, need_b, need_c, need_s, _ = ctx.needs_input_grad
+    g_no = _rows(g)
+    gx = gw = gbias = ga = gb = gc = gs = None
+    if need_b or need_c or need_s:
+        if h_nr is None:
             h_nr = _down(x_ni, a_ri)
-        if need_a or (need_x and not ctx.merged):
-            gh_nr = _scaled(g_no @ _rows_scaled(b_or, s_o), c_r, ctx.scaling)
-            if need_a:
-                ga = gh_nr.t() @ x_ni
-        if need_x:
-            if ctx.merged:
-                # Merged a second time rather than kept: kept, every layer would hold a copy of its weight.
-                gx = g_no @ _merged(w_oi, a_ri, b_or, c_r, s_o, ctx.scaling)
-            else:
-                gx = (g_no @ w_oi).addmm_(gh_nr, a_ri)
-            gx = gx.view(*grads[0].shape[:-1], w_oi.shape[1])
-        if need_b or need_c or need_s:
-            # What all three gradients are made of. The transpose of g.t() @ h is the same numbers, three times as fast on
-            # CPU, where r columns are too few.
-            p_or = (h_nr.t() @ g_no).t()
+        # What all three gradients are made of. The transpose of g.t() @ h is the same numbers, three times as fast on
+        # CPU, where r columns are too few.
+        p_or = (h_nr.t() @ g_no).t()
+        if need_b:
+            # Laid out like B, or it would be copied once more.
+            gb = _scaled(p_or, c_r, s_o, ctx.scaling, out=torch.empty_like(u_or))
+        if need_c or need_s:
+            p_or = p_or * b_or
             if need_c:
-                gc = (p_or * _rows_scaled(b_or, s_o)).sum(0) * ctx.scaling
-            p_or = _scaled(p_or, c_r, ctx.scaling)
+                gc = (p_or.sum(0) if s_o is None else p_or.t().mv(s_o)) * ctx.scaling
             if need_s:
-                gs = (p_or * b_or).sum(1)
-            gb = _rows_scaled(p_or, s_o) if need_b else None
-        if need_w:
-            gw = g_no.t() @ x_ni
-        if need_bias and ctx.has_bias:
-            gbias = g_no.sum(0)
-        return gx, gw, gbias, ga, gb, gc, gs, None
+                gs = (p_or.sum(1) if c_r is None else p_or.mv(c_r)) * ctx.scaling
+    if need_a or (need_x and not ctx.merged):
+        gh_nr = g_no @ u_or
+        if need_a:
+            ga = gh_nr.t() @ x_ni
+    if need_x:
+        if ctx.merged:
+            # Merged a second time rather than kept: kept, every layer would hold a copy of its weight.
+            gx = g_no @ torch.addmm(w_oi, u_or, a_ri)
+        else:
+            gx = (g_no @ w_oi).addmm_(gh_nr, a_ri)
+        gx = gx.view(*g.shape[:-1], w_oi.shape[1])
+    if need_w:
+        gw = g_no.t() @ x_ni
+    if need_bias:
+        gbias = g_no.sum(0)
+    return gx, gw, gbias, ga, gb, gc, gs, None
+
+
+# With create_graph=True: what comes of it cannot be differentiated again, and says so.
+_backward_once = once_differentiable(_backward)
 
 
 _MERGING_PAYS_FROM = {True: 6.0, False: 2.5}
@@ -137,25 +149,28 @@ def _merging_pays(x_ni: Tensor, w_oi: Tensor, need_a: bool) -> bool:
     return wide and n * (d_in + d_out) >= _MERGING_PAYS_FROM[need_a] * d_in * d_out
 
 
+def _rows(x: Tensor) -> Tensor:
+    """One row a token [n, width]."""
+    return x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def _down(x_ni: Tensor, a_ri: Tensor) -> Tensor:
     """A x for each token [n, r]."""
     # As its transpose the product takes two thirds of the time on a CPU, up to four rows.
     return (a_ri @ x_ni.t()).t() if len(a_ri) <= 4 else x_ni @ a_ri.t()
 
 
-def _merged(w_oi: Tensor, a_ri: Tensor, b_or: Tensor, c_r: Tensor | None, s_o: Tensor | None, scaling: float) -> Tensor:
-    """W + scaling · s ∘ B (c ∘ A)."""
-    return torch.addmm(w_oi, _scaled(_rows_scaled(b_or, s_o), c_r, scaling), a_ri)
-
-
-def _rows_scaled(b_or: Tensor, s_o: Tensor | None) -> Tensor:
-    return b_or if s_o is None else b_or * s_o[:, None]
-
-
-def _scaled(h_nr: Tensor, c_r: Tensor | None, scaling: float) -> Tensor:
+def _scaled(b_or: Tensor, c_r: Tensor | None, s_o: Tensor | None, scaling: float, out: Tensor | None = None) -> Tensor:
+    """scaling · s ∘ B diag(c)."""
     if c_r is not None:
-        return h_nr * (c_r * scaling if scaling != 1.0 else c_r)
-    return h_nr * scaling if scaling != 1.0 else h_nr
+        b_or = torch.mul(b_or, c_r if scaling == 1.0 else c_r * scaling, out=out)
+    elif scaling != 1.0:
+        b_or = torch.mul(b_or, scaling, out=out)
+    return b_or if s_o is None else torch.mul(b_or, s_o[:, None], out=out)
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 def low_rank_linear(
@@ -293,41 +308,32 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., d_out] of x [..., d_in]."""
-        if self.rank == 0:
-            y: Tensor = self.base(x)
-            return y
-        if not self._fusible():
-            return self.reference(x)
+        base = self.base
         a, b = self.factors()
-        weight, bias = oriented_weight(self.base), self.bias
+        if not len(a):
+            y: Tensor = base(x)
+            return y
+        if not self._fusible(base):
+            return self.reference(x)
+        weight, bias = oriented_weight(base), self.bias
         device = x.device.type
-        double = torch.float64 in (x.dtype, weight.dtype)  # which autocast leaves alone
-        if not double and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             # Autocast does not see into an autograd function: cast as it would, and keep it out of there.
-            dtype = torch.get_autocast_dtype(device)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+            if torch.float64 not in (x.dtype, weight.dtype):  # which it leaves alone
+                x, weight, bias = _cast(torch.get_autocast_dtype(device), x, weight, bias)
             with torch.autocast(device, enabled=False):
                 return self._fused(x, weight, bias, a, b)
         return self._fused(x, weight, bias, a, b)
 
     def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        core, out_scale = self.core, self.out_scale
-        return low_rank_linear(
-            x,
-            weight,
-            bias,
-            a.to(x.dtype),
-            b.to(x.dtype),
-            None if core is None else core.to(x.dtype),
-            None if out_scale is None else out_scale.to(x.dtype),
-            self.scaling,
-        )
+        core, out_scale = self._parameters["core"], self._parameters["out_scale"]
+        if a.dtype != x.dtype:
+            a, b, core, out_scale = _cast(x.dtype, a, b, core, out_scale)
+        return low_rank_linear(x, weight, bias, a, b, core, out_scale, self.scaling)
 
-    def _fusible(self) -> bool:
+    def _fusible(self, base: nn.Module) -> bool:
         # A forward of its own (quantized layers; accelerate's, on the instance), a hook on the base, or dropout on the
         # adapter's input only: each needs the base to be called.
-        base = self.base
         return (
             self.fused
             and (type(base) is nn.Linear or _is_conv1d(base))

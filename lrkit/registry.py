@@ -6,6 +6,7 @@ two plug-ins claim belongs to neither, and using it raises with both named; a bu
 """
 
 import inspect
+import re
 import sys
 import threading
 import traceback
@@ -185,6 +186,9 @@ class Registry:
         for key, value in offered.items():
             if not isinstance(key, str) or not key:
                 raise LrkitError(f"{hook} must have names as keys, not {key!r}")
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", key):
+                # What else a name may hold, the command line's lists, settings and file names are made of.
+                raise LrkitError(f'{hook}: a name is made of letters, digits, ".", "_", "-" and "/", not {key!r}')
             if expected is None and not callable(value):
                 raise LrkitError(f'{hook}: "{key}" must be callable, not {value!r}')
             if expected is not None:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 import lrkit
 from lrkit.cli import main
 from lrkit.study import records
+from lrkit.study.ablate import _study
 from lrkit.study.execute import check
 from lrkit.study.plan import RowSpec, Study, TaskSpec, changes, lay_out, read_study, shipped, study_from
 
@@ -72,6 +73,32 @@ def test_a_swap_changes_what_it_names_and_nothing_else():
     # The settings that both metrics have are carried over.
     assert by_label["metric=sensitivity(smoothed=true)"].metric == lrkit.metrics.Sensitivity(smoothed=True, beta1=0.5)
     assert by_label["target_rank=2"].metric.beta1 == 0.5
+
+
+def test_a_component_with_all_its_settings_is_called_by_those_that_are_not_the_default():
+    """What an instance becomes. Nothing is carried over to it, and a label does not list what it left alone."""
+    tried = [lrkit.metrics.Sensitivity(smoothed=True), lrkit.metrics.Sensitivity(), lrkit.metrics.Magnitude()]
+    rows = lay_out(
+        _study(
+            "adalora",
+            {"metric": [*tried, "sensitivity"]},
+            "movies",
+            "minilm",
+            "all-linear",
+            1,
+            None,
+            None,
+            (),
+            (),
+            False,
+            "",
+        )
+    ).rows
+    assert [(row.label, row.method.metric) for row in rows[1:4]] == [
+        ("metric=sensitivity(smoothed=true)", tried[0]),
+        ("metric=sensitivity()", tried[1]),
+        ("metric=magnitude()", tried[2]),
+    ]
 
 
 def test_swaps_reach_into_further_policies():

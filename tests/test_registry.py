@@ -341,6 +341,10 @@ BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
         "lrkit_tasks must return a mapping from names to tasks, not generator",
     ),
     "a name that is none": (lambda: offering(lrkit_metrics={3: Alternating}), "must have names as keys, not 3"),
+    "a name with a comma": (
+        lambda: offering(lrkit_metrics={"a,b": Alternating}),
+        'a name is made of letters, digits, ".", "_", "-" and "/", not \'a,b\'',
+    ),
     "an empty name": (lambda: offering(lrkit_metrics={"": Alternating}), "must have names as keys, not ''"),
     "not derived": (
         lambda: offering(lrkit_metrics={"odd": NotDerived}),

@@ -18,6 +18,7 @@ from lrkit.method import (
     FIELDS,
     Method,
     arguments_of,
+    defaults,
     from_plain,
     swapped,
     to_plain,
@@ -443,12 +444,27 @@ def _without(plain: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _label(spec: RowSpec) -> str:
-    words = [f"{path}={_show(value)}" for path, value in {**spec.swap, **spec.set}.items()]
+    words = [f"{path}={_shown(path, value)}" for path, value in {**spec.swap, **spec.set}.items()]
     if isinstance(spec.base, str):
         words.insert(0, spec.base)
     words += [f"without {name}" for name in spec.leave_out]
     words += [f"run.{key}={_show(value)}" for key, value in spec.run.items()]
     return ", ".join(words) or "row"
+
+
+def _shown(path: str, value: Any) -> str:
+    """A value in a label. Of a component given with all its settings, those that are not the default."""
+    from lrkit.registry import current
+
+    kind = path.rpartition(".")[2]
+    if kind in FIELDS and isinstance(value, Mapping) and value.get("name") in current().names(kind):
+        usual = defaults(current().get(kind, value["name"]))
+        if usual.keys() <= value.keys() - {"name"}:
+            named = [
+                f"{key}={_show(v)}" for key, v in value.items() if key != "name" and usual.get(key, attrs.NOTHING) != v
+            ]
+            return f"{value['name']}({', '.join(named)})"
+    return _show(value)
 
 
 def _show(value: Any) -> str:

@@ -317,15 +317,10 @@ class LowRank(nn.Module):
             return self.reference(x)
         weight, bias = oriented_weight(base), self.bias
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            # Autocast does not see into an autograd function: cast as it would, and keep it out of there.
-            if torch.float64 not in (x.dtype, weight.dtype):  # which it leaves alone
-                x, weight, bias = _cast(torch.get_autocast_dtype(device), x, weight, bias)
-            with torch.autocast(device, enabled=False):
-                return self._fused(x, weight, bias, a, b)
-        return self._fused(x, weight, bias, a, b)
-
-    def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        # Autocast does not see into an autograd function: cast as it would, which leaves float64 alone.
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if autocast and torch.float64 not in (x.dtype, weight.dtype):
+            x, weight, bias = _cast(torch.get_autocast_dtype(device), x, weight, bias)
         core, out_scale = self._parameters["core"], self._parameters["out_scale"]
         if a.dtype != x.dtype:
             a, b, core, out_scale = _cast(x.dtype, a, b, core, out_scale)

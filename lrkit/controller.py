@@ -28,7 +28,7 @@ class Decision:
     Args:
         step: how many optimizer steps had been taken: 1, 2, ...
         policy: index into ``method.policies``.
-        budget: units that may be kept.
+        budget: units that may be kept; all of them where the action asks for no number (`Action.budgeted`).
         kept: units that are kept.
         units: all units of the policy; where its action adds units, those that the schedule has room for.
         threshold: the lowest score among the kept units; None where none is kept.
@@ -47,6 +47,11 @@ class Decision:
     lost: tuple[str, ...]
     returned: tuple[str, ...]
     fresh: tuple[str, ...] = ()
+
+    @property
+    def before(self) -> int:
+        """Units that were in effect before it."""
+        return self.kept + len(self.lost) - len(self.returned) - len(self.fresh)
 
 
 @attrs.frozen(eq=False)
@@ -456,7 +461,9 @@ class Controller:
             number = self.step - 1 + scheduler.first_step
             if state.due(self.step, self.total_steps):
                 total = self.total_steps
-                budget = scheduler.budget(number, total_steps=total, units=state.capacity, layers=state.layers)
+                budget = state.capacity
+                if action.budgeted:
+                    budget = scheduler.budget(number, total_steps=total, units=state.capacity, layers=state.layers)
                 share = scheduler.share(number, total_steps=total, units=state.capacity, layers=state.layers)
                 lost, moved = self._decide(state, budget, share, optimizer)
                 changed |= moved

@@ -70,22 +70,26 @@ def _ranks(results: Mapping[str, "Result"], folder: Path) -> Path | None:
     if not pruned:
         return None
     cells = {
-        label: {x.name: (x.rank or 0, max(x.initial_rank or 0, x.rank or 0)) for x in result.summary.layers}
+        label: {x.name: (x.rank or 0, x.initial_rank or 0) for x in result.summary.layers}
         for label, result in pruned.items()
     }
-    top = max(initial for table in cells.values() for _, initial in table.values())
     return _heat_maps(
         folder / "ranks.png",
         {
-            f"{label}: rank kept of {max(i for _, i in table.values())}, mean {_mean(table):.1f}": {
+            f"{label}: {_ranked(table)}, mean {_mean(table):.1f}": {
                 name: (float(rank), str(rank)) for name, (rank, _) in table.items()
             }
             for label, table in cells.items()
         },
-        top=float(top),
         label="rank in the end",
         colours="YlGnBu",
     )
+
+
+def _ranked(table: Mapping[str, tuple[int, int]]) -> str:
+    begun = max(initial for _, initial in table.values())
+    grown = any(rank > initial for rank, initial in table.values())
+    return f"rank in the end, begun at {begun}" if grown else f"rank kept of {begun}"
 
 
 def _mean(table: Mapping[str, tuple[int, int]]) -> float:
@@ -107,17 +111,15 @@ def _freezing(results: Mapping[str, "Result"], folder: Path) -> Path | None:
         tables[f"{label}: step at which each matrix froze (of {result.steps})"] = table
     if not tables:
         return None
-    top = max(value for table in tables.values() for value, _ in table.values())
-    return _heat_maps(folder / "freezing.png", tables, top=top, label="optimizer step", colours="YlOrBr")
+    return _heat_maps(folder / "freezing.png", tables, label="optimizer step", colours="YlOrBr")
 
 
 def _matrices(layer: str, frozen: Sequence[str]) -> list[str]:
     return [f"{layer}.{matrix}" for matrix in frozen]
 
 
-def _heat_maps(
-    path: Path, tables: Mapping[str, Mapping[str, tuple[float, str]]], *, top: float, label: str, colours: str
-) -> Path:
+def _heat_maps(path: Path, tables: Mapping[str, Mapping[str, tuple[float, str]]], *, label: str, colours: str) -> Path:
+    """One map for each table, each with colours up to its own largest value: one rank of 400 would leave the rest pale."""
     import numpy as np
 
     places = {title: grid_of(list(table)) for title, table in tables.items()}
@@ -125,8 +127,8 @@ def _heat_maps(
     columns = max(block for place in places.values() for _, block in place.values()) + 1
     height = sum(0.30 * len(r) + 0.75 for r in rows.values()) + 0.3
     figure, axes = _figure(len(tables), max(7.2, 3.6 + 0.5 * columns), height)
-    image = None
     for axis, (title, table) in zip(axes, tables.items(), strict=True):
+        top = max(value for value, _ in table.values()) or 1.0
         values = np.full((len(rows[title]), columns), np.nan)
         for name, (value, text) in table.items():
             module, block = places[title][name]
@@ -144,8 +146,8 @@ def _heat_maps(
         axis.set_yticks(np.arange(-0.5, len(rows[title])), minor=True)
         axis.grid(which="minor", color="white", linewidth=1.5)
         axis.tick_params(which="minor", length=0)
+        figure.colorbar(image, ax=axis, label=label, pad=0.02).outline.set_visible(False)
     axes[-1].set_xlabel("transformer block")
-    figure.colorbar(image, ax=axes, label=label, shrink=0.8, pad=0.02)
     figure.savefig(path)
     return path
 
@@ -167,8 +169,9 @@ def _budget(results: Mapping[str, "Result"], folder: Path) -> Path | None:
     for axis, (label, (decisions, result)) in zip(axes, curves.items(), strict=True):
         units = decisions[0].units
         steps = [0, *(d.step for d in decisions), result.steps]
-        planned = [units, *(d.budget for d in decisions), decisions[-1].budget]
-        kept = [units, *(d.kept for d in decisions), decisions[-1].kept]
+        before = decisions[0].before
+        planned = [before, *(d.budget for d in decisions), decisions[-1].budget]
+        kept = [before, *(d.kept for d in decisions), decisions[-1].kept]
         axis.step(steps, planned, where="post", color="#b8b6ad", linewidth=4, label="planned")
         axis.step(steps, kept, where="post", color="#0b6e99", linewidth=1.5, label="kept")
         back = [(d.step, d.kept) for d in decisions if d.returned]
@@ -180,7 +183,7 @@ def _budget(results: Mapping[str, "Result"], folder: Path) -> Path | None:
         axis.set_ylim(0, units * 1.06)
         axis.set_xlim(0, result.steps)
         axis.set_ylabel("units kept")
-    axes[0].legend(frameon=False, fontsize=8, loc="upper right")
+    axes[0].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0, ncols=3)
     axes[-1].set_xlabel("optimizer step")
     path = folder / "budget.png"
     figure.savefig(path)

@@ -143,6 +143,12 @@ class DecisionRecord:
     units: float
     lost: tuple[str, ...] = attrs.field(default=(), repr=False)
     returned: tuple[str, ...] = attrs.field(default=(), repr=False)
+    fresh: tuple[str, ...] = attrs.field(default=(), repr=False)
+
+    @property
+    def before(self) -> float:
+        """Units that were in effect before it."""
+        return self.kept + len(self.lost) - len(self.returned) - len(self.fresh)
 
 
 @attrs.frozen(kw_only=True)
@@ -309,18 +315,20 @@ class CellRecord:
         for line in _lines(self.folder / "history.jsonl"):
             step, policy = line.get("step"), line.get("policy", 0)
             budget, kept, units = (_number(line.get(name)) for name in ("budget", "kept", "units"))
-            lost, returned = line.get("lost") or [], line.get("returned") or []
+            names = [line.get(name) or [] for name in ("lost", "returned", "fresh")]
             if not isinstance(step, int) or not isinstance(policy, int) or math.isnan(budget + kept + units):
                 continue
-            if isinstance(lost, list) and isinstance(returned, list):
+            if all(isinstance(listed, list) for listed in names):
+                lost, returned, fresh = (tuple(str(unit) for unit in listed) for listed in names)
                 found[step, policy] = DecisionRecord(
                     step=step,
                     policy=policy,
                     budget=budget,
                     kept=kept,
                     units=units,
-                    lost=tuple(str(unit) for unit in lost),
-                    returned=tuple(str(unit) for unit in returned),
+                    lost=lost,
+                    returned=returned,
+                    fresh=fresh,
                 )
         return tuple(found[place] for place in sorted(found))
 

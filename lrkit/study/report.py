@@ -455,7 +455,8 @@ def _budget(study: _Study, task: str) -> str:
                     [[(d.step, d.kept) for d in run] for run in runs],
                 ),
             ):
-                x, mean, low, high = _over_seeds([[(0, units), *run] for run in values])
+                begun = zip(runs, values, strict=True)
+                x, mean, low, high = _over_seeds([[(0, run[0].before), *points] for run, points in begun])
                 if x[-1] < end:
                     x, mean, low, high = [*x, end], [*mean, mean[-1]], [*low, low[-1]], [*high, high[-1]]
                 curves.append(

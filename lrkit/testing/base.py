@@ -4,6 +4,7 @@ import abc
 import copy
 import functools
 import inspect
+import itertools
 import json
 import math
 import re
@@ -318,10 +319,16 @@ def decides(run: Run, exact: bool = True) -> None:
     expect(
         [d.step for d in taken] == [s for s in due if s <= end], f"decisions at {[d.step for d in taken]}, due {due}"
     )
+    for earlier, later in itertools.pairwise(taken):
+        expect(
+            later.before == earlier.kept,
+            f"step {earlier.step} leaves {earlier.kept} units, and step {later.step} finds {later.before}",
+        )
     for d in taken:
         number = d.step - 1 + scheduler.first_step
-        budget = scheduler.budget(number, total_steps=total, units=d.units, layers=layers)
-        expect(d.budget == budget, f"the decision at step {d.step} has budget {d.budget}, the scheduler {budget}")
+        if method.policies[0].action.budgeted:
+            budget = scheduler.budget(number, total_steps=total, units=d.units, layers=layers)
+            expect(d.budget == budget, f"the decision at step {d.step} has budget {d.budget}, the scheduler {budget}")
         expect(not exact or d.kept == d.budget, f"the decision at step {d.step} keeps {d.kept} of a budget {d.budget}")
         if not method.policies[0].action.reversible:
             expect(not d.returned, f"losing is final, and at step {d.step} {d.returned[0:1]} came back")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import lrkit
-from lrkit.actions import Ballot
 from lrkit.parameterizations import LowRank, Target
 from lrkit.parameterizations.lowrank import new_factor
 from lrkit.settings import one_of, real, whole
@@ -140,10 +139,6 @@ class SoftThreshold(lrkit.Action):
                 values = torch.where(values.abs() < threshold, 0.0, values)
             torch._foreach_copy_(cores, split(values, blocks))
         return values != 0
-
-    def select(self, ballot: Ballot) -> Tensor:
-        """All that the threshold has left, whatever the budget."""
-        return ballot.candidates
 
     @torch.no_grad()
     def apply(self, blocks: Sequence[lrkit.Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:

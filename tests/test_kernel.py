@@ -215,12 +215,66 @@ def test_the_output_can_be_changed_in_place():
         torch.testing.assert_close(y.detach(), want.detach())
 
 
-def test_second_derivatives_are_refused():
+@pytest.mark.parametrize("n", [1, 4, 40])  # 40: the merged path
+@pytest.mark.parametrize("scales", [(), ("core",), ("core", "out_scale")])
+def test_second_derivatives(scales, n):
+    """A gradient penalty, with an output gradient that needs no graph of its own (a sum's) and one that does."""
+    torch.manual_seed(0)
+    net = adapter(nn.Linear(5, 7), scales).double()
+    for p in net.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(2, n, 5, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *net.parameters()]
+    for head in (torch.sum, lambda y: y.tanh().sum()):
+        found = []
+        for forward in (net.forward, net.reference):
+            first = torch.autograd.grad(head(forward(x)), leaves, create_graph=True)
+            penalty = sum(g.square().sum() for g in first)
+            found.append([*first, *torch.autograd.grad(penalty, leaves, allow_unused=True, materialize_grads=True)])
+        for one, two in zip(*found, strict=True):
+            torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [4, 400])
+def test_autocast_around_backward_alone_changes_nothing(dtype, n):
+    net = adapter(nn.Linear(5, 7), ("core", "out_scale"))
+    x = torch.randn(n, 5, requires_grad=True)
+    leaves = [x, *net.parameters()]
+    want = torch.autograd.grad(net(x).sum(), leaves)
+    y = net(x).sum()
+    with torch.autocast("cpu", dtype):
+        found = torch.autograd.grad(y, leaves)
+    for one, two in zip(found, want, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_small_core_value_does_not_underflow_in_float16():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256))
+    net = lrkit.attach(model, lrkit.methods.svd_lora(), targets=["0"]).adapters["0"]
+    with torch.no_grad():
+        for p in (net.A, net.B):
+            p.normal_(0, 0.02)
+        net.core.fill_(1e-5)
+    x = torch.randn(8, 256)
+    (want,) = torch.autograd.grad(net(x).sum(), [net.A])
+    with torch.autocast("cpu", torch.float16):
+        y = net(x).sum()
+    (found,) = torch.autograd.grad(y, [net.A])
+    assert float((found - want).norm() / want.norm()) < 0.02
+
+
+def test_a_parametrized_core_is_read():
     net = adapter(nn.Linear(5, 7), ("core",))
-    x = torch.randn(4, 5, requires_grad=True)
-    (gradient,) = torch.autograd.grad(net(x).tanh().sum(), [x], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    x = torch.randn(4, 5)
+
+    class Double(nn.Module):
+        def forward(self, core):
+            return 2 * core
+
+    nn.utils.parametrize.register_parametrization(net, "core", Double())
+    torch.testing.assert_close(net(x), net.reference(x))
 
 
 @pytest.mark.parametrize("how", ["another forward", "a hook before backward"])

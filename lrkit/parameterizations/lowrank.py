@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry
 
@@ -80,7 +79,7 @@ class _LowRankLinear(torch.autograd.Function):
         else:
             h_nr = _down(x_ni, a_ri)
             y_no = F.linear(x_ni, w_oi, bias_o).addmm_(h_nr, u_or.t())
-        ctx.save_for_backward(x_ni, w_oi, a_ri, u_or, b_or, c_r, s_o, h_nr)
+        ctx.save_for_backward(x, w_oi, a_ri, u_or, b_or, c_r, s_o, h_nr)
         ctx.scaling = scaling
         # Not y_no.view(): what a function returns as a view may not be modified in place, as by nn.ReLU(inplace=True).
         y: Tensor = _unsafe_view(y_no, (*x.shape[:-1], y_no.shape[1]))
@@ -88,13 +87,24 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, *grads)
+        # Autocast around backward() would cast some of its products, and not those that are done in place.
+        device = grads[0].device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return _backward(ctx, *grads)
+        return _backward(ctx, *grads)
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x_ni, w_oi, a_ri, u_or, b_or, c_r, s_o, h_nr = ctx.saved_tensors
+    x, w_oi, a_ri, u_or, b_or, c_r, s_o, h_nr = ctx.saved_tensors
     need_x, need_w, need_bias, need_a, need_b, need_c, need_s, _ = ctx.needs_input_grad
-    g_no = _rows(g)
+    x_ni, g_no = _rows(x), _rows(g)
+    out = None
+    if torch.is_grad_enabled():
+        # create_graph=True: what forward made without a graph is made again with one.
+        u_or, h_nr = _scaled(b_or, c_r, s_o, ctx.scaling), None
+    elif need_b:
+        out = torch.empty_like(u_or)  # laid out like B, or the gradient would be copied once more
     gx = gw = gbias = ga = gb = gc = gs = None
     if need_b or need_c or need_s:
         if h_nr is None:
@@ -103,8 +113,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         # CPU, where r columns are too few.
         p_or = (h_nr.t() @ g_no).t()
         if need_b:
-            # Laid out like B, or it would be copied once more.
-            gb = _scaled(p_or, c_r, s_o, ctx.scaling, out=torch.empty_like(u_or))
+            gb = _scaled(p_or, c_r, s_o, ctx.scaling, out)
         if need_c or need_s:
             p_or = p_or * b_or
             if need_c:
@@ -127,10 +136,6 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if need_bias:
         gbias = g_no.sum(0)
     return gx, gw, gbias, ga, gb, gc, gs, None
-
-
-# With create_graph=True: what comes of it cannot be differentiated again, and says so.
-_backward_once = once_differentiable(_backward)
 
 
 _MERGING_PAYS_FROM = {True: 6.0, False: 2.5}
@@ -196,7 +201,7 @@ def low_rank_linear(
         scaling: a fixed factor, such as LoRA's α/r.
 
     Returns:
-        y [..., d_out]. All tensors must share one dtype. Its gradients cannot be differentiated again.
+        y [..., d_out]. All tensors must share one dtype.
     """
     y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, core, out_scale, scaling)  # type: ignore[no-untyped-call]
     return y
@@ -319,9 +324,13 @@ class LowRank(nn.Module):
         device = x.device.type
         # Autocast does not see into an autograd function: cast as it would, which leaves float64 alone.
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if autocast and torch.float64 not in (x.dtype, weight.dtype):
-            x, weight, bias = _cast(torch.get_autocast_dtype(device), x, weight, bias)
-        core, out_scale = self._parameters["core"], self._parameters["out_scale"]
+        cast = autocast and torch.float64 not in (x.dtype, weight.dtype)
+        dtype = torch.get_autocast_dtype(device) if cast else x.dtype
+        if dtype == torch.float16:
+            return self.reference(x)  # a small core value that is folded into B would underflow
+        if cast:
+            x, weight, bias = _cast(dtype, x, weight, bias)
+        core, out_scale = self.core, self.out_scale
         if a.dtype != x.dtype:
             a, b, core, out_scale = _cast(x.dtype, a, b, core, out_scale)
         return low_rank_linear(x, weight, bias, a, b, core, out_scale, self.scaling)

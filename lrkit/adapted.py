@@ -340,7 +340,7 @@ class Adapted:
         penalty = self._penalty()
         if penalty is None:
             device = next(self.model.parameters()).device
-            return torch.zeros((), device=device)
+            return torch.zeros((), dtype=torch.float32, device=device)
         return penalty
 
     def _penalty(self) -> Tensor | None:

@@ -105,7 +105,7 @@ class PolicyState:
         self.places = torch.tensor(places, dtype=torch.long)
 
     def _zeros(self, size: int) -> Tensor:
-        return torch.zeros(size, device=self.layout.device)
+        return torch.zeros(size, dtype=torch.float32, device=self.layout.device)
 
     def _layout(self) -> Layout:
         # Where losing is final, the losers are not ranked again.

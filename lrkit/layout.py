@@ -130,7 +130,7 @@ class Layout:
 
     def _gather(self, tensors: Sequence[Tensor]) -> Tensor:
         if not tensors:
-            return torch.zeros(0, device=self.device)
+            return torch.zeros(0, dtype=torch.float32, device=self.device)
         return torch.cat([t.detach().reshape(-1).to(self.device, torch.float32) for t in tensors])
 
     def reduce(self, live: Tensor, still: Tensor, rule: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
@@ -160,7 +160,7 @@ class Layout:
 
     def _in_order(self, *scores: Tensor) -> Tensor:
         """Unit scores [units] from those of the groups' units, group after group."""
-        absent = torch.full((1,), -torch.inf, device=self.device)
+        absent = torch.full((1,), -torch.inf, dtype=torch.float32, device=self.device)
         return torch.cat([*scores, absent]).index_select(0, self.order)
 
     def reduce_means(self, means: Tensor) -> Tensor:

@@ -291,12 +291,15 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """The settings of a component's class that have a plain default."""
-    return {
-        field.name: _plain(field.default)
-        for field in attrs.fields(cls)
-        if field.default is not attrs.NOTHING and not hasattr(field.default, "factory")
-    }
+    """The settings of a component's class that have a default which is always the same."""
+    found = {}
+    for field in attrs.fields(cls):
+        default: Any = field.default
+        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+            default = attrs.NOTHING if default.takes_self else default.factory()
+        if default is not attrs.NOTHING:
+            found[field.name] = _plain(default)
+    return found
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -319,6 +322,8 @@ def with_setting(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, A
         LrkitError: no such setting (with the nearest right one).
     """
     owner, _, key = path.rpartition(".")
+    if path == "also":
+        raise LrkitError('"also" is whole policies, and no setting: change one part, such as "also.0.metric"')
     copy, node = _descend(plain, owner, path)
     known = [name for name in node if name != "name"] if isinstance(node, dict) else []
     if key not in known or (not owner and key in (*FIELDS, "also")):
@@ -396,10 +401,13 @@ def swapped(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
         return with_component(plain, path, value)
     if not isinstance(value.get("name"), str):
         raise LrkitError(f"{path} must be a name, or a table with a name and settings, not {dict(value)!r}")
-    copy = with_component(plain, path, value["name"])
+    copy, node = _descend(with_component(plain, path, value["name"]), path, path)
+    settings = {field.name for field in attrs.fields(_registry().get(kind, value["name"]))}  # with or without a default
     for key, setting in value.items():
-        if key != "name":
-            copy = with_setting(copy, f"{path}.{key}", setting)
+        if key in settings:
+            node[key] = setting
+        elif key != "name":
+            with_setting(copy, f"{path}.{key}", setting)  # raises, with the nearest right one
     return copy
 
 

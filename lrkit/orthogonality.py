@@ -1,12 +1,12 @@
 """The orthogonality penalty of AdaLoRA (arXiv 2303.10512, Eq. 4), batched over factors of one shape."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lrkit.precision import without_autocast
 
 
 class _Deviation(torch.autograd.Function):
@@ -17,30 +17,38 @@ class _Deviation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, norm: str, *factors: Tensor) -> Tensor:
-        # Transposed views (P as [r, d]) are stacked as they lie in memory, and the stack is transposed.
         ctx.turned = factors[0].t().is_contiguous()
-        stacked = torch.stack([f.t() for f in factors]).transpose(1, 2) if ctx.turned else torch.stack(factors)
-        # Under autocast as well: the difference to I would drown in bfloat16.
-        kind = stacked.device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            deviation = torch.bmm(stacked, stacked.transpose(1, 2))
-        deviation.diagonal(dim1=1, dim2=2).sub_(1)
-        ctx.save_for_backward(stacked, deviation)
+        stacked, deviation = _deviation(factors, ctx.turned)
+        ctx.save_for_backward(stacked, deviation, *factors)
         ctx.norm = norm
         return torch.linalg.vector_norm(deviation, dim=(1, 2)).sum() if norm == "mean" else deviation.square().sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        stacked, deviation = ctx.saved_tensors
+        stacked, deviation, *factors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # create_graph=True: what forward made without a graph is made again with one.
+            stacked, deviation = _deviation(factors, ctx.turned)
         if ctx.norm == "mean":
             length = torch.linalg.vector_norm(deviation, dim=(1, 2), keepdim=True)
             scaled = deviation * torch.where(length > 0, 2 * grad / length, 0.0)
         else:
             scaled = deviation * (4 * grad)
-        if ctx.turned:  # D is symmetric: (D F)ᵀ = Fᵀ D
-            return None, *torch.bmm(stacked.transpose(1, 2), scaled).transpose(1, 2).unbind()
-        return None, *torch.bmm(scaled, stacked).unbind()
+        with without_autocast(stacked.device.type):
+            if ctx.turned:  # D is symmetric: (D F)ᵀ = Fᵀ D
+                return None, *torch.bmm(stacked.transpose(1, 2), scaled).transpose(1, 2).unbind()
+            return None, *torch.bmm(scaled, stacked).unbind()
+
+
+def _deviation(factors: Sequence[Tensor], turned: bool) -> tuple[Tensor, Tensor]:
+    """The factors as one tensor [k, r, d], and F Fᵀ - I [k, r, r]."""
+    # Transposed views (P as [r, d]) are stacked as they lie in memory, and the stack is transposed.
+    stacked = torch.stack([f.t() for f in factors]).transpose(1, 2) if turned else torch.stack(list(factors))
+    # Under autocast as well: the difference to I would drown in bfloat16.
+    with without_autocast(stacked.device.type):
+        deviation = torch.bmm(stacked, stacked.transpose(1, 2))
+    deviation.diagonal(dim1=1, dim2=2).sub_(1)
+    return stacked, deviation
 
 
 def orthogonality(factors: Sequence[Tensor], norm: Literal["squared", "mean"] = "squared") -> Tensor:

@@ -121,7 +121,8 @@ def export(
         if not difference <= TOLERANCE * max(1.0, largest):
             raise LrkitError(
                 f"the export to {to} was removed: read back, its logits are off by {difference:.2g} "
-                f"(the largest is {largest:.3g}), and {TOLERANCE:g} is allowed{_rounding(adapted.model)}"
+                f"(the largest is {largest:.3g}), and {TOLERANCE * max(1.0, largest):.2g} is allowed"
+                f"{_rounding(adapted.model)}"
             )
         if folder.exists():
             folder.rmdir()
@@ -135,9 +136,9 @@ def export(
 
 def _rounding(model: nn.Module) -> str:
     narrow = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
-    return (
-        f": the model's weights are {narrow.pop()}, which rounds ΔW; load it in float32 to export it" if narrow else ""
-    )
+    if narrow:
+        return f": the model's weights are {narrow.pop()}, which rounds ΔW; load it in float32 to export it"
+    return ". Where it is a little, it may be float32's rounding, above all of merged weights: try it in float64"
 
 
 @attrs.frozen

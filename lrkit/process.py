@@ -3,11 +3,13 @@
 import pickle
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+
+from lrkit.precision import without_autocast
 
 
 def global_state() -> dict[str, Any]:
@@ -19,8 +21,11 @@ def global_state() -> dict[str, Any]:
         "the default dtype": torch.get_default_dtype(),
         "the number of threads": torch.get_num_threads(),
         "the gradient mode": torch.is_grad_enabled(),
-        "the switch for deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "the switch for anomaly detection": torch.is_anomaly_enabled(),
+        "the switch for deterministic algorithms": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        "the switch for anomaly detection": (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
     }
 
 
@@ -28,6 +33,7 @@ def global_state() -> dict[str, Any]:
 def as_it_was() -> Iterator[None]:
     """Put it all back as it was: what runs within may seed, set threads and throw switches as it likes."""
     before, numpy = global_state(), np.random.get_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -37,5 +43,21 @@ def as_it_was() -> Iterator[None]:
         torch.set_default_dtype(before["the default dtype"])
         torch.set_num_threads(before["the number of threads"])
         torch.set_grad_enabled(before["the gradient mode"])
-        torch.use_deterministic_algorithms(before["the switch for deterministic algorithms"])
-        torch.autograd.set_detect_anomaly(before["the switch for anomaly detection"])
+        deterministic, warn_only = before["the switch for deterministic algorithms"]
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.autograd.set_detect_anomaly(*before["the switch for anomaly detection"])
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+
+@contextmanager
+def as_if_new() -> Iterator[None]:
+    """The modes of a process that has just begun, and those of this one back again; its global state, too."""
+    with ExitStack() as modes:
+        modes.enter_context(as_it_was())
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            modes.enter_context(without_autocast(device))
+        torch.set_default_dtype(torch.float32)
+        yield

@@ -26,6 +26,7 @@ from lrkit.errors import LrkitError, LrkitWarning, nearest
 Kind = Literal["parameterization", "metric", "scheduler", "action", "method", "task", "executor"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 GROUP = "lrkit"
+_NAME = re.compile(r"[^\W\d_][\w.-]*(/[\w.-]+)*")
 
 
 class PluginWarning(LrkitWarning):
@@ -186,9 +187,12 @@ class Registry:
         for key, value in offered.items():
             if not isinstance(key, str) or not key:
                 raise LrkitError(f"{hook} must have names as keys, not {key!r}")
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", key):
-                # What else a name may hold, the command line's lists, settings and file names are made of.
-                raise LrkitError(f'{hook}: a name is made of letters, digits, ".", "_", "-" and "/", not {key!r}')
+            if not _NAME.fullmatch(key) or key.lower() in ("none", "null", "true", "false", "nan", "inf", "infinity"):
+                # All else means something on the command line: a list, a number, an option, nothing.
+                raise LrkitError(
+                    f'{hook}: a name begins with a letter, goes on with letters, digits, ".", "_", "-" and "/", and is no '
+                    f"word for a value, unlike {key!r}"
+                )
             if expected is None and not callable(value):
                 raise LrkitError(f'{hook}: "{key}" must be callable, not {value!r}')
             if expected is not None:

@@ -145,3 +145,34 @@ def test_under_autocast_it_is_what_it_is_without(norm):
         penalty = orthogonality(factors, norm)
     assert torch.equal(penalty, plain)
     assert all(map(torch.equal, torch.autograd.grad(penalty, factors), grads))
+
+
+@pytest.mark.parametrize("norm", ["squared", "mean"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_second_derivatives(norm, turned):
+    torch.manual_seed(0)
+    factors = [torch.randn(3, 5, dtype=torch.float64) for _ in range(2)]
+    factors = [(f.t().contiguous().t() if turned else f).requires_grad_() for f in factors]
+
+    def plain():
+        deviations = [f @ f.t() - torch.eye(3, dtype=torch.float64) for f in factors]
+        if norm == "squared":
+            return sum(d.square().sum() for d in deviations)
+        return sum(d.square().sum().sqrt() for d in deviations) / 2
+
+    found = []
+    for value in (orthogonality(factors, norm), plain()):
+        first = torch.autograd.grad(value, factors, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), factors)
+        found.append([*first, *second])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_autocast_around_backward_alone_changes_nothing():
+    factor = torch.randn(4, 6, requires_grad=True)
+    (want,) = torch.autograd.grad(orthogonality([factor]), [factor])
+    value = orthogonality([factor])
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(value, [factor])
+    assert torch.equal(found, want)

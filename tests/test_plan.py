@@ -75,6 +75,51 @@ def test_a_swap_changes_what_it_names_and_nothing_else():
     assert by_label["target_rank=2"].metric.beta1 == 0.5
 
 
+def rows_of(swap, rows=()):
+    return lay_out(_study("adalora", swap, "movies", "minilm", "all-linear", 1, None, None, rows, (), False, "")).rows[
+        1:
+    ]
+
+
+def test_one_and_one_point_zero_are_two_targets():
+    """A count and a share, which Python has equal."""
+    tried = [lrkit.schedulers.Linear(target=1), lrkit.schedulers.Linear(target=1.0)]
+    assert [repr(row.method.scheduler.target) for row in rows_of({"scheduler": tried})] == ["1", "1.0"]
+    assert [repr(row.method.scheduler.target) for row in rows_of({"scheduler.target": [1, 1.0]})] == ["1", "1.0"]
+
+
+@attrs.frozen(kw_only=True)
+class Powered(lrkit.Metric):
+    """s = abs(w) to a power. Source: this test."""
+
+    power: float
+    offsets: tuple[float, ...] = attrs.field(factory=tuple)
+
+    def score(self, weight, state):
+        return weight.abs() ** self.power
+
+
+def test_a_swap_may_give_settings_that_have_no_plain_default():
+    with lrkit.current().lend("metric", "powered", Powered):
+        tried = [{"name": "powered", "power": 2.0}, Powered(power=3.0), Powered(power=3.0, offsets=(1.0,))]
+        rows = rows_of({"metric": tried})
+        assert [(row.label, row.method.metric) for row in rows] == [
+            ("metric=powered(power=2.0)", Powered(power=2.0)),
+            ("metric=powered(power=3.0)", Powered(power=3.0)),
+            ("metric=powered(power=3.0, offsets=[1.0])", Powered(power=3.0, offsets=(1.0,))),
+        ]
+        with pytest.raises(lrkit.LrkitError, match=r'no setting "metric\.pwer"'):
+            rows_of({"metric": [{"name": "powered", "pwer": 2.0}]})
+
+
+def test_rows_may_hold_instances_too():
+    rows = [{"swap": {"metric": lrkit.metrics.Magnitude()}}, {"label": "x", "base": lrkit.methods.lora(rank=2)}]
+    assert [row.method for row in rows_of({}, rows)] == [
+        attrs.evolve(lrkit.methods.adalora(), metric=lrkit.metrics.Magnitude()),
+        lrkit.methods.lora(rank=2),
+    ]
+
+
 def test_a_component_with_all_its_settings_is_called_by_those_that_are_not_the_default():
     """What an instance becomes. Nothing is carried over to it, and a label does not list what it left alone."""
     tried = [lrkit.metrics.Sensitivity(smoothed=True), lrkit.metrics.Sensitivity(), lrkit.metrics.Magnitude()]

@@ -118,7 +118,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "lrkit_parameterizations": {"halved": Halved},
     "lrkit_metrics": {"alternating": Alternating},
     "lrkit_schedulers": {"square": Square},
-    "lrkit_actions": {"null": Null},
+    "lrkit_actions": {"idle": Null},
     "lrkit_methods": {"halved": halved},
     "lrkit_tasks": {"reviews": reviews},
     "lrkit_executors": {"threads": threads},
@@ -185,13 +185,13 @@ def test_a_plug_in_may_be_an_object_and_offer_several_kinds() -> None:
 
         @hookimpl(specname="lrkit_actions")
         def by_another_name(self) -> dict[str, type[Action]]:
-            return {"null": Null}
+            return {"idle": Null}
 
     registry, lines = load(("good 1.0", Plugin()))
     assert lines == []
     assert registry.get("metric", "alternating") is Alternating
     assert registry.get("scheduler", "square") is Square
-    assert registry.get("action", "null") is Null
+    assert registry.get("action", "idle") is Null
 
 
 def test_a_hook_may_offer_nothing() -> None:
@@ -209,7 +209,7 @@ def test_a_method_of_plug_in_parts_composes_trains_and_goes_to_plain_data() -> N
         "parameterization": {"name": "svd", "rank": 4},
         "metric": {"name": "alternating", "offset": 3},
         "scheduler": {"name": "square", "target": 2},
-        "action": "null",
+        "action": "idle",
     }
     method = from_plain(plain, registry)
     assert (type(method.metric), type(method.scheduler), type(method.action)) == (Alternating, Square, Null)
@@ -343,8 +343,12 @@ BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
     "a name that is none": (lambda: offering(lrkit_metrics={3: Alternating}), "must have names as keys, not 3"),
     "a name with a comma": (
         lambda: offering(lrkit_metrics={"a,b": Alternating}),
-        'a name is made of letters, digits, ".", "_", "-" and "/", not \'a,b\'',
+        "is no word for a value, unlike 'a,b'",
     ),
+    **{
+        f"a name that is {name}": (lambda name=name: offering(lrkit_metrics={name: Alternating}), f"unlike '{name}'")
+        for name in ("none", "1", "1.5", "True", "-x", "../x", "a//b")
+    },
     "an empty name": (lambda: offering(lrkit_metrics={"": Alternating}), "must have names as keys, not ''"),
     "not derived": (
         lambda: offering(lrkit_metrics={"odd": NotDerived}),

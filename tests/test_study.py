@@ -15,6 +15,7 @@ import attrs
 import folders
 import killed_study
 import pytest
+import torch
 
 import lrkit
 from lrkit.study.ablate import perform
@@ -319,6 +320,41 @@ def test_a_pool_of_dask(place, tmp_path):
     assert (outcome.done, outcome.failed) == (3, ())
     perform(plan, tmp_path / "here", workers=0, threads=1, costs=False)
     assert results(tmp_path / "out") == results(tmp_path / "here")
+
+
+def test_cells_in_this_process_begin_like_a_new_one(place, tmp_path):
+    """Whatever the caller has switched on; and it is on again afterwards."""
+    study = small(place, rows=[], swap={})
+    perform_here(study, tmp_path / "neutral")
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            torch.autograd.set_detect_anomaly(True, check_nan=False)
+            outcome = perform_here(study, tmp_path / "odd")
+            assert torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+        assert (outcome.done, outcome.failed) == (1, ())
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.is_anomaly_enabled() and not torch.is_anomaly_check_nan_enabled()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.autograd.set_detect_anomaly(False, check_nan=True)
+    assert results(tmp_path / "odd") == results(tmp_path / "neutral")
+
+
+def test_what_only_this_process_has_is_refused_before_workers_are_asked(place, tmp_path):
+    class Mine:
+        @lrkit.hookimpl
+        def lrkit_tasks(self):
+            return {"mine": lambda rest: None}
+
+    registry = lrkit.Registry(discover=False)
+    registry.add("this process", "mine", Mine())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lrkit.registry.current", lambda: registry)
+        plan = lay_out(small(place, rows=[], swap={}, tasks=[{"task": "mine"}]))
+        with pytest.raises(lrkit.LrkitError, match=r'task "mine" is registered in this process alone.*workers=0'):
+            perform(plan, tmp_path / "out", workers=1, costs=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_ray_that_is_not_there_is_said(place, tmp_path):

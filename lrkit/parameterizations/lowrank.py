@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry
 
 from lrkit.errors import LrkitError
+from lrkit.precision import without_autocast
 from lrkit.units import Part
 
 
@@ -87,12 +88,8 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Autocast around backward() would cast some of its products, and not those that are done in place.
-        device = grads[0].device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return _backward(ctx, *grads)
-        return _backward(ctx, *grads)
+        with without_autocast(grads[0].device.type):
+            return _backward(ctx, *grads)
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -435,7 +432,7 @@ def further(module: nn.Module, part: Part, count: int) -> Tensor:
     shape = list(part.of(module).shape)
     assert part.axis is not None
     shape[part.axis] = count
-    return torch.empty(shape)
+    return torch.empty(shape, dtype=torch.float32)
 
 
 def new_factor(layer: nn.Module, *shape: int) -> nn.Parameter:

@@ -122,13 +122,13 @@ def _study(
     values = {path: [_plain(path, v) for v in _listed(path, tried)] for path, tried in (swap or {}).items()}
     return study_from(
         {
-            "base": to_plain(base) if isinstance(base, Method) else base,
+            "base": _plain("base", base),
             "title": title,
             "set": dict(settings or {}),
             "swap": values,
             "leave_out": list(leave_out),
             "grid": grid,
-            "rows": [dict(row) for row in rows],
+            "rows": [_row(row) for row in rows],
             "tasks": [task] if isinstance(task, str | Mapping) else list(task),
             "model": os.fspath(model),
             "targets": targets if isinstance(targets, str) else list(targets),
@@ -139,21 +139,33 @@ def _study(
     )
 
 
-def _listed(path: str, values: Any) -> list[Any]:
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: _plain(key, value) for key, value in row.items()}
+    if isinstance(plain.get("swap"), Mapping):
+        plain["swap"] = {path: _plain(path, value) for path, value in plain["swap"].items()}
+    return plain
+
+
+def _listed(path: Any, values: Any) -> list[Any]:
+    if not isinstance(path, str):
+        raise LrkitError(f"ablate: swap must have components or settings as keys, not {path!r}")
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise LrkitError(f'ablate: swap "{path}" must be a list of values to try, not {values!r}')
     return list(values)
 
 
 def _plain(path: str, value: Any) -> Any:
-    """A component's instance as a table; anything else as it is."""
-    kind = path.rpartition(".")[2]
+    """A method's or a component's instance as a table; anything else as it is."""
+    if path == "base" and isinstance(value, Method):
+        return to_plain(value)
+    kind = path.rpartition(".")[2] if isinstance(path, str) else ""
     if kind not in FIELDS or not attrs.has(type(value)):
         return value
     from lrkit.registry import current
 
-    settings = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
-    return {"name": current().name_of(kind, type(value)), **settings}
+    settings = ((field.name, getattr(value, field.name)) for field in attrs.fields(type(value)))
+    listed = {name: list(item) if isinstance(item, tuple) else item for name, item in settings}
+    return {"name": current().name_of(kind, type(value)), **listed}
 
 
 class _Borrowed(Executor):
@@ -221,7 +233,9 @@ def _check_workers_know(plan: Plan) -> None:
     """Worker processes have what is installed, and not what was registered in this one."""
     from lrkit.registry import current
 
-    for kind, name in (pair for row in plan.rows for pair in components_of(to_plain(row.method))):
+    used = [pair for row in plan.rows for pair in components_of(to_plain(row.method))]
+    used += [("task", task.name.partition("/")[0]) for task in plan.tasks if task.data is None]
+    for kind, name in used:
         if not current().is_installed(kind, name):
             raise LrkitError(
                 f'{kind} "{name}" is registered in this process alone, and worker processes would not know it: give '

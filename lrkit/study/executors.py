@@ -12,12 +12,12 @@ class Here(Executor):
     """In this process, one cell after the other: for what only this process knows, such as a component under test."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run it now. The caller's seeds and number of threads are as they were when it returns."""
-        from lrkit.process import as_it_was
+        """Run it now, as a new process would. The caller's seeds, threads and modes are as they were when it returns."""
+        from lrkit.process import as_if_new
 
         future: Future[Any] = Future()
         try:
-            with as_it_was():
+            with as_if_new():
                 future.set_result(fn(*args, **kwargs))
         except Exception as error:
             future.set_exception(error)

@@ -377,7 +377,8 @@ def lay_out(study: Study) -> Plan:
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
-    return row.method, tuple(sorted((key, repr(value)) for key, value in row.run.items()))
+    # As text: a target of 1 is a count, one of 1.0 a share, and Python has them equal.
+    return repr(to_plain(row.method)), tuple(sorted((key, repr(value)) for key, value in row.run.items()))
 
 
 def _compose(base: Any, settings: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -1,0 +1,15 @@
+"""What autocast may touch."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Autocast off for one type of device, where it is on; an autograd function is cast as a whole or not at all.
+
+    Autocast around ``backward()`` alone reaches into an autograd function's backward, and would cast some of its products.
+    """
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

@@ -1,4 +1,4 @@
-# Two commands on a fresh machine with Python 3.11, pip and make:  make demo   and   make test
+# Two commands on a fresh machine with Python 3.11 or newer, pip and make:  make demo   and   make test
 #
 # .venv is built in two stages, each with a stamp that is written last, so an interrupted run is never taken for
 # a finished one:

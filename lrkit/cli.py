@@ -366,6 +366,15 @@ def list_methods(as_json: Json = False) -> None:
         rows.append([name, *parts, about])
     if as_json:
         _json(plain)
+        return
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal and console.width < 140:
+        # Six columns would be cut to pieces: the composition in one, and no description.
+        short = [[name, " + ".join(part for part in parts if part != "-")] for name, *parts, _ in rows]
+        _table(["method", "composition"], short)
+        typer.echo("lrkit plugins show NAME: what one is, and what can be set")
     else:
         _table(["method", *FIELDS, ""], rows)
 

@@ -88,7 +88,7 @@ class Policy:
                 what = "initial rank" if action.unit == "component" else f"number of units ({action.unit})"
                 return (
                     f"{type(scheduler).__name__}.{name} = {amount} is above the {what} {most} "
-                    f"of {parameterization!r}: it must be at most {most}"
+                    f"of {parameterization!r}: it must be at most {most}, or a share such as 0.5"
                 )
         return None
 

@@ -617,7 +617,8 @@ def _curves(study: _Study, task: str) -> str:
         study,
         losses,
         "training loss",
-        f"Training loss, {over}mean over seeds; shaded: lowest to highest seed. A cross marks where a run diverged.",
+        f"Training loss as it is minimised, any penalty included, {over}mean over seeds; shaded: lowest to highest seed. "
+        "A cross marks where a run diverged.",
     )
     return html + _curve_figure(
         study, scores, metric, f"Validation {metric} on the way, mean over seeds; shaded: lowest to highest seed."

@@ -60,7 +60,8 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / FILE if folder.is_dir() else folder
     if not path.is_file():
-        raise LrkitError(f"no lrkit state at {path}")
+        study = ": this is a study's folder, and a run's is one of its cells/*" if (folder / "cells").is_dir() else ""
+        raise LrkitError(f"no lrkit state at {path}{study}")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}

@@ -539,9 +539,12 @@ def _show_plan(plan: Any, as_json: bool) -> None:
         for label, r in rows.items()
     ]
     _table(["row", "changed against the base"], shown)
-    typer.echo(
-        f"{cells} cells: {len(plan.rows)} rows on {', '.join(tasks)} with {len(plan.seeds)} seeds. Every one can run."
-    )
+    counted = (_count(len(plan.rows), "row"), _count(len(plan.seeds), "seed"), _count(cells, "cell"))
+    typer.echo(f"{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _said(value: Any) -> str:

@@ -323,7 +323,7 @@ def with_setting(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, A
     """
     owner, _, key = path.rpartition(".")
     if path == "also":
-        raise LrkitError('"also" is whole policies, and no setting: change one part, such as "also.0.metric"')
+        raise LrkitError('no setting "also": it holds whole policies; change one part, such as "also.0.metric"')
     copy, node = _descend(plain, owner, path)
     known = [name for name in node if name != "name"] if isinstance(node, dict) else []
     if key not in known or (not owner and key in (*FIELDS, "also")):

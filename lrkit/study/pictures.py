@@ -73,14 +73,15 @@ def _ranks(results: Mapping[str, "Result"], folder: Path) -> Path | None:
         label: {x.name: (x.rank or 0, x.initial_rank or 0) for x in result.summary.layers}
         for label, result in pruned.items()
     }
+    titles = {label: f"{label}: {_ranked(table)}, mean {_mean(table):.1f}" for label, table in cells.items()}
     return _heat_maps(
         folder / "ranks.png",
         {
-            f"{label}: {_ranked(table)}, mean {_mean(table):.1f}": {
-                name: (float(rank), str(rank)) for name, (rank, _) in table.items()
-            }
+            titles[label]: {name: (float(rank), str(rank)) for name, (rank, _) in table.items()}
             for label, table in cells.items()
         },
+        # Up to what a method began with, or has grown to: one of rank 1000 would leave all others pale.
+        tops={titles[label]: float(max(max(pair) for pair in table.values())) for label, table in cells.items()},
         label="rank in the end",
         colours="YlGnBu",
     )
@@ -111,15 +112,24 @@ def _freezing(results: Mapping[str, "Result"], folder: Path) -> Path | None:
         tables[f"{label}: step at which each matrix froze (of {result.steps})"] = table
     if not tables:
         return None
-    return _heat_maps(folder / "freezing.png", tables, label="optimizer step", colours="YlOrBr")
+    last = max(value for table in tables.values() for value, _ in table.values())
+    tops = dict.fromkeys(tables, last)
+    return _heat_maps(folder / "freezing.png", tables, tops=tops, label="optimizer step", colours="YlOrBr")
 
 
 def _matrices(layer: str, frozen: Sequence[str]) -> list[str]:
     return [f"{layer}.{matrix}" for matrix in frozen]
 
 
-def _heat_maps(path: Path, tables: Mapping[str, Mapping[str, tuple[float, str]]], *, label: str, colours: str) -> Path:
-    """One map for each table, each with colours up to its own largest value: one rank of 400 would leave the rest pale."""
+def _heat_maps(
+    path: Path,
+    tables: Mapping[str, Mapping[str, tuple[float, str]]],
+    *,
+    tops: Mapping[str, float],
+    label: str,
+    colours: str,
+) -> Path:
+    """One map for each table, coloured from 0 to its top."""
     import numpy as np
 
     places = {title: grid_of(list(table)) for title, table in tables.items()}
@@ -128,7 +138,7 @@ def _heat_maps(path: Path, tables: Mapping[str, Mapping[str, tuple[float, str]]]
     height = sum(0.30 * len(r) + 0.75 for r in rows.values()) + 0.3
     figure, axes = _figure(len(tables), max(7.2, 3.6 + 0.5 * columns), height)
     for axis, (title, table) in zip(axes, tables.items(), strict=True):
-        top = max(value for value, _ in table.values()) or 1.0
+        top = tops[title] or 1.0
         values = np.full((len(rows[title]), columns), np.nan)
         for name, (value, text) in table.items():
             module, block = places[title][name]

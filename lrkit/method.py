@@ -326,7 +326,7 @@ def with_setting(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, A
         raise LrkitError('no setting "also": it holds whole policies; change one part, such as "also.0.metric"')
     copy, node = _descend(plain, owner, path)
     known = [name for name in node if name != "name"] if isinstance(node, dict) else []
-    if key not in known or (not owner and key in (*FIELDS, "also")):
+    if key not in known or (not owner and key in FIELDS):
         leaves = [leaf for leaf in _leaves(plain) if not leaf.endswith(".name")]
         same = [leaf for leaf in leaves if leaf.rpartition(".")[2] == key]
         hint = f" (did you mean {' or '.join(same)}?)" if same else nearest(path, leaves)

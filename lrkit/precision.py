@@ -5,11 +5,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
+def is_autocast_on(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """Autocast off for one type of device, where it is on; an autograd function is cast as a whole or not at all.
 
     Autocast around ``backward()`` alone reaches into an autograd function's backward, and would cast some of its products.
     """
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return torch.autocast(device, enabled=False) if is_autocast_on(device) else nullcontext()

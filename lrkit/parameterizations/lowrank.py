@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry
 
 from lrkit.errors import LrkitError
-from lrkit.precision import without_autocast
+from lrkit.precision import is_autocast_on, without_autocast
 from lrkit.units import Part
 
 
@@ -320,8 +320,7 @@ class LowRank(nn.Module):
         weight, bias = oriented_weight(base), self.bias
         device = x.device.type
         # Autocast does not see into an autograd function: cast as it would, which leaves float64 alone.
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        cast = autocast and torch.float64 not in (x.dtype, weight.dtype)
+        cast = is_autocast_on(device) and torch.float64 not in (x.dtype, weight.dtype)
         dtype = torch.get_autocast_dtype(device) if cast else x.dtype
         if dtype == torch.float16:
             return self.reference(x)  # a small core value that is folded into B would underflow

@@ -446,17 +446,13 @@ def _budget(study: _Study, task: str) -> str:
             units = max(d.units for run in runs for d in run)
             end = max([cell.steps for cell in cells] + [run[-1].step for run in runs])
             curves = []
-            for label, style, width, values in (
-                ("planned", Style("planned"), 5.0, [[(d.step, d.budget) for d in run] for run in runs]),
-                (
-                    "kept",
-                    attrs.evolve(study.styles[row], dash=""),
-                    1.75,
-                    [[(d.step, d.kept) for d in run] for run in runs],
-                ),
+            for label, amount, style, width in (
+                ("planned", "budget", Style("planned"), 5.0),
+                ("kept", "kept", attrs.evolve(study.styles[row], dash=""), 1.75),
             ):
-                begun = zip(runs, values, strict=True)
-                x, mean, low, high = _over_seeds([[(0, run[0].before), *points] for run, points in begun])
+                x, mean, low, high = _over_seeds(
+                    [[(0, run[0].before), *((d.step, getattr(d, amount)) for d in run)] for run in runs]
+                )
                 if x[-1] < end:
                     x, mean, low, high = [*x, end], [*mean, mean[-1]], [*low, low[-1]], [*high, high[-1]]
                 curves.append(

@@ -2,9 +2,8 @@
    metrics/sensitivity.py. Every tensor is contiguous float32. The flat tensors hold all entries, tensor after tensor. */
 
 #include <math.h>
-#include <pthread.h>
+#include <stddef.h>
 #include <stdint.h>
-#include <stdlib.h>
 
 /* One tensor: where it is, and how its entries make up units. They lie as [outer, units, inner]. */
 struct tensor {
@@ -26,29 +25,16 @@ struct job {
     double *scores;
 };
 
-struct part {
-    const struct job *job;
-    int64_t begin, end;          /* which tensors */
-    int finite;
-};
-
 static int64_t size_of(const struct shape *s) { return s->outer * s->units * s->inner; }
 
 /* 0 times infinity, and any sum with a NaN in it, is NaN. */
-static void *all_finite(void *argument)
+static int all_finite(const float *grad, int64_t size)
 {
-    struct part *part = argument;
-    for (int64_t t = part->begin; t < part->end; t++) {
-        const float *grad = part->job->tensors[t].grad;
-        const int64_t size = size_of(&part->job->shapes[t]);
-        float zeros = 0;
+    float zeros = 0;
 #pragma omp simd reduction(+ : zeros)
-        for (int64_t j = 0; j < size; j++)
-            zeros += grad[j] * 0.0f;
-        if (zeros != 0.0f)
-            part->finite = 0;
-    }
-    return NULL;
+    for (int64_t j = 0; j < size; j++)
+        zeros += grad[j] * 0.0f;
+    return zeros == 0.0f;
 }
 
 /* From old towards new by a rate, exact at both ends: torch.lerp's formula. */
@@ -113,51 +99,35 @@ static void score(const struct shape *s, const float *restrict mean, const float
 }
 
 /* A tensor's statistics are scored while they are in the cache. */
-static void *observe(void *argument)
+static void observe(const struct job *job, int64_t t)
 {
-    const struct part *part = argument;
-    const struct job *job = part->job;
-    for (int64_t t = part->begin; t < part->end; t++) {
-        const struct shape *s = &job->shapes[t];
-        float *mean = job->mean + s->start, *deviation = job->deviation + s->start;
-        if (job->tensors != NULL)
-            smooth(job, &job->tensors[t], size_of(s), mean, deviation);
-        if (job->scoring)
-            score(s, mean, deviation, job->scores + s->first);
-    }
-    return NULL;
+    const struct shape *s = &job->shapes[t];
+    float *mean = job->mean + s->start, *deviation = job->deviation + s->start;
+    if (job->tensors != NULL)
+        smooth(job, &job->tensors[t], size_of(s), mean, deviation);
+    if (job->scoring)
+        score(s, mean, deviation, job->scores + s->first);
 }
 
-/* Run a step over all parts; the last part runs here, and so does one that no thread can be had for. */
-static void run(void *(*step)(void *), struct part *parts, int threads)
+/* Moves the statistics of `count` tensors by one step (unless `tensors` is null), then adds up the scores (if `scoring`).
+   Which thread takes which tensor changes no number. Returns 0, with nothing changed, where a gradient is not finite;
+   else 1. */
+int lrkit_observe(const struct job *job, int64_t count, int threads)
 {
-    pthread_t ids[threads];
-    char started[threads];
-    for (int i = 0; i < threads - 1; i++)
-        started[i] = pthread_create(&ids[i], NULL, step, &parts[i]) == 0;
-    step(&parts[threads - 1]);
-    for (int i = 0; i < threads - 1; i++)
-        if (started[i])
-            pthread_join(ids[i], NULL);
-        else
-            step(&parts[i]);
-}
-
-/* Moves the statistics by one step (unless `tensors` is null), then adds up the scores (if `scoring`).
-   `bounds` [threads + 1] says which tensors each thread takes; the numbers do not depend on it.
-   Returns 0, with nothing changed, where a gradient is not finite; else 1. */
-int lrkit_observe(const struct job *job, const int64_t *bounds, int threads)
-{
-    struct part parts[threads];
+    const int64_t chunk = 1 + count / (64 * threads); /* tensors differ in size, and taking one costs something, too */
     int finite = 1;
-    for (int i = 0; i < threads; i++)
-        parts[i] = (struct part){job, bounds[i], bounds[i + 1], 1};
-    if (job->tensors != NULL) {
-        run(all_finite, parts, threads);
-        for (int i = 0; i < threads; i++)
-            finite &= parts[i].finite;
+#pragma omp parallel num_threads(threads)
+    {
+        if (job->tensors != NULL) {
+#pragma omp for schedule(dynamic, chunk) reduction(& : finite)
+            for (int64_t t = 0; t < count; t++)
+                finite &= all_finite(job->tensors[t].grad, size_of(&job->shapes[t]));
+        }
+        if (finite) {
+#pragma omp for schedule(dynamic, chunk)
+            for (int64_t t = 0; t < count; t++)
+                observe(job, t);
+        }
     }
-    if (finite)
-        run(observe, parts, threads);
     return finite;
 }

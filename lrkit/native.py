@@ -1,8 +1,9 @@
 """The statistics of AdaLoRA and AFLoRA in one pass over memory, where a C compiler is at hand.
 
 As tensor operations the two running means take six passes over all entries, and a CPU waits for memory in each. The
-same formula in C (`native.c`) reads and writes every entry once, and scores it while it is in the cache. It is compiled
-with ``cc`` when it is first needed (a fifth of a second), kept in the user's cache folder, and never needed: without a
+same formula in C (`native.c`) reads and writes every entry once, and scores it while it is in the cache, on torch's own
+OpenMP threads where the compiler knows OpenMP: threads of our own would wait for torch's, which go on spinning for a while
+after each tensor operation. It is compiled with ``cc`` when it is first needed (a fifth of a second), kept in the user's cache folder, and never needed: without a
 compiler, for small problems, on other devices and for other dtypes the tensor operations run. ``LRKIT_NATIVE=0`` turns it
 off.
 
@@ -10,7 +11,6 @@ The two ways agree to rounding, not bit for bit: a resumed run is bitwise the ot
 of threads changes nothing.
 """
 
-import bisect
 import ctypes
 import functools
 import hashlib
@@ -34,8 +34,8 @@ from torch import Tensor, nn
 SMALLEST = 1 << 16
 """Entries from which on it is used: below, tensor operations stay in the cache."""
 
-_SHARE = 1 << 18
-"""Entries that are worth a thread of their own, which takes some ten microseconds to start."""
+_SHARE = 1 << 16
+"""Entries that are worth a thread."""
 
 _KINDS = {"sensitivity": 0, "gradient": 1, "ratio": 2}
 _FLAGS = {
@@ -68,7 +68,7 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("LRKIT_NATIVE") == "0" or compiler is None or os.name != "posix":
         return None
     source = resources.files("lrkit") / "native.c"
-    flags = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", *_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    flags = ("-O3", "-fPIC", "-shared", *_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
     # What the processor can do is among the flags: machines that share a home folder have a library each.
     key = hashlib.sha256("\0".join((source.read_text("utf-8"), compiler, *flags, platform.machine())).encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrkit"
@@ -78,12 +78,20 @@ def library() -> ctypes.CDLL | None:
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=folder) as build, resources.as_file(source) as path:
                 made = Path(build) / target.name
-                command = [compiler, *flags, str(path), "-o", str(made), "-lm", "-pthread"]
-                subprocess.run(command, check=True, capture_output=True)
+                _compile([compiler, *flags, str(path), "-o", str(made), "-lm"])
                 os.replace(made, target)  # in one move: several processes may do this at once
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _compile(command: list[str]) -> None:
+    """With threads; without them where the compiler has none, as on macOS."""
+    for openmp in ("-fopenmp", "-fopenmp-simd"):
+        done = subprocess.run([*command, openmp], check=False, capture_output=True)
+        if done.returncode == 0:
+            return
+    done.check_returncode()
 
 
 class _Job(ctypes.Structure):
@@ -176,15 +184,9 @@ class Statistics:
             deviation=deviation.data_ptr(),
             scores=scores.data_ptr(),
         )
-        threads = max(1, min(torch.get_num_threads(), self._starts[-1] // _SHARE))
-        bounds = self._bounds(threads)
-        finite = c.lrkit_observe(ctypes.byref(job), ctypes.c_void_p(_address(bounds)), ctypes.c_int(threads))
+        count, threads = len(self._tensors), max(1, min(torch.get_num_threads(), self._starts[-1] // _SHARE))
+        finite = c.lrkit_observe(ctypes.byref(job), ctypes.c_int64(count), ctypes.c_int(threads))
         return bool(finite), scores
-
-    def _bounds(self, threads: int) -> "array[int]":
-        """Where to cut the list of tensors, for threads with about equally many entries."""
-        cuts = (bisect.bisect(self._starts, self._starts[-1] * i // threads) - 1 for i in range(1, threads))
-        return array("q", (0, *cuts, len(self._tensors)))
 
     def _as_laid_out(self, grads: Sequence[Tensor]) -> bool:
         return all(

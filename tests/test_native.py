@@ -206,6 +206,19 @@ def test_without_a_compiler_the_tensor_operations_run(tmp_path):
         assert out.stdout == "None\n"
 
 
+@needs_compiler
+def test_a_compiler_without_openmp_compiles_all_the_same(tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nfor a; do [ "$a" = -fopenmp ] && exit 1; done\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    test = f"{__file__}::test_statistics_and_scores_are_the_formulas[3-0]"
+    environment = os.environ | {"CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "1 passed" in out.stdout, out.stdout
+    assert len(list((tmp_path / "cache" / "lrkit").glob("*.so"))) == 1
+
+
 @pytest.mark.parametrize("pieces", [1, 7, 1 << 16])
 def test_the_cut_into_pieces_changes_nothing(pieces, monkeypatch):
     from lrkit import layout

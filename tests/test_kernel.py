@@ -217,15 +217,21 @@ def test_the_output_can_be_changed_in_place():
 
 @pytest.mark.parametrize("n", [1, 4, 40])  # 40: the merged path
 @pytest.mark.parametrize("scales", [(), ("core",), ("core", "out_scale")])
-def test_second_derivatives(scales, n):
+@pytest.mark.parametrize("frozen", ["", "A", "AB"])
+def test_second_derivatives(scales, n, frozen):
     """A gradient penalty, with an output gradient that needs no graph of its own (a sum's) and one that does."""
+    heads = (torch.sum, lambda y: y.tanh().sum())
+    if frozen == "AB" and not scales:
+        heads = heads[1:]  # y is linear in what is left, x
     torch.manual_seed(0)
     net = adapter(nn.Linear(5, 7), scales).double()
-    for p in net.parameters():
+    net.base.requires_grad_(not frozen)
+    for name, p in net.named_parameters():
         nn.init.normal_(p)
+        p.requires_grad_(p.requires_grad and name not in frozen)
     x = torch.randn(2, n, 5, dtype=torch.float64, requires_grad=True)
-    leaves = [x, *net.parameters()]
-    for head in (torch.sum, lambda y: y.tanh().sum()):
+    leaves = [x, *(p for p in net.parameters() if p.requires_grad)]
+    for head in heads:
         found = []
         for forward in (net.forward, net.reference):
             first = torch.autograd.grad(head(forward(x)), leaves, create_graph=True)
@@ -233,6 +239,27 @@ def test_second_derivatives(scales, n):
             found.append([*first, *torch.autograd.grad(penalty, leaves, allow_unused=True, materialize_grads=True)])
         for one, two in zip(*found, strict=True):
             torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("n", [8, 400])  # 400: the merged path
+@pytest.mark.parametrize("frozen", ["", "A", "AB"])
+def test_the_input_is_kept_only_for_the_gradient_of_a(frozen, n):
+    net = adapter(nn.Linear(5, 7), ("core", "out_scale"))
+    net.base.requires_grad_(False)
+    for name in frozen:
+        net.get_parameter(name).requires_grad_(False)
+    x = torch.randn(2, n, 5, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        y = net(x)
+    assert (x.data_ptr() in kept) == ("A" not in frozen)
+    leaves = [x, *(p for p in net.parameters() if p.requires_grad)]
+    for one, two in zip(
+        torch.autograd.grad(y.sin().sum(), leaves),
+        torch.autograd.grad(net.reference(x).sin().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -70,41 +70,53 @@ class _LowRankLinear(torch.autograd.Function):
         c_r: Tensor | None,
         s_o: Tensor | None,
         scaling: float,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        _, need_w, _, need_a, need_b, need_c, need_s, _ = ctx.needs_input_grad
         x_ni = _rows(x)
         u_or = _scaled(b_or, c_r, s_o, scaling)
         h_nr = None
-        ctx.merged = _merging_pays(x_ni, w_oi, ctx.needs_input_grad[3])
+        ctx.merged = _merging_pays(x_ni, w_oi, need_a)
+        # Only the gradients of A and W need x itself. Without them A x stands for it, which is d_in / r times smaller.
+        ctx.keeps_x = need_a or need_w
+        if not ctx.merged or (not ctx.keeps_x and (need_b or need_c or need_s)):
+            h_nr = _down(x_ni, a_ri)
         if ctx.merged:
             y_no = F.linear(x_ni, torch.addmm(w_oi, u_or, a_ri), bias_o)
         else:
-            h_nr = _down(x_ni, a_ri)
+            assert h_nr is not None
             y_no = F.linear(x_ni, w_oi, bias_o).addmm_(h_nr, u_or.t())
-        ctx.save_for_backward(x, w_oi, a_ri, u_or, b_or, c_r, s_o, h_nr)
-        ctx.scaling = scaling
+        ctx.save_for_backward(x if ctx.keeps_x else None, w_oi, a_ri, u_or, b_or, c_r, s_o, h_nr)
+        ctx.scaling, ctx.shape, ctx.device = scaling, x.shape, x.device.type
+        ctx.set_materialize_grads(False)  # the second output mostly has none
         # Not y_no.view(): what a function returns as a view may not be modified in place, as by nn.ReLU(inplace=True).
         y: Tensor = _unsafe_view(y_no, (*x.shape[:-1], y_no.shape[1]))
-        return y
+        # Where A x stands for x, second derivatives reach x through it: as an output it is part of the graph.
+        return y, None if ctx.keeps_x else h_nr
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grads[0].device.type):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with without_autocast(ctx.device):
             return _backward(ctx, *grads)
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, g: Tensor | None, further_gh_nr: Tensor | None) -> tuple[Tensor | None, ...]:
     x, w_oi, a_ri, u_or, b_or, c_r, s_o, h_nr = ctx.saved_tensors
     need_x, need_w, need_bias, need_a, need_b, need_c, need_s, _ = ctx.needs_input_grad
-    x_ni, g_no = _rows(x), _rows(g)
+    if g is None:
+        gx = None if further_gh_nr is None else (further_gh_nr @ a_ri).view(ctx.shape)
+        return gx, None, None, None, None, None, None, None
+    g_no = _rows(g)
+    x_ni = None if x is None else _rows(x)
     out = None
     if torch.is_grad_enabled():
         # create_graph=True: what forward made without a graph is made again with one.
-        u_or, h_nr = _scaled(b_or, c_r, s_o, ctx.scaling), None
+        u_or, h_nr = _scaled(b_or, c_r, s_o, ctx.scaling), h_nr if x_ni is None else None
     elif need_b:
         out = torch.empty_like(u_or)  # laid out like B, or the gradient would be copied once more
     gx = gw = gbias = ga = gb = gc = gs = None
     if need_b or need_c or need_s:
         if h_nr is None:
+            assert x_ni is not None
             h_nr = _down(x_ni, a_ri)
         # What all three gradients are made of. The transpose of g.t() @ h is the same numbers, three times as fast on
         # CPU, where r columns are too few.
@@ -112,11 +124,11 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         if need_b:
             gb = _scaled(p_or, c_r, s_o, ctx.scaling, out)
         if need_c or need_s:
-            p_or = p_or * b_or
+            p_or = p_or * b_or if ctx.scaling == 1.0 else p_or * b_or * ctx.scaling
             if need_c:
-                gc = (p_or.sum(0) if s_o is None else p_or.t().mv(s_o)) * ctx.scaling
+                gc = p_or.sum(0) if s_o is None else p_or.t().mv(s_o)
             if need_s:
-                gs = (p_or.sum(1) if c_r is None else p_or.mv(c_r)) * ctx.scaling
+                gs = p_or.sum(1) if c_r is None else p_or.mv(c_r)
     if need_a or (need_x and not ctx.merged):
         gh_nr = g_no @ u_or
         if need_a:
@@ -127,8 +139,11 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             gx = g_no @ torch.addmm(w_oi, u_or, a_ri)
         else:
             gx = (g_no @ w_oi).addmm_(gh_nr, a_ri)
-        gx = gx.view(*g.shape[:-1], w_oi.shape[1])
+        if further_gh_nr is not None:
+            gx = gx + further_gh_nr @ a_ri
+        gx = gx.view(ctx.shape)
     if need_w:
+        assert x_ni is not None
         gw = g_no.t() @ x_ni
     if need_bias:
         gbias = g_no.sum(0)
@@ -200,7 +215,8 @@ def low_rank_linear(
     Returns:
         y [..., d_out]. All tensors must share one dtype.
     """
-    y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, core, out_scale, scaling)  # type: ignore[no-untyped-call]
+    y: Tensor
+    y, _ = _LowRankLinear.apply(x, weight, bias, a, b, core, out_scale, scaling)  # type: ignore[no-untyped-call]
     return y
 
 

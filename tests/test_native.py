@@ -211,7 +211,7 @@ def test_a_compiler_without_openmp_compiles_all_the_same(tmp_path):
     compiler = tmp_path / "cc"
     compiler.write_text('#!/bin/sh\nfor a; do [ "$a" = -fopenmp ] && exit 1; done\nexec cc "$@"\n')
     compiler.chmod(0o755)
-    test = f"{__file__}::test_statistics_and_scores_are_the_formulas[3-0]"
+    test = f"{__file__}::test_long_sums_stay_exact[700]"
     environment = os.environ | {"CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -84,14 +84,15 @@ class PolicyState:
         # What the schedule's amounts are of: all units, those still to come included where the action adds some.
         amounts = (policy.scheduler.start, policy.scheduler.target) if policy.action.grows else ()
         self.capacity = max([self.units, *(a * self.layers for a in amounts if isinstance(a, int))])
-        self._name_units()
         self.observations = 0
         self.ended = False
+        self._name_units()
         device = blocks[0].tensors[0].device
         # A model without weights is there to be counted: what is kept must be a number all the same.
         device = torch.device("cpu") if device.type == "meta" else device
         self.kept = torch.ones(self.units, dtype=torch.bool, device=device)
         self.layout = self._layout()
+        self._device = self.layout.device
         self.buffers = {name: self._zeros(self.layout.size) for name in policy.metric.buffers}
         self.still = self._zeros(0)
         self._finite: Tensor | None = None
@@ -99,15 +100,18 @@ class PolicyState:
 
     def _name_units(self) -> None:
         self.unit_names = [name for block in self.blocks for name in block.unit_names()]
-        parts = [len(block.parts) for block in self.blocks for _ in range(block.count)]
+        ranked = () if self.ended else self.blocks
+        parts = [len(block.parts) for block in ranked for _ in range(block.count)]
         self.parts = torch.tensor(parts, dtype=torch.long)
-        places = [place for place, block in enumerate(self.blocks) for _ in range(block.count)]
+        places = [place for place, block in enumerate(ranked) for _ in range(block.count)]
         self.places = torch.tensor(places, dtype=torch.long)
 
     def _zeros(self, size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.float32, device=self.layout.device)
 
     def _layout(self) -> Layout:
+        if self.ended:
+            return Layout([], [], self.policy.metric.reads)
         # Where losing is final, the losers are not ranked again.
         if self.policy.action.reversible:
             present = [True] * len(self.blocks)
@@ -121,8 +125,9 @@ class PolicyState:
         """Move the statistics to where the model has gone since attach."""
         first = self.blocks[0]
         device = first.tensor(first.parts[0]).device
-        if device == self.layout.device:
+        if device == self._device:
             return
+        self._device = device
         # Where a tensor cannot move in place, the module has a new one: look them up again.
         self.blocks = [attrs.evolve(block) for block in self.blocks]
         self.layout = self._layout()
@@ -262,7 +267,7 @@ class PolicyState:
                 attrs.evolve(block, count=counts[block.name], numbers=components.get(block.name))
                 for block in self.blocks
             ]
-            self._name_units()
+        self._name_units()
         self.kept = kept
         self.layout, self._means = self._layout(), None
 
@@ -322,6 +327,8 @@ class PolicyState:
         self.ended = True
         self.buffers = {}
         self.still = self._zeros(0)
+        self._name_units()
+        self.layout, self._means = self._layout(), None
 
 
 class Controller:
@@ -812,15 +819,15 @@ class Controller:
         self._numbered = dict(data["numbered"])
         for state, saved in zip(self.policies, data["policies"], strict=True):
             kept = tensors[f"policy.{state.index}.kept"].to(state.kept.device, copy=True)
-            state.rebuild(self._components, data["ranks"], kept)
             state.observations, state.ended = saved["observations"], saved["ended"]
+            state.rebuild(self._components, data["ranks"], kept)
             # Only what the loaded tensors do not hold is made again; a mask is never applied a second time, since λ may
             # have moved since.
             state.policy.action.restore(state.blocks, state.kept)
         for state in self.policies:
             prefix = f"policy.{state.index}"
             state.layout = state._layout()  # once all is frozen again
-            device = state.layout.device
+            device = state.kept.device
             state.still = tensors[f"{prefix}.still"].to(device, copy=True)
             state.buffers = {
                 name: tensors[f"{prefix}.buffer.{name}"].to(device, copy=True)

@@ -101,12 +101,21 @@ class Layout:
                 places[begin : begin + block.count] = range(place, place + block.count)
                 place += block.count
         # Where each unit stands among the units of all groups; those that are not present, behind the last.
-        self._unit_of = torch.tensor(unit_of, dtype=torch.long, device=device)
-        self.order = torch.tensor([place if p is None else p for p in places], dtype=torch.long, device=device)
+        self._order = torch.tensor([place if p is None else p for p in places], dtype=torch.long, device=device)
+        # The unit of each place of a live tensor, and what the units' scores are added to.
+        unit_at = {p: unit for unit, p in enumerate(places) if p is not None}
+        self._unit_of = torch.tensor([unit_at[p] for p in unit_of], dtype=torch.long, device=device)
+        nothing = [-torch.inf if p is None else 0.0 for p in places]
+        self._nothing = torch.tensor(nothing, dtype=torch.float64, device=device)
         self.size, self.still_size = sizes[False], sizes[True]
         self.device = device
         self.pieces = list(_pieces(self.live, _PIECE if device.type == "cpu" else self.size))
         self.native = Statistics(self.live, shapes)
+
+    @property
+    def index(self) -> tuple[Tensor, ...]:
+        """The tensors that say where units stand: for counting bytes."""
+        return self._order, self._unit_of, self._nothing
 
     def grads(self) -> list[Tensor]:
         """The live tensors' gradients, without those that have none."""
@@ -156,12 +165,8 @@ class Layout:
                     by_unit = entries.view(group.blocks, *slab.shape).movedim(slab.axis + 1, 1)
                     parts.append(by_unit.unsqueeze(-1).flatten(2))
             scores.append(rule(parts).flatten())
-        return self._in_order(*scores)
-
-    def _in_order(self, *scores: Tensor) -> Tensor:
-        """Unit scores [units] from those of the groups' units, group after group."""
         absent = torch.full((1,), -torch.inf, dtype=torch.float32, device=self.device)
-        return torch.cat([*scores, absent]).index_select(0, self.order)
+        return torch.cat([*scores, absent]).index_select(0, self._order)
 
     def reduce_means(self, means: Tensor) -> Tensor:
         """Unit scores by the default rule, from the mean score of each live tensor's units.
@@ -172,8 +177,7 @@ class Layout:
         Returns:
             [units], -inf for units of blocks that are not present. Only where nothing is still.
         """
-        scores = means.new_zeros(sum(group.blocks * group.units for group in self.groups))
-        return self._in_order(scores.index_add_(0, self._unit_of, means).float())
+        return self._nothing.index_add(0, self._unit_of, means).float()
 
     def move(self, flat: Tensor, old: "Layout") -> Tensor:
         """A flat tensor over `old`'s live entries, put into this layout's order. Entries new here are zero."""

@@ -3,9 +3,9 @@
 As tensor operations the two running means take six passes over all entries, and a CPU waits for memory in each. The
 same formula in C (`native.c`) reads and writes every entry once, and scores it while it is in the cache, on torch's own
 OpenMP threads where the compiler knows OpenMP: threads of our own would wait for torch's, which go on spinning for a while
-after each tensor operation. It is compiled with ``cc`` when it is first needed (a fifth of a second), kept in the user's cache folder, and never needed: without a
-compiler, for small problems, on other devices and for other dtypes the tensor operations run. ``LRKIT_NATIVE=0`` turns it
-off.
+after each tensor operation. It is compiled with ``cc`` when it is first needed (a fifth of a second), kept in the user's
+cache folder, and never needed: without a compiler, for small problems, on other devices and for other dtypes the tensor
+operations run. ``LRKIT_NATIVE=0`` turns it off.
 
 The two ways agree to rounding, not bit for bit: a resumed run is bitwise the other where both go the same way. The number
 of threads changes nothing.

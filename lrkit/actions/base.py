@@ -107,8 +107,7 @@ class Action(abc.ABC):
     def select(self, ballot: Ballot) -> Tensor:
         """Who is kept: exactly the best `budget` of the candidates, ties to the earlier unit.
 
-        A threshold alone keeps too many or too few where scores are equal: the room that is left is for the first of those
-        that equal it.
+        A threshold alone keeps too many where scores equal it: the room that is left is for the first of those.
 
         Returns:
             bool [n].
@@ -118,8 +117,12 @@ class Action(abc.ABC):
         if count == 0:
             return torch.zeros_like(ballot.candidates)
         lowest = torch.kthvalue(scores, len(scores) - count + 1).values
-        above, equal = scores > lowest, (scores == lowest) & ballot.candidates
-        return above | (equal & (equal.cumsum(0) <= count - above.sum()))
+        kept = (scores >= lowest) & ballot.candidates
+        if int(kept.sum()) > count:
+            above = scores > lowest
+            equal = kept & ~above
+            kept = above | (equal & (equal.cumsum(0) <= count - above.sum()))
+        return kept
 
     @abc.abstractmethod
     def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:

@@ -268,7 +268,7 @@ def memory(adapted: Adapted, optimizer: torch.optim.Optimizer | None = None) -> 
     states = optimizer.state.values() if optimizer is not None else ()
     controller = adapted._controller
     own = [t for s in controller.policies for t in (s.kept, s.still, *s.buffers.values())]
-    own += [t for s in controller.policies for t in (s.parts, s.places, *s.layout.index)]
+    own += [t for s in controller.policies for t in s.layout.index]
     return Bytes(
         parameters=_bytes(unique),
         gradients=_bytes([p.grad for p in unique if p.grad is not None]),

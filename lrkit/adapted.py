@@ -61,9 +61,14 @@ def attach(
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise LrkitError for what is no model, or carries adapters already."""
+    """Raise LrkitError for what is no model, has its weights elsewhere, or carries adapters already."""
     if not isinstance(model, nn.Module):
         raise LrkitError(f"a model is an nn.Module, not {model!r}")
+    for name, module in model.named_modules():
+        # accelerate keeps such weights on the CPU or disk, and has them on the device for the length of a call.
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
+            raise LrkitError(f"{name or 'the model'} is offloaded by accelerate: load the model without offloading")
     if any(getattr(module, _MARK, False) for module in model.modules()):
         raise LrkitError(
             "this model already carries adapters: detach() or merge() them first (and copy a model before attach, not after)"

@@ -547,6 +547,13 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def _duration(seconds: float) -> str:
+    """In words, to two figures at most."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def _said(value: Any) -> str:
     return "none" if value is None else str(value)
 
@@ -572,18 +579,22 @@ def _carry_out(
     from lrkit.study.statistics import compare
 
     console = Console(stderr=True, quiet=as_json)
+    begin, now = time.monotonic(), 0
 
     def started(missing: int, total: int) -> None:
         there = f", {total - missing} are there already" if missing < total else ""
         console.print(f"{total} cells{there}; {missing} to run", highlight=False)
 
     def told(job: Any, answer: Mapping[str, Any], ended: int, total: int) -> None:
+        nonlocal now
+        now += 1
+        left = (time.monotonic() - begin) / now * (total - ended)
         score = answer["score"]
         what = {"done": "nan" if score is None else f"{score:.4f}", "busy": "another process is running it"}
         said = what.get(answer["status"], f"failed: {answer['error']}")
-        console.print(
-            f"[{ended}/{total}] {job.label}, {job.task}, seed {job.seed}: {said}", highlight=False, markup=False
-        )
+        rest = f" (about {_duration(left)} left)" if ended < total else ""
+        line = f"[{ended}/{total}] {job.label}, {job.task}, seed {job.seed}: {said}{rest}"
+        console.print(line, highlight=False, markup=False)
 
     outcome = perform(
         plan,

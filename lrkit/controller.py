@@ -100,11 +100,11 @@ class PolicyState:
 
     def _name_units(self) -> None:
         self.unit_names = [name for block in self.blocks for name in block.unit_names()]
-        ranked = () if self.ended else self.blocks
-        parts = [len(block.parts) for block in ranked for _ in range(block.count)]
-        self.parts = torch.tensor(parts, dtype=torch.long)
-        places = [place for place, block in enumerate(ranked) for _ in range(block.count)]
-        self.places = torch.tensor(places, dtype=torch.long)
+
+    def _by_unit(self, values: Sequence[int]) -> Tensor:
+        """A number for each block as one for each unit [units]."""
+        each = [value for value, block in zip(values, self.blocks, strict=True) for _ in range(block.count)]
+        return torch.tensor(each, dtype=torch.long, device=self.kept.device)
 
     def _zeros(self, size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.float32, device=self.layout.device)
@@ -235,8 +235,10 @@ class PolicyState:
         scores = torch.nan_to_num(self.scores(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
         candidates = candidates if standing is None else candidates & standing
-        parts, places = self.parts.to(scores.device), self.places.to(scores.device)
-        ballot = Ballot(scores, candidates, budget, share, self.entries, parts, places)
+        parts, places = [len(block.parts) for block in self.blocks], range(len(self.blocks))
+        ballot = Ballot(
+            scores, candidates, budget, share, self.entries, lambda: self._by_unit(parts), lambda: self._by_unit(places)
+        )
         kept = self.policy.action.select(ballot)
         self._means = None
         return kept, float(scores[kept].min()) if bool(kept.any()) else None, ballot
@@ -267,7 +269,7 @@ class PolicyState:
                 attrs.evolve(block, count=counts[block.name], numbers=components.get(block.name))
                 for block in self.blocks
             ]
-        self._name_units()
+            self._name_units()
         self.kept = kept
         self.layout, self._means = self._layout(), None
 
@@ -327,7 +329,6 @@ class PolicyState:
         self.ended = True
         self.buffers = {}
         self.still = self._zeros(0)
-        self._name_units()
         self.layout, self._means = self._layout(), None
 
 

@@ -101,12 +101,12 @@ class Layout:
                 places[begin : begin + block.count] = range(place, place + block.count)
                 place += block.count
         # Where each unit stands among the units of all groups; those that are not present, behind the last.
-        self._order = torch.tensor([place if p is None else p for p in places], dtype=torch.long, device=device)
-        # The unit of each place of a live tensor, and what the units' scores are added to.
+        self._order = torch.tensor([place if p is None else p for p in places], dtype=torch.int32, device=device)
+        # The unit of each place of a live tensor.
         unit_at = {p: unit for unit, p in enumerate(places) if p is not None}
-        self._unit_of = torch.tensor([unit_at[p] for p in unit_of], dtype=torch.long, device=device)
-        nothing = [-torch.inf if p is None else 0.0 for p in places]
-        self._nothing = torch.tensor(nothing, dtype=torch.float64, device=device)
+        self._unit_of = torch.tensor([unit_at[p] for p in unit_of], dtype=torch.int32, device=device)
+        absent = torch.tensor([p is None for p in places], dtype=torch.bool, device=device)
+        self._absent = absent if None in places else absent[:0].clone()
         self.size, self.still_size = sizes[False], sizes[True]
         self.device = device
         self.pieces = list(_pieces(self.live, _PIECE if device.type == "cpu" else self.size))
@@ -115,7 +115,7 @@ class Layout:
     @property
     def index(self) -> tuple[Tensor, ...]:
         """The tensors that say where units stand: for counting bytes."""
-        return self._order, self._unit_of, self._nothing
+        return self._order, self._unit_of, self._absent
 
     def grads(self) -> list[Tensor]:
         """The live tensors' gradients, without those that have none."""
@@ -177,7 +177,8 @@ class Layout:
         Returns:
             [units], -inf for units of blocks that are not present. Only where nothing is still.
         """
-        return self._nothing.index_add(0, self._unit_of, means).float()
+        scores = means.new_zeros(self.units).index_add_(0, self._unit_of, means).float()
+        return scores.masked_fill_(self._absent, -torch.inf) if self._absent.numel() else scores
 
     def move(self, flat: Tensor, old: "Layout") -> Tensor:
         """A flat tensor over `old`'s live entries, put into this layout's order. Entries new here are zero."""

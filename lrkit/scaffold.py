@@ -8,6 +8,8 @@ import importlib.util
 import inspect
 import keyword
 import re
+import warnings
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
@@ -16,9 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import attrs
 import typer
 
-from lrkit.errors import LrkitError, nearest
+from lrkit.errors import LrkitError, LrkitWarning, nearest
 
 if TYPE_CHECKING:
+    from lrkit.method import Method
     from lrkit.registry import Offer, Registry
     from lrkit.testing import Finding
 
@@ -333,7 +336,7 @@ def show(
     if not found:
         names = sorted({offer.name for offer in offers})
         raise LrkitError(f'nothing is registered as "{name}"{nearest(name, names)}; `lrkit plugins` lists what is')
-    plain = []
+    plain: list[dict[str, Any]] = []
     for offer in found:
         about = (inspect.getdoc(offer.value) or "There is no description.").partition("Args:\n")[0].strip()
         prefix = "" if offer.kind == "method" else f"{offer.kind}."
@@ -343,12 +346,34 @@ def show(
             {"kind": offer.kind, "name": name, "distribution": offer.distribution, "about": about}
             | {"settings": [dict(zip(("path", "type", "default", "about"), row, strict=True)) for row in rows]}
         )
+        parts = _parts(name, offer.value) if offer.kind == "method" else {}
+        if parts:
+            plain[-1]["parts"] = parts
         if not as_json:
-            typer.echo(f"{offer.kind} {name}, {offer.distribution}\n\n{about}\n")
+            typer.echo(f"{offer.kind} {name}, {offer.distribution}\n\n{_unmarked(about)}\n")
+            if parts:
+                typer.echo("".join(f"{kind}: {part}\n" for kind, part in parts.items()))
             if rows:
-                cli._table(["--set", "type", "default", ""], rows)
+                cli._table(["--set", "type", "default", ""], [[_unmarked(cell) for cell in row] for row in rows])
     if as_json:
         cli._json(plain)
+
+
+def _parts(name: str, method: "Callable[[], Method]") -> dict[str, str]:
+    """The names of a named method's four parts, by kind; empty, with a warning, where it cannot be made."""
+    from lrkit.method import FIELDS, to_plain
+
+    try:
+        composition = to_plain(method())
+    except Exception as error:
+        warnings.warn(f'method "{name}": {type(error).__name__}: {error}', LrkitWarning, stacklevel=1)
+        return {}
+    return {kind: composition[kind]["name"] for kind in FIELDS if composition[kind]}
+
+
+def _unmarked(text: str) -> str:
+    """A docstring's text without its marks for code, for a terminal."""
+    return re.sub(r"``(.+?)``|`(.+?)`", lambda match: match[1] or match[2], text)
 
 
 def commands(app: Any) -> None:

@@ -23,6 +23,7 @@ import lrkit
 from lrkit import cli, from_plain, hookimpl, methods
 from lrkit.cli import compose, main
 from lrkit.errors import LrkitError
+from lrkit.method import FIELDS, to_plain
 from lrkit.metrics import Magnitude, RatioUncertainty
 from lrkit.registry import Registry
 from lrkit.schedulers import Linear
@@ -546,10 +547,14 @@ def test_whatever_is_registered_is_shown_with_its_settings(call: Call, name: str
     assert (code, stderr) == (0, "")
     shown = json.loads(call("plugins", "show", name, "--json")[1])
     assert [each["kind"] for each in shown] == [o.kind for o in Registry(discover=False).offers() if o.name == name]
+    assert "`" not in stdout
     for each in shown:
         value = Registry(discover=False).get(each["kind"], name)
         assert each["about"].split("\n")[0] in (value.__doc__ or "")
         if each["kind"] == "method":
+            plain = to_plain(value())
+            assert each["parts"] == {kind: plain[kind]["name"] for kind in FIELDS if plain[kind]}
+            assert all(f"{kind}: {part}\n" in stdout for kind, part in each["parts"].items())
             paths = list(inspect.signature(value).parameters)
         else:
             paths = [f"{each['kind']}.{f.name}" for f in attrs.fields(value)] if attrs.has(value) else []

@@ -307,6 +307,21 @@ def test_no_model_is_one_line():
         lrkit.attach("bert-base-uncased", lrkit.methods.lora())
 
 
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+def test_an_offloaded_model_is_one_line(how, tmp_path):
+    import accelerate
+
+    model = models.make("bert")
+    if how == "cpu":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(lrkit.LrkitError, match=r"bert\.embeddings\S* is offloaded by accelerate"):
+        lrkit.attach(model, lrkit.methods.lora())
+    assert [type(module) for module in model.modules()] == before
+
+
 def test_statistics_follow_the_model_to_another_device():
     """No GPU here: the meta device stands for one. The layout must be on it, and nothing of the old one be left."""
     model = models.make("bert")

@@ -1,6 +1,7 @@
 """Study files: what becomes rows, and what is told of a file that is wrong."""
 
 import contextlib
+import re
 import tomllib
 from importlib import resources
 
@@ -364,6 +365,25 @@ def test_the_command_line_and_a_file_are_one_study(place, tmp_path, capsys):
         main(["report", str(tmp_path / "one"), "--json"])
     assert ended.value.code == 0
     assert json.loads(capsys.readouterr().out)["rows"] == told["rows"]
+
+    more = [*swaps[:-1], "3", *given[:-1]]
+    with pytest.raises(SystemExit) as ended:
+        main(["ablate", "adalora", *more, "--out", str(tmp_path / "one")])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "6 cells, 4 are there already; 2 to run"
+    assert re.fullmatch(r"\[5/6\] .*, seed 2: [0-9.]+ \(about \d+ s left\)", lines[1])
+    assert re.fullmatch(r"\[6/6\] .*, seed 2: [0-9.]+", lines[2])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "1 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (90000, "25.0 h")],
+)
+def test_durations_in_words(seconds, words):
+    from lrkit import cli
+
+    assert cli._duration(seconds) == words
 
 
 def test_curves_go_to_tensorboard_when_asked_for(place, tmp_path):

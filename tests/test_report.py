@@ -186,6 +186,7 @@ def test_changes_against_the_base(tmp_path: Path) -> None:
     words = report_of(small(tmp_path / "s")).words
     assert "metricsensitivity-uncertainty→magnitude" in words
     assert "parameterization.rank12→8" in words
+    assert "The base, adalora, in fullactionprune" in words
 
 
 def test_heat_maps_hold_the_means(tmp_path: Path) -> None:

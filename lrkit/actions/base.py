@@ -1,6 +1,7 @@
 """The protocol of an action: what happens to the units that lose."""
 
 import abc
+import functools
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from lrkit.parameterizations.base import Parameterization
 from lrkit.units import Block, UnitKind
+
+_Lazy = Tensor | Callable[[], Tensor]
 
 
 @attrs.frozen(eq=False)
@@ -22,24 +25,39 @@ class Ballot:
             that the action's `Action.proximal` has just taken out.
         budget: how many units may be kept.
         share: the budget as a share of all units, before it was cut to an integer.
-        entries: the entry-wise scores [N] behind the candidates' scores, or what makes them when they are first read: most
-            actions go by the units' scores alone.
+        entries: the entry-wise scores [N] behind the candidates' scores.
         parts: how many tensors each unit's score is a sum over [n].
         blocks: the number of the block that each unit belongs to [n]: 0, 1, ..., in the order of `Action.apply`'s blocks.
+
+    The last three may be given as what makes them when they are first read: most actions go by the units' scores alone.
     """
 
     scores: Tensor
     candidates: Tensor
     budget: int
     share: float
-    _entries: Tensor | Callable[[], Tensor]
-    parts: Tensor
-    blocks: Tensor
+    _entries: _Lazy
+    _parts: _Lazy
+    _blocks: _Lazy
 
-    @property
+    @functools.cached_property
     def entries(self) -> Tensor:
         """The entry-wise scores [N] behind the candidates' scores."""
-        return self._entries if isinstance(self._entries, Tensor) else self._entries()
+        return _made(self._entries)
+
+    @functools.cached_property
+    def parts(self) -> Tensor:
+        """How many tensors each unit's score is a sum over [n]."""
+        return _made(self._parts)
+
+    @functools.cached_property
+    def blocks(self) -> Tensor:
+        """The number of the block that each unit belongs to [n]."""
+        return _made(self._blocks)
+
+
+def _made(value: _Lazy) -> Tensor:
+    return value if isinstance(value, Tensor) else value()
 
 
 @attrs.frozen(kw_only=True)

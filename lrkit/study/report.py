@@ -368,8 +368,15 @@ def _changes(study: _Study) -> str:
         ]
         said = f"<table>{''.join(changes)}</table>" if changes else "<p>nothing: the same method as the base</p>"
         lines.append(f"<dt>{study.name(index)}</dt><dd>{_scroll(said)}</dd>")
-    base = f'<p class="caption">Against the base, {study.name(record.base)}.</p>'
-    return f'{base}<dl class="changes">{"".join(lines)}</dl>' if lines else ""
+    name = study.name(record.base)
+    parts = "".join(
+        f"<tr><td>{escape(kind)}</td><td><code>{escape(_value(part))}</code></td></tr>"
+        for kind, part in record.rows[record.base].method.items()
+        if part not in (None, [])
+    )
+    whole = f"<details><summary>The base, {name}, in full</summary>{_scroll(f'<table>{parts}</table>')}</details>"
+    base = f'<p class="caption">Against the base, {name}.</p>'
+    return f'{base}<dl class="changes">{"".join(lines)}</dl>{whole if parts else ""}' if lines else ""
 
 
 def _value(value: Any) -> str:

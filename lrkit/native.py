@@ -4,8 +4,8 @@ As tensor operations the two running means take six passes over all entries, and
 same formula in C (`native.c`) reads and writes every entry once, and scores it while it is in the cache, on torch's own
 OpenMP threads where the compiler knows OpenMP: threads of our own would wait for torch's, which go on spinning for a while
 after each tensor operation. It is compiled with ``cc`` when it is first needed (a fifth of a second), kept in the user's
-cache folder, and never needed: without a compiler, for small problems, on other devices and for other dtypes the tensor
-operations run. ``LRKIT_NATIVE=0`` turns it off.
+cache folder, and never needed: without a compiler, for toys, on other devices and for other dtypes the tensor operations
+run. ``LRKIT_NATIVE=0`` turns it off.
 
 The two ways agree to rounding, not bit for bit: a resumed run is bitwise the other where both go the same way. The number
 of threads changes nothing.
@@ -31,8 +31,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-SMALLEST = 1 << 16
-"""Entries from which on it is used: below, tensor operations stay in the cache."""
+SMALLEST = 1 << 12
+"""Entries from which on it is used: below, either way takes a fraction of a millisecond, and no compiler is asked for."""
 
 _SHARE = 1 << 16
 """Entries that are worth a thread."""

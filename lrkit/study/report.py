@@ -374,7 +374,8 @@ def _changes(study: _Study) -> str:
         for kind, part in record.rows[record.base].method.items()
         if part not in (None, [])
     )
-    whole = f"<details><summary>The base, {name}, in full</summary>{_scroll(f'<table>{parts}</table>')}</details>"
+    table = _scroll(f"<table>{parts}</table>")
+    whole = f'<details class="whole"><summary>The base, {name}, in full</summary>{table}</details>'
     base = f'<p class="caption">Against the base, {name}.</p>'
     return f'{base}<dl class="changes">{"".join(lines)}</dl>{whole if parts else ""}' if lines else ""
 
@@ -901,7 +902,7 @@ figure{margin:16px 0 0}
 table{border-collapse:collapse;font-size:13px;line-height:1.35;font-variant-numeric:tabular-nums lining-nums}
 th,td{padding:5px 6px;text-align:right;white-space:nowrap;font-weight:400;vertical-align:middle}
 thead th{color:var(--soft);font-size:12px;vertical-align:bottom;border-bottom:1px solid var(--ink)}
-th:first-child,.changes td,.cells td:nth-child(2):not([class]),.cells .task{text-align:left}
+th:first-child,.changes td,.whole td,.cells td:nth-child(2):not([class]),.cells .task{text-align:left}
 tbody th:first-child{min-width:150px;max-width:260px;white-space:normal;padding-left:0}
 thead th:first-child{padding-left:0}
 tbody tr+tr>*{border-top:1px solid var(--grid)}
@@ -917,7 +918,7 @@ th[role=button]:hover{color:var(--ink)}
 .changes{display:grid;grid-template-columns:fit-content(320px) minmax(0,1fr);gap:8px 24px;margin:0;font-size:14px;
 align-items:baseline}
 .changes dt{color:var(--ink)}
-.changes td{padding:1px 14px 1px 0;border:0}
+.changes td,.whole td{padding:1px 14px 1px 0;border:0}
 .changes td:nth-child(2){color:var(--soft)}
 svg{display:block;font-family:inherit}
 .chip{display:inline-block}

@@ -547,11 +547,30 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def _time_left(taken: Sequence[float], elapsed: float, workers: int, missing: int) -> float | None:
+    """Seconds until the last cell ends, to within a cell or so; None where nothing is known, or nothing is left.
+
+    Args:
+        taken: seconds of each cell that was run to its end.
+        elapsed: seconds since the first began.
+        workers: cells at a time.
+        missing: cells that have not ended.
+    """
+    if not taken or not missing:
+        return None
+    mean, busy = sum(taken) / len(taken), min(workers, missing)
+    # What the cells that are running have behind them.
+    behind = min(max(0.0, elapsed * workers - sum(taken)), busy * mean)
+    left = (missing * mean - behind) / busy
+    return max(left, mean) if missing >= workers else left
+
+
 def _duration(seconds: float) -> str:
-    """In words, to two figures at most."""
+    """In words, two figures or so."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    hours = seconds / 3600
+    return f"{round(seconds / 60)} min" if hours < 1.5 else f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
 
 
 def _said(value: Any) -> str:
@@ -579,20 +598,23 @@ def _carry_out(
     from lrkit.study.statistics import compare
 
     console = Console(stderr=True, quiet=as_json)
-    begin, now = time.monotonic(), 0
+    begin, workers = time.monotonic(), 1
+    taken: list[float] = []
 
-    def started(missing: int, total: int) -> None:
+    def started(missing: int, total: int, at_once: int) -> None:
+        nonlocal workers
+        workers = at_once
         there = f", {total - missing} are there already" if missing < total else ""
         console.print(f"{total} cells{there}; {missing} to run", highlight=False)
 
     def told(job: Any, answer: Mapping[str, Any], ended: int, total: int) -> None:
-        nonlocal now
-        now += 1
-        left = (time.monotonic() - begin) / now * (total - ended)
+        if answer.get("seconds") is not None:
+            taken.append(answer["seconds"])
+        left = _time_left(taken, time.monotonic() - begin, workers, total - ended)
         score = answer["score"]
         what = {"done": "nan" if score is None else f"{score:.4f}", "busy": "another process is running it"}
         said = what.get(answer["status"], f"failed: {answer['error']}")
-        rest = f" (about {_duration(left)} left)" if ended < total else ""
+        rest = "" if left is None else f" (about {_duration(left)} left)"
         line = f"[{ended}/{total}] {job.label}, {job.task}, seed {job.seed}: {said}{rest}"
         console.print(line, highlight=False, markup=False)
 

@@ -101,9 +101,9 @@ class PolicyState:
     def _name_units(self) -> None:
         self.unit_names = [name for block in self.blocks for name in block.unit_names()]
 
-    def _by_unit(self, values: Sequence[int]) -> Tensor:
+    def _by_unit(self, blocks: Sequence[Block], values: Sequence[int]) -> Tensor:
         """A number for each block as one for each unit [units]."""
-        each = [value for value, block in zip(values, self.blocks, strict=True) for _ in range(block.count)]
+        each = [value for value, block in zip(values, blocks, strict=True) for _ in range(block.count)]
         return torch.tensor(each, dtype=torch.long, device=self.kept.device)
 
     def _zeros(self, size: int) -> Tensor:
@@ -235,10 +235,10 @@ class PolicyState:
         scores = torch.nan_to_num(self.scores(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
         candidates = candidates if standing is None else candidates & standing
-        parts, places = [len(block.parts) for block in self.blocks], range(len(self.blocks))
-        ballot = Ballot(
-            scores, candidates, budget, share, self.entries, lambda: self._by_unit(parts), lambda: self._by_unit(places)
-        )
+        blocks = self.blocks  # as they are now, whenever the ballot is read
+        parts = lambda: self._by_unit(blocks, [len(block.parts) for block in blocks])  # noqa: E731
+        places = lambda: self._by_unit(blocks, range(len(blocks)))  # noqa: E731
+        ballot = Ballot(scores, candidates, budget, share, self.entries, parts, places)
         kept = self.policy.action.select(ballot)
         self._means = None
         return kept, float(scores[kept].min()) if bool(kept.any()) else None, ballot

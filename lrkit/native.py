@@ -44,6 +44,19 @@ _FLAGS = {
 }
 
 
+_forked = False
+"""Whether this process was forked: OpenMP's threads stay behind in the parent, and waiting for them would never end."""
+
+
+def _alone() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_alone)
+
+
 @attrs.frozen
 class Kernel:
     """One entry-wise importance I that `native.c` knows.
@@ -184,7 +197,8 @@ class Statistics:
             deviation=deviation.data_ptr(),
             scores=scores.data_ptr(),
         )
-        count, threads = len(self._tensors), max(1, min(torch.get_num_threads(), self._starts[-1] // _SHARE))
+        threads = 1 if _forked else max(1, min(torch.get_num_threads(), self._starts[-1] // _SHARE))
+        count = len(self._tensors)
         finite = c.lrkit_observe(ctypes.byref(job), ctypes.c_int64(count), ctypes.c_int(threads))
         return bool(finite), scores
 

@@ -360,7 +360,7 @@ def show(
 
 
 def _parts(name: str, method: "Callable[[], Method]") -> dict[str, str]:
-    """The names of a named method's four parts, by kind; empty, with a warning, where it cannot be made."""
+    """The names of a named method's parts, by kind; empty, with a warning, where it cannot be made."""
     from lrkit.method import FIELDS, to_plain
 
     try:
@@ -368,7 +368,10 @@ def _parts(name: str, method: "Callable[[], Method]") -> dict[str, str]:
     except Exception as error:
         warnings.warn(f'method "{name}": {type(error).__name__}: {error}', LrkitWarning, stacklevel=1)
         return {}
-    return {kind: composition[kind]["name"] for kind in FIELDS if composition[kind]}
+    parts: dict[str, Any] = {kind: composition[kind] for kind in FIELDS}
+    for index, policy in enumerate(composition.get("also", ())):
+        parts |= {f"also.{index}.{kind}": part for kind, part in policy.items()}
+    return {kind: part["name"] for kind, part in parts.items() if part}
 
 
 def _unmarked(text: str) -> str:

@@ -241,6 +241,17 @@ def test_second_derivatives(scales, n, frozen):
             torch.testing.assert_close(one, two)
 
 
+def test_without_gradients_a_merged_layer_costs_two_products():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = adapter(nn.Linear(5, 7), ("core", "out_scale"))
+    for p in (net.A, net.B, net.base.weight):
+        p.requires_grad_(False)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(torch.randn(400, 5))
+    assert counter.get_total_flops() == 2 * (400 * 5 * 7 + 7 * 3 * 5)
+
+
 @pytest.mark.parametrize("n", [8, 400])  # 400: the merged path
 @pytest.mark.parametrize("frozen", ["", "A", "AB"])
 def test_the_input_is_kept_only_for_the_gradient_of_a(frozen, n):

@@ -207,6 +207,36 @@ def test_without_a_compiler_the_tensor_operations_run(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_does_not_wait_for_threads_that_stayed_behind():
+    code = """
+import os, signal, torch, lrkit
+from lrkit import native
+native._SHARE = 1
+torch.set_num_threads(4)
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+method = lrkit.methods.adalora(rank=32, target_rank=2, warmup=1, final=1, interval=1)
+adapted = lrkit.attach(model, method, targets=["0", "1"])
+for p in adapted.parameters():
+    if p.requires_grad: p.grad = torch.ones_like(p)
+controller = adapted._controller
+controller.begin(100)
+def step():
+    controller.before_step()
+    controller.after_step(None)
+step()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    step()
+    os._exit(0)
+print(os.waitpid(child, 0)[1], native.SMALLEST < 2 * 32 * 128)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "0 True\n"
+
+
+@needs_compiler
 def test_a_compiler_without_openmp_compiles_all_the_same(tmp_path):
     compiler = tmp_path / "cc"
     compiler.write_text('#!/bin/sh\nfor a; do [ "$a" = -fopenmp ] && exit 1; done\nexec cc "$@"\n')

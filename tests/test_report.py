@@ -186,6 +186,10 @@ def test_changes_against_the_base(tmp_path: Path) -> None:
     words = report_of(small(tmp_path / "s")).words
     assert "metricsensitivity-uncertainty→magnitude" in words
     assert "parameterization.rank12→8" in words
+    from lrkit.study.report import _value
+
+    also = [{"metric": None, "scheduler": {"name": "cubic", "target": 2}, "action": {"name": "freeze"}}]
+    assert _value(also) == "[(metric=none, scheduler=cubic(target=2), action=freeze)]"
     assert "The base, adalora, in fullactionprune" in words
 
 

@@ -279,3 +279,20 @@ def test_every_kind_has_a_template_of_the_name() -> None:
         assert compile(texts["some_odd_name.py"], "module", "exec")
         assert '"some-odd-name"' in texts["some_odd_name.py"]
     assert set(scaffold.KINDS) < set(lrkit.registry.KINDS)
+
+
+def test_the_parts_of_a_method_with_a_further_policy():
+    import attrs
+
+    from lrkit.scaffold import _parts
+
+    prune = lrkit.Policy(
+        metric=lrkit.metrics.Magnitude(), scheduler=lrkit.schedulers.Linear(), action=lrkit.actions.Prune()
+    )
+    parts = _parts("hybrid", lambda: attrs.evolve(lrkit.methods.aflora(), also=(prune,)))
+    assert parts["action"] == "freeze"
+    assert {kind: part for kind, part in parts.items() if kind.startswith("also")} == {
+        "also.0.metric": "magnitude",
+        "also.0.scheduler": "linear",
+        "also.0.action": "prune",
+    }

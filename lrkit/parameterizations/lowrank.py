@@ -70,15 +70,16 @@ class _LowRankLinear(torch.autograd.Function):
         c_r: Tensor | None,
         s_o: Tensor | None,
         scaling: float,
+        tracked: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        _, need_w, _, need_a, need_b, need_c, need_s, _ = ctx.needs_input_grad
+        _, need_w, _, need_a, need_b, need_c, need_s, *_ = ctx.needs_input_grad
         x_ni = _rows(x)
         u_or = _scaled(b_or, c_r, s_o, scaling)
         h_nr = None
         ctx.merged = _merging_pays(x_ni, w_oi, need_a)
         # Only the gradients of A and W need x itself. Without them A x stands for it, which is d_in / r times smaller.
         ctx.keeps_x = need_a or need_w
-        if not ctx.merged or (not ctx.keeps_x and (need_b or need_c or need_s)):
+        if not ctx.merged or (tracked and not ctx.keeps_x and (need_b or need_c or need_s)):
             h_nr = _down(x_ni, a_ri)
         if ctx.merged:
             y_no = F.linear(x_ni, torch.addmm(w_oi, u_or, a_ri), bias_o)
@@ -101,10 +102,10 @@ class _LowRankLinear(torch.autograd.Function):
 
 def _backward(ctx: Any, g: Tensor | None, further_gh_nr: Tensor | None) -> tuple[Tensor | None, ...]:
     x, w_oi, a_ri, u_or, b_or, c_r, s_o, h_nr = ctx.saved_tensors
-    need_x, need_w, need_bias, need_a, need_b, need_c, need_s, _ = ctx.needs_input_grad
+    need_x, need_w, need_bias, need_a, need_b, need_c, need_s, *_ = ctx.needs_input_grad
     if g is None:
         gx = None if further_gh_nr is None else (further_gh_nr @ a_ri).view(ctx.shape)
-        return gx, None, None, None, None, None, None, None
+        return gx, *[None] * 8
     g_no = _rows(g)
     x_ni = None if x is None else _rows(x)
     out = None
@@ -147,7 +148,7 @@ def _backward(ctx: Any, g: Tensor | None, further_gh_nr: Tensor | None) -> tuple
         gw = g_no.t() @ x_ni
     if need_bias:
         gbias = g_no.sum(0)
-    return gx, gw, gbias, ga, gb, gc, gs, None
+    return gx, gw, gbias, ga, gb, gc, gs, None, None
 
 
 _MERGING_PAYS_FROM = {True: 6.0, False: 2.5}
@@ -216,7 +217,8 @@ def low_rank_linear(
         y [..., d_out]. All tensors must share one dtype.
     """
     y: Tensor
-    y, _ = _LowRankLinear.apply(x, weight, bias, a, b, core, out_scale, scaling)  # type: ignore[no-untyped-call]
+    tracked = torch.is_grad_enabled()  # inside of the function it is always off
+    y, _ = _LowRankLinear.apply(x, weight, bias, a, b, core, out_scale, scaling, tracked)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -188,10 +188,12 @@ def perform(
     checkpoint_seconds: float = 60.0,
     report_to: Sequence[str] = (),
     told: Told | None = None,
-    started: Callable[[int, int], None] | None = None,
+    started: Callable[[int, int, int], None] | None = None,
     cost_told: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Carry out a plan on an executor by name; then measure its costs. Arguments as `ablate` and `carry_out` have them.
+
+    `started` is called with the cells to run, the cells in all, and how many run at a time.
 
     Raises:
         LrkitError: as `carry_out`; an unknown executor, or one that cannot be begun.
@@ -221,7 +223,8 @@ def perform(
         checkpoint_seconds=checkpoint_seconds,
         report_to=tuple(report_to),
     )
-    outcome = carry_out(plan, folder, executor=make, conditions=conditions, told=told, started=started)
+    begun = None if started is None else lambda missing, total: started(missing, total, max(1, at_once))
+    outcome = carry_out(plan, folder, executor=make, conditions=conditions, told=told, started=begun)
     if costs:
         from lrkit.study.cost import measure
 

@@ -199,12 +199,14 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
         conditions: plain data of `Conditions`.
 
     Returns:
-        ``{"key", "status": "done" | "failed" | "busy", "score", "error"}``; busy: another process runs it now.
+        ``{"key", "status": "done" | "failed" | "busy", "score", "error", "seconds"}``; busy: another process runs it now;
+        seconds: that it took here, None where it did not come to its end.
     """
+    begin = time.monotonic()
     cell, place = Cell(**plain), Path(folder)
     settled = Conditions(**{**conditions, "report_to": tuple(conditions.get("report_to", ()))})
     place.mkdir(parents=True, exist_ok=True)
-    answer: dict[str, Any] = {"key": cell.key, "status": "done", "score": None, "error": None}
+    answer: dict[str, Any] = {"key": cell.key, "status": "done", "score": None, "error": None, "seconds": None}
     with _training, lock(place / "lock") as mine:
         if not mine:
             return answer | {"status": "busy"}
@@ -220,7 +222,7 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
                 return answer | {"status": "failed", "error": line}
         _tidy(place)
         scores = read_json(place / "result.json")["scores"]
-        return answer | {"score": next(iter(scores.values()), None)}
+        return answer | {"score": next(iter(scores.values()), None), "seconds": time.monotonic() - begin}
 
 
 def note_failure(place: Path, line: str, detail: str) -> None:

@@ -386,9 +386,10 @@ def _value(value: Any) -> str:
         return value
     if value is None:
         return "none"
-    if isinstance(value, dict) and isinstance(value.get("name"), str):
+    if isinstance(value, dict):
+        name = value.get("name", "")
         settings = ", ".join(f"{key}={_value(v)}" for key, v in value.items() if key != "name")
-        return f"{value['name']}({settings})" if settings else value["name"]
+        return f"{name}({settings})" if settings else str(name)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_value, value)) + "]"
     return json.dumps(value, ensure_ascii=False)

@@ -459,3 +459,27 @@ def test_the_late_cubic_is_late() -> None:
     late = LateCubic(target=0.0)
     budgets = [late.budget(t, total_steps=8, units=512, layers=1) for t in (0, 4, 7, 8)]
     assert budgets == [512, 512 - 64, 512 - 343, 0]
+
+
+def test_a_ballot_that_is_read_after_the_run_is_that_of_its_decision():
+    kept = []
+
+    @attrs.frozen(kw_only=True)
+    class Keeps(type(lrkit_grow.increlora().action)):
+        def select(self, ballot):
+            kept.append(ballot)
+            return super().select(ballot)
+
+    method = lrkit_grow.increlora(rank=1, target_rank=3)
+    settings = {f.name: getattr(method.action, f.name) for f in attrs.fields(type(method.action))}
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
+    adapted = lrkit.attach(model, attrs.evolve(method, action=Keeps(**settings)), targets=["0", "1"])
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.1)
+    adapted.bind(optimizer, total_steps=12)
+    for _ in range(12):
+        (model(torch.randn(4, 6)).square().sum() + adapted.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sizes = [len(ballot.scores) for ballot in kept]
+    assert len(set(sizes)) > 1
+    assert [len(ballot.parts) for ballot in kept] == [len(ballot.blocks) for ballot in kept] == sizes

@@ -7,17 +7,20 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lrkit import checkpoint, parallel
+from lrkit.binding import Binding, unwrapped
 from lrkit.controller import Controller, Decision
 from lrkit.errors import LrkitError
+from lrkit.gradients import Unclipped
 from lrkit.method import Method, from_plain, to_plain
 from lrkit.parameterizations import Parameterization, Target
+from lrkit.penalty import Penalty
 from lrkit.summary import Summary, summarize
 from lrkit.targets import find_head, find_targets
 from lrkit.units import resize
@@ -157,14 +160,18 @@ class Adapted:
         self._head_ids = {id(p) for n, p in trained_own.items() if n.startswith(head or ("\0",))}
         self._saved_ids = fresh | {id(p) for p in trained_own.values()}
         self._trained_ids = {id(p) for p in model.parameters() if p.requires_grad}
-        self._bound: torch.optim.Optimizer | None = None
+        self._binding: Binding | None = None
         self._last: Callable[[], torch.optim.Optimizer | None] = lambda: None
-        self._handles: list[Any] = []
-        self._penalties = 0
-        self._skipped = self._stepping = False
+        self._unclipped: Unclipped | None = None
         self._ddp: Any = None
         try:
             self._controller = Controller(method, self.adapters, self._trained_ids)
+            self._penalty = Penalty(
+                lambda: parameterization.penalty(list(self.adapters.values())),
+                self.adapter_parameters(),
+                parameterization.penalty_weight,
+                self._controller.warn,
+            )
         except BaseException:
             self.detach()
             raise
@@ -203,88 +210,115 @@ class Adapted:
         """The head alone."""
         return [p for p in self.parameters() if id(p) in self._head_ids]
 
-    def bind(self, optimizer: torch.optim.Optimizer, *, total_steps: int) -> None:
+    def bind(
+        self,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        *,
+        total_steps: int,
+        penalty: Literal["loss", "gradient"] = "loss",
+        scaler: Any = None,
+    ) -> None:
         """Tie the method to an optimizer. From here on it runs by itself, at every real optimizer step.
 
         Args:
-            optimizer: the one that trains `parameters`.
-            total_steps: optimizer steps of the whole run, those before a resume included.
+            optimizer: the one that trains `parameters`; or several that together do (Muon and AdamW, say), each of which
+                steps once per step of the method: metrics observe before the first of them steps, and decisions follow the
+                last one's step.
+            total_steps: optimizer steps of the whole run, those before a resume included. Once every schedule of the method
+                has ended, a run may be bound for more steps than it was begun with.
+            penalty: ``"loss"``: the caller trains on ``loss + adapted.penalty()``. ``"gradient"``: the penalty's gradient is
+                added to the factors' in every step that `begin_step` announces, whoever computes the loss.
+            scaler: the ``GradScaler`` that multiplies the loss, if there is one. Only `penalty` ``"gradient"`` and a
+                metric that measures ``"before-clipping"`` need to know.
 
         Raises:
-            LrkitError: already bound, an optimizer without the adapters' parameters, or a schedule that does not fit.
+            LrkitError: already bound, optimizers that do not hold all that the method trains, a closure-only optimizer
+                (LBFGS, at its first step), a way of training in parallel that cannot work, or a schedule that does not fit.
         """
         self._check_alive()
-        # accelerate wraps the optimizer; the steps that count are those of the one inside.
-        while not isinstance(optimizer, torch.optim.Optimizer) or isinstance(
-            getattr(optimizer, "optimizer", None), torch.optim.Optimizer
-        ):
-            inner = getattr(optimizer, "optimizer", None)
-            if inner is None:
-                raise LrkitError(f"bind takes a torch optimizer, not {type(optimizer).__name__}")
-            optimizer = inner
-        if self._bound is not None:
+        optimizers = unwrapped(optimizer)
+        if self._binding is not None:
             raise LrkitError("already bound to an optimizer: call unbind() first")
         if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
             raise LrkitError(f"total_steps must be an int of at least 1, not {total_steps!r}")
-        if self.method.policies:
-            now = [p for module in self.adapters.values() for p in module.parameters()]
-            reason = parallel.refusal(self.model, now, optimizer)
-            if reason is not None:
+        if penalty not in ("loss", "gradient"):
+            raise LrkitError(f'penalty must be "loss" or "gradient", not {penalty!r}')
+        for each in optimizers:
+            if reason := parallel.refusal(self.model, each, adaptive=bool(self.method.policies)):
                 raise LrkitError(reason)
         if len(list(self.named_parameters())) != len(self._trained_ids):
             raise LrkitError(
                 "the model's parameters are no longer those that were attached: something (FSDP, quantization, a cast that "
                 "makes new ones) has replaced them"
             )
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
         missing = [n for n, p in self.named_parameters() if p.requires_grad and id(p) not in held]
         if missing:
             raise LrkitError(
                 f"the optimizer does not hold {len(missing)} of the parameters that the method trains, such as "
                 f'"{missing[0]}": make it from adapted.parameters()'
             )
-        controller = self._controller
-        if controller.total_steps is not None and controller.step and controller.total_steps != total_steps:
-            raise LrkitError(
-                f"total_steps={total_steps}, but this run was begun with {controller.total_steps}: "
-                "the schedule would be another one"
-            )
-        controller.begin(total_steps)
-        self._bound = optimizer
-        self._last = weakref.ref(optimizer)
-        # The hooks hold the handle, so that the method runs on where the caller keeps only model and optimizer.
+        if refusal := self._controller.objection(total_steps):
+            raise LrkitError(refusal)
+        self._controller.begin(total_steps)
+        binding = Binding(
+            optimizers,
+            list(self.parameters()),
+            self._before_step,
+            self._after_step,
+            self._controller.warn,
+            adaptive=bool(self.method.policies) or self.has_penalty,
+        )
+        self._binding, self._last = binding, binding.last()
         self._watch()
-        self._handles = [
-            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(optimizer, args, kwargs)),
-            optimizer.register_step_post_hook(lambda *_: self._after_step(optimizer)),
-        ]
+        scale: Callable[[], float] = (lambda: 1.0) if scaler is None else scaler.get_scale
+        if self.has_penalty and penalty == "gradient":
+            for handle in self._penalty.add_in_backward(scale):
+                binding.hold(handle)
+        self._scale = None if scaler is None else scale
+        self._compares = self.has_penalty
+        if self.has_penalty or self._controller.wants_unclipped:
+            self._unclipped = Unclipped(self.adapter_parameters())
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._handles.append(self.model.register_forward_pre_hook(self._meet_ddp))
+            binding.hold(self.model.register_forward_pre_hook(self._meet_ddp))
+
+    def begin_step(self) -> None:
+        """Make ready for the backward passes of one optimizer step, if bound with ``penalty="gradient"``."""
+        self._penalty.begin()
 
     def check_schedule(self, total_steps: int) -> None:
-        """Raise LrkitError where a schedule of the method does not fit a run of so many steps; change nothing else."""
+        """Raise LrkitError if a schedule of the method does not fit a run of so many steps; change nothing else."""
         self._check_alive()
         self._controller.check_schedules(total_steps)
 
-    def unbind(self) -> None:
-        """Let go of the optimizer. What was decided stays; `bind` goes on from here."""
-        if self._bound is not None and (unfinished := self._controller.unfinished()):
-            self._controller.warn("unfinished", unfinished)
+    def unbind(self, *, quietly: bool = False) -> None:
+        """Let go of the optimizer. What was decided stays; `bind` goes on from here.
+
+        Args:
+            quietly: say nothing of a schedule that has not ended.
+        """
+        if self._binding is not None and not quietly:
+            self.check_finished()
         self._unbind()
 
-    def hold(self, handle: Any) -> None:
-        """Remove a hook's handle when the optimizer is let go of: what an integration hung on the model for this run."""
-        self._handles.append(handle)
+    def check_finished(self) -> None:
+        """Warn once if a schedule has not ended, so that the budget is not reached: for those that take the adapters on."""
+        self._check_alive()
+        if unfinished := self._controller.unfinished():
+            self._controller.warn("unfinished", unfinished)
 
     def _unbind(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._bound, self._ddp, self._stepping = [], None, None, False
+        if self._binding is not None:
+            self._binding.release()
+        if self._unclipped is not None:
+            self._unclipped.remove()
+        self._penalty.end()
+        self._binding = self._unclipped = self._ddp = None
         self._watch()
 
     def _watch(self) -> None:
         """Look out for an optimizer that steps the adapters' parameters, and to which the method is not bound."""
-        if self._alive and (self.method.policies or self.has_penalty):
+        if self._alive:
             _look_out()
             _watching.add(self)
         else:
@@ -292,12 +326,21 @@ class Adapted:
 
     def _notice(self, optimizer: torch.optim.Optimizer) -> None:
         # Within the bound one's step another may step: one that it wraps.
-        if self._alive and optimizer is not self._bound and not self._stepping and self._steps_mine(optimizer):
+        bound = self._binding
+        if not self._alive or (bound is not None and (optimizer in bound.optimizers or bound.stepping)):
+            return
+        if not self._steps_mine(optimizer):
+            return
+        if reason := parallel.refusal(self.model, optimizer, adaptive=False):
+            raise LrkitError(reason)
+        if self.method.policies or self.has_penalty:
             self._controller.warn(
                 "unbound",
                 "an optimizer steps the adapters' parameters, but the method is not bound to it: nothing is adaptive. "
                 "Call adapted.bind(optimizer, total_steps=...) before training",
             )
+        else:
+            _watching.discard(self)  # nothing more to notice
 
     def _steps_mine(self, optimizer: torch.optim.Optimizer) -> bool:
         mine = {id(p) for p in self.adapter_parameters()}
@@ -310,52 +353,43 @@ class Adapted:
                 raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
             self._ddp = parallel.wrapper() or self._ddp
 
+    def _before_step(self, scale: Tensor | None) -> None:
+        unclipped = self._unclipped
+        if self.has_penalty:
+            self._penalty.check_arrival()
+            if self._compares and unclipped is not None:
+                self._compares = self._penalty.compare(unclipped, self.total_steps or 1)
+        self._controller.before_step(scale, unclipped, None if self._scale is None else self._scale())
+        self._penalty.stepped()
+        if unclipped is not None and not self._compares and not self._controller.wants_unclipped:
+            unclipped.remove()
+            self._unclipped = None
+
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._stepping = False
-        if self._skipped:
-            return
+        if self._unclipped is not None:
+            self._unclipped.clear()
         if self._controller.after_step(optimizer) and self._ddp is not None:
             parallel.follow(self._ddp)
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._stepping = True
-        # The first argument is the optimizer itself.
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if self.method.policies and closure is not None:
-            raise LrkitError(
-                f"{type(optimizer).__name__}.step(closure) computes its gradients within the step, where no metric can see "
-                "them: an adaptive method needs loss.backward() before optimizer.step()"
-            )
-        scale, self._skipped = parallel.scaled_by(optimizer)
-        if self._skipped:
-            return
-        if self._penalties == 0 and self.has_penalty:
-            self._controller.warn(
-                "penalty",
-                "the method has a penalty, and adapted.penalty() was not called before this optimizer step: "
-                "use loss = ... + adapted.penalty()",
-            )
-        self._penalties = 0
-        self._controller.before_step(scale)
 
     def penalty(self) -> Tensor:
         """The scalar to add to the loss while training: 0 for a method without one."""
         self._check_alive()
-        self._penalties += 1
-        penalty = self._penalty()
+        penalty = self._penalty.value()
         if penalty is None:
             device = next(self.model.parameters()).device
             return torch.zeros((), dtype=torch.float32, device=device)
         return penalty
 
-    def _penalty(self) -> Tensor | None:
-        return self.method.parameterization.penalty(list(self.adapters.values()))
+    @property
+    def penalty_added(self) -> float | None:
+        """The penalty at the beginning of the last step, if bound with ``penalty="gradient"``; None otherwise."""
+        return None if self._penalty.last is None else float(self._penalty.last)
 
     @functools.cached_property
     def has_penalty(self) -> bool:
         """Whether the method adds a penalty to the loss."""
         with torch.no_grad():
-            return self._penalty() is not None
+            return self._penalty.value() is not None
 
     # ---- looking ----
 
@@ -368,6 +402,11 @@ class Adapted:
     def step(self) -> int:
         """Optimizer steps taken so far."""
         return self._controller.step
+
+    @property
+    def attached(self) -> bool:
+        """Whether the adapters are in the model: False once they were merged or detached."""
+        return self._alive
 
     @property
     def total_steps(self) -> int | None:
@@ -462,6 +501,42 @@ class Adapted:
         if self._ddp is not None:
             parallel.follow(self._ddp)
 
+    def rewind(self, state: Mapping[str, Any]) -> None:
+        """Go back to an earlier state of this run in all but the weights: schedule, statistics, masks, ranks, history.
+
+        Weights stay as they are now; a component that was cut since then comes back as it was in `state`. The method must be
+        unbound, and may then be bound for another number of steps.
+
+        Args:
+            state: what `state_dict` gave earlier in this run.
+
+        Raises:
+            LrkitError: it is bound, or the state is of another run. Nothing is changed then.
+        """
+        self._check_alive()
+        if self._binding is not None:
+            raise LrkitError("call unbind() before rewind()")
+        meta = _meta(state)
+        tensors = dict(state["tensors"])
+        now, then = self._controller.numbers(), self._controller.numbers(meta)
+        places = self._controller.places()
+        for name, p in self._saved():
+            layer, axis = places.get(id(p), (None, 0))
+            key = f"weight.{name}"
+            if layer is None or now[layer] == then[layer]:
+                tensors[key] = p.detach().clone()
+                continue
+            both = [(then[layer].index(n), now[layer].index(n)) for n in then[layer] if n in now[layer]]
+            tensors[key] = tensors[key].clone().to(p)
+            for there, here in both:
+                tensors[key].select(axis, there).copy_(p.detach().select(axis, here))
+        total, self._controller.total_steps = self._controller.total_steps, None
+        try:
+            self.load_state_dict({"meta": meta, "tensors": tensors})
+        except BaseException:
+            self._controller.total_steps = total
+            raise
+
     def take_ranks(self) -> None:
         """Let ``model.load_state_dict`` take weights of other ranks, by giving each adapter the rank that they have.
 
@@ -481,10 +556,11 @@ class Adapted:
 
     def _make_room(self, p: nn.Parameter, shape: torch.Size) -> None:
         """Resize a tensor for a load. The bound optimizer's state for it goes, unless it is of the new shape by now."""
-        state = self._bound.state.get(p, {}) if self._bound is not None else {}
+        optimizer = self._binding.optimizer if self._binding is not None else None
+        state = optimizer.state.get(p, {}) if optimizer is not None else {}
         odd = any(isinstance(v, Tensor) and not _belongs(v.shape, shape) for v in state.values())
-        if self._bound is not None and odd:
-            del self._bound.state[p]
+        if optimizer is not None and odd:
+            del optimizer.state[p]
         resize(p, p.new_empty(shape))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -525,8 +601,7 @@ class Adapted:
             LrkitError: an adapter that is no ΔW of a weight, or whose base weight cannot be added to. Nothing is changed.
         """
         self._check_alive()
-        if self._bound is not None and (unfinished := self._controller.unfinished()):
-            self._controller.warn("unfinished", unfinished)
+        self.check_finished()
         if self.around is not None:
             raise LrkitError(
                 f"{type(self.around).__name__} stands around the whole model, and cannot be merged into it"

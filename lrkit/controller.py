@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lrkit.actions import Ballot
 from lrkit.errors import LrkitError, LrkitWarning
-from lrkit.layout import Layout
+from lrkit.gradients import Unclipped
+from lrkit.layout import GradientOf, Layout, own_gradient
 from lrkit.method import Method, Policy
 from lrkit.tally import Tally
 from lrkit.units import Block, Part, blocks_of, present, resize, split
@@ -152,17 +153,31 @@ class PolicyState:
         number = step - 1 + self.policy.scheduler.first_step
         return not self.ended and self.policy.scheduler.due(number, total_steps=total_steps)
 
-    def observe(self, controller: "Controller", scale: Tensor | None) -> None:
+    def change(self, step: int, before: int, after: int) -> str | None:
+        """Say what another number of total steps would change from `step` on; None if nothing, since all is decided."""
+        if self.ended:
+            return None
+        scheduler = self.policy.scheduler
+        number = step - 1 + scheduler.first_step
+        ends = [scheduler.end(total) for total in (before, after)]
+        amounts = {"units": self.capacity, "layers": self.layers}
+        budgets = [scheduler.budget(number, total_steps=total, **amounts) for total in (before, after)]
+        return (
+            f"last decision at step {ends[1]} instead of {ends[0]}, budget at step {number} {budgets[1]} instead of "
+            f"{budgets[0]} of {self.capacity} units"
+        )
+
+    def observe(self, controller: "Controller", scale: Tensor | None, of: GradientOf = own_gradient) -> None:
         """Take in one optimizer step, whose gradients still carry a factor `scale` if it is not None."""
         if self.ended or not self.policy.metric.buffers or not self.layout.live:
             return
         assert controller.total_steps is not None
-        step = controller.step + (self.policy.metric.measure == "before-step")
+        step = controller.step + (self.policy.metric.measure != "after-step")
         number = step - 1 + self.policy.scheduler.first_step
         if not self.policy.scheduler.observes(number, total_steps=controller.total_steps):
             return
         self.observations += 1
-        grads = self.layout.grads()
+        grads = self.layout.grads(of)
         if missing := len(self.layout.live) - len(grads):
             controller.warn(
                 "none",
@@ -175,16 +190,16 @@ class PolicyState:
             scoring = self.due(step, controller.total_steps) and not self.layout.still
             done = self.layout.native.observe(kernel, grads, mean, deviation, scoring=scoring)
             self._means = done[1] if done is not None and done[0] and scoring else None
-        if not (self._observe_pieces(scale) if done is None else done[0]):
+        if not (self._observe_pieces(scale, of) if done is None else done[0]):
             self._not_finite(controller, f"at step {step}")
 
-    def _observe_pieces(self, scale: Tensor | None) -> bool:
+    def _observe_pieces(self, scale: Tensor | None, of: GradientOf) -> bool:
         """The same by the metric's own tensor operations. False: gradients are not finite, and nothing was changed."""
-        finite = self.layout.finite()
+        finite = self.layout.finite(of)
         waits = self.layout.device.type != "cpu"
         if not waits and not finite:
             return False
-        for weight, grad, state in self.layout.each(self.buffers):
+        for weight, grad, state in self.layout.each(self.buffers, of):
             # On a device nothing is waited for: what was is put back there, and `decide` asks whether it had to be.
             before = {name: flat.clone() for name, flat in state.items()} if waits else {}
             self.policy.metric.observe(
@@ -380,6 +395,8 @@ class Controller:
     def check_schedules(self, total_steps: int) -> None:
         """Raise LrkitError where a schedule does not fit a run of so many steps."""
         for state in self.policies:
+            if state.ended:
+                continue
             scheduler = state.policy.scheduler
             scheduler.bounds(total_steps)
             amounts = {"units": state.capacity, "layers": state.layers, "total_steps": total_steps}
@@ -391,11 +408,31 @@ class Controller:
                     f"above start {scheduler.start!r}, which is {first}: a budget never grows"
                 )
 
+    def objection(self, total_steps: int) -> str | None:
+        """Say why a run that has begun cannot go on as one of so many steps; None if it can.
+
+        Once every schedule has ended, nothing depends on the total any more, and the run may be longer.
+        """
+        before = self.total_steps
+        if before is None or not self.step or before == total_steps:
+            return None
+        if total_steps < self.step:
+            return f"total_steps={total_steps}, but {self.step} steps have been taken: it counts the whole run"
+        changes = [change for state in self.policies if (change := state.change(self.step, before, total_steps))]
+        if not changes:
+            return None
+        return (
+            f"total_steps={total_steps}, but this run was begun with {before}, and its schedule has not ended: the schedule "
+            f"would be another one ({'; '.join(changes)}). Go on with {before}, or attach anew"
+        )
+
     def begin(self, total_steps: int) -> None:
         """Check every schedule against the length of the run, and go by it. Raises LrkitError where one does not fit."""
         self.check_schedules(total_steps)
         self.total_steps = total_steps
         for state in self.policies:
+            if state.ended:
+                continue
             scheduler = state.policy.scheduler
             first, end = scheduler.first_step, scheduler.end(total_steps)
             if not first <= end < first + total_steps:
@@ -434,17 +471,29 @@ class Controller:
             "the budget was not reached"
         )
 
-    def before_step(self, scale: Tensor | None = None) -> None:
+    @property
+    def wants_unclipped(self) -> bool:
+        """Whether a metric measures gradients as they were before clipping."""
+        return any(state.policy.metric.measure == "before-clipping" for state in self.policies)
+
+    def before_step(
+        self, scale: Tensor | None = None, unclipped: Unclipped | None = None, loss_scale: float | None = None
+    ) -> None:
         """Called when the optimizer is about to step.
 
         Args:
             scale: a factor that the gradients still carry; None for none.
+            unclipped: the gradients as backward left them, if a metric wants them.
+            loss_scale: the factor that those carry; None for none.
         """
         self._scale = scale
         for state in self.policies:
             state.follow_device()
-            if state.policy.metric.measure == "before-step":
+            measure = state.policy.metric.measure
+            if measure == "before-step":
                 state.observe(self, scale)
+            elif measure == "before-clipping" and unclipped is not None:
+                state.observe(self, None if loss_scale is None else torch.tensor(loss_scale), unclipped.of)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Called when the optimizer has stepped.
@@ -548,6 +597,19 @@ class Controller:
     def ranks(self) -> dict[str, int]:
         """Layer name to the components it stores, masked ones included."""
         return {name: self._rank(module) for name, module in self.modules.items()}
+
+    def places(self) -> dict[int, tuple[str, int]]:
+        """Layer name and axis of each tensor that has one slice per component, by the tensor's ``id``."""
+        parts = [part for part in self.method.parameterization.parts if part.axis is not None]
+        return {id(part.of(m)): (name, part.axis or 0) for name, m in self.modules.items() for part in parts}
+
+    def numbers(self, saved: Mapping[str, Any] | None = None) -> dict[str, tuple[int, ...]]:
+        """Layer name to the numbers of its components: those that are stored now, or in a saved state."""
+        components = self._components if saved is None else saved["components"]
+        return {
+            name: tuple(components.get(name, range(rank)))
+            for name, rank in (self.initial_ranks if saved is None else saved["ranks"]).items()
+        }
 
     def shapes(self, ranks: Mapping[str, int]) -> dict[int, torch.Size]:
         """The shapes that component-wise tensors have at other ranks, by the tensor's ``id``."""
@@ -727,7 +789,8 @@ class Controller:
     def check_state(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Raise LrkitError where a state is not one of this run; change nothing."""
         self._check_data(data)
-        if self.total_steps is not None and data["total_steps"] not in (None, self.total_steps):
+        ended = all(saved["ended"] for saved in data["policies"])
+        if self.total_steps is not None and data["total_steps"] not in (None, self.total_steps) and not ended:
             raise LrkitError(
                 f"the state is of a run of {data['total_steps']} steps, this one is bound for {self.total_steps}: "
                 "the schedule would be another one"

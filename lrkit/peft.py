@@ -101,7 +101,7 @@ def export(
     """
     if to not in TARGETS:
         raise LrkitError(f'there is no export to "{to}"{nearest(to, TARGETS)}; there are {", ".join(TARGETS)}')
-    adapted.summary()  # refuses adapters that were merged or detached
+    adapted.check_finished()  # refuses adapters that were merged or detached
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LrkitError(f"{folder} exists and is not empty: nothing is overwritten, choose another folder")

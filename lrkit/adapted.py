@@ -258,6 +258,12 @@ class Adapted:
                 f"the optimizer does not hold {len(missing)} of the parameters that the method trains, such as "
                 f'"{missing[0]}": make it from adapted.parameters()'
             )
+        for name, p in self.named_parameters():
+            states = [value for each in optimizers for value in each.state.get(p, {}).values()]
+            if any(isinstance(value, Tensor) and not _belongs(value.shape, p.shape) for value in states):
+                raise LrkitError(
+                    f"the optimizer's state for {name} is not of its shape {list(p.shape)}: make a new optimizer"
+                )
         if refusal := self._controller.objection(total_steps):
             raise LrkitError(refusal)
         self._controller.begin(total_steps)
@@ -555,10 +561,12 @@ class Adapted:
                     self._make_room(p, given.shape)
 
     def _make_room(self, p: nn.Parameter, shape: torch.Size) -> None:
-        """Resize a tensor for a load. The bound optimizer's state for it goes, unless it is of the new shape by now."""
-        optimizer = self._binding.optimizer if self._binding is not None else None
+        """Resize a tensor for a load. The last optimizer's state for it goes, unless it is of the new shape by now."""
+        optimizer = self._binding.optimizer if self._binding is not None else self._last()
         state = optimizer.state.get(p, {}) if optimizer is not None else {}
-        odd = any(isinstance(v, Tensor) and not _belongs(v.shape, shape) for v in state.values())
+        values = [value for value in state.values() if isinstance(value, Tensor)]
+        # State of the tensor's shape until now is its own entry by entry, even if rank 1 makes it look like Adafactor's.
+        odd = any(value.shape == p.shape != shape or not _belongs(value.shape, shape) for value in values)
         if optimizer is not None and odd:
             del optimizer.state[p]
         resize(p, p.new_empty(shape))

@@ -99,7 +99,12 @@ def _bare(source: str) -> ast.Module:
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             body[0].value.value = ""
     return tree
 
@@ -163,7 +168,9 @@ def main() -> int:
     for place in lost:
         print(f"NOT FOUND  {place}")
     mutants = [place for place in every if not place.why and place not in lost]
-    print(f"{len(mutants)} mutants, {len(every) - len(mutants) - len(lost)} known to change nothing, {len(lost)} not found")
+    print(
+        f"{len(mutants)} mutants, {len(every) - len(mutants) - len(lost)} known to change nothing, {len(lost)} not found"
+    )
     if chosen.check or not mutants:
         return bool(lost)
     caught = 0
@@ -177,7 +184,10 @@ def main() -> int:
             began = time.monotonic()
             what = verdict(place, copy)
             caught += what == "caught"
-            print(f"{what.upper() if what != 'caught' else what:10} {place} ({time.monotonic() - began:.0f} s)", flush=True)
+            print(
+                f"{what.upper() if what != 'caught' else what:10} {place} ({time.monotonic() - began:.0f} s)",
+                flush=True,
+            )
     print(f"{caught} of {len(mutants)} caught")
     return bool(lost) or caught < len(mutants)
 

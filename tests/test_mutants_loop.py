@@ -235,3 +235,88 @@ def test_what_is_drawn_follows_from_the_seed() -> None:
     one, again, other = grown(1), grown(1), grown(2)
     assert all(torch.equal(row, again[name]) for name, row in one.items())
     assert not any(torch.allclose(row, other[name], rtol=1e-3) for name, row in one.items())
+
+
+# ---------------------------------------------------------------- when it is over
+
+
+@attrs.frozen(kw_only=True)
+class Always(Cubic):
+    """Says that a decision is due at every step, after its own end as well."""
+
+    def due(self, step: int, *, total_steps: int) -> bool:
+        return True
+
+
+def test_nothing_is_decided_after_a_schedule_s_end() -> None:
+    """What was kept by the last decision stays kept, though a scheduler says that a further one is due."""
+    _, adapted = rigs.toy(prune(SensitivityUncertainty(), Always(target=1, final=3)))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.1)
+    adapted.bind(optimizer, total_steps=8)
+    for step in range(8):
+        give(adapted, size=lambda m, step=step: 10.0 ** (step if m == 2 else -step), seed=step)
+        optimizer.step()
+        if step == 4:
+            kept = rigs.cores(adapted) != 0
+    assert [d.step for d in adapted.history] == [1, 2, 3, 4, 5]
+    assert torch.equal(rigs.cores(adapted) != 0, kept)
+
+
+@pytest.mark.parametrize("ending", ["fixed", "peft", "released", "open"])
+@pytest.mark.parametrize("first_step", [0, 1])
+@pytest.mark.parametrize("final", [0, 1, 2])
+def test_a_last_decision_that_no_step_reaches_is_said(ending: Any, first_step: Any, final: int) -> None:
+    """A run of T steps has those numbered 0 to T - 1, or 1 to T; warned of exactly where the end is not among them."""
+    total = 6
+    scheduler = Cubic(target=1, ending=ending, first_step=first_step, final=final)
+    _, adapted = rigs.toy(prune(SensitivityUncertainty(), scheduler))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.01)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", LrkitWarning)
+        adapted.bind(optimizer, total_steps=total)
+    numbers = range(first_step, first_step + total)
+    last = {"fixed": total - final, "peft": total - final, "released": total - final + 1, "open": numbers[-1]}[ending]
+    assert any("will not be reached" in str(w.message) for w in seen) is (last not in numbers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LrkitWarning)
+        for step in range(total):
+            give(adapted, seed=step)
+            optimizer.step()
+    assert (adapted.history[-1].step - 1 + first_step == last) is (last in numbers)
+
+
+def test_a_step_too_many_is_said_once_and_at_that_step() -> None:
+    """Not at the last step of the run, but at the one after it."""
+    _, adapted = rigs.toy(prune(SensitivityUncertainty(), Cubic(target=1, final=2)))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.01)
+    adapted.bind(optimizer, total_steps=4)
+    for step in range(4):  # a warning is an error
+        give(adapted, seed=step)
+        optimizer.step()
+    with pytest.warns(LrkitWarning, match="step 5 of a run that was bound for total_steps=4"):
+        optimizer.step()
+    optimizer.step()
+
+
+def test_a_run_that_ends_early_names_the_later_of_two_schedules() -> None:
+    """Of two policies that have not ended, the one that ends last says until when to train."""
+    _, adapted = rigs.toy(
+        lrkit.Method(
+            parameterization=SVD(rank=3, orthogonality=0.0),
+            metric=SensitivityUncertainty(),
+            scheduler=Cubic(target=1, final=6),
+            action=lrkit.actions.Prune(),
+            also=(
+                lrkit.Policy(
+                    metric=GradientUncertainty(), scheduler=Cubic(target=0.5, final=1), action=lrkit.actions.Freeze()
+                ),
+            ),
+        )
+    )
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.01)
+    adapted.bind(optimizer, total_steps=10)
+    for step in range(3):
+        give(adapted, seed=step)
+        optimizer.step()
+    with pytest.warns(LrkitWarning, match="step 3 of 10.* at step 9"):
+        adapted.merge()

@@ -11,8 +11,8 @@ A pair is the same task and the same seed, and d_i = score of the row - score of
   rest, lies on the other side of θ. With fewer than six pairs the test rejects nothing, and the interval is unbounded.
 - Holm's correction (Holm, 1979) of p over the rows of one table.
 
-What is random, beyond 16 pairs, has a fixed seed: the same study gives the same table. numpy and statsmodels are
-imported where they are used, since they are slow to import.
+What is random, beyond 16 pairs, has a fixed seed: the same study gives the same table. numpy is
+imported where it is used, since it is slow to import.
 """
 
 import itertools
@@ -153,9 +153,13 @@ def too_few_seeds(rows: int, seeds: int) -> str | None:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction, in the order given: adjusted p, each at least the raw one and at most 1."""
-    if not p:
-        return []
-    from statsmodels.stats.multitest import multipletests
+    """Holm's step-down correction, in the order given.
 
-    return [float(value) for value in multipletests(list(p), method="holm")[1]]
+    The k-th smallest of m (from 0) is multiplied by m - k; none is then below a smaller one's, or above 1.
+    """
+    adjusted = [0.0] * len(p)
+    least = 0.0
+    for k, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        least = max(least, min(1.0, (len(p) - k) * p[i]))
+        adjusted[i] = least
+    return adjusted

@@ -526,13 +526,15 @@ def _changes(
 
 def _show_plan(plan: Any, as_json: bool) -> None:
     from lrkit.study.execute import check
+    from lrkit.study.paired import too_few_seeds
     from lrkit.study.plan import changes
 
     tasks = check(plan)
+    few = too_few_seeds(len(plan.rows) - 1, len(plan.seeds))
     rows = {row.label: changes(plan.rows[0], row) for row in plan.rows}
     cells = len(plan.rows) * len(plan.tasks) * len(plan.seeds)
     if as_json:
-        _json({"rows": rows, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells})
+        _json({"rows": rows, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells, "too_few_seeds": few})
         return
     shown = [
         [label, "; ".join(f"{c['path']}: {_said(c['base'])} -> {_said(c['value'])}" for c in r) or "-"]
@@ -541,6 +543,8 @@ def _show_plan(plan: Any, as_json: bool) -> None:
     _table(["row", "changed against the base"], shown)
     counted = (_count(len(plan.rows), "row"), _count(len(plan.seeds), "seed"), _count(cells, "cell"))
     typer.echo(f"{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
+    if few:
+        typer.echo(few)
 
 
 def _count(number: int, what: str) -> str:
@@ -593,10 +597,13 @@ def _carry_out(
     from rich.console import Console
 
     from lrkit.study.ablate import perform
+    from lrkit.study.paired import too_few_seeds
     from lrkit.study.records import read_study
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
 
+    if few := too_few_seeds(len(plan.rows) - 1, len(plan.seeds)):
+        _complain(few)
     console = Console(stderr=True, quiet=as_json)
     begin, workers = time.monotonic(), 1
     taken: list[float] = []

@@ -57,7 +57,8 @@ def ablate(
         task: a task's name, a list of names, or tables as in a study file.
         model: ``"minilm"``, a folder or a hub id.
         targets: which layers, as `lrkit.attach` takes it.
-        seeds: how many, or which. With fewer than six no difference can be significant.
+        seeds: how many, or which. With n seeds no p can be below 2/2ⁿ times the rows beside the base: a `LrkitWarning`
+            says so before the first step if that is 0.05 or more.
         run: settings of every run: ``{"steps": 200}``.
         set: settings of every row's method: ``{"rank": 8}``.
         rows: further rows as tables: ``{"label": ..., "base": ..., "set": ..., "swap": ...}``.
@@ -78,6 +79,7 @@ def ablate(
     Raises:
         LrkitError: something in the study cannot run (told before the first step), or `out` holds something else.
     """
+    from lrkit.study.paired import too_few_seeds
     from lrkit.study.records import read_study as read_records
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
@@ -87,8 +89,13 @@ def ablate(
         if isinstance(base, Study)
         else _study(base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title)
     )
+    import warnings
+
+    plan = lay_out(study)
+    if few := too_few_seeds(len(plan.rows) - 1, len(plan.seeds)):
+        warnings.warn(few, LrkitWarning, stacklevel=2)
     outcome = perform(
-        lay_out(study),
+        plan,
         Path(out),
         executor=executor,
         workers=workers,
@@ -97,8 +104,6 @@ def ablate(
         checkpoint_seconds=checkpoint_seconds,
         report_to=report_to,
     )
-    import warnings
-
     for name, error in outcome.failed:
         warnings.warn(f"cell {name} failed: {error}", LrkitWarning, stacklevel=2)
     write_report(outcome.folder)

@@ -102,7 +102,7 @@ def test_trainer_and_a_bare_loop_are_the_same_run(tmp_path):
 
 
 def test_the_penalty_is_in_the_training_loss_and_only_there(tmp_path):
-    method = lrkit.methods.svd_lora(rank=4, orthogonality=10.0)
+    method = lrkit.methods.svd_lora(rank=4, orthogonality=10.0, variant="paper")
     t, adapted = trainer("bert", method, tmp_path, max_steps=2, learning_rate=0.0)
     expected = adapted.penalty().item()
     assert expected > 100  # nothing else in the loss is of that size

@@ -81,23 +81,38 @@ class Scheduler(abc.ABC):
         Returns:
             An integer from 0 to `units`.
         """
-        low, high, share = self._between(step, total_steps, units, layers)
-        budget = low + (high - low) * share
-        return math.ceil(budget) if self.rounding == "up" else int(budget)
+        share, ends = self._between(step, total_steps), []
+        for amount in (self.target, self.start):
+            ends.append(min(in_units(amount, total=units, layers=layers), units))
+        low, high = ends
+        if share in (0.0, 1.0):
+            return low if share == 0.0 else high
+        budget = self._amount(share, units, layers)
+        whole = math.ceil(budget) if self.rounding == "up" else int(budget)
+        # An end that is a share has been rounded to whole units, which a budget beside it must not pass.
+        return min(max(whole, min(ends)), max(ends)) if 0.0 < share < 1.0 else whole
 
     def share(self, step: int, *, total_steps: int, units: int, layers: int) -> float:
-        """The budget as a share of all units in [0, 1], before it is cut to an integer. Arguments as in `budget`."""
-        low, high, share = self._between(step, total_steps, units, layers)
-        return (low + (high - low) * share) / units
+        """The budget as a share of all units in [0, 1], before anything is made a whole number. Arguments as in `budget`."""
+        share = self._between(step, total_steps)
+        if isinstance(self.target, float) and isinstance(self.start, float):
+            return self.target + (self.start - self.target) * share
+        return self._amount(share, units, layers) / units
 
-    def _between(self, step: int, total_steps: int, units: int, layers: int) -> tuple[int, int, float]:
-        """b_T, b_0, and where between them the budget is."""
+    def _amount(self, share: float, units: int, layers: int) -> float:
+        """The budget in units, before it is made a whole number, so far between b_T (0) and b_0 (1)."""
+        low, high = (
+            min(amount * layers, units) if isinstance(amount, int) else amount * units
+            for amount in (self.target, self.start)
+        )
+        return low + (high - low) * share
+
+    def _between(self, step: int, total_steps: int) -> float:
+        """Where the budget is between b_T (0) and b_0 (1)."""
         begin, end = self.bounds(total_steps)
-        high = min(in_units(self.start, total=units, layers=layers), units)
-        low = min(in_units(self.target, total=units, layers=layers), units)
         if step >= end:
-            return low, high, 0.0
-        return low, high, 1.0 if step <= begin else self.decay((step - begin) / (end - begin))
+            return 0.0
+        return 1.0 if step <= begin else self.decay((step - begin) / (end - begin))
 
     def due(self, step: int, *, total_steps: int) -> bool:
         """Whether a decision is taken after `step`: every `interval` steps after t_i until the last one."""

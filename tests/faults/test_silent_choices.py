@@ -93,3 +93,14 @@ def test_unknown_variants_are_refused():
         lrkit.methods.adalora(variant="papers")
     with pytest.raises(lrkit.LrkitError, match='variant must be "default" or "paper"'):
         lrkit.methods.svd_lora(variant="peft")
+
+
+@given(st.integers(1, 500), st.floats(0, 1), st.integers(0, 40))
+def test_shares_stay_exact(units, target, step):
+    """A share is the formula's, whatever whole number of units its ends round to; the budget is within one unit of it."""
+    scheduler = Cubic(target=target, warmup=4, final=10)
+    place = min(max((step - 4) / 26, 0.0), 1.0)
+    wanted = target + (1.0 - target) * (1.0 - place) ** 3
+    amounts = {"total_steps": 40, "units": units, "layers": 1}
+    assert scheduler.share(step, **amounts) == wanted
+    assert abs(scheduler.budget(step, **amounts) - wanted * units) <= 1

@@ -111,7 +111,7 @@ def test_overlapping_policies_are_not_subtracted_twice():
 
 def test_the_trainer_s_penalty_is_added_once_after_a_run_that_broke_off(tmp_path):
     """The hooks of a run that ended in an error are gone with its adapters: the next one adds γ ∇R once."""
-    method = lrkit.methods.svd_lora(rank=4, orthogonality=1.0)
+    method = lrkit.methods.svd_lora(rank=4, orthogonality=1.0, variant="paper")
     t, adapted = trainer("bert", method, tmp_path, max_steps=1, learning_rate=0.0, max_grad_norm=0.0)
     original = t.compute_loss
 

@@ -19,7 +19,7 @@ GAMMA = 3.0
 
 
 def method(gamma=GAMMA):
-    return lrkit.methods.svd_lora(rank=4, orthogonality=gamma)
+    return lrkit.methods.svd_lora(rank=4, orthogonality=gamma, variant="paper")
 
 
 def quiet(model):

@@ -11,7 +11,7 @@ from lrkit.models import minilm_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
-WORDS = "[PAD] [UNK] <s> </s> good bad film plot a the is was not very".split()
+WORDS = ["[PAD]", "[UNK]", "<s>", "</s>", "good", "bad", "film", "plot", "a", "the", "is", "was", "not", "very"]
 CONFIG = {
     "vocab_size": len(WORDS),
     "hidden_size": 32,

@@ -253,7 +253,8 @@ class PolicyState:
         blocks = self.blocks  # as they are now, whenever the ballot is read
         parts = lambda: self._by_unit(blocks, [len(block.parts) for block in blocks])  # noqa: E731
         places = lambda: self._by_unit(blocks, range(len(blocks)))  # noqa: E731
-        ballot = Ballot(scores, candidates, budget, share, self.entries, parts, places)
+        sizes = lambda: self._by_unit(blocks, [sum(t.numel() for t in b.tensors) // max(1, b.count) for b in blocks])  # noqa: E731
+        ballot = Ballot(scores, candidates, budget, share, self.entries, parts, places, sizes)
         kept = self.policy.action.select(ballot)
         self._means = None
         return kept, float(scores[kept].min()) if bool(kept.any()) else None, ballot

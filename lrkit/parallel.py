@@ -62,6 +62,8 @@ def follow(ddp: Any) -> None:
     if ddp.static_graph:
         ddp.reducer._set_static_graph()
         ddp.logger._set_static_graph()
+        # The first backward pass of a static graph reduces at its end: DDP must ask its new reducer for that as well.
+        ddp._static_graph_delay_allreduce_enqueued = False
 
 
 def scaled_by(optimizer: torch.optim.Optimizer) -> tuple[torch.Tensor | None, bool]:

@@ -1,4 +1,4 @@
-"""What DDP's reducer must still do once it was made anew: run the user's communication hook."""
+"""What DDP's reducer must still do once it was made anew: the user's communication hook, and a static graph."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ def loss_of(model: Any, step: int) -> Any:
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_communication_hook_works_on_after_a_freeze() -> None:
-    """A hook that halves every gradient does so at each step, and on what still trains alone."""
+@pytest.mark.parametrize("static_graph", [False, True], ids=["dynamic", "static graph"])
+def test_a_communication_hook_works_on_after_a_freeze(static_graph: bool) -> None:
+    """A hook that halves every gradient does so at each step, and on what still trains alone; ``static_graph`` stays set."""
     model, adapted = freezing()
     twin, alike = freezing()
     seen: list[int] = []
@@ -53,7 +54,7 @@ def test_a_communication_hook_works_on_after_a_freeze() -> None:
         future.set_result(bucket.buffer() / 2)
         return future
 
-    ddp = DistributedDataParallel(model)
+    ddp = DistributedDataParallel(model, static_graph=static_graph)
     ddp.register_comm_hook(seen, halve)
     optimizer, other = (torch.optim.SGD(a.parameters(), lr=0.1) for a in (adapted, alike))
     adapted.bind(optimizer, total_steps=STEPS)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import attrs
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 import lrkit
+from lrkit.models import load_pretrained
+from lrkit.tasks import load_task
 
 ROWS = models.batch(seed=7, rows=48)
 GAMMA = 3.0
@@ -314,15 +317,30 @@ def test_drowned_task_is_told(way):
 
 
 def test_default_penalty_is_quiet():
-    """AdaLoRA as it ships is not drowned on a task."""
-    model = quiet(models.make("bert", seed=1))
-    adapted = lrkit.attach(model, lrkit.methods.adalora(rank=4, target_rank=2, variant="default"))
-    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-3)
-    adapted.bind(optimizer, total_steps=20)
-    for step in range(12):
-        (model(**models.batch(seed=step)).loss + adapted.penalty()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    """AdaLoRA as it ships does not drown a pretrained model's task; with the paper's norm it does."""
+    said = {}
+    rows = load_task("movies").train
+    for variant in ("default", "paper"):
+        pretrained = load_pretrained("minilm", num_labels=2, problem_type="single_label_classification")
+        model = pretrained.restart(0)
+        torch.manual_seed(0)
+        adapted = lrkit.attach(model, lrkit.methods.adalora(rank=8, target_rank=4, variant=variant))
+        optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
+        adapted.bind(optimizer, total_steps=10)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(10):
+                batch = rows[8 * step : 8 * step + 8]
+                inputs = pretrained.tokenizer(list(batch["sentence"]), padding=True, return_tensors="pt")
+                labels = torch.tensor(list(batch["label"]))
+                (model(**inputs, labels=labels).loss + adapted.penalty()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        said[variant] = [str(w.message) for w in caught if issubclass(w.category, lrkit.LrkitWarning)]
+        adapted.detach()
+    assert said["default"] == []
+    assert len(said["paper"]) == 1
+    assert "larger than the task's" in said["paper"][0]
 
 
 WORKER = """

@@ -6,7 +6,7 @@ decision is due, entry-wise scores are reduced to unit scores, the best b(t) uni
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -243,18 +243,37 @@ class PolicyState:
         self._means = None
         return kept, float(scores[kept].min()) if bool(kept.any()) else None, ballot
 
-    def course(self, total_steps: int) -> list[tuple[int, int, int]]:
-        """Units that there are after 0, 1, ... steps of a whole run, cut and added by then, as the schedule alone has it."""
-        scheduler, there, cut, added = self.policy.scheduler, self.units, 0, 0
-        course = [(there, cut, added)]
-        for step in range(total_steps):
-            number = step + scheduler.first_step
-            if number <= scheduler.end(total_steps) and scheduler.due(number, total_steps=total_steps):
-                budget = scheduler.budget(number, total_steps=total_steps, units=self.capacity, layers=self.layers)
-                goes, comes = self.policy.action.turnover(there, budget, self.layers)
-                there, cut, added = there - goes + comes, cut + goes, added + comes
-            course.append((there, cut, added))
-        return course
+    def course(self, total_steps: int) -> list[tuple[int, int, int, int]]:
+        """What a whole run does to the units, as the schedule alone has it, without walking through its steps.
+
+        Returns:
+            Spans of equal states, in order: after how many of 0, 1, ..., `total_steps` steps the state is this one, units
+            that there are, cut by then, and added by then. Once all units there were at first have been cut, spans that
+            differ in the last two alone are one.
+        """
+        scheduler, turnover = self.policy.scheduler, self.policy.action.turnover
+        there, cut, added, since = self.units, 0, 0, 0
+        course = []
+
+        def budget(number: int) -> int:
+            return scheduler.budget(number, total_steps=total_steps, units=self.capacity, layers=self.layers)
+
+        for span in scheduler.decisions(total_steps):
+            at = 0
+            while at < len(span):
+                allowed = budget(span[at])
+                last = _last_equal(budget, span, at)
+                while at <= last:
+                    goes, comes = turnover(there, allowed, self.layers)
+                    if not goes and not comes:
+                        break
+                    step = span[at] - scheduler.first_step + 1
+                    course.append((step - since, there, cut, added))
+                    times = last - at + 1 if goes == comes and cut >= self.units else 1
+                    since, there = step, there - goes + comes
+                    cut, added, at = cut + goes * times, added + comes * times, at + times
+                at = last + 1
+        return [*course, (total_steps + 1 - since, there, cut, added)]
 
     def rebuild(self, components: Mapping[str, tuple[int, ...]], counts: Mapping[str, int], kept: Tensor) -> None:
         """Take over blocks of other ranks. The statistics have to be put in place after it.
@@ -415,7 +434,7 @@ class Controller:
                     f"component is left, and the model is the one before fine-tuning but for its head",
                 )
             if action.grows:
-                there = state.course(total_steps)[-1][0]
+                there = state.course(total_steps)[-1][1]
                 if there != budget:
                     self.warn(
                         f"short {state.index}",
@@ -836,6 +855,18 @@ class Controller:
             }
         self._tally.load(self.step, data["sums"])
         self._survey()
+
+
+def _last_equal(function: Callable[[int], int], span: range, first: int) -> int:
+    """The last index in a span up to which a function is what it is at `first`; it only ever rises, or only falls."""
+    value, low, step = function(span[first]), first, 1
+    while low + step < len(span) and function(span[low + step]) == value:
+        low, step = low + step, 2 * step
+    high = min(low + step, len(span))  # not the same there, or beyond the end
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if function(span[middle]) == value else (low, middle)
+    return low
 
 
 _NAMES = ("lost", "returned", "fresh")

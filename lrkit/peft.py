@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lrkit import checkpoint
 from lrkit.adapted import Adapted, check_model
-from lrkit.errors import LrkitError, LrkitWarning, nearest
+from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
 from lrkit.method import Method
 from lrkit.parameterizations.lowrank import oriented_weight
 from lrkit.settings import in_steps
@@ -489,7 +489,7 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
     if method is None:
         method = _method_of(config, layers)
     if not isinstance(method, Method):
-        raise LrkitError(f"from_peft takes a lrkit.Method, such as lrkit.methods.adalora(), not {method!r}")
+        raise LrkitError(f"from_peft takes a lrkit.Method, such as lrkit.methods.adalora(), not {shown(method)}")
     adapted = Adapted(model, method, list(layers), head, exact=True)
     try:
         for name, adapter in adapted.adapters.items():
@@ -530,21 +530,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise LrkitError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "ADALORA"):
         kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise LrkitError(f"{folder}: from_peft takes LORA and ADALORA adapters, not {kind!r}")
+        raise LrkitError(f"{folder}: from_peft takes LORA and ADALORA adapters, not {shown(kind)}")
     for key, value in config.items():
         if key not in _UNDERSTOOD and value and value != "none":
-            raise LrkitError(f"{folder}: lrkit cannot represent an adapter with {key}={value!r} exactly")
+            raise LrkitError(f"{folder}: lrkit cannot represent an adapter with {key}={shown(value)} exactly")
     numbers = ["lora_alpha"]
     if config["peft_type"] == "ADALORA":
         numbers += ["init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"]
     for key in numbers:
         if not isinstance(config.get(key), int | float) or isinstance(config.get(key), bool):
-            raise LrkitError(f"{path}: {key} must be a number, not {config.get(key)!r}")
+            raise LrkitError(f"{path}: {key} must be a number, not {shown(config.get(key))}")
     _check_patterns(config, path)
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
         raise LrkitError(
-            f"{folder}: init_lora_weights={start!r} changes the base's weights: lrkit cannot represent it exactly"
+            f"{folder}: init_lora_weights={shown(start)} changes the base's weights: lrkit cannot represent it exactly"
         )
     return config
 
@@ -552,16 +552,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _check_patterns(config: Mapping[str, Any], path: Path) -> None:
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
-        raise LrkitError(f"{path}: modules_to_save must be a list of names, not {saved!r}")
+        raise LrkitError(f"{path}: modules_to_save must be a list of names, not {shown(saved)}")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or not all(type(value) in (int, float) for value in patterns.values()):
-        raise LrkitError(f"{path}: alpha_pattern must be a table of numbers, not {patterns!r}")
+        raise LrkitError(f"{path}: alpha_pattern must be a table of numbers, not {shown(patterns)}")
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
             raise LrkitError(
-                f"{path}: alpha_pattern has {pattern!r}, which is no regular expression: {error}"
+                f"{path}: alpha_pattern has {shown(pattern)}, which is no regular expression: {error}"
             ) from None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from lrkit.errors import LrkitError, nearest
+from lrkit.errors import LrkitError, nearest, shown
 from lrkit.parameterizations.base import Role, Target
 from lrkit.parameterizations.lowrank import layer_shape
 
@@ -92,7 +92,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
     if not isinstance(targets, str) and not (
         isinstance(targets, Sequence) and all(isinstance(target, str) for target in targets)
     ):
-        raise LrkitError(f'targets must be "all-linear", a regular expression or a list of names, not {targets!r}')
+        raise LrkitError(f'targets must be "all-linear", a regular expression or a list of names, not {shown(targets)}')
     if targets == "all-linear":
         chosen = _in_blocks(model)
         if not chosen:
@@ -164,7 +164,7 @@ def find_head(model: nn.Module, train_also: str | Sequence[str], *, exact: bool 
     if not isinstance(train_also, str) and not (
         isinstance(train_also, Sequence) and all(isinstance(name, str) for name in train_also)
     ):
-        raise LrkitError(f'train_also must be "auto" or a list of names, not {train_also!r}')
+        raise LrkitError(f'train_also must be "auto" or a list of names, not {shown(train_also)}')
     if train_also == "auto":
         return _auto_head(model, modules)
     chosen: list[str] = []

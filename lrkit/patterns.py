@@ -5,6 +5,7 @@ something that can be matched in several ways, the ways double with every letter
 side, they are a power of the length. Both are seen in the pattern itself.
 """
 
+import functools
 import math
 import re
 
@@ -21,6 +22,7 @@ _TOKEN = re.compile(
 _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 
 
+@functools.lru_cache(maxsize=4096)
 def compiled(pattern: str, name: str, around: str = "{}") -> re.Pattern[str]:
     """Compile a regular expression that is known to come to an end.
 

@@ -11,6 +11,7 @@ import stat
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from typing import Any, BinaryIO
 
 from lrkit.errors import LrkitError, cut, shown
@@ -46,7 +47,7 @@ def is_file(path: AnyPath) -> bool:
 
 
 @contextmanager
-def opened(path: AnyPath, name: object = None) -> Iterator[BinaryIO]:
+def opened(path: AnyPath, name: object = None) -> Iterator[BufferedReader]:
     """Open a regular file for reading. What goes wrong while it is read is told in one line, too.
 
     Args:

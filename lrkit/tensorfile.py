@@ -10,8 +10,9 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import attrs
 import torch
@@ -58,7 +59,7 @@ class TensorFile:
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
-    _file: BinaryIO
+    _file: BufferedReader
     _start: int
     _path: Path
 
@@ -73,7 +74,7 @@ class TensorFile:
         self._file.seek(self._start + entry.begin)
         done = 0
         while done < size:
-            count = self._file.readinto(view[done:])  # type: ignore[attr-defined]
+            count = self._file.readinto(view[done:])
             if not count:
                 raise LrkitError(f"{self._path} is truncated, or no safetensors file (it ends within {shown(name)})")
             done += count

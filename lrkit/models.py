@@ -296,7 +296,8 @@ def load_base(
     from lrkit.hub import quiet_transformers
 
     cls: Any = getattr(transformers, base["class"], None) if base["class"].isidentifier() else None
-    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel) or cls.config_class is None:
+    good = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not good or cls.config_class is None:
         raise LrkitError(f"the base model is a {shown(base['class'])}, which is no model that transformers has")
     dtype = getattr(torch, base["dtype"], None) if base["dtype"].isidentifier() else None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

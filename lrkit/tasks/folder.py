@@ -31,6 +31,7 @@ FIELDS: tuple[tuple[str, ...], ...] = (
 
 # A gzip file of text is three to ten times as long when unpacked; one that goes on for ever is a thousand times.
 _EXPANDS = 200
+_BLANK = 100_000
 
 
 @attrs.frozen
@@ -134,6 +135,8 @@ def _read_into(rows: list[_Row], file: Path, raw: BinaryIO) -> None:
                 number += 1
                 if line.strip():
                     rows.append(_Row(number, _parse(line)))
+                elif number - len(rows) > _BLANK:
+                    raise LrkitError(f"more than {_BLANK:,} blank lines")
     except LrkitError as error:
         raise LrkitError(f"{file}:{max(1, number)}: {error}") from None
     except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError

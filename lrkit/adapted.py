@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lrkit import checkpoint, parallel
+from lrkit import checkpoint, parallel, states
 from lrkit.binding import Binding, unwrapped
 from lrkit.controller import Controller, Decision
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, shown
+from lrkit.foresight import check_fresh, check_room, weightless
 from lrkit.gradients import Unclipped
 from lrkit.method import Method, from_plain, to_plain
 from lrkit.parameterizations import Parameterization, Target
@@ -25,7 +27,6 @@ from lrkit.summary import Summary, summarize
 from lrkit.targets import find_head, find_targets
 from lrkit.units import resize
 
-_FORMAT = 1
 _MARK = "_lrkit_adapted"
 _AROUND = "lrkit_around"
 
@@ -89,10 +90,18 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> "Adapted":
         LrkitError: no such file, a truncated or foreign one, or one that does not fit this model. The model is then as
             it was.
     """
-    state = checkpoint.read(Path(folder))
-    meta = _meta(state)
-    check_model(model)
-    adapted = Adapted(model, from_plain(meta["method"]), meta["targets"], meta["head"], exact=True)
+    with checkpoint.stored(Path(folder)) as stored:
+        meta = states.meta_of({"meta": stored.meta, "tensors": {}})
+        states.check_data(meta)
+        method = from_plain(meta["method"])
+        check_model(model)
+        if (twin := weightless(model)) is not None:
+            found = _find(twin, method.parameterization, meta["targets"], exact=True)
+            given = sum(math.prod(shape) for name, shape in stored.shapes.items() if name.startswith("weight."))
+            grows = any(policy.action.grows for policy in method.policies)
+            check_fresh(twin, found, method.parameterization, given, meta, grows)
+        state = stored.state()
+    adapted = Adapted(model, method, meta["targets"], meta["head"], exact=True)
     try:
         adapted.load_state_dict(state)
     except BaseException:
@@ -122,6 +131,7 @@ class Adapted:
         exact: bool = False,
     ) -> None:
         found = _find(model, method.parameterization, targets, exact)
+        check_room(found, method.parameterization)
         self.model, self.method = model, method
         self._base = _base(model)  # now: a forward pass writes into its config
         self.head = find_head(model, train_also, exact=exact)
@@ -447,7 +457,7 @@ class Adapted:
         for name, p in self._saved():
             tensors[f"weight.{name}"] = p.detach().clone()
         meta = {
-            "format": _FORMAT,
+            "format": states.FORMAT,
             "method": to_plain(self.method),
             "targets": list(self.adapters),
             "head": list(self.head),
@@ -471,29 +481,31 @@ class Adapted:
             LrkitError: of another method, other layers, other shapes, or no such state at all. Nothing is changed then.
         """
         self._check_alive()
-        meta, tensors = _meta(state), state["tensors"]
-        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise LrkitError("the state does not fit: not all of its tensors are tensors")
+        meta, tensors = states.meta_of(state), state["tensors"]
         mine, theirs = to_plain(self.method), meta["method"]
         if mine != theirs:
             raise LrkitError(f"the state is of another method: {_difference(theirs, mine)}")
-        if list(self.adapters) != meta["targets"]:
-            odd = sorted(set(self.adapters) ^ set(meta["targets"]))
-            raise LrkitError(f"the state is of other layers: {', '.join(odd[:3]) or 'in another order'}")
+        for what, here, there in (("layers", list(self.adapters), meta["targets"]), ("head", self.head, meta["head"])):
+            if here != there:
+                odd = sorted(set(here) ^ set(there))
+                told = ", ".join(map(shown, odd[:3])) or "in another order"
+                raise LrkitError(f"the state is of {'other layers' if what == 'layers' else 'another head'}: {told}")
+        states.check_data(meta)
         saved = dict(self._saved())
         weights = {n.removeprefix("weight."): t for n, t in tensors.items() if n.startswith("weight.")}
         if set(saved) != set(weights):
             odd = sorted(set(saved) ^ set(weights))
-            raise LrkitError(f"the state does not fit: {', '.join(odd[:3])} missing or not expected")
-        self._controller.check_state(tensors, meta)
+            raise states.misfit(f"{', '.join(map(shown, odd[:3]))} missing or not expected")
         expected = self._controller.shapes(meta["ranks"])
         for name, tensor in weights.items():
             if tensor.shape != expected.get(id(saved[name]), saved[name].shape):
-                raise LrkitError(
-                    f"the state does not fit: {name} is {list(tensor.shape)}, here {list(saved[name].shape)}"
-                )
+                raise states.misfit(f"{name} is {list(tensor.shape)}, here {list(saved[name].shape)}")
             if tensor.dtype != saved[name].dtype:
-                raise LrkitError(f"the state does not fit: {name} is {tensor.dtype}, here {saved[name].dtype}")
+                raise states.misfit(f"{name} is {tensor.dtype}, here {saved[name].dtype}")
+        self._controller.check_state(tensors, meta)
+        if self._controller.total_steps is None and meta["total_steps"] is not None:
+            self._controller.foretell(meta["total_steps"])
+        # All has been looked at: what follows cannot fail.
         with torch.no_grad():
             for name, tensor in weights.items():
                 if tensor.shape != saved[name].shape:
@@ -522,7 +534,7 @@ class Adapted:
         self._check_alive()
         if self._binding is not None:
             raise LrkitError("call unbind() before rewind()")
-        meta = _meta(state)
+        meta = states.meta_of(state)
         tensors = dict(state["tensors"])
         now, then = self._controller.numbers(), self._controller.numbers(meta)
         places = self._controller.places()
@@ -552,13 +564,22 @@ class Adapted:
             module.register_load_state_dict_pre_hook(self._take_rank)  # type: ignore[no-untyped-call]
 
     def _take_rank(self, module: nn.Module, weights: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        room: list[tuple[nn.Parameter, torch.Size]] = []
+        ranks = set()
         for part in self.method.parameterization.parts:
             p, given = part.of(module), weights.get(prefix + part.name)
-            if part.axis is not None and given is not None and given.ndim == p.ndim:
+            if part.axis is not None and given is not None:
                 shape = list(p.shape)
+                if given.ndim != p.ndim:
+                    return
                 shape[part.axis] = given.shape[part.axis]
-                if list(given.shape) == shape != list(p.shape):
-                    self._make_room(p, given.shape)
+                if list(given.shape) != shape:
+                    return  # of another layer: torch says so
+                ranks.add(given.shape[part.axis])
+                room.append((p, given.shape))
+        for p, size in room if len(ranks) == 1 else ():
+            if size != p.shape:
+                self._make_room(p, size)
 
     def _make_room(self, p: nn.Parameter, shape: torch.Size) -> None:
         """Resize a tensor for a load. The last optimizer's state for it goes, unless it is of the new shape by now."""
@@ -778,37 +799,10 @@ def _base(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def _meta(state: Mapping[str, Any]) -> dict[str, Any]:
-    meta = state.get("meta") if isinstance(state, Mapping) else None
-    needed = {
-        "format",
-        "method",
-        "targets",
-        "head",
-        "ranks",
-        "step",
-        "total_steps",
-        "policies",
-        "history",
-        "sums",
-        "components",
-        "numbered",
-        "seed",
-    }
-    if not isinstance(meta, dict) or not isinstance(state.get("tensors"), Mapping) or not needed <= set(meta):
-        raise LrkitError("this is no state of lrkit (it must be what adapted.state_dict() or adapted.save() gave)")
-    for key in ("targets", "head"):
-        if not isinstance(meta[key], list) or not all(isinstance(name, str) for name in meta[key]):
-            raise LrkitError(f"the state does not fit: {key} is not a list of names")
-    if meta["format"] != _FORMAT:
-        raise LrkitError(f"the state is of format {meta['format']}, this lrkit reads format {_FORMAT}")
-    return meta
-
-
 def _difference(theirs: Any, mine: Any, where: str = "") -> str:
     """The first place where two plain data differ, in words."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for key in {**theirs, **mine}:
             if theirs.get(key) != mine.get(key):
                 return _difference(theirs.get(key), mine.get(key), f"{where}.{key}" if where else key)
-    return f"{where} is {theirs!r} there and {mine!r} here"
+    return f"{where} is {shown(theirs)} there and {shown(mine)} here"

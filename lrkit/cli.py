@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrkit import scaffold
-from lrkit.errors import LrkitError, LrkitWarning, nearest
+from lrkit.errors import LrkitError, LrkitWarning, cut, nearest
+from lrkit.reading import parse_json, read_json
 
 if TYPE_CHECKING:
     from lrkit.method import Method
@@ -439,17 +440,18 @@ def export(
     from lrkit import checkpoint, peft
     from lrkit.adapted import load
     from lrkit.models import load_base
+    from lrkit.states import meta_of
 
     if to not in peft.TARGETS:
         raise LrkitError(
             f'there is no export to "{to}"{nearest(to, peft.TARGETS)}; there are {", ".join(peft.TARGETS)}'
         )
     _new_folder(out, "")
-    state = checkpoint.read(run)
-    base = state["meta"].get("base")
+    with checkpoint.stored(run) as stored:
+        base = meta_of({"meta": stored.meta, "tensors": {}}).get("base")
+        trained = {name.removeprefix("weight.") for name in stored.shapes}
     if base is None:
         raise LrkitError(f"{run} does not say which transformers model it was attached to: export it with lrkit.export")
-    trained = {name.removeprefix("weight.") for name in state["tensors"]}
     net, tokenizer = load_base(base, model or _model_of(run), trained)
     adapted = load(net, run)
     if to == "merged" and tokenizer is None:
@@ -473,11 +475,11 @@ def _model_of(run: Path) -> str | None:
     """What a run was told as its model; None where it left no word."""
     for name in ("result.json", "config.json"):
         try:
-            model = json.loads((run / name).read_text(encoding="utf-8"))["model"]
-        except (OSError, ValueError, KeyError, TypeError):
+            found = read_json(run / name)
+        except (FileNotFoundError, LrkitError):
             continue
-        if isinstance(model, str):
-            return model
+        if isinstance(found, dict) and isinstance(found.get("model"), str):
+            return str(found["model"])
     return None
 
 
@@ -727,8 +729,8 @@ def _value(text: str) -> Any:
     if text.lower() in ("none", "null"):
         return None
     try:
-        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
-    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, brackets without end
+        return parse_json(text.lower() if text.lower() in ("true", "false") else text, "a value")
+    except LrkitError:  # no JSON, a number of thousands of digits, brackets without end
         return text
 
 
@@ -926,7 +928,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if type(error).__name__ == "NoArgsIsHelpError":
                 typer.echo(error.format_message())
                 sys.exit(2)
-            _complain(f"{error.format_message()} (see `lrkit --help`)")
+            _complain(f"{cut(error.format_message(), 800)} (see `lrkit --help`)")
             sys.exit(2)
         except LrkitError as error:
             _complain(str(error))
@@ -935,10 +937,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if "memory" not in str(error).lower():
                 raise
             _complain(
-                f"out of memory: {str(error).splitlines()[0] if str(error) else 'a smaller rank or batch may fit'}"
+                f"out of memory: {cut(str(error).splitlines()[0], 400) if str(error) else 'a smaller rank or batch may fit'}"
             )
             sys.exit(2)
         except OSError as error:
-            _complain(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
+            told = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+            _complain(cut(told, 800))
             sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

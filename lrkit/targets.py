@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from lrkit.errors import LrkitError, nearest
+from lrkit.errors import LrkitError, cut, nearest, shown
 from lrkit.parameterizations.base import Role, Target
 from lrkit.parameterizations.lowrank import layer_shape
+from lrkit.patterns import compiled
 
 # Whole components of a layer's path inside its block, never substrings. Attention first: BERT's attention output is
 # "attention.output.dense", its FFN output "output.dense".
@@ -92,7 +93,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
     if not isinstance(targets, str) and not (
         isinstance(targets, Sequence) and all(isinstance(target, str) for target in targets)
     ):
-        raise LrkitError(f'targets must be "all-linear", a regular expression or a list of names, not {targets!r}')
+        raise LrkitError(f'targets must be "all-linear", a regular expression or a list of names, not {shown(targets)}')
     if targets == "all-linear":
         chosen = _in_blocks(model)
         if not chosen:
@@ -101,15 +102,12 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
                 f"{type(model).__name__}: name the layers; it has {_some(layers)}"
             )
     elif isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise LrkitError(f'targets="{targets}" is not a regular expression: {error}') from None
+        pattern = compiled(targets, "targets")
         chosen = {name for name in layers if pattern.fullmatch(name)}
         if not chosen:
             raise LrkitError(
-                f'targets="{targets}" matches no linear layer of {type(model).__name__} (a regular expression must match '
-                f"the whole name); it has {_some(layers)}"
+                f'targets="{cut(targets, 160)}" matches no linear layer of {type(model).__name__} (a regular expression '
+                f"must match the whole name); it has {_some(layers)}"
             )
     else:
         chosen = set()
@@ -164,7 +162,7 @@ def find_head(model: nn.Module, train_also: str | Sequence[str], *, exact: bool 
     if not isinstance(train_also, str) and not (
         isinstance(train_also, Sequence) and all(isinstance(name, str) for name in train_also)
     ):
-        raise LrkitError(f'train_also must be "auto" or a list of names, not {train_also!r}')
+        raise LrkitError(f'train_also must be "auto" or a list of names, not {shown(train_also)}')
     if train_also == "auto":
         return _auto_head(model, modules)
     chosen: list[str] = []

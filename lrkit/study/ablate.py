@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.errors import LrkitError, LrkitWarning, nearest
+from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
 from lrkit.method import FIELDS, Method, to_plain
 from lrkit.study.cell import Conditions, components_of
 from lrkit.study.execute import Outcome, Told, carry_out
@@ -153,9 +153,9 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _listed(path: Any, values: Any) -> list[Any]:
     if not isinstance(path, str):
-        raise LrkitError(f"ablate: swap must have components or settings as keys, not {path!r}")
+        raise LrkitError(f"ablate: swap must have components or settings as keys, not {shown(path)}")
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise LrkitError(f'ablate: swap "{path}" must be a list of values to try, not {values!r}')
+        raise LrkitError(f'ablate: swap "{path}" must be a list of values to try, not {shown(values)}')
     return list(values)
 
 
@@ -205,7 +205,7 @@ def perform(
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool) or not 0 <= workers <= 4096):
-        raise LrkitError(f"workers must be a number from 0 (in this process) to 4096, not {workers!r}")
+        raise LrkitError(f"workers must be a number from 0 (in this process) to 4096, not {shown(workers)}")
     at_once = (gpus() or min(cores, 4)) if workers is None else workers
     each = threads or max(1, cores // max(1, at_once))
     devices = max(row_devices(plan))

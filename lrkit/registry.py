@@ -293,7 +293,7 @@ class Registry:
         """
         from lrkit.method import Method
 
-        made = self.made("method", name, **arguments)
+        made: Method = self.made("method", name, **arguments)
         if not issubclass(type(made), Method):  # isinstance asks the object, which may raise
             raise LrkitError(f"{self._who('method', name)} gives {foreign.text_of(made)}, which is no lrkit.Method")
         return made

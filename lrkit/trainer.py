@@ -50,6 +50,7 @@ class AdaptCallback(TrainerCallback):
                     f"{self.adapted.step}"
                 )
         self.adapted.bind(kwargs["optimizer"], total_steps=state.max_steps)
+        self.adapted.hold(self.adapted.expect_saves())  # `on_save` writes the adapters beside the model
         if self.adapted.has_penalty:
             accumulation = args.gradient_accumulation_steps
 

@@ -603,9 +603,14 @@ class Adapted:
     # ---- taking out ----
 
     def original(self) -> nn.Module:
-        """A copy of the model as it was before `attach`, head and all. The adapted model stays as it is."""
+        """A copy of the model as it was before `attach`, head and all. The adapted model stays as it is.
+
+        Quantized and sharded weights, which do not train, are shared with it.
+        """
         self._check_alive()
-        memo: dict[int, Any] = {}
+        # Not every quantized tensor can be copied; none of them changes.
+        frozen = (p for p in self.model.parameters() if id(p) not in self._trained_ids and not is_plain(p))
+        memo: dict[int, Any] = {id(p): p for p in frozen}
         for name, _, _ in self._places:
             memo[id(self.adapters[name])] = copy.deepcopy(self._originals[name], memo)
         if self.around is not None:

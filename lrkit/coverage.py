@@ -100,7 +100,8 @@ def coverage(model: nn.Module, adapted: Collection[str], trained: Iterable[Tenso
             else:
                 kind = (pattern(name), type(module).__name__)
                 before, parts = kinds.get(kind, (0, {}))
-                kinds[kind] = before + size, parts | {part: None}
+                shown = part if part == "weight" or parameter is None else f"{part} ({parameter.ndim}-D)"
+                kinds[kind] = before + size, parts | {shown: None}
     if not total:
         return None
     groups = _by_kind(kinds)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lrkit.errors import LrkitError, LrkitWarning, nearest
 from lrkit.parameterizations.lowrank import layer_shape
+from lrkit.precision import is_plain
 
 _HEADS = ("classifier", "score", "head", "classification_head", "qa_outputs")
 
@@ -46,13 +47,14 @@ def find_head(model: nn.Module, train_also: str | Sequence[str], *, exact: bool 
     return chosen
 
 
-def _auto(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+def _auto(model: nn.Module, modules: dict[str, nn.Module], prefix: str = "") -> list[str]:
+    """The new head of a model, by names within it; `prefix` is where it stands."""
     poolers = [n for n, m in modules.items() if n.rsplit(".", 1)[-1] == "pooler" and list(m.parameters())]
     base = getattr(model, "base_model", None)
     if isinstance(base, nn.Module):
         head = _of_transformers(model, base)
         if not head:
-            _leave(poolers, type(model).__name__)
+            _leave([prefix + pooler for pooler in poolers], type(model).__name__)
             return []
     else:
         # Models of transformers inside of another module speak for themselves.
@@ -62,7 +64,7 @@ def _auto(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
             if isinstance(getattr(module, "base_model", None), nn.Module) and not name.startswith(within):
                 within = (*within, f"{name}.")
                 inner = {n: m for n, m in module.named_modules() if n}
-                head += [f"{name}.{each}" for each in _auto(module, inner)]
+                head += [f"{name}.{each}" for each in _auto(module, inner, f"{prefix}{name}.")]
         own = [n for n, m in modules.items() if n.rsplit(".", 1)[-1] in _HEADS and list(m.parameters())]
         head += [n for n in own if not n.startswith(within)]
         poolers = [n for n in poolers if not n.startswith(within)]
@@ -136,8 +138,8 @@ def tell_tied(model: nn.Module, head: Sequence[str]) -> None:
 def check_trainable(tensors: Mapping[str, Tensor]) -> None:
     """Raise LrkitError for a parameter that is to train in full and cannot."""
     for name, p in tensors.items():
-        if not (p.is_floating_point() or p.is_complex()):
+        if not (is_plain(p) or p.is_complex() or type(p).__name__ == "DTensor"):
             raise LrkitError(
-                f"{name} is {str(p.dtype).removeprefix('torch.')} (quantized), and cannot train in full: leave its module "
-                "out with train_also"
+                f"{name} is a quantized {type(p).__name__} of {p.dtype}, and cannot train in full (a head is left "
+                "out with train_also)"
             )

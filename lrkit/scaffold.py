@@ -10,6 +10,7 @@ import keyword
 import re
 import time
 import warnings
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

@@ -5,8 +5,10 @@ import functools
 import json
 import math
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,21 +16,28 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lrkit import checkpoint, parallel, states
+from lrkit import checkpoint, liveness, parallel, pretrained, states
+from lrkit.behaviour import is_exact
 from lrkit.binding import Binding, unwrapped
 from lrkit.controller import Controller, Decision
-from lrkit.errors import LrkitError, shown
+from lrkit.coverage import TOLD_FROM, coverage, percent
+from lrkit.errors import LrkitError, LrkitWarning, shown
 from lrkit.foresight import check_fresh, check_room, weightless
 from lrkit.gradients import Unclipped
+from lrkit.heads import check_trainable, find_head, head_parameters, tell_tied
+from lrkit.masters import Masters
 from lrkit.method import Method, from_plain, to_plain
 from lrkit.parameterizations import Parameterization, Target
 from lrkit.penalty import Penalty
+from lrkit.precision import is_plain
+from lrkit.reference import Reference, without
 from lrkit.summary import Summary, summarize
-from lrkit.targets import find_head, find_targets
+from lrkit.targets import find_targets, listing
 from lrkit.units import resize
 
 _MARK = "_lrkit_adapted"
 _AROUND = "lrkit_around"
+_ASIDE = "_lrkit_aside"
 
 
 def attach(
@@ -49,8 +58,8 @@ def attach(
         targets: ``"all-linear"`` for every linear map inside the transformer's blocks (of these the ones that the
             parameterization chooses, where it has places of its own), a regular expression that matches whole layer
             names, or a list of names or name suffixes.
-        train_also: ``"auto"`` for the task head (classifier, score, pooler), or a list of names or name suffixes of
-            modules that train in full; an empty list for none.
+        train_also: ``"auto"`` for the task head that is new (classifier, score, and the pooler before it), or a list of
+            names or name suffixes of modules that train in full; an empty list for none.
 
     Returns:
         The handle on what was attached.
@@ -73,6 +82,11 @@ def check_model(model: nn.Module) -> None:
         hook = getattr(module, "_hf_hook", None)
         if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
             raise LrkitError(f"{name or 'the model'} is offloaded by accelerate: load the model without offloading")
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            raise LrkitError(
+                f"{name or 'the model'} is PEFT's own ({type(module).__name__}): take PEFT's adapters out first "
+                "(merge_and_unload() or unload()), or let lrkit.from_peft read the folder that PEFT saved"
+            )
     if any(getattr(module, _MARK, False) for module in model.modules()):
         raise LrkitError(
             "this model already carries adapters: detach() or merge() them first (and copy a model before attach, not after)"
@@ -96,7 +110,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> "Adapted":
         method = from_plain(meta["method"])
         check_model(model)
         if (twin := weightless(model)) is not None:
-            found = _find(twin, method.parameterization, meta["targets"], exact=True)
+            found, _ = _find(twin, method.parameterization, meta["targets"], exact=True)
             given = sum(math.prod(shape) for name, shape in stored.shapes.items() if name.startswith("weight."))
             grows = any(policy.action.grows for policy in method.policies)
             check_fresh(twin, found, method.parameterization, given, meta, grows)
@@ -130,24 +144,30 @@ class Adapted:
         *,
         exact: bool = False,
     ) -> None:
-        found = _find(model, method.parameterization, targets, exact)
+        found, offered = _find(model, method.parameterization, targets, exact)
         check_room(found, method.parameterization)
         self.model, self.method = model, method
         self._base = _base(model)  # now: a forward pass writes into its config
         self.head = find_head(model, train_also, exact=exact)
         parameterization = method.parameterization
         own = set(parameterization.own_parameters(model))
-        head = tuple(f"{name}." for name in self.head)
         self._check_apart([target.name for target in found])
-        trained_own = {n: p for n, p in model.named_parameters() if n in own or n.startswith(head or ("\0",))}
+        head_ids = {id(p) for p in head_parameters(model, self.head)}
+        trained_own = {n: p for n, p in model.named_parameters() if n in own or id(p) in head_ids}
+        check_trainable(trained_own)
         before = [(p, p.requires_grad) for p in model.parameters()]
         buffers = {id(buffer) for buffer in model.buffers()}
         self.adapters: dict[str, nn.Module] = dict(parameterization.adapt_model(model, found))
         self.around = self.adapters.pop("", None)
         self._check_apart(self.adapters)
+        self.coverage = coverage(model, self.adapters, trained_own.values())
+        self._offer = coverage(model, [t.name for t in offered], trained_own.values()) if offered else None
+        if not exact:
+            self._tell_left_out(targets)
+            tell_tied(model, self.head)
         # From here on the model is changed; what could be refused was refused above, except by the controller.
         self._before = before
-        self._copies = [(p, p.detach().clone()) for p in trained_own.values()]
+        self._masters = Masters(model, trained_own)
         self._originals = {name: model.get_submodule(name) for name in self.adapters}
         self._places = _places(model, {n: m for n, m in self._originals.items() if self.adapters[n] is not m})
         put_in = [*self.adapters.values(), *([] if self.around is None else [self.around])]
@@ -163,29 +183,52 @@ class Adapted:
             setattr(parent, attribute, self.adapters[name])
         if self.around is not None:
             _surround(model, self.around)
+        self._notice_saves = pretrained.SaveNotice(model, [name for name, _, _ in self._places])
+        self._off = 0
+        self._wrapped: Any = None
+        self._wrapper_hook: Any = None
         self._alive = True
         setattr(model, _MARK, True)
         lasting = model.state_dict().keys()
         self._fresh_buffers = [n for n, b in model.named_buffers() if id(b) not in buffers and n in lasting]
-        self._head_ids = {id(p) for n, p in trained_own.items() if n.startswith(head or ("\0",))}
+        self._head_ids = head_ids
         self._saved_ids = fresh | {id(p) for p in trained_own.values()}
         self._trained_ids = {id(p) for p in model.parameters() if p.requires_grad}
         self._binding: Binding | None = None
         self._last: Callable[[], torch.optim.Optimizer | None] = lambda: None
         self._unclipped: Unclipped | None = None
         self._ddp: Any = None
+        self._penalty = Penalty(
+            lambda: parameterization.penalty(list(self.adapters.values())),
+            self.adapter_parameters(),
+            parameterization.penalty_weight,
+            lambda key, message: self._controller.warn(key, message),
+        )
         try:
             self._controller = Controller(method, self.adapters, self._trained_ids)
-            self._penalty = Penalty(
-                lambda: parameterization.penalty(list(self.adapters.values())),
-                self.adapter_parameters(),
-                parameterization.penalty_weight,
-                self._controller.warn,
-            )
-        except BaseException:
+        except BaseException as error:
             self.detach()
+            if isinstance(error, LrkitError) and self._offer is not None and targets == "all-linear":
+                raise LrkitError(f"{error}{self._offer.words}") from None
             raise
+        self._dtypes = {id(p): p.dtype for p in self.parameters()}
+        penalized = parameterization.penalty_weight is not None
+        others = self.head_parameters()
+        self._controller.liveness = liveness.Liveness(self.adapters, self._trained_ids, others, whole=penalized)
+        liveness.watch(self, Adapted._first_look)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._wrapper_hook = model.register_forward_pre_hook(self._see_wrapper)
         self._watch()
+
+    def _tell_left_out(self, targets: str | Sequence[str]) -> None:
+        """Say what "all linear layers" leaves out, where it is not a little."""
+        if self._offer is not None and targets == "all-linear" and 1 - self._offer.share > TOLD_FROM:
+            warnings.warn(
+                f'targets="all-linear" adapts {percent(self._offer.share)} of the weights in the blocks of '
+                f"{type(self.model).__name__}{self._offer.words}",
+                LrkitWarning,
+                stacklevel=4,
+            )
 
     def _check_apart(self, layers: Iterable[str]) -> None:
         head = tuple(f"{name}." for name in self.head)
@@ -307,6 +350,11 @@ class Adapted:
         self._check_alive()
         self._controller.check_schedules(total_steps)
 
+    def hold(self, handle: Any) -> None:
+        """Remove a hook's handle when the optimizer is let go of: what an integration hung on the model for this run."""
+        if self._binding is not None:
+            self._binding.hold(handle)
+
     def unbind(self, *, quietly: bool = False) -> None:
         """Let go of the optimizer. What was decided stays; `bind` goes on from here.
 
@@ -361,6 +409,39 @@ class Adapted:
     def _steps_mine(self, optimizer: torch.optim.Optimizer) -> bool:
         mine = {id(p) for p in self.adapter_parameters()}
         return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+
+    def _first_look(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before the first step with gradients: name what trains and has none."""
+        if not self._alive or not self._trains_mine(optimizer):
+            return
+        self._controller.look()
+        dead = self._controller.liveness.dead
+        if dead is None and self.adapters:
+            return
+        liveness.leave(self)
+        self._tell_cast()
+        heads = {name: list(head_parameters(self.model, [name])) for name in self.head}
+        silent = liveness.unreached(heads)
+        if silent:
+            self._controller.warn(
+                "head",
+                f"no gradient reaches {listing(silent)}, which trains in full: the loss does not depend on it. Leave it out "
+                "with train_also",
+            )
+        ddp = self._ddp or self._wrapped
+        if ddp is not None and (dead or silent) and not (ddp.find_unused_parameters or ddp.static_graph):
+            raise LrkitError(
+                f"no gradient reaches {listing([*(dead or []), *silent])}, and DDP waits for it, so that others are not "
+                "averaged: leave it out (targets, train_also), or use DistributedDataParallel(..., "
+                "find_unused_parameters=True)"
+            )
+
+    def _trains_mine(self, optimizer: torch.optim.Optimizer) -> bool:
+        return any(id(p) in self._trained_ids for group in optimizer.param_groups for p in group["params"])
+
+    def _see_wrapper(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._wrapped = parallel.wrapper() or self._wrapped
 
     def _meet_ddp(self, *_: Any) -> None:
         # While torch.compile traces there is nothing to meet: the wrapper's own forward is not traced with the model.
@@ -434,7 +515,8 @@ class Adapted:
         self._check_alive()
         inside = {id(p) for module in self.adapters.values() for p in module.parameters()}
         beside = sum(p.numel() for p in self.adapter_parameters() if id(p) not in inside)
-        return summarize(self._controller, sum(p.numel() for p in self.head_parameters()), beside)
+        head = sum(p.numel() for p in self.head_parameters())
+        return summarize(self._controller, head, beside, self.coverage)
 
     def scores(self, policy: int = 0) -> dict[str, float]:
         """The present score of every unit of one policy, by the unit's name; empty once its last decision is taken."""
@@ -453,6 +535,7 @@ class Adapted:
             generators', where there is dropout) a run that loads it goes on bit for bit.
         """
         self._check_alive()
+        self._tell_cast()
         tensors, data = self._controller.state()
         for name, p in self._saved():
             tensors[f"weight.{name}"] = p.detach().clone()
@@ -500,12 +583,14 @@ class Adapted:
         for name, tensor in weights.items():
             if tensor.shape != expected.get(id(saved[name]), saved[name].shape):
                 raise states.misfit(f"{name} is {list(tensor.shape)}, here {list(saved[name].shape)}")
-            if tensor.dtype != saved[name].dtype:
-                raise states.misfit(f"{name} is {tensor.dtype}, here {saved[name].dtype}")
+            own = saved[name].dtype
+            if tensor.dtype != own and not (tensor.is_floating_point() and own.is_floating_point):
+                raise states.misfit(f"{name} is {tensor.dtype}, here {own}")
         self._controller.check_state(tensors, meta)
         if self._controller.total_steps is None and meta["total_steps"] is not None:
             self._controller.foretell(meta["total_steps"])
         # All has been looked at: what follows cannot fail.
+        self._follow_casts(weights, saved)
         with torch.no_grad():
             for name, tensor in weights.items():
                 if tensor.shape != saved[name].shape:
@@ -555,6 +640,31 @@ class Adapted:
             self._controller.total_steps = total
             raise
 
+    def _follow_casts(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+        """Take over the dtype of a state that was cast after attach; keep this one's where these tensors were cast."""
+        odd = [name for name, tensor in weights.items() if tensor.dtype != saved[name].dtype]
+        follow = [name for name in odd if self._dtypes.get(id(saved[name]), saved[name].dtype) == saved[name].dtype]
+        for name in follow:
+            saved[name].grad = None
+            saved[name].data = saved[name].data.to(weights[name].dtype)
+        if odd:
+            state, here = weights[odd[0]].dtype, saved[odd[0]].dtype
+            self._controller.warn(
+                "cast state",
+                f"the state was saved in {state} ({odd[0]}), and is loaded in {here}"
+                + (": it goes on as it was" if follow else ", to which the model was cast"),
+            )
+
+    def _tell_cast(self) -> None:
+        """Say once that what trains is no longer in the precision that attach gave it."""
+        now = [p.dtype for p in self.parameters() if p.dtype != self._dtypes.get(id(p), p.dtype)]
+        if now:
+            self._controller.warn(
+                "cast",
+                f"what trains was cast to {now[0]} after attach, and trains in it"
+                + (": small updates round away" if now[0].itemsize < 4 else ""),
+            )
+
     def take_ranks(self) -> None:
         """Let ``model.load_state_dict`` take weights of other ranks, by giving each adapter the rank that they have.
 
@@ -603,9 +713,14 @@ class Adapted:
     # ---- taking out ----
 
     def original(self) -> nn.Module:
-        """A copy of the model as it was before `attach`, head and all. The adapted model stays as it is."""
+        """A copy of the model as it was before `attach`, head and all. The adapted model stays as it is.
+
+        Quantized and sharded weights, which do not train, are shared with it.
+        """
         self._check_alive()
-        memo: dict[int, Any] = {}
+        # Not every quantized tensor can be copied; none of them changes.
+        frozen = (p for p in self.model.parameters() if id(p) not in self._trained_ids and not is_plain(p))
+        memo: dict[int, Any] = {id(p): p for p in frozen}
         for name, _, _ in self._places:
             memo[id(self.adapters[name])] = copy.deepcopy(self._originals[name], memo)
         if self.around is not None:
@@ -613,9 +728,8 @@ class Adapted:
         model = copy.deepcopy(self.model, memo)
         _leave_alone(model)
         delattr(model, _MARK)
-        with torch.no_grad():
-            for p, before in self._copies:
-                memo[id(p)].copy_(before)
+        self._masters.strip(memo)
+        pretrained.strip(model)
         for p, flag in self._before:
             memo[id(p)].requires_grad_(flag)
         return model
@@ -639,14 +753,12 @@ class Adapted:
             adapter = self.adapters[name]
             if getattr(adapter, "merge", None) is None:
                 raise LrkitError(f"{name}: {type(adapter).__name__} cannot be merged into the layer's weight")
-            weight = getattr(self._originals[name], "weight", None)
-            if not isinstance(weight, Tensor) or not weight.is_floating_point():
-                raise LrkitError(f"{name}: the base weight is quantized, and nothing can be added to it exactly")
         self._check_mergeable()
         for name in {name for name, _, _ in self._places}:
             merge = self.adapters[name].merge
             assert callable(merge)
             merge()
+        self._masters.settle()
         return self._leave()
 
     def _check_mergeable(self) -> None:
@@ -661,6 +773,21 @@ class Adapted:
                 raise LrkitError(
                     f"{name}: the base weight is computed (a parametrization, weight norm): nothing can be added to it"
                 )
+            if type(weight).__name__ == "DTensor":
+                raise LrkitError(f"{name}: the base weight is sharded (DTensor): merge the unsharded model")
+            if not is_plain(weight):
+                kind = (
+                    type(weight).__name__ if weight.is_floating_point() and weight.dtype.itemsize > 1 else weight.dtype
+                )
+                raise LrkitError(
+                    f"{name}: the base weight is quantized ({kind}), and nothing can be added to it exactly"
+                )
+            layer = self._originals[name]
+            if isinstance(layer, nn.Linear) and not is_exact(layer, layer.in_features):
+                raise LrkitError(
+                    f"{name}: {type(layer).__name__} does not compute with its weight as it is: what is added to the weight "
+                    "would not be what is added to the output"
+                )
             if len(owners[id(weight)]) > 1:
                 raise LrkitError(f"{name}: the base weight is tied to another layer's, which must not change with it")
 
@@ -671,14 +798,16 @@ class Adapted:
             The plain model.
         """
         self._check_alive()
-        with torch.no_grad():
-            for p, original in self._copies:
-                p.copy_(original)
+        self._masters.restore()
         return self._leave()
 
     def _leave(self) -> nn.Module:
         self._alive = False
         self._unbind()
+        liveness.leave(self)
+        self._notice_saves.remove()
+        if self._wrapper_hook is not None:
+            self._wrapper_hook.remove()
         for name, parent, attribute in self._places:
             setattr(parent, attribute, self._originals[name].train(self.adapters[name].training))
         _leave_alone(self.model)
@@ -689,6 +818,52 @@ class Adapted:
         for name, _, _ in self._places:
             self.adapters[name].__dict__.pop(_MARK, None)
         return self.model
+
+    # ---- without the adapters, for a while ----
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the model as it was before `attach`: its outputs bit for bit, those of a head that trains included.
+
+        Within it the adapters and what trains in the model are out of the model, each replaced by what stood there. Nothing
+        is copied, and a graph that was made before, within or after it stays right. It can be nested. It is not for two
+        threads that use the model at once.
+
+        Raises:
+            LrkitError: within it, by what needs the adapters in their places (saving, loading, merging, binding, ...).
+        """
+        self._check_alive(within=True)
+        if self._off:
+            self._off += 1
+            try:
+                yield
+            finally:
+                self._off -= 1
+            return
+        places = [(parent, attribute, self._originals[name]) for name, parent, attribute in self._places]
+        values = [(kept.tensor, self._masters.original(kept)) for kept in self._masters.kept]
+        self._off = 1
+        if self.around is not None:
+            self.around.__dict__[_ASIDE] = True
+        try:
+            with without(places, values, self.model):
+                yield
+        finally:
+            self._off -= 1
+            if self.around is not None:
+                self.around.__dict__.pop(_ASIDE, None)
+
+    def reference(self) -> Reference:
+        """The model as it was before `attach` as a module that shares every weight: TRL's ``ref_model=``, say.
+
+        See `lrkit.reference.Reference`.
+        """
+        self._check_alive()
+        return Reference(self.model, self.disabled)
+
+    def expect_saves(self) -> pretrained.Expected:
+        """Say nothing at ``save_pretrained`` until the handle's ``remove()``: the adapters are saved beside the model."""
+        return self._notice_saves.expect()
 
     def compact(self) -> dict[str, int]:
         """Cut the components that are masked and zero away for good: smaller and faster, with the same outputs.
@@ -705,9 +880,11 @@ class Adapted:
             raise LrkitError("masked components can still come back: compact() after the last decision")
         return self._controller.compact(self._last())
 
-    def _check_alive(self) -> None:
+    def _check_alive(self, *, within: bool = False) -> None:
         if not self._alive:
             raise LrkitError("these adapters were merged or detached: attach again")
+        if self._off and not within:
+            raise LrkitError("the adapters are out of the model within adapted.disabled(): do this outside of it")
 
     def __deepcopy__(self, memo: object) -> "Adapted":
         raise LrkitError("a handle cannot be copied: copy the plain model and attach again, or use save() and load()")
@@ -740,19 +917,20 @@ def _belongs(state: torch.Size, shape: torch.Size) -> bool:
 
 def _find(
     model: nn.Module, parameterization: Parameterization, targets: str | Sequence[str], exact: bool
-) -> list[Target]:
-    """The layers that `targets` means for this parameterization."""
+) -> tuple[list[Target], list[Target]]:
+    """The layers that `targets` means for this parameterization, and those that it has chosen them from."""
     if not parameterization.takes_targets:
         if targets != "all-linear" and not exact:
             raise LrkitError(f"{parameterization!r} has places of its own: leave targets out")
-        return []
-    found = find_targets(model, targets, exact=exact)
+        return [], []
+    offered = found = find_targets(model, targets, exact=exact)
     if targets == "all-linear" and not (found := list(parameterization.choose(found))):
+        seen = coverage(model, [target.name for target in offered])
         raise LrkitError(
             f"{parameterization!r} has no place in {type(model).__name__}: it chooses none of the linear layers "
-            "inside the transformer's blocks; name layers with targets"
+            f"inside the transformer's blocks; name layers with targets{'' if seen is None else seen.words}"
         )
-    return found
+    return found, offered
 
 
 def _surround(model: nn.Module, around: nn.Module) -> None:
@@ -761,7 +939,7 @@ def _surround(model: nn.Module, around: nn.Module) -> None:
 
     @functools.wraps(call)  # the Trainer looks at the signature
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return around(call, *args, **kwargs)
+        return call(*args, **kwargs) if _ASIDE in around.__dict__ else around(call, *args, **kwargs)
 
     model.add_module(_AROUND, around)
     model.__dict__["forward"] = forward

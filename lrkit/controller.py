@@ -18,10 +18,12 @@ from lrkit.actions import Ballot
 from lrkit.errors import LrkitError, LrkitWarning, shown
 from lrkit.gradients import Unclipped
 from lrkit.layout import GradientOf, Layout, own_gradient
+from lrkit.liveness import Liveness
 from lrkit.method import Method, Policy
 from lrkit.settings import MOST_STEPS
 from lrkit.states import NAMES, misfit
 from lrkit.tally import Tally
+from lrkit.targets import listing
 from lrkit.units import Block, Part, blocks_of, present, resize, split
 
 
@@ -90,6 +92,8 @@ class PolicyState:
         self.capacity = max([self.units, *(a * self.layers for a in amounts if isinstance(a, int))])
         self.observations = 0
         self.ended = False
+        self.dead: frozenset[int] = frozenset()
+        """``id`` of each adapter that the loss does not reach: it has no entries, and ranks last."""
         self._name_units()
         device = blocks[0].tensors[0].device
         # A model without weights is there to be counted: what is kept must be a number all the same.
@@ -121,8 +125,11 @@ class PolicyState:
             present = [True] * len(self.blocks)
         else:
             present = [bool(kept.any()) for kept in split(self.kept, self.blocks)]
-        # What has been cut away whole has no score.
-        present = [there and any(p.numel() for p in b.tensors) for there, b in zip(present, self.blocks, strict=True)]
+        # What has been cut away whole has no score, nor has what the loss does not reach.
+        present = [
+            there and id(b.module) not in self.dead and any(p.numel() for p in b.tensors)
+            for there, b in zip(present, self.blocks, strict=True)
+        ]
         return Layout(self.blocks, present, self.policy.metric.reads)
 
     def follow_device(self) -> None:
@@ -146,7 +153,9 @@ class PolicyState:
         new = self._layout()
         scores = metric.score(old.weights(), self.buffers) if new.still else old.weights()
         live, still = old.slices(), old.still_slices()
-        pieces = [scores[live[id(p)]] if id(p) in live else self.still[still[id(p)]] for p in new.still]
+        known = {id(p): scores[where] for p in new.still if (where := live.get(id(p))) is not None}
+        known |= {id(p): self.still[where] for p in new.still if (where := still.get(id(p))) is not None}
+        pieces = [known[id(p)] if id(p) in known else self._zeros(p.numel()) for p in new.still]
         self.still = torch.cat(pieces).clone() if pieces else self._zeros(0)
         self.buffers = {name: new.move(flat, old) for name, flat in self.buffers.items()}
         self.layout, self._means = new, None
@@ -254,6 +263,11 @@ class PolicyState:
         candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
         candidates = candidates if standing is None else candidates & standing
         blocks = self.blocks  # as they are now, whenever the ballot is read
+        if self.dead:
+            live = self._by_unit(blocks, [id(block.module) not in self.dead for block in blocks]).bool()
+            scores = torch.where(live, scores.clamp_min(torch.finfo(scores.dtype).min), -torch.inf)
+            if int((candidates & live).sum()) >= budget:
+                candidates = candidates & live
         parts = lambda: self._by_unit(blocks, [len(block.parts) for block in blocks])  # noqa: E731
         places = lambda: self._by_unit(blocks, range(len(blocks)))  # noqa: E731
         sizes = lambda: self._by_unit(blocks, [sum(t.numel() for t in b.tensors) // max(1, b.count) for b in blocks])  # noqa: E731
@@ -386,6 +400,7 @@ class Controller:
         self.history: list[Decision] = []
         self._warned: set[str] = set()
         self._scale: Tensor | None = None
+        self.liveness = Liveness(modules, trained, whole=False)
         parts = method.parameterization.parts
         self.policies: list[PolicyState] = []
         for index, policy in enumerate(method.policies):
@@ -489,6 +504,27 @@ class Controller:
                         f"components of a budget of {budget}: give it more decisions, or more at each",
                     )
 
+    def look(self) -> None:
+        """See which adapters have gradients, name those that have none, and leave them out of the rankings."""
+        if not self.liveness.look():
+            return
+        dead = self.liveness.dead
+        assert dead is not None
+        self._bury(dead)
+        for state in self.policies:
+            state.relayout()
+        if dead:
+            self.warn(
+                "dead",
+                f"no gradient reaches {len(dead)} of {len(self.modules)} adapted layers, because the loss does not depend "
+                "on them or the model reads their weight without a call: they take no part in any ranking until one does. "
+                f"They are {listing(dead)}",
+            )
+
+    def _bury(self, dead: Sequence[str]) -> None:
+        for state in self.policies:
+            state.dead = frozenset(id(self.modules[name]) for name in dead)
+
     def unfinished(self) -> str | None:
         """What training that ends now leaves undone; None where every last decision has been taken."""
         waiting = [state for state in self.policies if not state.ended]
@@ -516,6 +552,7 @@ class Controller:
             loss_scale: the factor that those carry; None for none.
         """
         self._scale = scale
+        self.look()
         for state in self.policies:
             state.follow_device()
             measure = state.policy.metric.measure
@@ -812,6 +849,7 @@ class Controller:
             "components": {name: list(numbers) for name, numbers in self._components.items()},
             "numbered": dict(self._numbered),
             "sums": self._tally.named(self._tally.sums),
+            "dead": self.liveness.dead,
         }
         return tensors, data
 
@@ -832,6 +870,7 @@ class Controller:
             self.check_schedules(total)
             self._check_progress(data, total)
         ranks, shapes = data["ranks"], self.shapes(data["ranks"])
+        dead = {id(self.modules[name]) for name in data.get("dead") or ()}
         frozen: set[int] = set()
         for state, saved in zip(self.policies, data["policies"], strict=True):
             prefix = f"policy.{state.index}"
@@ -854,7 +893,11 @@ class Controller:
             for block, keep in zip(
                 state.blocks, torch.split(tensors[f"{prefix}.kept"], counts_of(state, ranks)), strict=True
             ):
-                if saved["ended"] or not (state.policy.action.reversible or bool(keep.any())):
+                if (
+                    saved["ended"]
+                    or id(block.module) in dead
+                    or not (state.policy.action.reversible or bool(keep.any()))
+                ):
                     continue
                 for part in block.parts:
                     if state.policy.metric.reads in ("all", "component") or part.core:
@@ -914,6 +957,10 @@ class Controller:
         self.history = [Decision(**{**d, **{key: tuple(d[key]) for key in NAMES}}) for d in data["history"]]
         self._components = {name: tuple(numbers) for name, numbers in data["components"].items()}
         self._numbered = dict(data["numbered"])
+        # A state without the word is of a run in which every layer counted, whether a gradient reached it or not.
+        dead = data.get("dead", [] if self.step else None)
+        self.liveness.dead = dead if dead is None else list(dead)
+        self._bury(dead or ())
         for state, saved in zip(self.policies, data["policies"], strict=True):
             kept = tensors[f"policy.{state.index}.kept"].to(state.kept.device, copy=True)
             state.observations, state.ended = saved["observations"], saved["ended"]

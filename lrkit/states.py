@@ -62,6 +62,10 @@ def check_data(meta: Mapping[str, Any]) -> None:
         if not named or set(table) != set(meta["targets"]) or not all(map(_whole, table.values())):
             raise misfit(f"{key} are not whole numbers for the layers of this run")
     _check_components(meta)
+    dead = meta.get("dead")
+    named = isinstance(dead, list) and all(isinstance(name, str) for name in dead)
+    if not (dead is None or (named and set(dead) <= set(meta["targets"]) and len(set(dead)) == len(dead))):
+        raise misfit("dead is not a list of layers of this run")
     _check_history(meta)
 
 

@@ -171,7 +171,7 @@ def test_load_best_model_at_end_takes_the_adaptive_state_along(tmp_path):
 
 def test_adapters_inside_adapters_are_refused():
     model = models.make("bert")
-    lrkit.attach(model.bert, lrkit.methods.lora())
+    lrkit.attach(model.bert, lrkit.methods.lora(), train_also=())
     with pytest.raises(lrkit.LrkitError, match="already carries"):
         lrkit.attach(model, lrkit.methods.lora())
 

@@ -149,6 +149,29 @@ def test_two_policies_that_take_everything_leave_none() -> None:
     assert counted.end_range[0] == 0 <= counted.average_range[0] <= counted.average <= counted.average_range[1]
 
 
+@attrs.frozen(kw_only=True)
+class Unforeseen(lrkit.actions.Prune):
+    """How many components it keeps is known only after a run."""
+
+    budgeted: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+
+
+def test_where_no_number_is_known_all_may_go_once_a_schedule_has_begun() -> None:
+    """Until the first decision everything trains; after it anything from nothing to everything may have gone."""
+    method = lrkit.Method(
+        parameterization=SVD(rank=2),
+        metric=SensitivityUncertainty(),
+        scheduler=Constant(target=0.5, warmup=3),
+        action=Unforeseen(),
+    )
+    counted = count(method, 8)
+    start = sum(2 * (1 + d_out + d_in) for d_out, d_in in SHAPES.values())
+    assert counted.start == counted.end == counted.average == start
+    assert counted.end_range == (0, start)
+    assert counted.average_range == pytest.approx((start * 4 / 8, start))  # decided after step 4: half of the steps
+
+
 # ---------------------------------------------------------------- counted in a run
 
 

@@ -347,6 +347,34 @@ def test_a_device_that_is_not_waited_for_tells_at_the_decision(bad_step: int | N
     assert told == ([] if bad_step is None else [3 if bad_step == 3 else 6])
 
 
+# ---------------------------------------------------------------- a proximal step
+
+
+@attrs.frozen(kw_only=True)
+class Out(lrkit.actions.Prune):
+    """Components whose λ is above 10 are out at a decision, however they score."""
+
+    exact: ClassVar[bool] = False
+
+    def proximal(self, blocks: Any, share: float, optimizer: Any) -> Tensor:
+        return torch.cat([block.core.detach() for block in blocks]) <= 10
+
+
+def test_what_a_proximal_step_takes_out_is_not_kept() -> None:
+    """Not though its score is the best and the budget has room for all."""
+    _, adapted = rigs.toy(attrs.evolve(prune(Magnitude(), Constant(target=1.0)), action=Out()))
+    for adapter in adapted.adapters.values():
+        with torch.no_grad():
+            adapter.core.copy_(torch.tensor([1.0, 20.0, 2.0]))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
+    adapted.bind(optimizer, total_steps=2)
+    give(adapted)
+    optimizer.step()
+    (decision,) = adapted.history
+    assert set(decision.lost) == {f"{name}[1]" for name in rigs.TOY_TARGETS}
+    assert (decision.budget, decision.kept, decision.threshold) == (9, 6, 1.0)
+
+
 # ---------------------------------------------------------------- what is drawn when a layer grows
 
 
@@ -366,7 +394,7 @@ class OneMore(lrkit.Action):
         return
 
     def grow(self, blocks: Sequence[lrkit.Block], kept: Tensor, ballot: Ballot) -> Growth:
-        return Growth(fresh=(1,) * len(blocks))
+        return Growth(fresh=(1,) * len(blocks), core=0.25)
 
     def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int]:
         return 0, layers
@@ -414,6 +442,40 @@ def test_what_is_drawn_follows_from_the_seed() -> None:
     one, again, other = grown(1), grown(1), grown(2)
     assert all(torch.equal(row, again[name]) for name, row in one.items())
     assert not any(torch.allclose(row, other[name], rtol=1e-3) for name, row in one.items())
+
+
+def test_what_is_fresh_begins_as_it_should_and_what_was_there_stays() -> None:
+    """λ is the action's, statistics are zero, and a new component is kept and counted; the others keep value and score."""
+    method = lrkit.Method(
+        parameterization=SVD(rank=2, orthogonality=0.0),
+        metric=GradientUncertainty(),
+        scheduler=Linear(start=2, target=5, interval=1, final=1),
+        action=OneMore(),
+    )
+    _, adapted = rigs.toy(method)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LrkitWarning)
+        adapted.bind(optimizer, total_steps=4)
+    with torch.no_grad():
+        for adapter in adapted.adapters.values():
+            adapter.core.copy_(torch.tensor([3.0, 4.0]))
+    give(adapted, seed=0)
+    optimizer.step()
+    (decision,) = adapted.history
+    assert set(decision.fresh) == {f"{name}[2]" for name in rigs.TOY_TARGETS}
+    assert (decision.before, decision.kept) == (6, 9)
+    scores = adapted.scores()
+    for name, adapter in adapted.adapters.items():
+        assert adapter.core.tolist() == [3.0, 4.0, 0.25]
+        assert scores[f"{name}[2]"] == 0 < min(scores[f"{name}[0]"], scores[f"{name}[1]"])
+    assert bool(adapted._controller.policies[0].kept.all())
+    known = sum(2 * (1 + m.d_out + m.d_in) for m in adapted.adapters.values())
+    assert {int(flat.count_nonzero()) for flat in adapted._controller.policies[0].buffers.values()} == {known}
+    give(adapted, seed=1)
+    optimizer.step()
+    assert adapted.history[-1].before == 9
+    assert set(adapted.history[-1].fresh) == {f"{name}[3]" for name in rigs.TOY_TARGETS}
 
 
 # ---------------------------------------------------------------- when it is over

@@ -28,7 +28,7 @@ from lrkit.heads import check_trainable, find_head, head_parameters, tell_tied
 from lrkit.masters import Masters
 from lrkit.method import Method, from_plain, to_plain
 from lrkit.parameterizations import Parameterization, Target
-from lrkit.penalty import Penalty
+from lrkit.penalty import Penalty, looks
 from lrkit.precision import is_plain
 from lrkit.reference import Reference, without
 from lrkit.summary import Summary, summarize
@@ -335,9 +335,7 @@ class Adapted:
             for handle in self._penalty.add_in_backward(scale):
                 binding.hold(handle)
         self._scale = None if scaler is None else scale
-        self._compares = self.has_penalty
-        if self.has_penalty or self._controller.wants_unclipped:
-            self._unclipped = Unclipped(self.adapter_parameters())
+        self._keep_gradients()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             binding.hold(self.model.register_forward_pre_hook(self._meet_ddp))
 
@@ -451,22 +449,31 @@ class Adapted:
             self._ddp = parallel.wrapper() or self._ddp
 
     def _before_step(self, scale: Tensor | None) -> None:
-        unclipped = self._unclipped
+        unclipped, step = self._unclipped, self.step + 1
         if self.has_penalty:
             self._penalty.check_arrival()
-            if self._compares and unclipped is not None:
-                self._compares = self._penalty.compare(unclipped, self.total_steps or 1)
+            window = looks(self.total_steps or 1)
+            if unclipped is not None and step in window:
+                self._penalty.compare(unclipped, last=step == window[-1])
         self._controller.before_step(scale, unclipped, None if self._scale is None else self._scale())
         self._penalty.stepped()
-        if unclipped is not None and not self._compares and not self._controller.wants_unclipped:
-            unclipped.remove()
+
+    def _keep_gradients(self) -> None:
+        """Keep gradients as backward leaves them in the next step, if somebody will look at them there."""
+        looking = self.has_penalty and self.step + 1 in looks(self.total_steps or 1)
+        if not (looking or self._controller.wants_unclipped):
+            if self._unclipped is not None:
+                self._unclipped.remove()
             self._unclipped = None
+        elif self._unclipped is None:
+            self._unclipped = Unclipped(self.adapter_parameters())
+        else:
+            self._unclipped.clear()
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._unclipped is not None:
-            self._unclipped.clear()
         if self._controller.after_step(optimizer) and self._ddp is not None:
             parallel.follow(self._ddp)
+        self._keep_gradients()
 
     def penalty(self) -> Tensor:
         """The scalar to add to the loss while training: 0 for a method without one."""

@@ -8,8 +8,15 @@ from torch.utils.hooks import RemovableHandle
 
 from lrkit.gradients import Unclipped, on_gradient
 
-LOOKS = 10
-"""Steps over which the penalty's gradient is compared with the task's, at the beginning of a run."""
+
+def looks(steps: int) -> range:
+    """Steps 1, 2, ... of a run at which the penalty's gradient is compared with the task's: five, after the first tenth.
+
+    Before that the core values, which begin at zero, keep the task's gradient from the other factors.
+    """
+    begin = steps // 10 + 1
+    return range(begin, min(begin + 5, steps + 1))
+
 
 Warn = Callable[[str, str], None]
 """Called with a key and a message; each key is said once."""
@@ -124,19 +131,16 @@ class Penalty:
                 "loss reaches none of the factors",
             )
 
-    def compare(self, gradients: Unclipped, steps: int) -> bool:
-        """Compare the penalty's gradient with the task's, and warn if it is the larger one over the first steps.
+    def compare(self, gradients: Unclipped, *, last: bool) -> None:
+        """Compare the penalty's gradient with the task's, and warn after some steps if it is the larger one.
 
         Args:
             gradients: of the factors, penalty included.
-            steps: steps of the whole run.
-
-        Returns:
-            Whether to compare again at the next step.
+            last: whether this is the last of the steps that are looked at.
         """
         weight = self._weight
         if weight is None:
-            return True
+            return
         pulls = {id(p): g for p, g in self._gradient()[1]}
         device = self._factors[0].device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -149,17 +153,16 @@ class Penalty:
             squares = [each.double().square().sum().to(device) for each in (pull, task)]
             sums += torch.stack(squares)
         self._norms.append(sums.sqrt())
-        if len(self._norms) < min(LOOKS, steps):
-            return True
+        if not last:
+            return
         penalty, task_norm = torch.stack(self._norms).mean(0).tolist()
         if penalty > task_norm:
             advice = f"a smaller parameterization.{self._setting}" if self._setting else "a smaller penalty"
             self._warn(
                 "drowned",
                 f"the penalty's gradient is larger than the task's: norm {penalty:.3g} beside {task_norm:.3g}, on average "
-                f"over the first {len(self._norms)} steps. It decides where the factors go: {advice} would let the task",
+                f"over {len(self._norms)} steps. It decides where the factors go: {advice} would let the task",
             )
-        return False
 
     def stepped(self) -> None:
         """Forget the arrival, after an optimizer step."""

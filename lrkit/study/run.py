@@ -127,7 +127,7 @@ class Result:
         steps: optimizer steps taken.
         step_seconds: median time of a step.
         train_seconds: time of all steps.
-        losses: training loss of each step, penalty included.
+        losses: training loss of each step, without the penalty.
         flops: work of the model in training.
         predictions: the model's raw outputs on the validation rows [rows, num_labels].
         summary: per layer rank, frozen state and parameters.

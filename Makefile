@@ -13,7 +13,7 @@ SOURCES  := pyproject.toml README.md LICENSE $(shell find lrkit $(PLUGINS) -name
 ARGS     ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs clean
+.PHONY: help setup demo test check bench fuzz docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -67,6 +67,9 @@ bench: .venv/.installed ## every benchmark in tests/bench, and one table (12 min
 	  echo "== $$f"; $(PY) -P "$$f" --json "$$out/$$(basename $$f .py).json" $(ARGS) || exit 1; \
 	done; \
 	$(PY) -P tests/bench/report.py "$$out"; echo "figures: $$out/all.json"
+
+fuzz: .venv/.installed ## 4,000 bad inputs, by hand (ARGS="--seed 7 --cases 100" for others)
+	@OMP_NUM_THREADS=1 $(PY) -P tests/fuzz.py $(ARGS)
 
 clean: ## remove .venv, caches and the built documentation
 	rm -rf .venv docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

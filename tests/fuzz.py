@@ -68,10 +68,66 @@ def odd(rng):
     """A value that hardly anything should be."""
     return rng.choice(
         [
-            *(None, True, False, -1, 0, 1, 2, 3, 7, 2**31, 2**53, 2**62, 2**63, 2**63 - 1, 2**64, 10**15, 10**400, -(10**30)),
-            *(0.5, -0.0, 1e308, float("nan"), float("inf"), -float("inf"), 1.5, "", "x", "\0", "\u00b2", "é", "../../etc"),
-            *("a" * 100_000, "9" * 5000, "None", "1e9", [], [None], [[]], ["x"] * 3, [0, 1, 2], [-1], [2**63], {}, {"": 0}),
-            *({"name": 5}, {"name": "x"}, {"x": {"y": {}}}, list(range(5000)), deep(100), deep(900), "\ud800", b"".decode()),
+            *(
+                None,
+                True,
+                False,
+                -1,
+                0,
+                1,
+                2,
+                3,
+                7,
+                2**31,
+                2**53,
+                2**62,
+                2**63,
+                2**63 - 1,
+                2**64,
+                10**15,
+                10**400,
+                -(10**30),
+            ),
+            *(
+                0.5,
+                -0.0,
+                1e308,
+                float("nan"),
+                float("inf"),
+                -float("inf"),
+                1.5,
+                "",
+                "x",
+                "\0",
+                "\u00b2",
+                "é",
+                "../../etc",
+            ),
+            *(
+                "a" * 100_000,
+                "9" * 5000,
+                "None",
+                "1e9",
+                [],
+                [None],
+                [[]],
+                ["x"] * 3,
+                [0, 1, 2],
+                [-1],
+                [2**63],
+                {},
+                {"": 0},
+            ),
+            *(
+                {"name": 5},
+                {"name": "x"},
+                {"x": {"y": {}}},
+                list(range(5000)),
+                deep(100),
+                deep(900),
+                "\ud800",
+                b"".decode(),
+            ),
         ]
     )
 
@@ -259,9 +315,7 @@ class World:
         same = before[0]["meta"] == now[0]["meta"] and before[0]["tensors"].keys() == now[0]["tensors"].keys()
         same = same and all(torch.equal(t, now[0]["tensors"][n]) for n, t in before[0]["tensors"].items())
         same = same and len(before[1]) == len(now[1]) and before[2:] == now[2:]
-        same = same and all(
-            torch.equal(v, b[k]) for a, b in zip(before[1], now[1], strict=True) for k, v in a.items()
-        )
+        same = same and all(torch.equal(v, b[k]) for a, b in zip(before[1], now[1], strict=True) for k, v in a.items())
         if not same:
             self.again(name)
             raise Fault("refused, and the run is not what it was")
@@ -299,7 +353,9 @@ def states(rng, world):
         wrong = True
         disagreements = {
             "step": lambda: meta.update(step=rng.choice([10**6, 10**15, TOTAL * 50])),
-            "head": lambda: meta.update(head=rng.choice([[], ["../../etc"], [""], ["bert"], meta["head"] * 2, ["bert.pooler"]])),
+            "head": lambda: meta.update(
+                head=rng.choice([[], ["../../etc"], [""], ["bert"], [*meta["head"], "bert.encoder"], ["bert.pooler"]])
+            ),
             "rank": lambda: meta["ranks"].update({layer: meta["ranks"][layer] + rng.choice([1, 10**5, 2**62])}),
             "numbered": lambda: meta["numbered"].update({layer: rng.choice([0, 1, 65536, 2**62])}),
             "components": lambda: meta["components"].update({layer: [10**6 + i for i in range(meta["ranks"][layer])]}),
@@ -307,7 +363,13 @@ def states(rng, world):
             "total": lambda: meta.update(total_steps=rng.choice([TOTAL + 1, 10**9, 10**15, 2**63])),
             "history": lambda: meta["history"].append(
                 {
-                    **{"step": rng.choice([0, 10**9]), "policy": rng.choice([0, 9]), "budget": 1, "kept": 1, "units": 1},
+                    **{
+                        "step": rng.choice([0, 10**9]),
+                        "policy": rng.choice([0, 9]),
+                        "budget": 1,
+                        "kept": 1,
+                        "units": 1,
+                    },
                     **{"threshold": 0.5, "lost": [], "returned": [], "fresh": []},
                 }
             ),
@@ -327,7 +389,9 @@ def states(rng, world):
         if change == "drop":
             del tensors[key]
         elif change == "shape":
-            tensors[key] = torch.zeros([*old.shape, 2]) if rng.random() < 0.5 else torch.zeros((*(n + 1 for n in old.shape),))
+            tensors[key] = (
+                torch.zeros([*old.shape, 2]) if rng.random() < 0.5 else torch.zeros((*(n + 1 for n in old.shape),))
+            )
         elif change == "dtype":
             other = [d for d in (torch.float64, torch.int8, torch.bool, torch.float16) if d != old.dtype]
             tensors[key] = old.to(rng.choice(other))
@@ -398,16 +462,28 @@ def headers(rng, world):
     elif kind == 1:
         path.write_bytes(struct.pack("<Q", rng.choice([0, 2**63, 2**64 - 1, size + 10**9, size - 1])) + data[8:])
     elif kind == 2:
-        put(rng.choice([b"[" * 100_000, b'{"a":' * 50_000, b"{}", b"[]", b"5", b"null", b"\xff\xfe", b'{"__metadata__": 5}']))
+        put(
+            rng.choice(
+                [b"[" * 100_000, b'{"a":' * 50_000, b"{}", b"[]", b"5", b"null", b"\xff\xfe", b'{"__metadata__": 5}']
+            )
+        )
     elif kind == 3:
-        text = rng.choice(["[" * 100_000, '{"format": ' + "9" * 5000 + "}", "", "5", "null", "[]", '{"a":' * 100_000, "\ud800"])
+        text = rng.choice(
+            ["[" * 100_000, '{"format": ' + "9" * 5000 + "}", "", "5", "null", "[]", '{"a":' * 100_000, "\ud800"]
+        )
         told = json.loads(header)
         told["__metadata__"]["lrkit"] = text
         put(json.dumps(told).encode())
     elif kind == 4:
-        place(lambda told, key: told[key].update(shape=rng.choice([[2**40], [-1], [2**62, 2**62], "x", [0.5], [], None])))
+        place(
+            lambda told, key: told[key].update(shape=rng.choice([[2**40], [-1], [2**62, 2**62], "x", [0.5], [], None]))
+        )
     elif kind == 5:
-        place(lambda told, key: told[key].update(data_offsets=rng.choice([[0, 2**62], [8, 0], [-8, 0], [0], "x", None, [1e9, 2]])))
+        place(
+            lambda told, key: told[key].update(
+                data_offsets=rng.choice([[0, 2**62], [8, 0], [-8, 0], [0], "x", None, [1e9, 2]])
+            )
+        )
     elif kind == 6:
         place(lambda told, key: told[key].update(dtype=rng.choice(["F4", "Q8", 5, None, ["F32"], "F64"])))
     elif kind == 7:
@@ -445,13 +521,15 @@ def special(rng, path):
     elif kind == 2:
         path.symlink_to("/dev/zero")
     elif kind == 3:
-        path.symlink_to(rng.choice(["/proc/self/mem", "/proc/self/maps", "/proc/self/pagemap", "/proc/kmsg", "/proc/self/environ"]))
+        path.symlink_to(
+            rng.choice(["/proc/self/mem", "/proc/self/maps", "/proc/self/pagemap", "/proc/kmsg", "/proc/self/environ"])
+        )
     elif kind == 4:
         path.mkdir()
     elif kind == 5:
         path.symlink_to("nothing-there")
     elif kind == 6:
-        other = path.with_name("other")
+        other = path.with_name(f"{path.name}.other")
         other.symlink_to(path)
         path.symlink_to(other)
     elif kind == 7:
@@ -469,7 +547,12 @@ def bases(rng, world):
     base = state["meta"]["base"]
     bad = rng.choice(
         [
-            *(odd(rng), {}, [], {**base, "class": rng.choice(["pipeline", "Trainer", "AutoModel", "os", "", "é", 5, "BertConfig"])}),
+            *(
+                odd(rng),
+                {},
+                [],
+                {**base, "class": rng.choice(["pipeline", "Trainer", "AutoModel", "os", "", "é", 5, "BertConfig"])},
+            ),
             *({**base, "name": rng.choice([5, "/tmp", "/dev/null", "\0", "a" * 5000, "../..", "x/y/z", ""])},),
             *({**base, "dtype": rng.choice(["load", "int8", "float99", 5, "nn", "__name__"])},),
             {**base, "config": mutated(rng, base["config"], 2)},
@@ -479,7 +562,9 @@ def bases(rng, world):
     )
     save_file(state["tensors"], folder / checkpoint.FILE, metadata={"lrkit": as_json({**state["meta"], "base": bad})})
     if rng.random() < 0.3:
-        (folder / "result.json").write_text(rng.choice(["[" * 100_000, '{"model": 5}', "{}", "\0", '{"model": "/dev/null"}']))
+        (folder / "result.json").write_text(
+            rng.choice(["[" * 100_000, '{"model": 5}', "{}", "\0", '{"model": "/dev/null"}'])
+        )
     out = world.fresh()
     more = ["--model", world.model] if rng.random() < 0.5 else []
     if cli("export", folder, "--to", rng.choice(["merged", "peft-lora"]), "--out", out, *more) != 2:
@@ -488,8 +573,28 @@ def bases(rng, world):
         raise Fault("refused, and something is written")
 
 
-PATTERNS = ["([a-z.0-9]+)+!", "(?i)query", "(a|a)*b", "[", "(", "a{99999999999}", "(.*)*x", "(?P<n>.*)(?P=n)+", "\\", "a" * 10_000]
-PATTERNS += ["(" * 500, "(x+x+)+y", "(.?){500}z", "(?:(?:a+)+)+$", "a?" * 40 + "a" * 40, ".*" * 12 + "!", "(?x)(a +) +!", "((a*)*)*"]
+PATTERNS = [
+    "([a-z.0-9]+)+!",
+    "(?i)query",
+    "(a|a)*b",
+    "[",
+    "(",
+    "a{99999999999}",
+    "(.*)*x",
+    "(?P<n>.*)(?P=n)+",
+    "\\",
+    "a" * 10_000,
+]
+PATTERNS += [
+    "(" * 500,
+    "(x+x+)+y",
+    "(.?){500}z",
+    "(?:(?:a+)+)+$",
+    "a?" * 40 + "a" * 40,
+    ".*" * 12 + "!",
+    "(?x)(a +) +!",
+    "((a*)*)*",
+]
 
 
 def peft(rng, world):
@@ -509,7 +614,9 @@ def peft(rng, world):
         config.write_text(json.dumps({**plain, "alpha_pattern": {pattern: 8}}))
         wrong = False
     elif kind == 2:
-        config.write_text(rng.choice(["[" * 100_000, "", "5", "[]", "null", '{"peft_type":' + "9" * 5000 + "}", "{" * 100_000]))
+        config.write_text(
+            rng.choice(["[" * 100_000, "", "5", "[]", "null", '{"peft_type":' + "9" * 5000 + "}", "{" * 100_000])
+        )
     elif kind == 3:
         file = rng.choice([config, weights])
         file.unlink()
@@ -527,7 +634,13 @@ def peft(rng, world):
             tensors = file.tensors()
         key = rng.choice([k for k in tensors if "lora_" in k])
         tensors[key] = rng.choice(
-            [torch.zeros(0), tensors[key] * float("nan"), tensors[key].int(), tensors[key][:, :1].contiguous()[:1], tensors[key][None]]
+            [
+                torch.zeros(0),
+                tensors[key] * float("nan"),
+                tensors[key].int(),
+                tensors[key][:, :1].contiguous()[:1],
+                tensors[key][None],
+            ]
         )
         save_file(tensors, weights)
         wrong = False
@@ -539,7 +652,14 @@ def peft(rng, world):
         tensors[rng.choice([key + "x", key.replace("bert", "tree"), "x", "a" * 20_000 + ".lora_A.weight"])] = value
         save_file(tensors, weights)
     else:
-        config.write_text(json.dumps({**plain, rng.choice(["modules_to_save", "peft_type", "lora_dropout", "init_lora_weights"]): odd_json(rng)}))
+        config.write_text(
+            json.dumps(
+                {
+                    **plain,
+                    rng.choice(["modules_to_save", "peft_type", "lora_dropout", "init_lora_weights"]): odd_json(rng),
+                }
+            )
+        )
         wrong = False
     took = []
     if not refused(lambda: took.append(lrkit.from_peft(world.plain, folder))):
@@ -550,20 +670,79 @@ def peft(rng, world):
 
 
 def odd_json(rng):
-    return rng.choice([None, True, 5, -1, 2.5, "x", [], ["x"], [5], {}, "a" * 10_000, ["../../etc"], deep(50), [""], {"a": 1}])
+    return rng.choice(
+        [None, True, 5, -1, 2.5, "x", [], ["x"], [5], {}, "a" * 10_000, ["../../etc"], deep(50), [""], {"a": 1}]
+    )
 
 
-SWAPS = ["metric", "scheduler", "action", "parameterization", "also", "also.0.metric", "also.\u00b2.metric", "also.9999", "", "."]
-SWAPS += ["metric.beta1", "scheduler.target", "parameterization.rank", "rank", "target_rank", "x", "a" * 5000, "metric..", "action.ties"]
-SWAPS += ["scheduler.warmup", "scheduler.final", "scheduler.interval", "parameterization.alpha", "run.lr", "metric.name", "\u0661"]
-VALUES = ["magnitude", "1", "0", "-1", "2.5", "nan", "Infinity", "1e400", "9" * 5000, "10" + "0" * 400, "none", "true", "[" * 2000, "{}"]
-VALUES += ["[1,2]", '{"name": "magnitude"}', '{"name": 5}', "x" * 100_000, "2147483647", "2147483648", "65536", "65537", "\u00b2", "\0"]
+SWAPS = [
+    "metric",
+    "scheduler",
+    "action",
+    "parameterization",
+    "also",
+    "also.0.metric",
+    "also.\u00b2.metric",
+    "also.9999",
+    "",
+    ".",
+]
+SWAPS += [
+    "metric.beta1",
+    "scheduler.target",
+    "parameterization.rank",
+    "rank",
+    "target_rank",
+    "x",
+    "a" * 5000,
+    "metric..",
+    "action.ties",
+]
+SWAPS += [
+    "scheduler.warmup",
+    "scheduler.final",
+    "scheduler.interval",
+    "parameterization.alpha",
+    "run.lr",
+    "metric.name",
+    "\u0661",
+]
+VALUES = [
+    "magnitude",
+    "1",
+    "0",
+    "-1",
+    "2.5",
+    "nan",
+    "Infinity",
+    "1e400",
+    "9" * 5000,
+    "10" + "0" * 400,
+    "none",
+    "true",
+    "[" * 2000,
+    "{}",
+]
+VALUES += [
+    "[1,2]",
+    '{"name": "magnitude"}',
+    '{"name": 5}',
+    "x" * 100_000,
+    "2147483647",
+    "2147483648",
+    "65536",
+    "65537",
+    "\u00b2",
+    "\0",
+]
 VALUES += ["0.0", "1.0", "4,5", ",", "1,,2", '"', "[[[[1]]]]" * 100, "9223372036854775808", "1e9", "-0.0", "\ud800"]
 
 
 def arguments(rng, world):
     """Arguments of the command line, in orders and sizes that nobody means."""
-    method = rng.choice(["adalora", "lora", "aflora", "elora", "svd-lora", "full", "x", "", "a" * 10_000, "Adalora", "\u00b2"])
+    method = rng.choice(
+        ["adalora", "lora", "aflora", "elora", "svd-lora", "full", "x", "", "a" * 10_000, "Adalora", "\u00b2"]
+    )
     pair = lambda: f"{rng.choice(SWAPS)}={rng.choice(VALUES)}"  # noqa: E731
     more = [part for _ in range(rng.choice([0, 1, 1, 2])) for part in ("--set", pair())]
     more += [part for _ in range(rng.choice([0, 0, 1])) for part in ("--swap", pair())]
@@ -573,30 +752,106 @@ def arguments(rng, world):
         cli("params", method, "--model", "minilm", "--steps", steps_, *more)
     elif kind == 1:
         targets = rng.choice([*PATTERNS, "", "query,value", ",", "x" * 5000, ".*", "bert", "\0", "classifier"])
-        cli("ablate", "lora", "--targets", targets, "--data", world.data, "--model", world.model, "--seeds", "1", "--dry-run", *more)
+        cli(
+            "ablate",
+            "lora",
+            "--targets",
+            targets,
+            "--data",
+            world.data,
+            "--model",
+            world.model,
+            "--seeds",
+            "1",
+            "--dry-run",
+            *more,
+        )
     elif kind == 2:
         leave = rng.choice(["penalty", "policy", "also", "x", "", ",", "a" * 5000, "penalty,penalty", "\u00b2"])
-        seeds = rng.choice(["1", "0", "-1", "6", "1,1", "4294967296", "10001", "x", "", "1e3", "9" * 400, "1,2,x", "[1]"])
-        cli("ablate", method, "--leave-out", leave, "--seeds", seeds, "--data", world.data, "--model", world.model, "--dry-run")
+        seeds = rng.choice(
+            ["1", "0", "-1", "6", "1,1", "4294967296", "10001", "x", "", "1e3", "9" * 400, "1,2,x", "[1]"]
+        )
+        cli(
+            "ablate",
+            method,
+            "--leave-out",
+            leave,
+            "--seeds",
+            seeds,
+            "--data",
+            world.data,
+            "--model",
+            world.model,
+            "--dry-run",
+        )
     elif kind == 3:
         values = ",".join(str(n / 100) for n in range(1, rng.choice([3, 60, 90])))
         swaps = [p for k in ("metric.beta1", "metric.beta2", "orthogonality") for p in ("--swap", f"{k}={values}")]
-        if cli("ablate", "adalora", *swaps, "--grid", "--dry-run", "--data", world.data, "--model", world.model) == 0 and values.count(",") > 40:
+        if (
+            cli("ablate", "adalora", *swaps, "--grid", "--dry-run", "--data", world.data, "--model", world.model) == 0
+            and values.count(",") > 40
+        ):
             raise Fault("a grid without end was laid out")
     elif kind == 4:
-        model = rng.choice(["", "/", "/dev/null", "/tmp", "a" * 5000, "\0", "x/y", "../..", "deberta-v3-base", "\ud800", "minilm/"])
+        model = rng.choice(
+            ["", "/", "/dev/null", "/tmp", "a" * 5000, "\0", "x/y", "../..", "deberta-v3-base", "\ud800", "minilm/"]
+        )
         cli("params", "lora", "--model", model, "--steps", "10")
     elif kind == 5:
-        key = rng.choice(["steps", "epochs", "batch_size", "lr", "head_lr", "seed", "devices", "max_length", "threads", "x", "train_rows"])
+        key = rng.choice(
+            [
+                "steps",
+                "epochs",
+                "batch_size",
+                "lr",
+                "head_lr",
+                "seed",
+                "devices",
+                "max_length",
+                "threads",
+                "x",
+                "train_rows",
+            ]
+        )
         value = rng.choice([*VALUES, "0", "-5"])
         if value in ("1", "2147483647", "65536", "65537", "1.0", "2.5", "1e9"):  # it would train
             value = "-1"
         out = world.fresh()
-        cli("run", "lora", "--data", world.data, "--model", world.model, "--set", f"run.{key}={value}", "--set", "run.steps=0", "--out", out)
+        cli(
+            "run",
+            "lora",
+            "--data",
+            world.data,
+            "--model",
+            world.model,
+            "--set",
+            f"run.{key}={value}",
+            "--set",
+            "run.steps=0",
+            "--out",
+            out,
+        )
     else:
         command = rng.choice(["run", "ablate", "params", "export", "report", "methods", "plugins", "x", ""])
-        odd_ = ["--steps", "-h" * 300, "--json=1", "--out", "--", "-", "--model", "\0", "--seeds=9", "--workers=-1", "--threads=0", "--grid"]
-        cli(command, *(rng.choice(odd_) for _ in range(rng.randrange(4))), *(["--dry-run"] if command == "ablate" else []))
+        odd_ = [
+            "--steps",
+            "-h" * 300,
+            "--json=1",
+            "--out",
+            "--",
+            "-",
+            "--model",
+            "\0",
+            "--seeds=9",
+            "--workers=-1",
+            "--threads=0",
+            "--grid",
+        ]
+        cli(
+            command,
+            *(rng.choice(odd_) for _ in range(rng.randrange(4))),
+            *(["--dry-run"] if command == "ablate" else []),
+        )
 
 
 STUDY = {
@@ -637,7 +892,17 @@ def studies(rng, world):
             text = "\n".join(f"{json.dumps(k)} = {toml(v)}" for k, v in plain.items())
             path.write_bytes(text.encode("utf-8", errors="surrogatepass"))
     elif kind == 5:
-        text = rng.choice(["a = " + "[" * 50_000, "x" * 100_000, "base = " + "9" * 5000, ".".join("a" * 3000) + " = 1", "\0", "", "base = 1e999"])
+        text = rng.choice(
+            [
+                "a = " + "[" * 50_000,
+                "x" * 100_000,
+                "base = " + "9" * 5000,
+                ".".join("a" * 3000) + " = 1",
+                "\0",
+                "",
+                "base = 1e999",
+            ]
+        )
         path.write_text(text)
         wrong = True
     elif kind == 6:
@@ -716,7 +981,15 @@ def model_folders(rng, world):
         config.unlink()
         special(rng, config)
     elif kind == 6:
-        config.write_text(json.dumps({**plain, "auto_map": {"AutoConfig": "x.Y", "AutoModelForSequenceClassification": "x.Z"}, "model_type": rng.choice(["bert", "x"])}))
+        config.write_text(
+            json.dumps(
+                {
+                    **plain,
+                    "auto_map": {"AutoConfig": "x.Y", "AutoModelForSequenceClassification": "x.Z"},
+                    "model_type": rng.choice(["bert", "x"]),
+                }
+            )
+        )
         wrong = False
     else:
         file = folder / rng.choice(["tokenizer.json", "model.safetensors", "tokenizer_config.json"])
@@ -732,7 +1005,9 @@ def model_folders(rng, world):
     if rng.random() < 0.5 or kind == 7:
         from lrkit.models import load_pretrained
 
-        took = not refused(lambda: load_pretrained(str(folder), num_labels=2, problem_type="single_label_classification"))
+        took = not refused(
+            lambda: load_pretrained(str(folder), num_labels=2, problem_type="single_label_classification")
+        )
     else:
         took = cli("params", "lora", "--model", folder, "--steps", "10") == 0
     if took and wrong:
@@ -760,7 +1035,9 @@ def study_folders(rng, world):
             lines[at] = as_json(mutated(rng, json.loads(lines[at]), 2))
             path.write_text("\n".join(lines))
     elif kind == 2:
-        path.write_text(rng.choice(["[" * 100_000, "", "5", "[]", "null", '{"a":' * 50_000, "9" * 5000, "\0", '{"format": 1}']))
+        path.write_text(
+            rng.choice(["[" * 100_000, "", "5", "[]", "null", '{"a":' * 50_000, "9" * 5000, "\0", '{"format": 1}'])
+        )
     elif kind == 3:
         path.unlink()
         special(rng, path)

@@ -34,13 +34,13 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parent))
 
-import folders  # noqa: E402
-import models  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import folders
+import models
+import torch
+from safetensors.torch import save_file
 
-import lrkit  # noqa: E402
-from lrkit import checkpoint  # noqa: E402
+import lrkit
+from lrkit import checkpoint
 
 SECONDS = 20
 LINE = 1000
@@ -363,14 +363,15 @@ def states(rng, world):
             "total": lambda: meta.update(total_steps=rng.choice([TOTAL + 1, 10**9, 10**15, 2**63])),
             "history": lambda: meta["history"].append(
                 {
-                    **{
-                        "step": rng.choice([0, 10**9]),
-                        "policy": rng.choice([0, 9]),
-                        "budget": 1,
-                        "kept": 1,
-                        "units": 1,
-                    },
-                    **{"threshold": 0.5, "lost": [], "returned": [], "fresh": []},
+                    "step": rng.choice([0, 10**9]),
+                    "policy": rng.choice([0, 9]),
+                    "budget": 1,
+                    "kept": 1,
+                    "units": 1,
+                    "threshold": 0.5,
+                    "lost": [],
+                    "returned": [],
+                    "fresh": [],
                 }
             ),
             "targets": lambda: meta.update(targets=meta["targets"] * 2),

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import models  # noqa: E402
+import models
 
-import lrkit  # noqa: E402
-from lrkit import checkpoint  # noqa: E402
-from lrkit.schedulers import Cubic  # noqa: E402
+import lrkit
+from lrkit import checkpoint
+from lrkit.schedulers import Cubic
 
 TOTAL = 14
 METHODS = {
@@ -157,7 +157,7 @@ def bomb(meta, layers, how):
     if how != "rank alone":
         meta["numbered"] = dict.fromkeys(layers, 65536)
     if how == "all at one":
-        meta["components"] = dict.fromkeys(layers, [0, 1, 2, 3])
+        meta["components"] = {layer: [0, 1, 2, 3] for layer in layers}
     return meta
 
 

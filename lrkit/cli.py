@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrkit import scaffold
-from lrkit.errors import LrkitError, LrkitWarning, nearest
+from lrkit.errors import LrkitError, LrkitWarning, nearest, short
 
 if TYPE_CHECKING:
     from lrkit.method import Method
@@ -210,6 +210,9 @@ def ablate(
     report_to: Annotated[
         list[str] | None, typer.Option("--report-to", help="Trackers for the curves, such as tensorboard.")
     ] = None,
+    keep_old: Annotated[
+        bool, typer.Option("--keep-old", help="Keep cells of other code, instead of computing them again.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the rows, run nothing.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="The studies that ship.")] = False,
     as_json: Json = False,
@@ -249,7 +252,7 @@ def ablate(
         return
     if out is None:
         raise LrkitError("give the study's folder: --out DIR")
-    _carry_out(plan, out, executor, workers, threads, address, costs, checkpoint, report_to or [], as_json)
+    _carry_out(plan, out, executor, workers, threads, address, costs, checkpoint, report_to or [], keep_old, as_json)
 
 
 @app.command()
@@ -546,50 +549,30 @@ def _changes(
 def _show_plan(plan: Any, as_json: bool) -> None:
     from lrkit.study.execute import check
     from lrkit.study.plan import changes
+    from lrkit.study.rates import implied, rates_of, said
 
     tasks = check(plan)
-    rows = {row.label: changes(plan.rows[0], row) for row in plan.rows}
+    rows = {row.label: [*changes(plan.rows[0], row), *implied(plan, row)] for row in plan.rows}
+    rates = {row.label: {task.name: rates_of(plan, row, task) for task in plan.tasks} for row in plan.rows}
     cells = len(plan.rows) * len(plan.tasks) * len(plan.seeds)
     if as_json:
-        _json({"rows": rows, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells})
+        _json({"rows": rows, "rates": rates, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells})
         return
     shown = [
-        [label, "; ".join(f"{c['path']}: {_said(c['base'])} -> {_said(c['value'])}" for c in r) or "-"]
+        [
+            label,
+            "; ".join(f"{c['path']}: {_said(c['base'])} -> {_said(c['value'])}" for c in r) or "-",
+            *(str(said({each[key] for each in rates[label].values()})) for key in ("lr", "head_lr")),
+        ]
         for label, r in rows.items()
     ]
-    _table(["row", "changed against the base"], shown)
+    _table(["row", "changed against the base", "learning rate", "the head's"], shown)
     counted = (_count(len(plan.rows), "row"), _count(len(plan.seeds), "seed"), _count(cells, "cell"))
     typer.echo(f"{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _time_left(taken: Sequence[float], elapsed: float, workers: int, missing: int) -> float | None:
-    """Seconds until the last cell ends, to within a cell or so; None where nothing is known, or nothing is left.
-
-    Args:
-        taken: seconds of each cell that was run to its end.
-        elapsed: seconds since the first began.
-        workers: cells at a time.
-        missing: cells that have not ended.
-    """
-    if not taken or not missing:
-        return None
-    mean, busy = sum(taken) / len(taken), min(workers, missing)
-    # What the cells that are running have behind them.
-    behind = min(max(0.0, elapsed * workers - sum(taken)), busy * mean)
-    left = (missing * mean - behind) / busy
-    return max(left, mean) if missing >= workers else left
-
-
-def _duration(seconds: float) -> str:
-    """In words, two figures or so."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    hours = seconds / 3600
-    return f"{round(seconds / 60)} min" if hours < 1.5 else f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
 
 
 def _said(value: Any) -> str:
@@ -606,51 +589,34 @@ def _carry_out(
     costs: bool,
     checkpoint: float,
     report_to: list[str],
+    keep_old: bool,
     as_json: bool,
 ) -> None:
     import attrs
     from rich.console import Console
 
     from lrkit.study.ablate import perform
+    from lrkit.study.progress import Teller
     from lrkit.study.records import read_study
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
 
-    console = Console(stderr=True, quiet=as_json)
-    begin, workers = time.monotonic(), 1
-    taken: list[float] = []
-
-    def started(missing: int, total: int, at_once: int) -> None:
-        nonlocal workers
-        workers = at_once
-        there = f", {total - missing} are there already" if missing < total else ""
-        console.print(f"{total} cells{there}; {missing} to run", highlight=False)
-
-    def told(job: Any, answer: Mapping[str, Any], ended: int, total: int) -> None:
-        if answer.get("seconds") is not None:
-            taken.append(answer["seconds"])
-        left = _time_left(taken, time.monotonic() - begin, workers, total - ended)
-        score = answer["score"]
-        what = {"done": "nan" if score is None else f"{score:.4f}", "busy": "another process is running it"}
-        said = what.get(answer["status"], f"failed: {answer['error']}")
-        rest = "" if left is None else f" (about {_duration(left)} left)"
-        line = f"[{ended}/{total}] {job.label}, {job.task}, seed {job.seed}: {said}{rest}"
-        console.print(line, highlight=False, markup=False)
-
-    outcome = perform(
-        plan,
-        out,
-        executor=executor,
-        workers=workers,
-        threads=threads,
-        address=address,
-        costs=costs,
-        checkpoint_seconds=checkpoint,
-        report_to=report_to,
-        told=told,
-        started=started,
-        cost_told=lambda label: console.print(f"measuring {label}", highlight=False, markup=False),
-    )
+    with Teller(Console(stderr=True, quiet=as_json), out.absolute()) as teller:
+        outcome = perform(
+            plan,
+            out,
+            executor=executor,
+            workers=workers,
+            threads=threads,
+            address=address,
+            costs=costs,
+            checkpoint_seconds=checkpoint,
+            report_to=report_to,
+            keep_old=keep_old,
+            told=teller.told,
+            started=teller.started,
+            cost_told=teller.cost_told,
+        )
     written = write_report(outcome.folder)
     table = compare(read_study(outcome.folder))
     if as_json:
@@ -910,7 +876,7 @@ _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "
 
 
 def _complain(message: str) -> None:
-    print(f"lrkit: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    print(f"lrkit: {short(' '.join(message.split()))}", file=sys.stderr)  # noqa: T201
 
 
 def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

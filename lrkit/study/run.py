@@ -164,6 +164,21 @@ class Result:
         }
 
 
+HEAD_LR = 1e-3
+"""The task head's learning rate where none is given."""
+
+
+def rates(parameterization: Any, lr: float | None, head_lr: float | None) -> tuple[float, float]:
+    """The learning rates in force: what is given, or the parameterization's own and `HEAD_LR`.
+
+    Args:
+        parameterization: a parameterization or its class.
+        lr: that of the adapters, if given.
+        head_lr: that of the head, if given.
+    """
+    return parameterization.learning_rate if lr is None else lr, HEAD_LR if head_lr is None else head_lr
+
+
 def total_steps(settings: RunSettings, rows: int) -> int:
     """Optimizer steps of a run over so many training rows."""
     if settings.steps is not None:
@@ -381,8 +396,7 @@ def _train(
     from lrkit.trainer import AdaptCallback
 
     method = adapted.method
-    lr = method.parameterization.learning_rate if settings.lr is None else settings.lr
-    head_lr = 1e-3 if settings.head_lr is None else settings.head_lr
+    lr, head_lr = rates(method.parameterization, settings.lr, settings.head_lr)
     groups = [
         {"params": adapted.adapter_parameters(), "lr": lr},
         {"params": adapted.head_parameters(), "lr": head_lr},
@@ -445,7 +459,7 @@ def _train(
         task=task.name,
         model=model,
         method=to_plain(method),
-        settings=attrs.asdict(settings),
+        settings=attrs.asdict(settings) | {"lr": lr, "head_lr": head_lr},
         scores=task.score(predictions, tokens.validation["labels"]),
         majority=task.best_guess(tokens.validation["labels"]),
         steps=adapted.step,

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.study.records import CellRecord, StudyRecord
+from lrkit.study.sheet import safe_csv
 
 if TYPE_CHECKING:
     import pandas
@@ -182,6 +183,7 @@ class TableRow:
         step_ratio_end: the same at the end of training.
         peak_memory: bytes, mean over the tasks measured.
         notes: what must be said about this row, a sentence each.
+        lr: the adapters' learning rate; those of the tasks where they differ.
     """
 
     index: int
@@ -213,6 +215,7 @@ class TableRow:
     step_ratio_end: float | None
     peak_memory: float | None
     notes: tuple[str, ...]
+    lr: str = ""
 
 
 @attrs.frozen(kw_only=True)
@@ -251,7 +254,7 @@ class Table:
         writer = csv.DictWriter(out, self._plain_columns(), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._plain())
-        return out.getvalue()
+        return safe_csv(out.getvalue())
 
     def to_markdown(self) -> str:
         """A Markdown document: the table, the tasks' means where there are several, notes."""
@@ -402,6 +405,7 @@ def _row(record: StudyRecord, index: int, base: dict[tuple[str, int], float | No
         step_ratio_end=_mean([cost.step_ratio_end for cost in costs]),
         peak_memory=_mean([cost.peak_memory for cost in costs]),
         notes=(),
+        lr=record.rows[index].lr,
     )
     notes = _row_notes(row, differences, left_out=len(both) - len(differences))
     return attrs.evolve(row, notes=(*notes, *(f"cost on {c.task} not measured: {c.error}." for c in costs if c.error)))
@@ -529,7 +533,7 @@ class Column:
 
 
 SCORES = ("n", "score", "difference", "interval", "p", "p_holm")
-COSTS = ("parameters_average", "parameters_final", "flops", "step_ratio", "step_ratio_end", "peak_memory")
+COSTS = ("lr", "parameters_average", "parameters_final", "flops", "step_ratio", "step_ratio_end", "peak_memory")
 
 
 def columns_of(table: Table, keys: Sequence[str]) -> list[Column]:
@@ -553,6 +557,7 @@ def columns_of(table: Table, keys: Sequence[str]) -> list[Column]:
         Column("interval", "95 % interval", r"95\,\% interval", interval),
         Column("p", "p", "$p$", number("p", probability)),
         Column("p_holm", "p (Holm)", r"$p$|(Holm)", number("p_holm", probability)),
+        Column("lr", "lr", "Rate", lambda row: row.lr),
         Column("parameters_average", "params avg", "Param.|average", number("parameters_average", compact)),
         Column("parameters_final", "params end", "Param.|end", number("parameters_final", compact)),
         Column("flops", "FLOPs", "FLOPs", number("flops", compact)),

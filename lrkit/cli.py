@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ import typer
 
 from lrkit import scaffold
 from lrkit.errors import LrkitError, LrkitWarning, nearest, short
+from lrkit.interrupt import second_ends_at_once
 
 if TYPE_CHECKING:
     from lrkit.method import Method
@@ -96,9 +97,14 @@ def demo(
     with _progress(as_json) as bar:
         for label, method in compositions.items():
             results[label] = train(method, task, settings=settings, progress=bar(label, steps))
-    pictures = draw(results, _make(folder))
     plain = {label: result.to_plain() for label, result in results.items()}
-    (folder / "results.json").write_text(json.dumps(plain, indent=1))
+    pictures: list[Path] = []
+
+    def write(place: Path) -> None:
+        (place / "results.json").write_text(json.dumps(plain, indent=1))
+        pictures[:] = draw(results, place)
+
+    folder = _written(folder, write)
     if as_json:
         _json({"folder": str(folder), "pictures": [str(p) for p in pictures], "runs": plain})
         return
@@ -124,24 +130,37 @@ def run(
     out: Annotated[Path | None, typer.Option(help="A new folder for adapters, results and pictures.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train one method, or every one, on one task."""
-    from lrkit.study.pictures import draw
+    """Train one method, or every one, on one task.
+
+    After Ctrl-C the same command with the same --out goes on where it was.
+    """
+    from lrkit.interrupt import stopping
     from lrkit.study.run import settings_from, total_steps, train
 
     composed, changes = _to_run(method, all_methods, sets or [], swap or [])
     settings = settings_from(changes)
-    folder = None if out is None else _new_folder(out, "")
+    from lrkit.study.progress import Phases
+    from lrkit.study.resume import FOLDER, Unfinished
+
+    if out is not None and not (out / FOLDER).is_dir():
+        _new_folder(out, "")
     loaded = _task(task, data)
     steps = total_steps(settings, min(len(loaded.train), settings.train_rows or len(loaded.train)))
+    unfinished = None
+    if out is not None:
+        asked = {"model": model, "targets": _targets(targets), "task": task, "data": str(data) if data else None}
+        unfinished = Unfinished(out, composed, asked, settings)
+    folder = out
     results: dict[str, Result] = {}
     refused: list[str] = []
-    with _progress(as_json) as bar:
+    with _progress(as_json) as bar, stopping(unfinished is not None) as stop, Phases(quiet=as_json) as phases:
         for label, each in composed.items():
             place = folder if folder is None or not all_methods else folder / label
+            told: list[Path] = []
 
-            def save(adapted: Any, place: Path | None = place) -> None:
+            def save(adapted: Any, place: Path | None = place, told: list[Path] = told) -> None:
                 if place is not None:
-                    adapted.save(_make(place))
+                    told.append(_written(place, adapted.save))
 
             try:
                 results[label] = train(
@@ -152,16 +171,27 @@ def run(
                     settings=settings,
                     progress=bar(label, steps),
                     done=save,
+                    record=None if unfinished is None else unfinished.record(label, stop),
+                    say=phases.say,
                 )
             except LrkitError as error:
                 if not all_methods:
+                    if unfinished is not None:
+                        unfinished.refused()
                     raise
                 refused.append(f"{label}: {error}")
                 continue
+            except KeyboardInterrupt:
+                if unfinished is not None and (kept := unfinished.step(label)):
+                    _complain(f"kept: {label} up to step {kept} of {steps}; the same command goes on from there")
+                raise
             if place is not None:
-                (place / "result.json").write_text(json.dumps(_finite(results[label].to_plain()), indent=1))
+                text = json.dumps(_finite(results[label].to_plain()), indent=1)
+                _written(told[0], lambda where, text=text: _write(where / "result.json", text))  # type: ignore[misc]
     if folder is not None and results:
-        draw(results, folder)
+        folder = _written(folder, lambda where: _draw_into(where, results))
+    if unfinished is not None:
+        unfinished.end()
     if as_json:
         plain = {label: result.to_plain() for label, result in results.items()}
         _json({"runs": plain, "refused": refused} if all_methods else next(iter(plain.values())))
@@ -173,6 +203,16 @@ def run(
         _complain(line)
     if refused:
         raise typer.Exit(1)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _draw_into(folder: Path, results: "Mapping[str, Result]") -> None:
+    from lrkit.study.pictures import draw
+
+    draw(results, folder)
 
 
 @app.command()
@@ -731,19 +771,29 @@ def _targets(text: str) -> str | list[str]:
 
 def _new_folder(wanted: Path | None, default: str) -> Path:
     """A fresh folder: the one asked for, which must not hold anything; or the default with the next free number."""
+    from lrkit.study.place import try_folder
+
     if wanted is not None:
         if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
             raise LrkitError(f"{wanted} exists and is not empty: nothing is overwritten, choose another --out")
         folder = wanted
     else:
         number, folder = 1, Path(default)
-        while folder.exists():
+        while os.path.lexists(folder):
             number += 1
             folder = Path(f"{default}-{number}")
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise LrkitError(f"cannot make the folder {folder}: {there} cannot be written to")
+    try_folder(folder)
     return folder
+
+
+def _written(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Write results into a folder; elsewhere, and said, if that cannot be written to any more."""
+    from lrkit.study.place import written
+
+    there, why = written(folder, write)
+    if why:
+        _complain(f"{folder} could not be written to ({why}): what was trained is in {there}")
+    return there
 
 
 def _make(folder: Path) -> Path:
@@ -895,6 +945,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.simplefilter("always", LrkitWarning)
         warnings.showwarning = _warn
         try:
+            second_ends_at_once()
             if not {"--help", "--version"} & set(sys.argv[1:] if arguments is None else arguments):
                 from lrkit.registry import spare_others
 

@@ -1,6 +1,7 @@
 """What `lrkit ablate` says while it runs: each cell that ends, and every so often how far the running ones are."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,45 @@ def step_of(place: Path) -> int:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return 0
+
+
+class Phases:
+    """Says on stderr what a run does before its first step.
+
+    A line comes when it has been true for two seconds, or the training begins: an input that is refused at once is answered
+    by its refusal alone.
+
+    Args:
+        quiet: say nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet, self._held = quiet, list[str]()
+        self._lock, self._timer = threading.Lock(), threading.Timer(0.0, self._flush)
+
+    def __enter__(self) -> "Phases":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def say(self, line: str) -> None:
+        """Say it, soon."""
+        self._timer.cancel()
+        with self._lock:
+            self._held.append(line)
+        if line.startswith("training"):
+            self._flush()
+        else:
+            self._timer = threading.Timer(2.0, self._flush)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _flush(self) -> None:
+        with self._lock:
+            held, self._held = self._held, []
+        for line in held if not self._quiet else ():
+            print(f"{line} ...", file=sys.stderr, flush=True)  # noqa: T201
 
 
 class Teller:

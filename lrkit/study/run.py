@@ -194,11 +194,13 @@ class Record:
         folder: holds ``metrics.jsonl``, ``history.jsonl`` and ``checkpoints/``; what a run left there is gone on with.
         checkpoint_seconds: time between checkpoints.
         report_to: transformers' names of trackers that get the curves as well, such as ``"tensorboard"``.
+        stop: asked after each step: whether to stop there, with a checkpoint; `train` then raises KeyboardInterrupt.
     """
 
     folder: Path
     checkpoint_seconds: float = 60.0
     report_to: tuple[str, ...] = ()
+    stop: Callable[[], bool] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -346,6 +348,7 @@ def train(
     # The adapters' start and dropout must not depend on what the head's start drew.
     torch.manual_seed(settings.seed)
     adapted = attach(net, method, targets=targets)
+    tell(f"training {steps:,} steps")
     threads = torch.get_num_threads()
     try:
         if settings.threads is not None:
@@ -445,9 +448,13 @@ def _train(
         latest = None if record is None else record.latest()
         try:
             trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
+            if trainer.state.global_step < steps:
+                raise KeyboardInterrupt  # the record was asked to stop
             predictions = trainer.predict(tokens.validation).predictions
         except BaseException:
-            adapted.unbind()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it ended early is known, and no fault of the method's
+                adapted.unbind()
             raise
         finally:
             if recorder is not None:

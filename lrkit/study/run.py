@@ -4,6 +4,7 @@ The training loop is transformers' Trainer with `lrkit.trainer.AdaptCallback`, s
 what a user's own Trainer script would do.
 """
 
+import contextlib
 import math
 import statistics
 import tempfile
@@ -411,7 +412,8 @@ def _train(
     log_every = max(1, steps // 500)
     watch = Watch(progress)
     recorder = None if record is None else Recorder(record, adapted, log_every)
-    with tempfile.TemporaryDirectory() as empty, warnings.catch_warnings():
+    closed = contextlib.nullcontext() if recorder is None else contextlib.closing(recorder)
+    with tempfile.TemporaryDirectory() as empty, warnings.catch_warnings(), closed:
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer = RunTrainer(
             adapted=adapted,
@@ -424,8 +426,8 @@ def _train(
                 per_device_eval_batch_size=settings.eval_batch_size,
                 max_grad_norm=settings.grad_clip,
                 bf16=settings.bf16,
-                # Without this, transformers takes processes without GPUs for so many runs of one process.
-                use_cpu=settings.devices > 1 and not torch.cuda.is_available(),
+                # Without this, transformers takes processes without GPUs for so many runs of one process; and refuses bf16.
+                use_cpu=(settings.devices > 1 or settings.bf16) and not torch.cuda.is_available(),
                 seed=settings.seed,
                 save_strategy="no",
                 eval_strategy="no" if settings.eval_every is None else "steps",
@@ -456,9 +458,6 @@ def _train(
                 warnings.simplefilter("ignore")  # that it ended early is known, and no fault of the method's
                 adapted.unbind()
             raise
-        finally:
-            if recorder is not None:
-                recorder.close()
         # Under mixed precision the model's forward was wrapped; the next run starts from the plain one.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     log = trainer.state.log_history

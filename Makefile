@@ -60,9 +60,6 @@ test-integrations: .venv-integrations/.installed ## lrkit beside TRL, Lightning,
 test-lowest: .venv-lowest/.installed ## all tests with the lowest versions that lrkit admits (by hand; torch there is 5 GB)
 	@.venv-lowest/bin/python -P -m pytest -q -n 2 --dist loadfile $(ARGS)
 
-fuzz: .venv/.installed ## 4,000 bad inputs: each must be refused in one line (ARGS="--seed 1")
-	@$(PY) -P tests/fuzz.py $(ARGS)
-
 mutants: .venv/.installed ## change the core's formulas one at a time: the tests must see it
 	@$(PY) -P tests/mutants.py $(ARGS)
 

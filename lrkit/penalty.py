@@ -8,7 +8,6 @@ from torch.utils.hooks import RemovableHandle
 
 from lrkit.gradients import Unclipped, on_gradient
 
-
 FELT = 0.1
 """Norm of a gradient below which nothing is said: clipping, at 1 mostly, does not feel it. The task of a model with random
 weights has next to no gradient, and any penalty exceeds it."""

@@ -381,22 +381,22 @@ def test_the_command_line_and_a_file_are_one_study(place, tmp_path, capsys):
     [(0.2, "1 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (90000, "25 h")],
 )
 def test_durations_in_words(seconds, words):
-    from lrkit import cli
+    from lrkit.study import progress
 
-    assert cli._duration(seconds) == words
+    assert progress.duration(seconds) == words
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
 @pytest.mark.parametrize("cells", [1, 2, 7, 8, 10, 16, 40])
 def test_the_time_left_is_right_to_within_a_cell(cells, workers):
-    from lrkit import cli
+    from lrkit.study import progress
 
     ends = [600.0 * (1 + place // workers) for place in range(cells)]
     for ended in range(1, cells):
-        left = cli._time_left([600.0] * ended, ends[ended - 1], workers, cells - ended)
+        left = progress.time_left([600.0] * ended, ends[ended - 1], workers, cells - ended)
         assert left == pytest.approx(ends[-1] - ends[ended - 1], abs=600)
-    assert cli._time_left([600.0] * cells, ends[-1], workers, 0) is None
-    assert cli._time_left([], 0.0, workers, cells) is None
+    assert progress.time_left([600.0] * cells, ends[-1], workers, 0) is None
+    assert progress.time_left([], 0.0, workers, cells) is None
 
 
 def test_curves_go_to_tensorboard_when_asked_for(place, tmp_path):

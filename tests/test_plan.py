@@ -371,9 +371,10 @@ def test_the_command_line_and_a_file_are_one_study(place, tmp_path, capsys):
         main(["ablate", "adalora", *more, "--out", str(tmp_path / "one")])
     assert ended.value.code == 0
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "6 cells, 4 are there already; 2 to run"
-    assert re.fullmatch(r"\[5/6\] .*, seed 2: [0-9.]+ \(about \d+ s left\)", lines[1])
-    assert re.fullmatch(r"\[6/6\] .*, seed 2: [0-9.]+", lines[2])
+    assert lines[0].startswith("lrkit: 3 seeds are too few")
+    assert lines[1] == "6 cells, 4 are there already; 2 to run"
+    assert re.fullmatch(r"\[5/6\] .*, seed 2: [0-9.]+ \(about \d+ s left\)", lines[2])
+    assert re.fullmatch(r"\[6/6\] .*, seed 2: [0-9.]+", lines[3])
 
 
 @pytest.mark.parametrize(

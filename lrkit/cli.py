@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrkit import scaffold
-from lrkit.errors import LrkitError, LrkitWarning, nearest
+from lrkit.errors import LrkitError, LrkitWarning, cut, nearest
+from lrkit.reading import parse_json, read_json
 
 if TYPE_CHECKING:
     from lrkit.method import Method
@@ -46,6 +47,10 @@ Data = Annotated[
     Path | None, typer.Option("--data", help="A folder with {train,validation}.jsonl[.gz], instead of --task.")
 ]
 Model = Annotated[str, typer.Option("--model", help="minilm, a folder, or a hub id.")]
+TrainAlso = Annotated[
+    str | None,
+    typer.Option("--train-also", help="Modules that train in full, joined by commas; auto (the task head) or none."),
+]
 
 
 def _version(asked: bool) -> None:
@@ -119,6 +124,7 @@ def run(
     targets: Annotated[
         str, typer.Option(help="all-linear, names or name suffixes joined by commas, or a regular expression.")
     ] = "all-linear",
+    train_also: TrainAlso = None,
     sets: Set = None,
     swap: Swap = None,
     out: Annotated[Path | None, typer.Option(help="A new folder for adapters, results and pictures.")] = None,
@@ -149,6 +155,7 @@ def run(
                     loaded,
                     model=model,
                     targets=_targets(targets),
+                    train_also=_train_also(train_also),
                     settings=settings,
                     progress=bar(label, steps),
                     done=save,
@@ -194,6 +201,7 @@ def ablate(
     model: Annotated[str | None, typer.Option("--model", help="minilm, a folder, or a hub id.")] = None,
     seeds: Annotated[str | None, typer.Option(help="How many, or which: 6, or 3,4,5.")] = None,
     targets: Annotated[str | None, typer.Option(help="As of `lrkit run`.")] = None,
+    train_also: TrainAlso = None,
     sets: Set = None,
     leave_out: Annotated[
         list[str] | None, typer.Option("--leave-out", help="penalty, policy, or also: a row without it.")
@@ -231,7 +239,7 @@ def ablate(
         return
     if what is None:
         raise LrkitError("say what to ablate: a method's name, a .toml study file, or a study of `lrkit ablate --list`")
-    changes = _changes(swap, task, data, model, seeds, targets, sets, leave_out, grid)
+    changes = _changes(swap, task, data, model, seeds, targets, train_also, sets, leave_out, grid)
     if what.endswith(".toml") or what in shipped():
         given = read_study(what)
         # What the file says stays, but for what the command line says otherwise.
@@ -439,17 +447,18 @@ def export(
     from lrkit import checkpoint, peft
     from lrkit.adapted import load
     from lrkit.models import load_base
+    from lrkit.states import meta_of
 
     if to not in peft.TARGETS:
         raise LrkitError(
             f'there is no export to "{to}"{nearest(to, peft.TARGETS)}; there are {", ".join(peft.TARGETS)}'
         )
     _new_folder(out, "")
-    state = checkpoint.read(run)
-    base = state["meta"].get("base")
+    with checkpoint.stored(run) as stored:
+        base = meta_of({"meta": stored.meta, "tensors": {}}).get("base")
+        trained = {name.removeprefix("weight.") for name in stored.shapes}
     if base is None:
         raise LrkitError(f"{run} does not say which transformers model it was attached to: export it with lrkit.export")
-    trained = {name.removeprefix("weight.") for name in state["tensors"]}
     net, tokenizer = load_base(base, model or _model_of(run), trained)
     adapted = load(net, run)
     if to == "merged" and tokenizer is None:
@@ -473,11 +482,11 @@ def _model_of(run: Path) -> str | None:
     """What a run was told as its model; None where it left no word."""
     for name in ("result.json", "config.json"):
         try:
-            model = json.loads((run / name).read_text(encoding="utf-8"))["model"]
-        except (OSError, ValueError, KeyError, TypeError):
+            found = read_json(run / name)
+        except (FileNotFoundError, LrkitError):
             continue
-        if isinstance(model, str):
-            return model
+        if isinstance(found, dict) and isinstance(found.get("model"), str):
+            return str(found["model"])
     return None
 
 
@@ -491,6 +500,7 @@ def _changes(
     model: str | None,
     seeds: str | None,
     targets: str | None,
+    train_also: str | None,
     sets: list[str] | None,
     leave_out: list[str] | None,
     grid: bool,
@@ -509,6 +519,7 @@ def _changes(
         "tasks": tasks or None,
         "model": model,
         "targets": None if targets is None else _targets(targets),
+        "train_also": None if train_also is None else _train_also(train_also),
         "grid": grid or None,
     }
     changes |= {key: value for key, value in given.items() if value is not None}
@@ -526,13 +537,15 @@ def _changes(
 
 def _show_plan(plan: Any, as_json: bool) -> None:
     from lrkit.study.execute import check
+    from lrkit.study.paired import too_few_seeds
     from lrkit.study.plan import changes
 
     tasks = check(plan)
+    few = too_few_seeds(len(plan.rows) - 1, len(plan.seeds))
     rows = {row.label: changes(plan.rows[0], row) for row in plan.rows}
     cells = len(plan.rows) * len(plan.tasks) * len(plan.seeds)
     if as_json:
-        _json({"rows": rows, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells})
+        _json({"rows": rows, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells, "too_few_seeds": few})
         return
     shown = [
         [label, "; ".join(f"{c['path']}: {_said(c['base'])} -> {_said(c['value'])}" for c in r) or "-"]
@@ -541,6 +554,8 @@ def _show_plan(plan: Any, as_json: bool) -> None:
     _table(["row", "changed against the base"], shown)
     counted = (_count(len(plan.rows), "row"), _count(len(plan.seeds), "seed"), _count(cells, "cell"))
     typer.echo(f"{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
+    if few:
+        typer.echo(few)
 
 
 def _count(number: int, what: str) -> str:
@@ -593,10 +608,13 @@ def _carry_out(
     from rich.console import Console
 
     from lrkit.study.ablate import perform
+    from lrkit.study.paired import too_few_seeds
     from lrkit.study.records import read_study
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
 
+    if few := too_few_seeds(len(plan.rows) - 1, len(plan.seeds)):
+        _complain(few)
     console = Console(stderr=True, quiet=as_json)
     begin, workers = time.monotonic(), 1
     taken: list[float] = []
@@ -720,8 +738,8 @@ def _value(text: str) -> Any:
     if text.lower() in ("none", "null"):
         return None
     try:
-        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
-    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, brackets without end
+        return parse_json(text.lower() if text.lower() in ("true", "false") else text, "a value")
+    except LrkitError:  # no JSON, a number of thousands of digits, brackets without end
         return text
 
 
@@ -737,6 +755,13 @@ def _targets(text: str) -> str | list[str]:
     if text == "all-linear" or not re.fullmatch(r"[\w.,]+", text):
         return text
     return [name for name in text.split(",") if name]
+
+
+def _train_also(text: str | None) -> str | list[str]:
+    """Names joined by commas; "auto"; or "none" for an empty list."""
+    if text is None or text == "auto":
+        return "auto"
+    return [] if text == "none" else [name for name in text.split(",") if name]
 
 
 def _new_folder(wanted: Path | None, default: str) -> Path:
@@ -919,7 +944,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if type(error).__name__ == "NoArgsIsHelpError":
                 typer.echo(error.format_message())
                 sys.exit(2)
-            _complain(f"{error.format_message()} (see `lrkit --help`)")
+            _complain(f"{cut(error.format_message(), 800)} (see `lrkit --help`)")
             sys.exit(2)
         except LrkitError as error:
             _complain(str(error))
@@ -928,10 +953,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if "memory" not in str(error).lower():
                 raise
             _complain(
-                f"out of memory: {str(error).splitlines()[0] if str(error) else 'a smaller rank or batch may fit'}"
+                f"out of memory: {cut(str(error).splitlines()[0], 400) if str(error) else 'a smaller rank or batch may fit'}"
             )
             sys.exit(2)
         except OSError as error:
-            _complain(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
+            told = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+            _complain(cut(told, 800))
             sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

@@ -1,7 +1,8 @@
 """Named compositions: the published methods, each a long docstring over a short body.
 
 Every one returns a frozen `lrkit.Method`; swap a part with ``attrs.evolve(method, metric=...)``. Defaults are the
-paper's text; where released code does otherwise, the setting that reproduces it is named.
+paper's text, but for AdaLoRA's and SVD-LoRA's penalty; where released code does otherwise, the setting that reproduces it
+is named.
 """
 
 from typing import Literal
@@ -13,6 +14,9 @@ from lrkit.metrics import GradientUncertainty, SensitivityUncertainty
 from lrkit.parameterizations import SVD, Full, LoRA, VectorScaled
 from lrkit.schedulers import Cubic
 from lrkit.settings import Time
+
+_NORM: dict[str, Literal["squared", "mean"]] = {"paper": "squared"}
+"""The penalty's norm by variant; all others have the mean."""
 
 
 def full() -> Method:
@@ -31,15 +35,31 @@ def lora(*, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Method:
     return Method(parameterization=LoRA(rank=rank, alpha=alpha, dropout=dropout))
 
 
-def svd_lora(*, rank: int = 8, alpha: float | None = None, orthogonality: float = 0.1) -> Method:
+def svd_lora(
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    orthogonality: float = 0.1,
+    variant: Literal["default", "paper"] = "default",
+) -> Method:
     """SVD-LoRA: AdaLoRA's form P Λ Q at a fixed rank, without allocation (arXiv 2303.10512, Table 5).
 
     Args:
         rank: r.
         alpha: None for no scale, as in the paper; else α/(r + 1e-5).
         orthogonality: γ, weight of the penalty.
+        variant: ``"default"``: the penalty is the mean norm, as the released code has it; ``"paper"``: Eq. 4.
+
+    Raises:
+        LrkitError: no such variant.
     """
-    return Method(parameterization=SVD(rank=rank, alpha=alpha, orthogonality=orthogonality))
+    if variant not in ("default", "paper"):
+        raise LrkitError(f'svd_lora variant must be "default" or "paper", not {variant!r}')
+    return Method(
+        parameterization=SVD(
+            rank=rank, alpha=alpha, orthogonality=orthogonality, orthogonality_norm=_NORM.get(variant, "mean")
+        )
+    )
 
 
 def elora(*, rank: int = 1024, shared: bool = False) -> Method:
@@ -64,7 +84,7 @@ def adalora(
     beta2: float = 0.85,
     alpha: float | None = None,
     orthogonality: float = 0.1,
-    variant: Literal["paper", "released", "peft"] = "paper",
+    variant: Literal["default", "paper", "released", "peft"] = "default",
 ) -> Method:
     """AdaLoRA (Zhang et al., arXiv 2303.10512): SVD + sensitivity x uncertainty + cubic budget + prune.
 
@@ -83,21 +103,29 @@ def adalora(
         beta2: β2 of Ū.
         alpha: None for no scale, as in the paper; the released code has α/(r + 1e-5).
         orthogonality: γ (0.1 to 0.5 in the paper).
-        variant: ``"paper"``, or the released code's or PEFT's choices wherever these differ (see the ledger in the
-            documentation): sensitivity after the step, steps numbered from 0, the mean un-squared penalty, ties that
-            lose, and the last decision. The scale `alpha` is left to you.
+        variant: ``"paper"``: the text to the letter. ``"default"``: the text but for the penalty, which is the mean of the
+            un-squared norms: Eq. 4's sum of squares at a Gaussian start outweighs the task in a short run. ``"released"`` or
+            ``"peft"``: their choices wherever these differ (see the ledger in the documentation): sensitivity after the
+            step, steps numbered from 0, the mean un-squared penalty, ties that lose, and the last decision. The scale
+            `alpha` is left to you.
+
+    Raises:
+        LrkitError: no such variant, or settings that do not fit together.
     """
-    if variant == "paper":
+    if variant not in ("default", "paper", "released", "peft"):
+        raise LrkitError(f'adalora variant must be "default", "paper", "released" or "peft", not {variant!r}')
+    parameterization = SVD(
+        rank=rank, alpha=alpha, orthogonality=orthogonality, orthogonality_norm=_NORM.get(variant, "mean")
+    )
+    if variant == "default" or variant == "paper":
         return Method(
-            parameterization=SVD(rank=rank, alpha=alpha, orthogonality=orthogonality),
+            parameterization=parameterization,
             metric=SensitivityUncertainty(beta1=beta1, beta2=beta2),
             scheduler=Cubic(target=target_rank, warmup=warmup, final=final, interval=interval),
             action=Prune(),
         )
-    if variant not in ("released", "peft"):
-        raise LrkitError(f'adalora variant must be "paper", "released" or "peft", not {variant!r}')
     return Method(
-        parameterization=SVD(rank=rank, alpha=alpha, orthogonality=orthogonality, orthogonality_norm="mean"),
+        parameterization=parameterization,
         metric=SensitivityUncertainty(beta1=beta1, beta2=beta2, measure="after-step"),
         scheduler=Cubic(
             target=target_rank, warmup=warmup, final=final, interval=interval, first_step=0, ending=variant
@@ -133,15 +161,21 @@ def aflora(
         beta1: β1 of Ī.
         beta2: β2 of Ū.
         together: freeze A and B of a layer together (Table 6) rather than each on its own.
-        variant: ``"paper"``, or the released GLUE code's choices: I over windows of 10 steps, steps numbered from 0, and
-            an element-wise quantile over what still trains. Its decisions are 10 steps apart: give ``interval=10``.
+        variant: ``"paper"``, or the released GLUE code's choices: I over windows of 10 steps, of gradients before they
+            are clipped, steps numbered from 0, and an element-wise quantile over what still trains. Its decisions are 10
+            steps apart: give ``interval=10``.
     """
     if variant not in ("paper", "released"):
         raise LrkitError(f'aflora variant must be "paper" or "released", not {variant!r}')
     released = variant == "released"
     return Method(
         parameterization=VectorScaled(rank=rank, train=train),
-        metric=GradientUncertainty(beta1=beta1, beta2=beta2, window=10 if released else 1),
+        metric=GradientUncertainty(
+            beta1=beta1,
+            beta2=beta2,
+            window=10 if released else 1,
+            measure="before-clipping" if released else "before-step",
+        ),
         scheduler=Cubic(
             target=0.0,
             warmup=warmup,

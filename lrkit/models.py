@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.errors import LrkitError, nearest
+from lrkit.errors import LrkitError, cut, nearest, shown
+from lrkit.reading import MIB, check_folder, is_file, is_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -102,10 +103,11 @@ def load_pretrained(
         settings |= {"id2label": label_names, "label2id": {name: n for n, name in label_names.items()}}
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 source,
                 local_files_only=local_only,
+                trust_remote_code=False,  # the default asks on stdin
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # a head fine-tuned for other classes gives way to a new one
                 output_loading_info=True,
@@ -152,7 +154,9 @@ def load_config(spec: str) -> PretrainedConfig:
     source, local_only = _resolve(spec, also=shipped_configs())
     try:
         with quiet_transformers():
-            config: PretrainedConfig = AutoConfig.from_pretrained(source, local_files_only=local_only)
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                source, local_files_only=local_only, trust_remote_code=False
+            )
     except Exception as error:  # as in load_model_from
         raise _failed(spec, source, local_only, error) from error
     return config
@@ -211,25 +215,46 @@ def _resolve(spec: str, also: tuple[str, ...] = ()) -> tuple[str, bool]:
         spec: what the user wrote.
         also: further names that would have been right, for the hint.
     """
-    if spec and Path(spec).is_dir():  # before the name: a folder called minilm is what its owner means
-        if not (Path(spec) / "config.json").is_file():
+    if spec and is_folder(spec):  # before the name: a folder called minilm is what its owner means
+        if not is_file(Path(spec) / "config.json"):
             raise LrkitError(f'model "{spec}": the folder has no config.json, so it is no model')
+        check_folder(spec, f'model "{spec}"')
+        check_config(read_json(Path(spec) / "config.json", 16 * MIB), f'model "{spec}": config.json')
         return spec, True
     if spec == MINILM:
         return str(minilm_folder()), True
     if spec in shipped_configs() and spec not in also:
         raise LrkitError(f'model "{spec}" ships as a config only, for counting: give a folder or a hub id with weights')
     hint = nearest(spec, (MINILM, *also))
-    if not HUB_ID.fullmatch(spec):
-        raise LrkitError(f'model "{spec}": no such folder{hint}; give "{MINILM}", a folder or a hub id')
+    if not HUB_ID.fullmatch(spec) or len(spec) > 96:
+        raise LrkitError(f'model "{cut(spec, 160)}": no such folder{hint}; give "{MINILM}", a folder or a hub id')
     from lrkit import hub
 
     return spec, not hub.reachable()
 
 
+def check_config(config: Any, name: str) -> None:
+    """Raise LrkitError, with `name`, for a config that is no table, or of a model that cannot be: layers without end."""
+    if not isinstance(config, dict):
+        raise LrkitError(f"{name} is no table")
+    tables = [config]
+    while tables:
+        table = tables.pop()
+        for key, value in table.items():
+            if isinstance(value, dict):
+                tables.append(value)
+            most = 10_000 if "layer" in key else 2**31 - 1
+            # Some configs say "without end" with a large number: sizes are what is bounded.
+            size = key.endswith(
+                ("_size", "_dim", "layers", "heads", "_layer", "_head", "_embd", "experts", "positions")
+            )
+            if size and isinstance(value, int) and not isinstance(value, bool) and not -1 <= value <= most:
+                raise LrkitError(f"{name}: {key} = {shown(value)} is no size of a model: at most {most:,}")
+
+
 def _failed(spec: str, source: str, local_only: bool, error: Exception) -> LrkitError:
     """The one line for what went wrong inside transformers."""
-    first = (str(error).strip().splitlines() or [""])[0]
+    first = cut((str(error).strip().splitlines() or [""])[0], 400)
     if Path(source).is_dir():
         return LrkitError(f'model "{spec}": cannot be loaded from {source}: {type(error).__name__}: {first}')
     hint = nearest(spec, (MINILM, *shipped_configs()))
@@ -244,7 +269,7 @@ def _failed(spec: str, source: str, local_only: bool, error: Exception) -> Lrkit
 
 
 def load_base(
-    base: dict[str, Any], spec: str | None = None, trained: Collection[str] = ()
+    base: Any, spec: str | None = None, trained: Collection[str] = ()
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model that saved adapters were attached to, made again, and its tokenizer (None where it has none).
 
@@ -256,6 +281,10 @@ def load_base(
     Raises:
         LrkitError: if there is no such model, it cannot be had, or it lacks weights.
     """
+    kinds = {"class": str, "name": str, "dtype": str, "config": dict}
+    if not isinstance(base, dict) or not all(isinstance(base.get(key), kind) for key, kind in kinds.items()):
+        raise LrkitError("the saved state does not say what its base model was: class, name, dtype and config")
+    check_config(base["config"], "the saved state's base config")
     spec = spec or base["name"]
     if not spec:
         raise LrkitError("the saved state does not say where its base model came from: give it with --model")
@@ -266,16 +295,20 @@ def load_base(
 
     from lrkit.hub import quiet_transformers
 
-    cls = getattr(transformers, base["class"], None)
-    if cls is None:
-        raise LrkitError(f"the base model is a {base['class']}, which transformers does not have")
+    cls: Any = getattr(transformers, base["class"], None) if base["class"].isidentifier() else None
+    good = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not good or cls.config_class is None:
+        raise LrkitError(f"the base model is a {shown(base['class'])}, which is no model that transformers has")
+    dtype = getattr(torch, base["dtype"], None) if base["dtype"].isidentifier() else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise LrkitError(f"the base model's dtype is {shown(base['dtype'])}, which is no floating-point type of torch")
     try:
         with quiet_transformers():
             model, loading = cls.from_pretrained(
                 source,
                 config=cls.config_class.from_dict(base["config"]),
                 local_files_only=local_only,
-                dtype=getattr(torch, base["dtype"]),
+                dtype=dtype,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -290,7 +323,7 @@ def load_base(
         )
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
     except Exception:  # a model without a tokenizer is a model
         return model, None
     if tokenizer.pad_token is None and model.config.pad_token_id is not None:

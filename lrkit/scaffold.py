@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import keyword
 import re
+import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -118,7 +119,7 @@ def new(
         cli._make((folder / path).parent)
         (folder / path).write_text(text, encoding="utf-8")
     typer.echo(f"written: {'  '.join(str(folder / path) for path in texts)}")
-    typer.echo(f"next: python -m pytest {folder}; pip install -e {folder} --no-build-isolation; lrkit plugins doctor")
+    typer.echo(f"next: python -m pytest {folder}; pip install -e {folder}; lrkit plugins doctor")
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------------------
@@ -134,6 +135,7 @@ class Component:
         kept: None where it was not checked; `note` then says why.
         findings: the clauses that it breaks.
         note: why it was not checked.
+        seconds: how long the check took; None where it was not checked.
     """
 
     kind: str
@@ -141,6 +143,13 @@ class Component:
     kept: bool | None
     findings: "tuple[Finding, ...]" = ()
     note: str = ""
+    seconds: float | None = None
+
+    @property
+    def state(self) -> str:
+        """Whether it keeps its contract, in words."""
+        broken = f"{len(self.findings)} clause{'s' if len(self.findings) > 1 else ''} broken"
+        return {True: "kept", False: broken, None: f"not checked: {self.note}"}[self.kept]
 
 
 @attrs.frozen(kw_only=True)
@@ -169,12 +178,17 @@ class Report:
         return not self.problems and all(component.kept is not False for component in self.components)
 
 
-def examine(name: str | None = None, registry: "Registry | None" = None) -> list[Report]:
+def examine(
+    name: str | None = None,
+    registry: "Registry | None" = None,
+    told: Callable[[Component, int, int], None] | None = None,
+) -> list[Report]:
     """Every installed plug-in, with its contract checked.
 
     Args:
         name: one distribution or entry point; None for all but lrkit's own.
         registry: what is looked at; None for this process's.
+        told: called after each component, with how many have been looked at and how many there are.
 
     Raises:
         LrkitError: nothing of that name is installed.
@@ -192,7 +206,9 @@ def examine(name: str | None = None, registry: "Registry | None" = None) -> list
     if name is not None and not chosen:
         names = sorted({word for key in known for word in _names(*key)})
         raise LrkitError(f'no plug-in "{name}" is installed{nearest(name, names)}; there are {", ".join(names)}')
-    reports = []
+    reports: list[Report] = []
+    total = sum((offer.distribution, offer.plugin) in chosen for offer in registry.offers())
+    seen = 0
     for distribution, plugin in chosen:
         whose, _, version = distribution.rpartition(" ")
         problems = [p.message for p in registry.problems if (p.distribution, p.plugin) == (distribution, plugin)]
@@ -204,6 +220,9 @@ def examine(name: str | None = None, registry: "Registry | None" = None) -> list
                 if others and not any(f'{offer.kind} "{offer.name}"' in problem for problem in problems):
                     problems.append(collision)
                 components.append(_component(offer, collision if others else ""))
+                seen += 1
+                if told is not None:
+                    told(components[-1], seen, total)
         reports.append(
             Report(
                 distribution=whose or distribution,
@@ -234,11 +253,13 @@ def _component(offer: "Offer", collision: str) -> Component:
         return Component(kind=offer.kind, name=offer.name, kept=None, note="loading it may need the network")
     if offer.kind not in CONTRACTS:
         return Component(kind=offer.kind, name=offer.name, kept=None, note="there is no contract for it")
+    begin = time.monotonic()
     try:
         findings = tuple(check(offer.value, kind=offer.kind))
     except (Exception, SystemExit) as error:
         findings = (Finding("can be checked", f"{type(error).__name__}: {' '.join(str(error).split())}"),)
-    return Component(kind=offer.kind, name=offer.name, kept=not findings, findings=findings)
+    seconds = time.monotonic() - begin
+    return Component(kind=offer.kind, name=offer.name, kept=not findings, findings=findings, seconds=seconds)
 
 
 def doctor(
@@ -248,9 +269,17 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable results on stdout.")] = False,
 ) -> None:
     """Say for each installed plug-in what it offers and whether it keeps the contract (exit code 2 where one does not)."""
+    from rich.console import Console
+
     from lrkit import cli
 
-    reports = examine(name)
+    console = Console(stderr=True, quiet=as_json)
+
+    def told(component: Component, seen: int, total: int) -> None:
+        line = f"[{seen}/{total}] {component.kind} {component.name}: {component.state}{_time(component)}"
+        console.print(line, highlight=False, markup=False)
+
+    reports = examine(name, told=told)
     sound = all(report.sound for report in reports)
     if as_json:
         plain = [attrs.asdict(report) | {"sound": report.sound} for report in reports]
@@ -258,8 +287,8 @@ def doctor(
     elif not reports:
         typer.echo("no plug-in is installed beside lrkit's own components; `lrkit plugins doctor lrkit` checks those")
     else:
-        header = ["distribution", "version", "entry point", "kind", "name", "contract"]
-        cli._table(header, [row for report in reports for row in _rows(report)])
+        header = ["distribution", "version", "entry point", "kind", "name", "contract", "seconds"]
+        cli._table(header, [row for report in reports for row in _rows(report)], numbers=6)
         for line in [line for report in reports for line in _reasons(report)]:
             typer.echo(line)
     if not sound:
@@ -270,10 +299,13 @@ def _rows(report: Report) -> list[list[str]]:
     point = f"{report.plugin} = {report.module}" if report.module else report.plugin
     rows = []
     for each in report.components:
-        broken = f"{len(each.findings)} clause{'s' if len(each.findings) > 1 else ''} broken"
-        state = {True: "kept", False: broken, None: f"not checked: {each.note}"}[each.kept]
-        rows.append([report.distribution, report.version, point, each.kind, each.name, state])
-    return rows or [[report.distribution, report.version, point, "-", "-", "cannot be used"]]
+        seconds = "-" if each.seconds is None else f"{each.seconds:.1f}"
+        rows.append([report.distribution, report.version, point, each.kind, each.name, each.state, seconds])
+    return rows or [[report.distribution, report.version, point, "-", "-", "cannot be used", "-"]]
+
+
+def _time(component: Component) -> str:
+    return "" if component.seconds is None else f" ({component.seconds:.1f} s)"
 
 
 def _reasons(report: Report) -> list[str]:

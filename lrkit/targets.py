@@ -9,9 +9,10 @@ from torch import nn
 
 from lrkit.behaviour import strangeness
 from lrkit.coverage import block_prefixes, pattern
-from lrkit.errors import LrkitError, LrkitWarning, nearest
+from lrkit.errors import LrkitError, LrkitWarning, cut, nearest, shown
 from lrkit.parameterizations.base import Target
 from lrkit.parameterizations.lowrank import layer_shape
+from lrkit.patterns import compiled
 from lrkit.roles import is_output, role_of
 
 
@@ -54,7 +55,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
     if not isinstance(targets, str) and not (
         isinstance(targets, Sequence) and all(isinstance(target, str) for target in targets)
     ):
-        raise LrkitError(f'targets must be "all-linear", a regular expression or a list of names, not {targets!r}')
+        raise LrkitError(f'targets must be "all-linear", a regular expression or a list of names, not {shown(targets)}')
     if targets == "all-linear":
         chosen, odd = _in_blocks(model, layers), _in_blocks(model, strange)
         if not chosen:
@@ -63,20 +64,17 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
                 f"{type(model).__name__}: name the layers; it has {_some(layers)}"
             )
     elif isinstance(targets, str):
-        try:
-            regex = re.compile(targets)
-        except re.error as error:
-            raise LrkitError(f'targets="{targets}" is not a regular expression: {error}') from None
+        regex = compiled(targets, "targets")
         chosen, odd = ({name for name in each if regex.fullmatch(name)} for each in (layers, strange))
         if not chosen and odd:
-            raise LrkitError(f'targets="{targets}" names nothing but {_odd(odd, strange)}')
+            raise LrkitError(f'targets="{cut(targets, 160)}" names nothing but {_odd(odd, strange)}')
         if not chosen:
             for name, _ in model.named_parameters():
                 if regex.fullmatch(name) or regex.fullmatch(name.rpartition(".")[0]):
                     raise LrkitError(_no_layer(model, name, f'targets="{targets}" matches no linear layer: '))
             raise LrkitError(
-                f'targets="{targets}" matches no linear layer of {type(model).__name__} (a regular expression must match '
-                f"the whole name); it has {_some(layers)}"
+                f'targets="{cut(targets, 160)}" matches no linear layer of {type(model).__name__} (a regular expression '
+                f"must match the whole name); it has {_some(layers)}"
             )
     else:
         chosen, odd = set(), set()

@@ -49,7 +49,8 @@ def is_due(t: int, *, total: int, warmup: int, final: int, interval: int, ending
     """Whether units are chosen after step t: past the warm-up on multiples of ΔT, and in any case at T - t_f.
 
     The released code chooses at T - t_f only where ΔT divides it, and then after every step, by scores that do not move
-    any more: one choice at T - t_f + 1 that holds is the same. "open" never stops choosing.
+    any more: one choice at T - t_f + 1 that holds is the same. "open" never stops choosing; "every-step" (LoSparse's
+    released code) chooses at T - t_f only where ΔT divides it, and then after every step.
     """
     end = total - final
     regular = t > warmup and t % interval == 0
@@ -57,12 +58,14 @@ def is_due(t: int, *, total: int, warmup: int, final: int, interval: int, ending
         return (t <= end and regular) or t == end + 1
     if ending == "open":
         return t in (end, total) or regular
+    if ending == "every-step":
+        return t > end or regular or t == total
     return t == end or (t < end and regular)
 
 
 def is_measured(t: int, *, total: int, final: int, ending: str = "fixed") -> bool:
     """Whether the statistics move at step t: up to T - t_f; in the released code and PEFT to the step before."""
-    return ending == "open" or t < total - final or (t == total - final and ending == "fixed")
+    return ending in ("open", "every-step") or t < total - final or (t == total - final and ending == "fixed")
 
 
 # ---------------------------------------------------------------- entry-wise scores

@@ -546,7 +546,7 @@ def scheduler_that_bounces():
     return variant(Cosine, decay=lambda self, progress: abs(math.cos(4.5 * math.pi * progress)))
 
 
-@fault(FALLS, BUDGET, DUE)
+@fault(FALLS, BUDGET, SHARE, DUE)
 def scheduler_above_all_units():
     def budget(self, step, *, total_steps, units, layers):
         return Cosine.budget(self, step, total_steps=total_steps, units=units, layers=layers) + 1

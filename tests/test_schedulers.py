@@ -208,7 +208,7 @@ def test_times_as_steps_or_as_shares(timing: dict[str, int], units: int, data: s
         assert share.due(t, total_steps=total) == whole.due(t, total_steps=total)
 
 
-@given(timings(most=400), st.sampled_from(["fixed", "peft", "released", "open"]), st.data())
+@given(timings(most=400), st.sampled_from(["fixed", "peft", "released", "open", "every-step"]), st.data())
 @QUICK
 def test_endings(timing: dict[str, int], ending: Any, data: st.DataObject) -> None:
     scheduler = make(Cubic, timing, target=1, ending=ending)

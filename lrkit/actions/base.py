@@ -28,8 +28,9 @@ class Ballot:
         entries: the entry-wise scores [N] behind the candidates' scores.
         parts: how many tensors each unit's score is a sum over [n].
         blocks: the number of the block that each unit belongs to [n]: 0, 1, ..., in the order of `Action.apply`'s blocks.
+        sizes: how many entries each unit has in all of its tensors [n]; None where nobody has said.
 
-    The last three may be given as what makes them when they are first read: most actions go by the units' scores alone.
+    The last four may be given as what makes them when they are first read: most actions go by the units' scores alone.
     """
 
     scores: Tensor
@@ -39,6 +40,7 @@ class Ballot:
     _entries: _Lazy
     _parts: _Lazy
     _blocks: _Lazy
+    _sizes: _Lazy | None = None
 
     @functools.cached_property
     def entries(self) -> Tensor:
@@ -54,6 +56,11 @@ class Ballot:
     def blocks(self) -> Tensor:
         """The number of the block that each unit belongs to [n]."""
         return _made(self._blocks)
+
+    @functools.cached_property
+    def sizes(self) -> Tensor | None:
+        """How many entries each unit has in all of its tensors [n]; None where nobody has said."""
+        return None if self._sizes is None else _made(self._sizes)
 
 
 def _made(value: _Lazy) -> Tensor:

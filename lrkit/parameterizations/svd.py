@@ -18,8 +18,8 @@ from lrkit.units import Part
 class SVD(Parameterization):
     """ΔW = P Λ Q: P [d_out, r] and Q [r, d_in] Gaussian, Λ diagonal [r] and zero at first.
 
-    Source: arXiv 2303.10512, Eq. 3; the penalty is Eq. 4. On the adapter P is ``B``, Λ is ``core`` and Q is ``A``, the
-    names of the shared low-rank form.
+    Source: arXiv 2303.10512, Eq. 3; the penalty is Eq. 4 or the released code's form of it. On the adapter P is ``B``, Λ
+    is ``core`` and Q is ``A``, the names of the shared low-rank form.
 
     Args:
         rank: r, the initial rank of every layer.
@@ -27,8 +27,9 @@ class SVD(Parameterization):
             scale is not changed when ranks fall (the authors found that to hurt).
         init_std: standard deviation of P and Q at the start. The paper says Gaussian; 0.02 is the released code's.
         orthogonality: γ, the penalty's weight; 0 turns it off.
-        orthogonality_norm: ``"squared"`` is Eq. 4, Σ (‖PᵀP - I‖_F² + ‖QQᵀ - I‖_F²); ``"mean"`` is the released code's
-            and PEFT's mean over all P and Q of the un-squared norm.
+        orthogonality_norm: ``"mean"`` is the released code's and PEFT's mean over all P and Q of the un-squared norm;
+            ``"squared"`` is Eq. 4, Σ (‖PᵀP - I‖_F² + ‖QQᵀ - I‖_F²), which grows with the number of layers and outweighs the
+            task in a short run.
     """
 
     learning_rate: ClassVar[float] = 1e-2
@@ -38,9 +39,7 @@ class SVD(Parameterization):
     alpha: float | None = attrs.field(default=None, validator=attrs.validators.optional(real(0.0, above=True)))
     init_std: float = attrs.field(default=0.02, validator=real(0.0, above=True))
     orthogonality: float = attrs.field(default=0.1, validator=real(0.0))
-    orthogonality_norm: Literal["squared", "mean"] = attrs.field(
-        default="squared", validator=one_of(("squared", "mean"))
-    )
+    orthogonality_norm: Literal["squared", "mean"] = attrs.field(default="mean", validator=one_of(("squared", "mean")))
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -25,6 +25,7 @@ from typing import Any
 import attrs
 
 from lrkit.errors import LrkitError
+from lrkit.reading import opened
 from lrkit.study.plan import TaskSpec, load_task_of
 from lrkit.study.store import Lines, canonical, lock, read_json, write_bytes, write_json
 
@@ -45,6 +46,7 @@ class Cell:
         method: plain data.
         run: plain data of `RunSettings`, seed included, threads left out.
         versions: of whatever can change the result; file digests of a data or model folder.
+        train_also: as `lrkit.attach` takes it.
     """
 
     task: dict[str, Any]
@@ -53,6 +55,7 @@ class Cell:
     method: dict[str, Any]
     run: dict[str, Any]
     versions: dict[str, str]
+    train_also: Any = "auto"
 
     @property
     def key(self) -> str:
@@ -61,6 +64,8 @@ class Cell:
         A folder counts by what is in it, not by where it stands.
         """
         plain = self.to_plain()
+        if self.train_also == "auto":
+            del plain["train_also"]  # as it was named before there was a choice
         if "data" in self.versions:
             plain["task"]["data"] = self.versions["data"]
         if "model" in self.versions:
@@ -83,7 +88,14 @@ class Cell:
         return attrs.asdict(self)
 
 
-def make_cell(method: Mapping[str, Any], task: TaskSpec, model: str, targets: Any, run: Mapping[str, Any]) -> Cell:
+def make_cell(
+    method: Mapping[str, Any],
+    task: TaskSpec,
+    model: str,
+    targets: Any,
+    run: Mapping[str, Any],
+    train_also: Any = "auto",
+) -> Cell:
     """A cell with the versions of this machine.
 
     Args:
@@ -92,6 +104,7 @@ def make_cell(method: Mapping[str, Any], task: TaskSpec, model: str, targets: An
         model: ``"minilm"``, a folder or a hub id.
         targets: as `lrkit.attach` takes it.
         run: plain data of `RunSettings`.
+        train_also: as `lrkit.attach` takes it.
     """
     # Threads change the speed, and the last bits; they are in env.json.
     settings = {key: value for key, value in run.items() if key != "threads"}
@@ -102,7 +115,15 @@ def make_cell(method: Mapping[str, Any], task: TaskSpec, model: str, targets: An
     }
     folder = os.path.abspath(model) if os.path.isdir(model) else model
     versions = _versions(method, task.task, where["data"], folder)
-    return Cell(task=where, model=folder, targets=targets, method=dict(method), run=settings, versions=versions)
+    return Cell(
+        task=where,
+        model=folder,
+        targets=targets,
+        method=dict(method),
+        run=settings,
+        versions=versions,
+        train_also=train_also,
+    )
 
 
 def _versions(method: Mapping[str, Any], task: str | None, data: str | None, model: str) -> dict[str, str]:
@@ -155,7 +176,7 @@ def _digest(files: list[Path]) -> str:
 @lru_cache(maxsize=1024)
 def _content(path: str, size: int, changed: int, inode: int) -> str:
     """A hash of a file as it is now: what stands beside the path says when it must be read again."""
-    with open(path, "rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -270,6 +291,7 @@ def _train(cell: Cell, record: "Any", conditions: Conditions) -> None:
             _task(canonical(cell.task), cell.versions.get("data")),
             model=cell.model,
             targets=cell.targets,
+            train_also=cell.train_also,
             settings=settings_from({**cell.run, "threads": conditions.threads}),
             done=keep,
             record=record,
@@ -380,7 +402,7 @@ def _main(what: str, *rest: str) -> None:
 
     place = Path(rest[0])
     config = read_json(place / "config.json")
-    cell = Cell(**{field.name: config[field.name] for field in attrs.fields(Cell)})
+    cell = Cell(**{field.name: config[field.name] for field in attrs.fields(Cell) if field.name in config})
     stored = read_json(place / "conditions.json")
     conditions = Conditions(**{**stored, "report_to": tuple(stored["report_to"])})
     record = Record(folder=place, checkpoint_seconds=conditions.checkpoint_seconds, report_to=conditions.report_to)

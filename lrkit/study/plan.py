@@ -5,6 +5,7 @@ line or from Python, it becomes the same `Plan`, and every method in it is built
 """
 
 import itertools
+import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.errors import LrkitError, nearest
+from lrkit.errors import LrkitError, nearest, shown
 from lrkit.method import (
     FIELDS,
     Method,
@@ -26,6 +27,7 @@ from lrkit.method import (
     with_setting,
     with_setting_of,
 )
+from lrkit.reading import TOML_BYTES, check_plain, parse_toml, read_text
 from lrkit.study.run import RunSettings, settings_from
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 LEAVE_OUT = ("penalty", "policy", "also")
 SEEDS = 6
 """With fewer seeds no two-sided paired permutation test can reach p < 0.05: with n pairs the least p is 2/2^n."""
+
+ROWS, CELLS = 2_000, 100_000
+"""The most that a study may have."""
 
 
 @attrs.frozen(kw_only=True)
@@ -47,6 +52,8 @@ class RowSpec:
         swap: component or setting to value: ``{"metric": "magnitude"}``.
         leave_out: of ``"penalty"``, ``"policy"``, ``"also"``.
         run: settings of the run for this row alone, such as ``lr``.
+        targets: which layers, for this row alone; None for the study's.
+        train_also: which modules train in full, for this row alone; None for the study's. An empty list for none.
     """
 
     label: str | None = None
@@ -55,6 +62,8 @@ class RowSpec:
     swap: dict[str, Any] = attrs.field(factory=dict)
     leave_out: list[str] = attrs.field(factory=list)
     run: dict[str, Any] = attrs.field(factory=dict)
+    targets: str | list[str] | None = None
+    train_also: str | list[str] | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -98,6 +107,7 @@ class Study:
         tasks: tasks' names or `TaskSpec`; ``movies`` where none is given.
         model: ``"minilm"``, a folder or a hub id.
         targets: as `lrkit.attach` takes it.
+        train_also: likewise.
         seeds: how many (0, 1, ...), or which.
         run: settings of every run.
     """
@@ -113,6 +123,7 @@ class Study:
     tasks: list[TaskSpec] = attrs.field(factory=list)
     model: str = "minilm"
     targets: str | list[str] = "all-linear"
+    train_also: str | list[str] = "auto"
     seeds: int | list[int] = SEEDS
     run: dict[str, Any] = attrs.field(factory=dict)
 
@@ -142,18 +153,15 @@ def read_study(source: str, changes: Mapping[str, Any] | None = None) -> Study:
         text = (resources.files("lrkit") / "studies" / f"{source}.toml").read_text("utf-8")
     else:
         try:
-            text = path.read_text("utf-8")
+            text = read_text(path, TOML_BYTES)
         except FileNotFoundError:
             raise LrkitError(
                 f'study "{source}": no such file{nearest(source, shipped())}; a study is a .toml file or one of '
                 f"{', '.join(shipped())}"
             ) from None
-        except (OSError, UnicodeDecodeError) as error:
+        except LrkitError as error:
             raise LrkitError(f'study "{source}" cannot be read: {error}') from None
-    try:
-        plain = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise LrkitError(f"{source}: no TOML: {error or 'nested too deeply'}") from None
+    plain = parse_toml(text, source)
     return study_from(plain | dict(changes or {}), source)
 
 
@@ -167,6 +175,7 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
     Raises:
         LrkitError: an unknown key (with the nearest right one), or a value of the wrong type.
     """
+    check_plain(plain, where)
     data = dict(plain)
     if "task" in data and "tasks" not in data:
         data["tasks"] = [data.pop("task")]
@@ -191,7 +200,7 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
     def strictly(*types: type) -> Any:
         def structure(value: Any, _: Any) -> Any:
             if type(value) not in types:
-                raise LrkitError(f"must be {' or '.join(_WORDS[t] for t in types)}, not {value!r}")
+                raise LrkitError(f"must be {' or '.join(_WORDS[t] for t in types)}, not {shown(value)}")
             return value
 
         return structure
@@ -202,32 +211,33 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
     def seeds(value: Any, _: Any) -> Any:
         numbers = value if isinstance(value, list) and value else [value]
         if any(type(number) is not int or not 0 <= number < 2**32 for number in numbers) or value == 0:
-            raise LrkitError(f"must be a number of seeds (6), or a list of seeds ([0, 1, 2]), not {value!r}")
+            raise LrkitError(f"must be a number of seeds (6), or a list of seeds ([0, 1, 2]), not {shown(value)}")
         if len(set(numbers)) < len(numbers) or len(numbers) > 10_000 or (isinstance(value, int) and value > 10_000):
             raise LrkitError("must be different seeds, and at most 10,000")
         return value
 
     def names(value: Any, _: Any) -> Any:
-        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value) and value):
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             return value
-        raise LrkitError(f"must be a text or a list of texts, not {value!r}")
+        raise LrkitError(f"must be a text or a list of texts, not {shown(value)}")
 
     def table(value: Any, hint: Any) -> Any:
         if not isinstance(value, Mapping):
-            raise LrkitError(f"must be a table, not {value!r}")
+            raise LrkitError(f"must be a table, not {shown(value)}")
         lists = hint == dict[str, list[Any]]
         for key, item in value.items():
             if lists and (not isinstance(item, list) or not item):
-                raise LrkitError(f'"{key}" must be a list of values to try, not {item!r}')
+                raise LrkitError(f'"{key}" must be a list of values to try, not {shown(item)}')
         return {str(key): item for key, item in value.items()}
 
     converter.register_structure_hook(int | list[int], seeds)
     converter.register_structure_hook(str | list[str], names)
+    converter.register_structure_hook(str | list[str] | None, lambda v, t: None if v is None else names(v, t))
     converter.register_structure_hook_func(lambda t: str(t).startswith("dict["), table)
 
     def some(value: Any, hint: Any) -> Any:
         if not isinstance(value, list):
-            raise LrkitError(f"must be a list, not {value!r}")
+            raise LrkitError(f"must be a list, not {shown(value)}")
         inner = hint.__args__[0]
         return [converter.structure(item, inner) for item in value]
 
@@ -238,7 +248,7 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
 
         def structure(value: Any, hint: Any) -> Any:
             if not isinstance(value, Mapping):
-                raise LrkitError(f"must be a table, not {value!r}")
+                raise LrkitError(f"must be a table, not {shown(value)}")
             return build(value, hint)
 
         return structure
@@ -281,11 +291,13 @@ class Row:
         label: what tables call it; unique in the study.
         method: the method.
         run: settings of its runs that differ from the study's.
+        attach: what `lrkit.attach` takes beside the method: ``targets`` and ``train_also``.
     """
 
     label: str
     method: Method
     run: dict[str, Any]
+    attach: dict[str, Any]
 
 
 @attrs.frozen(kw_only=True)
@@ -333,19 +345,23 @@ def lay_out(study: Study) -> Plan:
     for path in study.swap:
         _check_path(base, path, study)
     # One at a time: each value by itself. A grid: every combination.
+    _check_size(study)
     singles = [{path: value} for path, values in study.swap.items() for value in values]
-    combinations = [dict(zip(study.swap, values, strict=True)) for values in itertools.product(*study.swap.values())]
+    combinations = (dict(zip(study.swap, values, strict=True)) for values in itertools.product(*study.swap.values()))
     specs = [RowSpec(swap=each) for each in (combinations if study.grid and study.swap else singles)]
     specs += [RowSpec(leave_out=[name]) for name in study.leave_out]
     specs += study.rows
     name = study.base if isinstance(study.base, str) else "base"
-    rows = [Row(label=name, method=from_plain(base), run={})]
+    where = {"targets": study.targets, "train_also": study.train_also}
+    rows = [Row(label=name, method=from_plain(base), run={}, attach=where)]
     seen = {_identity(rows[0])}
     labels = {name}
     for spec in specs:
         label = spec.label or _label(spec)
         try:
-            row = Row(label=label, method=_row(base, spec, study), run=dict(spec.run))
+            own = {"targets": spec.targets, "train_also": spec.train_also}
+            where = {key: getattr(study, key) if value is None else value for key, value in own.items()}
+            row = Row(label=label, method=_row(base, spec, study), run=dict(spec.run), attach=where)
             settings_from(row.run)
         except LrkitError as error:
             raise LrkitError(f"row {label}: {error}") from None
@@ -376,9 +392,21 @@ def lay_out(study: Study) -> Plan:
     return plan
 
 
+def _check_size(study: Study) -> None:
+    """Raise LrkitError for more rows or cells than anybody runs, before any is laid out."""
+    tried = [len(values) for values in study.swap.values()]
+    rows = 1 + (math.prod(tried) if study.grid and tried else sum(tried)) + len(study.leave_out) + len(study.rows)
+    seeds = study.seeds if isinstance(study.seeds, int) else len(study.seeds)
+    cells = rows * seeds * max(1, len(study.tasks))
+    for what, count, most in (("rows", rows, ROWS), ("cells", cells, CELLS)):
+        if count > most:
+            raise LrkitError(f"the study has {count:,} {what}; at most {most:,}: try fewer values, or seeds")
+
+
 def _identity(row: Row) -> tuple[Any, ...]:
     # As text: a target of 1 is a count, one of 1.0 a share, and Python has them equal.
-    return repr(to_plain(row.method)), tuple(sorted((key, repr(value)) for key, value in row.run.items()))
+    run = tuple(sorted((key, repr(value)) for key, value in row.run.items()))
+    return repr(to_plain(row.method)), run, repr(row.attach)
 
 
 def _compose(base: Any, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -386,7 +414,7 @@ def _compose(base: Any, settings: Mapping[str, Any], where: str) -> dict[str, An
     if isinstance(base, str):
         return with_arguments(base, settings)
     if not isinstance(base, Mapping):
-        raise LrkitError(f"{where} must be a method's name, or a table with a parameterization, not {base!r}")
+        raise LrkitError(f"{where} must be a method's name, or a table with a parameterization, not {shown(base)}")
     plain = to_plain(from_plain(base))
     for path, value in settings.items():
         plain = with_setting(plain, path, value)
@@ -450,6 +478,8 @@ def _label(spec: RowSpec) -> str:
         words.insert(0, spec.base)
     words += [f"without {name}" for name in spec.leave_out]
     words += [f"run.{key}={_show(value)}" for key, value in spec.run.items()]
+    own = {"targets": spec.targets, "train_also": spec.train_also}
+    words += [f"{key}={_show(value)}" for key, value in own.items() if value is not None]
     return ", ".join(words) or "row"
 
 
@@ -474,6 +504,8 @@ def _show(value: Any) -> str:
         return f"{value['name']}({rest})" if rest else str(value["name"])
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return "+".join(value) or "none"
     return "none" if value is None else str(value)
 
 
@@ -484,6 +516,9 @@ def changes(base: Row, row: Row) -> list[dict[str, Any]]:
     """
     found = list(_differences(to_plain(base.method), to_plain(row.method), ""))
     found += [{"path": f"run.{key}", "base": base.run.get(key), "value": value} for key, value in row.run.items()]
+    for key, value in row.attach.items():
+        if value != base.attach[key]:
+            found.append({"path": key, "base": _show(base.attach[key]), "value": _show(value)})
     return found
 
 

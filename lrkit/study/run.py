@@ -5,6 +5,7 @@ what a user's own Trainer script would do.
 """
 
 import math
+import re
 import statistics
 import tempfile
 import warnings
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, shown
+from lrkit.reading import MIB, is_folder, opened
 from lrkit.settings import Time, count_or_share, flag, in_steps, real, whole
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class RunSettings:
     validation_rows: int | None = attrs.field(default=None, validator=_optional(whole(1)))
     eval_every: Time | None = attrs.field(default=None, validator=_optional(count_or_share(1)))
     bf16: bool = attrs.field(default=False, validator=flag())
-    devices: int = attrs.field(default=1, validator=whole(1))
+    devices: int = attrs.field(default=1, validator=whole(1, 64))
     seed: int = attrs.field(default=0, validator=whole(0, 2**32 - 1))
     threads: int | None = attrs.field(default=None, validator=_optional(whole(1, 1024)))
 
@@ -83,7 +85,7 @@ class RunSettings:
         for name in ("lr", "head_lr"):
             if (getattr(self, name) or 0.0) > 1e30:
                 raise LrkitError(
-                    f"RunSettings.{name} must be a number that float32 can hold, not {getattr(self, name)!r}"
+                    f"RunSettings.{name} must be a number that float32 can hold, not {shown(getattr(self, name))}"
                 )
         if self.batch_size % self.devices:
             raise LrkitError(f"RunSettings.batch_size {self.batch_size} must be a multiple of devices {self.devices}")
@@ -191,7 +193,10 @@ class Record:
 
     def latest(self) -> Path | None:
         """The last checkpoint that is whole: its list of files was written last, and every file is as it says."""
-        found = sorted(self.checkpoints.glob("checkpoint-*"), key=_step_of, reverse=True)
+        there = [
+            path for path in self.checkpoints.glob("checkpoint-*") if _STEP.fullmatch(path.name) and is_folder(path)
+        ]
+        found = sorted(there, key=_step_of, reverse=True)
         return next((folder for folder in found if _is_whole(folder)), None)
 
     def step(self) -> int:
@@ -200,6 +205,8 @@ class Record:
         return 0 if latest is None else _step_of(latest)
 
 
+_STEP = re.compile("checkpoint-[0-9]{1,12}")
+
 LIST = "files.json"
 """In a checkpoint: every other file's name and check sum."""
 
@@ -207,7 +214,14 @@ LIST = "files.json"
 def check_sums(folder: Path) -> dict[str, int]:
     """CRC-32 of each file in a checkpoint."""
     files = [path for path in sorted(folder.iterdir()) if path.name != LIST and not path.name.startswith(".")]
-    return {path.name: zlib.crc32(path.read_bytes()) for path in files}
+    sums = {}
+    for path in files:
+        with opened(path) as file:
+            total = 0
+            while piece := file.read(MIB):
+                total = zlib.crc32(piece, total)
+            sums[path.name] = total
+    return sums
 
 
 def _is_whole(folder: Path) -> bool:
@@ -282,6 +296,7 @@ def train(
     *,
     model: str = "minilm",
     targets: str | Sequence[str] = "all-linear",
+    train_also: str | Sequence[str] = "auto",
     settings: RunSettings | None = None,
     progress: Progress | None = None,
     done: "Callable[[Adapted], None] | None" = None,
@@ -297,6 +312,7 @@ def train(
         task: the task.
         model: ``"minilm"``, a folder or a hub id.
         targets: which layers, as `lrkit.attach` takes it.
+        train_also: which modules train in full, likewise.
         settings: how to train.
         progress: told of every step.
         done: called with the trained handle before the adapters are taken out again (to save them, say).
@@ -322,7 +338,7 @@ def train(
     net = pretrained.restart(settings.seed)
     # The adapters' start and dropout must not depend on what the head's start drew.
     torch.manual_seed(settings.seed)
-    adapted = attach(net, method, targets=targets)
+    adapted = attach(net, method, targets=targets, train_also=train_also)
     threads = torch.get_num_threads()
     try:
         if settings.threads is not None:

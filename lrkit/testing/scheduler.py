@@ -52,6 +52,8 @@ class SchedulerContract(PartContract):
             {"warmup": 0.1, "final": 0.3, "interval": 3},
             {"warmup": 1, "final": 0.3, "first_step": 0},
             {"warmup": 0, "final": 0.2, "ending": "open"},
+            {"warmup": 0.1, "final": 0.2, "interval": 3, "ending": "every-step"},
+            {"warmup": 0.1, "final": 0.2, "rounding": "up"},
             {"start": 0.9, "target": 0.0, "warmup": 0.2},
             {"start": 1.0, "target": 1.0},
         ):
@@ -121,15 +123,19 @@ class SchedulerContract(PartContract):
         for scheduler, total, amounts, _, low, name in self._cases(component):
             if total < 7:
                 continue
-            with calling(f"{name}: end, due or observes"):
+            with calling(f"{name}: end, due, observes or decisions"):
                 end = scheduler.end(total)
                 due = [step for step in range(-1, end + 1) if scheduler.due(step, total_steps=total)]
                 seen = [step for step in range(-1, end + 1) if scheduler.observes(step, total_steps=total)]
+                told = [step for span in scheduler.decisions(total) for step in span]
+            first = scheduler.first_step
+            within = [step for step in due if first <= step < first + total]
+            expect(told == within, f"{name}: decisions() says {told[:9]}..., and due() is True at {within[:9]}...")
             expect(
                 end in due, f"{name}: end() is step {end}, and due({end}) is False: the last decision is never taken"
             )
             # Numbered from 0, the last step of an open run is T - 1, where a budget may still be falling.
-            early = scheduler.ending == "open" and scheduler.first_step == 0
+            early = scheduler.ending in ("open", "every-step") and scheduler.first_step == 0
             at_target = early or scheduler.budget(end, **amounts) == low
             expect(at_target, f"{name}: the last decision, at step {end}, is not at target")
             expect(seen, f"{name}: no step is observed before the last decision: all scores would be zero")

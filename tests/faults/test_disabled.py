@@ -6,8 +6,8 @@ import pytest
 import torch
 import zoo
 from test_attach import METHODS, fit, logits
-from test_coverage import IDS
 from torch import nn
+from zoo import IDS
 
 import lrkit
 

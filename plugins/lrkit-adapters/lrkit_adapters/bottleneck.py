@@ -1,11 +1,12 @@
-"""Bottleneck adapters: h ← h + W_up f(W_down h + b_down) + b_up, after a layer's output h and before the residual sum.
+"""Bottleneck adapters: A(z) = W_up f(W_down z + b_down) + b_up, added to what a transformer block computes.
 
-Houlsby et al., arXiv 1902.00751, section 2.1 and Figure 2: after attention's and after FFN's output. Pfeiffer et al., arXiv
-2005.00247: after FFN's output alone.
+Houlsby et al., arXiv 1902.00751, section 2.1 and Figure 2: h ← h + A(h), after attention's and after FFN's output h and
+before the residual sum. Pfeiffer et al., arXiv 2005.00247: after FFN alone, and there after its layer norm: with h + x
+what the norm takes, LN(h + x) becomes LN(A(LN(h + x)) + h + x).
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import attrs
 import torch
@@ -14,7 +15,9 @@ from torch.nn import functional as F
 
 import lrkit
 from lrkit.parameterizations import Target
+from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.settings import flag, one_of, whole
+from lrkit.targets import find_targets
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -25,23 +28,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Bottleneck(nn.Module):
-    """A layer with a bottleneck after it: y = h + W_up f(W_down h + b_down) + b_up with h = base(x).
+    """A module with a bottleneck after it: y = h + A(h) with h = base(x).
 
     Args:
-        base: the layer whose place it takes.
+        base: the module whose place it takes: a linear map, or the dropout behind one.
         size: d, the length of its output.
         width: m.
         activation: f by its name in `ACTIVATIONS`.
+        like: where new parameters lie, and in which precision; None for the base's weight.
     """
 
-    def __init__(self, base: nn.Module, size: int, width: int, activation: str) -> None:
+    def __init__(self, base: nn.Module, size: int, width: int, activation: str, like: Tensor | None = None) -> None:
         super().__init__()
         self.base = base
-        weight = base.get_parameter("weight")
+        like = base.get_parameter("weight") if like is None else like
         # At least float32: beside a half-precision base, small updates would be lost in the base's type.
-        dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-        self.down = nn.Linear(size, width, device=weight.device, dtype=dtype)
-        self.up = nn.Linear(width, size, device=weight.device, dtype=dtype)
+        dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+        self.down = nn.Linear(size, width, device=like.device, dtype=dtype)
+        self.up = nn.Linear(width, size, device=like.device, dtype=dtype)
         nn.init.normal_(self.down.weight, std=1e-2)
         for p in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(p)
@@ -59,13 +63,48 @@ class Bottleneck(nn.Module):
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
+    def added(self, z: Tensor) -> Tensor:
+        """A(z) [..., d] of z [..., d]."""
+        down, up = self.down, self.up
+        inner = ACTIVATIONS[self.activation](F.linear(z, down.weight.to(z.dtype), down.bias.to(z.dtype)))
+        return F.linear(inner, up.weight.to(z.dtype), up.bias.to(z.dtype))
+
     def forward(self, x: Tensor) -> Tensor:
         """y [..., d] of x [..., d_in]."""
         h: Tensor = self.base(x)
-        down, up = self.down, self.up
-        z = F.linear(h, down.weight.to(h.dtype), down.bias.to(h.dtype))
-        z = ACTIVATIONS[self.activation](z)
-        return h + F.linear(z, up.weight.to(h.dtype), up.bias.to(h.dtype))
+        return h + self.added(h)
+
+
+class BottleneckAfterNorm(Bottleneck):
+    """A layer norm with a bottleneck after it, and the norm once more: y = LN(s + A(LN(s))), s the residual sum."""
+
+    def forward(self, s: Tensor) -> Tensor:
+        """y [..., d] of s [..., d]."""
+        y: Tensor = self.base(s + self.added(self.base(s)))
+        return y
+
+
+def _sibling(model: nn.Module, target: Target, fits: Callable[[nn.Module], bool]) -> str | None:
+    """The name of the one module beside a linear map that fits; None where there is none, or where it may be another's.
+
+    BERT's way: a module of its own has the map, the dropout and the norm, so that both are this map's. Where further linear
+    maps stand beside it, a dropout may be attention's, and a norm one that comes first.
+    """
+    path = target.name.rpartition(".")[0]
+    children = dict(model.get_submodule(path).named_children())
+    found = [name for name, child in children.items() if fits(child)]
+    alone = sum(layer_shape(child) is not None for child in children.values()) == 1
+    return f"{path}.{found[0]}" if alone and len(found) == 1 else None
+
+
+def _is_norm(size: int) -> Callable[[nn.Module], bool]:
+    """Whether a module has one weight for each of `size` features, and none that mixes them."""
+
+    def fits(module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return isinstance(weight, Tensor) and weight.shape == (size,) and not list(module.children())
+
+    return fits
 
 
 @attrs.frozen(kw_only=True)
@@ -104,6 +143,16 @@ class _Bottlenecks(lrkit.Parameterization):
             raise lrkit.LrkitError(f"layer_norms=True, and {type(model).__name__} has no nn.LayerNorm")
         return [f"{norm}.{name}" for norm in norms for name, _ in model.get_submodule(norm).named_parameters()]
 
+    def _places(self, model: nn.Module) -> list[Target]:
+        """The linear maps that a bottleneck belongs to, for a method that finds its places itself."""
+        targets = list(self.choose(find_targets(model, "all-linear")))
+        if not targets:
+            raise lrkit.LrkitError(
+                f"{self!r} has no place in {type(model).__name__}: it finds no last map of FFN or attention inside the "
+                "transformer's blocks"
+            )
+        return targets
+
 
 @attrs.frozen(kw_only=True)
 class Houlsby(_Bottlenecks):
@@ -111,27 +160,78 @@ class Houlsby(_Bottlenecks):
 
     Args:
         width: m, neurons of the bottleneck.
-        activation: ``"gelu"`` (the released code's), ``"relu"``, ``"silu"`` or ``"tanh"``.
+        activation: ``"gelu"`` (the authors' code), ``"relu"``, ``"silu"`` (AdaLoRA's and AdapterHub's) or ``"tanh"``.
         layer_norms: train the model's layer norms too, as the paper does; comparisons in later papers leave them out.
+        after: ``"linear"``: directly after the linear map, as the paper's text has it ("after the projection back to the
+            input size"), so that the block's dropout comes last. ``"dropout"``: after the dropout that follows it, as
+            AdaLoRA's repository and AdapterHub have it. The same in evaluation.
     """
+
+    after: Literal["linear", "dropout"] = attrs.field(default="linear", validator=one_of(("linear", "dropout")))
 
     def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
         """The last maps of attention and of FFN."""
         return [target for target in targets if target.output and target.role in ("attention", "ffn")]
 
+    @property
+    def takes_targets(self) -> bool:
+        """Not after a dropout: it stands in that module's place."""
+        return self.after == "linear"
+
+    def adapt_model(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
+        """What takes which module's place. Raises LrkitError where a dropout is wanted and cannot be told."""
+        if self.after == "linear":
+            return super().adapt_model(model, targets)
+        placed: dict[str, nn.Module] = {}
+        for target in self._places(model):
+            name = _sibling(model, target, lambda module: isinstance(module, nn.Dropout))
+            if name is None:
+                raise lrkit.LrkitError(
+                    f'Houlsby(after="dropout"): {target.name} has no dropout of its own beside it: use after="linear"'
+                )
+            like = target.layer.get_parameter("weight")
+            placed[name] = Bottleneck(model.get_submodule(name), target.d_out, self.width, self.activation, like)
+        return placed
+
 
 @attrs.frozen(kw_only=True)
 class Pfeiffer(_Bottlenecks):
-    """A bottleneck after FFN's output alone, before the residual sum. Source: arXiv 2005.00247, section 3.
+    """A bottleneck after FFN's output alone, and there after its layer norm. Source: arXiv 2005.00247, section 3.
+
+    With x the residual and h FFN's output after its dropout, LN(h + x) becomes LN(A(LN(h + x)) + h + x): the form of
+    AdapterHub's configuration (``original_ln_before``, ``residual_before_ln``) and of AdaLoRA's repository.
 
     Args:
         width: m, neurons of the bottleneck.
         activation: ``"relu"`` (AdapterHub's), ``"gelu"``, ``"silu"`` or ``"tanh"``.
         layer_norms: train the model's layer norms too.
+        after: ``"norm"``: as above. A block that normalizes first (GPT-2, Llama) has no norm after the sum; there it is
+            ``"linear"``. ``"linear"``: directly after FFN's last map, LN(A(h) + h + x).
     """
 
     activation: str = attrs.field(default="relu", validator=one_of(tuple(ACTIVATIONS)))
+    after: Literal["norm", "linear"] = attrs.field(default="norm", validator=one_of(("norm", "linear")))
 
     def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
         """The last maps of FFN."""
         return [target for target in targets if target.output and target.role == "ffn"]
+
+    @property
+    def takes_targets(self) -> bool:
+        """Not after a norm: it stands in that module's place."""
+        return self.after == "linear"
+
+    def adapt_model(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
+        """What takes which module's place."""
+        if self.after == "linear":
+            return super().adapt_model(model, targets)
+        placed: dict[str, nn.Module] = {}
+        for target in self._places(model):
+            name = _sibling(model, target, _is_norm(target.d_out))
+            if name is None:
+                placed[target.name] = self.build(target)
+                continue
+            like = target.layer.get_parameter("weight")
+            norm = model.get_submodule(name)
+            placed[name] = BottleneckAfterNorm(norm, target.d_out, self.width, self.activation, like)
+        return placed

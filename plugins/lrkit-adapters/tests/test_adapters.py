@@ -25,6 +25,8 @@ METHODS: dict[str, lrkit.Method] = {
     "houlsby": lrkit_adapters.houlsby(width=6),
     "pfeiffer": lrkit_adapters.pfeiffer(width=6),
     "houlsby, layer norms": lrkit_adapters.houlsby(width=6, layer_norms=True),
+    "houlsby, released": lrkit_adapters.houlsby(width=6, variant="released"),
+    "pfeiffer, linear": lrkit_adapters.pfeiffer(width=6, after="linear"),
     "bitfit": lrkit_adapters.bitfit(),
 }
 FREEZE: dict[str, Any] = {
@@ -79,18 +81,21 @@ def test_the_rows_of_the_papers_tables(call: Call, method: str, width: int | Non
 
 
 PLACES = {
-    "bert": ("attention.output.dense", "output.dense"),
-    "roberta": ("attention.output.dense", "output.dense"),
-    "deberta": ("attention.output.dense", "output.dense"),
-    "mpnet": ("attention.attn.o", "output.dense"),
-    "gpt2": ("attn.c_proj", "mlp.c_proj"),
-    "llama": ("self_attn.o_proj", "mlp.down_proj"),
+    "bert": ("attention.output.dense", "output.dense", "output.LayerNorm"),
+    "roberta": ("attention.output.dense", "output.dense", "output.LayerNorm"),
+    "deberta": ("attention.output.dense", "output.dense", "output.LayerNorm"),
+    "mpnet": ("attention.attn.o", "output.dense", "output.LayerNorm"),
+    # These normalize first: nothing follows the residual sum.
+    "gpt2": ("attn.c_proj", "mlp.c_proj", "mlp.c_proj"),
+    "llama": ("self_attn.o_proj", "mlp.down_proj", "mlp.down_proj"),
 }
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_bottlenecks_stand_after_attention_and_ffn(name: str) -> None:
-    for method, ends in ((Houlsby(), PLACES[name]), (Pfeiffer(), PLACES[name][1:])):
+    places = ((Houlsby(), (0, 1)), (Pfeiffer(), (2,)), (Pfeiffer(after="linear"), (1,)))
+    for method, which in places:
+        ends = [PLACES[name][i] for i in which]
         adapted = lrkit.attach(models.make(name), lrkit.Method(parameterization=method))
         inside = [re.sub(r"^.*?\.\d+\.", "", layer) for layer in adapted.adapters]
         assert sorted(inside) == sorted(2 * ends), "in each of the two blocks"
@@ -128,6 +133,75 @@ def test_the_formula(activation: str) -> None:
         other.get_submodule(name).register_forward_hook(add(wanted))
     torch.testing.assert_close(found, other(**ids).logits.detach(), rtol=1e-10, atol=1e-12)
     assert float((found - plain).abs().max()) > 1e-3
+
+
+def stirred(adapted: Any) -> list[list[torch.Tensor]]:
+    """Random values in every bottleneck; they in the order of the blocks."""
+    found = []
+    for adapter in adapted.adapters.values():
+        for p in (*adapter.down.parameters(), *adapter.up.parameters()):
+            nn.init.normal_(p, std=0.3)
+        found.append([p.detach() for p in (*adapter.down.parameters(), *adapter.up.parameters())])
+    return found
+
+
+def rewritten(model: nn.Module, name: str, weights: list[list[torch.Tensor]], method: str) -> nn.Module:
+    """A model whose output modules compute what AdaLoRA's repository and AdapterHub do, written out anew."""
+    blocks = model.get_submodule(f"{name}.encoder.layer")
+    left = list(weights)
+    for block in blocks:
+        places = [block.output] if method == "pfeiffer" else [block.attention.output, block.output]
+        for place in places:
+            w1, b1, w2, b2 = left.pop(0)
+
+            def forward(
+                hidden: torch.Tensor, x: torch.Tensor, place: Any = place, w: Any = (w1, b1, w2, b2)
+            ) -> torch.Tensor:
+                h = place.dropout(hidden @ place.dense.weight.T + place.dense.bias)
+                z = place.LayerNorm(h + x) if method == "pfeiffer" else h
+                u = z @ w[0].T + w[1]
+                u = torch.where(u > 0, u, 0 * u) if method == "pfeiffer" else u / (1 + torch.exp(-u))
+                return place.LayerNorm(u @ w[2].T + w[3] + h + x)
+
+            place.forward = forward
+    assert not left
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "dropout"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta"])
+@pytest.mark.parametrize("method", ["pfeiffer", "houlsby"])
+def test_the_released_forms(method: str, name: str, training: bool) -> None:
+    """Pfeiffer is LN(A(LN(h + x)) + h + x), Houlsby LN(A(h) + h + x) with swish, and h is what dropout leaves."""
+    model = models.make(name).double().train(training)
+    ids = models.batch()
+    chosen = lrkit_adapters.pfeiffer(width=5) if method == "pfeiffer" else METHODS["houlsby, released"]
+    torch.manual_seed(3)
+    plain = model(**ids).logits.detach()
+    adapted = lrkit.attach(model, chosen)
+    torch.manual_seed(3)
+    assert torch.equal(model(**ids).logits, plain), "nothing has changed yet"
+    weights = stirred(adapted)
+    torch.manual_seed(3)
+    found = model(**ids).logits
+    other = rewritten(models.make(name).double().train(training), name, weights, method)
+    torch.manual_seed(3)
+    torch.testing.assert_close(found, other(**ids).logits, rtol=1e-10, atol=1e-12)
+    assert float((found.detach() - plain).abs().max()) > 1e-3
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapted.adapter_parameters())
+
+
+def test_the_other_form_of_pfeiffer_is_another() -> None:
+    """After the linear map it is LN(A(h) + h + x), as Houlsby's: not what the released codes compute."""
+    logits = []
+    for method in (METHODS["pfeiffer"], METHODS["pfeiffer, linear"]):
+        model = models.make("bert").eval()
+        adapted = lrkit.attach(model, method)
+        torch.manual_seed(4)
+        stirred(adapted)
+        logits.append(model(**models.batch()).logits.detach())
+    assert float((logits[0] - logits[1]).abs().max()) > 1e-3
 
 
 def run(method: lrkit.Method, steps: range, state: Any = None, name: str = "bert") -> tuple[nn.Module, Any, Any]:
@@ -174,6 +248,8 @@ def test_what_trains_is_what_is_meant_and_detach_takes_it_back(name: str) -> Non
     expected = {
         "houlsby": head,
         "pfeiffer": head,
+        "pfeiffer, linear": head,
+        "houlsby, released": head,
         "houlsby, layer norms": head | {n for n in before if "LayerNorm" in n},
         "bitfit": head | {n for n in before if n.endswith(".bias")},
     }[name]
@@ -217,7 +293,13 @@ def test_what_does_not_fit_is_refused() -> None:
         lrkit.attach(models.make("llama"), METHODS["houlsby, layer norms"])
     with pytest.raises(lrkit.LrkitError, match=r'Houlsby.activation must be one of .*did you mean "relu"'):
         Houlsby(activation="rely")
-    named = lrkit.attach(models.make("bert"), METHODS["pfeiffer"], targets=["query"])
+    with pytest.raises(lrkit.LrkitError, match=r"Pfeiffer.* has places of its own: leave targets out"):
+        lrkit.attach(models.make("bert"), METHODS["pfeiffer"], targets=["query"])
+    with pytest.raises(lrkit.LrkitError, match=r"c_proj has no dropout of its own beside it: use after=\"linear\""):
+        lrkit.attach(models.make("gpt2"), METHODS["houlsby, released"])
+    with pytest.raises(lrkit.LrkitError, match='houlsby variant must be "paper" or "released"'):
+        lrkit_adapters.houlsby(variant="code")  # type: ignore[arg-type]
+    named = lrkit.attach(models.make("bert"), METHODS["pfeiffer, linear"], targets=["query"])
     assert [n.rpartition(".")[2] for n in named.adapters] == ["query"] * 2, "layers that are named are taken as named"
 
 

@@ -33,7 +33,11 @@ def losparse(
         window: steps that PLATON's sensitivity is averaged over, and between decisions.
         beta1: β1 of Ī.
         beta2: β2 of Ū.
-        variant: ``"paper"``; or ``"released"``: sensitivity measured after the step, and a threshold that keeps ties.
+        variant: ``"paper"``; or ``"released"``: sensitivity measured after the step, a threshold over entries that keeps
+            ties, momentum that is kept, and in the last phase scores that go on and a decision at every step.
+
+    Raises:
+        lrkit.LrkitError: no such variant, or settings that do not fit together.
     """
     if variant not in ("paper", "released"):
         raise lrkit.LrkitError(f'losparse variant must be "paper" or "released", not {variant!r}')
@@ -42,7 +46,14 @@ def losparse(
         parameterization=LoSparse(ratio=ratio),
         metric=Platon(beta1=beta1, beta2=beta2, window=window, measure="after-step" if released else "before-step"),
         # Numbered from 0, as in the code: a decision then comes at the step at which a window has just been taken in.
-        scheduler=lrkit.schedulers.Cubic(target=target, warmup=warmup, final=final, interval=window, first_step=0),
+        scheduler=lrkit.schedulers.Cubic(
+            target=target,
+            warmup=warmup,
+            final=final,
+            interval=window,
+            first_step=0,
+            ending="every-step" if released else "fixed",
+        ),
         action=ZeroBelow() if released else lrkit.actions.Zero(),
     )
 

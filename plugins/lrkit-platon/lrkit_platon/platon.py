@@ -1,5 +1,7 @@
 """PLATON: the upper confidence bound of a windowed sensitivity (Zhang et al., arXiv 2206.12562)."""
 
+import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import attrs
@@ -8,7 +10,7 @@ from torch import Tensor
 
 import lrkit
 from lrkit.actions import Ballot
-from lrkit.settings import real, whole
+from lrkit.settings import flag, real, whole
 
 
 @attrs.frozen(kw_only=True)
@@ -30,20 +32,34 @@ class Platon(lrkit.metrics.SensitivityUncertainty):
 
 @attrs.frozen(kw_only=True)
 class ZeroBelow(lrkit.actions.Zero):
-    """Zero for what scores strictly below the k-th smallest score, k = ⌊n (1 - share)⌋: ties and the k-th itself are kept.
+    """Zero for what scores strictly below the k-th smallest entry, k = ⌊N (1 - share)⌋ of all N entries.
 
-    Source: the released code of PLATON and LoSparse (arXiv 2306.11222). It keeps one or two units more
-    than the budget, and every tie.
+    Source: the released code of PLATON and LoSparse (arXiv 2306.11222; `yxli2123/LoSparse` @7513452, ``utils.py``). Every
+    entry of a unit has the unit's score, so that a unit counts as often as it has entries. Of n units of one width the
+    threshold is the ⌈n (1 - share)⌉-th smallest score; of several widths those of wide layers weigh more. The k-th itself
+    and all ties are kept: one unit more than the budget or so, and every tie.
 
     Args:
         once: what lost is out for good.
+        keep_momentum: leave the optimizer's state for what is zeroed as it is, as the released code does, so that a row
+            moves on with what it had. False: zero it as well.
     """
 
     exact: ClassVar[bool] = False
 
+    keep_momentum: bool = attrs.field(default=True, validator=flag())
+
     def select(self, ballot: Ballot) -> Tensor:
         """Who scores no less than the threshold."""
-        below = int(ballot.scores.numel() * (1 - ballot.share))
-        if below == 0:
-            return ballot.candidates
-        return ballot.candidates & (ballot.scores >= torch.kthvalue(ballot.scores, below).values)
+        scores, sizes = torch.sort(ballot.scores, stable=True), ballot.sizes
+        if sizes is None:
+            below = math.ceil(len(ballot.scores) * (1 - ballot.share))
+        else:
+            entries = sizes[scores.indices].cumsum(0)
+            smallest = int(int(entries[-1]) * (1 - ballot.share))
+            below = int((entries < smallest).sum()) + 1 if smallest else 0
+        return ballot.candidates & (ballot.scores >= scores.values[below - 1]) if below else ballot.candidates
+
+    def apply(self, blocks: Sequence[lrkit.Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        """Zero what is not kept."""
+        super().apply(blocks, kept, None if self.keep_momentum else optimizer)

@@ -11,6 +11,7 @@ import attrs
 import folders
 import lrkit_platon
 import models
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,6 +33,13 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     for place in ("lrkit.registry.current", "lrkit.testing.base.current"):
         monkeypatch.setattr(place, lambda: made)
     return made
+
+
+# In the second the rows of FFN's output are wider than all others.
+WIDTHS = {
+    "one width": r".*(query|key|value|attention\.output\.dense|intermediate\.dense)",
+    "several widths": "all-linear",
+}
 
 
 class TestPlaton(MetricContract):
@@ -87,16 +95,122 @@ def test_defaults_are_platon_s() -> None:
     assert Platon().kernel() is None and Platon(window=1).kernel() is None, "compiled for lrkit's own alone"
 
 
-def test_strictly_below() -> None:
-    def kept(scores: list[float], share: float) -> list[bool]:
-        each = torch.tensor(scores)
-        ones = torch.ones(len(scores), dtype=torch.bool)
-        ballot = Ballot(each, ones, int(len(scores) * share), share, each, ones.long(), ones.long() * 0)
-        return ZeroBelow().select(ballot).tolist()
+def kept(scores: list[float], share: float, sizes: list[int] | None = None) -> list[bool]:
+    each = torch.tensor(scores)
+    ones = torch.ones(len(scores), dtype=torch.bool)
+    told = None if sizes is None else torch.tensor(sizes)
+    ballot = Ballot(each, ones, int(len(scores) * share), share, each, ones.long(), ones.long() * 0, told)
+    found: list[bool] = ZeroBelow().select(ballot).tolist()
+    return found
 
+
+def test_strictly_below() -> None:
     assert kept([3, 1, 2, 4], 0.5) == [True, False, True, True], "the 2nd smallest is the threshold, and stays"
+    assert kept([3, 1, 2, 4], 0.55) == [True, False, True, True], "1.8 of 4: the 2nd smallest again"
     assert kept([1, 1, 1, 4], 0.25) == [True] * 4, "all of a tie stay"
     assert kept([3, 1, 2, 4], 1.0) == [True] * 4
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 30)), min_size=1, max_size=30),
+    st.integers(0, 100),
+    st.booleans(),
+)
+def test_threshold_over_entries(rows: list[tuple[int, int]], percent: int, even: bool) -> None:
+    """As the released code: every entry of a row carries its score, and the k-th smallest of all entries decides."""
+    sizes, scores = [3 if even else size for size, _ in rows], [score for _, score in rows]
+    share = percent / 100
+    entries = sorted(score for size, score in zip(sizes, scores, strict=True) for _ in range(size))
+    k = int(len(entries) * (1 - share))
+    wanted = [score >= entries[k - 1] for score in scores] if k else [True] * len(rows)
+    assert kept(scores, share, sizes) == wanted
+    if even and len(entries) * (1 - share) == k:
+        assert kept(scores, share) == wanted, "of one width the rows alone say it"
+
+
+class ReleasedPruner:
+    """LoSparse's pruner in numpy, from what its released code does: rows of S, by Ī · Ū of windows, on a cubic share."""
+
+    def __init__(self, total: int, first: int, last: int, window: int, target: float) -> None:
+        self.total, self.first, self.last, self.window, self.target = total, first, last, window, target
+        self.local: dict[str, np.ndarray] = {}
+        self.mean: dict[str, np.ndarray] = {}
+        self.spread: dict[str, np.ndarray] = {}
+
+    def after_step(
+        self, step: int, weights: dict[str, np.ndarray], grads: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Rows that become zero at a step (0, 1, ...), by layer; nothing where no mask is due."""
+        for name, w in weights.items():
+            now = np.abs(w * grads[name])
+            if step % self.window == 0:
+                taken = self.local.get(name, np.zeros_like(w))
+                self.mean[name] = 0.85 * self.mean.get(name, 0.0) + 0.15 * taken
+                self.spread[name] = 0.95 * self.spread.get(name, 0.0) + 0.05 * np.abs(taken - self.mean[name])
+                self.local[name] = now
+            else:
+                place = step % self.window
+                self.local[name] = (self.local[name] * place + now) / (place + 1)
+        if step <= self.first:
+            return {}
+        if step > self.total - self.last:
+            share = self.target
+        elif step % self.window == 0:
+            left = 1 - (step - self.first) / (self.total - self.first - self.last)
+            share = self.target + (1 - self.target) * left**3
+        else:
+            return {}
+        rows = {name: (self.mean[name] * self.spread[name]).mean(axis=1) for name in weights}
+        entries = np.sort(np.concatenate([np.repeat(rows[name], weights[name].shape[1]) for name in weights]))
+        threshold = entries[int(len(entries) * (1 - share)) - 1]
+        return {name: score < threshold for name, score in rows.items()}
+
+
+@pytest.mark.parametrize("target", [0.15, 0.33])
+@pytest.mark.parametrize("targets", WIDTHS)
+def test_released_masks_are_its_pruner_s(targets: str, target: float) -> None:
+    """At every step the rows that are zero are the released code's, its last phase included."""
+    total, first, last, window = 40, 4, 17, 3
+    method = lrkit_platon.losparse(
+        ratio=0.2, target=target, warmup=first, final=last, window=window, variant="released"
+    )
+    model = models.make("bert").eval()
+    torch.manual_seed(1)
+    adapted = lrkit.attach(model, method, targets=WIDTHS[targets])
+    assert (len({a.S.shape[1] for a in adapted.adapters.values()}) > 1) == (targets == "several widths")
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=3e-3)
+    pruner, wanted = ReleasedPruner(total, first, last, window, target), {}
+
+    def watch(*_: Any) -> None:
+        tensors = {name: a.S for name, a in adapted.adapters.items()}
+        weights = {name: s.detach().double().numpy() for name, s in tensors.items()}
+        grads = {name: s.grad.double().numpy() for name, s in tensors.items()}
+        wanted[step] = pruner.after_step(step, weights, grads)
+
+    optimizer.register_step_post_hook(watch)  # before the method's own
+    adapted.bind(optimizer, total_steps=total)
+    for step in range(total):
+        model(**models.batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, adapter in adapted.adapters.items():
+            zero = ~(adapter.S.detach() != 0).any(dim=1).numpy()
+            assert (zero == wanted[step].get(name, np.zeros(len(zero), bool))).all(), (step, name)
+    masked = [step for step in wanted if wanted[step]]
+    assert masked == [*range(6, total - last + 1, window), *range(total - last + 1, total)]
+    assert len({tuple(np.concatenate(list(wanted[s].values()))) for s in masked[-last:]}) > 1, (
+        "rows still change places"
+    )
+
+
+def test_momentum_of_a_pruned_row_is_kept() -> None:
+    """The released code zeroes weights alone; the paper's action zeroes the optimizer's state with them."""
+    for action, left in ((ZeroBelow(), True), (ZeroBelow(keep_momentum=False), False), (lrkit.actions.Zero(), False)):
+        method = attrs.evolve(SHORT, action=action)
+        _, adapted, optimizer = run(method, 10, 20)
+        lost = [(a.S, ~(a.S != 0).any(dim=1)) for a in adapted.adapters.values()]
+        moments = torch.cat([optimizer.state[s]["exp_avg"][rows].flatten() for s, rows in lost])
+        assert len(moments) and bool(moments.any()) == left
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
@@ -119,10 +233,10 @@ def test_w_is_u_v_plus_s(name: str) -> None:
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in state.items())
 
 
-def run(method: lrkit.Method, steps: int, total: int) -> tuple[Any, Any, Any]:
+def run(method: lrkit.Method, steps: int, total: int, targets: str = "all-linear") -> tuple[Any, Any, Any]:
     model = models.make("bert").eval()
     torch.manual_seed(1)
-    adapted = lrkit.attach(model, method)
+    adapted = lrkit.attach(model, method, targets=targets)
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-3)
     adapted.bind(optimizer, total_steps=total)
     for step in range(steps):
@@ -142,18 +256,20 @@ def zero_rows(adapted: Any) -> torch.Tensor:
 @pytest.mark.parametrize("released", [False, True])
 def test_rows_are_pruned_and_grow_again_until_the_last_decision(released: bool) -> None:
     method = attrs.evolve(SHORT, action=ZeroBelow()) if released else SHORT
-    _, adapted, _ = run(method, 10, 20)  # numbered from 0: decisions after steps 7, 10, 13 and at the end, 15
+    targets = WIDTHS["one width" if released else "several widths"]
+    _, adapted, _ = run(method, 10, 20, targets)  # numbered from 0: decisions after steps 7, 10, 13 and at the end, 15
     decision = adapted.history[-1]
     assert decision.step == 10 and int((~zero_rows(adapted)).sum()) == decision.kept
     assert released <= decision.kept - decision.budget <= 2 * released
-    _, adapted, _ = run(method, 11, 20)
+    _, adapted, _ = run(method, 11, 20, targets)
     assert not zero_rows(adapted).any(), "a step later all of them have moved"
-    _, adapted, _ = run(method, 20, 20)
+    _, adapted, _ = run(method, 20, 20, targets)
     assert adapted.history[-1].step == 15
     last = adapted.history[-1]
     assert int((~zero_rows(adapted)).sum()) == last.kept
     assert last.budget == round(0.3 * last.units)
-    assert released <= last.kept - last.budget <= 2 * released
+    below = math.ceil(last.units * 0.7)  # of the released code; the k-th itself stays
+    assert last.kept == (last.units - below + 1 if released else last.budget)
 
 
 def test_rows_are_cut_saved_and_merged(tmp_path: Path) -> None:
@@ -172,6 +288,8 @@ def test_rows_are_cut_saved_and_merged(tmp_path: Path) -> None:
 
 def test_a_resumed_run_is_the_run() -> None:
     resumes(SHORT, 16, (1, 6, 11, 15))
+    released = lrkit_platon.losparse(ratio=0.2, target=0.3, warmup=4, final=6, window=3, variant="released")
+    resumes(released, 16, (6, 12, 15))
 
 
 def test_other_precisions() -> None:

@@ -198,14 +198,14 @@ class Adapted:
         self._last: Callable[[], torch.optim.Optimizer | None] = lambda: None
         self._unclipped: Unclipped | None = None
         self._ddp: Any = None
+        self._penalty = Penalty(
+            lambda: parameterization.penalty(list(self.adapters.values())),
+            self.adapter_parameters(),
+            parameterization.penalty_weight,
+            lambda key, message: self._controller.warn(key, message),
+        )
         try:
             self._controller = Controller(method, self.adapters, self._trained_ids)
-            self._penalty = Penalty(
-                lambda: parameterization.penalty(list(self.adapters.values())),
-                self.adapter_parameters(),
-                parameterization.penalty_weight,
-                self._controller.warn,
-            )
         except BaseException as error:
             self.detach()
             if isinstance(error, LrkitError) and self._offer is not None and targets == "all-linear":
@@ -349,6 +349,11 @@ class Adapted:
         """Raise LrkitError if a schedule of the method does not fit a run of so many steps; change nothing else."""
         self._check_alive()
         self._controller.check_schedules(total_steps)
+
+    def hold(self, handle: Any) -> None:
+        """Remove a hook's handle when the optimizer is let go of: what an integration hung on the model for this run."""
+        if self._binding is not None:
+            self._binding.hold(handle)
 
     def unbind(self, *, quietly: bool = False) -> None:
         """Let go of the optimizer. What was decided stays; `bind` goes on from here.
@@ -578,10 +583,9 @@ class Adapted:
         for name, tensor in weights.items():
             if tensor.shape != expected.get(id(saved[name]), saved[name].shape):
                 raise states.misfit(f"{name} is {list(tensor.shape)}, here {list(saved[name].shape)}")
-            if tensor.dtype != saved[name].dtype and not (
-                tensor.is_floating_point() and saved[name].is_floating_point()
-            ):
-                raise states.misfit(f"{name} is {tensor.dtype}, here {saved[name].dtype}")
+            own = saved[name].dtype
+            if tensor.dtype != own and not (tensor.is_floating_point() and own.is_floating_point):
+                raise states.misfit(f"{name} is {tensor.dtype}, here {own}")
         self._controller.check_state(tensors, meta)
         if self._controller.total_steps is None and meta["total_steps"] is not None:
             self._controller.foretell(meta["total_steps"])
@@ -599,31 +603,6 @@ class Adapted:
         self._controller.load_state(tensors, meta)
         if self._ddp is not None:
             parallel.follow(self._ddp)
-
-    def _follow_casts(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-        """Take over the dtype of a state that was cast after attach; keep this one's where these tensors were cast."""
-        odd = [name for name, tensor in weights.items() if tensor.dtype != saved[name].dtype]
-        follow = [name for name in odd if self._dtypes.get(id(saved[name]), saved[name].dtype) == saved[name].dtype]
-        for name in follow:
-            saved[name].grad = None
-            saved[name].data = saved[name].data.to(weights[name].dtype)
-        if odd:
-            state, here = weights[odd[0]].dtype, saved[odd[0]].dtype
-            self._controller.warn(
-                "cast state",
-                f"the state was saved in {state} ({odd[0]}), and is loaded in {here}"
-                + (": it goes on as it was" if follow else ", to which the model was cast"),
-            )
-
-    def _tell_cast(self) -> None:
-        """Say once that what trains is no longer in the precision that attach gave it."""
-        now = [p.dtype for p in self.parameters() if p.dtype != self._dtypes.get(id(p), p.dtype)]
-        if now:
-            self._controller.warn(
-                "cast",
-                f"what trains was cast to {now[0]} after attach, and trains in it"
-                + (": small updates round away" if now[0].itemsize < 4 else ""),
-            )
 
     def rewind(self, state: Mapping[str, Any]) -> None:
         """Go back to an earlier state of this run in all but the weights: schedule, statistics, masks, ranks, history.
@@ -660,6 +639,31 @@ class Adapted:
         except BaseException:
             self._controller.total_steps = total
             raise
+
+    def _follow_casts(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+        """Take over the dtype of a state that was cast after attach; keep this one's where these tensors were cast."""
+        odd = [name for name, tensor in weights.items() if tensor.dtype != saved[name].dtype]
+        follow = [name for name in odd if self._dtypes.get(id(saved[name]), saved[name].dtype) == saved[name].dtype]
+        for name in follow:
+            saved[name].grad = None
+            saved[name].data = saved[name].data.to(weights[name].dtype)
+        if odd:
+            state, here = weights[odd[0]].dtype, saved[odd[0]].dtype
+            self._controller.warn(
+                "cast state",
+                f"the state was saved in {state} ({odd[0]}), and is loaded in {here}"
+                + (": it goes on as it was" if follow else ", to which the model was cast"),
+            )
+
+    def _tell_cast(self) -> None:
+        """Say once that what trains is no longer in the precision that attach gave it."""
+        now = [p.dtype for p in self.parameters() if p.dtype != self._dtypes.get(id(p), p.dtype)]
+        if now:
+            self._controller.warn(
+                "cast",
+                f"what trains was cast to {now[0]} after attach, and trains in it"
+                + (": small updates round away" if now[0].itemsize < 4 else ""),
+            )
 
     def take_ranks(self) -> None:
         """Let ``model.load_state_dict`` take weights of other ranks, by giving each adapter the rank that they have.

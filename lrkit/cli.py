@@ -309,7 +309,13 @@ def params(
     names = method or current().names("method")
     composed = {}
     for name in names:
-        composed[name], run = compose(name, sets or [], swap or [])
+        try:
+            composed[name], run = compose(name, sets or [], swap or [])
+        except LrkitError as error:
+            if name in (method or ()) or not _is_broken(name):
+                raise
+            warnings.warn(f'method "{name}" is left out: {error}', LrkitWarning, stacklevel=1)
+            continue
         if run:
             raise LrkitError(
                 f"run.{next(iter(run))} is a setting of a run, and nothing runs here: use --steps for its length"
@@ -350,6 +356,17 @@ def params(
     typer.echo(f"averages are over {steps:,} steps; the head (classifier, pooler: {counted.head:,}) is left out.")
 
 
+def _is_broken(name: str) -> bool:
+    """Whether a registered method cannot be made even as it is."""
+    from lrkit.registry import current
+
+    try:
+        current().method(name)
+    except LrkitError:
+        return True
+    return False
+
+
 def _between(ends: tuple[float, float]) -> str:
     return f"{ends[0]:,.0f} to {ends[1]:,.0f}"
 
@@ -357,6 +374,7 @@ def _between(ends: tuple[float, float]) -> str:
 @app.command(name="methods")
 def list_methods(as_json: Json = False) -> None:
     """The named methods and their four parts."""
+    from lrkit import foreign
     from lrkit.method import FIELDS, to_plain
     from lrkit.registry import current
 
@@ -364,13 +382,13 @@ def list_methods(as_json: Json = False) -> None:
     rows, plain = [], {}
     for name in registry.names("method"):
         try:
-            composition = to_plain(registry.get("method", name)())
-        except Exception as error:
-            warnings.warn(f'method "{name}": {type(error).__name__}: {error}', LrkitWarning, stacklevel=1)
+            composition = to_plain(registry.method(name))
+        except LrkitError as error:
+            warnings.warn(f'method "{name}" is left out: {error}', LrkitWarning, stacklevel=1)
             continue
         plain[name] = composition
         parts = [composition[kind]["name"] if composition[kind] else "-" for kind in FIELDS]
-        about = (registry.get("method", name).__doc__ or "").strip().split("\n")[0]
+        about = foreign.doc(registry.get("method", name)).partition("\n")[0]
         rows.append([name, *parts, about])
     if as_json:
         _json(plain)
@@ -397,6 +415,7 @@ def plugins(context: typer.Context, as_json: Json = False) -> None:
     """What is registered, by which distribution; what is wrong with a plug-in, if anything (exit code 2)."""
     if context.invoked_subcommand is not None:
         return
+    from lrkit.foreign import where
     from lrkit.registry import current
 
     registry = current()
@@ -405,7 +424,7 @@ def plugins(context: typer.Context, as_json: Json = False) -> None:
         _json(
             {
                 "components": [
-                    {"kind": o.kind, "name": o.name, "object": _where(o.value), "distribution": o.distribution}
+                    {"kind": o.kind, "name": o.name, "object": where(o.value), "distribution": o.distribution}
                     for o in offers
                 ],
                 "problems": [
@@ -417,7 +436,7 @@ def plugins(context: typer.Context, as_json: Json = False) -> None:
     else:
         _table(
             ["kind", "name", "distribution", "object"],
-            [[o.kind, o.name, o.distribution, _where(o.value)] for o in offers],
+            [[o.kind, o.name, o.distribution, where(o.value)] for o in offers],
         )
     if registry.problems:
         raise typer.Exit(2)
@@ -723,7 +742,12 @@ def _to_run(
     if own or swaps:
         raise LrkitError(f"--all-methods takes settings of the run alone (run.steps=200), not {[*own, *swaps][0]}")
     registry = current()
-    methods = {each: registry.get("method", each)() for each in registry.names("method")}
+    methods: dict[str, Method] = {}
+    for each in registry.names("method"):
+        try:
+            methods[each] = registry.method(each)
+        except LrkitError as error:
+            warnings.warn(f'method "{each}" is left out: {error}', LrkitWarning, stacklevel=1)
     return methods, {key.removeprefix("run."): value for key, value in pairs.items()}
 
 
@@ -791,10 +815,6 @@ def _make(folder: Path) -> Path:
 
 
 # ---- showing ---------------------------------------------------------------------------------------------------------
-
-
-def _where(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
 
 
 def _finite(value: Any) -> Any:
@@ -934,6 +954,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.simplefilter("always", LrkitWarning)
         warnings.showwarning = _warn
         try:
+            if not {"--help", "--version"} & set(sys.argv[1:] if arguments is None else arguments):
+                from lrkit.registry import spare_others
+
+                spare_others()
             code = app(args=arguments, prog_name="lrkit", standalone_mode=False)
             if code == 130:  # typer's own way to end at Ctrl-C
                 raise KeyboardInterrupt

@@ -55,5 +55,13 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f' (did you mean "{by_lower[found[0]]}"?)' if found else ""
 
 
+def short(text: str, limit: int = 2000) -> str:
+    """A text of at most about `limit` characters: of a longer one the beginning and the end, and how much is left out."""
+    if len(text) <= limit:
+        return text
+    head, tail = limit * 3 // 4, limit // 4
+    return f"{text[:head]} ... ({len(text) - head - tail:,} characters left out) ... {text[-tail:]}"
+
+
 class LrkitWarning(UserWarning):
     """Something that would otherwise pass in silence: said once, at the moment it can first be known."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrkit.errors import LrkitError, LrkitWarning, nearest
+from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.precision import is_plain
 
@@ -32,7 +32,7 @@ def find_head(model: nn.Module, train_also: str | Sequence[str], *, exact: bool 
     if not isinstance(train_also, str) and not (
         isinstance(train_also, Sequence) and all(isinstance(name, str) for name in train_also)
     ):
-        raise LrkitError(f'train_also must be "auto" or a list of names, not {train_also!r}')
+        raise LrkitError(f'train_also must be "auto" or a list of names, not {shown(train_also)}')
     if train_also == "auto":
         return _auto(model, modules)
     chosen: list[str] = []

@@ -248,7 +248,7 @@ def check_arguments(factory: Any, arguments: Mapping[str, Any], where: str) -> d
     """Keyword arguments for a method's function as its annotations have them. Raises LrkitError like `check_settings`."""
     try:
         hints = typing.get_type_hints(factory)
-    except NameError:  # an annotation imported for type checkers alone: its values are checked by the parts themselves
+    except Exception:  # an annotation imported for type checkers alone, an object that can be called: the parts check
         hints = {}
     return {
         key: _typed(value, hints[key], f"{where} {key}") if key in hints else value for key, value in arguments.items()
@@ -428,7 +428,7 @@ def with_arguments(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     factory = _registry().get("method", name)
     arguments = {key: value for key, value in settings.items() if key in arguments_of(name)}
-    plain = to_plain(factory(**check_arguments(factory, arguments, name)))
+    plain = to_plain(_registry().method(name, **check_arguments(factory, arguments, name)))
     for key, value in settings.items():
         if key not in arguments:
             plain = with_setting_of(name, plain, key, value)
@@ -437,7 +437,11 @@ def with_arguments(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def arguments_of(name: str) -> list[str]:
     """The arguments of a registered method's function. Raises LrkitError where there is no such method."""
-    return list(inspect.signature(_registry().get("method", name)).parameters)
+    factory = _registry().get("method", name)
+    try:
+        return list(inspect.signature(factory).parameters)
+    except Exception:  # of a plug-in, and none that Python can look into: it is told as such where it is called
+        return []
 
 
 def with_setting_of(name: str, plain: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:

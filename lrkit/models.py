@@ -10,7 +10,7 @@ import importlib.resources
 import importlib.util
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +45,17 @@ class Pretrained:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fresh: frozenset[str]
+    _put_back: Callable[[], None] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        """Remember configs, buffers and modes: a run writes into them."""
+        object.__setattr__(self, "_put_back", _memory_of(self.model))
 
     def restart(self, seed: int) -> PreTrainedModel:
         """The model with its fresh parameters drawn anew: a function of the seed alone, whatever ran before."""
         from transformers import set_seed
 
+        self._put_back()
         set_seed(seed)
         for prefix, module in self.model.named_modules():
             own = [p for n, p in module.named_parameters(prefix, recurse=False) if n in self.fresh]
@@ -58,6 +64,37 @@ class Pretrained:
             if own:
                 self.model._init_weights(module)  # type: ignore[no-untyped-call]
         return self.model
+
+
+def _memory_of(model: PreTrainedModel) -> Callable[[], None]:
+    """A function that gives a model the configs, buffers and modes that it has now."""
+    import copy
+
+    modules = [module for module in model.modules() if hasattr(module, "config")]
+    generation = [
+        module.generation_config for module in modules if getattr(module, "generation_config", None) is not None
+    ]
+    configs = list({id(config): config for config in (*(module.config for module in modules), *generation)}.values())
+
+    def copies(of: dict[str, Any]) -> dict[str, Any]:
+        # A config within another stays the object that a submodule has as its own.
+        return copy.deepcopy(of, {id(config): config for config in configs})
+
+    values = [copies(vars(config)) for config in configs]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
+
+    def put_back() -> None:
+        for config, was in zip(configs, values, strict=True):
+            vars(config).clear()
+            vars(config).update(copies(was))
+        for module, training in modes:
+            module.training = training
+        for name, buffer in model.named_buffers():
+            if name in buffers:
+                buffer.detach().copy_(buffers[name])
+
+    return put_back
 
 
 def load_model(spec: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -97,6 +134,7 @@ def load_pretrained(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from lrkit.hub import quiet_transformers
+    from lrkit.tokens import check_tokenizer, knows_words
 
     settings: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem_type}
     if label_names is not None:
@@ -124,12 +162,11 @@ def load_pretrained(
             f'model "{spec}": its weights do not fit its config: {absent[0]} is missing or has another shape '
             f"(and {len(absent) - 1} more)"
         )
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None and knows_words(tokenizer):
         if tokenizer.eos_token is None:
             raise LrkitError(f'model "{spec}": its tokenizer has neither a pad token nor an end token to pad with')
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    check_tokenizer(spec, tokenizer, model)
     return Pretrained(model, tokenizer, frozenset(fresh))
 
 
@@ -294,6 +331,7 @@ def load_base(
     from transformers import AutoTokenizer
 
     from lrkit.hub import quiet_transformers
+    from lrkit.tokens import knows_words
 
     cls: Any = getattr(transformers, base["class"], None) if base["class"].isidentifier() else None
     good = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
@@ -325,6 +363,8 @@ def load_base(
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
     except Exception:  # a model without a tokenizer is a model
+        return model, None
+    if not knows_words(tokenizer):  # one that transformers made up
         return model, None
     if tokenizer.pad_token is None and model.config.pad_token_id is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)

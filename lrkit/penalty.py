@@ -34,7 +34,7 @@ class Penalty:
         self, compute: Callable[[], Tensor | None], factors: Sequence[nn.Parameter], setting: str | None, warn: Warn
     ) -> None:
         self._compute, self._factors, self._setting, self._warn = compute, list(factors), setting, warn
-        self._adding = False
+        self._adding = self._idle = False
         self._due: dict[int, Tensor] = {}
         self._weight: Tensor | float | None = None
         self._norms: list[Tensor] = []
@@ -44,8 +44,10 @@ class Penalty:
     def value(self) -> Tensor | None:
         """γ R, a scalar for the loss, which notes the arrival of its gradient; None for a method without a penalty."""
         value = self._compute()
-        if value is not None and value.requires_grad and not torch.compiler.is_compiling():
-            value.register_hook(self._arrive)  # type: ignore[no-untyped-call]
+        if value is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._idle = not value.requires_grad
+            if value.requires_grad:
+                value.register_hook(self._arrive)  # type: ignore[no-untyped-call]
         return value
 
     def _arrive(self, grad: Tensor) -> None:
@@ -91,15 +93,15 @@ class Penalty:
         """Make γ ∇R for the optimizer step whose first backward pass is next."""
         value, grads = self._gradient()
         self._due = {id(p): g for p, g in grads}
-        self._weight = None
+        self._weight, self._idle = None, not grads
         self.last = value
 
     def _gradient(self) -> tuple[Tensor | None, list[tuple[nn.Parameter, Tensor]]]:
         """γ R without its graph, and γ ∇R by factor."""
         with torch.enable_grad():
             value = self._compute()
-            if value is None:
-                return None, []
+            if value is None or not value.requires_grad:
+                return value, []
             live = [p for p in self._factors if p.requires_grad]
             grads = torch.autograd.grad(value, live, allow_unused=True)
         return value.detach(), [(p, g) for p, g in zip(live, grads, strict=True) if g is not None]
@@ -107,8 +109,12 @@ class Penalty:
     # ---- what became of it ----
 
     def check_arrival(self) -> None:
-        """Warn if the gradient has not arrived since the last step. Called when an optimizer is about to step."""
-        if self._weight is None:
+        """Warn if the gradient has not arrived since the last step. Called when an optimizer is about to step.
+
+        If every factor is frozen there is none, and nothing to warn of.
+        """
+        if self._weight is None and not self._idle and self._gradient()[1]:
+            self._idle = True  # said: do not ask again before somebody looks at the penalty
             self._warn(
                 "penalty",
                 "the method has a penalty, and its gradient was in none of the gradients of this optimizer step: use "

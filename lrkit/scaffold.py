@@ -11,7 +11,6 @@ import re
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,10 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import attrs
 import typer
 
+from lrkit import foreign
 from lrkit.errors import LrkitError, LrkitWarning, nearest
 
 if TYPE_CHECKING:
-    from lrkit.method import Method
     from lrkit.registry import Offer, Registry
     from lrkit.testing import Finding
 
@@ -71,8 +70,10 @@ def written(name: str, kind: str) -> dict[str, str]:
             raise LrkitError(f'"{name}" makes no Python name: the {what} would be called {word}')
     if importlib.util.find_spec(module) is not None:
         raise LrkitError(f'a module "{module}" can be imported already, and would be in the way: choose another name')
-    from lrkit.registry import current
+    from lrkit.registry import current, is_name
 
+    if not is_name(offered):
+        raise LrkitError(f'"{name}" would offer "{offered}", which is a word for a value: choose another name')
     for offer in current().offers():
         if (offer.kind, offer.name) == (kind, offered):
             raise LrkitError(f'{kind} "{offered}" is already offered by {offer.distribution}: choose another name')
@@ -193,11 +194,10 @@ def examine(
     Raises:
         LrkitError: nothing of that name is installed.
     """
-    from lrkit.registry import GROUP, current
-    from lrkit.registry import _distribution as said
+    from lrkit.registry import current, installed
 
     registry = registry or current()
-    modules = {(said(point), point.name): point.value for point in entry_points(group=GROUP)}
+    modules = {(distribution, point.name): point.value for distribution, point in installed()[0]}
     brought = [(offer.distribution, offer.plugin) for offer in registry.offers()]
     brought += [(problem.distribution, problem.plugin) for problem in registry.problems]
     known = list(dict.fromkeys(brought))
@@ -338,7 +338,7 @@ def settings_of(component: Any) -> list[tuple[str, str, str, str]]:
 def _shown(default: Any) -> str:
     if default is inspect.Parameter.empty:
         return ""
-    return "" if default is attrs.NOTHING else repr(default)
+    return "" if default is attrs.NOTHING else foreign.text_of(default)
 
 
 def _arguments(text: str) -> dict[str, str]:
@@ -370,15 +370,15 @@ def show(
         raise LrkitError(f'nothing is registered as "{name}"{nearest(name, names)}; `lrkit plugins` lists what is')
     plain: list[dict[str, Any]] = []
     for offer in found:
-        about = (inspect.getdoc(offer.value) or "There is no description.").partition("Args:\n")[0].strip()
+        about = (foreign.doc(offer.value) or "There is no description.").partition("Args:\n")[0].strip()
         prefix = "" if offer.kind == "method" else f"{offer.kind}."
-        takes = [] if offer.kind in ("task", "executor") else settings_of(offer.value)
+        takes = [] if offer.kind in ("task", "executor") else _takes(offer)
         rows = [[f"{prefix}{key}", *others] for key, *others in takes]
         plain.append(
             {"kind": offer.kind, "name": name, "distribution": offer.distribution, "about": about}
             | {"settings": [dict(zip(("path", "type", "default", "about"), row, strict=True)) for row in rows]}
         )
-        parts = _parts(name, offer.value) if offer.kind == "method" else {}
+        parts = _parts(name) if offer.kind == "method" else {}
         if parts:
             plain[-1]["parts"] = parts
         if not as_json:
@@ -391,14 +391,24 @@ def show(
         cli._json(plain)
 
 
-def _parts(name: str, method: "Callable[[], Method]") -> dict[str, str]:
+def _takes(offer: "Offer") -> list[tuple[str, str, str, str]]:
+    try:
+        return settings_of(offer.value)
+    except Exception as error:  # of a plug-in, and none that Python can look into
+        message = f'{offer.kind} "{offer.name}" of {offer.distribution}: {foreign.line_of(error)}'
+        warnings.warn(message, LrkitWarning, stacklevel=1)
+        return []
+
+
+def _parts(name: str) -> dict[str, str]:
     """The names of a named method's parts, by kind; empty, with a warning, where it cannot be made."""
     from lrkit.method import FIELDS, to_plain
+    from lrkit.registry import current
 
     try:
-        composition = to_plain(method())
-    except Exception as error:
-        warnings.warn(f'method "{name}": {type(error).__name__}: {error}', LrkitWarning, stacklevel=1)
+        composition = to_plain(current().method(name))
+    except LrkitError as error:
+        warnings.warn(str(error), LrkitWarning, stacklevel=1)
         return {}
     parts: dict[str, Any] = {kind: composition[kind] for kind in FIELDS}
     for index, policy in enumerate(composition.get("also", ())):

@@ -63,7 +63,8 @@ def check_data(meta: Mapping[str, Any]) -> None:
             raise misfit(f"{key} are not whole numbers for the layers of this run")
     _check_components(meta)
     dead = meta.get("dead")
-    if not (dead is None or (isinstance(dead, list) and all(name in meta["targets"] for name in dead))):
+    named = isinstance(dead, list) and all(isinstance(name, str) for name in dead)
+    if not (dead is None or (named and set(dead) <= set(meta["targets"]) and len(set(dead)) == len(dead))):
         raise misfit("dead is not a list of layers of this run")
     _check_history(meta)
 

@@ -11,7 +11,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lrkit import checkpoint
 from lrkit.adapted import Adapted
 from lrkit.errors import LrkitError, LrkitWarning
-from lrkit.pretrained import Expected
 from lrkit.quantized import let_train
 
 
@@ -38,7 +37,6 @@ class AdaptCallback(TrainerCallback):
         self.resume_from = resume_from
         self._training = False
         self._start: dict[str, Any] | None = None
-        self._saves: Expected | None = None
         let_train(adapted)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -71,9 +69,8 @@ class AdaptCallback(TrainerCallback):
             penalty="gradient",
             scaler=getattr(optimizer, "scaler", None),  # accelerate's
         )
+        self.adapted.hold(self.adapted.expect_saves())  # `on_save` writes the adapters beside the model
         self._training = True
-        if self._saves is None:
-            self._saves = self.adapted.expect_saves()  # `on_save` writes adapters beside it
 
     def _check_step(self, state: TrainerState) -> None:
         """Refuse a state that is not of the step at which the Trainer resumes.
@@ -136,9 +133,6 @@ class AdaptCallback(TrainerCallback):
         """Let go of the optimizer; follow the Trainer to its best checkpoint, if it went there."""
         self._training, self._start = False, None
         self.adapted.unbind()
-        if self._saves is not None:
-            self._saves.remove()
-            self._saves = None
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and (Path(best) / checkpoint.FILE).is_file():
             self.adapted.load_state_dict(checkpoint.read(Path(best)))

@@ -624,7 +624,7 @@ def _curves(study: _Study, task: str) -> str:
         study,
         losses,
         "training loss",
-        f"Training loss as it is minimised, any penalty included, {over}mean over seeds; shaded: lowest to highest seed. "
+        f"Training loss of the task, without any penalty, {over}mean over seeds; shaded: lowest to highest seed. "
         "A cross marks where a run diverged.",
     )
     return html + _curve_figure(

@@ -398,3 +398,19 @@ def test_method_without_penalty_is_untouched():
     optimizer.step()
     assert adapted.penalty_added is None
     assert attrs.asdict(adapted.method.parameterization)["rank"] == 2
+
+
+@pytest.mark.parametrize("way", ["loss", "gradient"])
+def test_frozen_factors_have_none(way):
+    """Once every factor is frozen there is no gradient to arrive, and nothing is said."""
+    model, adapted = started()
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=1e-2)
+    adapted.bind(optimizer, total_steps=2, penalty=way)
+    for adapter in adapted.adapters.values():
+        adapter.A.requires_grad_(False)
+        adapter.B.requires_grad_(False)
+    adapted.begin_step()
+    loss = model(**models.batch()).loss
+    (loss + adapted.penalty() if way == "loss" else loss).backward()
+    optimizer.step()
+    assert adapted.step == 1

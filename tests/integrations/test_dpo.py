@@ -20,7 +20,7 @@ def tokenizer():
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_reference_is_the_base(tmp_path):
-    """Log-probabilities under ref_model=adapted.reference() are the base's before every step, and DPO trains the adapters."""
+    """Log-probabilities under ref_model=adapted.reference() are the base's at every step, and DPO trains the adapters."""
     import transformers
 
     words = tokenizer()
@@ -36,14 +36,11 @@ def test_the_reference_is_the_base(tmp_path):
     adapted = lrkit.attach(model, lrkit.methods.adalora(rank=4, target_rank=2))
     reference = adapted.reference()
     seen = []
-    call = reference.forward
 
-    def forward(*args, **kwargs):
-        with torch.no_grad():
-            seen.append(torch.equal(call(input_ids=ids).logits, before))
-        return call(*args, **kwargs)
+    class Look(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append(torch.equal(reference(input_ids=ids).logits, before))
 
-    reference.forward = forward
     rows = [{"prompt": "a good", "chosen": " film indeed", "rejected": " waste of time"}] * 16
     trainer = trl.DPOTrainer(
         model=model,
@@ -61,10 +58,10 @@ def test_the_reference_is_the_base(tmp_path):
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=words,
-        callbacks=[lrkit.trainer.AdaptCallback(adapted)],
+        callbacks=[lrkit.trainer.AdaptCallback(adapted), Look()],
     )
     trainer.train()
-    assert adapted.step == 6 and len(seen) >= 6 and all(seen)
+    assert adapted.step == len(seen) == 6 and all(seen)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # the policy is the reference at first
     assert losses[-1] < losses[0]

@@ -48,6 +48,10 @@ Data = Annotated[
     Path | None, typer.Option("--data", help="A folder with {train,validation}.jsonl[.gz], instead of --task.")
 ]
 Model = Annotated[str, typer.Option("--model", help="minilm, a folder, or a hub id.")]
+TrainAlso = Annotated[
+    str | None,
+    typer.Option("--train-also", help="Modules that train in full, joined by commas; auto (the task head) or none."),
+]
 
 
 def _version(asked: bool) -> None:
@@ -126,6 +130,7 @@ def run(
     targets: Annotated[
         str, typer.Option(help="all-linear, names or name suffixes joined by commas, or a regular expression.")
     ] = "all-linear",
+    train_also: TrainAlso = None,
     sets: Set = None,
     swap: Swap = None,
     out: Annotated[Path | None, typer.Option(help="A new folder for adapters, results and pictures.")] = None,
@@ -169,6 +174,7 @@ def run(
                     loaded,
                     model=model,
                     targets=_targets(targets),
+                    train_also=_train_also(train_also),
                     settings=settings,
                     progress=bar(label, steps),
                     done=save,
@@ -235,6 +241,7 @@ def ablate(
     model: Annotated[str | None, typer.Option("--model", help="minilm, a folder, or a hub id.")] = None,
     seeds: Annotated[str | None, typer.Option(help="How many, or which: 6, or 3,4,5.")] = None,
     targets: Annotated[str | None, typer.Option(help="As of `lrkit run`.")] = None,
+    train_also: TrainAlso = None,
     sets: Set = None,
     leave_out: Annotated[
         list[str] | None, typer.Option("--leave-out", help="penalty, policy, or also: a row without it.")
@@ -275,7 +282,7 @@ def ablate(
         return
     if what is None:
         raise LrkitError("say what to ablate: a method's name, a .toml study file, or a study of `lrkit ablate --list`")
-    changes = _changes(swap, task, data, model, seeds, targets, sets, leave_out, grid)
+    changes = _changes(swap, task, data, model, seeds, targets, train_also, sets, leave_out, grid)
     if what.endswith(".toml") or what in shipped():
         given = read_study(what)
         # What the file says stays, but for what the command line says otherwise.
@@ -555,6 +562,7 @@ def _changes(
     model: str | None,
     seeds: str | None,
     targets: str | None,
+    train_also: str | None,
     sets: list[str] | None,
     leave_out: list[str] | None,
     grid: bool,
@@ -573,6 +581,7 @@ def _changes(
         "tasks": tasks or None,
         "model": model,
         "targets": None if targets is None else _targets(targets),
+        "train_also": None if train_also is None else _train_also(train_also),
         "grid": grid or None,
     }
     changes |= {key: value for key, value in given.items() if value is not None}
@@ -785,6 +794,13 @@ def _targets(text: str) -> str | list[str]:
     if text == "all-linear" or not re.fullmatch(r"[\w.,]+", text):
         return text
     return [name for name in text.split(",") if name]
+
+
+def _train_also(text: str | None) -> str | list[str]:
+    """Names joined by commas; "auto"; or "none" for an empty list."""
+    if text is None or text == "auto":
+        return "auto"
+    return [] if text == "none" else [name for name in text.split(",") if name]
 
 
 def _new_folder(wanted: Path | None, default: str) -> Path:

@@ -28,6 +28,7 @@ def ablate(
     task: "str | Sequence[Any]" = "movies",
     model: str = "minilm",
     targets: str | Sequence[str] = "all-linear",
+    train_also: str | Sequence[str] = "auto",
     seeds: int | Sequence[int] = SEEDS,
     run: Mapping[str, Any] | None = None,
     set: Mapping[str, Any] | None = None,
@@ -59,6 +60,7 @@ def ablate(
         task: a task's name, a list of names, or tables as in a study file.
         model: ``"minilm"``, a folder or a hub id.
         targets: which layers, as `lrkit.attach` takes it.
+        train_also: which modules train in full, likewise.
         seeds: how many, or which. With n seeds no p can be below 2/2ⁿ times the rows beside the base: a `LrkitWarning`
             says so before the first step if that is 0.05 or more.
         run: settings of every run: ``{"steps": 200}``.
@@ -91,7 +93,7 @@ def ablate(
     study = (
         base
         if isinstance(base, Study)
-        else _study(base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title)
+        else _study(base, swap, task, model, targets, train_also, seeds, run, set, rows, leave_out, grid, title)
     )
     import warnings
 
@@ -121,6 +123,7 @@ def _study(
     task: "str | Sequence[Any]",
     model: str,
     targets: str | Sequence[str],
+    train_also: str | Sequence[str],
     seeds: int | Sequence[int],
     run: Mapping[str, Any] | None,
     settings: Mapping[str, Any] | None,
@@ -142,6 +145,7 @@ def _study(
             "tasks": [task] if isinstance(task, str | Mapping) else list(task),
             "model": os.fspath(model),
             "targets": targets if isinstance(targets, str) else list(targets),
+            "train_also": train_also if isinstance(train_also, str) else list(train_also),
             "seeds": seeds if isinstance(seeds, int) else list(seeds),
             "run": dict(run or {}),
         },

@@ -50,6 +50,7 @@ class Cell:
         method: plain data.
         run: plain data of `RunSettings` with the learning rates in force; seed included, threads left out.
         versions: of whatever can change the result; file digests of a data or model folder, and of the code.
+        train_also: as `lrkit.attach` takes it.
     """
 
     task: dict[str, Any]
@@ -58,6 +59,7 @@ class Cell:
     method: dict[str, Any]
     run: dict[str, Any]
     versions: dict[str, str]
+    train_also: Any = "auto"
 
     @property
     def key(self) -> str:
@@ -66,6 +68,8 @@ class Cell:
         A folder counts by what is in it, not by where it stands.
         """
         plain = self.to_plain()
+        if self.train_also == "auto":
+            del plain["train_also"]  # as it was named before there was a choice
         if "data" in self.versions:
             plain["task"]["data"] = self.versions["data"]
         if "model" in self.versions:
@@ -89,7 +93,14 @@ class Cell:
         return attrs.asdict(self)
 
 
-def make_cell(method: Mapping[str, Any], task: TaskSpec, model: str, targets: Any, run: Mapping[str, Any]) -> Cell:
+def make_cell(
+    method: Mapping[str, Any],
+    task: TaskSpec,
+    model: str,
+    targets: Any,
+    run: Mapping[str, Any],
+    train_also: Any = "auto",
+) -> Cell:
     """A cell with the versions of this machine.
 
     Args:
@@ -98,6 +109,7 @@ def make_cell(method: Mapping[str, Any], task: TaskSpec, model: str, targets: An
         model: ``"minilm"``, a folder or a hub id.
         targets: as `lrkit.attach` takes it.
         run: plain data of `RunSettings`.
+        train_also: as `lrkit.attach` takes it.
     """
     # Threads change the speed, and the last bits; they are in env.json.
     settings = {key: value for key, value in run.items() if key != "threads"}
@@ -109,7 +121,15 @@ def make_cell(method: Mapping[str, Any], task: TaskSpec, model: str, targets: An
     }
     folder = os.path.abspath(model) if os.path.isdir(model) else model
     versions = _versions(method, task.task, where["data"], folder)
-    return Cell(task=where, model=folder, targets=targets, method=dict(method), run=settings, versions=versions)
+    return Cell(
+        task=where,
+        model=folder,
+        targets=targets,
+        method=dict(method),
+        run=settings,
+        versions=versions,
+        train_also=train_also,
+    )
 
 
 def _rates(method: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[float, float]:
@@ -334,6 +354,7 @@ def _train(cell: Cell, record: "Any", conditions: Conditions) -> None:
             _task(canonical(cell.task), cell.versions.get("data")),
             model=cell.model,
             targets=cell.targets,
+            train_also=cell.train_also,
             settings=settings_from({**cell.run, "threads": conditions.threads}),
             done=keep,
             record=record,
@@ -460,7 +481,7 @@ def _main(what: str, *rest: str) -> None:
 
     place = Path(rest[0])
     config = read_json(place / "config.json")
-    cell = Cell(**{field.name: config[field.name] for field in attrs.fields(Cell)})
+    cell = Cell(**{field.name: config[field.name] for field in attrs.fields(Cell) if field.name in config})
     stored = read_json(place / "conditions.json")
     conditions = Conditions(**{**stored, "report_to": tuple(stored["report_to"])})
     record = Record(folder=place, checkpoint_seconds=conditions.checkpoint_seconds, report_to=conditions.report_to)

@@ -121,7 +121,7 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
             if steps is not None:
                 steps[row.label, spec.name] = length
             try:
-                adapted = attach(net, plan.method(row, spec), targets=plan.study.targets)
+                adapted = attach(net, plan.method(row, spec), **row.attach)
                 try:
                     adapted.check_schedule(length)
                 finally:
@@ -151,7 +151,7 @@ def jobs_of(plan: Plan) -> list[Job]:
 
 def _cell(plan: Plan, row: Row, spec: TaskSpec, seed: int) -> Cell:
     run = attrs.asdict(plan.settings(row, spec, seed))
-    return make_cell(to_plain(plan.method(row, spec)), spec, plan.study.model, plan.study.targets, run)
+    return make_cell(to_plain(plan.method(row, spec)), spec, plan.study.model, run=run, **row.attach)
 
 
 def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, Any], folder: Path) -> None:
@@ -173,12 +173,14 @@ def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, Any], folder
                 "method": to_plain(row.method),
                 "run": row.run,
                 "rates": {spec.name: rates_of(plan, row, spec) for spec in plan.tasks},
+                **row.attach,
             }
             for row in plan.rows
         ],
         "tasks": [tasks[spec.name] for spec in plan.tasks],
         "model": plan.study.model,
         "targets": plan.study.targets,
+        "train_also": plan.study.train_also,
         "seeds": list(plan.seeds),
         "run": dict(plan.study.run),
         "cells": [
@@ -214,6 +216,12 @@ def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, Any], folder
         write_json(folder / "study.json", mine if there is None else _joined(there, mine, folder))
 
 
+def _what(row: Mapping[str, Any], study: Mapping[str, Any]) -> list[Any]:
+    """All that decides what a row of a study.json trains."""
+    own = [row.get(key, study.get(key, "auto")) for key in ("targets", "train_also")]
+    return [row["method"], row.get("run", {}), *own]
+
+
 def _joined(there: Mapping[str, Any], mine: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The plan that is there and this one: the same base, rows and cells of both."""
 
@@ -222,7 +230,8 @@ def _joined(there: Mapping[str, Any], mine: dict[str, Any], folder: Path) -> dic
 
     if not isinstance(there, Mapping) or there.get("format") != FORMAT:
         raise refuse(f"its study.json is not of format {FORMAT}")
-    for key in ("model", "targets", "run"):
+    there = {"train_also": "auto", **there}  # it always was, in a study of an earlier lrkit
+    for key in ("model", "targets", "train_also", "run"):
         if canonical(there[key]) != canonical(mine[key]):
             raise refuse(f"{key} is {canonical(there[key])} there and {canonical(mine[key])} here")
     cells = {(c["row"], c["task"], c["seed"]): c for c in there["cells"]}
@@ -239,9 +248,7 @@ def _joined(there: Mapping[str, Any], mine: dict[str, Any], folder: Path) -> dic
     for index, row in enumerate(mine["rows"]):
         # The base is the base, whatever it is called.
         same = [i for i, r in enumerate(rows) if r["label"] == row["label"]] if index else [0]
-        if same and canonical([rows[same[0]]["method"], rows[same[0]].get("run", {})]) != canonical(
-            [row["method"], row["run"]]
-        ):
+        if same and canonical(_what(rows[same[0]], there)) != canonical(_what(row, mine)):
             if not gives_way(same[0], index):
                 raise refuse(f'row "{row["label"]}" is another method there')
             cells = {at: c for at, c in cells.items() if c["row"] != same[0]}

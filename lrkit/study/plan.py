@@ -52,6 +52,8 @@ class RowSpec:
         swap: component or setting to value: ``{"metric": "magnitude"}``.
         leave_out: of ``"penalty"``, ``"policy"``, ``"also"``.
         run: settings of the run for this row alone, such as ``lr``.
+        targets: which layers, for this row alone; None for the study's.
+        train_also: which modules train in full, for this row alone; None for the study's. An empty list for none.
     """
 
     label: str | None = None
@@ -60,6 +62,8 @@ class RowSpec:
     swap: dict[str, Any] = attrs.field(factory=dict)
     leave_out: list[str] = attrs.field(factory=list)
     run: dict[str, Any] = attrs.field(factory=dict)
+    targets: str | list[str] | None = None
+    train_also: str | list[str] | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -103,6 +107,7 @@ class Study:
         tasks: tasks' names or `TaskSpec`; ``movies`` where none is given.
         model: ``"minilm"``, a folder or a hub id.
         targets: as `lrkit.attach` takes it.
+        train_also: likewise.
         seeds: how many (0, 1, ...), or which.
         run: settings of every run.
     """
@@ -118,6 +123,7 @@ class Study:
     tasks: list[TaskSpec] = attrs.field(factory=list)
     model: str = "minilm"
     targets: str | list[str] = "all-linear"
+    train_also: str | list[str] = "auto"
     seeds: int | list[int] = SEEDS
     run: dict[str, Any] = attrs.field(factory=dict)
 
@@ -211,7 +217,7 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
         return value
 
     def names(value: Any, _: Any) -> Any:
-        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value) and value):
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             return value
         raise LrkitError(f"must be a text or a list of texts, not {shown(value)}")
 
@@ -226,6 +232,7 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
 
     converter.register_structure_hook(int | list[int], seeds)
     converter.register_structure_hook(str | list[str], names)
+    converter.register_structure_hook(str | list[str] | None, lambda v, t: None if v is None else names(v, t))
     converter.register_structure_hook_func(lambda t: str(t).startswith("dict["), table)
 
     def some(value: Any, hint: Any) -> Any:
@@ -284,11 +291,13 @@ class Row:
         label: what tables call it; unique in the study.
         method: the method.
         run: settings of its runs that differ from the study's.
+        attach: what `lrkit.attach` takes beside the method: ``targets`` and ``train_also``.
     """
 
     label: str
     method: Method
     run: dict[str, Any]
+    attach: dict[str, Any]
 
 
 @attrs.frozen(kw_only=True)
@@ -343,13 +352,16 @@ def lay_out(study: Study) -> Plan:
     specs += [RowSpec(leave_out=[name]) for name in study.leave_out]
     specs += study.rows
     name = study.base if isinstance(study.base, str) else "base"
-    rows = [Row(label=name, method=from_plain(base), run={})]
+    where = {"targets": study.targets, "train_also": study.train_also}
+    rows = [Row(label=name, method=from_plain(base), run={}, attach=where)]
     seen = {_identity(rows[0])}
     labels = {name}
     for spec in specs:
         label = spec.label or _label(spec)
         try:
-            row = Row(label=label, method=_row(base, spec, study), run=dict(spec.run))
+            own = {"targets": spec.targets, "train_also": spec.train_also}
+            where = {key: getattr(study, key) if value is None else value for key, value in own.items()}
+            row = Row(label=label, method=_row(base, spec, study), run=dict(spec.run), attach=where)
             settings_from(row.run)
         except LrkitError as error:
             raise LrkitError(f"row {label}: {error}") from None
@@ -393,7 +405,8 @@ def _check_size(study: Study) -> None:
 
 def _identity(row: Row) -> tuple[Any, ...]:
     # As text: a target of 1 is a count, one of 1.0 a share, and Python has them equal.
-    return repr(to_plain(row.method)), tuple(sorted((key, repr(value)) for key, value in row.run.items()))
+    run = tuple(sorted((key, repr(value)) for key, value in row.run.items()))
+    return repr(to_plain(row.method)), run, repr(row.attach)
 
 
 def _compose(base: Any, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -465,6 +478,8 @@ def _label(spec: RowSpec) -> str:
         words.insert(0, spec.base)
     words += [f"without {name}" for name in spec.leave_out]
     words += [f"run.{key}={_show(value)}" for key, value in spec.run.items()]
+    own = {"targets": spec.targets, "train_also": spec.train_also}
+    words += [f"{key}={_show(value)}" for key, value in own.items() if value is not None]
     return ", ".join(words) or "row"
 
 
@@ -489,6 +504,8 @@ def _show(value: Any) -> str:
         return f"{value['name']}({rest})" if rest else str(value["name"])
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return "+".join(value) or "none"
     return "none" if value is None else str(value)
 
 
@@ -499,6 +516,9 @@ def changes(base: Row, row: Row) -> list[dict[str, Any]]:
     """
     found = list(_differences(to_plain(base.method), to_plain(row.method), ""))
     found += [{"path": f"run.{key}", "base": base.run.get(key), "value": value} for key, value in row.run.items()]
+    for key, value in row.attach.items():
+        if value != base.attach[key]:
+            found.append({"path": key, "base": _show(base.attach[key]), "value": _show(value)})
     return found
 
 

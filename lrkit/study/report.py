@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 import attrs
 
+from lrkit.errors import cut
 from lrkit.study import charts
 from lrkit.study.charts import Style, minus
 from lrkit.study.pictures import grid_of
@@ -757,11 +758,11 @@ def _failures(study: _Study) -> str:
         if cell.status != "failed":
             continue
         text = cell.error or "no traceback was kept"
-        cut = f"… the last {_TRACEBACK:,} of {len(text):,} characters\n" if len(text) > _TRACEBACK else ""
+        lead = f"… the last {_TRACEBACK:,} of {len(text):,} characters\n" if len(text) > _TRACEBACK else ""
         parts.append(
             f"<details><summary>{study.name(cell.row)}, {escape(cell.task)}, seed {cell.seed}: "
             f"<code>{escape(cut(cell.error_line or text))}</code></summary>"
-            f"<pre>{escape(cut + text[-_TRACEBACK:])}</pre>{_link(cell, 'its folder')}</details>"
+            f"<pre>{escape(lead + text[-_TRACEBACK:])}</pre>{_link(cell, 'its folder')}</details>"
         )
     return "".join(parts)
 

@@ -314,6 +314,7 @@ def train(
     *,
     model: str = "minilm",
     targets: str | Sequence[str] = "all-linear",
+    train_also: str | Sequence[str] = "auto",
     settings: RunSettings | None = None,
     progress: Progress | None = None,
     done: "Callable[[Adapted], None] | None" = None,
@@ -330,6 +331,7 @@ def train(
         task: the task.
         model: ``"minilm"``, a folder or a hub id.
         targets: which layers, as `lrkit.attach` takes it.
+        train_also: which modules train in full, likewise.
         settings: how to train.
         progress: told of every step.
         done: called with the trained handle before the adapters are taken out again (to save them, say).
@@ -362,7 +364,7 @@ def train(
     net = pretrained.restart(settings.seed)
     # The adapters' start and dropout must not depend on what the head's start drew.
     torch.manual_seed(settings.seed)
-    adapted = attach(net, method, targets=targets)
+    adapted = attach(net, method, targets=targets, train_also=train_also)
     tell(f"training {steps:,} steps")
     threads = torch.get_num_threads()
     try:

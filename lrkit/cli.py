@@ -210,6 +210,9 @@ def ablate(
     report_to: Annotated[
         list[str] | None, typer.Option("--report-to", help="Trackers for the curves, such as tensorboard.")
     ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Of a study file: minilm (the first one is the default), paper, ...")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the rows, run nothing.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="The studies that ship.")] = False,
     as_json: Json = False,
@@ -220,20 +223,17 @@ def ablate(
 
     The same command again goes on with what is missing. lrkit ablate --list shows the studies that ship.
     """
-    from lrkit.study.plan import lay_out, read_study, shipped, study_from
+    from lrkit.study.plan import lay_out, read_study, study_from
+    from lrkit.study.shipped import catalogue, names
 
     if list_:
-        found = shipped()
-        if as_json:
-            _json(found)
-        else:
-            _table(["study", ""], [[name, title] for name, title in found.items()])
+        _list_studies(catalogue(), as_json)
         return
     if what is None:
         raise LrkitError("say what to ablate: a method's name, a .toml study file, or a study of `lrkit ablate --list`")
     changes = _changes(swap, task, data, model, seeds, targets, sets, leave_out, grid)
-    if what.endswith(".toml") or what in shipped():
-        given = read_study(what)
+    if what.endswith(".toml") or what in names():
+        given = read_study(what, profile=profile)
         # What the file says stays, but for what the command line says otherwise.
         import attrs
 
@@ -241,6 +241,10 @@ def ablate(
             if key in changes:
                 changes[key] = {**getattr(given, key), **changes[key]}
         study = study_from({**attrs.asdict(given), **changes}, what)
+    elif profile is not None:
+        raise LrkitError(
+            f'--profile is of a study file, and "{what}" is none: `lrkit ablate --list` shows which have any'
+        )
     else:
         study = study_from({"base": what, **changes}, "ablate")
     plan = lay_out(study)
@@ -524,6 +528,17 @@ def _changes(
     return changes
 
 
+def _list_studies(found: Sequence[Any], as_json: bool) -> None:
+    import attrs
+
+    if as_json:
+        _json({study.name: attrs.asdict(study) for study in found})
+        return
+    rows = [[study.name, study.title, ", ".join(study.profiles), study.distribution] for study in found]
+    _table(["study", "", "--profile", "from"], rows)
+    typer.echo("The first profile is the default: minilm is the embedded model and data, which need no network.")
+
+
 def _show_plan(plan: Any, as_json: bool) -> None:
     from lrkit.study.execute import check
     from lrkit.study.plan import changes
@@ -769,6 +784,8 @@ def _make(folder: Path) -> Path:
 
 
 def _where(value: Any) -> str:
+    if isinstance(value, str):
+        return "a text"  # of a study
     return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
 
 

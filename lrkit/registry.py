@@ -23,7 +23,7 @@ import pluggy
 from lrkit import hookspecs
 from lrkit.errors import LrkitError, LrkitWarning, nearest
 
-Kind = Literal["parameterization", "metric", "scheduler", "action", "method", "task", "executor"]
+Kind = Literal["parameterization", "metric", "scheduler", "action", "method", "task", "executor", "study"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 GROUP = "lrkit"
 _NAME = re.compile(r"[^\W\d_][\w.-]*(/[\w.-]+)*")
@@ -63,6 +63,11 @@ class Offer:
     value: Any
     distribution: str
     plugin: str
+
+
+def hook_of(kind: Kind) -> str:
+    """The name of the hook through which components of a kind come."""
+    return "lrkit_studies" if kind == "study" else f"lrkit_{kind}s"
 
 
 def _expected(kind: Kind) -> type | None:
@@ -173,7 +178,7 @@ class Registry:
         return None
 
     def _ask(self, plugin: object, kind: Kind, distribution: str, name: str) -> list[Offer]:
-        hook = f"lrkit_{kind}s"
+        hook = hook_of(kind)
         implementations = [i for i in getattr(self._manager.hook, hook).get_hookimpls() if i.plugin is plugin]
         if not implementations:
             return []
@@ -193,7 +198,10 @@ class Registry:
                     f'{hook}: a name begins with a letter, goes on with letters, digits, ".", "_", "-" and "/", and is no '
                     f"word for a value, unlike {key!r}"
                 )
-            if expected is None and not callable(value):
+            if kind == "study":
+                if not isinstance(value, str) and not hasattr(value, "read_text"):
+                    raise LrkitError(f'{hook}: "{key}" must be a path or the text of a TOML file, not {value!r}')
+            elif expected is None and not callable(value):
                 raise LrkitError(f'{hook}: "{key}" must be callable, not {value!r}')
             if expected is not None:
                 if not (isinstance(value, type) and issubclass(value, expected)):

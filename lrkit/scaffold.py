@@ -338,6 +338,16 @@ def show(
         raise LrkitError(f'nothing is registered as "{name}"{nearest(name, names)}; `lrkit plugins` lists what is')
     plain: list[dict[str, Any]] = []
     for offer in found:
+        if offer.kind == "study":
+            from lrkit.study.shipped import about as about_study
+
+            plain.append(
+                {"kind": "study", "name": name, "distribution": offer.distribution, "about": about_study(name)}
+            )
+            plain[-1]["settings"] = []
+            if not as_json:
+                typer.echo(f"study {name}, {offer.distribution}\n\n{plain[-1]['about']}\n")
+            continue
         about = (inspect.getdoc(offer.value) or "There is no description.").partition("Args:\n")[0].strip()
         prefix = "" if offer.kind == "method" else f"{offer.kind}."
         takes = [] if offer.kind in ("task", "executor") else settings_of(offer.value)

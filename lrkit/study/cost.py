@@ -58,7 +58,7 @@ def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], N
                 to_plain(plan.method(each, spec)),
                 spec,
                 plan.study.model,
-                plan.study.targets,
+                plan.targets(each),
                 attrs.asdict(plan.settings(each, spec, plan.seeds[0])),
             )
             for each in (plan.rows[0], row)

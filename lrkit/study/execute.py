@@ -79,7 +79,7 @@ def check(plan: Plan) -> dict[str, dict[str, Any]]:
             settings = plan.settings(row, spec, 0)
             steps = total_steps(settings, min(len(task.train), settings.train_rows or len(task.train)))
             try:
-                adapted = attach(net, plan.method(row, spec), targets=plan.study.targets)
+                adapted = attach(net, plan.method(row, spec), targets=plan.targets(row))
                 try:
                     adapted.check_schedule(steps)
                 finally:
@@ -109,7 +109,7 @@ def jobs_of(plan: Plan) -> list[Job]:
 
 def _cell(plan: Plan, row: Row, spec: TaskSpec, seed: int) -> Cell:
     run = attrs.asdict(plan.settings(row, spec, seed))
-    return make_cell(to_plain(plan.method(row, spec)), spec, plan.study.model, plan.study.targets, run)
+    return make_cell(to_plain(plan.method(row, spec)), spec, plan.study.model, plan.targets(row), run)
 
 
 def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, Any], folder: Path) -> None:
@@ -126,6 +126,7 @@ def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, Any], folder
         "base": 0,
         "rows": [
             {"label": row.label, "changes": changes(plan.rows[0], row), "method": to_plain(row.method), "run": row.run}
+            | ({} if row.targets is None else {"targets": row.targets})
             for row in plan.rows
         ],
         "tasks": [tasks[spec.name] for spec in plan.tasks],
@@ -154,6 +155,11 @@ def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, Any], folder
         write_json(folder / "study.json", mine if there is None else _joined(there, mine, folder))
 
 
+def _what(row: Mapping[str, Any]) -> str:
+    """What a row trains, as text."""
+    return canonical([row["method"], row.get("run", {}), row.get("targets")])
+
+
 def _joined(there: Mapping[str, Any], mine: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The plan that is there and this one: the same base, rows and cells of both."""
 
@@ -172,9 +178,7 @@ def _joined(there: Mapping[str, Any], mine: dict[str, Any], folder: Path) -> dic
     for index, row in enumerate(mine["rows"]):
         # The base is the base, whatever it is called.
         same = [i for i, r in enumerate(rows) if r["label"] == row["label"]] if index else [0]
-        if same and canonical([rows[same[0]]["method"], rows[same[0]].get("run", {})]) != canonical(
-            [row["method"], row["run"]]
-        ):
+        if same and _what(rows[same[0]]) != _what(row):
             raise refuse(f'row "{row["label"]}" is another method there')
         if not same:
             rows.append(row)

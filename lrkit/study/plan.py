@@ -5,9 +5,7 @@ line or from Python, it becomes the same `Plan`, and every method in it is built
 """
 
 import itertools
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +25,7 @@ from lrkit.method import (
     with_setting_of,
 )
 from lrkit.study.run import RunSettings, settings_from
+from lrkit.study.shipped import catalogue, check_required, names, parsed, text_of, with_profile
 
 if TYPE_CHECKING:
     from lrkit.tasks import Task
@@ -47,6 +46,7 @@ class RowSpec:
         swap: component or setting to value: ``{"metric": "magnitude"}``.
         leave_out: of ``"penalty"``, ``"policy"``, ``"also"``.
         run: settings of the run for this row alone, such as ``lr``.
+        targets: as `lrkit.attach` takes it; None for the study's.
     """
 
     label: str | None = None
@@ -55,6 +55,7 @@ class RowSpec:
     swap: dict[str, Any] = attrs.field(factory=dict)
     leave_out: list[str] = attrs.field(factory=list)
     run: dict[str, Any] = attrs.field(factory=dict)
+    targets: str | list[str] | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -66,7 +67,8 @@ class TaskSpec:
         data: a folder with ``{train,validation}.jsonl[.gz]``.
         metric: what scores a folder's task.
         run: settings of the run on this task alone.
-        set: settings of every row's method on this task alone, such as the schedule.
+        set: settings of every row's method on this task alone, such as the schedule. What a row changes itself stays, and a
+            row whose parts have no such setting is left as it is.
     """
 
     task: str | None = None
@@ -87,6 +89,8 @@ class Study:
 
     Args:
         base: a method's name, or a method as plain data.
+        label: what tables call the base; None for its name.
+        requires: distributions whose components it needs.
         title: for the report.
         note: for the report.
         set: settings of every row, as `RowSpec.set`.
@@ -103,6 +107,8 @@ class Study:
     """
 
     base: Any
+    label: str | None = None
+    requires: list[str] = attrs.field(factory=list)
     title: str = ""
     note: str = ""
     set: dict[str, Any] = attrs.field(factory=dict)
@@ -121,39 +127,36 @@ class Study:
 
 
 def shipped() -> dict[str, str]:
-    """Names of the study files that ship with lrkit, and their titles."""
-    folder = resources.files("lrkit") / "studies"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".toml"): tomllib.loads(f.read_text("utf-8")).get("title", "") for f in files}
+    """Names of the studies that ship with lrkit and installed plug-ins, and their titles."""
+    return {study.name: study.title for study in catalogue()}
 
 
-def read_study(source: str, changes: Mapping[str, Any] | None = None) -> Study:
+def read_study(source: str, changes: Mapping[str, Any] | None = None, *, profile: str | None = None) -> Study:
     """A study from a TOML file, or from one that ships.
 
     Args:
         source: a path that ends in ``.toml``, or a name in `shipped`.
         changes: what replaces the file's values, by field.
+        profile: one of the file's profiles; None for its first.
 
     Raises:
-        LrkitError: no such file, no TOML, an unknown key (with the nearest right one), or a value of the wrong type.
+        LrkitError: no such file, no TOML, no such profile, an unknown key (with the nearest right one), a value of the wrong
+            type, or a plug-in that it needs and that is not installed.
     """
     path = Path(source)
-    if source in shipped() and not path.exists():
-        text = (resources.files("lrkit") / "studies" / f"{source}.toml").read_text("utf-8")
+    if source in names() and not path.exists():
+        text = text_of(source)
     else:
         try:
             text = path.read_text("utf-8")
         except FileNotFoundError:
             raise LrkitError(
-                f'study "{source}": no such file{nearest(source, shipped())}; a study is a .toml file or one of '
-                f"{', '.join(shipped())}"
+                f'study "{source}": no such file{nearest(source, names())}; a study is a .toml file or one of '
+                f"{', '.join(names())}"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise LrkitError(f'study "{source}" cannot be read: {error}') from None
-    try:
-        plain = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise LrkitError(f"{source}: no TOML: {error or 'nested too deeply'}") from None
+    plain = with_profile(parsed(text, source), profile, source)
     return study_from(plain | dict(changes or {}), source)
 
 
@@ -167,7 +170,7 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
     Raises:
         LrkitError: an unknown key (with the nearest right one), or a value of the wrong type.
     """
-    data = dict(plain)
+    data = with_profile(plain, None, where)
     if "task" in data and "tasks" not in data:
         data["tasks"] = [data.pop("task")]
     if isinstance(data.get("tasks"), list):
@@ -175,6 +178,7 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
     if "base" not in data:
         raise LrkitError(f"{where}: base is missing: the method that rows are compared with")
     study: Study = _structure(data, Study, where)
+    check_required(study.requires, where)
     for spec in study.tasks:
         if (spec.task is None) == (spec.data is None):
             raise LrkitError(f"{where}: tasks: each has either task (a name) or data (a folder)")
@@ -223,6 +227,7 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
 
     converter.register_structure_hook(int | list[int], seeds)
     converter.register_structure_hook(str | list[str], names)
+    converter.register_structure_hook(str | list[str] | None, lambda value, hint: value and names(value, hint))
     converter.register_structure_hook_func(lambda t: str(t).startswith("dict["), table)
 
     def some(value: Any, hint: Any) -> Any:
@@ -281,11 +286,15 @@ class Row:
         label: what tables call it; unique in the study.
         method: the method.
         run: settings of its runs that differ from the study's.
+        targets: as `lrkit.attach` takes it; None for the study's.
+        own: paths of the method's settings that the row itself changes.
     """
 
     label: str
     method: Method
     run: dict[str, Any]
+    targets: str | list[str] | None = None
+    own: frozenset[str] = frozenset()
 
 
 @attrs.frozen(kw_only=True)
@@ -315,12 +324,14 @@ class Plan:
         """A row's method on a task, with the task's own settings."""
         plain = to_plain(row.method)
         for path, value in task.set.items():
-            # A task's schedule means nothing to a row without one.
-            owner = path.split(".", 1)[0]
-            if owner in FIELDS and plain[owner] is None:
-                continue
-            plain = with_setting(plain, path, value)
+            # The row comes after the task; and a task's schedule means nothing to a row without one.
+            if path not in row.own and (row is self.rows[0] or _has(plain, path)):
+                plain = with_setting(plain, path, value)
         return from_plain(plain)
+
+    def targets(self, row: Row) -> str | list[str]:
+        """Which layers a row adapts."""
+        return self.study.targets if row.targets is None else row.targets
 
 
 def lay_out(study: Study) -> Plan:
@@ -338,14 +349,15 @@ def lay_out(study: Study) -> Plan:
     specs = [RowSpec(swap=each) for each in (combinations if study.grid and study.swap else singles)]
     specs += [RowSpec(leave_out=[name]) for name in study.leave_out]
     specs += study.rows
-    name = study.base if isinstance(study.base, str) else "base"
+    name = study.label or (study.base if isinstance(study.base, str) else "base")
     rows = [Row(label=name, method=from_plain(base), run={})]
     seen = {_identity(rows[0])}
     labels = {name}
     for spec in specs:
         label = spec.label or _label(spec)
         try:
-            row = Row(label=label, method=_row(base, spec, study), run=dict(spec.run))
+            method, own = _row(base, spec, study)
+            row = Row(label=label, method=method, run=dict(spec.run), targets=spec.targets, own=own)
             settings_from(row.run)
         except LrkitError as error:
             raise LrkitError(f"row {label}: {error}") from None
@@ -369,16 +381,13 @@ def lay_out(study: Study) -> Plan:
         for row in rows:
             plan.settings(row, task, 0)
             plan.method(row, task)
-            for change in changes(rows[0], row):
-                for path in task.set:
-                    if change["path"] == path:
-                        raise LrkitError(f"task {task.name}: set {path} would undo what row {row.label} changes")
     return plan
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
     # As text: a target of 1 is a count, one of 1.0 a share, and Python has them equal.
-    return repr(to_plain(row.method)), tuple(sorted((key, repr(value)) for key, value in row.run.items()))
+    run = tuple(sorted((key, repr(value)) for key, value in row.run.items()))
+    return repr(to_plain(row.method)), run, repr(row.targets)
 
 
 def _compose(base: Any, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -393,8 +402,22 @@ def _compose(base: Any, settings: Mapping[str, Any], where: str) -> dict[str, An
     return plain
 
 
-def _row(base: Mapping[str, Any], spec: RowSpec, study: Study) -> Method:
+def _has(plain: Any, path: str) -> bool:
+    """Whether there is anything at a path in a method's plain data."""
+    for key in path.split("."):
+        if isinstance(plain, list) and key.isdecimal() and int(key) < len(plain):
+            plain = plain[int(key)]
+        elif isinstance(plain, Mapping) and key in plain:
+            plain = plain[key]
+        else:
+            return False
+    return True
+
+
+def _row(base: Mapping[str, Any], spec: RowSpec, study: Study) -> tuple[Method, frozenset[str]]:
+    """A row's method, and the paths of what the row itself changes in its base."""
     source, plain = (study.base, dict(base)) if spec.base is None else (spec.base, _compose(spec.base, {}, "base"))
+    before = dict(plain)
     known = arguments_of(source) if isinstance(source, str) else []
     # Arguments of the method's function come first (they move several settings together), settings of the row last.
     arguments = {key: value for key, value in {**spec.swap, **spec.set}.items() if key in known}
@@ -408,7 +431,11 @@ def _row(base: Mapping[str, Any], spec: RowSpec, study: Study) -> Method:
     for path, value in spec.set.items():
         if path not in arguments:
             plain = with_setting(plain, path, value)
-    return from_plain(plain)
+    method = from_plain(plain)
+    own = {change["path"] for change in _differences(before, to_plain(method), "")}
+    own |= {path for path in spec.set if "." in path}
+    own |= {f"{path}.{key}" for path, value in spec.swap.items() if isinstance(value, Mapping) for key in value}
+    return method, frozenset(own)
 
 
 def _check_path(base: Mapping[str, Any], path: str, study: Study) -> None:
@@ -484,6 +511,8 @@ def changes(base: Row, row: Row) -> list[dict[str, Any]]:
     """
     found = list(_differences(to_plain(base.method), to_plain(row.method), ""))
     found += [{"path": f"run.{key}", "base": base.run.get(key), "value": value} for key, value in row.run.items()]
+    if row.targets != base.targets:
+        found.append({"path": "targets", "base": base.targets, "value": row.targets})
     return found
 
 

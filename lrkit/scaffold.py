@@ -232,6 +232,9 @@ def _component(offer: "Offer", collision: str) -> Component:
         return Component(kind=offer.kind, name=offer.name, kept=None, note=collision)
     if offer.kind == "task":
         return Component(kind=offer.kind, name=offer.name, kept=None, note="loading it may need the network")
+    if offer.kind == "study":
+        note = f"lrkit ablate {offer.name} --dry-run checks it"
+        return Component(kind=offer.kind, name=offer.name, kept=None, note=note)
     if offer.kind not in CONTRACTS:
         return Component(kind=offer.kind, name=offer.name, kept=None, note="there is no contract for it")
     try:

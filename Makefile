@@ -4,6 +4,8 @@
 # a finished one:
 #   .venv/.dependencies  every pin of constraints.txt is installed; missing -> .venv is made anew
 #   .venv/.installed     lrkit and plugins/* are installed, as wheels, from the sources as they are now
+# .venv-integrations (trainers and quantisers that lrkit works with) and .venv-lowest (the oldest versions that
+# pyproject.toml admits) are built alike, by hand: `make test-integrations`, `make test-lowest`.
 # Tests, docs and demo use the installed wheel, not the source folder (python -P keeps the current folder off sys.path).
 
 PY       := .venv/bin/python
@@ -13,10 +15,10 @@ SOURCES  := pyproject.toml README.md LICENSE $(shell find lrkit $(PLUGINS) -name
 ARGS     ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs clean
+.PHONY: help setup demo test test-integrations test-lowest fuzz mutants check bench docs clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 26
 
 setup: .venv/.installed ## build .venv with the pinned dependencies and lrkit (first time: one to two minutes)
 	@echo "lrkit: .venv is ready"
@@ -52,6 +54,37 @@ demo: .venv/.installed ## fine-tune MiniLM on movie sentences with four methods:
 test: .venv/.installed ## all tests, the documents' examples included (ARGS="-k freeze" for some)
 	@$(PY) -P -m pytest -q -n 2 --dist loadfile $(ARGS)
 
+test-integrations: .venv-integrations/.installed ## lrkit beside TRL, Lightning, bitsandbytes, torchao, quanto, ... (by hand)
+	@.venv-integrations/bin/python -P -m pytest -q tests/integrations $(ARGS)
+
+test-lowest: .venv-lowest/.installed ## all tests with the lowest versions that lrkit admits (by hand; torch there is 5 GB)
+	@.venv-lowest/bin/python -P -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+fuzz: .venv/.installed ## 4,000 bad inputs: each must be refused in one line (ARGS="--seed 1")
+	@$(PY) -P tests/fuzz.py $(ARGS)
+
+mutants: .venv/.installed ## change the core's formulas one at a time: the tests must see it
+	@$(PY) -P tests/mutants.py $(ARGS)
+
+.venv-integrations/.dependencies: .venv/.dependencies constraints.txt constraints-integrations.txt
+	@$(call venv,.venv-integrations)
+	@.venv-integrations/bin/python -m pip -qq install -c constraints.txt pip setuptools torch
+	@.venv-integrations/bin/python -m pip -qq install --no-deps -r constraints.txt -r constraints-integrations.txt
+	@touch $@
+
+.venv-lowest/.dependencies: .venv/.dependencies constraints-lowest.txt
+	@$(call venv,.venv-lowest)
+	@.venv-lowest/bin/python -m pip -qq install --no-deps -r constraints-lowest.txt
+	@touch $@
+
+.venv-integrations/.installed .venv-lowest/.installed: %/.installed: %/.dependencies $(SOURCES)
+	@$*/bin/python -m pip -qq install --no-deps --no-build-isolation --force-reinstall . $(PLUGINS)
+	@touch $@
+
+# A new environment with the Python of .venv
+venv = rm -rf $(1); echo "lrkit: setting up $(1)"; $(PY) -m venv $(1) >/dev/null 2>&1 || \
+  { $(PY) -m venv --clear --without-pip $(1) && $(PY) -m pip -qq --python $(1)/bin/python install pip; }
+
 check: .venv/.installed ## lint, format, types, documentation
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -69,5 +102,5 @@ bench: .venv/.installed ## every benchmark in tests/bench, and one table (12 min
 	$(PY) -P tests/bench/report.py "$$out"; echo "figures: $$out/all.json"
 
 clean: ## remove .venv, caches and the built documentation
-	rm -rf .venv docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .venv-integrations .venv-lowest docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

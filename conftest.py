@@ -24,8 +24,11 @@ import pytest  # noqa: E402
 from sybil import Sybil  # noqa: E402
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser  # noqa: E402
 
-# "ci" tries the same examples every time; HYPOTHESIS_PROFILE=explore tries new ones, and more.
+# "ci" tries the same examples every time, "first" as well; HYPOTHESIS_PROFILE=explore tries new ones, and more.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, print_blob=True)
+hypothesis.settings.register_profile(  # tests/mutants.py asks whether a test fails, not what the least example is
+    "first", parent=hypothesis.settings.get_profile("ci"), phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
+)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=500, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

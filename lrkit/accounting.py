@@ -4,7 +4,10 @@ Counting needs no weights: on the meta device a model of any size is attached to
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -77,14 +80,17 @@ def count(method: "Method", model: nn.Module, *, total_steps: int, **attach_sett
         )
         start = sum(p.numel() for p in adapted.adapter_parameters())
         series = [_removed(adapted, index, total_steps) for index in range(len(method.policies))]
-        most, least, mean = _together(adapted, series, total_steps)
+        times, most, least, mean = _together(adapted, series, total_steps)
         return ParameterCount(
             layers=len(adapted.adapters),
             start=start,
             end=start - mean[-1],
-            average=start - math.fsum(mean) / total_steps,
+            average=start - math.fsum(map(mul, times, mean)) / total_steps,
             end_range=(start - most[-1], start - least[-1]),
-            average_range=(start - sum(most) / total_steps, start - sum(least) / total_steps),
+            average_range=(
+                start - sum(map(mul, times, most)) / total_steps,
+                start - sum(map(mul, times, least)) / total_steps,
+            ),
             core=core,
             head=head,
             model=plain,
@@ -110,16 +116,16 @@ class _Removed:
 
 
 def _together(
-    adapted: Adapted, series: Sequence[Sequence[_Removed]], total_steps: int
-) -> tuple[list[int], list[int], list[float]]:
-    """What all policies take out of training at each step: the most, the least, and the mean.
+    adapted: Adapted, series: Sequence[Sequence[tuple[int, _Removed]]], total_steps: int
+) -> tuple[list[int], list[int], list[int], list[float]]:
+    """What all policies take out of training, by spans of equal steps: how many steps, the most, the least, and the mean.
 
     Policies may take the same entries. The most is then their sum, but no more than there is; the least is the larger
     one; and in the mean an entry stays with the product of the shares that are kept. What is added counts as taken out
     below zero.
     """
     if not series:
-        return [0] * total_steps, [0] * total_steps, [0.0] * total_steps
+        return [total_steps], [0], [0], [0.0]
     sizes: dict[int, int] = {}
     policies: dict[int, tuple[int, ...]] = {}
     for index, state in enumerate(adapted._controller.policies):
@@ -131,18 +137,27 @@ def _together(
     for key, who in policies.items():
         groups[who] = groups.get(who, 0) + sizes[key]
     everything = sum(sizes.values())
-    steps = list(zip(*series, strict=True))
+    times, steps = _joined(series)
     most = [min(everything, sum(r.most for r in step)) for step in steps]
     least = [max(0, *(r.least for r in step)) + sum(min(0, r.least) for r in step) for step in steps]
     mean = [
         math.fsum(size * (1 - math.prod(1 - step[i].share for i in who)) for who, size in groups.items())
         for step in steps
     ]
-    return most, least, mean
+    return times, most, least, mean
 
 
-def _removed(adapted: Adapted, index: int, total_steps: int) -> list[_Removed]:
-    """Parameters out of training during each step (1, 2, ...) by one policy; below zero where it adds some."""
+def _joined(series: Sequence[Sequence[tuple[int, _Removed]]]) -> tuple[list[int], list[tuple[_Removed, ...]]]:
+    """Spans of several policies cut at the same steps: how many steps each, and what the policies take out."""
+    ends = [list(accumulate(times for times, _ in each)) for each in series]
+    cuts = sorted({end for each in ends for end in each})
+    times = [end - begin for begin, end in pairwise([0, *cuts])]
+    columns = [[each[bisect_left(e, cut)][1] for cut in cuts] for each, e in zip(series, ends, strict=True)]
+    return times, list(zip(*columns, strict=True))
+
+
+def _removed(adapted: Adapted, index: int, total_steps: int) -> list[tuple[int, _Removed]]:
+    """Parameters out of training by one policy, by spans of equal steps; below zero where it adds some."""
     state = adapted._controller.policies[index]
     budgeted = state.policy.action.budgeted
     sizes = sorted(size for block in state.blocks for size in _unit_sizes(block))
@@ -151,16 +166,22 @@ def _removed(adapted: Adapted, index: int, total_steps: int) -> list[_Removed]:
         below.append(below[-1] + size)
     removed = []
     # During a step trains what the decision after the step before has left.
-    for there, cut, _ in state.course(total_steps)[:-1]:
+    for times, there, cut, _ in _but_last(state.course(total_steps)):
         if not budgeted:
             # How many go is known only after a run: none, or all of them once the schedule has begun.
-            removed.append(_Removed(0, below[-1] if cut else 0, 0.0))
+            removed.append((times, _Removed(0, below[-1] if cut else 0, 0.0)))
             continue
         gone = min(cut, state.units)
         new = there - (state.units - gone)
         least, most = below[gone] - new * sizes[-1], below[-1] - below[-1 - gone] - new * sizes[0]
-        removed.append(_Removed(least, most, 1 - there / state.units))
+        removed.append((times, _Removed(least, most, 1 - there / state.units)))
     return removed
+
+
+def _but_last(spans: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """Spans without the state after the last step."""
+    times, there, cut, added = spans[-1]
+    return [*spans[:-1], *([(times - 1, there, cut, added)] if times > 1 else [])]
 
 
 def _unit_sizes(block: Block) -> list[int]:

@@ -3,28 +3,41 @@
 import copy
 import functools
 import json
+import math
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lrkit import checkpoint, parallel
+from lrkit import checkpoint, liveness, parallel, pretrained, states
+from lrkit.behaviour import is_exact
+from lrkit.binding import Binding, unwrapped
 from lrkit.controller import Controller, Decision
-from lrkit.errors import LrkitError
+from lrkit.coverage import TOLD_FROM, coverage, percent
+from lrkit.errors import LrkitError, LrkitWarning, shown
+from lrkit.foresight import check_fresh, check_room, weightless
+from lrkit.gradients import Unclipped
+from lrkit.heads import check_trainable, find_head, head_parameters, tell_tied
+from lrkit.masters import Masters
 from lrkit.method import Method, from_plain, to_plain
 from lrkit.parameterizations import Parameterization, Target
+from lrkit.penalty import Penalty, looks
+from lrkit.precision import is_plain
+from lrkit.reference import Reference, without
 from lrkit.summary import Summary, summarize
-from lrkit.targets import find_head, find_targets
+from lrkit.targets import find_targets, listing
 from lrkit.units import resize
 
-_FORMAT = 1
 _MARK = "_lrkit_adapted"
 _AROUND = "lrkit_around"
+_ASIDE = "_lrkit_aside"
 
 
 def attach(
@@ -45,8 +58,8 @@ def attach(
         targets: ``"all-linear"`` for every linear map inside the transformer's blocks (of these the ones that the
             parameterization chooses, where it has places of its own), a regular expression that matches whole layer
             names, or a list of names or name suffixes.
-        train_also: ``"auto"`` for the task head (classifier, score, pooler), or a list of names or name suffixes of
-            modules that train in full; an empty list for none.
+        train_also: ``"auto"`` for the task head that is new (classifier, score, and the pooler before it), or a list of
+            names or name suffixes of modules that train in full; an empty list for none.
 
     Returns:
         The handle on what was attached.
@@ -69,6 +82,11 @@ def check_model(model: nn.Module) -> None:
         hook = getattr(module, "_hf_hook", None)
         if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
             raise LrkitError(f"{name or 'the model'} is offloaded by accelerate: load the model without offloading")
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            raise LrkitError(
+                f"{name or 'the model'} is PEFT's own ({type(module).__name__}): take PEFT's adapters out first "
+                "(merge_and_unload() or unload()), or let lrkit.from_peft read the folder that PEFT saved"
+            )
     if any(getattr(module, _MARK, False) for module in model.modules()):
         raise LrkitError(
             "this model already carries adapters: detach() or merge() them first (and copy a model before attach, not after)"
@@ -86,10 +104,18 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> "Adapted":
         LrkitError: no such file, a truncated or foreign one, or one that does not fit this model. The model is then as
             it was.
     """
-    state = checkpoint.read(Path(folder))
-    meta = _meta(state)
-    check_model(model)
-    adapted = Adapted(model, from_plain(meta["method"]), meta["targets"], meta["head"], exact=True)
+    with checkpoint.stored(Path(folder)) as stored:
+        meta = states.meta_of({"meta": stored.meta, "tensors": {}})
+        states.check_data(meta)
+        method = from_plain(meta["method"])
+        check_model(model)
+        if (twin := weightless(model)) is not None:
+            found, _ = _find(twin, method.parameterization, meta["targets"], exact=True)
+            given = sum(math.prod(shape) for name, shape in stored.shapes.items() if name.startswith("weight."))
+            grows = any(policy.action.grows for policy in method.policies)
+            check_fresh(twin, found, method.parameterization, given, meta, grows)
+        state = stored.state()
+    adapted = Adapted(model, method, meta["targets"], meta["head"], exact=True)
     try:
         adapted.load_state_dict(state)
     except BaseException:
@@ -118,23 +144,30 @@ class Adapted:
         *,
         exact: bool = False,
     ) -> None:
-        found = _find(model, method.parameterization, targets, exact)
+        found, offered = _find(model, method.parameterization, targets, exact)
+        check_room(found, method.parameterization)
         self.model, self.method = model, method
         self._base = _base(model)  # now: a forward pass writes into its config
         self.head = find_head(model, train_also, exact=exact)
         parameterization = method.parameterization
         own = set(parameterization.own_parameters(model))
-        head = tuple(f"{name}." for name in self.head)
         self._check_apart([target.name for target in found])
-        trained_own = {n: p for n, p in model.named_parameters() if n in own or n.startswith(head or ("\0",))}
+        head_ids = {id(p) for p in head_parameters(model, self.head)}
+        trained_own = {n: p for n, p in model.named_parameters() if n in own or id(p) in head_ids}
+        check_trainable(trained_own)
         before = [(p, p.requires_grad) for p in model.parameters()]
         buffers = {id(buffer) for buffer in model.buffers()}
         self.adapters: dict[str, nn.Module] = dict(parameterization.adapt_model(model, found))
         self.around = self.adapters.pop("", None)
         self._check_apart(self.adapters)
+        self.coverage = coverage(model, self.adapters, trained_own.values())
+        self._offer = coverage(model, [t.name for t in offered], trained_own.values()) if offered else None
+        if not exact:
+            self._tell_left_out(targets)
+            tell_tied(model, self.head)
         # From here on the model is changed; what could be refused was refused above, except by the controller.
         self._before = before
-        self._copies = [(p, p.detach().clone()) for p in trained_own.values()]
+        self._masters = Masters(model, trained_own)
         self._originals = {name: model.get_submodule(name) for name in self.adapters}
         self._places = _places(model, {n: m for n, m in self._originals.items() if self.adapters[n] is not m})
         put_in = [*self.adapters.values(), *([] if self.around is None else [self.around])]
@@ -150,25 +183,52 @@ class Adapted:
             setattr(parent, attribute, self.adapters[name])
         if self.around is not None:
             _surround(model, self.around)
+        self._notice_saves = pretrained.SaveNotice(model, [name for name, _, _ in self._places])
+        self._off = 0
+        self._wrapped: Any = None
+        self._wrapper_hook: Any = None
         self._alive = True
         setattr(model, _MARK, True)
         lasting = model.state_dict().keys()
         self._fresh_buffers = [n for n, b in model.named_buffers() if id(b) not in buffers and n in lasting]
-        self._head_ids = {id(p) for n, p in trained_own.items() if n.startswith(head or ("\0",))}
+        self._head_ids = head_ids
         self._saved_ids = fresh | {id(p) for p in trained_own.values()}
         self._trained_ids = {id(p) for p in model.parameters() if p.requires_grad}
-        self._bound: torch.optim.Optimizer | None = None
+        self._binding: Binding | None = None
         self._last: Callable[[], torch.optim.Optimizer | None] = lambda: None
-        self._handles: list[Any] = []
-        self._penalties = 0
-        self._skipped = self._stepping = False
+        self._unclipped: Unclipped | None = None
         self._ddp: Any = None
+        self._penalty = Penalty(
+            lambda: parameterization.penalty(list(self.adapters.values())),
+            self.adapter_parameters(),
+            parameterization.penalty_weight,
+            lambda key, message: self._controller.warn(key, message),
+        )
         try:
             self._controller = Controller(method, self.adapters, self._trained_ids)
-        except BaseException:
+        except BaseException as error:
             self.detach()
+            if isinstance(error, LrkitError) and self._offer is not None and targets == "all-linear":
+                raise LrkitError(f"{error}{self._offer.words}") from None
             raise
+        self._dtypes = {id(p): p.dtype for p in self.parameters()}
+        penalized = parameterization.penalty_weight is not None
+        others = self.head_parameters()
+        self._controller.liveness = liveness.Liveness(self.adapters, self._trained_ids, others, whole=penalized)
+        liveness.watch(self, Adapted._first_look)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._wrapper_hook = model.register_forward_pre_hook(self._see_wrapper)
         self._watch()
+
+    def _tell_left_out(self, targets: str | Sequence[str]) -> None:
+        """Say what "all linear layers" leaves out, where it is not a little."""
+        if self._offer is not None and targets == "all-linear" and 1 - self._offer.share > TOLD_FROM:
+            warnings.warn(
+                f'targets="all-linear" adapts {percent(self._offer.share)} of the weights in the blocks of '
+                f"{type(self.model).__name__}{self._offer.words}",
+                LrkitWarning,
+                stacklevel=4,
+            )
 
     def _check_apart(self, layers: Iterable[str]) -> None:
         head = tuple(f"{name}." for name in self.head)
@@ -203,88 +263,124 @@ class Adapted:
         """The head alone."""
         return [p for p in self.parameters() if id(p) in self._head_ids]
 
-    def bind(self, optimizer: torch.optim.Optimizer, *, total_steps: int) -> None:
+    def bind(
+        self,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        *,
+        total_steps: int,
+        penalty: Literal["loss", "gradient"] = "loss",
+        scaler: Any = None,
+    ) -> None:
         """Tie the method to an optimizer. From here on it runs by itself, at every real optimizer step.
 
         Args:
-            optimizer: the one that trains `parameters`.
-            total_steps: optimizer steps of the whole run, those before a resume included.
+            optimizer: the one that trains `parameters`; or several that together do (Muon and AdamW, say), each of which
+                steps once per step of the method: metrics observe before the first of them steps, and decisions follow the
+                last one's step.
+            total_steps: optimizer steps of the whole run, those before a resume included. Once every schedule of the method
+                has ended, a run may be bound for more steps than it was begun with.
+            penalty: ``"loss"``: the caller trains on ``loss + adapted.penalty()``. ``"gradient"``: the penalty's gradient is
+                added to the factors' in every step that `begin_step` announces, whoever computes the loss.
+            scaler: the ``GradScaler`` that multiplies the loss, if there is one. Only `penalty` ``"gradient"`` and a
+                metric that measures ``"before-clipping"`` need to know.
 
         Raises:
-            LrkitError: already bound, an optimizer without the adapters' parameters, or a schedule that does not fit.
+            LrkitError: already bound, optimizers that do not hold all that the method trains, a closure-only optimizer
+                (LBFGS, at its first step), a way of training in parallel that cannot work, or a schedule that does not fit.
         """
         self._check_alive()
-        # accelerate wraps the optimizer; the steps that count are those of the one inside.
-        while not isinstance(optimizer, torch.optim.Optimizer) or isinstance(
-            getattr(optimizer, "optimizer", None), torch.optim.Optimizer
-        ):
-            inner = getattr(optimizer, "optimizer", None)
-            if inner is None:
-                raise LrkitError(f"bind takes a torch optimizer, not {type(optimizer).__name__}")
-            optimizer = inner
-        if self._bound is not None:
+        optimizers = unwrapped(optimizer)
+        if self._binding is not None:
             raise LrkitError("already bound to an optimizer: call unbind() first")
         if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
             raise LrkitError(f"total_steps must be an int of at least 1, not {total_steps!r}")
-        if self.method.policies:
-            now = [p for module in self.adapters.values() for p in module.parameters()]
-            reason = parallel.refusal(self.model, now, optimizer)
-            if reason is not None:
+        if penalty not in ("loss", "gradient"):
+            raise LrkitError(f'penalty must be "loss" or "gradient", not {penalty!r}')
+        for each in optimizers:
+            if reason := parallel.refusal(self.model, each, adaptive=bool(self.method.policies)):
                 raise LrkitError(reason)
         if len(list(self.named_parameters())) != len(self._trained_ids):
             raise LrkitError(
                 "the model's parameters are no longer those that were attached: something (FSDP, quantization, a cast that "
                 "makes new ones) has replaced them"
             )
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
         missing = [n for n, p in self.named_parameters() if p.requires_grad and id(p) not in held]
         if missing:
             raise LrkitError(
                 f"the optimizer does not hold {len(missing)} of the parameters that the method trains, such as "
                 f'"{missing[0]}": make it from adapted.parameters()'
             )
-        controller = self._controller
-        if controller.total_steps is not None and controller.step and controller.total_steps != total_steps:
-            raise LrkitError(
-                f"total_steps={total_steps}, but this run was begun with {controller.total_steps}: "
-                "the schedule would be another one"
-            )
-        controller.begin(total_steps)
-        self._bound = optimizer
-        self._last = weakref.ref(optimizer)
-        # The hooks hold the handle, so that the method runs on where the caller keeps only model and optimizer.
+        for name, p in self.named_parameters():
+            states = [value for each in optimizers for value in each.state.get(p, {}).values()]
+            if any(isinstance(value, Tensor) and not _belongs(value.shape, p.shape) for value in states):
+                raise LrkitError(
+                    f"the optimizer's state for {name} is not of its shape {list(p.shape)}: make a new optimizer"
+                )
+        if refusal := self._controller.objection(total_steps):
+            raise LrkitError(refusal)
+        self._controller.begin(total_steps)
+        binding = Binding(
+            optimizers,
+            list(self.parameters()),
+            self._before_step,
+            self._after_step,
+            self._controller.warn,
+            adaptive=bool(self.method.policies) or self.has_penalty,
+        )
+        self._binding, self._last = binding, binding.last()
         self._watch()
-        self._handles = [
-            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(optimizer, args, kwargs)),
-            optimizer.register_step_post_hook(lambda *_: self._after_step(optimizer)),
-        ]
+        scale: Callable[[], float] = (lambda: 1.0) if scaler is None else scaler.get_scale
+        if self.has_penalty and penalty == "gradient":
+            for handle in self._penalty.add_in_backward(scale):
+                binding.hold(handle)
+        self._scale = None if scaler is None else scale
+        self._keep_gradients()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._handles.append(self.model.register_forward_pre_hook(self._meet_ddp))
+            binding.hold(self.model.register_forward_pre_hook(self._meet_ddp))
+
+    def begin_step(self) -> None:
+        """Make ready for the backward passes of one optimizer step, if bound with ``penalty="gradient"``."""
+        self._penalty.begin()
 
     def check_schedule(self, total_steps: int) -> None:
-        """Raise LrkitError where a schedule of the method does not fit a run of so many steps; change nothing else."""
+        """Raise LrkitError if a schedule of the method does not fit a run of so many steps; change nothing else."""
         self._check_alive()
         self._controller.check_schedules(total_steps)
 
-    def unbind(self) -> None:
-        """Let go of the optimizer. What was decided stays; `bind` goes on from here."""
-        if self._bound is not None and (unfinished := self._controller.unfinished()):
-            self._controller.warn("unfinished", unfinished)
-        self._unbind()
-
     def hold(self, handle: Any) -> None:
         """Remove a hook's handle when the optimizer is let go of: what an integration hung on the model for this run."""
-        self._handles.append(handle)
+        if self._binding is not None:
+            self._binding.hold(handle)
+
+    def unbind(self, *, quietly: bool = False) -> None:
+        """Let go of the optimizer. What was decided stays; `bind` goes on from here.
+
+        Args:
+            quietly: say nothing of a schedule that has not ended.
+        """
+        if self._binding is not None and not quietly:
+            self.check_finished()
+        self._unbind()
+
+    def check_finished(self) -> None:
+        """Warn once if a schedule has not ended, so that the budget is not reached: for those that take the adapters on."""
+        self._check_alive()
+        if unfinished := self._controller.unfinished():
+            self._controller.warn("unfinished", unfinished)
 
     def _unbind(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._bound, self._ddp, self._stepping = [], None, None, False
+        if self._binding is not None:
+            self._binding.release()
+        if self._unclipped is not None:
+            self._unclipped.remove()
+        self._penalty.end()
+        self._binding = self._unclipped = self._ddp = None
         self._watch()
 
     def _watch(self) -> None:
         """Look out for an optimizer that steps the adapters' parameters, and to which the method is not bound."""
-        if self._alive and (self.method.policies or self.has_penalty):
+        if self._alive:
             _look_out()
             _watching.add(self)
         else:
@@ -292,16 +388,58 @@ class Adapted:
 
     def _notice(self, optimizer: torch.optim.Optimizer) -> None:
         # Within the bound one's step another may step: one that it wraps.
-        if self._alive and optimizer is not self._bound and not self._stepping and self._steps_mine(optimizer):
+        bound = self._binding
+        if not self._alive or (bound is not None and (optimizer in bound.optimizers or bound.stepping)):
+            return
+        if not self._steps_mine(optimizer):
+            return
+        if reason := parallel.refusal(self.model, optimizer, adaptive=False):
+            raise LrkitError(reason)
+        if self.method.policies or self.has_penalty:
             self._controller.warn(
                 "unbound",
                 "an optimizer steps the adapters' parameters, but the method is not bound to it: nothing is adaptive. "
                 "Call adapted.bind(optimizer, total_steps=...) before training",
             )
+        else:
+            _watching.discard(self)  # nothing more to notice
 
     def _steps_mine(self, optimizer: torch.optim.Optimizer) -> bool:
         mine = {id(p) for p in self.adapter_parameters()}
         return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+
+    def _first_look(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before the first step with gradients: name what trains and has none."""
+        if not self._alive or not self._trains_mine(optimizer):
+            return
+        self._controller.look()
+        dead = self._controller.liveness.dead
+        if dead is None and self.adapters:
+            return
+        liveness.leave(self)
+        self._tell_cast()
+        heads = {name: list(head_parameters(self.model, [name])) for name in self.head}
+        silent = liveness.unreached(heads)
+        if silent:
+            self._controller.warn(
+                "head",
+                f"no gradient reaches {listing(silent)}, which trains in full: the loss does not depend on it. Leave it out "
+                "with train_also",
+            )
+        ddp = self._ddp or self._wrapped
+        if ddp is not None and (dead or silent) and not (ddp.find_unused_parameters or ddp.static_graph):
+            raise LrkitError(
+                f"no gradient reaches {listing([*(dead or []), *silent])}, and DDP waits for it, so that others are not "
+                "averaged: leave it out (targets, train_also), or use DistributedDataParallel(..., "
+                "find_unused_parameters=True)"
+            )
+
+    def _trains_mine(self, optimizer: torch.optim.Optimizer) -> bool:
+        return any(id(p) in self._trained_ids for group in optimizer.param_groups for p in group["params"])
+
+    def _see_wrapper(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._wrapped = parallel.wrapper() or self._wrapped
 
     def _meet_ddp(self, *_: Any) -> None:
         # While torch.compile traces there is nothing to meet: the wrapper's own forward is not traced with the model.
@@ -310,52 +448,52 @@ class Adapted:
                 raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
             self._ddp = parallel.wrapper() or self._ddp
 
+    def _before_step(self, scale: Tensor | None) -> None:
+        unclipped, step = self._unclipped, self.step + 1
+        if self.has_penalty:
+            self._penalty.check_arrival()
+            window = looks(self.total_steps or 1)
+            if unclipped is not None and step in window:
+                self._penalty.compare(unclipped, last=step == window[-1])
+        self._controller.before_step(scale, unclipped, None if self._scale is None else self._scale())
+        self._penalty.stepped()
+
+    def _keep_gradients(self) -> None:
+        """Keep gradients as backward leaves them in the next step, if somebody will look at them there."""
+        looking = self.has_penalty and self.step + 1 in looks(self.total_steps or 1)
+        if not (looking or self._controller.wants_unclipped):
+            if self._unclipped is not None:
+                self._unclipped.remove()
+            self._unclipped = None
+        elif self._unclipped is None:
+            self._unclipped = Unclipped(self.adapter_parameters())
+        else:
+            self._unclipped.clear()
+
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._stepping = False
-        if self._skipped:
-            return
         if self._controller.after_step(optimizer) and self._ddp is not None:
             parallel.follow(self._ddp)
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._stepping = True
-        # The first argument is the optimizer itself.
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if self.method.policies and closure is not None:
-            raise LrkitError(
-                f"{type(optimizer).__name__}.step(closure) computes its gradients within the step, where no metric can see "
-                "them: an adaptive method needs loss.backward() before optimizer.step()"
-            )
-        scale, self._skipped = parallel.scaled_by(optimizer)
-        if self._skipped:
-            return
-        if self._penalties == 0 and self.has_penalty:
-            self._controller.warn(
-                "penalty",
-                "the method has a penalty, and adapted.penalty() was not called before this optimizer step: "
-                "use loss = ... + adapted.penalty()",
-            )
-        self._penalties = 0
-        self._controller.before_step(scale)
+        self._keep_gradients()
 
     def penalty(self) -> Tensor:
         """The scalar to add to the loss while training: 0 for a method without one."""
         self._check_alive()
-        self._penalties += 1
-        penalty = self._penalty()
+        penalty = self._penalty.value()
         if penalty is None:
             device = next(self.model.parameters()).device
             return torch.zeros((), dtype=torch.float32, device=device)
         return penalty
 
-    def _penalty(self) -> Tensor | None:
-        return self.method.parameterization.penalty(list(self.adapters.values()))
+    @property
+    def penalty_added(self) -> float | None:
+        """The penalty at the beginning of the last step, if bound with ``penalty="gradient"``; None otherwise."""
+        return None if self._penalty.last is None else float(self._penalty.last)
 
     @functools.cached_property
     def has_penalty(self) -> bool:
         """Whether the method adds a penalty to the loss."""
         with torch.no_grad():
-            return self._penalty() is not None
+            return self._penalty.value() is not None
 
     # ---- looking ----
 
@@ -370,6 +508,11 @@ class Adapted:
         return self._controller.step
 
     @property
+    def attached(self) -> bool:
+        """Whether the adapters are in the model: False once they were merged or detached."""
+        return self._alive
+
+    @property
     def total_steps(self) -> int | None:
         """Optimizer steps of the whole run; None before `bind`."""
         return self._controller.total_steps
@@ -379,7 +522,8 @@ class Adapted:
         self._check_alive()
         inside = {id(p) for module in self.adapters.values() for p in module.parameters()}
         beside = sum(p.numel() for p in self.adapter_parameters() if id(p) not in inside)
-        return summarize(self._controller, sum(p.numel() for p in self.head_parameters()), beside)
+        head = sum(p.numel() for p in self.head_parameters())
+        return summarize(self._controller, head, beside, self.coverage)
 
     def scores(self, policy: int = 0) -> dict[str, float]:
         """The present score of every unit of one policy, by the unit's name; empty once its last decision is taken."""
@@ -398,11 +542,12 @@ class Adapted:
             generators', where there is dropout) a run that loads it goes on bit for bit.
         """
         self._check_alive()
+        self._tell_cast()
         tensors, data = self._controller.state()
         for name, p in self._saved():
             tensors[f"weight.{name}"] = p.detach().clone()
         meta = {
-            "format": _FORMAT,
+            "format": states.FORMAT,
             "method": to_plain(self.method),
             "targets": list(self.adapters),
             "head": list(self.head),
@@ -426,29 +571,33 @@ class Adapted:
             LrkitError: of another method, other layers, other shapes, or no such state at all. Nothing is changed then.
         """
         self._check_alive()
-        meta, tensors = _meta(state), state["tensors"]
-        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise LrkitError("the state does not fit: not all of its tensors are tensors")
+        meta, tensors = states.meta_of(state), state["tensors"]
         mine, theirs = to_plain(self.method), meta["method"]
         if mine != theirs:
             raise LrkitError(f"the state is of another method: {_difference(theirs, mine)}")
-        if list(self.adapters) != meta["targets"]:
-            odd = sorted(set(self.adapters) ^ set(meta["targets"]))
-            raise LrkitError(f"the state is of other layers: {', '.join(odd[:3]) or 'in another order'}")
+        for what, here, there in (("layers", list(self.adapters), meta["targets"]), ("head", self.head, meta["head"])):
+            if here != there:
+                odd = sorted(set(here) ^ set(there))
+                told = ", ".join(map(shown, odd[:3])) or "in another order"
+                raise LrkitError(f"the state is of {'other layers' if what == 'layers' else 'another head'}: {told}")
+        states.check_data(meta)
         saved = dict(self._saved())
         weights = {n.removeprefix("weight."): t for n, t in tensors.items() if n.startswith("weight.")}
         if set(saved) != set(weights):
             odd = sorted(set(saved) ^ set(weights))
-            raise LrkitError(f"the state does not fit: {', '.join(odd[:3])} missing or not expected")
-        self._controller.check_state(tensors, meta)
+            raise states.misfit(f"{', '.join(map(shown, odd[:3]))} missing or not expected")
         expected = self._controller.shapes(meta["ranks"])
         for name, tensor in weights.items():
             if tensor.shape != expected.get(id(saved[name]), saved[name].shape):
-                raise LrkitError(
-                    f"the state does not fit: {name} is {list(tensor.shape)}, here {list(saved[name].shape)}"
-                )
-            if tensor.dtype != saved[name].dtype:
-                raise LrkitError(f"the state does not fit: {name} is {tensor.dtype}, here {saved[name].dtype}")
+                raise states.misfit(f"{name} is {list(tensor.shape)}, here {list(saved[name].shape)}")
+            own = saved[name].dtype
+            if tensor.dtype != own and not (tensor.is_floating_point() and own.is_floating_point):
+                raise states.misfit(f"{name} is {tensor.dtype}, here {own}")
+        self._controller.check_state(tensors, meta)
+        if self._controller.total_steps is None and meta["total_steps"] is not None:
+            self._controller.foretell(meta["total_steps"])
+        # All has been looked at: what follows cannot fail.
+        self._follow_casts(weights, saved)
         with torch.no_grad():
             for name, tensor in weights.items():
                 if tensor.shape != saved[name].shape:
@@ -462,6 +611,67 @@ class Adapted:
         if self._ddp is not None:
             parallel.follow(self._ddp)
 
+    def rewind(self, state: Mapping[str, Any]) -> None:
+        """Go back to an earlier state of this run in all but the weights: schedule, statistics, masks, ranks, history.
+
+        Weights stay as they are now; a component that was cut since then comes back as it was in `state`. The method must be
+        unbound, and may then be bound for another number of steps.
+
+        Args:
+            state: what `state_dict` gave earlier in this run.
+
+        Raises:
+            LrkitError: it is bound, or the state is of another run. Nothing is changed then.
+        """
+        self._check_alive()
+        if self._binding is not None:
+            raise LrkitError("call unbind() before rewind()")
+        meta = states.meta_of(state)
+        tensors = dict(state["tensors"])
+        now, then = self._controller.numbers(), self._controller.numbers(meta)
+        places = self._controller.places()
+        for name, p in self._saved():
+            layer, axis = places.get(id(p), (None, 0))
+            key = f"weight.{name}"
+            if layer is None or now[layer] == then[layer]:
+                tensors[key] = p.detach().clone()
+                continue
+            both = [(then[layer].index(n), now[layer].index(n)) for n in then[layer] if n in now[layer]]
+            tensors[key] = tensors[key].clone().to(p)
+            for there, here in both:
+                tensors[key].select(axis, there).copy_(p.detach().select(axis, here))
+        total, self._controller.total_steps = self._controller.total_steps, None
+        try:
+            self.load_state_dict({"meta": meta, "tensors": tensors})
+        except BaseException:
+            self._controller.total_steps = total
+            raise
+
+    def _follow_casts(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+        """Take over the dtype of a state that was cast after attach; keep this one's where these tensors were cast."""
+        odd = [name for name, tensor in weights.items() if tensor.dtype != saved[name].dtype]
+        follow = [name for name in odd if self._dtypes.get(id(saved[name]), saved[name].dtype) == saved[name].dtype]
+        for name in follow:
+            saved[name].grad = None
+            saved[name].data = saved[name].data.to(weights[name].dtype)
+        if odd:
+            state, here = weights[odd[0]].dtype, saved[odd[0]].dtype
+            self._controller.warn(
+                "cast state",
+                f"the state was saved in {state} ({odd[0]}), and is loaded in {here}"
+                + (": it goes on as it was" if follow else ", to which the model was cast"),
+            )
+
+    def _tell_cast(self) -> None:
+        """Say once that what trains is no longer in the precision that attach gave it."""
+        now = [p.dtype for p in self.parameters() if p.dtype != self._dtypes.get(id(p), p.dtype)]
+        if now:
+            self._controller.warn(
+                "cast",
+                f"what trains was cast to {now[0]} after attach, and trains in it"
+                + (": small updates round away" if now[0].itemsize < 4 else ""),
+            )
+
     def take_ranks(self) -> None:
         """Let ``model.load_state_dict`` take weights of other ranks, by giving each adapter the rank that they have.
 
@@ -471,20 +681,32 @@ class Adapted:
             module.register_load_state_dict_pre_hook(self._take_rank)  # type: ignore[no-untyped-call]
 
     def _take_rank(self, module: nn.Module, weights: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        room: list[tuple[nn.Parameter, torch.Size]] = []
+        ranks = set()
         for part in self.method.parameterization.parts:
             p, given = part.of(module), weights.get(prefix + part.name)
-            if part.axis is not None and given is not None and given.ndim == p.ndim:
+            if part.axis is not None and given is not None:
                 shape = list(p.shape)
+                if given.ndim != p.ndim:
+                    return
                 shape[part.axis] = given.shape[part.axis]
-                if list(given.shape) == shape != list(p.shape):
-                    self._make_room(p, given.shape)
+                if list(given.shape) != shape:
+                    return  # of another layer: torch says so
+                ranks.add(given.shape[part.axis])
+                room.append((p, given.shape))
+        for p, size in room if len(ranks) == 1 else ():
+            if size != p.shape:
+                self._make_room(p, size)
 
     def _make_room(self, p: nn.Parameter, shape: torch.Size) -> None:
-        """Resize a tensor for a load. The bound optimizer's state for it goes, unless it is of the new shape by now."""
-        state = self._bound.state.get(p, {}) if self._bound is not None else {}
-        odd = any(isinstance(v, Tensor) and not _belongs(v.shape, shape) for v in state.values())
-        if self._bound is not None and odd:
-            del self._bound.state[p]
+        """Resize a tensor for a load. The last optimizer's state for it goes, unless it is of the new shape by now."""
+        optimizer = self._binding.optimizer if self._binding is not None else self._last()
+        state = optimizer.state.get(p, {}) if optimizer is not None else {}
+        values = [value for value in state.values() if isinstance(value, Tensor)]
+        # State of the tensor's shape until now is its own entry by entry, even if rank 1 makes it look like Adafactor's.
+        odd = any(value.shape == p.shape != shape or not _belongs(value.shape, shape) for value in values)
+        if optimizer is not None and odd:
+            del optimizer.state[p]
         resize(p, p.new_empty(shape))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -498,9 +720,14 @@ class Adapted:
     # ---- taking out ----
 
     def original(self) -> nn.Module:
-        """A copy of the model as it was before `attach`, head and all. The adapted model stays as it is."""
+        """A copy of the model as it was before `attach`, head and all. The adapted model stays as it is.
+
+        Quantized and sharded weights, which do not train, are shared with it.
+        """
         self._check_alive()
-        memo: dict[int, Any] = {}
+        # Not every quantized tensor can be copied; none of them changes.
+        frozen = (p for p in self.model.parameters() if id(p) not in self._trained_ids and not is_plain(p))
+        memo: dict[int, Any] = {id(p): p for p in frozen}
         for name, _, _ in self._places:
             memo[id(self.adapters[name])] = copy.deepcopy(self._originals[name], memo)
         if self.around is not None:
@@ -508,9 +735,8 @@ class Adapted:
         model = copy.deepcopy(self.model, memo)
         _leave_alone(model)
         delattr(model, _MARK)
-        with torch.no_grad():
-            for p, before in self._copies:
-                memo[id(p)].copy_(before)
+        self._masters.strip(memo)
+        pretrained.strip(model)
         for p, flag in self._before:
             memo[id(p)].requires_grad_(flag)
         return model
@@ -525,8 +751,7 @@ class Adapted:
             LrkitError: an adapter that is no ΔW of a weight, or whose base weight cannot be added to. Nothing is changed.
         """
         self._check_alive()
-        if self._bound is not None and (unfinished := self._controller.unfinished()):
-            self._controller.warn("unfinished", unfinished)
+        self.check_finished()
         if self.around is not None:
             raise LrkitError(
                 f"{type(self.around).__name__} stands around the whole model, and cannot be merged into it"
@@ -535,14 +760,12 @@ class Adapted:
             adapter = self.adapters[name]
             if getattr(adapter, "merge", None) is None:
                 raise LrkitError(f"{name}: {type(adapter).__name__} cannot be merged into the layer's weight")
-            weight = getattr(self._originals[name], "weight", None)
-            if not isinstance(weight, Tensor) or not weight.is_floating_point():
-                raise LrkitError(f"{name}: the base weight is quantized, and nothing can be added to it exactly")
         self._check_mergeable()
         for name in {name for name, _, _ in self._places}:
             merge = self.adapters[name].merge
             assert callable(merge)
             merge()
+        self._masters.settle()
         return self._leave()
 
     def _check_mergeable(self) -> None:
@@ -557,6 +780,21 @@ class Adapted:
                 raise LrkitError(
                     f"{name}: the base weight is computed (a parametrization, weight norm): nothing can be added to it"
                 )
+            if type(weight).__name__ == "DTensor":
+                raise LrkitError(f"{name}: the base weight is sharded (DTensor): merge the unsharded model")
+            if not is_plain(weight):
+                kind = (
+                    type(weight).__name__ if weight.is_floating_point() and weight.dtype.itemsize > 1 else weight.dtype
+                )
+                raise LrkitError(
+                    f"{name}: the base weight is quantized ({kind}), and nothing can be added to it exactly"
+                )
+            layer = self._originals[name]
+            if isinstance(layer, nn.Linear) and not is_exact(layer, layer.in_features):
+                raise LrkitError(
+                    f"{name}: {type(layer).__name__} does not compute with its weight as it is: what is added to the weight "
+                    "would not be what is added to the output"
+                )
             if len(owners[id(weight)]) > 1:
                 raise LrkitError(f"{name}: the base weight is tied to another layer's, which must not change with it")
 
@@ -567,14 +805,16 @@ class Adapted:
             The plain model.
         """
         self._check_alive()
-        with torch.no_grad():
-            for p, original in self._copies:
-                p.copy_(original)
+        self._masters.restore()
         return self._leave()
 
     def _leave(self) -> nn.Module:
         self._alive = False
         self._unbind()
+        liveness.leave(self)
+        self._notice_saves.remove()
+        if self._wrapper_hook is not None:
+            self._wrapper_hook.remove()
         for name, parent, attribute in self._places:
             setattr(parent, attribute, self._originals[name].train(self.adapters[name].training))
         _leave_alone(self.model)
@@ -585,6 +825,52 @@ class Adapted:
         for name, _, _ in self._places:
             self.adapters[name].__dict__.pop(_MARK, None)
         return self.model
+
+    # ---- without the adapters, for a while ----
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the model as it was before `attach`: its outputs bit for bit, those of a head that trains included.
+
+        Within it the adapters and what trains in the model are out of the model, each replaced by what stood there. Nothing
+        is copied, and a graph that was made before, within or after it stays right. It can be nested. It is not for two
+        threads that use the model at once.
+
+        Raises:
+            LrkitError: within it, by what needs the adapters in their places (saving, loading, merging, binding, ...).
+        """
+        self._check_alive(within=True)
+        if self._off:
+            self._off += 1
+            try:
+                yield
+            finally:
+                self._off -= 1
+            return
+        places = [(parent, attribute, self._originals[name]) for name, parent, attribute in self._places]
+        values = [(kept.tensor, self._masters.original(kept)) for kept in self._masters.kept]
+        self._off = 1
+        if self.around is not None:
+            self.around.__dict__[_ASIDE] = True
+        try:
+            with without(places, values, self.model):
+                yield
+        finally:
+            self._off -= 1
+            if self.around is not None:
+                self.around.__dict__.pop(_ASIDE, None)
+
+    def reference(self) -> Reference:
+        """The model as it was before `attach` as a module that shares every weight: TRL's ``ref_model=``, say.
+
+        See `lrkit.reference.Reference`.
+        """
+        self._check_alive()
+        return Reference(self.model, self.disabled)
+
+    def expect_saves(self) -> pretrained.Expected:
+        """Say nothing at ``save_pretrained`` until the handle's ``remove()``: the adapters are saved beside the model."""
+        return self._notice_saves.expect()
 
     def compact(self) -> dict[str, int]:
         """Cut the components that are masked and zero away for good: smaller and faster, with the same outputs.
@@ -601,9 +887,11 @@ class Adapted:
             raise LrkitError("masked components can still come back: compact() after the last decision")
         return self._controller.compact(self._last())
 
-    def _check_alive(self) -> None:
+    def _check_alive(self, *, within: bool = False) -> None:
         if not self._alive:
             raise LrkitError("these adapters were merged or detached: attach again")
+        if self._off and not within:
+            raise LrkitError("the adapters are out of the model within adapted.disabled(): do this outside of it")
 
     def __deepcopy__(self, memo: object) -> "Adapted":
         raise LrkitError("a handle cannot be copied: copy the plain model and attach again, or use save() and load()")
@@ -636,19 +924,20 @@ def _belongs(state: torch.Size, shape: torch.Size) -> bool:
 
 def _find(
     model: nn.Module, parameterization: Parameterization, targets: str | Sequence[str], exact: bool
-) -> list[Target]:
-    """The layers that `targets` means for this parameterization."""
+) -> tuple[list[Target], list[Target]]:
+    """The layers that `targets` means for this parameterization, and those that it has chosen them from."""
     if not parameterization.takes_targets:
         if targets != "all-linear" and not exact:
             raise LrkitError(f"{parameterization!r} has places of its own: leave targets out")
-        return []
-    found = find_targets(model, targets, exact=exact)
+        return [], []
+    offered = found = find_targets(model, targets, exact=exact)
     if targets == "all-linear" and not (found := list(parameterization.choose(found))):
+        seen = coverage(model, [target.name for target in offered])
         raise LrkitError(
             f"{parameterization!r} has no place in {type(model).__name__}: it chooses none of the linear layers "
-            "inside the transformer's blocks; name layers with targets"
+            f"inside the transformer's blocks; name layers with targets{'' if seen is None else seen.words}"
         )
-    return found
+    return found, offered
 
 
 def _surround(model: nn.Module, around: nn.Module) -> None:
@@ -657,7 +946,7 @@ def _surround(model: nn.Module, around: nn.Module) -> None:
 
     @functools.wraps(call)  # the Trainer looks at the signature
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return around(call, *args, **kwargs)
+        return call(*args, **kwargs) if _ASIDE in around.__dict__ else around(call, *args, **kwargs)
 
     model.add_module(_AROUND, around)
     model.__dict__["forward"] = forward
@@ -695,37 +984,10 @@ def _base(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def _meta(state: Mapping[str, Any]) -> dict[str, Any]:
-    meta = state.get("meta") if isinstance(state, Mapping) else None
-    needed = {
-        "format",
-        "method",
-        "targets",
-        "head",
-        "ranks",
-        "step",
-        "total_steps",
-        "policies",
-        "history",
-        "sums",
-        "components",
-        "numbered",
-        "seed",
-    }
-    if not isinstance(meta, dict) or not isinstance(state.get("tensors"), Mapping) or not needed <= set(meta):
-        raise LrkitError("this is no state of lrkit (it must be what adapted.state_dict() or adapted.save() gave)")
-    for key in ("targets", "head"):
-        if not isinstance(meta[key], list) or not all(isinstance(name, str) for name in meta[key]):
-            raise LrkitError(f"the state does not fit: {key} is not a list of names")
-    if meta["format"] != _FORMAT:
-        raise LrkitError(f"the state is of format {meta['format']}, this lrkit reads format {_FORMAT}")
-    return meta
-
-
 def _difference(theirs: Any, mine: Any, where: str = "") -> str:
     """The first place where two plain data differ, in words."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for key in {**theirs, **mine}:
             if theirs.get(key) != mine.get(key):
                 return _difference(theirs.get(key), mine.get(key), f"{where}.{key}" if where else key)
-    return f"{where} is {theirs!r} there and {mine!r} here"
+    return f"{where} is {shown(theirs)} there and {shown(mine)} here"

@@ -6,14 +6,17 @@ One file, so that it is replaced in one move: a process killed at any moment lea
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import attrs
 from safetensors.torch import save_file
 
 from lrkit.errors import LrkitError
+from lrkit.reading import is_folder, parse_json
+from lrkit.tensorfile import TensorFile, open_tensors
 
 FILE = "lrkit.safetensors"
 _KEY = "lrkit"
@@ -52,23 +55,44 @@ def umask() -> int:
     return mask
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """Read a state that `write` wrote.
+@attrs.frozen(eq=False)
+class Stored:
+    """A state in an open file: its data, and what is said of its tensors, before any of them is read.
+
+    Args:
+        meta: its JSON data.
+        shapes: name to shape of every tensor.
+    """
+
+    meta: Any
+    shapes: Mapping[str, tuple[int, ...]]
+    _file: TensorFile
+
+    def state(self) -> dict[str, Any]:
+        """All of it, tensors too."""
+        return {"meta": self.meta, "tensors": self._file.tensors()}
+
+
+@contextmanager
+def stored(folder: Path) -> Iterator[Stored]:
+    """Open a state that `write` wrote, in a folder or as a file.
 
     Raises:
         LrkitError: no such file, a truncated one, or one that lrkit did not write.
     """
-    path = folder / FILE if folder.is_dir() else folder
-    if not path.is_file():
-        study = ": this is a study's folder, and a run's is one of its cells/*" if (folder / "cells").is_dir() else ""
-        raise LrkitError(f"no lrkit state at {path}{study}")
+    path = folder / FILE if is_folder(folder) else folder
+    study = ": this is a study's folder, and a run's is one of its cells/*" if is_folder(folder / "cells") else ""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping: it has keys alone)
-        meta = json.loads(metadata[_KEY])
-    except KeyError:
-        raise LrkitError(f"{path} is a safetensors file, but not one of lrkit's") from None
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise LrkitError(f"{path} is truncated, or no safetensors file ({error})") from None
-    return {"meta": meta, "tensors": tensors}
+        with open_tensors(path) as file:
+            if _KEY not in file.metadata:
+                raise LrkitError(f"{path} is a safetensors file, but not one of lrkit's")
+            meta = parse_json(file.metadata[_KEY], f"{path} is truncated, or no lrkit state: its metadata")
+            yield Stored(meta, {name: entry.shape for name, entry in file.entries.items()}, file)
+    except FileNotFoundError:
+        raise LrkitError(f"no lrkit state at {path}{study}") from None
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Read a state that `write` wrote. Raises as `stored`."""
+    with stored(folder) as found:
+        return found.state()

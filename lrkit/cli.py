@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrkit import scaffold
-from lrkit.errors import LrkitError, LrkitWarning, nearest
+from lrkit.errors import LrkitError, LrkitWarning, cut, nearest
+from lrkit.reading import parse_json, read_json
 
 if TYPE_CHECKING:
     from lrkit.method import Method
@@ -305,7 +306,13 @@ def params(
     names = method or current().names("method")
     composed = {}
     for name in names:
-        composed[name], run = compose(name, sets or [], swap or [])
+        try:
+            composed[name], run = compose(name, sets or [], swap or [])
+        except LrkitError as error:
+            if name in (method or ()) or not _is_broken(name):
+                raise
+            warnings.warn(f'method "{name}" is left out: {error}', LrkitWarning, stacklevel=1)
+            continue
         if run:
             raise LrkitError(
                 f"run.{next(iter(run))} is a setting of a run, and nothing runs here: use --steps for its length"
@@ -346,6 +353,17 @@ def params(
     typer.echo(f"averages are over {steps:,} steps; the head (classifier, pooler: {counted.head:,}) is left out.")
 
 
+def _is_broken(name: str) -> bool:
+    """Whether a registered method cannot be made even as it is."""
+    from lrkit.registry import current
+
+    try:
+        current().method(name)
+    except LrkitError:
+        return True
+    return False
+
+
 def _between(ends: tuple[float, float]) -> str:
     return f"{ends[0]:,.0f} to {ends[1]:,.0f}"
 
@@ -353,6 +371,7 @@ def _between(ends: tuple[float, float]) -> str:
 @app.command(name="methods")
 def list_methods(as_json: Json = False) -> None:
     """The named methods and their four parts."""
+    from lrkit import foreign
     from lrkit.method import FIELDS, to_plain
     from lrkit.registry import current
 
@@ -360,13 +379,13 @@ def list_methods(as_json: Json = False) -> None:
     rows, plain = [], {}
     for name in registry.names("method"):
         try:
-            composition = to_plain(registry.get("method", name)())
-        except Exception as error:
-            warnings.warn(f'method "{name}": {type(error).__name__}: {error}', LrkitWarning, stacklevel=1)
+            composition = to_plain(registry.method(name))
+        except LrkitError as error:
+            warnings.warn(f'method "{name}" is left out: {error}', LrkitWarning, stacklevel=1)
             continue
         plain[name] = composition
         parts = [composition[kind]["name"] if composition[kind] else "-" for kind in FIELDS]
-        about = (registry.get("method", name).__doc__ or "").strip().split("\n")[0]
+        about = foreign.doc(registry.get("method", name)).partition("\n")[0]
         rows.append([name, *parts, about])
     if as_json:
         _json(plain)
@@ -393,6 +412,7 @@ def plugins(context: typer.Context, as_json: Json = False) -> None:
     """What is registered, by which distribution; what is wrong with a plug-in, if anything (exit code 2)."""
     if context.invoked_subcommand is not None:
         return
+    from lrkit.foreign import where
     from lrkit.registry import current
 
     registry = current()
@@ -401,7 +421,7 @@ def plugins(context: typer.Context, as_json: Json = False) -> None:
         _json(
             {
                 "components": [
-                    {"kind": o.kind, "name": o.name, "object": _where(o.value), "distribution": o.distribution}
+                    {"kind": o.kind, "name": o.name, "object": where(o.value), "distribution": o.distribution}
                     for o in offers
                 ],
                 "problems": [
@@ -413,7 +433,7 @@ def plugins(context: typer.Context, as_json: Json = False) -> None:
     else:
         _table(
             ["kind", "name", "distribution", "object"],
-            [[o.kind, o.name, o.distribution, _where(o.value)] for o in offers],
+            [[o.kind, o.name, o.distribution, where(o.value)] for o in offers],
         )
     if registry.problems:
         raise typer.Exit(2)
@@ -443,17 +463,18 @@ def export(
     from lrkit import checkpoint, peft
     from lrkit.adapted import load
     from lrkit.models import load_base
+    from lrkit.states import meta_of
 
     if to not in peft.TARGETS:
         raise LrkitError(
             f'there is no export to "{to}"{nearest(to, peft.TARGETS)}; there are {", ".join(peft.TARGETS)}'
         )
     _new_folder(out, "")
-    state = checkpoint.read(run)
-    base = state["meta"].get("base")
+    with checkpoint.stored(run) as stored:
+        base = meta_of({"meta": stored.meta, "tensors": {}}).get("base")
+        trained = {name.removeprefix("weight.") for name in stored.shapes}
     if base is None:
         raise LrkitError(f"{run} does not say which transformers model it was attached to: export it with lrkit.export")
-    trained = {name.removeprefix("weight.") for name in state["tensors"]}
     net, tokenizer = load_base(base, model or _model_of(run), trained)
     adapted = load(net, run)
     if to == "merged" and tokenizer is None:
@@ -477,11 +498,11 @@ def _model_of(run: Path) -> str | None:
     """What a run was told as its model; None where it left no word."""
     for name in ("result.json", "config.json"):
         try:
-            model = json.loads((run / name).read_text(encoding="utf-8"))["model"]
-        except (OSError, ValueError, KeyError, TypeError):
+            found = read_json(run / name)
+        except (FileNotFoundError, LrkitError):
             continue
-        if isinstance(model, str):
-            return model
+        if isinstance(found, dict) and isinstance(found.get("model"), str):
+            return str(found["model"])
     return None
 
 
@@ -541,13 +562,15 @@ def _list_studies(found: Sequence[Any], as_json: bool) -> None:
 
 def _show_plan(plan: Any, as_json: bool) -> None:
     from lrkit.study.execute import check
+    from lrkit.study.paired import too_few_seeds
     from lrkit.study.plan import changes
 
     tasks = check(plan)
+    few = too_few_seeds(len(plan.rows) - 1, len(plan.seeds))
     rows = {row.label: changes(plan.rows[0], row) for row in plan.rows}
     cells = len(plan.rows) * len(plan.tasks) * len(plan.seeds)
     if as_json:
-        _json({"rows": rows, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells})
+        _json({"rows": rows, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells, "too_few_seeds": few})
         return
     shown = [
         [label, "; ".join(f"{c['path']}: {_said(c['base'])} -> {_said(c['value'])}" for c in r) or "-"]
@@ -556,6 +579,8 @@ def _show_plan(plan: Any, as_json: bool) -> None:
     _table(["row", "changed against the base"], shown)
     counted = (_count(len(plan.rows), "row"), _count(len(plan.seeds), "seed"), _count(cells, "cell"))
     typer.echo(f"{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
+    if few:
+        typer.echo(few)
 
 
 def _count(number: int, what: str) -> str:
@@ -608,10 +633,13 @@ def _carry_out(
     from rich.console import Console
 
     from lrkit.study.ablate import perform
+    from lrkit.study.paired import too_few_seeds
     from lrkit.study.records import read_study
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
 
+    if few := too_few_seeds(len(plan.rows) - 1, len(plan.seeds)):
+        _complain(few)
     console = Console(stderr=True, quiet=as_json)
     begin, workers = time.monotonic(), 1
     taken: list[float] = []
@@ -720,7 +748,12 @@ def _to_run(
     if own or swaps:
         raise LrkitError(f"--all-methods takes settings of the run alone (run.steps=200), not {[*own, *swaps][0]}")
     registry = current()
-    methods = {each: registry.get("method", each)() for each in registry.names("method")}
+    methods: dict[str, Method] = {}
+    for each in registry.names("method"):
+        try:
+            methods[each] = registry.method(each)
+        except LrkitError as error:
+            warnings.warn(f'method "{each}" is left out: {error}', LrkitWarning, stacklevel=1)
     return methods, {key.removeprefix("run."): value for key, value in pairs.items()}
 
 
@@ -735,8 +768,8 @@ def _value(text: str) -> Any:
     if text.lower() in ("none", "null"):
         return None
     try:
-        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
-    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, brackets without end
+        return parse_json(text.lower() if text.lower() in ("true", "false") else text, "a value")
+    except LrkitError:  # no JSON, a number of thousands of digits, brackets without end
         return text
 
 
@@ -781,12 +814,6 @@ def _make(folder: Path) -> Path:
 
 
 # ---- showing ---------------------------------------------------------------------------------------------------------
-
-
-def _where(value: Any) -> str:
-    if isinstance(value, str):
-        return "a text"  # of a study
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
 
 
 def _finite(value: Any) -> Any:
@@ -926,6 +953,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.simplefilter("always", LrkitWarning)
         warnings.showwarning = _warn
         try:
+            if not {"--help", "--version"} & set(sys.argv[1:] if arguments is None else arguments):
+                from lrkit.registry import spare_others
+
+                spare_others()
             code = app(args=arguments, prog_name="lrkit", standalone_mode=False)
             if code == 130:  # typer's own way to end at Ctrl-C
                 raise KeyboardInterrupt
@@ -936,7 +967,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if type(error).__name__ == "NoArgsIsHelpError":
                 typer.echo(error.format_message())
                 sys.exit(2)
-            _complain(f"{error.format_message()} (see `lrkit --help`)")
+            _complain(f"{cut(error.format_message(), 800)} (see `lrkit --help`)")
             sys.exit(2)
         except LrkitError as error:
             _complain(str(error))
@@ -945,10 +976,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if "memory" not in str(error).lower():
                 raise
             _complain(
-                f"out of memory: {str(error).splitlines()[0] if str(error) else 'a smaller rank or batch may fit'}"
+                f"out of memory: {cut(str(error).splitlines()[0], 400) if str(error) else 'a smaller rank or batch may fit'}"
             )
             sys.exit(2)
         except OSError as error:
-            _complain(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
+            told = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+            _complain(cut(told, 800))
             sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

@@ -6,18 +6,24 @@ decision is due, entry-wise scores are reduced to unit scores, the best b(t) uni
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from lrkit import states
 from lrkit.actions import Ballot
-from lrkit.errors import LrkitError, LrkitWarning
-from lrkit.layout import Layout
+from lrkit.errors import LrkitError, LrkitWarning, shown
+from lrkit.gradients import Unclipped
+from lrkit.layout import GradientOf, Layout, own_gradient
+from lrkit.liveness import Liveness
 from lrkit.method import Method, Policy
+from lrkit.settings import MOST_STEPS
+from lrkit.states import NAMES, misfit
 from lrkit.tally import Tally
+from lrkit.targets import listing
 from lrkit.units import Block, Part, blocks_of, present, resize, split
 
 
@@ -86,6 +92,8 @@ class PolicyState:
         self.capacity = max([self.units, *(a * self.layers for a in amounts if isinstance(a, int))])
         self.observations = 0
         self.ended = False
+        self.dead: frozenset[int] = frozenset()
+        """``id`` of each adapter that the loss does not reach: it has no entries, and ranks last."""
         self._name_units()
         device = blocks[0].tensors[0].device
         # A model without weights is there to be counted: what is kept must be a number all the same.
@@ -117,8 +125,11 @@ class PolicyState:
             present = [True] * len(self.blocks)
         else:
             present = [bool(kept.any()) for kept in split(self.kept, self.blocks)]
-        # What has been cut away whole has no score.
-        present = [there and any(p.numel() for p in b.tensors) for there, b in zip(present, self.blocks, strict=True)]
+        # What has been cut away whole has no score, nor has what the loss does not reach.
+        present = [
+            there and id(b.module) not in self.dead and any(p.numel() for p in b.tensors)
+            for there, b in zip(present, self.blocks, strict=True)
+        ]
         return Layout(self.blocks, present, self.policy.metric.reads)
 
     def follow_device(self) -> None:
@@ -142,7 +153,9 @@ class PolicyState:
         new = self._layout()
         scores = metric.score(old.weights(), self.buffers) if new.still else old.weights()
         live, still = old.slices(), old.still_slices()
-        pieces = [scores[live[id(p)]] if id(p) in live else self.still[still[id(p)]] for p in new.still]
+        known = {id(p): scores[where] for p in new.still if (where := live.get(id(p))) is not None}
+        known |= {id(p): self.still[where] for p in new.still if (where := still.get(id(p))) is not None}
+        pieces = [known[id(p)] if id(p) in known else self._zeros(p.numel()) for p in new.still]
         self.still = torch.cat(pieces).clone() if pieces else self._zeros(0)
         self.buffers = {name: new.move(flat, old) for name, flat in self.buffers.items()}
         self.layout, self._means = new, None
@@ -152,17 +165,31 @@ class PolicyState:
         number = step - 1 + self.policy.scheduler.first_step
         return not self.ended and self.policy.scheduler.due(number, total_steps=total_steps)
 
-    def observe(self, controller: "Controller", scale: Tensor | None) -> None:
+    def change(self, step: int, before: int, after: int) -> str | None:
+        """Say what another number of total steps would change from `step` on; None if nothing, since all is decided."""
+        if self.ended:
+            return None
+        scheduler = self.policy.scheduler
+        number = step - 1 + scheduler.first_step
+        ends = [scheduler.end(total) for total in (before, after)]
+        amounts = {"units": self.capacity, "layers": self.layers}
+        budgets = [scheduler.budget(number, total_steps=total, **amounts) for total in (before, after)]
+        return (
+            f"last decision at step {ends[1]} instead of {ends[0]}, budget at step {number} {budgets[1]} instead of "
+            f"{budgets[0]} of {self.capacity} units"
+        )
+
+    def observe(self, controller: "Controller", scale: Tensor | None, of: GradientOf = own_gradient) -> None:
         """Take in one optimizer step, whose gradients still carry a factor `scale` if it is not None."""
         if self.ended or not self.policy.metric.buffers or not self.layout.live:
             return
         assert controller.total_steps is not None
-        step = controller.step + (self.policy.metric.measure == "before-step")
+        step = controller.step + (self.policy.metric.measure != "after-step")
         number = step - 1 + self.policy.scheduler.first_step
         if not self.policy.scheduler.observes(number, total_steps=controller.total_steps):
             return
         self.observations += 1
-        grads = self.layout.grads()
+        grads = self.layout.grads(of)
         if missing := len(self.layout.live) - len(grads):
             controller.warn(
                 "none",
@@ -175,16 +202,16 @@ class PolicyState:
             scoring = self.due(step, controller.total_steps) and not self.layout.still
             done = self.layout.native.observe(kernel, grads, mean, deviation, scoring=scoring)
             self._means = done[1] if done is not None and done[0] and scoring else None
-        if not (self._observe_pieces(scale) if done is None else done[0]):
+        if not (self._observe_pieces(scale, of) if done is None else done[0]):
             self._not_finite(controller, f"at step {step}")
 
-    def _observe_pieces(self, scale: Tensor | None) -> bool:
+    def _observe_pieces(self, scale: Tensor | None, of: GradientOf) -> bool:
         """The same by the metric's own tensor operations. False: gradients are not finite, and nothing was changed."""
-        finite = self.layout.finite()
+        finite = self.layout.finite(of)
         waits = self.layout.device.type != "cpu"
         if not waits and not finite:
             return False
-        for weight, grad, state in self.layout.each(self.buffers):
+        for weight, grad, state in self.layout.each(self.buffers, of):
             # On a device nothing is waited for: what was is put back there, and `decide` asks whether it had to be.
             before = {name: flat.clone() for name, flat in state.items()} if waits else {}
             self.policy.metric.observe(
@@ -236,25 +263,50 @@ class PolicyState:
         candidates = torch.ones_like(self.kept) if self.policy.action.reversible else self.kept
         candidates = candidates if standing is None else candidates & standing
         blocks = self.blocks  # as they are now, whenever the ballot is read
+        if self.dead:
+            live = self._by_unit(blocks, [id(block.module) not in self.dead for block in blocks]).bool()
+            scores = torch.where(live, scores.clamp_min(torch.finfo(scores.dtype).min), -torch.inf)
+            if int((candidates & live).sum()) >= budget:
+                candidates = candidates & live
         parts = lambda: self._by_unit(blocks, [len(block.parts) for block in blocks])  # noqa: E731
         places = lambda: self._by_unit(blocks, range(len(blocks)))  # noqa: E731
-        ballot = Ballot(scores, candidates, budget, share, self.entries, parts, places)
+        sizes = lambda: self._by_unit(blocks, [sum(t.numel() for t in b.tensors) // max(1, b.count) for b in blocks])  # noqa: E731
+        ballot = Ballot(scores, candidates, budget, share, self.entries, parts, places, sizes)
         kept = self.policy.action.select(ballot)
         self._means = None
         return kept, float(scores[kept].min()) if bool(kept.any()) else None, ballot
 
-    def course(self, total_steps: int) -> list[tuple[int, int, int]]:
-        """Units that there are after 0, 1, ... steps of a whole run, cut and added by then, as the schedule alone has it."""
-        scheduler, there, cut, added = self.policy.scheduler, self.units, 0, 0
-        course = [(there, cut, added)]
-        for step in range(total_steps):
-            number = step + scheduler.first_step
-            if number <= scheduler.end(total_steps) and scheduler.due(number, total_steps=total_steps):
-                budget = scheduler.budget(number, total_steps=total_steps, units=self.capacity, layers=self.layers)
-                goes, comes = self.policy.action.turnover(there, budget, self.layers)
-                there, cut, added = there - goes + comes, cut + goes, added + comes
-            course.append((there, cut, added))
-        return course
+    def course(self, total_steps: int) -> list[tuple[int, int, int, int]]:
+        """What a whole run does to the units, as the schedule alone has it, without walking through its steps.
+
+        Returns:
+            Spans of equal states, in order: after how many of 0, 1, ..., `total_steps` steps the state is this one, units
+            that there are, cut by then, and added by then. Once all units there were at first have been cut, spans that
+            differ in the last two alone are one.
+        """
+        scheduler, turnover = self.policy.scheduler, self.policy.action.turnover
+        there, cut, added, since = self.units, 0, 0, 0
+        course = []
+
+        def budget(number: int) -> int:
+            return scheduler.budget(number, total_steps=total_steps, units=self.capacity, layers=self.layers)
+
+        for span in scheduler.decisions(total_steps):
+            at = 0
+            while at < len(span):
+                allowed = budget(span[at])
+                last = _last_equal(budget, span, at)
+                while at <= last:
+                    goes, comes = turnover(there, allowed, self.layers)
+                    if not goes and not comes:
+                        break
+                    step = span[at] - scheduler.first_step + 1
+                    course.append((step - since, there, cut, added))
+                    times = last - at + 1 if goes == comes and cut >= self.units else 1
+                    since, there = step, there - goes + comes
+                    cut, added, at = cut + goes * times, added + comes * times, at + times
+                at = last + 1
+        return [*course, (total_steps + 1 - since, there, cut, added)]
 
     def rebuild(self, components: Mapping[str, tuple[int, ...]], counts: Mapping[str, int], kept: Tensor) -> None:
         """Take over blocks of other ranks. The statistics have to be put in place after it.
@@ -348,6 +400,7 @@ class Controller:
         self.history: list[Decision] = []
         self._warned: set[str] = set()
         self._scale: Tensor | None = None
+        self.liveness = Liveness(modules, trained, whole=False)
         parts = method.parameterization.parts
         self.policies: list[PolicyState] = []
         for index, policy in enumerate(method.policies):
@@ -379,7 +432,11 @@ class Controller:
 
     def check_schedules(self, total_steps: int) -> None:
         """Raise LrkitError where a schedule does not fit a run of so many steps."""
+        if total_steps > MOST_STEPS:
+            raise LrkitError(f"total_steps must be at most {MOST_STEPS:,}, not {shown(total_steps)}")
         for state in self.policies:
+            if state.ended:
+                continue
             scheduler = state.policy.scheduler
             scheduler.bounds(total_steps)
             amounts = {"units": state.capacity, "layers": state.layers, "total_steps": total_steps}
@@ -391,11 +448,35 @@ class Controller:
                     f"above start {scheduler.start!r}, which is {first}: a budget never grows"
                 )
 
+    def objection(self, total_steps: int) -> str | None:
+        """Say why a run that has begun cannot go on as one of so many steps; None if it can.
+
+        Once every schedule has ended, nothing depends on the total any more, and the run may be longer.
+        """
+        before = self.total_steps
+        if before is None or not self.step or before == total_steps:
+            return None
+        if total_steps < self.step:
+            return f"total_steps={total_steps}, but {self.step} steps have been taken: it counts the whole run"
+        changes = [change for state in self.policies if (change := state.change(self.step, before, total_steps))]
+        if not changes:
+            return None
+        return (
+            f"total_steps={total_steps}, but this run was begun with {before}, and its schedule has not ended: the schedule "
+            f"would be another one ({'; '.join(changes)}). Go on with {before}, or attach anew"
+        )
+
     def begin(self, total_steps: int) -> None:
         """Check every schedule against the length of the run, and go by it. Raises LrkitError where one does not fit."""
         self.check_schedules(total_steps)
         self.total_steps = total_steps
+        self.foretell(total_steps)
+
+    def foretell(self, total_steps: int) -> None:
+        """Say once what a run of so many steps will not reach by its schedules."""
         for state in self.policies:
+            if state.ended:
+                continue
             scheduler = state.policy.scheduler
             first, end = scheduler.first_step, scheduler.end(total_steps)
             if not first <= end < first + total_steps:
@@ -415,13 +496,34 @@ class Controller:
                     f"component is left, and the model is the one before fine-tuning but for its head",
                 )
             if action.grows:
-                there = state.course(total_steps)[-1][0]
+                there = state.course(total_steps)[-1][1]
                 if there != budget:
                     self.warn(
                         f"short {state.index}",
                         f"{state.policy.action!r}: after the last decision, at step {end}, there will be {there} "
                         f"components of a budget of {budget}: give it more decisions, or more at each",
                     )
+
+    def look(self) -> None:
+        """See which adapters have gradients, name those that have none, and leave them out of the rankings."""
+        if not self.liveness.look():
+            return
+        dead = self.liveness.dead
+        assert dead is not None
+        self._bury(dead)
+        for state in self.policies:
+            state.relayout()
+        if dead:
+            self.warn(
+                "dead",
+                f"no gradient reaches {len(dead)} of {len(self.modules)} adapted layers, because the loss does not depend "
+                "on them or the model reads their weight without a call: they take no part in any ranking until one does. "
+                f"They are {listing(dead)}",
+            )
+
+    def _bury(self, dead: Sequence[str]) -> None:
+        for state in self.policies:
+            state.dead = frozenset(id(self.modules[name]) for name in dead)
 
     def unfinished(self) -> str | None:
         """What training that ends now leaves undone; None where every last decision has been taken."""
@@ -434,17 +536,30 @@ class Controller:
             "the budget was not reached"
         )
 
-    def before_step(self, scale: Tensor | None = None) -> None:
+    @property
+    def wants_unclipped(self) -> bool:
+        """Whether a metric measures gradients as they were before clipping."""
+        return any(state.policy.metric.measure == "before-clipping" for state in self.policies)
+
+    def before_step(
+        self, scale: Tensor | None = None, unclipped: Unclipped | None = None, loss_scale: float | None = None
+    ) -> None:
         """Called when the optimizer is about to step.
 
         Args:
             scale: a factor that the gradients still carry; None for none.
+            unclipped: the gradients as backward left them, if a metric wants them.
+            loss_scale: the factor that those carry; None for none.
         """
         self._scale = scale
+        self.look()
         for state in self.policies:
             state.follow_device()
-            if state.policy.metric.measure == "before-step":
+            measure = state.policy.metric.measure
+            if measure == "before-step":
                 state.observe(self, scale)
+            elif measure == "before-clipping" and unclipped is not None:
+                state.observe(self, None if loss_scale is None else torch.tensor(loss_scale), unclipped.of)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Called when the optimizer has stepped.
@@ -548,6 +663,19 @@ class Controller:
     def ranks(self) -> dict[str, int]:
         """Layer name to the components it stores, masked ones included."""
         return {name: self._rank(module) for name, module in self.modules.items()}
+
+    def places(self) -> dict[int, tuple[str, int]]:
+        """Layer name and axis of each tensor that has one slice per component, by the tensor's ``id``."""
+        parts = [part for part in self.method.parameterization.parts if part.axis is not None]
+        return {id(part.of(m)): (name, part.axis or 0) for name, m in self.modules.items() for part in parts}
+
+    def numbers(self, saved: Mapping[str, Any] | None = None) -> dict[str, tuple[int, ...]]:
+        """Layer name to the numbers of its components: those that are stored now, or in a saved state."""
+        components = self._components if saved is None else saved["components"]
+        return {
+            name: tuple(components.get(name, range(rank)))
+            for name, rank in (self.initial_ranks if saved is None else saved["ranks"]).items()
+        }
 
     def shapes(self, ranks: Mapping[str, int]) -> dict[int, torch.Size]:
         """The shapes that component-wise tensors have at other ranks, by the tensor's ``id``."""
@@ -717,22 +845,32 @@ class Controller:
             "total_steps": self.total_steps,
             "seed": self.seed,
             "policies": [{"observations": s.observations, "ended": s.ended} for s in self.policies],
-            "history": [attrs.asdict(d) | {key: list(getattr(d, key)) for key in _NAMES} for d in self.history],
+            "history": [attrs.asdict(d) | {key: list(getattr(d, key)) for key in NAMES} for d in self.history],
             "components": {name: list(numbers) for name, numbers in self._components.items()},
             "numbered": dict(self._numbered),
             "sums": self._tally.named(self._tally.sums),
+            "dead": self.liveness.dead,
         }
         return tensors, data
 
     def check_state(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
-        """Raise LrkitError where a state is not one of this run; change nothing."""
-        self._check_data(data)
-        if self.total_steps is not None and data["total_steps"] not in (None, self.total_steps):
+        """Raise LrkitError where a state is not one of this run; change nothing. `states.check_data` must have passed it."""
+        total = self.total_steps if data["total_steps"] is None else data["total_steps"]
+        # Once every schedule has ended, nothing depends on the total any more.
+        ended = bool(data["policies"]) and all(saved["ended"] for saved in data["policies"])
+        if self.policies and self.total_steps not in (None, total) and not ended:
             raise LrkitError(
-                f"the state is of a run of {data['total_steps']} steps, this one is bound for {self.total_steps}: "
+                f"the state is of a run of {total} steps, this one is bound for {self.total_steps}: "
                 "the schedule would be another one"
             )
+        if len(data["policies"]) != len(self.policies):
+            raise misfit(f"policies is not a list of {len(self.policies)}")
+        states.check_ranks(data, self.initial_ranks, self.grows)
+        if total is not None:
+            self.check_schedules(total)
+            self._check_progress(data, total)
         ranks, shapes = data["ranks"], self.shapes(data["ranks"])
+        dead = {id(self.modules[name]) for name in data.get("dead") or ()}
         frozen: set[int] = set()
         for state, saved in zip(self.policies, data["policies"], strict=True):
             prefix = f"policy.{state.index}"
@@ -741,11 +879,11 @@ class Controller:
                 expected |= {f"{prefix}.buffer.{name}" for name in state.policy.metric.buffers}
             given = {name for name in tensors if name.startswith(f"{prefix}.")}
             if given != expected:
-                raise _misfit(f"{', '.join(sorted(given ^ expected))} missing or not expected")
+                raise misfit(f"{', '.join(sorted(given ^ expected))} missing or not expected")
             kept = tensors[f"{prefix}.kept"]
             counts = counts_of(state, ranks)
             if kept.dtype != torch.bool or kept.shape != (sum(counts),):
-                raise _misfit(f"{prefix}.kept is not bool [{sum(counts)}]")
+                raise misfit(f"{prefix}.kept is not bool [{sum(counts)}]")
             if state.policy.action.freezes:
                 for block, keep in zip(state.blocks, torch.split(kept, counts), strict=True):
                     frozen |= set() if bool(keep.any()) else {id(tensor) for tensor in block.tensors}
@@ -755,7 +893,11 @@ class Controller:
             for block, keep in zip(
                 state.blocks, torch.split(tensors[f"{prefix}.kept"], counts_of(state, ranks)), strict=True
             ):
-                if saved["ended"] or not (state.policy.action.reversible or bool(keep.any())):
+                if (
+                    saved["ended"]
+                    or id(block.module) in dead
+                    or not (state.policy.action.reversible or bool(keep.any()))
+                ):
                     continue
                 for part in block.parts:
                     if state.policy.metric.reads in ("all", "component") or part.core:
@@ -764,60 +906,61 @@ class Controller:
             for name in (n for n in tensors if n.startswith((f"{prefix}.buffer.", f"{prefix}.still"))):
                 wanted = size[name == f"{prefix}.still"]
                 if tensors[name].dtype != torch.float32 or tensors[name].shape != (wanted,):
-                    raise _misfit(f"{name} is not float32 [{wanted}]")
+                    raise misfit(f"{name} is not float32 [{wanted}]")
+        known = {"weight", *(f"policy.{state.index}" for state in self.policies)}
+        if odd := [n for n in tensors if ".".join(n.split(".", 2)[: 1 if n.startswith("weight.") else 2]) not in known]:
+            raise misfit(f"{shown(odd[0])} is not expected")
+        self._check_sums(tensors, data, frozen, shapes)
 
-    def _check_data(self, data: Mapping[str, Any]) -> None:
-        def whole(value: object, optional: bool = False) -> bool:
-            return (optional and value is None) or (
-                isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            )
+    def _check_progress(self, data: Mapping[str, Any], total: int) -> None:
+        """What is still to be decided must be still to come, and what was decided be about units of this run."""
+        for state, saved in zip(self.policies, data["policies"], strict=True):
+            scheduler = state.policy.scheduler
+            if not saved["ended"] and data["step"] > scheduler.end(total) - scheduler.first_step:
+                raise misfit(f"step {data['step']} of {total} is beyond the last decision of policy {state.index}")
+            blocks = {block.name for block in state.blocks}
+            for d in data["history"]:
+                if d["policy"] == state.index:
+                    names = {name.partition("[")[0] for key in NAMES for name in d[key]}
+                    if not names <= blocks:
+                        raise misfit(f"history names {shown(min(names - blocks))}, which is no unit of this run")
 
-        if not whole(data["seed"]):
-            raise _misfit("seed is not a whole number")
-        if not whole(data["step"]) or not whole(data["total_steps"], optional=True):
-            raise _misfit("step and total_steps are not whole numbers")
-        policies = data["policies"]
-        if not isinstance(policies, list) or len(policies) != len(self.policies):
-            raise _misfit(f"policies is not a list of {len(self.policies)}")
-        for saved in policies:
-            if (
-                not isinstance(saved, dict)
-                or not whole(saved.get("observations"))
-                or type(saved.get("ended")) is not bool
-            ):
-                raise _misfit("policies lack observations or ended")
-        for key in ("sums", "ranks", "numbered"):
-            table = data[key]
-            if not isinstance(table, dict) or set(table) != set(self.modules) or not all(map(whole, table.values())):
-                raise _misfit(f"{key} are not whole numbers for the layers of this run")
-        components = data["components"]
-        good = isinstance(components, dict) and set(components) <= set(self.modules)
-        for name, numbers in components.items() if good else ():
-            good &= isinstance(numbers, list) and all(map(whole, numbers)) and len(numbers) == data["ranks"][name]
-            good = good and numbers == sorted(set(numbers)) and all(n < data["numbered"][name] for n in numbers)
-        if not good:
-            raise _misfit("components are not the numbers of what is left of each layer that was cut, or has grown")
-        if data["total_steps"] is None and data["step"]:
-            raise _misfit("steps have been taken, and total_steps is missing")
-        fields = {field.name for field in attrs.fields(Decision)}
-        history = data["history"]
-        good = isinstance(history, list) and all(isinstance(d, dict) and set(d) == fields for d in history)
-        for d in history if good else ():
-            good &= all(whole(d[key]) for key in ("step", "policy", "budget", "kept", "units"))
-            good &= d["threshold"] is None or isinstance(d["threshold"], float)
-            good &= all(isinstance(d[k], list) and all(isinstance(n, str) for n in d[k]) for k in _NAMES)
-        if not good:
-            raise _misfit("history is not a list of decisions")
+    def _check_sums(
+        self, tensors: Mapping[str, Tensor], data: Mapping[str, Any], frozen: set[int], shapes: Mapping[int, torch.Size]
+    ) -> None:
+        """Parameters summed over the steps so far cannot be more than there were, nor too few for a run beyond its end."""
+        step, sums = data["step"], data["sums"]
+        for name, first in self.initial_ranks.items():
+            most = self.starts[name] * max(1, data["numbered"][name]) // max(1, first)
+            if sums[name] > step * most:
+                raise misfit(f"sums has {sums[name]} for {name}: more than {most} parameters at each of {step} steps")
+        if data["total_steps"] is None or step <= data["total_steps"]:
+            return
+        masks: dict[str, Tensor] = {}
+        for state in self._masking():
+            pieces = torch.split(tensors[f"policy.{state.index}.kept"], counts_of(state, data["ranks"]))
+            for block, mask in zip(state.blocks, pieces, strict=True):
+                masks[block.name] = masks.get(block.name, mask) & mask
+        kept = {name: int(mask.sum()) for name, mask in masks.items()}
+        now = sum(self._tally.would_be(shapes, frozen, kept).values())
+        last = max((d["step"] for d in data["history"]), default=0)
+        # Half: what has no gradient may have been left out of the count on the way.
+        if 2 * sum(sums.values()) < now * (step - last):
+            raise misfit(f"step {step} is beyond the run of {data['total_steps']} steps, and sums are of fewer")
 
     def load_state(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Take over a state that `check_state` has passed. The adapters' tensors must be loaded before."""
         self.step = data["step"]
-        if self.total_steps is None and data["total_steps"] is not None:
-            self.begin(data["total_steps"])
+        if data["total_steps"] is not None:
+            self.total_steps = max(self.total_steps or 0, data["total_steps"])  # equal, unless every schedule has ended
         self.seed = data["seed"]
-        self.history = [Decision(**{**d, **{key: tuple(d[key]) for key in _NAMES}}) for d in data["history"]]
+        self.history = [Decision(**{**d, **{key: tuple(d[key]) for key in NAMES}}) for d in data["history"]]
         self._components = {name: tuple(numbers) for name, numbers in data["components"].items()}
         self._numbered = dict(data["numbered"])
+        # A state without the word is of a run in which every layer counted, whether a gradient reached it or not.
+        dead = data.get("dead", [] if self.step else None)
+        self.liveness.dead = dead if dead is None else list(dead)
+        self._bury(dead or ())
         for state, saved in zip(self.policies, data["policies"], strict=True):
             kept = tensors[f"policy.{state.index}.kept"].to(state.kept.device, copy=True)
             state.observations, state.ended = saved["observations"], saved["ended"]
@@ -838,7 +981,16 @@ class Controller:
         self._survey()
 
 
-_NAMES = ("lost", "returned", "fresh")
+def _last_equal(function: Callable[[int], int], span: range, first: int) -> int:
+    """The last index in a span up to which a function is what it is at `first`; it only ever rises, or only falls."""
+    value, low, step = function(span[first]), first, 1
+    while low + step < len(span) and function(span[low + step]) == value:
+        low, step = low + step, 2 * step
+    high = min(low + step, len(span))  # not the same there, or beyond the end
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if function(span[middle]) == value else (low, middle)
+    return low
 
 
 def counts_of(state: PolicyState, ranks: Mapping[str, int]) -> list[int]:
@@ -858,7 +1010,3 @@ def _resize_state(optimizer: torch.optim.Optimizer, tensor: nn.Parameter, how: _
             optimizer.state.pop(tensor, None)
     if not len(how.index) + how.fresh:
         optimizer.state.pop(tensor, None)
-
-
-def _misfit(what: str) -> LrkitError:
-    return LrkitError(f"the state does not fit: {what}")

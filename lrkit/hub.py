@@ -33,7 +33,8 @@ def reachable() -> bool:
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers quiet about new weights and the loading of the others; put everything back after.
 
-    Errors are still logged, and the hub's own download bars still show: those are long work.
+    Errors are still logged, and the hub's own download bars still show: those are long work. (Not with the first
+    releases of transformers 5, which turn off both kinds of bars together.)
     """
     from transformers.utils import logging as transformers_logging
 
@@ -42,13 +43,21 @@ def quiet_transformers() -> Iterator[None]:
 
     logger = logging.getLogger("transformers")
     level = logger.level
-    previous_hook = transformers_logging.set_tqdm_hook(no_bar)
+    hook = getattr(transformers_logging, "set_tqdm_hook", None)
+    bars = transformers_logging.is_progress_bar_enabled()
+    if hook is not None:
+        previous_hook = hook(no_bar)
+    else:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.setLevel(level)
-        transformers_logging.set_tqdm_hook(previous_hook)
+        if hook is not None:
+            hook(previous_hook)
+        elif bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ operation costs a launch, everything is one piece.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
+from operator import attrgetter
 from typing import Literal
 
 import attrs
@@ -18,6 +19,12 @@ from torch import Tensor, nn
 
 from lrkit.native import Statistics
 from lrkit.units import Block, Part
+
+GradientOf = Callable[[nn.Parameter], Tensor | None]
+"""Where a tensor's gradient is looked up."""
+
+own_gradient: GradientOf = attrgetter("grad")
+"""The gradient that lies on the tensor itself."""
 
 _PIECE = 1 << 16
 """Entries of a piece on a CPU: weights, gradients and temporaries of 64 Ki float32 fit into the second-level cache."""
@@ -117,20 +124,22 @@ class Layout:
         """The tensors that say where units stand: for counting bytes."""
         return self._order, self._unit_of, self._absent
 
-    def grads(self) -> list[Tensor]:
+    def grads(self, of: GradientOf = own_gradient) -> list[Tensor]:
         """The live tensors' gradients, without those that have none."""
-        return [grad for p in self.live if (grad := p.grad) is not None]
+        return [grad for p in self.live if (grad := of(p)) is not None]
 
-    def each(self, flat: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    def each(
+        self, flat: Mapping[str, Tensor], of: GradientOf = own_gradient
+    ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
         """Piece by piece: weights [n] and gradients [n] in float32 (zero where there is none), and views of `flat`."""
         for piece in self.pieces:
-            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in piece.tensors]
+            grads = [grad if (grad := of(p)) is not None else torch.zeros_like(p) for p in piece.tensors]
             state = {name: values[piece.where] for name, values in flat.items()}
             yield self._gather(piece.tensors), self._gather(grads), state
 
-    def finite(self) -> Tensor:
+    def finite(self, of: GradientOf = own_gradient) -> Tensor:
         """Whether all gradients are finite: a bool scalar on the layout's device, so that nothing waits for it."""
-        sums = [self._gather([g for p in piece.tensors if (g := p.grad) is not None]).sum() for piece in self.pieces]
+        sums = [self._gather([g for p in piece.tensors if (g := of(p)) is not None]).sum() for piece in self.pieces]
         return torch.isfinite(torch.stack(sums)).all()
 
     def weights(self) -> Tensor:

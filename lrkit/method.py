@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union
 import attrs
 
 from lrkit.actions import Action
-from lrkit.errors import LrkitError, nearest
+from lrkit.errors import LrkitError, cut, nearest, shown
 from lrkit.metrics import Metric
 from lrkit.parameterizations import Parameterization
 from lrkit.schedulers import Scheduler
@@ -35,7 +35,9 @@ def _is_a(base: type, *, optional: bool = False) -> Any:
         if isinstance(value, base) or (optional and value is None):
             return
         hint = f" (an instance: write {value.__name__}())" if isinstance(value, type) else ""
-        raise LrkitError(f"{type(instance).__name__}.{attribute.name} must be a {base.__name__}, not {value!r}{hint}")
+        raise LrkitError(
+            f"{type(instance).__name__}.{attribute.name} must be a {base.__name__}, not {shown(value)}{hint}"
+        )
 
     return check
 
@@ -97,7 +99,7 @@ def _as_tuple(policies: Iterable[Policy]) -> tuple[Policy, ...]:
     if isinstance(policies, Policy):
         return (policies,)
     if not isinstance(policies, Iterable) or isinstance(policies, type):
-        raise LrkitError(f"Method.also must hold lrkit.Policy(metric=..., ...), not {policies!r}")
+        raise LrkitError(f"Method.also must hold lrkit.Policy(metric=..., ...), not {shown(policies)}")
     return tuple(policies)
 
 
@@ -134,7 +136,7 @@ class Method:
             )
         for policy in self.also:
             if not isinstance(policy, Policy):
-                raise LrkitError(f"Method.also must hold lrkit.Policy(metric=..., ...), not {policy!r}")
+                raise LrkitError(f"Method.also must hold lrkit.Policy(metric=..., ...), not {shown(policy)}")
         for policy in self.policies:
             reason = policy.refusal(self.parameterization)
             if reason is not None:
@@ -188,6 +190,8 @@ def from_plain(plain: Mapping[str, Any], registry: "Registry | None" = None) -> 
             range, or a combination that does not fit.
     """
     registry = registry or _registry()
+    if not isinstance(plain, Mapping):
+        raise LrkitError(f"a method must be a table with a parameterization, not {shown(plain)}")
     _no_others(plain, (*FIELDS, "also"), "method")
     if plain.get("parameterization") is None:
         raise LrkitError("a method needs a parameterization")
@@ -195,11 +199,11 @@ def from_plain(plain: Mapping[str, Any], registry: "Registry | None" = None) -> 
     policies = []
     also = plain.get("also") or ()
     if not isinstance(also, list | tuple):
-        raise LrkitError(f"also must be a list of policies, not {also!r}")
+        raise LrkitError(f"also must be a list of policies, not {shown(also)}")
     for index, policy in enumerate(also):
         where = f"also.{index}"
         if not isinstance(policy, Mapping):
-            raise LrkitError(f"{where} must be a table with metric, scheduler and action, not {policy!r}")
+            raise LrkitError(f"{where} must be a table with metric, scheduler and action, not {shown(policy)}")
         _no_others(policy, _POLICY_FIELDS, where)
         built = {k: _component(registry, k, policy.get(k), f"{where}.{k}") for k in _POLICY_FIELDS}
         empty = [kind for kind, value in built.items() if value is None]
@@ -215,7 +219,9 @@ def _component(registry: "Registry", kind: "Kind", plain: Any, where: str) -> An
     if isinstance(plain, str):
         plain = {"name": plain}
     if not isinstance(plain, Mapping) or "name" not in plain:
-        raise LrkitError(f"{where} must be a name, or a table with a name and settings, not {plain!r}")
+        raise LrkitError(f"{where} must be a name, or a table with a name and settings, not {shown(plain)}")
+    if not isinstance(plain["name"], str):
+        raise LrkitError(f"{where}: a name must be a text, not {shown(plain['name'])}")
     cls = registry.get(kind, plain["name"])
     settings = check_settings(cls, {key: value for key, value in plain.items() if key != "name"}, where)
     try:
@@ -242,7 +248,7 @@ def check_arguments(factory: Any, arguments: Mapping[str, Any], where: str) -> d
     """Keyword arguments for a method's function as its annotations have them. Raises LrkitError like `check_settings`."""
     try:
         hints = typing.get_type_hints(factory)
-    except NameError:  # an annotation imported for type checkers alone: its values are checked by the parts themselves
+    except Exception:  # an annotation imported for type checkers alone, an object that can be called: the parts check
         hints = {}
     return {
         key: _typed(value, hints[key], f"{where} {key}") if key in hints else value for key, value in arguments.items()
@@ -253,7 +259,7 @@ def _no_others(given: Mapping[str, Any], known: Sequence[str], where: str) -> No
     for key in given:
         if key not in known:
             listed = f"; there are {', '.join(known)}" if known else "; it has none"
-            raise LrkitError(f'{where} has no setting "{key}"{nearest(key, known)}{listed}')
+            raise LrkitError(f"{where} has no setting {_named(key)}{nearest(str(key), known)}{listed}")
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
@@ -279,14 +285,17 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         fits = False
     elif hint is float:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
-        value = float(value) if fits else value
+        try:
+            value = float(value) if fits else value
+        except OverflowError:
+            fits = False
     elif hint in (int, str, bool, type(None)):
         fits = type(value) is hint
     else:
         fits = True
     if not fits:
         name = getattr(hint, "__name__", None) if origin is None else str(hint).replace("typing.", "")
-        raise LrkitError(f"{where} must be {name or hint}, not {value!r}")
+        raise LrkitError(f"{where} must be {name or hint}, not {shown(value)}")
     return value
 
 
@@ -331,7 +340,7 @@ def with_setting(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, A
         same = [leaf for leaf in leaves if leaf.rpartition(".")[2] == key]
         hint = f" (did you mean {' or '.join(same)}?)" if same else nearest(path, leaves)
         there = f"; {owner} has {', '.join(known) or 'none'}" if owner else ""
-        raise LrkitError(f'no setting "{path}"{hint}{there}')
+        raise LrkitError(f"no setting {_named(path)}{hint}{there}")
     node[key] = value
     return copy
 
@@ -359,7 +368,7 @@ def with_component(
     copy, node = _descend(plain, owner, path)
     known = FIELDS if not owner else _POLICY_FIELDS
     if not isinstance(node, dict) or kind not in known:
-        raise LrkitError(f'no component "{path}"{nearest(kind, known)}; there are {", ".join(known)}')
+        raise LrkitError(f"no component {_named(path)}{nearest(kind, known)}; there are {', '.join(known)}")
     if name is None:
         node[kind] = None
         return copy
@@ -397,10 +406,10 @@ def swapped(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
             raise
     if not isinstance(value, Mapping):
         if not isinstance(value, str | None):
-            raise LrkitError(f"{path} must be a name, or a table with a name and settings, not {value!r}")
+            raise LrkitError(f"{path} must be a name, or a table with a name and settings, not {shown(value)}")
         return with_component(plain, path, value)
     if not isinstance(value.get("name"), str):
-        raise LrkitError(f"{path} must be a name, or a table with a name and settings, not {dict(value)!r}")
+        raise LrkitError(f"{path} must be a name, or a table with a name and settings, not {shown(dict(value))}")
     copy, node = _descend(with_component(plain, path, value["name"]), path, path)
     settings = {field.name for field in attrs.fields(_registry().get(kind, value["name"]))}  # with or without a default
     for key, setting in value.items():
@@ -419,7 +428,7 @@ def with_arguments(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     factory = _registry().get("method", name)
     arguments = {key: value for key, value in settings.items() if key in arguments_of(name)}
-    plain = to_plain(factory(**check_arguments(factory, arguments, name)))
+    plain = to_plain(_registry().method(name, **check_arguments(factory, arguments, name)))
     for key, value in settings.items():
         if key not in arguments:
             plain = with_setting_of(name, plain, key, value)
@@ -428,7 +437,11 @@ def with_arguments(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def arguments_of(name: str) -> list[str]:
     """The arguments of a registered method's function. Raises LrkitError where there is no such method."""
-    return list(inspect.signature(_registry().get("method", name)).parameters)
+    factory = _registry().get("method", name)
+    try:
+        return list(inspect.signature(factory).parameters)
+    except Exception:  # of a plug-in, and none that Python can look into: it is told as such where it is called
+        return []
 
 
 def with_setting_of(name: str, plain: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -443,17 +456,23 @@ def _descend(plain: Mapping[str, Any], owner: str, path: str) -> tuple[dict[str,
     copy: dict[str, Any] = _deep(plain)
     node: Any = copy
     for name in owner.split(".") if owner else ():
-        if isinstance(node, list) and name.isdigit() and int(name) < len(node):
-            node = node[int(name)]
+        places = {str(i): each for i, each in enumerate(node)} if isinstance(node, list) else {}
+        if name in places:
+            node = places[name]
         elif isinstance(node, dict) and name in node and node[name] is not None:
             node = node[name]
         else:
             if isinstance(node, dict) and name in node:
-                raise LrkitError(f'nothing at "{path}": the method has no {name}')
+                raise LrkitError(f"nothing at {_named(path)}: the method has no {name}")
             known = list(node) if isinstance(node, dict) else [str(i) for i in range(len(node or ()))]
             listed = ", ".join(known) or "nothing"
-            raise LrkitError(f'nothing at "{path}": no "{name}"{nearest(name, known)} (there is {listed})')
+            raise LrkitError(f"nothing at {_named(path)}: no {_named(name)}{nearest(name, known)} (there is {listed})")
     return copy, node
+
+
+def _named(path: object) -> str:
+    """A name that was given, in quotes."""
+    return f'"{cut(str(path), 160)}"'
 
 
 def _leaves(value: Any, path: str = "") -> list[str]:

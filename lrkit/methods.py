@@ -161,15 +161,21 @@ def aflora(
         beta1: β1 of Ī.
         beta2: β2 of Ū.
         together: freeze A and B of a layer together (Table 6) rather than each on its own.
-        variant: ``"paper"``, or the released GLUE code's choices: I over windows of 10 steps, steps numbered from 0, and
-            an element-wise quantile over what still trains. Its decisions are 10 steps apart: give ``interval=10``.
+        variant: ``"paper"``, or the released GLUE code's choices: I over windows of 10 steps, of gradients before they
+            are clipped, steps numbered from 0, and an element-wise quantile over what still trains. Its decisions are 10
+            steps apart: give ``interval=10``.
     """
     if variant not in ("paper", "released"):
         raise LrkitError(f'aflora variant must be "paper" or "released", not {variant!r}')
     released = variant == "released"
     return Method(
         parameterization=VectorScaled(rank=rank, train=train),
-        metric=GradientUncertainty(beta1=beta1, beta2=beta2, window=10 if released else 1),
+        metric=GradientUncertainty(
+            beta1=beta1,
+            beta2=beta2,
+            window=10 if released else 1,
+            measure="before-clipping" if released else "before-step",
+        ),
         scheduler=Cubic(
             target=0.0,
             warmup=warmup,

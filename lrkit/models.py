@@ -10,13 +10,14 @@ import importlib.resources
 import importlib.util
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.errors import LrkitError, nearest
+from lrkit.errors import LrkitError, cut, nearest, shown
+from lrkit.reading import MIB, check_folder, is_file, is_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -44,11 +45,17 @@ class Pretrained:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fresh: frozenset[str]
+    _put_back: Callable[[], None] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        """Remember configs, buffers and modes: a run writes into them."""
+        object.__setattr__(self, "_put_back", _memory_of(self.model))
 
     def restart(self, seed: int) -> PreTrainedModel:
         """The model with its fresh parameters drawn anew: a function of the seed alone, whatever ran before."""
         from transformers import set_seed
 
+        self._put_back()
         set_seed(seed)
         for prefix, module in self.model.named_modules():
             own = [p for n, p in module.named_parameters(prefix, recurse=False) if n in self.fresh]
@@ -57,6 +64,37 @@ class Pretrained:
             if own:
                 self.model._init_weights(module)  # type: ignore[no-untyped-call]
         return self.model
+
+
+def _memory_of(model: PreTrainedModel) -> Callable[[], None]:
+    """A function that gives a model the configs, buffers and modes that it has now."""
+    import copy
+
+    modules = [module for module in model.modules() if hasattr(module, "config")]
+    generation = [
+        module.generation_config for module in modules if getattr(module, "generation_config", None) is not None
+    ]
+    configs = list({id(config): config for config in (*(module.config for module in modules), *generation)}.values())
+
+    def copies(of: dict[str, Any]) -> dict[str, Any]:
+        # A config within another stays the object that a submodule has as its own.
+        return copy.deepcopy(of, {id(config): config for config in configs})
+
+    values = [copies(vars(config)) for config in configs]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
+
+    def put_back() -> None:
+        for config, was in zip(configs, values, strict=True):
+            vars(config).clear()
+            vars(config).update(copies(was))
+        for module, training in modes:
+            module.training = training
+        for name, buffer in model.named_buffers():
+            if name in buffers:
+                buffer.detach().copy_(buffers[name])
+
+    return put_back
 
 
 def load_model(spec: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -96,16 +134,18 @@ def load_pretrained(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from lrkit.hub import quiet_transformers
+    from lrkit.tokens import check_tokenizer, knows_words
 
     settings: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem_type}
     if label_names is not None:
         settings |= {"id2label": label_names, "label2id": {name: n for n, name in label_names.items()}}
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 source,
                 local_files_only=local_only,
+                trust_remote_code=False,  # the default asks on stdin
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # a head fine-tuned for other classes gives way to a new one
                 output_loading_info=True,
@@ -122,12 +162,11 @@ def load_pretrained(
             f'model "{spec}": its weights do not fit its config: {absent[0]} is missing or has another shape '
             f"(and {len(absent) - 1} more)"
         )
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None and knows_words(tokenizer):
         if tokenizer.eos_token is None:
             raise LrkitError(f'model "{spec}": its tokenizer has neither a pad token nor an end token to pad with')
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    check_tokenizer(spec, tokenizer, model)
     return Pretrained(model, tokenizer, frozenset(fresh))
 
 
@@ -152,7 +191,9 @@ def load_config(spec: str) -> PretrainedConfig:
     source, local_only = _resolve(spec, also=shipped_configs())
     try:
         with quiet_transformers():
-            config: PretrainedConfig = AutoConfig.from_pretrained(source, local_files_only=local_only)
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                source, local_files_only=local_only, trust_remote_code=False
+            )
     except Exception as error:  # as in load_model_from
         raise _failed(spec, source, local_only, error) from error
     return config
@@ -211,25 +252,46 @@ def _resolve(spec: str, also: tuple[str, ...] = ()) -> tuple[str, bool]:
         spec: what the user wrote.
         also: further names that would have been right, for the hint.
     """
-    if spec and Path(spec).is_dir():  # before the name: a folder called minilm is what its owner means
-        if not (Path(spec) / "config.json").is_file():
+    if spec and is_folder(spec):  # before the name: a folder called minilm is what its owner means
+        if not is_file(Path(spec) / "config.json"):
             raise LrkitError(f'model "{spec}": the folder has no config.json, so it is no model')
+        check_folder(spec, f'model "{spec}"')
+        check_config(read_json(Path(spec) / "config.json", 16 * MIB), f'model "{spec}": config.json')
         return spec, True
     if spec == MINILM:
         return str(minilm_folder()), True
     if spec in shipped_configs() and spec not in also:
         raise LrkitError(f'model "{spec}" ships as a config only, for counting: give a folder or a hub id with weights')
     hint = nearest(spec, (MINILM, *also))
-    if not HUB_ID.fullmatch(spec):
-        raise LrkitError(f'model "{spec}": no such folder{hint}; give "{MINILM}", a folder or a hub id')
+    if not HUB_ID.fullmatch(spec) or len(spec) > 96:
+        raise LrkitError(f'model "{cut(spec, 160)}": no such folder{hint}; give "{MINILM}", a folder or a hub id')
     from lrkit import hub
 
     return spec, not hub.reachable()
 
 
+def check_config(config: Any, name: str) -> None:
+    """Raise LrkitError, with `name`, for a config that is no table, or of a model that cannot be: layers without end."""
+    if not isinstance(config, dict):
+        raise LrkitError(f"{name} is no table")
+    tables = [config]
+    while tables:
+        table = tables.pop()
+        for key, value in table.items():
+            if isinstance(value, dict):
+                tables.append(value)
+            most = 10_000 if "layer" in key else 2**31 - 1
+            # Some configs say "without end" with a large number: sizes are what is bounded.
+            size = key.endswith(
+                ("_size", "_dim", "layers", "heads", "_layer", "_head", "_embd", "experts", "positions")
+            )
+            if size and isinstance(value, int) and not isinstance(value, bool) and not -1 <= value <= most:
+                raise LrkitError(f"{name}: {key} = {shown(value)} is no size of a model: at most {most:,}")
+
+
 def _failed(spec: str, source: str, local_only: bool, error: Exception) -> LrkitError:
     """The one line for what went wrong inside transformers."""
-    first = (str(error).strip().splitlines() or [""])[0]
+    first = cut((str(error).strip().splitlines() or [""])[0], 400)
     if Path(source).is_dir():
         return LrkitError(f'model "{spec}": cannot be loaded from {source}: {type(error).__name__}: {first}')
     hint = nearest(spec, (MINILM, *shipped_configs()))
@@ -244,7 +306,7 @@ def _failed(spec: str, source: str, local_only: bool, error: Exception) -> Lrkit
 
 
 def load_base(
-    base: dict[str, Any], spec: str | None = None, trained: Collection[str] = ()
+    base: Any, spec: str | None = None, trained: Collection[str] = ()
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model that saved adapters were attached to, made again, and its tokenizer (None where it has none).
 
@@ -256,6 +318,10 @@ def load_base(
     Raises:
         LrkitError: if there is no such model, it cannot be had, or it lacks weights.
     """
+    kinds = {"class": str, "name": str, "dtype": str, "config": dict}
+    if not isinstance(base, dict) or not all(isinstance(base.get(key), kind) for key, kind in kinds.items()):
+        raise LrkitError("the saved state does not say what its base model was: class, name, dtype and config")
+    check_config(base["config"], "the saved state's base config")
     spec = spec or base["name"]
     if not spec:
         raise LrkitError("the saved state does not say where its base model came from: give it with --model")
@@ -265,17 +331,22 @@ def load_base(
     from transformers import AutoTokenizer
 
     from lrkit.hub import quiet_transformers
+    from lrkit.tokens import knows_words
 
-    cls = getattr(transformers, base["class"], None)
-    if cls is None:
-        raise LrkitError(f"the base model is a {base['class']}, which transformers does not have")
+    cls: Any = getattr(transformers, base["class"], None) if base["class"].isidentifier() else None
+    good = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not good or cls.config_class is None:
+        raise LrkitError(f"the base model is a {shown(base['class'])}, which is no model that transformers has")
+    dtype = getattr(torch, base["dtype"], None) if base["dtype"].isidentifier() else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise LrkitError(f"the base model's dtype is {shown(base['dtype'])}, which is no floating-point type of torch")
     try:
         with quiet_transformers():
             model, loading = cls.from_pretrained(
                 source,
                 config=cls.config_class.from_dict(base["config"]),
                 local_files_only=local_only,
-                dtype=getattr(torch, base["dtype"]),
+                dtype=dtype,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -290,8 +361,10 @@ def load_base(
         )
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
     except Exception:  # a model without a tokenizer is a model
+        return model, None
+    if not knows_words(tokenizer):  # one that transformers made up
         return model, None
     if tokenizer.pad_token is None and model.config.pad_token_id is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)

@@ -13,18 +13,30 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def refusal(model: nn.Module, parameters: list[nn.Parameter], optimizer: object) -> str | None:
-    """Why an adaptive method cannot run under this way of training in parallel; None where it can."""
+def refusal(model: nn.Module, optimizer: object, *, adaptive: bool) -> str | None:
+    """Say why a method cannot run under this way of training in parallel; None if it can.
+
+    Args:
+        model: the adapted model, wrapped or sharded as it is now.
+        optimizer: the one that trains the adapters.
+        adaptive: whether the method decides anything.
+    """
+    if any(_is_sharded(p) for p in model.parameters()):
+        return (
+            "FSDP2 shards the adapters' parameters, of which scores need whole ones, and does not reduce the gradients of "
+            "those that it is told to ignore, so that each process would train adapters of its own: use DDP (or one process)"
+        )
+    if not adaptive:
+        return None
     if any(cls.__module__.split(".")[0] == "deepspeed" for cls in type(optimizer).__mro__):
         return "DeepSpeed's engine steps inside backward(), where no hook can see whole gradients: use DDP (or one process)"
-    if any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in parameters):
-        return (
-            "FSDP2 shards the adapters' parameters, and scores need whole ones: leave the adapters out with "
-            "fully_shard(..., ignored_params=set(adapted.parameters())), or use DDP"
-        )
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         return "FSDP1 flattens the adapters' parameters, and scores need whole ones: use DDP"
     return None
+
+
+def _is_sharded(p: nn.Parameter) -> bool:
+    return type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor"
 
 
 def wrapper() -> DistributedDataParallel | None:
@@ -50,6 +62,8 @@ def follow(ddp: Any) -> None:
     if ddp.static_graph:
         ddp.reducer._set_static_graph()
         ddp.logger._set_static_graph()
+        # The first backward pass of a static graph reduces at its end: DDP must ask its new reducer for that as well.
+        ddp._static_graph_delay_allreduce_enqueued = False
 
 
 def scaled_by(optimizer: torch.optim.Optimizer) -> tuple[torch.Tensor | None, bool]:

@@ -6,30 +6,33 @@
 A low-rank adapter is whatever offers ``export_factors`` (out) and ``import_factors`` (in), as `LowRank` does.
 """
 
-import json
 import math
 import os
 import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lrkit import checkpoint
 from lrkit.adapted import Adapted, check_model
-from lrkit.errors import LrkitError, LrkitWarning, nearest
+from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
+from lrkit.foresight import check_fresh, weightless
 from lrkit.method import Method
 from lrkit.parameterizations.lowrank import oriented_weight
+from lrkit.patterns import compiled
+from lrkit.reading import read_json
 from lrkit.settings import in_steps
+from lrkit.targets import find_targets
+from lrkit.tensorfile import open_tensors
 
 TOLERANCE = 1e-6
 """How far logits may be apart, in float64 arithmetic; a share of the largest where that is above 1."""
@@ -101,7 +104,7 @@ def export(
     """
     if to not in TARGETS:
         raise LrkitError(f'there is no export to "{to}"{nearest(to, TARGETS)}; there are {", ".join(TARGETS)}')
-    adapted.summary()  # refuses adapters that were merged or detached
+    adapted.check_finished()  # refuses adapters that were merged or detached
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LrkitError(f"{folder} exists and is not empty: nothing is overwritten, choose another folder")
@@ -454,6 +457,7 @@ _UNDERSTOOD = {
 }
 # Starts that leave the base's weights as they were; others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
+_PATTERNS = 10_000
 _KEY = re.compile(r"(.+)\.lora_([ABE])(?:\.weight)?")
 
 _Factors = tuple[Tensor, Tensor, Tensor | None, float]
@@ -484,12 +488,16 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
     check_model(model)
     folder = Path(folder)
     config = _read_config(folder)
-    layers, rest = _read_layers(config, _read_weights(folder), folder)
+    names = {name for name, _ in model.named_modules()}
+    layers, rest = _read_layers(config, _read_weights(folder), folder, names)
     head = _read_head(model, config, rest, folder)
     if method is None:
         method = _method_of(config, layers)
     if not isinstance(method, Method):
-        raise LrkitError(f"from_peft takes a lrkit.Method, such as lrkit.methods.adalora(), not {method!r}")
+        raise LrkitError(f"from_peft takes a lrkit.Method, such as lrkit.methods.adalora(), not {shown(method)}")
+    if (twin := weightless(model)) is not None:
+        given = sum(a.numel() + b.numel() for a, b, *_ in layers.values())
+        check_fresh(twin, find_targets(twin, list(layers), exact=True), method.parameterization, given)
     adapted = Adapted(model, method, list(layers), head, exact=True)
     try:
         for name, adapter in adapted.adapters.items():
@@ -523,28 +531,28 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise LrkitError(f"{folder} holds no PEFT adapter: there is no {_CONFIG}") from None
-    except (OSError, ValueError) as error:
-        raise LrkitError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "ADALORA"):
         kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise LrkitError(f"{folder}: from_peft takes LORA and ADALORA adapters, not {kind!r}")
+        raise LrkitError(f"{folder}: from_peft takes LORA and ADALORA adapters, not {shown(kind)}")
     for key, value in config.items():
         if key not in _UNDERSTOOD and value and value != "none":
-            raise LrkitError(f"{folder}: lrkit cannot represent an adapter with {key}={value!r} exactly")
+            raise LrkitError(f"{folder}: lrkit cannot represent an adapter with {key}={shown(value)} exactly")
     numbers = ["lora_alpha"]
     if config["peft_type"] == "ADALORA":
         numbers += ["init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"]
     for key in numbers:
-        if not isinstance(config.get(key), int | float) or isinstance(config.get(key), bool):
-            raise LrkitError(f"{path}: {key} must be a number, not {config.get(key)!r}")
+        if not _is_number(config.get(key)):
+            raise LrkitError(f"{path}: {key} must be a number, not {shown(config.get(key))}")
+    if not _is_number(config.get("lora_dropout") or 0.0) or not 0 <= (config.get("lora_dropout") or 0.0) < 1:
+        raise LrkitError(f"{path}: lora_dropout must be from 0 to 1, not {shown(config['lora_dropout'])}")
     _check_patterns(config, path)
     start = config.get("init_lora_weights", True)
-    if start not in _STARTS:
+    if not isinstance(start, bool | str) or start not in _STARTS:
         raise LrkitError(
-            f"{folder}: init_lora_weights={start!r} changes the base's weights: lrkit cannot represent it exactly"
+            f"{folder}: init_lora_weights={shown(start)} changes the base's weights: lrkit cannot represent it exactly"
         )
     return config
 
@@ -552,32 +560,39 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _check_patterns(config: Mapping[str, Any], path: Path) -> None:
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
-        raise LrkitError(f"{path}: modules_to_save must be a list of names, not {saved!r}")
+        raise LrkitError(f"{path}: modules_to_save must be a list of names, not {shown(saved)}")
     patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(type(value) in (int, float) for value in patterns.values()):
-        raise LrkitError(f"{path}: alpha_pattern must be a table of numbers, not {patterns!r}")
+    if not isinstance(patterns, dict) or not all(_is_number(value) for value in patterns.values()):
+        raise LrkitError(f"{path}: alpha_pattern must be a table of numbers, not {shown(patterns)}")
+    if len(patterns) > _PATTERNS:
+        raise LrkitError(f"{path}: alpha_pattern has {len(patterns):,} entries; at most {_PATTERNS:,}")
     for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise LrkitError(
-                f"{path}: alpha_pattern has {pattern!r}, which is no regular expression: {error}"
-            ) from None
+        _pattern(pattern, path)
+
+
+def _pattern(pattern: str, path: Path) -> re.Pattern[str]:
+    """A key of ``alpha_pattern`` as PEFT's own rule uses it."""
+    return compiled(pattern, f"{path}: alpha_pattern", r"(.*\.)?({})$")
+
+
+def _is_number(value: object) -> bool:
+    """A number that float32 can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / _WEIGHTS
-    if not path.is_file():
-        raise LrkitError(f"{folder} holds no {_WEIGHTS} (pickled files are not read: save the adapter again with PEFT)")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return {key.removeprefix(_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise LrkitError(f"{path} is truncated, or no safetensors file ({error})") from None
+        with open_tensors(path) as file:
+            return {key.removeprefix(_PREFIX): tensor for key, tensor in file.tensors().items()}
+    except FileNotFoundError:
+        raise LrkitError(
+            f"{folder} holds no {_WEIGHTS} (pickled files are not read: save the adapter again with PEFT)"
+        ) from None
 
 
 def _read_layers(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, names: Collection[str]
 ) -> tuple[dict[str, _Factors], dict[str, Tensor]]:
     """Factors by layer name, and the tensors that are of no adapter."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -595,6 +610,8 @@ def _read_layers(
     wanted = {"A", "B", "E"} if config["peft_type"] == "ADALORA" else {"A", "B"}
     layers: dict[str, _Factors] = {}
     for name, parts in found.items():
+        if name not in names:
+            raise LrkitError(f"{folder} does not fit this model: it has no layer {shown(name)}")
         if set(parts) != wanted or parts["A"].ndim != 2 or parts["B"].ndim != 2:
             raise LrkitError(f"{folder}: {name} is no {config['peft_type']} of a linear layer: it has {_shapes(parts)}")
         core = parts["E"].flatten() if "E" in parts else None
@@ -618,7 +635,7 @@ def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
     if config["peft_type"] == "ADALORA":
         return float((alpha if alpha > 0 else config["init_r"]) / (config["init_r"] + 1e-5))
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):  # PEFT's own rule; the first that matches
+        if _pattern(pattern, Path(_CONFIG)).match(name):  # the first that matches
             alpha = value
             break
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else max(rank, 1)))

@@ -7,26 +7,36 @@ two plug-ins claim belongs to neither, and using it raises with both named; a bu
 
 import inspect
 import re
-import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal, get_args
+from importlib import metadata
+from importlib.metadata import Distribution, EntryPoint
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attrs
 import pluggy
 
-from lrkit import hookspecs
+from lrkit import foreign, hookspecs
 from lrkit.errors import LrkitError, LrkitWarning, nearest
+from lrkit.foreign import ForeignError
+
+if TYPE_CHECKING:
+    from lrkit.method import Method
 
 Kind = Literal["parameterization", "metric", "scheduler", "action", "method", "task", "executor", "study"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 GROUP = "lrkit"
+_entry_points = metadata.entry_points
 _NAME = re.compile(r"[^\W\d_][\w.-]*(/[\w.-]+)*")
+
+
+def is_name(text: str) -> bool:
+    """Whether a component may be registered under this name."""
+    words = ("none", "null", "true", "false", "nan", "inf", "infinity")
+    return _NAME.fullmatch(text) is not None and text.lower() not in words
 
 
 class PluginWarning(LrkitWarning):
@@ -95,33 +105,33 @@ class Registry:
     def __init__(self, plugins: Iterable[tuple[str, str, object]] = (), *, discover: bool = True) -> None:
         from lrkit import __version__, builtin_plugin
 
-        self._manager = pluggy.PluginManager(GROUP)
-        self._manager.add_hookspecs(hookspecs)
         self._offers: dict[tuple[Kind, str], list[Offer]] = {}
+        self._plugins: list[object] = []
         self.problems: list[Problem] = []
         self._builtin = f"lrkit {__version__}"
         self.add(self._builtin, "builtin", builtin_plugin)
         for distribution, name, plugin in plugins:
             self.add(distribution, name, plugin)
         if discover:
-            for point in sorted(entry_points(group=GROUP), key=lambda p: (_distribution(p), p.name)):
-                self._load(point)
+            points, unread = installed()
+            for distribution, message in unread:
+                self._problem(distribution, "entry_points.txt", message)
+            for distribution, point in points:
+                self._load(distribution, point)
         # What is added to it later only this process knows.
         self._installed = frozenset(self._offers)
 
     # ---- loading ----
 
-    def _load(self, point: EntryPoint) -> None:
-        distribution = _distribution(point)
+    def _load(self, distribution: str, point: EntryPoint) -> None:
         try:
-            # What it prints is no part of a command's results.
-            with redirect_stdout(sys.stderr), _loaded(point.name):
-                plugin = point.load()
-        except (KeyboardInterrupt, GeneratorExit):
-            raise
-        # A plug-in may raise anything on import, SystemExit included; it must not take the host with it.
-        except BaseException as error:
-            self._problem(distribution, point.name, f"cannot be imported: {_line(error)}", traceback.format_exc())
+            with _loaded(point.name):
+                plugin = foreign.call(point.load)
+        except LrkitError as error:
+            self._problem(distribution, point.name, f"cannot be imported: {foreign.line_of(error)}", foreign.detail())
+            return
+        except ForeignError as error:
+            self._problem(distribution, point.name, f"cannot be imported: {error.line}", error.detail)
             return
         self.add(distribution, point.name, plugin)
 
@@ -131,68 +141,64 @@ class Registry:
         What is wrong with it goes to `problems` and is warned of; nothing is raised.
         """
         try:
-            self._manager.register(plugin, name=f"{distribution}:{name}")
-        except (pluggy.PluginValidationError, ValueError) as error:
-            self._problem(distribution, name, _line(error))
-            return
-        try:
-            wrong = self._misspelt(plugin)
-        except Exception as error:
-            wrong = f"cannot be looked at: {_line(error)}"
-        if wrong:
-            self._manager.unregister(plugin)
-            self._problem(distribution, name, wrong)
-            return
-        offers: list[Offer] = []
-        try:
-            for kind in KINDS:
-                offers += self._ask(plugin, kind, distribution, name)
+            offers = foreign.call(self._offers_of, plugin, distribution, name)
         except LrkitError as error:
-            self._manager.unregister(plugin)
             self._problem(distribution, name, str(error))
             return
-        except (KeyboardInterrupt, GeneratorExit):
-            raise
-        except BaseException as error:
-            self._manager.unregister(plugin)
-            self._problem(distribution, name, f"a hook raised {_line(error)}", traceback.format_exc())
+        except ForeignError as error:
+            self._problem(distribution, name, error.line, error.detail)
             return
+        self._plugins.append(plugin)
         for offer in offers:
             self._register(offer)
 
-    def _misspelt(self, plugin: object) -> str | None:
-        known = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("lrkit_")]
-        for caller in self._manager.get_hookcallers(plugin) or ():
-            if not caller.has_spec():
-                return f'there is no hook "{caller.name}"{nearest(caller.name, known)}'
-        for name in dir(plugin):
-            value = getattr(plugin, name, None)
-            if not name.startswith("lrkit_") or not callable(value):
-                continue
-            if name not in known:
-                return f'there is no hook "{name}"{nearest(name, known)}'
-            if not hasattr(value, "lrkit_impl"):
-                return f'"{name}" is not marked with @lrkit.hookimpl, so it would never be called'
-        if not self._manager.get_hookcallers(plugin):
-            return f"offers nothing: it has no function marked with @lrkit.hookimpl; there are {', '.join(known)}"
-        return None
+    def _offers_of(self, plugin: object, distribution: str, name: str) -> list[Offer]:
+        """What a plug-in offers. Raises LrkitError for one that is wrong, and whatever its own code raises."""
+        if plugin is None:
+            raise LrkitError("the entry point is None: it must name a module or an object with hooks")
+        if any(plugin is other for other in self._plugins):
+            raise LrkitError("is registered already, under another name")
+        # A manager for each: a hostile object must not meet the others, and pluggy compares those that it holds.
+        manager = pluggy.PluginManager(GROUP)
+        manager.add_hookspecs(hookspecs)
+        try:
+            manager.register(plugin, name=f"{distribution}:{name}")
+        except pluggy.PluginValidationError as error:
+            raise LrkitError(foreign.line_of(error)) from None
+        except Exception as error:
+            raise LrkitError(f"cannot be looked at: {foreign.line_of(error)}") from error
+        try:
+            wrong = _misspelt(manager, plugin)
+        except Exception as error:
+            raise LrkitError(f"cannot be looked at: {foreign.line_of(error)}") from error
+        if wrong:
+            raise LrkitError(wrong)
+        try:
+            return [offer for kind in KINDS for offer in self._ask(manager, plugin, kind, distribution, name)]
+        except (LrkitError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise ForeignError(f"a hook raised {foreign.line_of(error)}", foreign.detail()) from error
 
-    def _ask(self, plugin: object, kind: Kind, distribution: str, name: str) -> list[Offer]:
+    def _ask(
+        self, manager: pluggy.PluginManager, plugin: object, kind: Kind, distribution: str, name: str
+    ) -> list[Offer]:
         hook = hook_of(kind)
-        implementations = [i for i in getattr(self._manager.hook, hook).get_hookimpls() if i.plugin is plugin]
+        implementations = [i for i in getattr(manager.hook, hook).get_hookimpls() if i.plugin is plugin]
         if not implementations:
             return []
         if len(implementations) > 1:
             raise LrkitError(f"{hook} is implemented {len(implementations)} times: merge them into one")
-        with redirect_stdout(sys.stderr):
-            offered = implementations[0].function()
+        offered = implementations[0].function()
         if not isinstance(offered, Mapping):
             raise LrkitError(f"{hook} must return a mapping from names to {kind}s, not {type(offered).__name__}")
         expected = _expected(kind)
+        offers = []
         for key, value in offered.items():
             if not isinstance(key, str) or not key:
-                raise LrkitError(f"{hook} must have names as keys, not {key!r}")
-            if not _NAME.fullmatch(key) or key.lower() in ("none", "null", "true", "false", "nan", "inf", "infinity"):
+                raise LrkitError(f"{hook} must have names as keys, not {foreign.text_of(key)}")
+            key = str.__str__(key)  # a subclass may compare as it likes
+            if not is_name(key):
                 # All else means something on the command line: a list, a number, an option, nothing.
                 raise LrkitError(
                     f'{hook}: a name begins with a letter, goes on with letters, digits, ".", "_", "-" and "/", and is no '
@@ -200,12 +206,16 @@ class Registry:
                 )
             if kind == "study":
                 if not isinstance(value, str) and not hasattr(value, "read_text"):
-                    raise LrkitError(f'{hook}: "{key}" must be a path or the text of a TOML file, not {value!r}')
+                    raise LrkitError(
+                        f'{hook}: "{key}" must be a path or the text of a TOML file, not {foreign.text_of(value)}'
+                    )
             elif expected is None and not callable(value):
-                raise LrkitError(f'{hook}: "{key}" must be callable, not {value!r}')
+                raise LrkitError(f'{hook}: "{key}" must be callable, not {foreign.text_of(value)}')
             if expected is not None:
                 if not (isinstance(value, type) and issubclass(value, expected)):
-                    raise LrkitError(f'{hook}: "{key}" must be a class derived from {expected.__name__}, not {value!r}')
+                    raise LrkitError(
+                        f'{hook}: "{key}" must be a class derived from {expected.__name__}, not {foreign.text_of(value)}'
+                    )
                 if "__attrs_attrs__" not in vars(value):
                     raise LrkitError(
                         f'{hook}: "{key}": decorate class {value.__name__} with @attrs.frozen(kw_only=True)'
@@ -213,7 +223,8 @@ class Registry:
                 abstract = sorted(getattr(value, "__abstractmethods__", ()))
                 if abstract:
                     raise LrkitError(f'{hook}: "{key}": class {value.__name__} does not write {", ".join(abstract)}')
-        return [Offer(kind, key, value, distribution, name) for key, value in offered.items()]
+            offers.append(Offer(kind, key, value, distribution, name))
+        return offers
 
     def _register(self, offer: Offer) -> None:
         holders = self._offers.setdefault((offer.kind, offer.name), [])
@@ -284,6 +295,35 @@ class Registry:
             raise LrkitError(f'{kind} "{name}" is offered by {both}: uninstall one of them')
         return offers[0].value
 
+    def method(self, name: str, **arguments: Any) -> "Method":
+        """The method of this name, from its function with these arguments.
+
+        Raises:
+            LrkitError: no such method, or its function refuses, raises anything, or gives something else.
+        """
+        from lrkit.method import Method
+
+        made: Method = self.made("method", name, **arguments)
+        if not issubclass(type(made), Method):  # isinstance asks the object, which may raise
+            raise LrkitError(f"{self._who('method', name)} gives {foreign.text_of(made)}, which is no lrkit.Method")
+        return made
+
+    def made(self, kind: Kind, name: str, *arguments: Any, **named: Any) -> Any:
+        """What the function that is registered under a name gives: a method, a task or an executor.
+
+        Raises:
+            LrkitError: no such name, or the function refuses or raises anything.
+        """
+        function = self.get(kind, name)
+        try:
+            return foreign.call(function, *arguments, **named)
+        except ForeignError as error:
+            raise LrkitError(f"{self._who(kind, name)} cannot be made: {error.line}") from error
+
+    def _who(self, kind: Kind, name: str) -> str:
+        distribution = self._offers[kind, name][0].distribution
+        return f'{kind} "{name}"' + ("" if distribution == self._builtin else f" of {distribution}")
+
     def name_of(self, kind: Kind, cls: type) -> str:
         """The registered name of a component's class. Raises LrkitError where it is not registered."""
         for offer in self.offers(kind):
@@ -295,17 +335,100 @@ class Registry:
         )
 
 
-def _distribution(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown distribution"
+def _misspelt(manager: pluggy.PluginManager, plugin: object) -> str | None:
+    """What is wrong with a plug-in's hooks, if anything is."""
+    known = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("lrkit_")]
+    for caller in manager.get_hookcallers(plugin) or ():
+        if not caller.has_spec():
+            return f'there is no hook "{caller.name}"{nearest(caller.name, known)}'
+    for name in dir(plugin):
+        if not name.startswith("lrkit_"):
+            continue
+        value = getattr(plugin, name, None)
+        if not callable(value):
+            continue
+        if name not in known:
+            return f'there is no hook "{name}"{nearest(name, known)}'
+        if not hasattr(value, "lrkit_impl"):
+            return f'"{name}" is not marked with @lrkit.hookimpl, so it would never be called'
+    if not manager.get_hookcallers(plugin):
+        return f"offers nothing: it has no function marked with @lrkit.hookimpl; there are {', '.join(known)}"
+    return None
 
 
-def _line(error: BaseException) -> str:
+def installed() -> tuple[list[tuple[str, EntryPoint]], list[tuple[str, str]]]:
+    """The entry points in lrkit's group, in order, each with its distribution's name and version.
+
+    Returns:
+        The entry points; and (distribution, why) for each distribution that may have some, and cannot be read.
+    """
     try:
-        text = " ".join(str(error).split())
-    except Exception:  # of a plug-in's own exception class
-        text = "(its message cannot be read)"
-    text = text if len(text) <= 500 else f"{text[:500]}..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        found = [(_named(point.dist), point) for point in _entry_points(group=GROUP)]
+        unread: list[tuple[str, str]] = []
+    except Exception:  # one broken distribution breaks the list of all: each by itself
+        found, unread = _one_by_one(GROUP)
+    return sorted(found, key=lambda pair: (pair[0], pair[1].name)), unread
+
+
+def spare_others() -> None:
+    """Let torch and transformers work beside a distribution whose entry points cannot be read.
+
+    They list entry points as well, and one file that is no such list stops them all. For a process that is lrkit's own:
+    if the list cannot be had, `importlib.metadata.entry_points` leaves out what cannot be read.
+    """
+    try:
+        metadata.entry_points(group=GROUP)
+    except Exception:
+
+        def readable(**which: Any) -> metadata.EntryPoints:
+            return metadata.EntryPoints(point for _, point in _one_by_one(None)[0]).select(**which)
+
+        metadata.entry_points = readable  # type: ignore[assignment]
+
+
+def _one_by_one(group: str | None) -> tuple[list[tuple[str, EntryPoint]], list[tuple[str, str]]]:
+    """As `installed`, of one group or of all, one distribution after another."""
+    found: list[tuple[str, EntryPoint]] = []
+    unread: list[tuple[str, str]] = []
+    seen = set()
+    for distribution in metadata.distributions():
+        name = _named(distribution)
+        if name != _NAMELESS:
+            plain = re.sub(r"[-_.]+", "-", name.partition(" ")[0]).lower()
+            if plain in seen:
+                continue  # one that is shadowed, as Python has it
+            seen.add(plain)
+        try:
+            found += [(name, point) for point in distribution.entry_points if group in (None, point.group)]
+        except Exception as error:
+            if _concerns(distribution):
+                unread.append((name, f"its entry points cannot be read: {foreign.line_of(error)}"))
+    return found, unread
+
+
+def _concerns(distribution: Distribution) -> bool:
+    """Whether entry points that cannot be read may be lrkit's."""
+    try:
+        return f"[{GROUP}]" in (distribution.read_text("entry_points.txt") or "")
+    except Exception:
+        return True
+
+
+_NAMELESS = "an unknown distribution"
+
+
+def _named(distribution: Distribution | None) -> str:
+    """Name and version of a distribution, as far as its metadata can be read."""
+    if distribution is None:
+        return _NAMELESS
+    try:
+        name = distribution.metadata["Name"]
+    except Exception:  # no metadata, no UTF-8, ...
+        return _NAMELESS
+    try:
+        return f"{name} {distribution.version}" if name else _NAMELESS
+    except Exception:
+        return f"{name} (no version)"
 
 
 @cache
@@ -344,9 +467,20 @@ def registered_tasks() -> dict[str, Any]:
     """
 
     def later(name: str) -> Any:
-        return lambda rest: current().get("task", name)(rest)
+        return lambda rest: current().made("task", name, rest)
 
     return {name: later(name) for name in current().names("task")}
 
 
-__all__ = ["KINDS", "Kind", "Offer", "PluginWarning", "Problem", "Registry", "current", "registered_tasks"]
+__all__ = [
+    "KINDS",
+    "Kind",
+    "Offer",
+    "PluginWarning",
+    "Problem",
+    "Registry",
+    "current",
+    "installed",
+    "is_name",
+    "registered_tasks",
+]

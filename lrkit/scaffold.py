@@ -8,9 +8,9 @@ import importlib.util
 import inspect
 import keyword
 import re
+import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import attrs
 import typer
 
+from lrkit import foreign
 from lrkit.errors import LrkitError, LrkitWarning, nearest
 
 if TYPE_CHECKING:
-    from lrkit.method import Method
     from lrkit.registry import Offer, Registry
     from lrkit.testing import Finding
 
@@ -70,8 +70,10 @@ def written(name: str, kind: str) -> dict[str, str]:
             raise LrkitError(f'"{name}" makes no Python name: the {what} would be called {word}')
     if importlib.util.find_spec(module) is not None:
         raise LrkitError(f'a module "{module}" can be imported already, and would be in the way: choose another name')
-    from lrkit.registry import current
+    from lrkit.registry import current, is_name
 
+    if not is_name(offered):
+        raise LrkitError(f'"{name}" would offer "{offered}", which is a word for a value: choose another name')
     for offer in current().offers():
         if (offer.kind, offer.name) == (kind, offered):
             raise LrkitError(f'{kind} "{offered}" is already offered by {offer.distribution}: choose another name')
@@ -118,7 +120,7 @@ def new(
         cli._make((folder / path).parent)
         (folder / path).write_text(text, encoding="utf-8")
     typer.echo(f"written: {'  '.join(str(folder / path) for path in texts)}")
-    typer.echo(f"next: python -m pytest {folder}; pip install -e {folder} --no-build-isolation; lrkit plugins doctor")
+    typer.echo(f"next: python -m pytest {folder}; pip install -e {folder}; lrkit plugins doctor")
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------------------
@@ -134,6 +136,7 @@ class Component:
         kept: None where it was not checked; `note` then says why.
         findings: the clauses that it breaks.
         note: why it was not checked.
+        seconds: how long the check took; None where it was not checked.
     """
 
     kind: str
@@ -141,6 +144,13 @@ class Component:
     kept: bool | None
     findings: "tuple[Finding, ...]" = ()
     note: str = ""
+    seconds: float | None = None
+
+    @property
+    def state(self) -> str:
+        """Whether it keeps its contract, in words."""
+        broken = f"{len(self.findings)} clause{'s' if len(self.findings) > 1 else ''} broken"
+        return {True: "kept", False: broken, None: f"not checked: {self.note}"}[self.kept]
 
 
 @attrs.frozen(kw_only=True)
@@ -169,21 +179,25 @@ class Report:
         return not self.problems and all(component.kept is not False for component in self.components)
 
 
-def examine(name: str | None = None, registry: "Registry | None" = None) -> list[Report]:
+def examine(
+    name: str | None = None,
+    registry: "Registry | None" = None,
+    told: Callable[[Component, int, int], None] | None = None,
+) -> list[Report]:
     """Every installed plug-in, with its contract checked.
 
     Args:
         name: one distribution or entry point; None for all but lrkit's own.
         registry: what is looked at; None for this process's.
+        told: called after each component, with how many have been looked at and how many there are.
 
     Raises:
         LrkitError: nothing of that name is installed.
     """
-    from lrkit.registry import GROUP, current
-    from lrkit.registry import _distribution as said
+    from lrkit.registry import current, installed
 
     registry = registry or current()
-    modules = {(said(point), point.name): point.value for point in entry_points(group=GROUP)}
+    modules = {(distribution, point.name): point.value for distribution, point in installed()[0]}
     brought = [(offer.distribution, offer.plugin) for offer in registry.offers()]
     brought += [(problem.distribution, problem.plugin) for problem in registry.problems]
     known = list(dict.fromkeys(brought))
@@ -192,7 +206,9 @@ def examine(name: str | None = None, registry: "Registry | None" = None) -> list
     if name is not None and not chosen:
         names = sorted({word for key in known for word in _names(*key)})
         raise LrkitError(f'no plug-in "{name}" is installed{nearest(name, names)}; there are {", ".join(names)}')
-    reports = []
+    reports: list[Report] = []
+    total = sum((offer.distribution, offer.plugin) in chosen for offer in registry.offers())
+    seen = 0
     for distribution, plugin in chosen:
         whose, _, version = distribution.rpartition(" ")
         problems = [p.message for p in registry.problems if (p.distribution, p.plugin) == (distribution, plugin)]
@@ -204,6 +220,9 @@ def examine(name: str | None = None, registry: "Registry | None" = None) -> list
                 if others and not any(f'{offer.kind} "{offer.name}"' in problem for problem in problems):
                     problems.append(collision)
                 components.append(_component(offer, collision if others else ""))
+                seen += 1
+                if told is not None:
+                    told(components[-1], seen, total)
         reports.append(
             Report(
                 distribution=whose or distribution,
@@ -237,11 +256,13 @@ def _component(offer: "Offer", collision: str) -> Component:
         return Component(kind=offer.kind, name=offer.name, kept=None, note=note)
     if offer.kind not in CONTRACTS:
         return Component(kind=offer.kind, name=offer.name, kept=None, note="there is no contract for it")
+    begin = time.monotonic()
     try:
         findings = tuple(check(offer.value, kind=offer.kind))
     except (Exception, SystemExit) as error:
         findings = (Finding("can be checked", f"{type(error).__name__}: {' '.join(str(error).split())}"),)
-    return Component(kind=offer.kind, name=offer.name, kept=not findings, findings=findings)
+    seconds = time.monotonic() - begin
+    return Component(kind=offer.kind, name=offer.name, kept=not findings, findings=findings, seconds=seconds)
 
 
 def doctor(
@@ -251,9 +272,17 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable results on stdout.")] = False,
 ) -> None:
     """Say for each installed plug-in what it offers and whether it keeps the contract (exit code 2 where one does not)."""
+    from rich.console import Console
+
     from lrkit import cli
 
-    reports = examine(name)
+    console = Console(stderr=True, quiet=as_json)
+
+    def told(component: Component, seen: int, total: int) -> None:
+        line = f"[{seen}/{total}] {component.kind} {component.name}: {component.state}{_time(component)}"
+        console.print(line, highlight=False, markup=False)
+
+    reports = examine(name, told=told)
     sound = all(report.sound for report in reports)
     if as_json:
         plain = [attrs.asdict(report) | {"sound": report.sound} for report in reports]
@@ -261,8 +290,8 @@ def doctor(
     elif not reports:
         typer.echo("no plug-in is installed beside lrkit's own components; `lrkit plugins doctor lrkit` checks those")
     else:
-        header = ["distribution", "version", "entry point", "kind", "name", "contract"]
-        cli._table(header, [row for report in reports for row in _rows(report)])
+        header = ["distribution", "version", "entry point", "kind", "name", "contract", "seconds"]
+        cli._table(header, [row for report in reports for row in _rows(report)], numbers=6)
         for line in [line for report in reports for line in _reasons(report)]:
             typer.echo(line)
     if not sound:
@@ -273,10 +302,13 @@ def _rows(report: Report) -> list[list[str]]:
     point = f"{report.plugin} = {report.module}" if report.module else report.plugin
     rows = []
     for each in report.components:
-        broken = f"{len(each.findings)} clause{'s' if len(each.findings) > 1 else ''} broken"
-        state = {True: "kept", False: broken, None: f"not checked: {each.note}"}[each.kept]
-        rows.append([report.distribution, report.version, point, each.kind, each.name, state])
-    return rows or [[report.distribution, report.version, point, "-", "-", "cannot be used"]]
+        seconds = "-" if each.seconds is None else f"{each.seconds:.1f}"
+        rows.append([report.distribution, report.version, point, each.kind, each.name, each.state, seconds])
+    return rows or [[report.distribution, report.version, point, "-", "-", "cannot be used", "-"]]
+
+
+def _time(component: Component) -> str:
+    return "" if component.seconds is None else f" ({component.seconds:.1f} s)"
 
 
 def _reasons(report: Report) -> list[str]:
@@ -309,7 +341,7 @@ def settings_of(component: Any) -> list[tuple[str, str, str, str]]:
 def _shown(default: Any) -> str:
     if default is inspect.Parameter.empty:
         return ""
-    return "" if default is attrs.NOTHING else repr(default)
+    return "" if default is attrs.NOTHING else foreign.text_of(default)
 
 
 def _arguments(text: str) -> dict[str, str]:
@@ -351,15 +383,15 @@ def show(
             if not as_json:
                 typer.echo(f"study {name}, {offer.distribution}\n\n{plain[-1]['about']}\n")
             continue
-        about = (inspect.getdoc(offer.value) or "There is no description.").partition("Args:\n")[0].strip()
+        about = (foreign.doc(offer.value) or "There is no description.").partition("Args:\n")[0].strip()
         prefix = "" if offer.kind == "method" else f"{offer.kind}."
-        takes = [] if offer.kind in ("task", "executor") else settings_of(offer.value)
+        takes = [] if offer.kind in ("task", "executor") else _takes(offer)
         rows = [[f"{prefix}{key}", *others] for key, *others in takes]
         plain.append(
             {"kind": offer.kind, "name": name, "distribution": offer.distribution, "about": about}
             | {"settings": [dict(zip(("path", "type", "default", "about"), row, strict=True)) for row in rows]}
         )
-        parts = _parts(name, offer.value) if offer.kind == "method" else {}
+        parts = _parts(name) if offer.kind == "method" else {}
         if parts:
             plain[-1]["parts"] = parts
         if not as_json:
@@ -372,14 +404,24 @@ def show(
         cli._json(plain)
 
 
-def _parts(name: str, method: "Callable[[], Method]") -> dict[str, str]:
+def _takes(offer: "Offer") -> list[tuple[str, str, str, str]]:
+    try:
+        return settings_of(offer.value)
+    except Exception as error:  # of a plug-in, and none that Python can look into
+        message = f'{offer.kind} "{offer.name}" of {offer.distribution}: {foreign.line_of(error)}'
+        warnings.warn(message, LrkitWarning, stacklevel=1)
+        return []
+
+
+def _parts(name: str) -> dict[str, str]:
     """The names of a named method's parts, by kind; empty, with a warning, where it cannot be made."""
     from lrkit.method import FIELDS, to_plain
+    from lrkit.registry import current
 
     try:
-        composition = to_plain(method())
-    except Exception as error:
-        warnings.warn(f'method "{name}": {type(error).__name__}: {error}', LrkitWarning, stacklevel=1)
+        composition = to_plain(current().method(name))
+    except LrkitError as error:
+        warnings.warn(str(error), LrkitWarning, stacklevel=1)
         return {}
     parts: dict[str, Any] = {kind: composition[kind] for kind in FIELDS}
     for index, policy in enumerate(composition.get("also", ())):

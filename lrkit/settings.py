@@ -10,13 +10,16 @@ from typing import Any
 
 import attrs
 
-from lrkit.errors import LrkitError, nearest
+from lrkit.errors import LrkitError, nearest, shown
 
 Time = int | float
 """An ``int`` is steps, a ``float`` in [0, 1] is a share of the total steps."""
 
 Amount = int | float
 """An ``int`` is units for each adapted matrix on average, a ``float`` in [0, 1] is a share of all units."""
+
+MOST_STEPS = 2**31 - 1
+"""The longest run."""
 
 OWN = {"own": True}
 """Metadata of a setting whose default belongs to the component: a swap does not carry its value over from another."""
@@ -25,7 +28,7 @@ _Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
 
 def _fail(instance: object, name: str, value: object, expected: str) -> LrkitError:
-    return LrkitError(f"{type(instance).__name__}.{name} must be {expected}, not {value!r}")
+    return LrkitError(f"{type(instance).__name__}.{name} must be {expected}, not {shown(value)}")
 
 
 def whole(minimum: int, maximum: int = 2**31 - 1) -> _Validator:
@@ -46,7 +49,7 @@ def real(minimum: float, maximum: float = math.inf, *, above: bool = False, belo
     high = "" if maximum == math.inf else f" and {'below' if below else 'at most'} {maximum:g}"
 
     def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
         good = good and (value > minimum if above else value >= minimum)
         good = good and (value < maximum if below else value <= maximum)
         if not good:
@@ -55,11 +58,18 @@ def real(minimum: float, maximum: float = math.inf, *, above: bool = False, belo
     return check
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
 def count_or_share(minimum: int = 0) -> _Validator:
-    """An ``int`` of at least `minimum`, or a ``float`` share in [0, 1]. For `Time` and `Amount`."""
+    """An ``int`` from `minimum` to 2^31 - 1, or a ``float`` share in [0, 1]. For `Time` and `Amount`."""
 
     def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+        good = isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= MOST_STEPS
         good = good or (isinstance(value, float) and 0.0 <= value <= 1.0)
         if not good:
             expected = f"an int of at least {minimum} (a count) or a float in [0, 1] (a share)"

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit.coverage import Coverage
+
 if TYPE_CHECKING:
     from lrkit.controller import Controller
 
@@ -53,12 +55,14 @@ class Summary:
         head: parameters of the head.
         step: optimizer steps taken.
         beside: parameters of the method that are in none of the layers (all others in full fine-tuning).
+        coverage: how much of the blocks' weights is adapted, and what is not; None for a model without blocks.
     """
 
     layers: tuple[LayerSummary, ...]
     head: int
     step: int
     beside: int = 0
+    coverage: Coverage | None = attrs.field(default=None, eq=False)
 
     @property
     def start(self) -> int:
@@ -78,7 +82,8 @@ class Summary:
     def to_plain(self) -> dict[str, Any]:
         """The same as plain data."""
         totals = {"start": self.start, "now": self.now, "average": self.average}
-        rest = {"beside": self.beside, "head": self.head, "step": self.step}
+        rest: dict[str, Any] = {"beside": self.beside, "head": self.head, "step": self.step}
+        rest["coverage"] = None if self.coverage is None else self.coverage.to_plain()
         return {"layers": [attrs.asdict(layer) for layer in self.layers], **totals, **rest}
 
     def __str__(self) -> str:
@@ -93,14 +98,15 @@ class Summary:
         rows.append(("adapters", "", f"{self.start:,}", f"{self.now:,}", f"{self.average:,.0f}"))
         rows.append(("head", "", f"{self.head:,}", f"{self.head:,}", f"{self.head:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        return "\n".join(
+        table = "\n".join(
             "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
             for row in rows
         )
+        return table if self.coverage is None else f"{table}\n{self.coverage}"
 
 
-def summarize(controller: "Controller", head: int, beside: int = 0) -> Summary:
-    """The summary of a run so far; `head` and `beside` as in `Summary`."""
+def summarize(controller: "Controller", head: int, beside: int = 0, coverage: Coverage | None = None) -> Summary:
+    """The summary of a run so far; `head`, `beside` and `coverage` as in `Summary`."""
     kept = controller.components_kept()
     average = controller.parameters_on_average()
     axes = [part for part in controller.method.parameterization.parts if part.axis is not None]
@@ -120,4 +126,4 @@ def summarize(controller: "Controller", head: int, beside: int = 0) -> Summary:
         layers.append(
             LayerSummary(name, rank, initial, frozen, controller.starts[name], controller.counts[name], average[name])
         )
-    return Summary(tuple(layers), head, controller.step, beside)
+    return Summary(tuple(layers), head, controller.step, beside, coverage)

@@ -1,6 +1,6 @@
 """How many parameters each layer trains, now and on average: a few tensor operations a decision."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,27 @@ class Tally:
             assert self._layer_of_unit is not None
             ranks = torch.zeros_like(self._fixed).index_add_(0, self._layer_of_unit, kept.cpu().long())
             self.now = self._fixed + self._each * ranks
+
+    def would_be(
+        self, shapes: Mapping[int, torch.Size], frozen: Collection[int], kept: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Layer name to what it would train.
+
+        Args:
+            shapes: of tensors that would be of another shape than now, by ``id``.
+            frozen: ``id`` of tensors that would not train.
+            kept: layer name to the components that no policy masks, for those that have a mask.
+        """
+        found = {}
+        for name, tensors in zip(self.names, self._tensors, strict=True):
+            count = 0
+            for p, axis in tensors:
+                shape = shapes.get(id(p), p.shape)
+                if id(p) not in frozen and shape.numel():
+                    masked = axis is not None and name in kept
+                    count += shape.numel() // shape[axis or 0] * kept[name] if masked else shape.numel()
+            found[name] = count
+        return found
 
     def settle(self, step: int) -> None:
         """Add up the steps since the last time."""

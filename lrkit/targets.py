@@ -1,78 +1,41 @@
-"""Which layers of a model are adapted, where in a block they stand, and which of its own modules train in full."""
+"""Which layers of a model are adapted."""
 
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from lrkit.errors import LrkitError, nearest
-from lrkit.parameterizations.base import Role, Target
+from lrkit.behaviour import strangeness
+from lrkit.coverage import block_prefixes, pattern
+from lrkit.errors import LrkitError, LrkitWarning, cut, nearest, shown
+from lrkit.parameterizations.base import Target
 from lrkit.parameterizations.lowrank import layer_shape
-
-# Whole components of a layer's path inside its block, never substrings. Attention first: BERT's attention output is
-# "attention.output.dense", its FFN output "output.dense".
-_ATTENTION = frozenset(
-    (
-        *("attention", "attn", "self_attn", "self_attention", "crossattention", "cross_attn", "encoder_attn"),
-        *("SelfAttention", "EncDecAttention", "selfattention", "q_lin", "k_lin", "v_lin", "out_lin"),
-    )
-)
-_FFN = frozenset(
-    (
-        *("mlp", "ffn", "intermediate", "output", "feed_forward", "feedforward", "DenseReluDense", "ffn_output"),
-        *("fc1", "fc2", "linear1", "linear2", "dense_h_to_4h", "dense_4h_to_h", "gate_proj", "up_proj", "down_proj"),
-        *("wi", "wo", "block_sparse_moe", "experts"),
-    )
-)
-# The last map of attention or FFN by its own name; BERT's are "output.dense", GPT-NeoX's "attention.dense".
-_OUTPUTS = frozenset(
-    (
-        *("o", "o_proj", "out_proj", "out_lin", "c_proj", "wo", "w2", "down_proj", "fc2", "lin2", "linear2"),
-        *("dense_4h_to_h", "ffn_output", "output", "down"),
-    )
-)
-_HEADS = ("classifier", "score", "head", "classification_head", "qa_outputs")
+from lrkit.patterns import compiled
+from lrkit.roles import is_output, role_of
 
 
-def role_of(name: str) -> Role:
-    """``"attention"``, ``"ffn"`` or ``"other"``, by the components of a layer's name.
-
-    Covers BERT, RoBERTa, DeBERTa-v2/v3, MPNet, DistilBERT, GPT-2, OPT, Llama-style models and T5. Shapes are not looked
-    at: square FFNs and grouped-query attention would be mistaken (AFLoRA's released code does so).
-    """
-    parts = name.split(".")
-    if any(part in _ATTENTION for part in parts):
-        return "attention"
-    return "ffn" if any(part in _FFN for part in parts) else "other"
-
-
-def is_output(name: str) -> bool:
-    """Whether a layer is the last map of attention or FFN, by the components of its name. Covers what `role_of` does."""
-    *path, last = name.split(".")
-    if last == "dense":
-        return bool(path) and (path[-1] == "output" or path[-1] in _ATTENTION)
-    return last in _OUTPUTS and role_of(name) != "other"
-
-
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The linear maps of a model by name; and what is one by class but not by behaviour, with the reason."""
     # torch's own encoder layer has a fast path that reads its linear layers' weights without calling them.
     fast = tuple(f"{n}." if n else "" for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer))
+    layers, strange = {}, {}
     for name, module in model.named_modules():
-        if name and layer_shape(module) is not None and not (fast and name.startswith(fast)):
-            yield name, module
+        shape = layer_shape(module)
+        if name and shape is not None and not (fast and name.startswith(fast)):
+            reason = strangeness(module, *shape) if isinstance(module, nn.Linear) else None
+            if reason is None:
+                layers[name] = module
+            else:
+                strange[name] = f"{type(module).__name__}: {reason}"
+    return layers, strange
 
 
-def _in_blocks(model: nn.Module) -> set[str]:
-    """Names of the linear layers inside the transformer's blocks: the elements of its module lists."""
-    base = getattr(model, "base_model", None)
-    inside = base if isinstance(base, nn.Module) else model
-    within = {id(module) for module in inside.modules()}
-    lists = [f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and id(m) in within]
-    return {
-        name
-        for name, _ in _linear_layers(model)
-        if any(name.startswith(prefix) for prefix in lists) and "pooler" not in name.split(".")
-    }
+def _in_blocks(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of the names that lie inside the transformer's blocks: in the elements of its module lists."""
+    prefixes = tuple(block_prefixes(model)) or ("\0",)
+    return {name for name in names if name.startswith(prefixes) and "pooler" not in name.split(".")}
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool = False) -> list[Target]:
@@ -88,38 +51,47 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
         LrkitError: nothing matches, a list's entry matches nothing (with the nearest name), or one names a module that
             is no linear map.
     """
-    layers = dict(_linear_layers(model))
+    layers, strange = _linear_layers(model)
     if not isinstance(targets, str) and not (
         isinstance(targets, Sequence) and all(isinstance(target, str) for target in targets)
     ):
-        raise LrkitError(f'targets must be "all-linear", a regular expression or a list of names, not {targets!r}')
+        raise LrkitError(f'targets must be "all-linear", a regular expression or a list of names, not {shown(targets)}')
     if targets == "all-linear":
-        chosen = _in_blocks(model)
+        chosen, odd = _in_blocks(model, layers), _in_blocks(model, strange)
         if not chosen:
             raise LrkitError(
                 'targets="all-linear" found no linear layer inside transformer blocks (no nn.ModuleList holds one) in '
                 f"{type(model).__name__}: name the layers; it has {_some(layers)}"
             )
     elif isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise LrkitError(f'targets="{targets}" is not a regular expression: {error}') from None
-        chosen = {name for name in layers if pattern.fullmatch(name)}
+        regex = compiled(targets, "targets")
+        chosen, odd = ({name for name in each if regex.fullmatch(name)} for each in (layers, strange))
+        if not chosen and odd:
+            raise LrkitError(f'targets="{cut(targets, 160)}" names nothing but {_odd(odd, strange)}')
         if not chosen:
+            for name, _ in model.named_parameters():
+                if regex.fullmatch(name) or regex.fullmatch(name.rpartition(".")[0]):
+                    raise LrkitError(_no_layer(model, name, f'targets="{targets}" matches no linear layer: '))
             raise LrkitError(
-                f'targets="{targets}" matches no linear layer of {type(model).__name__} (a regular expression must match '
-                f"the whole name); it has {_some(layers)}"
+                f'targets="{cut(targets, 160)}" matches no linear layer of {type(model).__name__} (a regular expression '
+                f"must match the whole name); it has {_some(layers)}"
             )
     else:
-        chosen = set()
+        chosen, odd = set(), set()
         for suffix in targets:
-            found = {name for name in layers if name == suffix or (not exact and name.endswith(f".{suffix}"))}
-            if not found:
+            found, strangers = (
+                {name for name in each if name == suffix or (not exact and name.endswith(f".{suffix}"))}
+                for each in (layers, strange)
+            )
+            if not found and not strangers:
                 raise LrkitError(_no_suffix(model, suffix, layers))
-            chosen |= found
+            chosen, odd = chosen | found, odd | strangers
+        if not chosen and odd:
+            raise LrkitError(f"targets names nothing but {_odd(odd, strange)}")
         if not chosen:
             raise LrkitError("targets is an empty list: name at least one layer, or use targets='all-linear'")
+    if odd:
+        warnings.warn(f"left out: {_odd(odd, strange)}", LrkitWarning, stacklevel=5)
     found_targets = []
     for name, layer in layers.items():
         if name in chosen:
@@ -127,6 +99,24 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
             assert shape is not None
             found_targets.append(Target(name, layer, *shape, role_of(name), is_output(name)))
     return found_targets
+
+
+def _odd(names: Collection[str], strange: Mapping[str, str]) -> str:
+    """Layers that are linear by class alone, with the reason."""
+    reasons: dict[str, list[str]] = {}
+    for name in strange:
+        if name in names:
+            reasons.setdefault(strange[name], []).append(name)
+    listed = "; ".join(f"{listing(each)} ({reason})" for reason, each in reasons.items())
+    return f"what is linear by its class, and no linear map by what it does: {listed}"
+
+
+def listing(names: Sequence[str]) -> str:
+    """Each name; of many, how many there are of each pattern."""
+    if len(names) <= 50 and sum(map(len, names)) < 2000:
+        return ", ".join(names)
+    counts = Counter(pattern(name) for name in names)
+    return ", ".join(f"{name} ({count} layers)" if count > 1 else name for name, count in counts.items())[:2000]
 
 
 def _no_suffix(model: nn.Module, suffix: str, layers: dict[str, nn.Module]) -> str:
@@ -137,61 +127,26 @@ def _no_suffix(model: nn.Module, suffix: str, layers: dict[str, nn.Module]) -> s
                 f'target "{suffix}" lies in an nn.TransformerEncoderLayer, whose fast path reads weights without '
                 "calling the layer: an adapter there would be passed by"
             )
-        return f'target "{suffix}" is a {type(others[0]).__name__}: adapters take nn.Linear and Conv1D layers'
+        inside = [f"{name} ({p.ndim}-D)" for name, p in others[0]._parameters.items() if p is not None and p.ndim > 2]
+        holds = f", whose weights are parameters ({', '.join(inside)}) and no layers" if inside else ""
+        return f'target "{suffix}" is a {type(others[0]).__name__}{holds}: adapters take nn.Linear and Conv1D layers'
+    for name, _ in model.named_parameters():
+        if name == suffix or name.endswith(f".{suffix}"):
+            return _no_layer(model, name, f'target "{suffix}": ')
     endings = {name.rsplit(".", 1)[-1] for name in layers}
     return f'target "{suffix}" matches no layer of {type(model).__name__}{nearest(suffix, endings)}; it has {_some(layers)}'
+
+
+def _no_layer(model: nn.Module, parameter: str, before: str) -> str:
+    """Why a parameter is no target."""
+    owner, _, name = parameter.rpartition(".")
+    p, kind = model.get_parameter(parameter), type(model.get_submodule(owner)).__name__
+    return (
+        f"{before}{name} is a {p.ndim}-D parameter of {pattern(owner) or 'the model'} ({kind}), and no layer: adapters take "
+        "nn.Linear and Conv1D layers"
+    )
 
 
 def _some(layers: dict[str, nn.Module]) -> str:
     names = sorted({re.sub(r"\.\d+\.", ".<i>.", name) for name in layers})
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") if names else "none"
-
-
-def find_head(model: nn.Module, train_also: str | Sequence[str], *, exact: bool = False) -> list[str]:
-    """Names of the modules that train in full beside the adapters.
-
-    Args:
-        model: the model.
-        train_also: ``"auto"``: what a transformers model has outside its base model (classifier, score, ...) except the
-            output embeddings, which are pretrained, and every ``pooler``; in other models modules called classifier,
-            score, head, classification_head or qa_outputs. A list: names, or name suffixes at a dot.
-        exact: a list holds whole names only.
-
-    Raises:
-        LrkitError: an entry of the list matches nothing.
-    """
-    modules = {name: module for name, module in model.named_modules() if name}
-    if not isinstance(train_also, str) and not (
-        isinstance(train_also, Sequence) and all(isinstance(name, str) for name in train_also)
-    ):
-        raise LrkitError(f'train_also must be "auto" or a list of names, not {train_also!r}')
-    if train_also == "auto":
-        return _auto_head(model, modules)
-    chosen: list[str] = []
-    for suffix in [train_also] if isinstance(train_also, str) else train_also:
-        found = [name for name in modules if name == suffix or (not exact and name.endswith(f".{suffix}"))]
-        if not found:
-            endings = {name.rsplit(".", 1)[-1] for name in modules}
-            raise LrkitError(
-                f'train_also: "{suffix}" matches no module of {type(model).__name__}{nearest(suffix, endings)}'
-            )
-        chosen += found
-    return chosen
-
-
-def _auto_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
-    base = getattr(model, "base_model", None)
-    poolers = [name for name in modules if name.rsplit(".", 1)[-1] == "pooler"]
-    if not isinstance(base, nn.Module) or base is model:
-        return poolers + [name for name in modules if name.rsplit(".", 1)[-1] in _HEADS]
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    inside = {id(p) for p in base.parameters()}
-    head = []
-    for name, child in model.named_children():
-        if child is base or any(m is embeddings for m in child.modules() if embeddings is not None):
-            continue
-        parameters = list(child.parameters())
-        if parameters and not all(id(p) in inside for p in parameters):
-            head.append(name)
-    inner = [name for name in poolers if name not in head and not name.startswith(tuple(f"{h}." for h in head))]
-    return inner + head

@@ -1,37 +1,43 @@
 """lrkit in transformers' Trainer: one callback, nothing else to call."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lrkit import checkpoint
 from lrkit.adapted import Adapted
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.quantized import let_train
 
 
 class AdaptCallback(TrainerCallback):
     """Runs an adapted model's method in a Trainer: ``Trainer(..., callbacks=[AdaptCallback(adapted)])``.
 
-    It binds the method to the Trainer's optimizer, adds the penalty to the model's loss while training (and only then),
-    writes everything adaptive into each checkpoint folder, and loads it on ``resume_from_checkpoint``.
+    It binds the method to the Trainer's optimizer, adds the penalty's gradient to the factors' while training, writes
+    everything adaptive into each checkpoint folder, and loads it on ``resume_from_checkpoint``.
 
-    The penalty is added to the loss that the model returns. Where the Trainer computes the loss itself (label smoothing,
-    ``compute_loss_func``), add ``adapted.penalty()`` there; a step without it is warned of.
+    The penalty's gradient goes into the first gradient that arrives at each factor in an optimizer step, before clipping,
+    so that the run is the one of ``loss + penalty`` whoever computes the loss (TRL's trainers, label smoothing,
+    ``compute_loss_func``). The loss that the Trainer logs is the task's; the penalty is logged beside it as ``penalty``.
+
+    A model whose base is quantized trains in the Trainer once this callback has been made.
 
     Args:
         adapted: what `lrkit.attach` gave for the Trainer's model.
-        resume_from: the checkpoint folder to load, where it is not ``args.resume_from_checkpoint`` and not in the
+        resume_from: the checkpoint folder to load, if it is not ``args.resume_from_checkpoint`` and not in the
             Trainer's ``output_dir``.
     """
 
     def __init__(self, adapted: Adapted, resume_from: str | os.PathLike[str] | None = None) -> None:
         self.adapted = adapted
         self.resume_from = resume_from
+        self._training = False
+        self._start: dict[str, Any] | None = None
+        let_train(adapted)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let a checkpoint of other ranks be loaded: the Trainer loads the model's weights before it says so."""
@@ -40,28 +46,42 @@ class AdaptCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Bind; and load, where the Trainer resumes."""
-        self._close(quietly=True)
+        """Bind; and load if the Trainer resumes, go back if it begins again, or go on if it trains a second time."""
+        self.adapted.unbind(quietly=True)
         if state.global_step > 0:
             self.adapted.load_state_dict(checkpoint.read(self._folder(args, state)))
-            if self.adapted.step != state.global_step:
-                raise LrkitError(
-                    f"the Trainer resumes at step {state.global_step}, the lrkit state beside it is of step "
-                    f"{self.adapted.step}"
-                )
-        self.adapted.bind(kwargs["optimizer"], total_steps=state.max_steps)
-        if self.adapted.has_penalty:
-            accumulation = args.gradient_accumulation_steps
+            self._check_step(state)
+        elif self._training and self._start is not None:
+            self.adapted.rewind(self._start)
+            warnings.warn(
+                f"the Trainer begins again at step 0 (batch size {args.train_batch_size}): statistics, masks, ranks and "
+                "history go back to where they were; the weights stay as the Trainer leaves them",
+                LrkitWarning,
+                stacklevel=2,
+            )
+        elif args.auto_find_batch_size:
+            self._start = self.adapted.state_dict()
+        before = self.adapted.step - state.global_step
+        optimizer = kwargs["optimizer"]
+        self.adapted.bind(
+            optimizer,
+            total_steps=before + state.max_steps,
+            penalty="gradient",
+            scaler=getattr(optimizer, "scaler", None),  # accelerate's
+        )
+        self.adapted.hold(self.adapted.expect_saves())  # `on_save` writes the adapters beside the model
+        self._training = True
 
-            def add_penalty(module: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
-                if not module.training or not torch.is_grad_enabled():
-                    return output
-                # A loss that is already divided by the tokens of the whole accumulated batch is summed, not averaged,
-                # over the accumulation; the penalty must then be shared out over its steps.
-                share = accumulation if kwargs.get("num_items_in_batch") is not None else 1
-                return _with_penalty(output, self.adapted, share)
+    def _check_step(self, state: TrainerState) -> None:
+        """Refuse a state that is not of the step at which the Trainer resumes.
 
-            self.adapted.hold(self.adapted.model.register_forward_hook(add_penalty, with_kwargs=True))
+        In a second ``train()`` the Trainer counts from 0 again, and the method goes on: it is ahead by the steps before.
+        """
+        ahead = self.adapted.step - state.global_step
+        if ahead and self.adapted.total_steps != ahead + state.max_steps:
+            raise LrkitError(
+                f"the Trainer resumes at step {state.global_step}, the lrkit state beside it is of step {self.adapted.step}"
+            )
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         tried = [
@@ -81,6 +101,27 @@ class AdaptCallback(TrainerCallback):
             f"{' or '.join(str(folder) for folder in tried)}: give AdaptCallback(adapted, resume_from=FOLDER)"
         )
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the penalty's gradient ready for this step."""
+        self.adapted.begin_step()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Log the penalty beside the loss, under a name of its own."""
+        penalty = self.adapted.penalty_added
+        if logs is not None and "loss" in logs and penalty is not None:
+            logs["penalty"] = penalty
+            if state.log_history:
+                state.log_history[-1]["penalty"] = penalty
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write everything adaptive into the checkpoint folder."""
         if state.is_world_process_zero:
@@ -89,25 +130,9 @@ class AdaptCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let go of the optimizer and the model's loss; follow the Trainer to its best checkpoint, if it went there."""
-        self._close()
+        """Let go of the optimizer; follow the Trainer to its best checkpoint, if it went there."""
+        self._training, self._start = False, None
+        self.adapted.unbind()
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and (Path(best) / checkpoint.FILE).is_file():
             self.adapted.load_state_dict(checkpoint.read(Path(best)))
-
-    def _close(self, *, quietly: bool = False) -> None:
-        if quietly:
-            self.adapted._unbind()
-        else:
-            self.adapted.unbind()
-
-
-def _with_penalty(output: Any, adapted: Adapted, share: int) -> Any:
-    """The model's output with the penalty added to its loss; as it is where there is no loss in it."""
-    if isinstance(output, dict):
-        if output.get("loss") is not None:
-            output["loss"] = output["loss"] + adapted.penalty() / share
-        return output
-    if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor) and output[0].ndim == 0:
-        return (output[0] + adapted.penalty() / share, *output[1:])
-    return output

@@ -699,7 +699,7 @@ def test_the_registry_of_the_process_is_made_once(monkeypatch: pytest.MonkeyPatc
     assert lrkit.current() is lrkit.current()
     asked: list[str] = []
     original = importlib.metadata.entry_points
-    monkeypatch.setattr("lrkit.registry.entry_points", lambda **how: asked.append(how["group"]) or original(**how))
+    monkeypatch.setattr("lrkit.registry._entry_points", lambda **how: asked.append(how["group"]) or original(**how))
     lrkit.current()
     assert asked == []
     discover()

@@ -125,8 +125,10 @@ class ReleasedPruner:
         self.frozen |= {k for k, v in left.items() if v.mean() < threshold}
 
 
+@pytest.mark.parametrize("clip", [None, 1e-4])
 @pytest.mark.parametrize(("warmup", "final", "interval"), [(5, 20, 10), (3, 24, 10), (5, 15, 5)])
-def test_aflora_released_freezes_in_its_pruners_order(warmup, final, interval):
+def test_aflora_released_freezes_in_its_pruners_order(warmup, final, interval, clip):
+    """The released trainer scores in ``training_step``, before it clips: the oracle sees what backward leaves."""
     method = lrkit.methods.aflora(rank=4, warmup=warmup, final=final, interval=interval, variant="released")
     model, adapted, optimizer = start(method)
     oracle = ReleasedPruner(STEPS, warmup, final, interval)
@@ -136,18 +138,14 @@ def test_aflora_released_freezes_in_its_pruners_order(warmup, final, interval):
         for k in ("A", "B")
         if m.get_parameter(k).requires_grad
     }
-    now = {}
-
-    def watch(*_):
-        grads = {k: number(p.grad) for k, p in matrices.items() if p.grad is not None}
-        oracle(now["step"], grads)
-
-    optimizer.register_step_pre_hook(watch)
     adapted.bind(optimizer, total_steps=STEPS)
-    order = []
+    order, clipped = [], 0
     for step in range(STEPS):
-        now["step"] = step
-        model(**models.batch(seed=step % 5)).loss.backward()
+        for part in range(2):
+            (model(**models.batch(seed=(2 * step + part) % 5)).loss / 2).backward()
+        oracle(step, {k: number(p.grad) for k, p in matrices.items() if p.grad is not None})
+        if clip is not None:
+            clipped += bool(torch.nn.utils.clip_grad_norm_(adapted.parameters(), clip) > clip)
         optimizer.step()
         optimizer.zero_grad()
         frozen = {k for k, p in matrices.items() if not p.requires_grad}
@@ -155,6 +153,7 @@ def test_aflora_released_freezes_in_its_pruners_order(warmup, final, interval):
         order.append(len(frozen))
     assert len(set(order)) > 2
     assert order[-1] >= len(matrices) - 1
+    assert clip is None or clipped == STEPS
 
 
 def test_what_happens_after_the_budgets_end():

@@ -14,25 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import numpy as np
 import pytest
 import studies
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lrkit.study.paired import holm, interval, sign_flip_p, smallest_p
 from lrkit.study.records import read_study
-from lrkit.study.statistics import (
-    Table,
-    bootstrap_interval,
-    compact,
-    compare,
-    holm,
-    latex,
-    memory,
-    probability,
-    sign_flip_p,
-    smallest_p,
-)
+from lrkit.study.statistics import Table, compact, compare, latex, memory, probability
 
 few = settings(max_examples=40)
 counts = st.lists(st.integers(-30, 30), min_size=1, max_size=9)
@@ -119,54 +108,56 @@ def test_holm_is_monotone_and_never_below_the_raw_p(p: list[float]) -> None:
     assert min(adjusted) == pytest.approx(min(1.0, min(p) * len(p)))
 
 
-# ---- the bootstrap --------------------------------------------------------------------------------------------------
+# ---- the interval ---------------------------------------------------------------------------------------------------
 
 
-def test_no_interval_of_fewer_than_two() -> None:
-    assert bootstrap_interval([]) is None
-    assert bootstrap_interval([0.3]) is None
+def test_no_interval_of_fewer_than_six() -> None:
+    for n in range(6):
+        assert interval([0.3, 0.4, 0.5, 0.6, 0.7][:n]) is None
+
+
+def test_the_interval_by_hand() -> None:
+    """1, 2, 4, 8, 16, 32, 64 have 127 subset means. Of 64 splits 4 must be as far out: the empty one and three more."""
+    # The three smallest means: 1, {1, 2} 1.5, 2. The three largest: 64, {32, 64} 48, {16, 64} 40.
+    assert interval([1, 2, 4, 8, 16, 32, 64]) == pytest.approx((2.0, 40.0))
+    assert interval([3, 1, 2, 6, 4, 5]) == pytest.approx((1.0, 6.0))  # six: 2 of 32, so all that lies between
 
 
 def test_equal_differences_give_one_point() -> None:
     # equal but for the last bits, as differences of rounded scores are
-    differences = [0.83 - 0.81, 0.73 - 0.71, 0.52 - 0.5]
+    differences = [0.83 - 0.81, 0.73 - 0.71, 0.52 - 0.5] * 2
     assert len(set(differences)) > 1
-    low, high = bootstrap_interval(differences) or (0.0, 0.0)
+    low, high = interval(differences) or (0.0, 0.0)
     assert low == high == pytest.approx(0.02)
-    assert bootstrap_interval([0.0, 0.0]) == (0.0, 0.0)
+    assert interval([0.0] * 6) == (0.0, 0.0)
 
 
-def bca(data: np.ndarray, resamples: int) -> tuple[float, float]:
-    """Efron's BCa interval of the mean, written from the formula (Efron and Tibshirani 1993, Eq. 14.9 to 14.15)."""
-    normal = statistics.NormalDist()
-    rng = np.random.default_rng(12345)
-    means = np.sort(data[rng.integers(0, len(data), (resamples, len(data)))].mean(axis=1))
-    bias = normal.inv_cdf(float((means < data.mean()).mean() + 0.5 * (means == data.mean()).mean()))
-    left_out = (data.sum() - data) / (len(data) - 1)
-    gap = left_out.mean() - left_out
-    acceleration = float((gap**3).sum() / (6 * (gap**2).sum() ** 1.5))
-    ends = []
-    for z in (normal.inv_cdf(0.025), normal.inv_cdf(0.975)):
-        share = normal.cdf(bias + (bias + z) / (1 - acceleration * (bias + z)))
-        ends.append(float(np.quantile(means, share)))
-    return ends[0], ends[1]
-
-
-def test_bootstrap_is_the_formula() -> None:
-    data = np.random.default_rng(3).exponential(1.0, 12) - 0.4  # skew: the percentile interval lies elsewhere
-    low, high = bca(data, 100_000)
-    found = bootstrap_interval(data.tolist())
-    assert found == pytest.approx((low, high), abs=0.03 * (high - low))
-    assert bootstrap_interval(data.tolist()) == found
+def brute_force_interval(hits: Sequence[int]) -> tuple[Fraction, Fraction]:
+    """The lowest and the highest mean of some differences at which the brute-force test of d - θ does not reject."""
+    means = {
+        Fraction(sum(part), size) for size in range(1, len(hits) + 1) for part in itertools.combinations(hits, size)
+    }
+    whole = math.lcm(*range(1, len(hits) + 1))  # so that d - θ are whole numbers
+    held = [m for m in means if brute_force([int((h - m) * whole) for h in hits]) >= 0.05]
+    return min(held), max(held)
 
 
 @settings(max_examples=15)
-@given(st.lists(st.floats(-1, 1), min_size=2, max_size=8))
+@given(st.lists(st.integers(-9, 9), min_size=6, max_size=7))
+def test_the_interval_is_the_brute_force(hits: list[int]) -> None:
+    """No other θ can be an end: p changes at means of subsets alone."""
+    low, high = brute_force_interval(hits)
+    assert interval([h / 277 for h in hits]) == pytest.approx((float(low / 277), float(high / 277)), abs=1e-9)
+
+
+@settings(max_examples=15)
+@given(st.lists(st.floats(-1, 1), min_size=6, max_size=18))
 def test_an_interval_is_finite_in_the_range_and_scales(differences: list[float]) -> None:
-    low, high = bootstrap_interval(differences) or (math.nan, math.nan)
-    slack = 1e-12 * max(map(abs, differences))
+    low, high = interval(differences) or (math.nan, math.nan)
+    slack = 1e-8 * max(map(abs, differences))
     assert min(differences) - slack <= low <= high <= max(differences) + slack
-    assert bootstrap_interval([4 * d for d in differences]) == pytest.approx((4 * low, 4 * high))
+    assert interval([4 * d for d in differences]) == pytest.approx((4 * low, 4 * high))
+    assert interval([-d for d in differences]) == pytest.approx((-high, -low))
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -196,7 +187,10 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     assert better.difference == better.low == better.high == pytest.approx(0.02)
     assert better.p == 2 / 64
     assert better.p_holm == pytest.approx(4 / 64)  # the smaller of two
-    assert better.notes == ("all 6 differences are equal: the interval is that one value.",)
+    assert better.notes == (
+        "all 6 differences are equal, so the interval has no width: that says how coarse the scores are, and is no "
+        "certainty.",
+    )
     # 3 -1 2 0 5 3: sum 12 of at most 14. Out at least as far: 14 (none flipped but the -1 made +1) and 12: the zero
     # doubles both, the mirror doubles again: 2 * 2 * 2 of 64
     assert uneven.p == 8 / 64
@@ -204,7 +198,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     assert uneven.difference == pytest.approx(0.02)
     assert uneven.low is not None
     assert uneven.high is not None
-    assert uneven.low < 0.02 < uneven.high
+    assert (uneven.low, uneven.high) == pytest.approx((-0.01, 0.05))  # with six pairs the least and the greatest
     assert (uneven.n, uneven.pairs, uneven.few_pairs, uneven.smallest_p) == (6, 6, False, 2 / 64)
     # Two rows tested: 2 * 2/64 = 0.0625 at best. 7 pairs: 2 * 2/128 = 0.031.
     assert table.limits == (
@@ -245,35 +239,32 @@ def test_fewer_than_six_pairs_are_flagged(tmp_path: Path, seeds: Sequence[int], 
     assert any("Fewer than six" in limit for limit in table.limits) is flagged
 
 
-def test_several_tasks(tmp_path: Path) -> None:
+def test_several_tasks_are_several_tables(tmp_path: Path) -> None:
     def score(row: int, task: str, seed: int) -> float:
-        return (0.9 if task == "rte" else 0.5) + 0.01 * seed * (2 if task == "rte" else 1) + 0.03 * row
+        return (0.9 if task == "rte" else 0.5) + 0.01 * seed * (2 if task == "rte" else 1) + 0.03 * row * (seed + 1)
 
-    table = table_of(tmp_path, labels=["base", "b"], tasks=["rte", "movies"], seeds=(0, 1, 2), score=score)
-    base, row = table.rows
-    assert [(task.task, task.n) for task in base.tasks] == [("rte", 3), ("movies", 3)]
-    assert [task.mean for task in base.tasks] == pytest.approx([0.92, 0.51])
-    assert [task.sd for task in base.tasks] == pytest.approx([0.02, 0.01])
-    assert base.mean == pytest.approx(0.715)
-    assert base.sd == pytest.approx(math.sqrt((0.02**2 + 0.01**2) / 2))  # pooled: the tasks' gap of .41 is not in it
-    assert row.pairs == 6
-    assert row.p == 2 / 64
-    assert not row.few_pairs
-    assert "Pairs of all tasks" in table.notes[0]
-    frame = table.frame()
-    assert frame["mean.rte"].tolist() == pytest.approx([0.92, 0.95])
-
-
-def test_unequal_tasks_weigh_the_same(tmp_path: Path) -> None:
-    table = table_of(
-        tmp_path,
-        labels=["base"],
-        tasks=["rte", "movies"],
-        seeds=(0, 1, 2),
-        score=lambda row, task, seed: 0.9 if task == "rte" else 0.5,
-        missing=[(0, "rte", 1), (0, "rte", 2)],
+    settings: dict[str, Any] = {"labels": ["base", "b", "c"], "seeds": range(6), "score": score}
+    table = table_of(tmp_path, tasks=["rte", "movies"], missing=[(1, "rte", 5)], **settings)
+    assert [(row.task, row.label) for row in table.rows] == list(
+        itertools.product(("rte", "movies"), ("base", "b", "c"))
     )
-    assert table.rows[0].mean == pytest.approx(0.7)
+    assert [row.pairs for row in table.rows] == [0, 5, 6, 0, 6, 6]
+    assert [row.mean for row in table.rows[::3]] == pytest.approx([0.95, 0.525])
+    assert table.rows[0].sd == pytest.approx(0.02 * math.sqrt(3.5))  # of 0 to 5: variance 17.5 / 5
+    # Holm within a task: two rows there, whatever is tested elsewhere
+    assert [row.p_holm for row in table.rows] == [None, 2 / 32, 2 * 2 / 64, None, 2 * 2 / 64, 2 * 2 / 64]
+    assert table.limits[0].startswith("rte: Fewer than six pairs")
+    assert table.limits[1].startswith("movies: With 2 rows tested and at most 6 pairs")
+    alone = table_of(tmp_path / "alone", tasks=["movies"], **settings)
+    for beside, by_itself in zip(table.of("movies").rows, alone.rows, strict=True):
+        for name in ("mean", "sd", "pairs", "difference", "low", "high", "p", "p_holm"):
+            assert getattr(beside, name) == getattr(by_itself, name)
+    assert alone.limits[0] == table.limits[1].removeprefix("movies: ")
+    assert table.frame()["task"].tolist() == ["rte"] * 3 + ["movies"] * 3
+    for text in (str(table), table.to_markdown(), table.to_latex()):
+        heads = [text.index(word) for word in ("rte", "movies", "Means by task")]
+        assert heads == sorted(heads)
+        assert text.count("0.9500") == 2  # in its table, and among the means
 
 
 def test_costs(tmp_path: Path) -> None:
@@ -290,7 +281,7 @@ def test_costs(tmp_path: Path) -> None:
     (folder / "costs" / "0100c057.json").write_text('{"error": "no such device"}')
     row = compare(read_study(folder)).rows[1]
     assert row.step_ratio is None
-    assert row.notes[-1] == "cost on movies not measured: no such device."
+    assert row.notes[-1] == "cost not measured: no such device."
 
 
 MOVIES = [(row, "movies", seed) for row in range(2) for seed in range(3)]
@@ -358,7 +349,7 @@ def test_latex_is_escaped_and_even(tmp_path: Path) -> None:
         r"50\%\_a\&b \$x\$ \{y\} \textbackslash{}z \#1 \textasciitilde{}\^{} $<$i$>$$|$$\lambda$ $\to$ [U+6F22]" in text
     )
     tables = re.findall(r"\\begin{tabular}{(l[r]+)}(.*?)\\end{tabular}", text, re.DOTALL)
-    assert len(tables) == 3
+    assert len(tables) == 5  # scores and costs of two tasks, and the means
     for columns, body in tables:
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {len(columns)}

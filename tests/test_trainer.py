@@ -101,18 +101,6 @@ def test_trainer_and_a_bare_loop_are_the_same_run(tmp_path):
         torch.testing.assert_close(value, ended[key], rtol=1e-4, atol=1e-6)
 
 
-def test_the_penalty_is_in_the_training_loss_and_only_there(tmp_path):
-    method = lrkit.methods.svd_lora(rank=4, orthogonality=10.0, variant="paper")
-    t, adapted = trainer("bert", method, tmp_path, max_steps=2, learning_rate=0.0)
-    expected = adapted.penalty().item()
-    assert expected > 100  # nothing else in the loss is of that size
-    t.train()
-    assert t.state.log_history[0]["loss"] == pytest.approx(expected + 0.7, abs=0.5)
-    assert t.evaluate(Rows())["eval_loss"] < 2
-    t.model.train()
-    assert t.model(**models.batch()).loss.item() < 2  # after training the model's loss is its own again
-
-
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_penalty_weighs_the_same_under_gradient_accumulation(accumulation, tmp_path):
     """Whichever way the Trainer scales the loss over the accumulated batches, the penalty's gradient is γ ∇R."""
@@ -168,9 +156,3 @@ def test_resume_without_the_adaptive_state_is_refused(tmp_path):
     again, _ = trainer("bert", METHODS["adalora"], tmp_path, **kwargs)
     with pytest.raises(lrkit.LrkitError, match=r"resumes at step 9.*resume_from"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
-
-
-def test_a_loss_computed_outside_of_the_model_is_noticed(tmp_path):
-    t, _ = trainer("bert", METHODS["adalora"], tmp_path, label_smoothing_factor=0.1)
-    with pytest.warns(lrkit.LrkitWarning, match="penalty"):
-        t.train()

@@ -27,6 +27,8 @@ class Metric(abc.ABC):
     Args:
         measure: ``"before-step"`` takes weights and gradients as the optimizer finds them (Algorithm 1 of AdaLoRA);
             ``"after-step"`` takes the updated weights with the old gradients (its released code, and PEFT).
+            ``"before-clipping"`` takes the weights before the update with the gradients as backward leaves them, before
+            they are clipped (AFLoRA's released code). Under a ``GradScaler``, `Adapted.bind` must be told of it.
     """
 
     reads: ClassVar[Literal["all", "core", "component"]] = "all"
@@ -35,8 +37,8 @@ class Metric(abc.ABC):
     buffers: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors it remembers. A metric with none is never asked to observe."""
 
-    measure: Literal["before-step", "after-step"] = attrs.field(
-        default="before-step", validator=one_of(("before-step", "after-step"))
+    measure: Literal["before-step", "after-step", "before-clipping"] = attrs.field(
+        default="before-step", validator=one_of(("before-step", "after-step", "before-clipping"))
     )
 
     def observe(self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int) -> None:

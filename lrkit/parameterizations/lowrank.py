@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry
 
 from lrkit.errors import LrkitError
-from lrkit.precision import is_autocast_on, without_autocast
+from lrkit.precision import is_autocast_on, is_plain, without_autocast
 from lrkit.units import Part
 
 
@@ -355,6 +355,8 @@ class LowRank(nn.Module):
         return (
             self.fused
             and (type(base) is nn.Linear or _is_conv1d(base))
+            and is_plain(base.weight)
+            and (base.bias is None or is_plain(base.bias))
             and not (self.dropout and self.training)
             and not base._forward_hooks
             and not base._forward_pre_hooks

@@ -1,6 +1,7 @@
 """Vector-scaled LoRA: ΔW = Λ_b B Λ_d A (VeRA/ELoRA, arXiv 2310.11454, Eq. 2; AFLoRA, arXiv 2403.13269, Eq. 1)."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -8,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.parameterizations.base import Parameterization, Role, Target
 from lrkit.parameterizations.lowrank import LowRank, further, new_factor
 from lrkit.settings import flag, one_of, real, whole
@@ -86,11 +87,17 @@ class VectorScaled(Parameterization):
         """All adapters; with `shared` they hold the same two tensors, as wide as the widest layer."""
         if self.train in ("ffn", "attention"):
             unknown = [target.name for target in targets if target.role == "other"]
+            how = f'VectorScaled(train="{self.train}") tells attention from FFN by name, and cannot place'
+            if len(unknown) == len(targets):
+                raise LrkitError(f'{how} "{unknown[0]}" (as all {len(unknown)} layers): use train="both" or "none"')
             if unknown:
-                raise LrkitError(
-                    f'VectorScaled(train="{self.train}") tells attention from FFN by name, and cannot place '
-                    f'"{unknown[0]}" ({len(unknown)} such layers): use train="both" or "none", or leave it out of targets'
+                warnings.warn(
+                    f"{how} {', '.join(unknown[:10])}{f' and {len(unknown) - 10} more' if unknown[10:] else ''}: left out. "
+                    'Use train="both" or "none" to adapt them too',
+                    LrkitWarning,
+                    stacklevel=6,
                 )
+            targets = [target for target in targets if target.role != "other"]
         if not self.shared:
             return {target.name: self.build(target) for target in targets}
         d_in, d_out = max(target.d_in for target in targets), max(target.d_out for target in targets)

@@ -2,6 +2,7 @@
 
 import abc
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import attrs
@@ -123,6 +124,22 @@ class Scheduler(abc.ABC):
         if self.ending == "every-step" and end < step <= last:
             return True
         return begin < step <= last and step % max(1, in_steps(self.interval, total_steps)) == 0
+
+    def decisions(self, total_steps: int) -> Sequence[range]:
+        """The steps of a run after which `due` is true, in order: a long run is counted without walking through it."""
+        begin, end = self.bounds(total_steps)
+        first, last = self.first_step, self.first_step + total_steps - 1
+        every = max(1, in_steps(self.interval, total_steps))
+        final = self.end(total_steps)
+        alone = sorted({final} | ({end} if self.ending not in ("released", "every-step") else set()))
+        found, at = [], begin // every * every + every
+        if self.ending == "every-step":
+            found, at, alone = [range(at, end + 1, every), range(end + 1, final)], final + 1, [final]
+        for stop in alone:
+            found += [range(at, stop, every), range(stop, stop + 1)]
+            at = max(at, stop // every * every + every)
+        cut = (range(max(r.start, first + (r.start - first) % r.step), min(r.stop, last + 1), r.step) for r in found)
+        return [each for each in cut if each]
 
     def observes(self, step: int, *, total_steps: int) -> bool:
         """Whether scores are measured at `step`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.errors import LrkitError, LrkitWarning, nearest
+from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
 from lrkit.method import FIELDS, Method, to_plain
 from lrkit.study.cell import Conditions, components_of
 from lrkit.study.execute import Outcome, Told, carry_out
@@ -60,7 +60,8 @@ def ablate(
         task: a task's name, a list of names, or tables as in a study file.
         model: ``"minilm"``, a folder or a hub id.
         targets: which layers, as `lrkit.attach` takes it.
-        seeds: how many, or which. With fewer than six no difference can be significant.
+        seeds: how many, or which. With n seeds no p can be below 2/2ⁿ times the rows beside the base: a `LrkitWarning`
+            says so before the first step if that is 0.05 or more.
         run: settings of every run: ``{"steps": 200}``.
         set: settings of every row's method: ``{"rank": 8}``.
         rows: further rows as tables: ``{"label": ..., "base": ..., "set": ..., "swap": ...}``.
@@ -82,6 +83,7 @@ def ablate(
     Raises:
         LrkitError: something in the study cannot run (told before the first step), or `out` holds something else.
     """
+    from lrkit.study.paired import too_few_seeds
     from lrkit.study.records import read_study as read_records
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
@@ -95,8 +97,13 @@ def ablate(
         if isinstance(base, Study)
         else _study(base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title)
     )
+    import warnings
+
+    plan = lay_out(study)
+    if few := too_few_seeds(len(plan.rows) - 1, len(plan.seeds)):
+        warnings.warn(few, LrkitWarning, stacklevel=2)
     outcome = perform(
-        lay_out(study),
+        plan,
         Path(out),
         executor=executor,
         workers=workers,
@@ -105,8 +112,6 @@ def ablate(
         checkpoint_seconds=checkpoint_seconds,
         report_to=report_to,
     )
-    import warnings
-
     for name, error in outcome.failed:
         warnings.warn(f"cell {name} failed: {error}", LrkitWarning, stacklevel=2)
     write_report(outcome.folder)
@@ -156,9 +161,9 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _listed(path: Any, values: Any) -> list[Any]:
     if not isinstance(path, str):
-        raise LrkitError(f"ablate: swap must have components or settings as keys, not {path!r}")
+        raise LrkitError(f"ablate: swap must have components or settings as keys, not {shown(path)}")
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise LrkitError(f'ablate: swap "{path}" must be a list of values to try, not {values!r}')
+        raise LrkitError(f'ablate: swap "{path}" must be a list of values to try, not {shown(values)}')
     return list(values)
 
 
@@ -208,7 +213,7 @@ def perform(
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool) or not 0 <= workers <= 4096):
-        raise LrkitError(f"workers must be a number from 0 (in this process) to 4096, not {workers!r}")
+        raise LrkitError(f"workers must be a number from 0 (in this process) to 4096, not {shown(workers)}")
     at_once = (gpus() or min(cores, 4)) if workers is None else workers
     each = threads or max(1, cores // max(1, at_once))
     devices = max(row_devices(plan))

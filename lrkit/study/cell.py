@@ -25,6 +25,7 @@ from typing import Any
 import attrs
 
 from lrkit.errors import LrkitError
+from lrkit.reading import opened
 from lrkit.study.plan import TaskSpec, load_task_of
 from lrkit.study.store import Lines, canonical, lock, read_json, write_bytes, write_json
 
@@ -155,7 +156,7 @@ def _digest(files: list[Path]) -> str:
 @lru_cache(maxsize=1024)
 def _content(path: str, size: int, changed: int, inode: int) -> str:
     """A hash of a file as it is now: what stands beside the path says when it must be read again."""
-    with open(path, "rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

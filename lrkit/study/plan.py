@@ -5,13 +5,14 @@ line or from Python, it becomes the same `Plan`, and every method in it is built
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.errors import LrkitError, nearest
+from lrkit.errors import LrkitError, nearest, shown
 from lrkit.method import (
     FIELDS,
     Method,
@@ -24,8 +25,9 @@ from lrkit.method import (
     with_setting,
     with_setting_of,
 )
+from lrkit.reading import TOML_BYTES, check_plain, parse_toml, read_text
 from lrkit.study.run import RunSettings, settings_from
-from lrkit.study.shipped import catalogue, check_required, names, parsed, text_of, with_profile
+from lrkit.study.shipped import catalogue, check_required, names, text_of, with_profile
 
 if TYPE_CHECKING:
     from lrkit.tasks import Task
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 LEAVE_OUT = ("penalty", "policy", "also")
 SEEDS = 6
 """With fewer seeds no two-sided paired permutation test can reach p < 0.05: with n pairs the least p is 2/2^n."""
+
+ROWS, CELLS = 2_000, 100_000
+"""The most that a study may have."""
 
 
 @attrs.frozen(kw_only=True)
@@ -148,15 +153,15 @@ def read_study(source: str, changes: Mapping[str, Any] | None = None, *, profile
         text = text_of(source)
     else:
         try:
-            text = path.read_text("utf-8")
+            text = read_text(path, TOML_BYTES)
         except FileNotFoundError:
             raise LrkitError(
                 f'study "{source}": no such file{nearest(source, names())}; a study is a .toml file or one of '
                 f"{', '.join(names())}"
             ) from None
-        except (OSError, UnicodeDecodeError) as error:
+        except LrkitError as error:
             raise LrkitError(f'study "{source}" cannot be read: {error}') from None
-    plain = with_profile(parsed(text, source), profile, source)
+    plain = with_profile(parse_toml(text, source), profile, source)
     return study_from(plain | dict(changes or {}), source)
 
 
@@ -170,6 +175,7 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
     Raises:
         LrkitError: an unknown key (with the nearest right one), or a value of the wrong type.
     """
+    check_plain(plain, where)
     data = with_profile(plain, None, where)
     if "task" in data and "tasks" not in data:
         data["tasks"] = [data.pop("task")]
@@ -195,7 +201,7 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
     def strictly(*types: type) -> Any:
         def structure(value: Any, _: Any) -> Any:
             if type(value) not in types:
-                raise LrkitError(f"must be {' or '.join(_WORDS[t] for t in types)}, not {value!r}")
+                raise LrkitError(f"must be {' or '.join(_WORDS[t] for t in types)}, not {shown(value)}")
             return value
 
         return structure
@@ -206,7 +212,7 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
     def seeds(value: Any, _: Any) -> Any:
         numbers = value if isinstance(value, list) and value else [value]
         if any(type(number) is not int or not 0 <= number < 2**32 for number in numbers) or value == 0:
-            raise LrkitError(f"must be a number of seeds (6), or a list of seeds ([0, 1, 2]), not {value!r}")
+            raise LrkitError(f"must be a number of seeds (6), or a list of seeds ([0, 1, 2]), not {shown(value)}")
         if len(set(numbers)) < len(numbers) or len(numbers) > 10_000 or (isinstance(value, int) and value > 10_000):
             raise LrkitError("must be different seeds, and at most 10,000")
         return value
@@ -214,15 +220,15 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
     def names(value: Any, _: Any) -> Any:
         if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value) and value):
             return value
-        raise LrkitError(f"must be a text or a list of texts, not {value!r}")
+        raise LrkitError(f"must be a text or a list of texts, not {shown(value)}")
 
     def table(value: Any, hint: Any) -> Any:
         if not isinstance(value, Mapping):
-            raise LrkitError(f"must be a table, not {value!r}")
+            raise LrkitError(f"must be a table, not {shown(value)}")
         lists = hint == dict[str, list[Any]]
         for key, item in value.items():
             if lists and (not isinstance(item, list) or not item):
-                raise LrkitError(f'"{key}" must be a list of values to try, not {item!r}')
+                raise LrkitError(f'"{key}" must be a list of values to try, not {shown(item)}')
         return {str(key): item for key, item in value.items()}
 
     converter.register_structure_hook(int | list[int], seeds)
@@ -232,7 +238,7 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
 
     def some(value: Any, hint: Any) -> Any:
         if not isinstance(value, list):
-            raise LrkitError(f"must be a list, not {value!r}")
+            raise LrkitError(f"must be a list, not {shown(value)}")
         inner = hint.__args__[0]
         return [converter.structure(item, inner) for item in value]
 
@@ -243,7 +249,7 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
 
         def structure(value: Any, hint: Any) -> Any:
             if not isinstance(value, Mapping):
-                raise LrkitError(f"must be a table, not {value!r}")
+                raise LrkitError(f"must be a table, not {shown(value)}")
             return build(value, hint)
 
         return structure
@@ -344,8 +350,9 @@ def lay_out(study: Study) -> Plan:
     for path in study.swap:
         _check_path(base, path, study)
     # One at a time: each value by itself. A grid: every combination.
+    _check_size(study)
     singles = [{path: value} for path, values in study.swap.items() for value in values]
-    combinations = [dict(zip(study.swap, values, strict=True)) for values in itertools.product(*study.swap.values())]
+    combinations = (dict(zip(study.swap, values, strict=True)) for values in itertools.product(*study.swap.values()))
     specs = [RowSpec(swap=each) for each in (combinations if study.grid and study.swap else singles)]
     specs += [RowSpec(leave_out=[name]) for name in study.leave_out]
     specs += study.rows
@@ -384,6 +391,17 @@ def lay_out(study: Study) -> Plan:
     return plan
 
 
+def _check_size(study: Study) -> None:
+    """Raise LrkitError for more rows or cells than anybody runs, before any is laid out."""
+    tried = [len(values) for values in study.swap.values()]
+    rows = 1 + (math.prod(tried) if study.grid and tried else sum(tried)) + len(study.leave_out) + len(study.rows)
+    seeds = study.seeds if isinstance(study.seeds, int) else len(study.seeds)
+    cells = rows * seeds * max(1, len(study.tasks))
+    for what, count, most in (("rows", rows, ROWS), ("cells", cells, CELLS)):
+        if count > most:
+            raise LrkitError(f"the study has {count:,} {what}; at most {most:,}: try fewer values, or seeds")
+
+
 def _identity(row: Row) -> tuple[Any, ...]:
     # As text: a target of 1 is a count, one of 1.0 a share, and Python has them equal.
     run = tuple(sorted((key, repr(value)) for key, value in row.run.items()))
@@ -395,7 +413,7 @@ def _compose(base: Any, settings: Mapping[str, Any], where: str) -> dict[str, An
     if isinstance(base, str):
         return with_arguments(base, settings)
     if not isinstance(base, Mapping):
-        raise LrkitError(f"{where} must be a method's name, or a table with a parameterization, not {base!r}")
+        raise LrkitError(f"{where} must be a method's name, or a table with a parameterization, not {shown(base)}")
     plain = to_plain(from_plain(base))
     for path, value in settings.items():
         plain = with_setting(plain, path, value)

@@ -7,17 +7,18 @@ refused in one line.
 A cell's files are read when they are first asked for, and once: `read_study` itself opens ``study.json`` alone.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import attrs
 
-from lrkit.errors import LrkitError
+from lrkit import reading
+from lrkit.errors import LrkitError, shown
 
 if TYPE_CHECKING:
     import cattrs
@@ -515,19 +516,18 @@ def frame(record: StudyRecord) -> "pandas.DataFrame":
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
+        return reading.read_bytes(path).decode("utf-8", errors="replace")
+    except FileNotFoundError:
         return ""
 
 
 def _json(path: Path, what: str) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file."""
     try:
-        data = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+        text = reading.read_bytes(path)
+    except FileNotFoundError:
         return None
-    except (ValueError, RecursionError):  # no JSON, or no UTF-8
-        raise LrkitError(f"{path} is not {what}: it holds no JSON") from None
+    data = reading.parse_json(text, f"{path} is not {what}: it")
     if not isinstance(data, dict):
         raise LrkitError(f"{path} is not {what}: it holds a JSON {type(data).__name__}, not an object")
     return data
@@ -535,16 +535,12 @@ def _json(path: Path, what: str) -> dict[str, Any] | None:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file of lines; a torn line, or one that is something else, is passed over."""
-    # not splitlines: U+2028 and its like may stand inside a JSON string
-    for line in _text(path).split("\n"):
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(data, dict):
-            yield data
+    with suppress(FileNotFoundError):
+        for line in reading.lines(path):
+            with suppress(LrkitError):
+                data = reading.parse_json(line.decode("utf-8", errors="replace"), path)
+                if isinstance(data, dict):
+                    yield data
 
 
 def _cost(path: Path, row: int, task: str) -> CostRecord | None:
@@ -605,15 +601,15 @@ def _check_study(study: _Study, path: Path) -> None:
     for entry in entries:
         # a key becomes a path below the folder, and a link in the report
         if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_.-]*", entry.key):
-            raise LrkitError(f"{path}: {entry.key!r} is no key of a cell: letters, digits, -, _ and . make one")
+            raise LrkitError(f"{path}: {shown(entry.key)} is no key of a cell: letters, digits, -, _ and . make one")
         if not 0 <= entry.row < rows:
             raise LrkitError(f"{path}: cell {entry.key} is of row {entry.row}, and there are {rows} (0 to {rows - 1})")
         if entry.task not in tasks:
-            raise LrkitError(f"{path}: cell {entry.key} is of task {entry.task!r}, which is none of its tasks")
+            raise LrkitError(f"{path}: cell {entry.key} is of task {shown(entry.task)}, which is none of its tasks")
     for cell in study.cells:
         place = cell.row, cell.task, cell.seed
         if place in seen:
-            raise LrkitError(f"{path}: row {cell.row}, task {cell.task!r}, seed {cell.seed} is there twice")
+            raise LrkitError(f"{path}: row {cell.row}, task {shown(cell.task)}, seed {cell.seed} is there twice")
         seen.add(place)
 
 

@@ -82,12 +82,12 @@ def page(record: StudyRecord, table: Table) -> str:
     sections = [
         ("results", "Results", _results(study)),
         ("changes", "What each row changes", _changes(study)),
-        ("pareto", "Score against trainable parameters", _pareto(study)),
+        ("pareto", "Score against trainable parameters", _by_task(study, _pareto)),
         ("budget", "Budget", _by_task(study, _budget)),
         ("ranks", "Ranks at the end", _by_task(study, _ranks)),
         ("freezing", "When matrices froze", _by_task(study, _freezing)),
         ("curves", "Learning curves", _by_task(study, _curves)),
-        ("cost", "Cost", _cost(study)),
+        ("cost", "Cost", _by_task(study, _cost)),
         ("failures", "Failures", _failures(study)),
         ("cells", "Cells", _cells(study)),
     ]
@@ -250,9 +250,9 @@ _TIPS = {
     "n": "finite scores, of the cells asked for",
     "score": "mean ± standard deviation over seeds",
     "difference": "mean of row minus base over pairs of the same task and seed",
-    "interval": "95 % bootstrap interval (BCa) of the mean difference",
+    "interval": "95 % interval of the mean difference: what the permutation test does not reject",
     "p": "two-sided sign-flip permutation test",
-    "p_holm": "corrected over the rows of the table (Holm)",
+    "p_holm": "corrected over the rows of this table (Holm)",
     "parameters_average": "trainable adapter parameters, averaged over the run",
     "parameters_final": "trainable adapter parameters at the end of the run",
     "flops": "floating-point operations counted over the whole run",
@@ -276,7 +276,8 @@ _HEADERS = {
 
 def _results(study: _Study) -> str:
     table = study.table
-    html = "".join(f'<p class="warn">{escape(note)}</p>' for note in table.limits) + _main_table(study)
+    html = "".join(f'<p class="warn">{escape(note)}</p>' for note in table.limits)
+    html += _by_task(study, lambda study, task: _main_table(study, table.of(task)))
     columns = columns_of_tasks(table)
     if len(columns) > 1:
         head = "".join(f"<th>{escape(column.header)}</th>" for column in columns[1:])
@@ -284,7 +285,7 @@ def _results(study: _Study) -> str:
             f'<tr><th scope="row">{study.name(row.index)}</th>'
             + "".join(f"<td>{escape(minus(column.text(row)) or '–')}</td>" for column in columns[1:])
             + "</tr>"
-            for row in table.rows
+            for row in table.of(table.tasks[0]).rows
         )
         means = f"<table><thead><tr><th>row</th>{head}</tr></thead><tbody>{lines}</tbody></table>"
         html += f"<h3>Means by task</h3>{_scroll(means)}"
@@ -298,12 +299,13 @@ def _results(study: _Study) -> str:
 def _what_columns_mean(table: Table) -> Iterator[str]:
     """Sentences about the columns that there are."""
     shown = {column.key for column in columns_of(table, SCORES + COSTS)}
-    over = "seeds, pooled within the tasks" if len(table.tasks) > 1 else "seeds"
-    yield f"Score on the validation rows: {escape(table.score)}, ± standard deviation over {over}."
+    scores = " or ".join(dict.fromkeys(table.scores))
+    yield f"Score on the validation rows: {escape(scores)}, ± standard deviation over seeds."
     if "difference" in shown:
         yield (
-            f"Δ: mean difference to {escape(table.base)} over pairs of the same task and seed, with its 95 % bootstrap "
-            "interval (BCa). <i>p</i>: two-sided sign-flip permutation test on those pairs; Holm: corrected over the rows."
+            f"Δ: mean difference to {escape(table.base)} over pairs of the same seed. <i>p</i>: two-sided sign-flip "
+            "permutation test on those pairs; its 95 % interval is all that this test does not reject; Holm: <i>p</i> "
+            "corrected over the rows of one table."
         )
     heads = [row.head for row in table.rows if row.head]
     if "parameters_average" in shown:
@@ -314,8 +316,7 @@ def _what_columns_mean(table: Table) -> Iterator[str]:
         yield "Step time: over the base's, timed interleaved in one process."
 
 
-def _main_table(study: _Study) -> str:
-    table = study.table
+def _main_table(study: _Study, table: Table) -> str:
     columns = columns_of(table, SCORES + COSTS)[1:]
     ends = [v for row in table.rows for v in (row.low, row.high, row.difference) if v is not None]
     bounds = (min([*ends, 0.0]), max([*ends, 0.0])) if ends else None
@@ -398,15 +399,16 @@ def _value(value: Any) -> str:
 # ---- charts ---------------------------------------------------------------------------------------------------------
 
 
-def _pareto(study: _Study) -> str:
-    rows = [(r, r.parameters_average, r.mean) for r in study.table.rows]
+def _pareto(study: _Study, task: str) -> str:
+    table = study.table.of(task)
+    rows = [(r, r.parameters_average, r.mean) for r in table.rows]
     known = [(row, x, y) for row, x, y in rows if x is not None and y is not None]
     if not known:
         return ""
     front = {
         row.index: (x, y) for row, x, y in known if not any(a <= x and b >= y and (a < x or b > y) for _, a, b in known)
     }
-    places = decimals(study.table)
+    places = decimals(table)
     points = [
         charts.Point(
             label=row.label,
@@ -429,7 +431,7 @@ def _pareto(study: _Study) -> str:
             width=width,
             height=height,
             x_label=label,
-            y_label=study.table.score,
+            y_label=table.scores[0],
             x_show=lambda value: compact(value, 2),
             x_log=log,
             front=sorted(front.values()),
@@ -622,7 +624,7 @@ def _curves(study: _Study, task: str) -> str:
         study,
         losses,
         "training loss",
-        f"Training loss as it is minimised, any penalty included, {over}mean over seeds; shaded: lowest to highest seed. "
+        f"Training loss of the task, without any penalty, {over}mean over seeds; shaded: lowest to highest seed. "
         "A cross marks where a run diverged.",
     )
     return html + _curve_figure(
@@ -685,8 +687,8 @@ def _curve_figure(study: _Study, curves: dict[int, charts.Curve], label: str, ca
     return _panels(panels, f"{caption} The base, thinner, is in each panel.")
 
 
-def _cost(study: _Study) -> str:
-    rows = study.table.rows
+def _cost(study: _Study, task: str) -> str:
+    rows = study.table.of(task).rows
 
     def bars(key: str, show: Callable[[float], str], second: str = "", reference: float | None = None) -> str:
         items = []
@@ -713,8 +715,9 @@ def _cost(study: _Study) -> str:
         _panel("FLOPs of a run", bars("flops", compact), ""),
         _panel("Peak memory of a step", bars("peak_memory", memory), ""),
     ]
-    measured = {f"{cost.device or 'unknown device'}" for cost in study.record.costs.values() if not cost.error}
-    threads = {cost.threads for cost in study.record.costs.values() if cost.threads}
+    costs = [cost for (_, name), cost in study.record.costs.items() if name == task]
+    measured = {f"{cost.device or 'unknown device'}" for cost in costs if not cost.error}
+    threads = {cost.threads for cost in costs if cost.threads}
     where = ", ".join([*sorted(measured), *(f"{n} threads" if n > 1 else "1 thread" for n in sorted(threads))])
     return _panels(panels, f"Times and memory were measured on {escape(where)}; FLOPs are counted." if where else "")
 

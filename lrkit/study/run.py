@@ -5,6 +5,7 @@ what a user's own Trainer script would do.
 """
 
 import math
+import re
 import statistics
 import tempfile
 import warnings
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, shown
+from lrkit.reading import MIB, is_folder, opened
 from lrkit.settings import Time, count_or_share, flag, in_steps, real, whole
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class RunSettings:
     validation_rows: int | None = attrs.field(default=None, validator=_optional(whole(1)))
     eval_every: Time | None = attrs.field(default=None, validator=_optional(count_or_share(1)))
     bf16: bool = attrs.field(default=False, validator=flag())
-    devices: int = attrs.field(default=1, validator=whole(1))
+    devices: int = attrs.field(default=1, validator=whole(1, 64))
     seed: int = attrs.field(default=0, validator=whole(0, 2**32 - 1))
     threads: int | None = attrs.field(default=None, validator=_optional(whole(1, 1024)))
 
@@ -83,7 +85,7 @@ class RunSettings:
         for name in ("lr", "head_lr"):
             if (getattr(self, name) or 0.0) > 1e30:
                 raise LrkitError(
-                    f"RunSettings.{name} must be a number that float32 can hold, not {getattr(self, name)!r}"
+                    f"RunSettings.{name} must be a number that float32 can hold, not {shown(getattr(self, name))}"
                 )
         if self.batch_size % self.devices:
             raise LrkitError(f"RunSettings.batch_size {self.batch_size} must be a multiple of devices {self.devices}")
@@ -93,8 +95,9 @@ class RunSettings:
 class RunFlops:
     """Floating-point operations of a run's forward and backward passes; a multiply-add is two.
 
-    Counted by torch on the training row of median length, at eight steps spread over the run, so that frozen matrices and
-    cut ranks are seen. Padding, the penalty, the optimizer and the decisions are not in it.
+    Counted by torch on the training row of median length (of 1,000 rows, in a run shorter than an epoch), at eight
+    steps spread over the run, so that frozen matrices and cut ranks are seen. Padding, the penalty, the optimizer and the
+    decisions are not in it.
 
     Args:
         run: of all steps.
@@ -124,7 +127,7 @@ class Result:
         steps: optimizer steps taken.
         step_seconds: median time of a step.
         train_seconds: time of all steps.
-        losses: training loss of each step, penalty included.
+        losses: training loss of each step, without the penalty.
         flops: work of the model in training.
         predictions: the model's raw outputs on the validation rows [rows, num_labels].
         summary: per layer rank, frozen state and parameters.
@@ -191,7 +194,10 @@ class Record:
 
     def latest(self) -> Path | None:
         """The last checkpoint that is whole: its list of files was written last, and every file is as it says."""
-        found = sorted(self.checkpoints.glob("checkpoint-*"), key=_step_of, reverse=True)
+        there = [
+            path for path in self.checkpoints.glob("checkpoint-*") if _STEP.fullmatch(path.name) and is_folder(path)
+        ]
+        found = sorted(there, key=_step_of, reverse=True)
         return next((folder for folder in found if _is_whole(folder)), None)
 
     def step(self) -> int:
@@ -200,6 +206,8 @@ class Record:
         return 0 if latest is None else _step_of(latest)
 
 
+_STEP = re.compile("checkpoint-[0-9]{1,12}")
+
 LIST = "files.json"
 """In a checkpoint: every other file's name and check sum."""
 
@@ -207,7 +215,14 @@ LIST = "files.json"
 def check_sums(folder: Path) -> dict[str, int]:
     """CRC-32 of each file in a checkpoint."""
     files = [path for path in sorted(folder.iterdir()) if path.name != LIST and not path.name.startswith(".")]
-    return {path.name: zlib.crc32(path.read_bytes()) for path in files}
+    sums = {}
+    for path in files:
+        with opened(path) as file:
+            total = 0
+            while piece := file.read(MIB):
+                total = zlib.crc32(piece, total)
+            sums[path.name] = total
+    return sums
 
 
 def _is_whole(folder: Path) -> bool:
@@ -260,14 +275,13 @@ def _tokens(
     max_length: int,
     rows: tuple[int | None, int | None],
     seed: int,
+    wanted: int | None = None,
 ) -> _Tokens:
-    import torch
+    from lrkit.study.rows import encoded
 
-    tokenizer = _model_for(model, task).tokenizer
-    train, validation = task.subset(*rows, seed=seed).tokenize(tokenizer, max_length)
-    lengths = [len(row) for row in train["input_ids"]]
-    middle = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2]
-    return _Tokens(train, validation, {key: torch.tensor([value]) for key, value in train[middle].items()})
+    chosen = task.subset(*rows, seed=seed)
+    enough = len(chosen.train) if wanted is None else wanted
+    return _Tokens(*encoded(chosen, _model_for(model, task), max_length, enough))
 
 
 def forget() -> None:
@@ -286,6 +300,7 @@ def train(
     progress: Progress | None = None,
     done: "Callable[[Adapted], None] | None" = None,
     record: Record | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Result:
     """Fine-tune a pretrained model with a method on a task, and score it.
 
@@ -302,6 +317,7 @@ def train(
         done: called with the trained handle before the adapters are taken out again (to save them, say).
         record: write the run down as it goes, and go on with what was written there before: bit for bit the run that
             was never interrupted.
+        say: told in a few words what is done before the first step.
 
     Raises:
         LrkitError: the model cannot be had, or the method does not fit it or the length of the run.
@@ -315,10 +331,16 @@ def train(
     steps = total_steps(settings, min(len(task.train), settings.train_rows or len(task.train)))
     for policy in method.policies:
         policy.scheduler.bounds(steps)
+    tell = say or (lambda _: None)
+    tell(f"loading {model}")
     pretrained = _model_for(model, task)
-    # Only a choice of rows depends on the seed.
-    tokens = _tokens(task, model, _stamp(model), settings.max_length, rows, settings.seed if any(rows) else 0)
-    _check_length(pretrained, tokens)
+    there, asked = len(task.train), steps * settings.batch_size
+    used = min(there, settings.train_rows or there)
+    tell(f"tokenizing {min(used, asked):,} of {there:,} training rows, and those for validation")
+    # Only a choice of rows depends on the seed, and only a run shorter than an epoch leaves rows out.
+    wanted = asked if asked < used else None
+    tokens = _tokens(task, model, _stamp(model), settings.max_length, rows, settings.seed if any(rows) else 0, wanted)
+    _check_length(pretrained, tokens, settings)
     net = pretrained.restart(settings.seed)
     # The adapters' start and dropout must not depend on what the head's start drew.
     torch.manual_seed(settings.seed)
@@ -339,11 +361,13 @@ def train(
     return result
 
 
-def _check_length(pretrained: "Pretrained", tokens: _Tokens) -> None:
+def _check_length(pretrained: "Pretrained", tokens: _Tokens, settings: RunSettings) -> None:
     limit = min(
         getattr(pretrained.model.config, "max_position_embeddings", None) or math.inf,
         pretrained.tokenizer.model_max_length,
     )
+    if settings.max_length <= limit:
+        return
     longest = max(len(row) for rows in (tokens.train, tokens.validation) for row in rows["input_ids"])
     if longest > limit:
         raise LrkitError(

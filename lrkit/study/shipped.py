@@ -4,14 +4,17 @@ A study file may have *profiles*: tables ``[profile.NAME]`` with what differs be
 embedded model and data, and the paper's. The first one is taken where none is asked for.
 """
 
-import tomllib
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import attrs
 
+from lrkit import foreign
 from lrkit.errors import LrkitError, LrkitWarning, nearest
+from lrkit.foreign import ForeignError
+from lrkit.reading import TOML_BYTES, parse_toml, read_text
 
 
 @attrs.frozen(kw_only=True)
@@ -46,18 +49,12 @@ def text_of(name: str) -> str:
     if isinstance(value, str):
         return value
     try:
-        text: str = value.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(value, os.PathLike):
+            return read_text(value, TOML_BYTES)
+        text: str = foreign.call(value.read_text, "utf-8")  # of a package that is no folder
+    except (LrkitError, OSError, ForeignError) as error:
         raise LrkitError(f'study "{name}" cannot be read: {error}') from None
     return text
-
-
-def parsed(text: str, where: str) -> dict[str, Any]:
-    """A study's TOML as plain data. Raises LrkitError for what is no TOML."""
-    try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise LrkitError(f"{where}: no TOML: {error or 'nested too deeply'}") from None
 
 
 def catalogue() -> list[Shipped]:
@@ -67,7 +64,7 @@ def catalogue() -> list[Shipped]:
     found = []
     for offer in current().offers("study"):
         try:
-            plain = parsed(text_of(offer.name), offer.name)
+            plain = parse_toml(text_of(offer.name), offer.name)
             profiles = tuple(_profiles(plain, offer.name))
         except LrkitError as error:
             warnings.warn(f"{offer.distribution}: {error}", LrkitWarning, stacklevel=2)
@@ -79,7 +76,7 @@ def catalogue() -> list[Shipped]:
 
 def about(name: str) -> str:
     """A shipped study in words: title, note, profiles. Raises LrkitError where it cannot be read."""
-    plain = parsed(text_of(name), name)
+    plain = parse_toml(text_of(name), name)
     profiles = list(_profiles(plain, name))
     told = f"Profiles: {', '.join([f'{profiles[0]} (the default)', *profiles[1:]])}." if profiles else ""
     return "\n\n".join(filter(None, (str(plain.get("title", "")), str(plain.get("note", "")), told)))

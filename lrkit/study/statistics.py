@@ -1,15 +1,8 @@
 """The ablation table: every row against the base, with what chance alone would give and what the row costs.
 
-Rows are compared in pairs: the same task, the same seed. With d_i = score of the row - score of the base in pair i:
-
-- the mean difference, and a 95 % interval of it by the bootstrap (BCa: Efron, 1987), which assumes no distribution;
-- a two-sided sign-flip permutation test (Fisher, 1935): if row and base were the same, each d_i could as well have
-  had the other sign. p is the share of all 2^n sign patterns whose mean is at least as far from zero as the one seen,
-  so it can never be below 2/2^n. That is why fewer than six pairs are flagged: five give 0.0625 at best;
-- Holm's correction (Holm, 1979) of p over the rows of the table.
-
-Everything random has a fixed seed: the same study gives the same table. pandas, scipy and statsmodels are imported
-where they are used, since they are slow to import.
+Rows are compared in pairs, of the same task and the same seed, by `lrkit.study.paired`. Each task has a table of its own:
+what a row does may differ from task to task, so pairs of several tasks are no sample of one thing, and a test on all of
+them together rejects far too often. pandas is imported where it is used, since it is slow to import.
 """
 
 import csv
@@ -19,141 +12,28 @@ import re
 import statistics
 import textwrap
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.study.records import CellRecord, StudyRecord
+from lrkit.study.paired import ENOUGH_PAIRS, LEVEL, enough_pairs, holm, interval, sign_flip_p, smallest_p
+from lrkit.study.records import CostRecord, StudyRecord
 
 if TYPE_CHECKING:
     import pandas
-
-ENOUGH_PAIRS = 6
-"""With six pairs the smallest p is 2/2^6 = 0.031; with five it is 0.0625."""
-
-CONFIDENCE = 0.95
-_RESAMPLES = 9_999
-_RANDOM_FLIPS = 99_999  # sign patterns are all tried where there are no more than this: up to n = 16
-# Differences of rounded scores that are equal in exact arithmetic differ in the last bits. Relative to the mean of
-# abs(d), ties must count as ties.
-_TIE = 1e-9
-
-
-# ---- the three procedures -------------------------------------------------------------------------------------------
-
-
-def bootstrap_interval(differences: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % BCa bootstrap interval of the mean.
-
-    Args:
-        differences: paired differences [n], finite.
-
-    Returns:
-        (low, high). Where all differences are equal every resample has the same mean, and both ends are that value.
-        None for fewer than two differences: nothing says how they would vary.
-    """
-    if len(differences) < 2:
-        return None
-    scale = max(abs(d) for d in differences)
-    spread = max(differences) - min(differences)
-    if spread <= _TIE * scale:
-        middle = statistics.fmean(differences)
-        return middle, middle
-    import warnings
-
-    import numpy as np
-    from scipy import stats
-
-    data = np.asarray(differences, dtype=np.float64) / scale
-    ends = (math.nan, math.nan)
-    for method in ("BCa", "percentile"):
-        with warnings.catch_warnings():
-            # BCa has no value where a tail of the resamples is empty; the percentile interval always has one.
-            warnings.simplefilter("ignore")
-            found = stats.bootstrap(
-                (data,),
-                np.mean,
-                confidence_level=CONFIDENCE,
-                n_resamples=_RESAMPLES,
-                method=method,
-                rng=np.random.default_rng(0),
-            ).confidence_interval
-        ends = float(found.low) * scale, float(found.high) * scale
-        if all(math.isfinite(end) for end in ends):
-            break
-    return ends
-
-
-def sign_flip_p(differences: Sequence[float]) -> float:
-    """The two-sided p of the sign-flip permutation test on the mean.
-
-    Args:
-        differences: paired differences [n], finite, n >= 1.
-
-    Returns:
-        The share of the 2^n sign patterns whose mean is at least as far from zero as the one seen: exact up to n = 16.
-        Beyond that (1 + such patterns) / (1 + 99,999) over random ones. Always in [2/2^n, 1].
-    """
-    import numpy as np
-    from scipy import stats
-
-    data = np.asarray(differences, dtype=np.float64)
-    scale = float(np.abs(data).max())
-    if len(data) == 1 or scale == 0.0:
-        return 1.0
-    data /= scale
-    test = stats.permutation_test(
-        (data,),
-        np.mean,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=_RANDOM_FLIPS,
-        batch=10_000,
-        rng=np.random.default_rng(0),
-    )
-    # scipy's own p compares with a tolerance of 1e-14, which is too fine for differences of rounded scores.
-    near = abs(float(test.statistic)) - _TIE * float(np.abs(data).mean())
-    as_far = int((np.abs(test.null_distribution) >= near).sum())
-    if len(test.null_distribution) != _RANDOM_FLIPS:  # all patterns
-        return as_far / len(test.null_distribution)
-    return max((as_far + 1) / (_RANDOM_FLIPS + 1), smallest_p(len(data)))
-
-
-def smallest_p(pairs: int) -> float:
-    """The smallest p that so many pairs can give: all differences of one sign, 2 of the 2^n patterns."""
-    return 1.0 if pairs < 1 else math.ldexp(2.0, -pairs)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction, in the order given: adjusted p, each at least the raw one and at most 1."""
-    if not p:
-        return []
-    from statsmodels.stats.multitest import multipletests
-
-    return [float(value) for value in multipletests(list(p), method="holm")[1]]
-
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
 @attrs.frozen(kw_only=True)
-class TaskMean:
-    """A row's scores on one task: how many finite ones, their mean, their standard deviation (ddof 1) from two on."""
-
-    task: str
-    n: int
-    mean: float | None
-    sd: float | None
-
-
-@attrs.frozen(kw_only=True)
 class TableRow:
-    """One row of the ablation table. None stands for what there is not (yet); no number here is NaN.
+    """One row of a task's table. None stands for what there is not (yet); no number here is NaN.
 
     Args:
         index: index into the study's rows.
         label: the row's name.
+        task: the task's name.
         is_base: whether it is the row that the others are compared with.
         planned: cells the study asks for.
         done: cells with a result.
@@ -162,30 +42,30 @@ class TableRow:
         missing: cells never begun.
         n: finite scores.
         diverged: results whose score is NaN. They are in no mean and no pair; `notes` says so.
-        mean: mean of the tasks' means: with one task the mean over seeds.
-        sd: standard deviation (ddof 1) over seeds; with several tasks pooled within the tasks, so that what tasks
-            differ by does not count.
-        tasks: the same for each task.
-        pairs: (task, seed) pairs in which row and base both have a finite score.
+        mean: mean over seeds.
+        sd: standard deviation (ddof 1) over seeds.
+        pairs: seeds with which row and base both have a finite score.
         difference: mean of row minus base over the pairs.
-        low: lower end of its 95 % bootstrap interval (`bootstrap_interval`).
+        low: lower end of its 95 % interval (`lrkit.study.paired.interval`); None with fewer than six pairs, where it
+            is unbounded.
         high: upper end.
-        p: two-sided sign-flip p (`sign_flip_p`).
-        p_holm: Holm-corrected over the table's rows.
+        p: two-sided sign-flip p (`lrkit.study.paired.sign_flip_p`).
+        p_holm: Holm-corrected over the rows of the task's table.
         smallest_p: the smallest p that so many pairs can give.
         few_pairs: fewer than six pairs.
         parameters_average: trainable adapter parameters averaged over the run, mean over the done cells.
         parameters_final: the same at the end of the run.
         head: trainable parameters of the task head, which are in neither.
         flops: counted operations of a whole run, mean over the done cells.
-        step_ratio: step time over the base's at the start of training, mean over the tasks measured.
+        step_ratio: step time over the base's at the start of training.
         step_ratio_end: the same at the end of training.
-        peak_memory: bytes, mean over the tasks measured.
+        peak_memory: bytes.
         notes: what must be said about this row, a sentence each.
     """
 
     index: int
     label: str
+    task: str
     is_base: bool
     planned: int
     done: int
@@ -196,7 +76,6 @@ class TableRow:
     diverged: int
     mean: float | None
     sd: float | None
-    tasks: tuple[TaskMean, ...]
     pairs: int
     difference: float | None
     low: float | None
@@ -217,15 +96,15 @@ class TableRow:
 
 @attrs.frozen(kw_only=True)
 class Table:
-    """The ablation table of a study.
+    """The ablation table of a study: one for each task, below each other.
 
     Args:
         title: the study's title.
         name: the study's name.
         base: label of the base row.
-        score: what the score is: the primary score's name, or that it is the mean over tasks.
+        scores: the primary score's name, for each task.
         tasks: names of the tasks.
-        rows: the rows in the study's order.
+        rows: the tasks in the study's order, and within each its rows in the study's order.
         limits: what p cannot show with so few pairs or so many rows, a sentence each.
         notes: further sentences that belong under the table as a whole.
     """
@@ -233,14 +112,20 @@ class Table:
     title: str
     name: str
     base: str
-    score: str
+    scores: tuple[str, ...]
     tasks: tuple[str, ...]
     rows: tuple[TableRow, ...]
     limits: tuple[str, ...]
     notes: tuple[str, ...]
 
+    def of(self, task: str) -> "Table":
+        """The table of one task."""
+        at = self.tasks.index(task)
+        rows = tuple(row for row in self.rows if row.task == task)
+        return attrs.evolve(self, tasks=(task,), scores=(self.scores[at],), rows=rows)
+
     def frame(self) -> "pandas.DataFrame":
-        """The table with unrounded numbers, one line for each row; the tasks' means as ``mean.TASK``."""
+        """The table with unrounded numbers, one line for each task and row."""
         import pandas
 
         return pandas.DataFrame(self._plain(), columns=self._plain_columns())
@@ -254,21 +139,19 @@ class Table:
         return out.getvalue()
 
     def to_markdown(self) -> str:
-        """A Markdown document: the table, the tasks' means where there are several, notes."""
+        """A Markdown document: a table for each task, the means side by side where there are several, notes."""
         blocks = [f"# {_markdown(self.title)}"]
-        for columns in (columns_of(self, SCORES + COSTS), columns_of_tasks(self)):
-            if len(columns) > 1:
-                head = [_markdown(column.header) for column in columns]
-                ruler = ["---", *["---:"] * (len(columns) - 1)]
-                lines = [
-                    [_markdown(row.label), *(column.text(row) or "-" for column in columns[1:])] for row in self.rows
-                ]
-                blocks.append("\n".join(f"| {' | '.join(line)} |" for line in [head, ruler, *lines]))
+        for name, table, columns in self._tables(SCORES + COSTS):
+            blocks += [f"## {_markdown(name)}"] if name else []
+            head = [_markdown(column.header) for column in columns]
+            ruler = ["---", *["---:"] * (len(columns) - 1)]
+            lines = [[_markdown(row.label), *(column.text(row) or "-" for column in columns[1:])] for row in table.rows]
+            blocks.append("\n".join(f"| {' | '.join(line)} |" for line in [head, ruler, *lines]))
         blocks.append("\n".join(f"- {_markdown(note)}" for note in self.all_notes()))
         return "\n\n".join(block for block in blocks if block) + "\n"
 
     def to_latex(self) -> str:
-        r"""A LaTeX ``table``: scores, costs and tasks' means below each other. It needs ``\usepackage{booktabs}``."""
+        r"""A LaTeX ``table``: scores, then costs, for each task. It needs ``\usepackage{booktabs}``."""
         label = "".join(c for c in self.name if c.isascii() and (c.isalnum() or c in "-."))
         lines = [
             r"% needs \usepackage{booktabs}",
@@ -277,17 +160,16 @@ class Table:
             rf"\caption{{{latex(' '.join([_sentence(self.title), *self.all_notes()]))}}}",
             rf"\label{{tab:{label}}}\par\medskip",
         ]
-        for columns in (columns_of(self, SCORES), columns_of(self, COSTS), columns_of_tasks(self)):
-            if len(columns) == 1:
-                continue
+        for name, table, columns in self._tables(SCORES, COSTS):
             headers = zip(*(_two_lines(column.latex) for column in columns), strict=True)
+            lines += [rf"\textbf{{{latex(name)}}}\par\smallskip"] if name else []
             lines += [
                 rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
                 r"\toprule",
                 *[" & ".join(header) + r" \\" for header in headers if any(header)],
                 r"\midrule",
             ]
-            for row in self.rows:
+            for row in table.rows:
                 entries = [_latex_entry(column.text(row)) for column in columns[1:]]
                 lines.append(" & ".join([latex(row.label), *entries]) + r" \\")
             lines += [r"\bottomrule", r"\end{tabular}\par\medskip"]
@@ -296,30 +178,44 @@ class Table:
     def __str__(self) -> str:
         """The table as plain text for a terminal of 100 columns."""
         blocks = [self.title]
-        for columns in (columns_of(self, SCORES), columns_of(self, COSTS), columns_of_tasks(self)):
-            if len(columns) > 1:
-                texts = [[column.header for column in columns]]
-                texts += [[column.text(row) or "-" for column in columns] for row in self.rows]
-                blocks += _text_tables(texts, 100)
+        for name, table, columns in self._tables(SCORES, COSTS):
+            texts = [[column.header for column in columns]]
+            texts += [[column.text(row) or "-" for column in columns] for row in table.rows]
+            blocks += [name] if name else []
+            blocks += _text_tables(texts, 100)
         blocks.append("\n".join(line for note in self.all_notes() for line in textwrap.wrap(note, 100)))
         return "\n\n".join(block for block in blocks if block)
 
+    def _tables(self, *groups: Sequence[str]) -> "Iterator[tuple[str, Table, list[Column]]]":
+        """What is printed below each other: a heading, empty with one task; a task's table; its columns.
+
+        Args:
+            groups: keys of the columns of each table of a task. With several tasks their means come last.
+        """
+        for task in self.tasks:
+            table = self.of(task)
+            shown = [columns for columns in (columns_of(table, keys) for keys in groups) if len(columns) > 1]
+            for number, columns in enumerate(shown):
+                yield (task if len(self.tasks) > 1 and number == 0 else ""), table, columns
+        columns = columns_of_tasks(self)
+        if len(columns) > 1:
+            yield "Means by task", self.of(self.tasks[0]), columns
+
     def all_notes(self) -> list[str]:
-        """The limits and notes of the table, then the notes of its rows, with the row named."""
-        return [*self.limits, *self.notes, *(f"{row.label}: {note}" for row in self.rows for note in row.notes)]
+        """The limits and notes of the table, then the notes of its rows, with row and task named."""
+        several = len(self.tasks) > 1
+        names = [f"{row.label} on {row.task}" if several else row.label for row in self.rows]
+        rows = zip(names, self.rows, strict=True)
+        return [*self.limits, *self.notes, *(f"{name}: {note}" for name, row in rows for note in row.notes)]
 
     def _plain(self) -> list[dict[str, Any]]:
-        table = []
-        for row in self.rows:
-            plain = attrs.asdict(row, recurse=False)
-            plain["notes"] = " ".join(row.notes)
-            table.append(plain | {"row": row.label} | {f"mean.{task.task}": task.mean for task in row.tasks})
-        return table
+        return [
+            attrs.asdict(row, recurse=False) | {"row": row.label, "notes": " ".join(row.notes)} for row in self.rows
+        ]
 
     def _plain_columns(self) -> list[str]:
-        left_out = ("index", "label", "tasks", "notes")
-        names = [field.name for field in attrs.fields(TableRow) if field.name not in left_out]
-        return ["row", *names, *(f"mean.{task}" for task in self.tasks), "notes"]
+        names = [field.name for field in attrs.fields(TableRow) if field.name not in ("index", "label", "notes")]
+        return ["row", *names, "notes"]
 
 
 def compare(record: StudyRecord) -> Table:
@@ -334,47 +230,58 @@ def compare(record: StudyRecord) -> Table:
     Raises:
         LrkitError: a cell's result cannot be read.
     """
-    base = {(cell.task, cell.seed): cell.score for cell in record.cells_of(record.base)}
-    rows = [_row(record, index, base) for index in range(len(record.rows))]
-    tested = [row for row in rows if row.p is not None]
-    corrected = holm([row.p for row in tested if row.p is not None])
-    adjusted = {row.index: p for row, p in zip(tested, corrected, strict=True)}
-    rows = [attrs.evolve(row, p_holm=adjusted.get(row.index)) for row in rows]
+    costs = record.costs
+    tables = {task.name: _corrected(record, task.name, costs) for task in record.tasks}
+    limits = {task: _limits(rows) for task, rows in tables.items()}
+    same = len({tuple(said) for said in limits.values()}) == 1
+    told = [said if same else f"{task}: {said}" for task, found in limits.items() for said in found]
     return Table(
         title=record.title,
         name=record.name,
         base=record.rows[record.base].label,
-        score=_score_name(record),
-        tasks=tuple(task.name for task in record.tasks),
-        rows=tuple(rows),
-        limits=tuple(_limits(rows)),
-        notes=(_TOGETHER,) if len(record.tasks) > 1 and any(row.pairs for row in rows) else (),
+        scores=tuple(_score_name(record, task.name) for task in record.tasks),
+        tasks=tuple(tables),
+        rows=tuple(row for rows in tables.values() for row in rows),
+        limits=tuple(dict.fromkeys(told)),
+        notes=(_APART,) if len(tables) > 1 and any(row.pairs for rows in tables.values() for row in rows) else (),
     )
 
 
-def _score_name(record: StudyRecord) -> str:
-    names = dict.fromkeys(next(iter(cell.result.scores)) for cell in record.cells if cell.result)
-    found = " or ".join(names or dict.fromkeys(task.metric for task in record.tasks if task.metric)) or "score"
-    return found if len(record.tasks) == 1 else f"{found}, mean over {len(record.tasks)} tasks"
+_APART = "Each task is tested by itself: p is corrected over the rows of one task's table, not over the tasks."
 
 
-def _row(record: StudyRecord, index: int, base: dict[tuple[str, int], float | None]) -> TableRow:
-    cells = record.cells_of(index)
+def _score_name(record: StudyRecord, task: str) -> str:
+    scored = [cell.result for cell in record.cells if cell.result and cell.task == task]
+    names = dict.fromkeys(next(iter(result.scores)) for result in scored)
+    return " or ".join(names or [t.metric for t in record.tasks if t.name == task and t.metric]) or "score"
+
+
+def _corrected(record: StudyRecord, task: str, costs: Mapping[tuple[int, str], CostRecord]) -> list[TableRow]:
+    """The rows of one task's table, with Holm's correction over them."""
+    base = {cell.seed: cell.score for cell in record.cells_of(record.base, task)}
+    rows = [_row(record, index, task, base, costs.get((index, task))) for index in range(len(record.rows))]
+    tested = {row.index: row.p for row in rows if row.p is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return [attrs.evolve(row, p_holm=adjusted.get(row.index)) for row in rows]
+
+
+def _row(
+    record: StudyRecord, index: int, task: str, base: Mapping[int, float | None], cost: CostRecord | None
+) -> TableRow:
+    cells = record.cells_of(index, task)
     is_base = index == record.base
-    tasks = tuple(_task_mean(task.name, [c for c in cells if c.task == task.name]) for task in record.tasks)
-    means = [task.mean for task in tasks if task.mean is not None]
-    pairs = [] if is_base else [(cell.score, base.get((cell.task, cell.seed))) for cell in cells]
+    pairs = [] if is_base else [(cell.score, base.get(cell.seed)) for cell in cells]
     both = [(own, other) for own, other in pairs if own is not None and other is not None]
     differences = [own - other for own, other in both if math.isfinite(own) and math.isfinite(other)]
-    interval = bootstrap_interval(differences)
+    ends = interval(differences)
     statuses = [cell.status for cell in cells]
     results = [cell.result for cell in cells if cell.result is not None]
-    costs = [cost for (row, _), cost in record.costs.items() if row == index]
     scores = [cell.score for cell in cells if cell.score is not None]
     finite = [score for score in scores if math.isfinite(score)]
     row = TableRow(
         index=index,
         label=record.rows[index].label,
+        task=task,
         is_base=is_base,
         planned=len(cells),
         done=len(results),
@@ -383,13 +290,12 @@ def _row(record: StudyRecord, index: int, base: dict[tuple[str, int], float | No
         missing=statuses.count("missing"),
         n=len(finite),
         diverged=len(scores) - len(finite),
-        mean=statistics.fmean(means) if means else None,
-        sd=_pooled(tasks),
-        tasks=tasks,
+        mean=statistics.fmean(finite) if finite else None,
+        sd=statistics.stdev(finite) if len(finite) > 1 else None,
         pairs=len(differences),
         difference=statistics.fmean(differences) if differences else None,
-        low=interval[0] if interval else None,
-        high=interval[1] if interval else None,
+        low=ends[0] if ends else None,
+        high=ends[1] if ends else None,
         p=sign_flip_p(differences) if differences else None,
         p_holm=None,
         smallest_p=smallest_p(len(differences)) if differences else None,
@@ -398,32 +304,13 @@ def _row(record: StudyRecord, index: int, base: dict[tuple[str, int], float | No
         parameters_final=_mean([result.parameters.now for result in results]),
         head=_mean([result.parameters.head for result in results]),
         flops=_mean([result.flops.run for result in results if result.flops is not None]),
-        step_ratio=_mean([cost.step_ratio for cost in costs]),
-        step_ratio_end=_mean([cost.step_ratio_end for cost in costs]),
-        peak_memory=_mean([cost.peak_memory for cost in costs]),
+        step_ratio=_mean([cost.step_ratio if cost else None]),
+        step_ratio_end=_mean([cost.step_ratio_end if cost else None]),
+        peak_memory=_mean([cost.peak_memory if cost else None]),
         notes=(),
     )
-    notes = _row_notes(row, differences, left_out=len(both) - len(differences))
-    return attrs.evolve(row, notes=(*notes, *(f"cost on {c.task} not measured: {c.error}." for c in costs if c.error)))
-
-
-def _task_mean(task: str, cells: Sequence[CellRecord]) -> TaskMean:
-    finite = [cell.score for cell in cells if cell.score is not None and math.isfinite(cell.score)]
-    return TaskMean(
-        task=task,
-        n=len(finite),
-        mean=statistics.fmean(finite) if finite else None,
-        sd=statistics.stdev(finite) if len(finite) > 1 else None,
-    )
-
-
-def _pooled(tasks: Sequence[TaskMean]) -> float | None:
-    """√(Σ (n_t - 1) sd_t² / Σ (n_t - 1)); with one task its own standard deviation."""
-    spread = [(task.n - 1, task.sd) for task in tasks if task.sd is not None]
-    if len(spread) == 1:
-        return spread[0][1]
-    freedom = sum(weight for weight, _ in spread)
-    return math.sqrt(sum(weight * sd * sd for weight, sd in spread) / freedom) if freedom else None
+    notes = _row_notes(row, left_out=len(both) - len(differences))
+    return attrs.evolve(row, notes=(*notes, *([f"cost not measured: {cost.error}."] if cost and cost.error else [])))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -431,7 +318,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(finite) if finite else None
 
 
-def _row_notes(row: TableRow, differences: Sequence[float], left_out: int) -> list[str]:
+def _row_notes(row: TableRow, left_out: int) -> list[str]:
     notes = []
     to_come = row.running + row.missing
     if to_come:
@@ -440,24 +327,19 @@ def _row_notes(row: TableRow, differences: Sequence[float], left_out: int) -> li
         notes.append(f"{row.failed} of {row.planned} cells failed.")
     if row.diverged:
         notes.append(f"{row.diverged} of {row.done} results diverged (score NaN): in no mean and no pair.")
-    empty = [task.task for task in row.tasks if task.n == 0]
-    if row.n and empty:
-        notes.append(f"no score on {', '.join(empty)}: the mean is over the other tasks.")
     if left_out and not row.is_base:
         notes.append(
             f"{left_out} pairs left out, since the row or the base diverged." if left_out > 1 else _ONE_LEFT_OUT
         )
-    if len(differences) == 1:
-        notes.append("one pair: no interval.")
-    elif differences and row.low == row.high:
-        notes.append(f"all {len(differences)} differences are equal: the interval is that one value.")
+    if row.low is not None and row.low == row.high:
+        notes.append(
+            f"all {row.pairs} differences are equal, so the interval has no width: that says how coarse the scores are, "
+            "and is no certainty."
+        )
     return notes
 
 
 _ONE_LEFT_OUT = "1 pair left out, since the row or the base diverged."
-
-
-_TOGETHER = "Pairs of all tasks are tested together, each as one independent pair."
 
 
 def _limits(rows: Sequence[TableRow]) -> list[str]:
@@ -466,17 +348,17 @@ def _limits(rows: Sequence[TableRow]) -> list[str]:
     if few:
         least = ", ".join(f"2/2^{n} = {smallest_p(n):g} with {n}" if n > 1 else "1 with 1" for n in few)
         limits.append(
-            f"Fewer than six pairs: the smallest p that the sign-flip test can give is {least}, whatever the scores. "
-            f"Only with six or more ({smallest_p(ENOUGH_PAIRS):g}) can p fall below 0.05."
+            f"Fewer than six pairs: the smallest p that the sign-flip test can give is {least}, whatever the scores, and "
+            f"the 95 % interval is unbounded. Only with six or more ({smallest_p(ENOUGH_PAIRS):g}) can p fall below "
+            f"{LEVEL}."
         )
     tested = [row.pairs for row in rows if row.pairs]
     # The smallest p of all is multiplied by how many rows are tested.
     least_holm = len(tested) * smallest_p(max(tested, default=0))
-    if len(tested) > 1 and not few and least_holm >= 0.05:
-        enough = next(n for n in range(1, 100) if len(tested) * smallest_p(n) < 0.05)
+    if len(tested) > 1 and not few and least_holm >= LEVEL:
         limits.append(
             f"With {len(tested)} rows tested and at most {max(tested)} pairs, no p can be below {least_holm:.2g} after "
-            f"Holm's correction, whatever the scores; {enough} pairs could bring it below 0.05."
+            f"Holm's correction, whatever the scores; {enough_pairs(len(tested))} pairs could bring it below {LEVEL}."
         )
     return limits
 
@@ -514,7 +396,7 @@ def probability(p: float) -> str:
 
 def decimals(table: Table) -> int:
     """How many decimals scores are shown with: four below 10, fewer for larger ones."""
-    size = max((abs(task.mean) for row in table.rows for task in row.tasks if task.mean is not None), default=0.0)
+    size = max((abs(row.mean) for row in table.rows if row.mean is not None), default=0.0)
     return 4 if size < 10 else 2 if size < 1000 else 0
 
 
@@ -535,22 +417,25 @@ COSTS = ("parameters_average", "parameters_final", "flops", "step_ratio", "step_
 def columns_of(table: Table, keys: Sequence[str]) -> list[Column]:
     """The row's label and the columns asked for, less those in which no row has an entry."""
     places = decimals(table)
+    name = " or ".join(dict.fromkeys(table.scores))
 
     def score(row: TableRow) -> str:
         spread = "" if row.sd is None else f" ± {row.sd:.{places}f}"
         return "" if row.mean is None else f"{row.mean:.{places}f}{spread}"
 
-    def interval(row: TableRow) -> str:
-        return "" if row.low is None or row.high is None else f"[{row.low:+.{places}f}, {row.high:+.{places}f}]"
+    def ends(row: TableRow) -> str:
+        if row.low is None or row.high is None:
+            return "unbounded" if row.pairs else ""
+        return f"[{row.low:+.{places}f}, {row.high:+.{places}f}]"
 
     def number(key: str, show: Callable[[float], str]) -> Callable[[TableRow], str]:
         return lambda row: "" if getattr(row, key) is None else show(getattr(row, key))
 
     made = [
         Column("n", "n", "$n$", lambda row: f"{row.n}" if row.n == row.planned else f"{row.n}/{row.planned}"),
-        Column("score", table.score if len(table.score) < 16 else "score", "Score", score),
+        Column("score", name if len(name) < 16 else "score", "Score", score),
         Column("difference", "difference", r"$\Delta$", number("difference", lambda x: f"{x:+.{places}f}")),
-        Column("interval", "95 % interval", r"95\,\% interval", interval),
+        Column("interval", "95 % interval", r"95\,\% interval", ends),
         Column("p", "p", "$p$", number("p", probability)),
         Column("p_holm", "p (Holm)", r"$p$|(Holm)", number("p_holm", probability)),
         Column("parameters_average", "params avg", "Param.|average", number("parameters_average", compact)),
@@ -566,19 +451,20 @@ def columns_of(table: Table, keys: Sequence[str]) -> list[Column]:
 
 
 def columns_of_tasks(table: Table) -> list[Column]:
-    """The row's label and one column for each task's mean, where there are several tasks."""
+    """The row's label and one column for each task's mean, where there are several tasks; for a row of any task."""
     places = decimals(table)
+    means = {(row.task, row.index): row.mean for row in table.rows}
 
-    def mean(index: int) -> Callable[[TableRow], str]:
+    def mean(task: str) -> Callable[[TableRow], str]:
         def text(row: TableRow) -> str:
-            value = row.tasks[index].mean
+            value = means[task, row.index]
             return "" if value is None else f"{value:.{places}f}"
 
         return text
 
     label = columns_of(table, ())[0]
     names = table.tasks if len(table.tasks) > 1 else ()
-    return [label, *(Column(f"mean.{name}", name, latex(name), mean(i)) for i, name in enumerate(names))]
+    return [label, *(Column(f"mean.{name}", name, latex(name), mean(name)) for name in names)]
 
 
 def _text_tables(texts: Sequence[Sequence[str]], width: int) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lrkit.errors import LrkitError
+from lrkit import reading
 
 
 def finite(value: Any) -> Any:
@@ -51,14 +51,12 @@ def read_json(path: Path) -> Any:
     """The data in a JSON file; None where there is no such file.
 
     Raises:
-        LrkitError: it is no JSON.
+        LrkitError: it is no regular file, or no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise LrkitError(f"{path} cannot be read: {error}") from None
 
 
 class Lines:

@@ -212,6 +212,18 @@ class Task:
         counts = np.bincount(np.asarray(labels)[: self._first_rows(len(labels))])
         return float(counts.max() / counts.sum())
 
+    def encode(self, batch: Mapping[str, Sequence[Any]], tokenizer: Any, max_length: int) -> dict[str, Any]:
+        """Some rows, by column, as model inputs with the column `labels`, as `tokenize` has them.
+
+        Raises:
+            LrkitError: the tokenizer cannot encode them.
+        """
+        from lrkit.tokens import encoding
+
+        texts = [list(batch[field]) for field in self.fields]
+        encoded = encoding(tokenizer, *texts, truncation=True, max_length=max_length, padding=False)
+        return encoded | {"labels": list(batch["label"])}
+
     def tokenize(self, tokenizer: Any, max_length: int) -> tuple[datasets.Dataset, datasets.Dataset]:
         """Both splits as model inputs, with the column `labels`, cut at `max_length` tokens and not padded.
 
@@ -228,9 +240,7 @@ class Task:
         label = datasets.Value("float32" if self.kind == "regression" else "int64")
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            texts = [list(batch[field]) for field in self.fields]
-            encoded: dict[str, Any] = dict(tokenizer(*texts, truncation=True, max_length=max_length, padding=False))
-            return encoded | {"labels": batch["label"]}
+            return self.encode(batch, tokenizer, max_length)
 
         def split(rows: datasets.Dataset) -> datasets.Dataset:
             with quiet_datasets():

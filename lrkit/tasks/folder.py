@@ -7,12 +7,14 @@ import json
 import math
 import os
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import attrs
 
 from lrkit.errors import LrkitError
+from lrkit.reading import LINES_BYTES, MIB, bounded_lines, is_folder, opened
 from lrkit.tasks.base import METRICS, REGRESSION_METRICS, Kind, Task, check_metric
 from lrkit.tasks.glue import GLUE
 
@@ -25,6 +27,11 @@ FIELDS: tuple[tuple[str, ...], ...] = (
     ("sentence",),
     ("text",),
 )
+
+
+# A gzip file of text is three to ten times as long when unpacked; one that goes on for ever is a thousand times.
+_EXPANDS = 200
+_BLANK = 100_000
 
 
 @attrs.frozen
@@ -50,7 +57,7 @@ def load_folder(path: str | os.PathLike[str], metric: str | None = None) -> Task
     import datasets
 
     folder = Path(path)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise LrkitError(f"{folder}: no such folder")
     glue = GLUE.get(folder.resolve().name)
     train_file, validation_file = _find(folder, "train"), _find(folder, "validation")
@@ -101,7 +108,7 @@ def load_folder(path: str | os.PathLike[str], metric: str | None = None) -> Task
 
 def _find(folder: Path, split: str) -> Path:
     for name in (f"{split}.jsonl", f"{split}.jsonl.gz"):
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):
             return folder / name
     raise LrkitError(f"{folder}: there is no {split}.jsonl or {split}.jsonl.gz in it")
 
@@ -109,19 +116,31 @@ def _find(folder: Path, split: str) -> Path:
 def _read(file: Path) -> list[_Row]:
     """The rows of a file; blank lines are passed over."""
     rows: list[_Row] = []
-    number = 0
     try:
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    rows.append(_Row(number, _parse(line)))
-    except LrkitError as error:
-        raise LrkitError(f"{file}:{number}: {error}") from None
-    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
-        raise LrkitError(f"{file}:{number + 1}: cannot be read: {error}") from error
+        with opened(file) as raw:
+            _read_into(rows, file, raw)
+    except FileNotFoundError:
+        raise LrkitError(f"{file}: a link to a file that is not there") from None
     if not rows:
         raise LrkitError(f"{file}: has no rows")
     return rows
+
+
+def _read_into(rows: list[_Row], file: Path, raw: BinaryIO) -> None:
+    number = 0
+    most = min(LINES_BYTES, 64 * MIB + _EXPANDS * os.fstat(raw.fileno()).st_size)
+    try:
+        with gzip.open(raw) if file.suffix == ".gz" else nullcontext(raw) as opened_lines:
+            for line in bounded_lines(cast(BinaryIO, opened_lines), "it", most):
+                number += 1
+                if line.strip():
+                    rows.append(_Row(number, _parse(line)))
+                elif number - len(rows) > _BLANK:
+                    raise LrkitError(f"more than {_BLANK:,} blank lines")
+    except LrkitError as error:
+        raise LrkitError(f"{file}:{max(1, number)}: {error}") from None
+    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
+        raise LrkitError(f"{file}:{number + 1}: cannot be read: {error}") from error
 
 
 def _parse(line: bytes) -> dict[str, Any]:

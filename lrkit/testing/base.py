@@ -89,6 +89,7 @@ def clause(test: Callable[[Any, Any], None]) -> Callable[[Any], None]:
     def run(self: "Contract") -> None:
         for component in self.components():
             with as_it_was(), warnings.catch_warnings(), self._lent(component):
+                torch.set_num_threads(1)  # on tensors as small as these, several threads mostly wait for each other
                 warnings.simplefilter("error", LrkitWarning)
                 # A schedule may go down to nothing, whatever action it stands beside here.
                 warnings.filterwarnings("ignore", ".* no component is left", LrkitWarning)

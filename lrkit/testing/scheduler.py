@@ -123,10 +123,14 @@ class SchedulerContract(PartContract):
         for scheduler, total, amounts, _, low, name in self._cases(component):
             if total < 7:
                 continue
-            with calling(f"{name}: end, due or observes"):
+            with calling(f"{name}: end, due, observes or decisions"):
                 end = scheduler.end(total)
                 due = [step for step in range(-1, end + 1) if scheduler.due(step, total_steps=total)]
                 seen = [step for step in range(-1, end + 1) if scheduler.observes(step, total_steps=total)]
+                told = [step for span in scheduler.decisions(total) for step in span]
+            first = scheduler.first_step
+            within = [step for step in due if first <= step < first + total]
+            expect(told == within, f"{name}: decisions() says {told[:9]}..., and due() is True at {within[:9]}...")
             expect(
                 end in due, f"{name}: end() is step {end}, and due({end}) is False: the last decision is never taken"
             )

@@ -167,7 +167,7 @@ class ReleasedPruner:
 
 
 @pytest.mark.parametrize("target", [0.15, 0.33])
-@pytest.mark.parametrize("targets", ["one width"])
+@pytest.mark.parametrize("targets", WIDTHS)
 def test_released_masks_are_its_pruner_s(targets: str, target: float) -> None:
     """At every step the rows that are zero are the released code's, its last phase included."""
     total, first, last, window = 40, 4, 17, 3

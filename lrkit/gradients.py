@@ -1,0 +1,83 @@
+"""Gradients as backward leaves them, before anybody clips them."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+def on_gradient(p: nn.Parameter, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Call a hook with each gradient that arrives at a parameter, before it is accumulated; it may return another one.
+
+    A parameter that is frozen now is hooked all the same: it may train again after a state is loaded.
+    """
+    trains = p.requires_grad
+    p.requires_grad_(True)  # torch takes a hook only for tensors that need a gradient
+    handle: RemovableHandle = p.register_hook(hook)  # type: ignore[no-untyped-call]
+    p.requires_grad_(trains)
+    return handle
+
+
+def on_accumulated(p: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call a hook with the parameter each time a gradient has been added to its ``grad``. Frozen ones are hooked as well."""
+    trains = p.requires_grad
+    p.requires_grad_(True)
+    handle: RemovableHandle = p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    p.requires_grad_(trains)
+    return handle
+
+
+class Unclipped:
+    """Copies of gradients, made at the end of each backward pass: an optimizer's hook sees them only after clipping.
+
+    With gradient accumulation the copies hold the sum so far, so that after the last micro-batch they hold the whole. Under
+    DDP they hold the mean over processes.
+
+    Args:
+        tensors: whose gradients.
+    """
+
+    def __init__(self, tensors: Iterable[nn.Parameter]) -> None:
+        self._tensors = list(tensors)
+        self._copies: dict[int, Tensor] = {}
+        self._waiting = False
+        self._handles = []
+        for p in self._tensors:
+            self._handles.append(on_accumulated(p, self._arrive))
+
+    def of(self, p: Tensor) -> Tensor | None:
+        """Return the gradient of a tensor as the last backward pass left it; None if it has none.
+
+        If there was no backward pass since the last step, somebody has put gradients there by hand, and those count.
+        """
+        return self._copies.get(id(p)) if self._copies else p.grad
+
+    def clear(self) -> None:
+        """Forget the copies, after an optimizer step."""
+        self._copies, self._waiting = {}, False
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.clear()
+
+    def _arrive(self, _: Tensor) -> None:
+        if not self._waiting:
+            self._waiting = True
+            _at_end(self._wait)
+
+    def _wait(self) -> None:
+        # DDP averages in a callback of its own, which it queues after this one: go behind it.
+        _at_end(self._copy)
+
+    def _copy(self) -> None:
+        self._waiting = False
+        self._copies = {id(p): p.grad.clone() for p in self._tensors if p.grad is not None}
+
+
+def _at_end(callback: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass that is running, after those queued so far."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)

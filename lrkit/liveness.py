@@ -1,0 +1,84 @@
+"""Which of what trains is reached by the loss, seen at the optimizer's first step from the gradients that are there.
+
+A layer whose weight is read without a call, or one that the loss does not depend on, has an adapter without a gradient. It
+is *dead*: it is named, ranks below all others, and takes part again from the first step at which its gradients arrive.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+
+class Liveness:
+    """The dead among a model's adapters.
+
+    Args:
+        adapters: layer name to adapter.
+        trained: ``id`` of every parameter that trains.
+        others: what trains beside them: a gradient there alone says that no adapter is reached.
+        whole: an adapter is reached where *all* of its tensors have a gradient. False: where any has. (A penalty reaches
+            the matrices of an adapter that the loss does not.)
+    """
+
+    def __init__(
+        self, adapters: Mapping[str, nn.Module], trained: set[int], others: Sequence[nn.Parameter] = (), *, whole: bool
+    ) -> None:
+        self._adapters, self._trained, self._others, self._whole = adapters, trained, others, whole
+        self.dead: list[str] | None = None
+        """Names of the dead layers, in the model's order; None as long as no gradient has been seen."""
+
+    def look(self) -> bool:
+        """See which adapters have gradients now. Returns whether that has changed who is dead."""
+        before = self.dead
+        names = list(self._adapters) if before is None else before
+        if not names:
+            return False
+        live = [name for name in names if self._reached(self._adapters[name])]
+        if not live and (before is not None or all(p.grad is None for p in self._others)):
+            return False  # before the first gradient nothing is known, and after it nothing is new
+        self.dead = [name for name in names if name not in set(live)]
+        return self.dead != (before or [])
+
+    def _reached(self, module: nn.Module) -> bool:
+        found = [p.grad is not None for p in module.parameters() if p.requires_grad and id(p) in self._trained]
+        return not found or (all(found) if self._whole else any(found))
+
+
+def unreached(modules: Mapping[str, Sequence[nn.Parameter]]) -> list[str]:
+    """Names of modules that train and have a parameter without a gradient; none where no module has any gradient."""
+    found = {name: [p.grad is not None for p in ps if p.requires_grad] for name, ps in modules.items()}
+    if not any(any(each) for each in found.values()):
+        return [name for name, each in found.items() if each]
+    return [name for name, each in found.items() if each and not any(each)]
+
+
+_watchers: "weakref.WeakKeyDictionary[object, Callable[[Any, torch.optim.Optimizer], None]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def watch(who: object, call: Callable[[Any, torch.optim.Optimizer], None]) -> None:
+    """Call a function with `who` before each step of any optimizer, until `leave` or the end of `who`."""
+    _look_out()
+    _watchers[who] = call
+
+
+def leave(who: object) -> None:
+    """Stop the calls that `watch` began."""
+    _watchers.pop(who, None)
+
+
+@functools.cache
+def _look_out() -> None:
+    """One hook for all, for good: torch does not bear that one is removed, by a garbage collection, in a step."""
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for who, call in list(_watchers.items()):
+            call(who, optimizer)
+
+    register_optimizer_step_pre_hook(look)

@@ -1,0 +1,146 @@
+"""What trains, trains in float32, beside a model in half precision too; and goes back as it was.
+
+An update of a bfloat16 weight is lost where it is smaller than its last bit, and a GradScaler refuses float16 gradients. So
+the model's own parameters that train (a head, biases, layer norms) are kept in float32, and their modules compute with them
+in the model's precision, as the adapters do: a hook puts the rounded tensor in the parameter's place for the length of a
+call, and the gradient comes back through the rounding.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from lrkit.precision import is_plain
+
+_HALF = (torch.float16, torch.bfloat16)
+_HELD = "_lrkit_masters"
+
+
+@attrs.frozen(eq=False)
+class _Kept:
+    """A parameter or buffer as it was before attach: a copy, its dtype in force since, and what it is compared with."""
+
+    tensor: Tensor
+    copy: Tensor
+    dtype: torch.dtype
+
+
+class Masters:
+    """The copies that `detach` needs, and float32 in place of half precision.
+
+    Args:
+        model: the model.
+        trained: its own parameters that are to train, by name.
+    """
+
+    def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
+        ids = {id(p) for p in trained.values()}
+        # Of the model's precision now and later, cast or not, a parameter that does not train speaks.
+        rest = (p for p in model.parameters() if id(p) not in ids and is_plain(p) and p.dtype in _HALF)
+        self.witness: nn.Parameter | None = next(rest, None)
+        self._was = None if self.witness is None else self.witness.dtype
+        self._handles: list[Any] = []
+        owners = [m for m in model.modules() if any(id(p) in ids for p in m._parameters.values())]
+        buffers = [b for m in owners for b in m._buffers.values() if b is not None and b.dtype in _HALF]
+        raised = [p for p in trained.values() if is_plain(p) and p.dtype in _HALF]
+        # Where all of the model trains, all of it is in float32 afterwards, and nothing has to be rounded.
+        whole = buffers if self.witness is None else []
+        self.kept = [_Kept(p, p.detach().clone(), _wide(p)) for p in trained.values()]
+        self.kept += [_Kept(b, b.detach().clone(), torch.float32) for b in whole]
+        for tensor in (*raised, *whole):
+            tensor.data = tensor.data.float()
+        if self.witness is not None:
+            wide = {id(p) for p in raised}
+            for module in owners:
+                names = tuple(n for n, p in module._parameters.items() if id(p) in wide)
+                if names:
+                    self._handles += [
+                        module.register_forward_pre_hook(_Round(names, self.witness)),
+                        module.register_forward_hook(_put_back, always_call=True),
+                    ]
+
+    def original(self, kept: _Kept) -> Tensor:
+        """A copy as it was, on the parameter's device; in the precision that the model was cast to since, if it was."""
+        if kept.copy.device != kept.tensor.device:
+            object.__setattr__(kept, "copy", kept.copy.to(kept.tensor.device))
+        if self.witness is not None and kept.copy.dtype == self._was != self.witness.dtype:
+            return kept.copy.to(self.witness.dtype)
+        return kept.copy
+
+    def restore(self) -> None:
+        """Put everything back as it was before, bit for bit, dtype and all."""
+        for kept in self.kept:
+            _set(kept.tensor, self.original(kept))
+        self._let_go()
+
+    def settle(self) -> None:
+        """Leave what has been trained in the model's own precision, in which it has computed all along."""
+        if self.witness is not None:
+            for kept in self.kept:
+                if kept.copy.dtype in _HALF:
+                    _set(kept.tensor, kept.tensor.detach().to(self.original(kept).dtype))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def strip(self, copies: Mapping[int, Any]) -> None:
+        """Restore a deep copy of the model, and take the hooks off it. `copies` is deepcopy's memo."""
+        for kept in self.kept:
+            _set(copies[id(kept.tensor)], self.original(kept))
+        for module in copies.values():
+            if isinstance(module, nn.Module):
+                for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                    for key, hook in list(hooks.items()):
+                        if isinstance(hook, _Round) or hook is _put_back:
+                            del hooks[key]
+                            module._forward_hooks_always_called.pop(key, None)
+
+    def casts(self) -> list[torch.dtype]:
+        """The dtypes that trained parameters have been cast to since."""
+        return list(dict.fromkeys(k.tensor.dtype for k in self.kept if k.tensor.dtype != k.dtype))
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    return torch.float32 if is_plain(p) and p.dtype in _HALF else p.dtype
+
+
+def _set(tensor: Tensor, value: Tensor) -> None:
+    if tensor.dtype == value.dtype:
+        with torch.no_grad():
+            tensor.copy_(value)
+    else:
+        tensor.grad = None
+        tensor.data = value.detach().clone()
+
+
+class _Round:
+    """A forward pre-hook: the module computes with its trained parameters in the model's precision.
+
+    Args:
+        names: of the parameters.
+        witness: a parameter of the model that says which precision that is. (A copy of the model copies it along.)
+    """
+
+    def __init__(self, names: tuple[str, ...], witness: nn.Parameter) -> None:
+        self.names, self.witness = names, witness
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        held = {}
+        for name in self.names:
+            p = module._parameters[name]
+            if p is not None and p.dtype != self.witness.dtype:
+                held[name] = p
+        for name, p in held.items():
+            module._parameters[name] = p.to(self.witness.dtype)  # type: ignore[assignment]
+        module.__dict__[_HELD] = held
+
+
+def _put_back(module: nn.Module, *_: Any) -> None:
+    held: Mapping[str, nn.Parameter] = module.__dict__.pop(_HELD, {})
+    module._parameters.update(held)

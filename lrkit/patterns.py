@@ -1,0 +1,80 @@
+"""Regular expressions that others wrote: those that could be matched for ever are refused before they are tried.
+
+Python's engine tries every way in which repetitions can share a text out among them. Where a group that repeats holds
+something that can be matched in several ways, the ways double with every letter; where many repetitions stand side by
+side, they are a power of the length. Both are seen in the pattern itself.
+"""
+
+import functools
+import math
+import re
+
+from lrkit.errors import LrkitError, shown
+
+_LONGEST = 4000
+_WAYS = 2e7
+_NAME = 60
+_TOKEN = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?#[^)]*\)|\(\?P=\w+\)|\(\?P?[=<!:>][=!]?|\(\??|\)|\||[*+?][?+]?"
+    r"|\{(\d*)(,?)(\d*)\}[?+]?|\s|.",
+    re.DOTALL,
+)
+_VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
+
+
+@functools.lru_cache(maxsize=4096)
+def compiled(pattern: str, name: str, around: str = "{}") -> re.Pattern[str]:
+    """Compile a regular expression that is known to come to an end.
+
+    Args:
+        pattern: as it was given.
+        name: what errors call it.
+        around: how it is used, with ``{}`` in its place: it is compiled so.
+
+    Raises:
+        LrkitError: it is none where it is used, or one that may take for ever.
+    """
+    if not isinstance(pattern, str):
+        raise LrkitError(f"{name} must be a regular expression, not {shown(pattern)}")
+    why = _endless(pattern)
+    if why is not None:
+        raise LrkitError(f"{name} has {shown(pattern)}, {why}: it could be matched for ever; write it more plainly")
+    try:
+        re.compile(pattern)
+        return re.compile(around.replace("{}", pattern))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise LrkitError(f"{name} has {shown(pattern)}, which is no regular expression: {error}") from None
+
+
+def _endless(pattern: str) -> str | None:
+    """Why a pattern may take for ever; None where it does not."""
+    if len(pattern) > _LONGEST:
+        return f"a pattern of {len(pattern):,} characters"
+    if _VERBOSE.search(pattern):
+        return "which asks for blanks to be passed over"
+    repetitions, ways = 0, 1.0
+    inside = [1]  # for each open group the alternatives in it, or 2 where it can match one text in several ways
+    closed = 1  # the same of the group that has just been closed
+    for token in _TOKEN.finditer(pattern):
+        text = token[0]
+        if text.isspace() or text.startswith("(?#"):
+            continue
+        group, closed = closed, 1
+        if text.startswith("(") and not text.startswith("(?P="):
+            inside.append(1)
+            if len(inside) > 64:
+                return "groups within groups without end"
+        elif text == ")" and len(inside) > 1:
+            closed = inside.pop()
+            ways *= closed
+            inside[-1] = max(inside[-1], min(closed, 2))
+        elif text == "|":
+            inside[-1] += 1
+        elif text[0] in "*+?" or token[2] is not None:
+            if group > 1 and text[0] != "?":
+                return "in which a group that repeats can match one text in several ways"
+            repetitions += text[0] != "?" and token[2] != ""
+            ways *= 2 if text[0] == "?" else 1
+            inside[-1] = max(inside[-1], 2)
+    ways *= inside[0] * _NAME**repetitions / math.factorial(repetitions) if repetitions < 10 else math.inf
+    return "with too many repetitions and alternatives" if ways > _WAYS else None

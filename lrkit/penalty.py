@@ -1,0 +1,169 @@
+"""A method's penalty: its value for the loss, or its gradient straight into the factors; and whether it arrived."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lrkit.gradients import Unclipped, on_gradient
+
+
+def looks(steps: int) -> range:
+    """Steps 1, 2, ... of a run at which the penalty's gradient is compared with the task's: five, after the first tenth.
+
+    Before that the core values, which begin at zero, keep the task's gradient from the other factors.
+    """
+    begin = steps // 10 + 1
+    return range(begin, min(begin + 5, steps + 1))
+
+
+Warn = Callable[[str, str], None]
+"""Called with a key and a message; each key is said once."""
+
+
+class Penalty:
+    """The penalty γ R of a method, and the way of its gradient to the factors.
+
+    In a bare loop the caller adds it to the loss. Where somebody else computes the loss (a Trainer), `add_in_backward` adds
+    γ ∇R to the first gradient that arrives at each factor in an optimizer step. Since the factors do not move within a step,
+    that is the gradient of ``loss + penalty``, whatever the accumulation. A factor that the loss does not reach in a step
+    gets none of the penalty either, and stays as it is.
+
+    Args:
+        compute: gives γ R as a scalar, or None for a method without a penalty.
+        factors: the tensors that the method trains beside the head.
+        setting: the name of γ among the parameterization's settings, for messages.
+        warn: says something once.
+    """
+
+    def __init__(
+        self, compute: Callable[[], Tensor | None], factors: Sequence[nn.Parameter], setting: str | None, warn: Warn
+    ) -> None:
+        self._compute, self._factors, self._setting, self._warn = compute, list(factors), setting, warn
+        self._adding = self._idle = False
+        self._due: dict[int, Tensor] = {}
+        self._weight: Tensor | float | None = None
+        self._norms: list[Tensor] = []
+        self.last: float | Tensor | None = None
+        """γ R at the beginning of the last step that `begin` was called for."""
+
+    def value(self) -> Tensor | None:
+        """γ R, a scalar for the loss, which notes the arrival of its gradient; None for a method without a penalty."""
+        value = self._compute()
+        if value is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._idle = not value.requires_grad
+            if value.requires_grad:
+                value.register_hook(self._arrive)  # type: ignore[no-untyped-call]
+        return value
+
+    def _arrive(self, grad: Tensor) -> None:
+        if self._adding:
+            self._warn(
+                "twice",
+                "the penalty's gradient is added while training, and the loss holds adapted.penalty() as well: it counts "
+                "twice. Leave it out of the loss",
+            )
+            return
+        self._weight = grad.detach() if self._weight is None else self._weight + grad.detach()
+
+    # ---- without the loss ----
+
+    def add_in_backward(self, scale: Callable[[], float]) -> list[RemovableHandle]:
+        """Add γ ∇R to the factors' gradients from now on, in every step that `begin` announces.
+
+        Args:
+            scale: the factor that a gradient scaler multiplies the loss by; 1 without one.
+
+        Returns:
+            Handles, by which it is ended again.
+        """
+        self._adding = True
+
+        def hook_for(key: int) -> Callable[[Tensor], Tensor | None]:
+            def add(grad: Tensor) -> Tensor | None:
+                due = self._due.pop(key, None)
+                if due is None:
+                    return None
+                self._weight = scale()
+                return grad + due.to(grad) * self._weight
+
+            return add
+
+        return [on_gradient(p, hook_for(id(p))) for p in self._factors]
+
+    def end(self) -> None:
+        """Forget what belongs to a run that is over."""
+        self._adding, self._weight, self._due, self._norms = False, None, {}, []
+
+    def begin(self) -> None:
+        """Make γ ∇R for the optimizer step whose first backward pass is next."""
+        value, grads = self._gradient()
+        self._due = {id(p): g for p, g in grads}
+        self._weight, self._idle = None, not grads
+        self.last = value
+
+    def _gradient(self) -> tuple[Tensor | None, list[tuple[nn.Parameter, Tensor]]]:
+        """γ R without its graph, and γ ∇R by factor."""
+        with torch.enable_grad():
+            value = self._compute()
+            if value is None or not value.requires_grad:
+                return value, []
+            live = [p for p in self._factors if p.requires_grad]
+            grads = torch.autograd.grad(value, live, allow_unused=True)
+        return value.detach(), [(p, g) for p, g in zip(live, grads, strict=True) if g is not None]
+
+    # ---- what became of it ----
+
+    def check_arrival(self) -> None:
+        """Warn if the gradient has not arrived since the last step. Called when an optimizer is about to step.
+
+        If every factor is frozen there is none, and nothing to warn of.
+        """
+        if self._weight is None and not self._idle and self._gradient()[1]:
+            self._idle = True  # said: do not ask again before somebody looks at the penalty
+            self._warn(
+                "penalty",
+                "the method has a penalty, and its gradient was in none of the gradients of this optimizer step: use "
+                "loss = ... + adapted.penalty()"
+                if not self._adding
+                else "the method has a penalty, and its gradient was in none of the gradients of this optimizer step: the "
+                "loss reaches none of the factors",
+            )
+
+    def compare(self, gradients: Unclipped, *, last: bool) -> None:
+        """Compare the penalty's gradient with the task's, and warn after some steps if it is the larger one.
+
+        Args:
+            gradients: of the factors, penalty included.
+            last: whether this is the last of the steps that are looked at.
+        """
+        weight = self._weight
+        if weight is None:
+            return
+        pulls = {id(p): g for p, g in self._gradient()[1]}
+        device = self._factors[0].device
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for p in self._factors:
+            whole, pull = gradients.of(p), pulls.get(id(p))
+            if pull is None and whole is None:
+                continue
+            pull = torch.zeros_like(p) if pull is None else pull
+            task = torch.zeros_like(pull) if whole is None else whole / weight - pull
+            squares = [each.double().square().sum().to(device) for each in (pull, task)]
+            sums += torch.stack(squares)
+        self._norms.append(sums.sqrt())
+        if not last:
+            return
+        penalty, task_norm = torch.stack(self._norms).mean(0).tolist()
+        if penalty > task_norm:
+            advice = f"a smaller parameterization.{self._setting}" if self._setting else "a smaller penalty"
+            self._warn(
+                "drowned",
+                f"the penalty's gradient is larger than the task's: norm {penalty:.3g} beside {task_norm:.3g}, on average "
+                f"over {len(self._norms)} steps. It decides where the factors go: {advice} would let the task",
+            )
+
+    def stepped(self) -> None:
+        """Forget the arrival, after an optimizer step."""
+        self._weight = None

@@ -1,0 +1,212 @@
+"""Reading what others wrote: files and texts with bounds, so that nothing hangs, fills the memory or ends in a traceback.
+
+Every file that lrkit reads goes through `opened`: it must be a regular file (a FIFO would wait for ever, a device has no
+end), and is read up to a bound. Plain data goes through `check_plain`: nested at most `DEPTH` deep, whole numbers of 64
+bits. What is wrong is one `LrkitError` that names the file.
+"""
+
+import json
+import os
+import stat
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from typing import Any, BinaryIO
+
+from lrkit.errors import LrkitError, cut, shown
+
+DEPTH = 64
+"""How deep plain data may be nested."""
+
+MIB = 2**20
+JSON_BYTES = 128 * MIB
+TOML_BYTES = 4 * MIB
+LINES_BYTES = 4096 * MIB
+LINE_BYTES = 64 * MIB
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+AnyPath = str | os.PathLike[str]
+
+
+def is_folder(path: AnyPath) -> bool:
+    """Whether there is a folder; False for a path that cannot be one (too long, linked to itself)."""
+    return os.path.isdir(path)
+
+
+def is_file(path: AnyPath) -> bool:
+    """Whether there is a regular file; False for a path that cannot be one."""
+    return os.path.isfile(path)
+
+
+@contextmanager
+def opened(path: AnyPath, name: object = None) -> Iterator[BufferedReader]:
+    """Open a regular file for reading. What goes wrong while it is read is told in one line, too.
+
+    Args:
+        path: the file.
+        name: what errors call it; None for the path.
+
+    Raises:
+        FileNotFoundError: there is none.
+        LrkitError: it is no regular file, or cannot be read.
+    """
+    told = cut(str(path if name is None else name), 300)
+    try:
+        # Without O_NONBLOCK the opening of a FIFO waits for somebody who writes.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{told}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise LrkitError(f"{told} cannot be read: {_reason(error)}") from None
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise LrkitError(f"{told} cannot be read: it is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}")
+    with os.fdopen(handle, "rb") as file:
+        try:
+            yield file
+        except OSError as error:
+            raise LrkitError(f"{told} cannot be read: {_reason(error)}") from None
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def read_bytes(path: AnyPath, most: int = JSON_BYTES) -> bytes:
+    """What is in a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        LrkitError: it cannot be read, or holds more than `most` bytes.
+    """
+    with opened(path) as file:
+        data = file.read(most + 1) or b""  # None: nothing there yet, in a file of /proc
+    if len(data) > most:
+        raise LrkitError(f"{path} holds more than {most:,} bytes, which no such file does")
+    return data
+
+
+def read_text(path: AnyPath, most: int = JSON_BYTES) -> str:
+    """The UTF-8 text in a file. Raises as `read_bytes`, and LrkitError where it is no UTF-8."""
+    try:
+        return read_bytes(path, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LrkitError(f"{path} cannot be read: no UTF-8, {error.reason} at byte {error.start}") from None
+
+
+def parse_json(text: str | bytes, name: object) -> Any:
+    """The data in a JSON text. Raises LrkitError, with `name`, where it is none or breaks the bounds of `check_plain`."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise LrkitError(f"{name} holds no JSON: it is nested too deeply") from None
+    except ValueError as error:  # no JSON, no UTF-8, a number with thousands of digits
+        raise LrkitError(f"{name} holds no JSON: {error}") from None
+    check_plain(value, name)
+    return value
+
+
+def read_json(path: AnyPath, most: int = JSON_BYTES) -> Any:
+    """The data in a JSON file. Raises as `read_bytes` and `parse_json`."""
+    return parse_json(read_bytes(path, most), path)
+
+
+def parse_toml(text: str, name: object) -> dict[str, Any]:
+    """The table in a TOML text. Raises LrkitError, with `name`, where it is none or breaks the bounds of `check_plain`."""
+    try:
+        value = tomllib.loads(text)
+    except RecursionError:
+        raise LrkitError(f"{name}: no TOML: nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # no TOML, a number with thousands of digits, a date that is none
+        raise LrkitError(f"{name}: no TOML: {error}") from None
+    check_plain(value, name)
+    return value
+
+
+def read_toml(path: AnyPath, most: int = TOML_BYTES) -> dict[str, Any]:
+    """The table in a TOML file. Raises as `read_text` and `parse_toml`."""
+    return parse_toml(read_text(path, most), path)
+
+
+def check_plain(value: Any, name: object) -> None:
+    """Raise LrkitError, with `name`, for data that is nested more than `DEPTH` deep, or whole numbers beyond 64 bits."""
+    level, deep = [value], 0
+    while level:
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.values()
+            elif isinstance(item, list | tuple):
+                below += item
+            elif isinstance(item, int) and not -(2**63) <= item < 2**64:
+                raise LrkitError(f"{name} holds {shown(item)}, which does not fit into 64 bits")
+        level, deep = below, deep + 1
+        if deep > DEPTH + 1:
+            raise LrkitError(f"{name} is nested more than {DEPTH} deep, which no such file is")
+
+
+def lines(path: AnyPath, most: int = LINES_BYTES) -> Iterator[bytes]:
+    """The lines of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        LrkitError: it cannot be read, or a line or the whole is too long.
+    """
+    with opened(path) as file:
+        yield from bounded_lines(file, path, most)
+
+
+def bounded_lines(file: BinaryIO, name: object, most: int = LINES_BYTES) -> Iterator[bytes]:
+    """The lines of an open file. Raises LrkitError where one is longer than `LINE_BYTES`, or all are than `most`."""
+    total = 0
+    while line := file.readline(LINE_BYTES + 1):
+        total += len(line)
+        if len(line) > LINE_BYTES or total > most:
+            what = f"a line of more than {LINE_BYTES:,}" if len(line) > LINE_BYTES else f"more than {most:,}"
+            raise LrkitError(f"{name} holds {what} bytes, which no such file does")
+        yield line
+
+
+def check_folder(folder: AnyPath, name: object) -> None:
+    """Raise LrkitError, with `name`, where a folder that a library is to read holds what is neither file nor folder.
+
+    The library would wait for ever on a FIFO.
+    """
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise LrkitError(f"{name} cannot be read: {_reason(error)}") from None
+    for entry in entries:
+        try:
+            mode = entry.stat().st_mode
+        except OSError:  # a link to nothing or to itself is no file: who needs it says so
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+            raise LrkitError(f"{name}: {shown(entry.name)} in it is {kind}")
+
+
+__all__ = [
+    "check_folder",
+    "check_plain",
+    "is_file",
+    "is_folder",
+    "lines",
+    "opened",
+    "parse_json",
+    "parse_toml",
+    "read_bytes",
+    "read_json",
+    "read_text",
+    "read_toml",
+]

@@ -1,0 +1,82 @@
+"""The rows of a run as model inputs: all of them at once, or each when a batch asks for it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lrkit.tokens import check_texts
+
+if TYPE_CHECKING:
+    from lrkit.models import Pretrained
+    from lrkit.tasks import Task
+
+_SAMPLE = 1000
+
+
+class Lazily(torch.utils.data.Dataset[dict[str, Any]]):
+    """Training rows that are encoded when they are asked for: of a run shorter than an epoch most never are.
+
+    Args:
+        task: with the rows.
+        tokenizer: the model's.
+        max_length: tokens that a row is cut at.
+    """
+
+    def __init__(self, task: "Task", tokenizer: Any, max_length: int) -> None:
+        self._task, self._tokenizer, self._length = task, tokenizer, max_length
+
+    def __len__(self) -> int:
+        """How many rows."""
+        return len(self._task.train)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One row."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows of a batch."""
+        encoded = self._task.encode(self._task.train[list(indices)], self._tokenizer, self._length)
+        return [{key: column[i] for key, column in encoded.items()} for i in range(len(indices))]
+
+
+def encoded(task: "Task", pretrained: "Pretrained", max_length: int, wanted: int) -> tuple[Any, Any, dict[str, Any]]:
+    """The rows of a run.
+
+    Args:
+        task: with the rows.
+        pretrained: model and tokenizer.
+        max_length: tokens that a row is cut at.
+        wanted: training rows that the run takes, repeated ones included.
+
+    Returns:
+        Training rows and validation rows; and the training row of median length as a batch of one. Where fewer rows are
+        wanted than there are, the median is that of up to 1,000 rows spread evenly.
+
+    Raises:
+        LrkitError: the tokenizer does not know the text, or cannot encode it.
+    """
+    tokenizer = pretrained.tokenizer
+    check_texts(task, tokenizer, pretrained.model)
+    positions = getattr(pretrained.model.config, "max_position_embeddings", None) or max_length
+    # A longer row than the model has positions for must be found before the first step: then all are looked at.
+    if wanted >= len(task.train) or max_length > min(positions, tokenizer.model_max_length):
+        train, validation = task.tokenize(tokenizer, max_length)
+        middle = _middle([len(row) for row in train["input_ids"]])
+        return train, validation, {key: torch.tensor([value]) for key, value in train[middle].items()}
+    rows = Lazily(task, tokenizer, max_length)
+    some = list(range(0, len(rows), max(1, len(rows) // _SAMPLE)))
+    looked_at = rows.__getitems__(some)
+    middle = _middle([len(row["input_ids"]) for row in looked_at])
+    sample = {key: torch.tensor([value]) for key, value in looked_at[middle].items()}
+    return rows, _validation(task, tokenizer, max_length), sample
+
+
+def _validation(task: "Task", tokenizer: Any, max_length: int) -> Any:
+    import attrs
+
+    return attrs.evolve(task, train=task.train.select([0])).tokenize(tokenizer, max_length)[1]
+
+
+def _middle(lengths: list[int]) -> int:
+    return sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2]

@@ -1,0 +1,200 @@
+"""The penalty and the schedule in other people's real trainers: TRL, sentence-transformers, Lightning."""
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+import lrkit
+from lrkit.models import minilm_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+WORDS = ["[PAD]", "[UNK]", "<s>", "</s>", "good", "bad", "film", "plot", "a", "the", "is", "was", "not", "very"]
+CONFIG = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+COMMON = {
+    "max_steps": 12,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "bf16": False,
+    "logging_steps": 4,
+    "dataloader_pin_memory": False,
+}
+
+
+def tokenizer():
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>", eos_token="</s>"
+    )
+    made.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return made
+
+
+def made(gamma, cls=LlamaForCausalLM):
+    torch.manual_seed(0)
+    model = cls(LlamaConfig(**CONFIG, **({"num_labels": 1} if cls is LlamaForSequenceClassification else {})))
+    torch.manual_seed(1)
+    method = lrkit.methods.adalora(rank=4, target_rank=2, orthogonality=gamma, variant="paper")
+    return model, lrkit.attach(model, method)
+
+
+def sft(gamma, folder):
+    from trl import SFTConfig, SFTTrainer
+
+    model, adapted = made(gamma)
+    rows = Dataset.from_dict(
+        {"text": ["a good film", "the plot was bad", "not a very good film", "the film is bad"] * 4}
+    )
+    return adapted, SFTTrainer(
+        model=model,
+        args=SFTConfig(str(folder), **COMMON, max_length=16),
+        train_dataset=rows,
+        processing_class=tokenizer(),
+        callbacks=[lrkit.trainer.AdaptCallback(adapted)],
+    )
+
+
+def pairs():
+    return Dataset.from_dict(
+        {
+            "prompt": ["the film is", "a plot"] * 8,
+            "chosen": [" good", " very good"] * 8,
+            "rejected": [" bad", " not"] * 8,
+        }
+    )
+
+
+def dpo(gamma, folder):
+    from trl import DPOConfig, DPOTrainer
+
+    model, adapted = made(gamma)
+    return adapted, DPOTrainer(
+        model=model,
+        ref_model=made(gamma)[0],
+        args=DPOConfig(str(folder), **COMMON, max_length=16),
+        train_dataset=pairs(),
+        processing_class=tokenizer(),
+        callbacks=[lrkit.trainer.AdaptCallback(adapted)],
+    )
+
+
+def grpo(gamma, folder):
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, adapted = made(gamma)
+
+    def reward(completions, **_):
+        return [float(len(set(text.split()))) for text in completions]
+
+    return adapted, GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=GRPOConfig(str(folder), **COMMON, num_generations=4, max_completion_length=6),
+        train_dataset=Dataset.from_dict({"prompt": ["the film is", "a plot"] * 8}),
+        processing_class=tokenizer(),
+        callbacks=[lrkit.trainer.AdaptCallback(adapted)],
+    )
+
+
+def reward(gamma, folder):
+    from trl import RewardConfig, RewardTrainer
+
+    model, adapted = made(gamma, LlamaForSequenceClassification)
+    return adapted, RewardTrainer(
+        model=model,
+        args=RewardConfig(str(folder), **COMMON, max_length=16),
+        train_dataset=pairs(),
+        processing_class=tokenizer(),
+        callbacks=[lrkit.trainer.AdaptCallback(adapted)],
+    )
+
+
+def sentences(gamma, folder):
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+        losses,
+    )
+
+    model = SentenceTransformer(str(minilm_folder()), device="cpu")
+    torch.manual_seed(1)
+    method = lrkit.methods.adalora(rank=4, target_rank=2, orthogonality=gamma, variant="paper")
+    adapted = lrkit.attach(model[0].auto_model, method)
+    rows = Dataset.from_dict(
+        {"anchor": ["a good film", "the plot"] * 8, "positive": ["a very good film", "the story"] * 8}
+    )
+    return adapted, SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(str(folder), **COMMON),
+        train_dataset=rows,
+        loss=losses.MultipleNegativesRankingLoss(model),
+        callbacks=[lrkit.trainer.AdaptCallback(adapted)],
+    )
+
+
+@pytest.mark.parametrize("start", [sft, dpo, grpo, reward, sentences])
+def test_trainers_feel_the_penalty(start, tmp_path):
+    """With γ = 1 the factors end nearer to orthogonal than with γ = 1e-6; the method takes every step and decides."""
+    ends = []
+    for gamma in (1e-6, 1.0):
+        adapted, trainer = start(gamma, tmp_path / str(gamma))
+        trainer.train()
+        assert adapted.step == 12
+        assert adapted.history[-1].kept == adapted.history[-1].budget
+        ends.append(float(adapted.method.parameterization.penalty(list(adapted.adapters.values())).detach()) / gamma)
+        assert any("penalty" in line for line in trainer.state.log_history)
+    assert ends[1] < 0.9 * ends[0]
+
+
+def test_lightning_steps_with_a_closure(tmp_path):
+    """Lightning's automatic optimization always steps with a closure: the run is the one of a plain loop."""
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.adapted = made(0.1)
+
+        def training_step(self, batch, _):
+            return self.model(input_ids=batch, labels=batch).loss + self.adapted.penalty()
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.adapted.parameters(), lr=1e-2)
+            self.adapted.bind(optimizer, total_steps=12)
+            return optimizer
+
+    batches = torch.randint(4, len(WORDS), (12, 4, 8), generator=torch.Generator().manual_seed(0))
+    module = Module()
+    trainer = lightning.Trainer(
+        max_steps=12, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(list(batches), batch_size=None))
+    model, adapted = made(0.1)
+    model.train()
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
+    adapted.bind(optimizer, total_steps=12)
+    for batch in batches:
+        (model(input_ids=batch, labels=batch).loss + adapted.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert module.adapted.history == adapted.history
+    assert len(adapted.history) > 2
+    assert all(torch.equal(a, b) for a, b in zip(module.adapted.parameters(), adapted.parameters(), strict=True))

@@ -261,6 +261,9 @@ def ablate(
     keep_old: Annotated[
         bool, typer.Option("--keep-old", help="Keep cells of other code, instead of computing them again.")
     ] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="Of a study file: minilm (the first one is the default), paper, ...")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the rows, run nothing.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="The studies that ship.")] = False,
     as_json: Json = False,
@@ -271,20 +274,17 @@ def ablate(
 
     The same command again goes on with what is missing. lrkit ablate --list shows the studies that ship.
     """
-    from lrkit.study.plan import lay_out, read_study, shipped, study_from
+    from lrkit.study.plan import lay_out, read_study, study_from
+    from lrkit.study.shipped import catalogue, names
 
     if list_:
-        found = shipped()
-        if as_json:
-            _json(found)
-        else:
-            _table(["study", ""], [[name, title] for name, title in found.items()])
+        _list_studies(catalogue(), as_json)
         return
     if what is None:
         raise LrkitError("say what to ablate: a method's name, a .toml study file, or a study of `lrkit ablate --list`")
     changes = _changes(swap, task, data, model, seeds, targets, train_also, sets, leave_out, grid)
-    if what.endswith(".toml") or what in shipped():
-        given = read_study(what)
+    if what.endswith(".toml") or what in names():
+        given = read_study(what, profile=profile)
         # What the file says stays, but for what the command line says otherwise.
         import attrs
 
@@ -292,6 +292,10 @@ def ablate(
             if key in changes:
                 changes[key] = {**getattr(given, key), **changes[key]}
         study = study_from({**attrs.asdict(given), **changes}, what)
+    elif profile is not None:
+        raise LrkitError(
+            f'--profile is of a study file, and "{what}" is none: `lrkit ablate --list` shows which have any'
+        )
     else:
         study = study_from({"base": what, **changes}, "ablate")
     plan = lay_out(study)
@@ -595,6 +599,17 @@ def _changes(
         numbers = [_value(part) for part in seeds.split(",")]
         changes["seeds"] = numbers if "," in seeds else numbers[0]
     return changes
+
+
+def _list_studies(found: Sequence[Any], as_json: bool) -> None:
+    import attrs
+
+    if as_json:
+        _json({study.name: attrs.asdict(study) for study in found})
+        return
+    rows = [[study.name, study.title, ", ".join(study.profiles), study.distribution] for study in found]
+    _table(["study", "", "--profile", "from"], rows)
+    typer.echo("The first profile is the default: minilm is the embedded model and data, which need no network.")
 
 
 def _show_plan(plan: Any, as_json: bool) -> None:

@@ -27,6 +27,7 @@ from lrkit.method import FIELDS, to_plain
 from lrkit.metrics import Magnitude, RatioUncertainty
 from lrkit.registry import Registry
 from lrkit.schedulers import Linear
+from lrkit.study.shipped import about
 
 
 @pytest.fixture(autouse=True)
@@ -556,7 +557,8 @@ def test_whatever_is_registered_is_shown_with_its_settings(call: Call, name: str
     assert "`" not in stdout
     for each in shown:
         value = Registry(discover=False).get(each["kind"], name)
-        assert each["about"].split("\n")[0] in (value.__doc__ or "")
+        told = about(name) if each["kind"] == "study" else value.__doc__
+        assert each["about"].split("\n")[0] in (told or "")
         if each["kind"] == "method":
             plain = to_plain(value())
             assert each["parts"] == {kind: plain[kind]["name"] for kind in FIELDS if plain[kind]}

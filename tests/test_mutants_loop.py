@@ -12,7 +12,7 @@ import oracles
 import pytest
 import rigs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lrkit
 from lrkit import layout, native
@@ -80,6 +80,185 @@ def test_a_matrix_whose_score_is_not_a_number_freezes_first() -> None:
     give(adapted)
     optimizer.step()
     assert set(adapted.history[0].lost) == {"first.B", "second.A", "second.B"}
+
+
+# ---------------------------------------------------------------- layers of one shape
+
+
+class Alike(nn.Module):
+    """Four linear maps of one shape, which lie together in the flat tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("measure", ["before-step", "after-step"])
+def test_masks_are_the_oracle_s_while_matrices_of_layers_alike_freeze(measure: Any) -> None:
+    """A matrix that froze keeps its last score; those of its shape that still train move on."""
+    total, freeze = 24, Linear(target=0.25, warmup=3, final=4)
+    method = lrkit.Method(
+        parameterization=SVD(rank=3),
+        metric=GradientUncertainty(),
+        scheduler=freeze,
+        action=lrkit.actions.Freeze(),
+        also=(
+            lrkit.Policy(
+                metric=SensitivityUncertainty(measure=measure),
+                scheduler=Cubic(target=1, warmup=5, final=2, interval=2),
+                action=lrkit.actions.Prune(),
+            ),
+        ),
+    )
+    torch.manual_seed(0)
+    model = Alike()
+    adapted = lrkit.attach(model, method, targets=[f"layers.{i}" for i in range(4)], train_also=())
+    optimizer = torch.optim.Adam(adapted.parameters(), lr=0.01)
+    recorder = rigs.Recorder(adapted, optimizer)
+    adapted.bind(optimizer, total_steps=total)
+    oracle = oracles.AdaLoRARun([3] * 4, 1, total=total, warmup=5, final=2, interval=2)
+    decisions = 0
+    for step in range(total):
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+        ((model(x) - torch.sin(3 * x)).square().mean() + adapted.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        decision = oracle.step(recorder.before if measure == "before-step" else recorder.after_step())
+        if step + 1 < total - 2:
+            scores = torch.tensor(list(adapted.scores(1).values())).double()
+            torch.testing.assert_close(scores, torch.tensor(oracle.scores()).double(), rtol=1e-4, atol=0)
+        if decision is not None:
+            decisions += 1
+            kept = (rigs.cores(adapted) != 0).tolist()
+            assert oracles.choices_agree(kept, decision[1], decision[0]), step
+    frozen = [p for m in adapted.adapters.values() for p in (m.A, m.B) if not p.requires_grad]
+    assert decisions > 5 and 0 < len(frozen) < 8
+
+
+def block(shapes: list[tuple[tuple[int, ...], int]], seed: int, kind: Any = "component") -> lrkit.Block:
+    generator = torch.Generator().manual_seed(seed)
+    module, parts = nn.Module(), []
+    for index, (shape, axis) in enumerate(shapes):
+        module.register_parameter(f"p{index}", nn.Parameter(torch.randn(shape, generator=generator)))
+        parts.append(lrkit.Part(f"p{index}", axis=axis, matrix=True))
+    return lrkit.Block("block", module, tuple(parts), shapes[0][0][shapes[0][1]] if kind == "component" else 1, kind)
+
+
+def test_units_that_are_out_for_good_score_below_every_other() -> None:
+    """-∞ for the units of blocks that are not present, by either way to reduce; the others as if those were not there."""
+    blocks = [block([((3, 4), 0), ((5, 3), 1)], seed) for seed in range(4)]
+    there = [True, False, True, False]
+    laid = layout.Layout(blocks, there, "all")
+    entries = laid.weights().abs()
+    scores = laid.reduce(entries, torch.zeros(0), Magnitude().reduce)
+    want = torch.full((12,), -torch.inf)
+    for i in (0, 2):
+        rows, columns = (p.detach().abs() for p in blocks[i].tensors)
+        want[3 * i : 3 * i + 3] = rows.mean(dim=1) + columns.mean(dim=0)
+    torch.testing.assert_close(scores, want)
+    means = [t.detach().abs().mean(dim=d) for i in (0, 2) for t, d in zip(blocks[i].tensors, (1, 0), strict=True)]
+    # as the layout has them: the same part of both blocks side by side
+    torch.testing.assert_close(laid.reduce_means(torch.cat([means[0], means[2], means[1], means[3]]).double()), want)
+
+
+def test_statistics_that_move_to_another_order_stay_with_their_entries() -> None:
+    """What was there keeps its values wherever it comes to lie, and what is new begins at zero."""
+    blocks = [block([((3, 4), 0), ((5, 3), 1)], seed) for seed in range(3)]
+    late = blocks[1].tensors[0]
+    late.requires_grad_(False)
+    old = layout.Layout(blocks, [True, True, True], "all")
+    flat = torch.arange(1.0, old.size + 1)
+    late.requires_grad_(True)
+    blocks[2].tensors[1].requires_grad_(False)
+    new = layout.Layout(blocks, [True, True, True], "all")
+    moved = new.move(flat, old)
+    where, was = new.slices(), old.slices()
+    assert set(where) - set(was) == {id(late)}
+    for each, place in where.items():
+        assert torch.equal(moved[place], flat[was[each]] if each in was else torch.zeros(late.numel()))
+
+
+def test_a_metric_of_whole_components_reads_every_part() -> None:
+    """``reads = "component"`` is fed as ``"all"`` is, and ``"core"`` with the core values alone."""
+
+    def scores_of(what: Any) -> list[float]:
+        @attrs.frozen(kw_only=True)
+        class Size(lrkit.Metric):
+            reads: ClassVar[Any] = what
+
+            def score(self, weight: Tensor, state: Any) -> Tensor:
+                return weight.abs()
+
+        _, adapted = rigs.toy(prune(Size(), Cubic(target=1)))
+        with torch.no_grad():
+            for adapter in adapted.adapters.values():
+                adapter.core.copy_(torch.tensor([1.0, -2.0, 3.0]))
+        scores = list(adapted.scores().values())
+        want = []
+        for m in adapted.adapters.values():
+            rest = 0 if what == "core" else m.A.detach().abs().mean(dim=1) + m.B.detach().abs().mean(dim=0)
+            want += (m.core.detach().abs() + rest).tolist()
+        assert scores == pytest.approx(want)
+        return scores
+
+    assert scores_of("component") == scores_of("all") != scores_of("core")
+
+
+# ---------------------------------------------------------------- statistics in C
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+
+
+@needs_compiler
+@pytest.mark.parametrize("beta1", [0.0, 0.2, 0.7])
+@pytest.mark.parametrize("beta2", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("kind", ["sensitivity-uncertainty", "gradient-uncertainty"])
+def test_compiled_means_are_the_formulas_for_any_smoothing(
+    kind: str, beta1: float, beta2: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With rates on both sides of a half, where the formula for a step from old to new is another one."""
+    monkeypatch.setattr(native, "SMALLEST", 0)
+    metric = {"sensitivity-uncertainty": SensitivityUncertainty, "gradient-uncertainty": GradientUncertainty}[kind]
+    units = block([((4, 7), 0)], 0, "matrix")
+    (p,) = units.tensors
+    laid = layout.Layout([units], [True], "all")
+    mean, deviation = torch.zeros(laid.size), torch.zeros(laid.size)
+    oracle = oracles.Statistics(kind, (4, 7), beta1, beta2)
+    kernel = metric(beta1=beta1, beta2=beta2).kernel()
+    assert kernel is not None
+    for step in range(4):
+        p.grad = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))
+        done = laid.native.observe(kernel, laid.grads(), mean, deviation, scoring=False)
+        assert done is not None and done[0]
+        oracle.observe(rigs.array(p), rigs.array(p.grad))
+        torch.testing.assert_close(mean.double(), torch.from_numpy(oracle.mean).flatten(), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(
+            deviation.double(), torch.from_numpy(oracle.uncertainty).flatten(), rtol=1e-4, atol=1e-7
+        )
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_no_entry_that_is_not_finite_is_overlooked(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it stands in a tensor: first, last, or in any lane of a loop between."""
+    monkeypatch.setattr(native, "SMALLEST", 0)
+    units = block([((5, 41), 0)], 0, "matrix")
+    (p,) = units.tensors
+    laid = layout.Layout([units], [True], "all")
+    kernel = GradientUncertainty().kernel()
+    assert kernel is not None
+    for place in range(5 * 41):
+        p.grad = torch.ones(5, 41)
+        p.grad.view(-1)[place] = value
+        mean, deviation = torch.ones(laid.size), torch.ones(laid.size)
+        done = laid.native.observe(kernel, laid.grads(), mean, deviation, scoring=False)
+        assert done is not None and not done[0], place
+        assert bool((mean == 1).all()) and bool((deviation == 1).all())
 
 
 # ---------------------------------------------------------------- gradients that are not finite
@@ -168,6 +347,34 @@ def test_a_device_that_is_not_waited_for_tells_at_the_decision(bad_step: int | N
     assert told == ([] if bad_step is None else [3 if bad_step == 3 else 6])
 
 
+# ---------------------------------------------------------------- a proximal step
+
+
+@attrs.frozen(kw_only=True)
+class Out(lrkit.actions.Prune):
+    """Components whose λ is above 10 are out at a decision, however they score."""
+
+    exact: ClassVar[bool] = False
+
+    def proximal(self, blocks: Any, share: float, optimizer: Any) -> Tensor:
+        return torch.cat([block.core.detach() for block in blocks]) <= 10
+
+
+def test_what_a_proximal_step_takes_out_is_not_kept() -> None:
+    """Not though its score is the best and the budget has room for all."""
+    _, adapted = rigs.toy(attrs.evolve(prune(Magnitude(), Constant(target=1.0)), action=Out()))
+    for adapter in adapted.adapters.values():
+        with torch.no_grad():
+            adapter.core.copy_(torch.tensor([1.0, 20.0, 2.0]))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
+    adapted.bind(optimizer, total_steps=2)
+    give(adapted)
+    optimizer.step()
+    (decision,) = adapted.history
+    assert set(decision.lost) == {f"{name}[1]" for name in rigs.TOY_TARGETS}
+    assert (decision.budget, decision.kept, decision.threshold) == (9, 6, 1.0)
+
+
 # ---------------------------------------------------------------- what is drawn when a layer grows
 
 
@@ -187,7 +394,7 @@ class OneMore(lrkit.Action):
         return
 
     def grow(self, blocks: Sequence[lrkit.Block], kept: Tensor, ballot: Ballot) -> Growth:
-        return Growth(fresh=(1,) * len(blocks))
+        return Growth(fresh=(1,) * len(blocks), core=0.25)
 
     def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int]:
         return 0, layers
@@ -235,6 +442,40 @@ def test_what_is_drawn_follows_from_the_seed() -> None:
     one, again, other = grown(1), grown(1), grown(2)
     assert all(torch.equal(row, again[name]) for name, row in one.items())
     assert not any(torch.allclose(row, other[name], rtol=1e-3) for name, row in one.items())
+
+
+def test_what_is_fresh_begins_as_it_should_and_what_was_there_stays() -> None:
+    """λ is the action's, statistics are zero, and a new component is kept and counted; the others keep value and score."""
+    method = lrkit.Method(
+        parameterization=SVD(rank=2, orthogonality=0.0),
+        metric=GradientUncertainty(),
+        scheduler=Linear(start=2, target=5, interval=1, final=1),
+        action=OneMore(),
+    )
+    _, adapted = rigs.toy(method)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LrkitWarning)
+        adapted.bind(optimizer, total_steps=4)
+    with torch.no_grad():
+        for adapter in adapted.adapters.values():
+            adapter.core.copy_(torch.tensor([3.0, 4.0]))
+    give(adapted, seed=0)
+    optimizer.step()
+    (decision,) = adapted.history
+    assert set(decision.fresh) == {f"{name}[2]" for name in rigs.TOY_TARGETS}
+    assert (decision.before, decision.kept) == (6, 9)
+    scores = adapted.scores()
+    for name, adapter in adapted.adapters.items():
+        assert adapter.core.tolist() == [3.0, 4.0, 0.25]
+        assert scores[f"{name}[2]"] == 0 < min(scores[f"{name}[0]"], scores[f"{name}[1]"])
+    assert bool(adapted._controller.policies[0].kept.all())
+    known = sum(2 * (1 + m.d_out + m.d_in) for m in adapted.adapters.values())
+    assert {int(flat.count_nonzero()) for flat in adapted._controller.policies[0].buffers.values()} == {known}
+    give(adapted, seed=1)
+    optimizer.step()
+    assert adapted.history[-1].before == 9
+    assert set(adapted.history[-1].fresh) == {f"{name}[3]" for name in rigs.TOY_TARGETS}
 
 
 # ---------------------------------------------------------------- when it is over

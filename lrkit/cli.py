@@ -155,6 +155,7 @@ def run(
     unfinished = None
     if out is not None:
         asked = {"model": model, "targets": _targets(targets), "task": task, "data": str(data) if data else None}
+        asked["train_also"] = _train_also(train_also)
         unfinished = Unfinished(out, composed, asked, settings)
     folder = out
     results: dict[str, Result] = {}

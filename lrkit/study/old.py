@@ -61,7 +61,8 @@ def _differs_in_code_alone(cell: Cell, place: Path) -> bool:
         versions = {name: config["versions"].get(name) for name in ("torch", "transformers", "data", "model")}
         task = {**config["task"], "data": versions["data"]}
         model = versions["model"] or config["model"]
-        return canonical([task, model, config["targets"], config["method"], versions]), dict(config["run"])
+        attached = [config["targets"], config.get("train_also", "auto")]  # it always was, in cells of an earlier lrkit
+        return canonical([task, model, attached, config["method"], versions]), dict(config["run"])
 
     try:
         (was, settings), (now, wanted) = plain(read_json(place / "config.json")), plain(cell.to_plain())

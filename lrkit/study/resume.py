@@ -29,7 +29,7 @@ class Unfinished:
     Args:
         out: the run's folder.
         methods: what is trained, by label.
-        asked: model, targets, task and data.
+        asked: model, targets, train_also, task and data.
         settings: of the run.
 
     Raises:
@@ -46,7 +46,10 @@ class Unfinished:
         run = attrs.asdict(settings)
         plains = {label: to_plain(method) for label, method in methods.items()}
         cells = {
-            label: make_cell(plain, spec, asked["model"], asked["targets"], run).key for label, plain in plains.items()
+            label: make_cell(
+                plain, spec, asked["model"], asked["targets"], run, train_also=asked.get("train_also", "auto")
+            ).key
+            for label, plain in plains.items()
         }
         self._request: dict[str, Any] = {"format": 1, "cells": cells}
         self.there = self._place.is_dir()

@@ -60,9 +60,6 @@ test-integrations: .venv-integrations/.installed ## lrkit beside TRL, Lightning,
 test-lowest: .venv-lowest/.installed ## all tests with the lowest versions that lrkit admits (by hand; torch there is 5 GB)
 	@.venv-lowest/bin/python -P -m pytest -q -n 2 --dist loadfile $(ARGS)
 
-fuzz: .venv/.installed ## 4,000 bad inputs: each must be refused in one line (ARGS="--seed 1")
-	@$(PY) -P tests/fuzz.py $(ARGS)
-
 mutants: .venv/.installed ## change the core's formulas one at a time: the tests must see it
 	@$(PY) -P tests/mutants.py $(ARGS)
 
@@ -100,6 +97,9 @@ bench: .venv/.installed ## every benchmark in tests/bench, and one table (12 min
 	  echo "== $$f"; $(PY) -P "$$f" --json "$$out/$$(basename $$f .py).json" $(ARGS) || exit 1; \
 	done; \
 	$(PY) -P tests/bench/report.py "$$out"; echo "figures: $$out/all.json"
+
+fuzz: .venv/.installed ## 4,000 bad inputs, by hand (ARGS="--seed 7 --cases 100" for others)
+	@OMP_NUM_THREADS=1 $(PY) -P tests/fuzz.py $(ARGS)
 
 clean: ## remove .venv, caches and the built documentation
 	rm -rf .venv .venv-integrations .venv-lowest docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

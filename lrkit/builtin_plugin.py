@@ -1,6 +1,7 @@
 """What lrkit itself offers, through the same hooks as any plug-in."""
 
 from collections.abc import Callable, Mapping
+from importlib import resources
 from typing import Any
 
 from lrkit import actions, methods, metrics, parameterizations, schedulers
@@ -8,6 +9,12 @@ from lrkit.hookspecs import hookimpl
 from lrkit.method import Method
 from lrkit.study import executors
 from lrkit.tasks import TASKS
+
+_STUDIES = {
+    file.name.removesuffix(".toml"): file
+    for file in sorted((resources.files("lrkit") / "studies").iterdir(), key=lambda file: file.name)
+    if file.name.endswith(".toml")
+}
 
 
 @hookimpl
@@ -62,6 +69,12 @@ def lrkit_methods() -> Mapping[str, Callable[..., Method]]:
 def lrkit_tasks() -> Mapping[str, Any]:
     """The built-in tasks."""
     return TASKS
+
+
+@hookimpl
+def lrkit_studies() -> Mapping[str, Any]:
+    """The studies that need lrkit's own methods alone."""
+    return _STUDIES
 
 
 @hookimpl

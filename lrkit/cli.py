@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ import typer
 
 from lrkit import scaffold
 from lrkit.errors import LrkitError, LrkitWarning, cut, nearest
+from lrkit.interrupt import second_ends_at_once
 from lrkit.reading import parse_json, read_json
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ Data = Annotated[
     Path | None, typer.Option("--data", help="A folder with {train,validation}.jsonl[.gz], instead of --task.")
 ]
 Model = Annotated[str, typer.Option("--model", help="minilm, a folder, or a hub id.")]
+TrainAlso = Annotated[
+    str | None,
+    typer.Option("--train-also", help="Modules that train in full, joined by commas; auto (the task head) or none."),
+]
 
 
 def _version(asked: bool) -> None:
@@ -97,9 +102,14 @@ def demo(
     with _progress(as_json) as bar:
         for label, method in compositions.items():
             results[label] = train(method, task, settings=settings, progress=bar(label, steps))
-    pictures = draw(results, _make(folder))
     plain = {label: result.to_plain() for label, result in results.items()}
-    (folder / "results.json").write_text(json.dumps(plain, indent=1))
+    pictures: list[Path] = []
+
+    def write(place: Path) -> None:
+        (place / "results.json").write_text(json.dumps(plain, indent=1))
+        pictures[:] = draw(results, place)
+
+    folder = _written(folder, write)
     if as_json:
         _json({"folder": str(folder), "pictures": [str(p) for p in pictures], "runs": plain})
         return
@@ -120,29 +130,44 @@ def run(
     targets: Annotated[
         str, typer.Option(help="all-linear, names or name suffixes joined by commas, or a regular expression.")
     ] = "all-linear",
+    train_also: TrainAlso = None,
     sets: Set = None,
     swap: Swap = None,
     out: Annotated[Path | None, typer.Option(help="A new folder for adapters, results and pictures.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train one method, or every one, on one task."""
-    from lrkit.study.pictures import draw
+    """Train one method, or every one, on one task.
+
+    After Ctrl-C the same command with the same --out goes on where it was.
+    """
+    from lrkit.interrupt import stopping
     from lrkit.study.run import settings_from, total_steps, train
 
     composed, changes = _to_run(method, all_methods, sets or [], swap or [])
     settings = settings_from(changes)
-    folder = None if out is None else _new_folder(out, "")
+    from lrkit.study.progress import Phases
+    from lrkit.study.resume import FOLDER, Unfinished
+
+    if out is not None and not (out / FOLDER).is_dir():
+        _new_folder(out, "")
     loaded = _task(task, data)
     steps = total_steps(settings, min(len(loaded.train), settings.train_rows or len(loaded.train)))
+    unfinished = None
+    if out is not None:
+        asked = {"model": model, "targets": _targets(targets), "task": task, "data": str(data) if data else None}
+        asked["train_also"] = _train_also(train_also)
+        unfinished = Unfinished(out, composed, asked, settings)
+    folder = out
     results: dict[str, Result] = {}
     refused: list[str] = []
-    with _progress(as_json) as bar:
+    with _progress(as_json) as bar, stopping(unfinished is not None) as stop, Phases(quiet=as_json) as phases:
         for label, each in composed.items():
             place = folder if folder is None or not all_methods else folder / label
+            told: list[Path] = []
 
-            def save(adapted: Any, place: Path | None = place) -> None:
+            def save(adapted: Any, place: Path | None = place, told: list[Path] = told) -> None:
                 if place is not None:
-                    adapted.save(_make(place))
+                    told.append(_written(place, adapted.save))
 
             try:
                 results[label] = train(
@@ -150,19 +175,31 @@ def run(
                     loaded,
                     model=model,
                     targets=_targets(targets),
+                    train_also=_train_also(train_also),
                     settings=settings,
                     progress=bar(label, steps),
                     done=save,
+                    record=None if unfinished is None else unfinished.record(label, stop),
+                    say=phases.say,
                 )
             except LrkitError as error:
                 if not all_methods:
+                    if unfinished is not None:
+                        unfinished.refused()
                     raise
                 refused.append(f"{label}: {error}")
                 continue
+            except KeyboardInterrupt:
+                if unfinished is not None and (kept := unfinished.step(label)):
+                    _complain(f"kept: {label} up to step {kept} of {steps}; the same command goes on from there")
+                raise
             if place is not None:
-                (place / "result.json").write_text(json.dumps(_finite(results[label].to_plain()), indent=1))
+                text = json.dumps(_finite(results[label].to_plain()), indent=1)
+                _written(told[0], lambda where, text=text: _write(where / "result.json", text))  # type: ignore[misc]
     if folder is not None and results:
-        draw(results, folder)
+        folder = _written(folder, lambda where: _draw_into(where, results))
+    if unfinished is not None:
+        unfinished.end()
     if as_json:
         plain = {label: result.to_plain() for label, result in results.items()}
         _json({"runs": plain, "refused": refused} if all_methods else next(iter(plain.values())))
@@ -174,6 +211,16 @@ def run(
         _complain(line)
     if refused:
         raise typer.Exit(1)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _draw_into(folder: Path, results: "Mapping[str, Result]") -> None:
+    from lrkit.study.pictures import draw
+
+    draw(results, folder)
 
 
 @app.command()
@@ -195,6 +242,7 @@ def ablate(
     model: Annotated[str | None, typer.Option("--model", help="minilm, a folder, or a hub id.")] = None,
     seeds: Annotated[str | None, typer.Option(help="How many, or which: 6, or 3,4,5.")] = None,
     targets: Annotated[str | None, typer.Option(help="As of `lrkit run`.")] = None,
+    train_also: TrainAlso = None,
     sets: Set = None,
     leave_out: Annotated[
         list[str] | None, typer.Option("--leave-out", help="penalty, policy, or also: a row without it.")
@@ -211,6 +259,12 @@ def ablate(
     report_to: Annotated[
         list[str] | None, typer.Option("--report-to", help="Trackers for the curves, such as tensorboard.")
     ] = None,
+    keep_old: Annotated[
+        bool, typer.Option("--keep-old", help="Keep cells of other code, instead of computing them again.")
+    ] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="Of a study file: minilm (the first one is the default), paper, ...")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the rows, run nothing.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="The studies that ship.")] = False,
     as_json: Json = False,
@@ -221,20 +275,17 @@ def ablate(
 
     The same command again goes on with what is missing. lrkit ablate --list shows the studies that ship.
     """
-    from lrkit.study.plan import lay_out, read_study, shipped, study_from
+    from lrkit.study.plan import lay_out, read_study, study_from
+    from lrkit.study.shipped import catalogue, names
 
     if list_:
-        found = shipped()
-        if as_json:
-            _json(found)
-        else:
-            _table(["study", ""], [[name, title] for name, title in found.items()])
+        _list_studies(catalogue(), as_json)
         return
     if what is None:
         raise LrkitError("say what to ablate: a method's name, a .toml study file, or a study of `lrkit ablate --list`")
-    changes = _changes(swap, task, data, model, seeds, targets, sets, leave_out, grid)
-    if what.endswith(".toml") or what in shipped():
-        given = read_study(what)
+    changes = _changes(swap, task, data, model, seeds, targets, train_also, sets, leave_out, grid)
+    if what.endswith(".toml") or what in names():
+        given = read_study(what, profile=profile)
         # What the file says stays, but for what the command line says otherwise.
         import attrs
 
@@ -242,6 +293,10 @@ def ablate(
             if key in changes:
                 changes[key] = {**getattr(given, key), **changes[key]}
         study = study_from({**attrs.asdict(given), **changes}, what)
+    elif profile is not None:
+        raise LrkitError(
+            f'--profile is of a study file, and "{what}" is none: `lrkit ablate --list` shows which have any'
+        )
     else:
         study = study_from({"base": what, **changes}, "ablate")
     plan = lay_out(study)
@@ -250,7 +305,7 @@ def ablate(
         return
     if out is None:
         raise LrkitError("give the study's folder: --out DIR")
-    _carry_out(plan, out, executor, workers, threads, address, costs, checkpoint, report_to or [], as_json)
+    _carry_out(plan, out, executor, workers, threads, address, costs, checkpoint, report_to or [], keep_old, as_json)
 
 
 @app.command()
@@ -512,6 +567,7 @@ def _changes(
     model: str | None,
     seeds: str | None,
     targets: str | None,
+    train_also: str | None,
     sets: list[str] | None,
     leave_out: list[str] | None,
     grid: bool,
@@ -530,6 +586,7 @@ def _changes(
         "tasks": tasks or None,
         "model": model,
         "targets": None if targets is None else _targets(targets),
+        "train_also": None if train_also is None else _train_also(train_also),
         "grid": grid or None,
     }
     changes |= {key: value for key, value in given.items() if value is not None}
@@ -545,23 +602,49 @@ def _changes(
     return changes
 
 
+def _list_studies(found: Sequence[Any], as_json: bool) -> None:
+    import attrs
+
+    if as_json:
+        _json({study.name: attrs.asdict(study) for study in found})
+        return
+    rows = [[study.name, study.title, ", ".join(study.profiles), study.distribution] for study in found]
+    _table(["study", "", "--profile", "from"], rows)
+    typer.echo("The first profile is the default: minilm is the embedded model and data, which need no network.")
+
+
 def _show_plan(plan: Any, as_json: bool) -> None:
     from lrkit.study.execute import check
     from lrkit.study.paired import too_few_seeds
     from lrkit.study.plan import changes
+    from lrkit.study.rates import implied, rates_of, said
 
     tasks = check(plan)
     few = too_few_seeds(len(plan.rows) - 1, len(plan.seeds))
-    rows = {row.label: changes(plan.rows[0], row) for row in plan.rows}
+    rows = {row.label: [*changes(plan.rows[0], row), *implied(plan, row)] for row in plan.rows}
+    rates = {row.label: {task.name: rates_of(plan, row, task) for task in plan.tasks} for row in plan.rows}
     cells = len(plan.rows) * len(plan.tasks) * len(plan.seeds)
     if as_json:
-        _json({"rows": rows, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells, "too_few_seeds": few})
+        _json(
+            {
+                "rows": rows,
+                "rates": rates,
+                "tasks": list(tasks),
+                "seeds": plan.seeds,
+                "cells": cells,
+                "too_few_seeds": few,
+            }
+        )
         return
     shown = [
-        [label, "; ".join(f"{c['path']}: {_said(c['base'])} -> {_said(c['value'])}" for c in r) or "-"]
+        [
+            label,
+            "; ".join(f"{c['path']}: {_said(c['base'])} -> {_said(c['value'])}" for c in r) or "-",
+            *(str(said({each[key] for each in rates[label].values()})) for key in ("lr", "head_lr")),
+        ]
         for label, r in rows.items()
     ]
-    _table(["row", "changed against the base"], shown)
+    _table(["row", "changed against the base", "learning rate", "the head's"], shown)
     counted = (_count(len(plan.rows), "row"), _count(len(plan.seeds), "seed"), _count(cells, "cell"))
     typer.echo(f"{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
     if few:
@@ -570,32 +653,6 @@ def _show_plan(plan: Any, as_json: bool) -> None:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _time_left(taken: Sequence[float], elapsed: float, workers: int, missing: int) -> float | None:
-    """Seconds until the last cell ends, to within a cell or so; None where nothing is known, or nothing is left.
-
-    Args:
-        taken: seconds of each cell that was run to its end.
-        elapsed: seconds since the first began.
-        workers: cells at a time.
-        missing: cells that have not ended.
-    """
-    if not taken or not missing:
-        return None
-    mean, busy = sum(taken) / len(taken), min(workers, missing)
-    # What the cells that are running have behind them.
-    behind = min(max(0.0, elapsed * workers - sum(taken)), busy * mean)
-    left = (missing * mean - behind) / busy
-    return max(left, mean) if missing >= workers else left
-
-
-def _duration(seconds: float) -> str:
-    """In words, two figures or so."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    hours = seconds / 3600
-    return f"{round(seconds / 60)} min" if hours < 1.5 else f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
 
 
 def _said(value: Any) -> str:
@@ -612,6 +669,7 @@ def _carry_out(
     costs: bool,
     checkpoint: float,
     report_to: list[str],
+    keep_old: bool,
     as_json: bool,
 ) -> None:
     import attrs
@@ -619,47 +677,29 @@ def _carry_out(
 
     from lrkit.study.ablate import perform
     from lrkit.study.paired import too_few_seeds
+    from lrkit.study.progress import Teller
     from lrkit.study.records import read_study
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
 
     if few := too_few_seeds(len(plan.rows) - 1, len(plan.seeds)):
         _complain(few)
-    console = Console(stderr=True, quiet=as_json)
-    begin, workers = time.monotonic(), 1
-    taken: list[float] = []
-
-    def started(missing: int, total: int, at_once: int) -> None:
-        nonlocal workers
-        workers = at_once
-        there = f", {total - missing} are there already" if missing < total else ""
-        console.print(f"{total} cells{there}; {missing} to run", highlight=False)
-
-    def told(job: Any, answer: Mapping[str, Any], ended: int, total: int) -> None:
-        if answer.get("seconds") is not None:
-            taken.append(answer["seconds"])
-        left = _time_left(taken, time.monotonic() - begin, workers, total - ended)
-        score = answer["score"]
-        what = {"done": "nan" if score is None else f"{score:.4f}", "busy": "another process is running it"}
-        said = what.get(answer["status"], f"failed: {answer['error']}")
-        rest = "" if left is None else f" (about {_duration(left)} left)"
-        line = f"[{ended}/{total}] {job.label}, {job.task}, seed {job.seed}: {said}{rest}"
-        console.print(line, highlight=False, markup=False)
-
-    outcome = perform(
-        plan,
-        out,
-        executor=executor,
-        workers=workers,
-        threads=threads,
-        address=address,
-        costs=costs,
-        checkpoint_seconds=checkpoint,
-        report_to=report_to,
-        told=told,
-        started=started,
-        cost_told=lambda label: console.print(f"measuring {label}", highlight=False, markup=False),
-    )
+    with Teller(Console(stderr=True, quiet=as_json), out.absolute()) as teller:
+        outcome = perform(
+            plan,
+            out,
+            executor=executor,
+            workers=workers,
+            threads=threads,
+            address=address,
+            costs=costs,
+            checkpoint_seconds=checkpoint,
+            report_to=report_to,
+            keep_old=keep_old,
+            told=teller.told,
+            started=teller.started,
+            cost_told=teller.cost_told,
+        )
     written = write_report(outcome.folder)
     table = compare(read_study(outcome.folder))
     if as_json:
@@ -772,21 +812,38 @@ def _targets(text: str) -> str | list[str]:
     return [name for name in text.split(",") if name]
 
 
+def _train_also(text: str | None) -> str | list[str]:
+    """Names joined by commas; "auto"; or "none" for an empty list."""
+    if text is None or text == "auto":
+        return "auto"
+    return [] if text == "none" else [name for name in text.split(",") if name]
+
+
 def _new_folder(wanted: Path | None, default: str) -> Path:
     """A fresh folder: the one asked for, which must not hold anything; or the default with the next free number."""
+    from lrkit.study.place import try_folder
+
     if wanted is not None:
         if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
             raise LrkitError(f"{wanted} exists and is not empty: nothing is overwritten, choose another --out")
         folder = wanted
     else:
         number, folder = 1, Path(default)
-        while folder.exists():
+        while os.path.lexists(folder):
             number += 1
             folder = Path(f"{default}-{number}")
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise LrkitError(f"cannot make the folder {folder}: {there} cannot be written to")
+    try_folder(folder)
     return folder
+
+
+def _written(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Write results into a folder; elsewhere, and said, if that cannot be written to any more."""
+    from lrkit.study.place import written
+
+    there, why = written(folder, write)
+    if why:
+        _complain(f"{folder} could not be written to ({why}): what was trained is in {there}")
+    return there
 
 
 def _make(folder: Path) -> Path:
@@ -919,7 +976,7 @@ _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "
 
 
 def _complain(message: str) -> None:
-    print(f"lrkit: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    print(f"lrkit: {cut(' '.join(message.split()))}", file=sys.stderr)  # noqa: T201
 
 
 def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -938,6 +995,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.simplefilter("always", LrkitWarning)
         warnings.showwarning = _warn
         try:
+            second_ends_at_once()
             if not {"--help", "--version"} & set(sys.argv[1:] if arguments is None else arguments):
                 from lrkit.registry import spare_others
 

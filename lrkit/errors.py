@@ -9,7 +9,7 @@ _LONGEST_LINE = 900
 _LONGEST_VALUE = 160
 
 
-def cut(text: str, most: int) -> str:
+def cut(text: str, most: int = 2000) -> str:
     """A text of at most `most` characters: of a longer one the middle is left out."""
     if len(text) <= most:
         return text
@@ -53,14 +53,6 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     by_lower = {choice.lower(): choice for choice in choices}
     found = difflib.get_close_matches(word.lower(), by_lower, n=1)
     return f' (did you mean "{by_lower[found[0]]}"?)' if found else ""
-
-
-def short(text: str, limit: int = 2000) -> str:
-    """A text of at most about `limit` characters: of a longer one the beginning and the end, and how much is left out."""
-    if len(text) <= limit:
-        return text
-    head, tail = limit * 3 // 4, limit // 4
-    return f"{text[:head]} ... ({len(text) - head - tail:,} characters left out) ... {text[-tail:]}"
 
 
 class LrkitWarning(UserWarning):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-from lrkit.errors import LrkitError, short
+from lrkit.errors import LrkitError, cut
 
 
 class ForeignError(Exception):
@@ -80,7 +80,7 @@ def detail() -> str:
 def line_of(error: BaseException) -> str:
     """An exception in one line, with its class's name; its own message may raise, and be of any length."""
     try:
-        text = short(" ".join(str(error).split()), 500)
+        text = cut(" ".join(str(error).split()), 500)
     except BaseException:  # of a plug-in's own exception class
         text = "(its message cannot be read)"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -89,7 +89,7 @@ def line_of(error: BaseException) -> str:
 def text_of(value: Any) -> str:
     """An object's `repr` in one line of at most 200 characters, or its class's name if that raises."""
     try:
-        return short(" ".join(repr(value).split()), 200)
+        return cut(" ".join(repr(value).split()), 200)
     except BaseException:
         return f"an object of {type(value).__name__} whose repr raises"
 

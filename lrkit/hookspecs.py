@@ -44,6 +44,11 @@ def lrkit_tasks() -> Mapping[str, Any]:  # type: ignore[empty-body]
 
 
 @hookspec
+def lrkit_studies() -> Mapping[str, Any]:  # type: ignore[empty-body]
+    """Study files by name, for ``lrkit ablate NAME``: each a `pathlib.Path`, or the text of a TOML file (str)."""
+
+
+@hookspec
 def lrkit_executors() -> Mapping[str, Any]:  # type: ignore[empty-body]
     """Executors by name: functions of workers (int), threads of each (int) and an address (str or None).
 

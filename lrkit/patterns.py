@@ -8,6 +8,7 @@ side, they are a power of the length. Both are seen in the pattern itself.
 import functools
 import math
 import re
+import warnings
 
 from lrkit.errors import LrkitError, shown
 
@@ -40,8 +41,10 @@ def compiled(pattern: str, name: str, around: str = "{}") -> re.Pattern[str]:
     if why is not None:
         raise LrkitError(f"{name} has {shown(pattern)}, {why}: it could be matched for ever; write it more plainly")
     try:
-        re.compile(pattern)
-        return re.compile(around.replace("{}", pattern))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what later versions of Python will take otherwise
+            re.compile(pattern)
+            return re.compile(around.replace("{}", pattern))
     except (re.error, OverflowError, RecursionError) as error:
         raise LrkitError(f"{name} has {shown(pattern)}, which is no regular expression: {error}") from None
 

@@ -8,6 +8,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lrkit.gradients import Unclipped, on_gradient
 
+FELT = 0.1
+"""Norm of a gradient below which nothing is said: clipping, at 1 mostly, does not feel it. The task of a model with random
+weights has next to no gradient, and any penalty exceeds it."""
+
 
 def looks(steps: int) -> range:
     """Steps 1, 2, ... of a run at which the penalty's gradient is compared with the task's: five, after the first tenth.
@@ -156,7 +160,7 @@ class Penalty:
         if not last:
             return
         penalty, task_norm = torch.stack(self._norms).mean(0).tolist()
-        if penalty > task_norm:
+        if penalty > max(task_norm, FELT):
             advice = f"a smaller parameterization.{self._setting}" if self._setting else "a smaller penalty"
             self._warn(
                 "drowned",

@@ -1,7 +1,9 @@
 """What belongs to the user's program: random generators, threads and switches, looked at and put back."""
 
+import os
 import pickle
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,6 +28,8 @@ def global_state() -> dict[str, Any]:
             torch.is_deterministic_algorithms_warn_only_enabled(),
         ),
         "the switch for anomaly detection": (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        "the precision of float32 products": torch.get_float32_matmul_precision(),
+        "the switches of cuDNN": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
     }
 
 
@@ -33,6 +37,7 @@ def global_state() -> dict[str, Any]:
 def as_it_was() -> Iterator[None]:
     """Put it all back as it was: what runs within may seed, set threads and throw switches as it likes."""
     before, numpy = global_state(), np.random.get_state()
+    environment, filters = dict(os.environ), list(warnings.filters)
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         yield
@@ -46,6 +51,16 @@ def as_it_was() -> Iterator[None]:
         deterministic, warn_only = before["the switch for deterministic algorithms"]
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.autograd.set_detect_anomaly(*before["the switch for anomaly detection"])
+        if torch.get_float32_matmul_precision() != before["the precision of float32 products"]:
+            torch.set_float32_matmul_precision(before["the precision of float32 products"])
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before["the switches of cuDNN"]
+        if dict(os.environ) != environment:
+            for name in set(os.environ) - set(environment):
+                del os.environ[name]
+            os.environ.update(environment)
+        if warnings.filters != filters:
+            warnings.filters[:] = filters  # type: ignore[index]
+            warnings._filters_mutated()  # type: ignore[attr-defined]
         if devices:
             torch.cuda.set_rng_state_all(devices)
 

@@ -1,5 +1,6 @@
 """The model as it was before attach, beside the adapted one, sharing every weight: for a while, or as a module."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -85,6 +86,23 @@ class Reference(nn.Module):
         """As the base generates."""
         with self._as_it_was() as model:
             return model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    @property
+    def base_model(self) -> "Reference":
+        """The model's base, as it was: a call of it runs without adapters too (TRL computes log-probabilities from it)."""
+        base = self.__dict__["_lrkit_model"].base_model
+        reference = Reference(base, self.__dict__["_lrkit_disabled"])
+        return reference.train(self.training)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The model's output embeddings with the weights from before `attach`, which it shares or were kept."""
+        with self.__dict__["_lrkit_disabled"]():
+            module = self.__dict__["_lrkit_model"].get_output_embeddings()
+            if module is None:
+                return None
+            twin: nn.Module = copy.copy(module)
+            twin._parameters = dict(module._parameters)
+            return twin
 
     @property
     def config(self) -> Any:

@@ -26,7 +26,7 @@ from lrkit.foreign import ForeignError
 if TYPE_CHECKING:
     from lrkit.method import Method
 
-Kind = Literal["parameterization", "metric", "scheduler", "action", "method", "task", "executor"]
+Kind = Literal["parameterization", "metric", "scheduler", "action", "method", "task", "executor", "study"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 GROUP = "lrkit"
 _entry_points = metadata.entry_points
@@ -73,6 +73,11 @@ class Offer:
     value: Any
     distribution: str
     plugin: str
+
+
+def hook_of(kind: Kind) -> str:
+    """The name of the hook through which components of a kind come."""
+    return "lrkit_studies" if kind == "study" else f"lrkit_{kind}s"
 
 
 def _expected(kind: Kind) -> type | None:
@@ -178,7 +183,7 @@ class Registry:
     def _ask(
         self, manager: pluggy.PluginManager, plugin: object, kind: Kind, distribution: str, name: str
     ) -> list[Offer]:
-        hook = f"lrkit_{kind}s"
+        hook = hook_of(kind)
         implementations = [i for i in getattr(manager.hook, hook).get_hookimpls() if i.plugin is plugin]
         if not implementations:
             return []
@@ -199,7 +204,12 @@ class Registry:
                     f'{hook}: a name begins with a letter, goes on with letters, digits, ".", "_", "-" and "/", and is no '
                     f"word for a value, unlike {key!r}"
                 )
-            if expected is None and not callable(value):
+            if kind == "study":
+                if not isinstance(value, str) and not hasattr(value, "read_text"):
+                    raise LrkitError(
+                        f'{hook}: "{key}" must be a path or the text of a TOML file, not {foreign.text_of(value)}'
+                    )
+            elif expected is None and not callable(value):
                 raise LrkitError(f'{hook}: "{key}" must be callable, not {foreign.text_of(value)}')
             if expected is not None:
                 if not (isinstance(value, type) and issubclass(value, expected)):

@@ -251,6 +251,9 @@ def _component(offer: "Offer", collision: str) -> Component:
         return Component(kind=offer.kind, name=offer.name, kept=None, note=collision)
     if offer.kind == "task":
         return Component(kind=offer.kind, name=offer.name, kept=None, note="loading it may need the network")
+    if offer.kind == "study":
+        note = f"lrkit ablate {offer.name} --dry-run checks it"
+        return Component(kind=offer.kind, name=offer.name, kept=None, note=note)
     if offer.kind not in CONTRACTS:
         return Component(kind=offer.kind, name=offer.name, kept=None, note="there is no contract for it")
     begin = time.monotonic()
@@ -370,6 +373,16 @@ def show(
         raise LrkitError(f'nothing is registered as "{name}"{nearest(name, names)}; `lrkit plugins` lists what is')
     plain: list[dict[str, Any]] = []
     for offer in found:
+        if offer.kind == "study":
+            from lrkit.study.shipped import about as about_study
+
+            plain.append(
+                {"kind": "study", "name": name, "distribution": offer.distribution, "about": about_study(name)}
+            )
+            plain[-1]["settings"] = []
+            if not as_json:
+                typer.echo(f"study {name}, {offer.distribution}\n\n{plain[-1]['about']}\n")
+            continue
         about = (foreign.doc(offer.value) or "There is no description.").partition("Args:\n")[0].strip()
         prefix = "" if offer.kind == "method" else f"{offer.kind}."
         takes = [] if offer.kind in ("task", "executor") else _takes(offer)

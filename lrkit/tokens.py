@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lrkit.errors import LrkitError, LrkitWarning, short
+from lrkit.errors import LrkitError, LrkitWarning, cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +48,7 @@ def check_tokenizer(spec: str, tokenizer: "PreTrainedTokenizerBase", model: "Pre
     limit = tokenizer.model_max_length
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
         raise LrkitError(
-            f"{where}model_max_length in tokenizer_config.json must be a number of tokens, not {short(repr(limit), 200)}"
+            f"{where}model_max_length in tokenizer_config.json must be a number of tokens, not {cut(repr(limit), 200)}"
         )
     try:
         encoded = tokenizer(["a", "a longer text"], truncation=True, max_length=4, padding=True, return_tensors="pt")
@@ -191,4 +191,4 @@ def encoding(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> d
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {short(' '.join(str(error).split()), 300)}"
+    return f"{type(error).__name__}: {cut(' '.join(str(error).split()), 300)}"

@@ -354,7 +354,7 @@ def states(rng, world):
         disagreements = {
             "step": lambda: meta.update(step=rng.choice([10**6, 10**15, TOTAL * 50])),
             "head": lambda: meta.update(
-                head=rng.choice([[], ["../../etc"], [""], ["bert"], meta["head"] * 2, ["bert.pooler"]])
+                head=rng.choice([[], ["../../etc"], [""], ["bert"], [*meta["head"], "bert.encoder"], ["bert.pooler"]])
             ),
             "rank": lambda: meta["ranks"].update({layer: meta["ranks"][layer] + rng.choice([1, 10**5, 2**62])}),
             "numbered": lambda: meta["numbered"].update({layer: rng.choice([0, 1, 65536, 2**62])}),
@@ -530,7 +530,7 @@ def special(rng, path):
     elif kind == 5:
         path.symlink_to("nothing-there")
     elif kind == 6:
-        other = path.with_name("other")
+        other = path.with_name(f"{path.name}.other")
         other.symlink_to(path)
         path.symlink_to(other)
     elif kind == 7:

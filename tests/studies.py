@@ -59,7 +59,7 @@ def write_study(
     """
     folder.mkdir(parents=True, exist_ok=True)
     cells = [
-        {"key": f"{row:02d}{t:02d}{seed:04d}cafe", "row": row, "task": task, "seed": seed}
+        {"key": f"{row:02d}{t:02d}{seed:04d}cafe", "row": row, "task": task, "seed": seed, "code": "5ca1ab1e"}
         for row in range(len(labels))
         for t, task in enumerate(tasks)
         for seed in seeds

@@ -442,7 +442,7 @@ def test_files_and_methods_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
     from_elsewhere("bert", peft_lora(), tmp_path, steps=1)
     weights = tmp_path / "adapter_model.safetensors"
-    whole = load_file(weights)
+    whole = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # the file is written over below
     refused("there is no adapter_config.json", folder=tmp_path / "nowhere")
     refused("rank 2 cannot hold 4 components", lrkit.methods.svd_lora(rank=2))
     refused("cannot hold .*: layers share one A and B", lrkit.methods.elora(rank=8, shared=True))

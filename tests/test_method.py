@@ -337,6 +337,7 @@ VARIANTS = {
     "aflora": {
         "released": {
             "metric.window": 10,
+            "metric.measure": "before-clipping",
             "scheduler.first_step": 0,
             "scheduler.ending": "released",
             "action.rule": "quantile",

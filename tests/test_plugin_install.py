@@ -16,7 +16,7 @@ import pytest
 
 import lrkit
 from lrkit import builtin_plugin
-from lrkit.registry import KINDS
+from lrkit.registry import KINDS, hook_of
 
 BACKEND = (
     ("setuptools>=61", "setuptools.build_meta")
@@ -125,7 +125,7 @@ def listed(stdout: str) -> dict[tuple[str, str], str]:
 OURS = {
     (kind, name): f"lrkit {lrkit.__version__}"
     for kind in KINDS
-    for name in getattr(builtin_plugin, f"lrkit_{kind}s", dict)()
+    for name in getattr(builtin_plugin, hook_of(kind), dict)()
 }
 
 

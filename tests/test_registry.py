@@ -23,13 +23,13 @@ from lrkit.actions import Action, Freeze, Prune
 from lrkit.errors import LrkitError
 from lrkit.metrics import GradientUncertainty, Magnitude, Metric
 from lrkit.parameterizations import LoRA, Parameterization
-from lrkit.registry import KINDS, PluginWarning, Registry
+from lrkit.registry import KINDS, PluginWarning, Registry, hook_of
 from lrkit.schedulers import Linear, Scheduler
 from lrkit.tasks import Task
 
 HOOKS = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("lrkit_")]
 BUILT_IN = {
-    (kind, name): value for kind in KINDS for name, value in getattr(builtin_plugin, f"lrkit_{kind}s", dict)().items()
+    (kind, name): value for kind in KINDS for name, value in getattr(builtin_plugin, hook_of(kind), dict)().items()
 }
 
 
@@ -122,11 +122,12 @@ GOOD: dict[str, dict[str, Any]] = {
     "lrkit_methods": {"halved": halved},
     "lrkit_tasks": {"reviews": reviews},
     "lrkit_executors": {"threads": threads},
+    "lrkit_studies": {"four-rows": 'title = "Four rows"\nbase = "lora"\n'},
 }
 
 
 def test_every_hook_has_a_kind_a_test_and_a_description() -> None:
-    assert sorted(HOOKS) == sorted(GOOD) == sorted(f"lrkit_{kind}s" for kind in KINDS)
+    assert sorted(HOOKS) == sorted(GOOD) == sorted(hook_of(kind) for kind in KINDS)
     for hook in HOOKS:
         specification = getattr(hookspecs, hook)
         about = inspect.getdoc(specification)
@@ -145,7 +146,7 @@ def test_every_hook_is_in_the_documentation(hook: str) -> None:
 def test_a_hook_offers_by_name(hook: str) -> None:
     registry, lines = load(("good 1.0", offering(**{hook: GOOD[hook]})))
     assert lines == []
-    kind = hook.removeprefix("lrkit_").removesuffix("s")
+    kind = next(kind for kind in KINDS if hook_of(kind) == hook)
     (name, value), *_ = GOOD[hook].items()
     assert registry.get(kind, name) is value
     assert registry.names(kind) == [*(n for k, n in BUILT_IN if k == kind), name], "built-ins first"
@@ -170,6 +171,7 @@ def test_the_built_ins_come_through_the_same_hooks() -> None:
         "method": ["full", "lora", "svd-lora", "elora", "adalora", "aflora"],
         "task": ["movies", "glue"],
         "executor": names["executor"],  # what is offered here is free
+        "study": names["study"],
     }
 
 
@@ -497,9 +499,10 @@ def test_a_built_in_name_cannot_be_taken() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_name_that_two_plug_ins_claim_raises_with_both_named(kind: str) -> None:
-    hook = f"lrkit_{kind}s"
+    hook = hook_of(kind)
     ((name, value),) = GOOD[hook].items()
     other = attrs.frozen(kw_only=True)(type("Other", (value,), {})) if isinstance(value, type) else lambda *_: None
+    other = f"{value}seeds = 2\n" if isinstance(value, str) else other
     registry, lines = load(
         ("one 1.0", offering(**{hook: {name: value, "of-one": value}})),
         ("two 2.0", offering(**{hook: {name: other, "of-two": other}})),

@@ -178,7 +178,7 @@ def test_lrkit_itself_is_looked_at_when_it_is_named(monkeypatch: pytest.MonkeyPa
     (report,) = examine("lrkit", Registry(discover=False))
     assert (report.distribution, report.version, report.sound) == ("lrkit", lrkit.__version__, True)
     notes = {c.kind for c in report.components if c.kept is None}
-    assert notes == {"task", "executor"}
+    assert notes == {"task", "executor", "study"}
 
 
 def test_a_name_that_two_claim_is_a_problem_of_both() -> None:

@@ -478,15 +478,50 @@ def test_glue_from_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert task.majority == pytest.approx(local.subset(30, 20).majority)
 
 
-def test_mnli_is_validated_on_the_matched_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rows(text: str) -> datasets.Dataset:
-        return datasets.Dataset.from_dict({"premise": [text], "hypothesis": ["b"], "label": [2]})
+MATCHED, MISMATCHED = 40, 60
 
-    splits = {s: rows(s) for s in ("train", "validation_matched", "validation_mismatched")}
+
+@pytest.fixture
+def mnli(monkeypatch: pytest.MonkeyPatch) -> Task:
+    """MNLI with made-up rows: every matched one is of class 2, and of the mismatched ones two thirds are of class 1."""
+
+    def rows(text: str, labels: list[int]) -> datasets.Dataset:
+        texts = [f"{text} {i}" for i in range(len(labels))]
+        return datasets.Dataset.from_dict({"premise": texts, "hypothesis": texts, "label": labels})
+
+    splits = {
+        "train": rows("train", [0, 1, 2]),
+        "validation_matched": rows("matched", [2] * MATCHED),
+        "validation_mismatched": rows("mismatched", [1, 1, 0] * (MISMATCHED // 3)),
+    }
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(splits))
-    task = load_task("glue/mnli")
-    assert task.validation["premise"][0] == "validation_matched"
-    assert task.num_labels == 3
+    return load_task("glue/mnli")
+
+
+def test_mnli_scores_both_validation_sets(mnli: Task) -> None:
+    assert mnli.num_labels == 3
+    labels = mnli.validation["label"]
+    assert len(labels) == MATCHED + MISMATCHED
+    assert mnli.score([2] * 100, labels) == {"accuracy": 1.0, "accuracy_mm": 0.0}
+    assert mnli.score([1] * 100, labels) == {"accuracy": 0.0, "accuracy_mm": pytest.approx(2 / 3)}
+    assert mnli.majority == 1.0, "of the matched set, whose score comes first"
+    diverged = mnli.score(np.full((100, 3), np.nan), labels)
+    assert list(diverged) == ["accuracy", "accuracy_mm"] and all(np.isnan(list(diverged.values())))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 50, 99, 100, 500])
+def test_some_rows_of_mnli_are_of_both_sets(mnli: Task, size: int) -> None:
+    """A part has both sets' shares, and the whole task scores it as the part itself does."""
+    part = mnli.subset(validation=size, seed=3)
+    texts, labels = list(part.validation["premise"]), list(part.validation["label"])
+    assert len(texts) == min(size, 100) and len(set(texts)) == len(texts)
+    matched = sum(text.startswith("matched") for text in texts)
+    assert [text.startswith("matched") for text in texts] == [True] * matched + [False] * (len(texts) - matched)
+    assert abs(matched - len(texts) * MATCHED / 100) <= 1
+    wanted = {"accuracy": 1.0} if len(texts) == 1 else {"accuracy": 1.0, "accuracy_mm": 0.0}
+    assert mnli.score([2] * len(texts), labels) == part.score([2] * len(texts), labels) == wanted
+    with pytest.raises(LrkitError, match="a subset of validation needs 1 row or more"):
+        mnli.subset(validation=0)
 
 
 def test_a_hub_out_of_reach_is_told_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

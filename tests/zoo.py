@@ -1,7 +1,11 @@
 """Small models of the kinds that are neither BERT nor Llama: mixtures, state spaces, vision, speech, two towers."""
 
+import warnings
+
 import torch
 import transformers
+
+import lrkit
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TEXT = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -108,3 +112,14 @@ ZOO = {
 def make(name, seed=0):
     torch.manual_seed(seed)
     return ZOO[name]()
+
+
+IDS = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+
+
+def said(call):
+    """What a call gives, and all that lrkit warns of in it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = call()
+    return result, " ".join(str(w.message) for w in caught if issubclass(w.category, lrkit.LrkitWarning))

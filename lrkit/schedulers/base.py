@@ -134,7 +134,7 @@ class Scheduler(abc.ABC):
         alone = sorted({final} | ({end} if self.ending not in ("released", "every-step") else set()))
         found, at = [], begin // every * every + every
         if self.ending == "every-step":
-            found, at, alone = [range(at, end + 1, every), range(end + 1, final)], final + 1, [final]
+            found, at, alone = [range(at, min(end + 1, final), every), range(end + 1, final)], final + 1, [final]
         for stop in alone:
             found += [range(at, stop, every), range(stop, stop + 1)]
             at = max(at, stop // every * every + every)

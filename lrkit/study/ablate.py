@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
+from lrkit.foreign import text_of
 from lrkit.method import FIELDS, Method, to_plain
 from lrkit.study.cell import Conditions, components_of
-from lrkit.study.execute import Outcome, Told, carry_out
+from lrkit.study.execute import Job, Outcome, Told, carry_out
 from lrkit.study.executors import Here, gpus
 from lrkit.study.plan import SEEDS, Plan, Study, lay_out, read_study, study_from
+from lrkit.study.shipped import names
 
 if TYPE_CHECKING:
     from lrkit.study.statistics import Table
@@ -27,6 +29,7 @@ def ablate(
     task: "str | Sequence[Any]" = "movies",
     model: str = "minilm",
     targets: str | Sequence[str] = "all-linear",
+    train_also: str | Sequence[str] = "auto",
     seeds: int | Sequence[int] = SEEDS,
     run: Mapping[str, Any] | None = None,
     set: Mapping[str, Any] | None = None,
@@ -34,12 +37,14 @@ def ablate(
     leave_out: Sequence[str] = (),
     grid: bool = False,
     title: str = "",
+    profile: str | None = None,
     executor: str | Executor = "local",
     workers: int | None = None,
     address: str | None = None,
     costs: bool = True,
     checkpoint_seconds: float = 60.0,
     report_to: Sequence[str] = (),
+    keep_old: bool = False,
 ) -> "Table":
     """Swap parts of a method one at a time, train every row with every seed, and compare.
 
@@ -50,13 +55,15 @@ def ablate(
     >>> print(table)                # and table.frame() for pandas
 
     Args:
-        base: a method's name, a `lrkit.Method`, or a whole `Study` (then only how to run it is taken from here).
+        base: a method's name, a `lrkit.Method`, or a whole study: a `Study`, the name of one that ships, or a path that ends
+            in ``.toml`` (then only how to run it is taken from here).
         swap: component or setting to the values to try: ``{"metric": ["magnitude"], "action.ties": ["threshold"]}``. A
             component is a name, a table with a name and settings, or an instance.
         out: the study's folder; new, or the same study's.
         task: a task's name, a list of names, or tables as in a study file.
         model: ``"minilm"``, a folder or a hub id.
         targets: which layers, as `lrkit.attach` takes it.
+        train_also: which modules train in full, likewise.
         seeds: how many, or which. With n seeds no p can be below 2/2ⁿ times the rows beside the base: a `LrkitWarning`
             says so before the first step if that is 0.05 or more.
         run: settings of every run: ``{"steps": 200}``.
@@ -65,6 +72,7 @@ def ablate(
         leave_out: ``"penalty"``, ``"policy"``, ``"also"``: a row without it each.
         grid: all combinations of `swap`.
         title: for the report.
+        profile: of a study file, such as ``"paper"``; None for its first.
         executor: ``"local"``, ``"ray"``, a plug-in's name, or any `concurrent.futures.Executor`.
         workers: cells at a time; None: one for each GPU, or for each CPU core up to four. 0: in this process, where
             components that only this process has registered are known.
@@ -72,6 +80,8 @@ def ablate(
         costs: measure time and memory of each row against the base, after the cells.
         checkpoint_seconds: time between checkpoints.
         report_to: trackers of transformers' Trainer that get the curves too, such as ``"tensorboard"``.
+        keep_old: keep cells that are done and of other code (the sources of lrkit or of a plug-in have changed since),
+            instead of computing them again.
 
     Returns:
         The table; ``table.frame()`` is a pandas frame.
@@ -84,10 +94,14 @@ def ablate(
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
 
+    if isinstance(base, str) and (base.endswith(".toml") or base in names()):
+        base, profile = read_study(base, profile=profile), None
+    if profile is not None:
+        raise LrkitError(f'ablate: profile="{profile}" is of a study file, and base is none')
     study = (
         base
         if isinstance(base, Study)
-        else _study(base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title)
+        else _study(base, swap, task, model, targets, train_also, seeds, run, set, rows, leave_out, grid, title)
     )
     import warnings
 
@@ -103,6 +117,7 @@ def ablate(
         costs=costs,
         checkpoint_seconds=checkpoint_seconds,
         report_to=report_to,
+        keep_old=keep_old,
     )
     for name, error in outcome.failed:
         warnings.warn(f"cell {name} failed: {error}", LrkitWarning, stacklevel=2)
@@ -116,6 +131,7 @@ def _study(
     task: "str | Sequence[Any]",
     model: str,
     targets: str | Sequence[str],
+    train_also: str | Sequence[str],
     seeds: int | Sequence[int],
     run: Mapping[str, Any] | None,
     settings: Mapping[str, Any] | None,
@@ -137,6 +153,7 @@ def _study(
             "tasks": [task] if isinstance(task, str | Mapping) else list(task),
             "model": os.fspath(model),
             "targets": targets if isinstance(targets, str) else list(targets),
+            "train_also": train_also if isinstance(train_also, str) else list(train_also),
             "seeds": seeds if isinstance(seeds, int) else list(seeds),
             "run": dict(run or {}),
         },
@@ -192,13 +209,14 @@ def perform(
     costs: bool = True,
     checkpoint_seconds: float = 60.0,
     report_to: Sequence[str] = (),
+    keep_old: bool = False,
     told: Told | None = None,
-    started: Callable[[int, int, int], None] | None = None,
+    started: Callable[[Sequence[Job], int, int], None] | None = None,
     cost_told: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Carry out a plan on an executor by name; then measure its costs. Arguments as `ablate` and `carry_out` have them.
 
-    `started` is called with the cells to run, the cells in all, and how many run at a time.
+    `started` is called with the cells to run, how many there are in all, and how many run at a time.
 
     Raises:
         LrkitError: as `carry_out`; an unknown executor, or one that cannot be begun.
@@ -207,7 +225,7 @@ def perform(
     if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool) or not 0 <= workers <= 4096):
         raise LrkitError(f"workers must be a number from 0 (in this process) to 4096, not {shown(workers)}")
     at_once = (gpus() or min(cores, 4)) if workers is None else workers
-    each = threads or max(1, cores // max(1, at_once))
+    each = threads or threads_asked() or max(1, cores // max(1, at_once))
     devices = max(row_devices(plan))
     if devices > 1 and gpus():
         at_once = max(1, gpus() // devices) if workers is None else at_once
@@ -218,9 +236,9 @@ def perform(
     else:
         from lrkit.registry import current
 
-        factory = current().get("executor", executor)
+        current().get("executor", executor)
         _check_workers_know(plan)
-        make = lambda: factory(at_once, each, address)  # noqa: E731
+        make = lambda: _made(executor, at_once, each, address)  # noqa: E731
     _check_trackers(report_to)
     conditions = Conditions(
         # A cell in several processes shares its threads among them.
@@ -229,12 +247,28 @@ def perform(
         report_to=tuple(report_to),
     )
     begun = None if started is None else lambda missing, total: started(missing, total, max(1, at_once))
-    outcome = carry_out(plan, folder, executor=make, conditions=conditions, told=told, started=begun)
+    outcome = carry_out(plan, folder, executor=make, conditions=conditions, told=told, started=begun, keep_old=keep_old)
     if costs:
         from lrkit.study.cost import measure
 
-        measure(plan, outcome.folder, threads=cores, told=cost_told)
+        measure(plan, outcome.folder, threads=threads or threads_asked() or cores, told=cost_told)
     return outcome
+
+
+def _made(name: str, workers: int, threads: int, address: str | None) -> Executor:
+    from lrkit.registry import current
+
+    made = current().made("executor", name, workers, threads, address)
+    if not issubclass(type(made), Executor):
+        raise LrkitError(f'executor "{name}" gives {text_of(made)}, which is no concurrent.futures.Executor')
+    executor: Executor = made
+    return executor
+
+
+def threads_asked() -> int | None:
+    """CPU threads that ``OMP_NUM_THREADS`` asks for; None where it does not."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isascii() and first.isdigit() and 0 < int(first) <= 1024 else None
 
 
 def _check_workers_know(plan: Plan) -> None:

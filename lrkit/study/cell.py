@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
 from importlib import metadata
@@ -24,12 +25,15 @@ from typing import Any
 
 import attrs
 
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, cut
+from lrkit.foreign import line_of
 from lrkit.reading import opened
 from lrkit.study.plan import TaskSpec, load_task_of
-from lrkit.study.store import Lines, canonical, lock, read_json, write_bytes, write_json
+from lrkit.study.store import Lines, canonical, json_bytes, lock, read_json, write_bytes, write_json
 
 FORMAT = 1
+LIST = "files.json"
+"""In a cell that is done: the check sum (CRC-32) of every file that is read later."""
 _SPLITS = ("train", "validation")
 _training = threading.Lock()
 """Model and random generators are the process's own: an executor of threads runs one cell at a time in each process."""
@@ -44,8 +48,9 @@ class Cell:
         model: what was asked for as the model.
         targets: as `lrkit.attach` takes it.
         method: plain data.
-        run: plain data of `RunSettings`, seed included, threads left out.
-        versions: of whatever can change the result; file digests of a data or model folder.
+        run: plain data of `RunSettings` with the learning rates in force; seed included, threads left out.
+        versions: of whatever can change the result; file digests of a data or model folder, and of the code.
+        train_also: as `lrkit.attach` takes it.
     """
 
     task: dict[str, Any]
@@ -54,6 +59,7 @@ class Cell:
     method: dict[str, Any]
     run: dict[str, Any]
     versions: dict[str, str]
+    train_also: Any = "auto"
 
     @property
     def key(self) -> str:
@@ -62,6 +68,8 @@ class Cell:
         A folder counts by what is in it, not by where it stands.
         """
         plain = self.to_plain()
+        if self.train_also == "auto":
+            del plain["train_also"]  # as it was named before there was a choice
         if "data" in self.versions:
             plain["task"]["data"] = self.versions["data"]
         if "model" in self.versions:
@@ -71,6 +79,7 @@ class Cell:
     @property
     def setup(self) -> str:
         """A hash of what all cells of a study on one task must share: task, model, and versions but plug-ins'."""
+        # Of other code it is a cell of this study all the same: it is shown as such, and computed again.
         common = {name: self.versions.get(name) for name in ("lrkit", "torch", "transformers", "data", "model")}
         return hashlib.sha256(canonical([{**self.task, "data": None}, common]).encode()).hexdigest()[:16]
 
@@ -84,7 +93,14 @@ class Cell:
         return attrs.asdict(self)
 
 
-def make_cell(method: Mapping[str, Any], task: TaskSpec, model: str, targets: Any, run: Mapping[str, Any]) -> Cell:
+def make_cell(
+    method: Mapping[str, Any],
+    task: TaskSpec,
+    model: str,
+    targets: Any,
+    run: Mapping[str, Any],
+    train_also: Any = "auto",
+) -> Cell:
     """A cell with the versions of this machine.
 
     Args:
@@ -93,9 +109,11 @@ def make_cell(method: Mapping[str, Any], task: TaskSpec, model: str, targets: An
         model: ``"minilm"``, a folder or a hub id.
         targets: as `lrkit.attach` takes it.
         run: plain data of `RunSettings`.
+        train_also: as `lrkit.attach` takes it.
     """
     # Threads change the speed, and the last bits; they are in env.json.
     settings = {key: value for key, value in run.items() if key != "threads"}
+    settings["lr"], settings["head_lr"] = _rates(method, run)
     where = {
         "task": task.task,
         "data": None if task.data is None else os.path.abspath(task.data),
@@ -103,7 +121,36 @@ def make_cell(method: Mapping[str, Any], task: TaskSpec, model: str, targets: An
     }
     folder = os.path.abspath(model) if os.path.isdir(model) else model
     versions = _versions(method, task.task, where["data"], folder)
-    return Cell(task=where, model=folder, targets=targets, method=dict(method), run=settings, versions=versions)
+    return Cell(
+        task=where,
+        model=folder,
+        targets=targets,
+        method=dict(method),
+        run=settings,
+        versions=versions,
+        train_also=train_also,
+    )
+
+
+def _rates(method: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[float, float]:
+    from lrkit.registry import current
+    from lrkit.study.run import rates
+
+    part = current().get("parameterization", method["parameterization"]["name"])
+    return rates(part, run.get("lr"), run.get("head_lr"))
+
+
+def code_of(method: Mapping[str, Any], task: Mapping[str, Any]) -> str:
+    """The digest of the code that a cell's result depends on.
+
+    Args:
+        method: plain data.
+        task: of a cell, or ``{"task": name}``.
+    """
+    from lrkit.study.code import digest_of
+
+    name = None if task.get("data") else task.get("task")
+    return digest_of([*components_of(method), *([] if name is None else [("task", name.partition("/")[0])])])
 
 
 def _versions(method: Mapping[str, Any], task: str | None, data: str | None, model: str) -> dict[str, str]:
@@ -123,6 +170,7 @@ def _versions(method: Mapping[str, Any], task: str | None, data: str | None, mod
         found["model"] = _digest([p for p in Path(model).iterdir() if p.is_file() and not p.name.startswith(".")])
     for package in sorted(packages):
         found[package] = _version(package)
+    found["code"] = code_of(method, {"task": task, "data": data})
     return found
 
 
@@ -130,7 +178,7 @@ def _versions(method: Mapping[str, Any], task: str | None, data: str | None, mod
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
+    except Exception:  # added in this process, or with metadata that cannot be read
         return "unknown"
 
 
@@ -181,12 +229,41 @@ class Conditions:
 
 
 def is_done(folder: Path) -> bool:
-    """Whether a cell's folder holds a result; one that is damaged counts as none."""
+    """Whether a cell's folder holds a result, and every file beside it is whole; a damaged one counts as none."""
+    return has_result(folder) and damaged(folder) is None
+
+
+def has_result(folder: Path) -> bool:
+    """Whether a cell's folder holds a result, whatever its other files are like."""
     try:
         result = read_json(folder / "result.json")
     except LrkitError:
         return False
     return isinstance(result, dict) and result.get("key") == folder.name and bool(result.get("scores"))
+
+
+def damaged(folder: Path) -> str | None:
+    """The first file of a cell with a result that is not as it was written, or gone; None where all are whole."""
+    try:
+        listed = read_json(folder / LIST)
+    except LrkitError:
+        return LIST
+    if not isinstance(listed, dict):  # of a cell from before there was a list: what can be read is whole
+        return None if listed is None and _can_be_read(folder / "config.json") else "config.json"
+    for name, expected in listed.items():
+        try:
+            if zlib.crc32((folder / name).read_bytes()) != expected:
+                return str(name)
+        except OSError:
+            return str(name)
+    return None
+
+
+def _can_be_read(path: Path) -> bool:
+    try:
+        return isinstance(read_json(path), dict)
+    except LrkitError:
+        return False
 
 
 def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> dict[str, Any]:
@@ -203,12 +280,14 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
         ``{"key", "status": "done" | "failed" | "busy", "score", "error", "seconds"}``; busy: another process runs it now;
         seconds: that it took here, None where it did not come to its end.
     """
+    from lrkit.process import as_it_was
+
     begin = time.monotonic()
     cell, place = Cell(**plain), Path(folder)
     settled = Conditions(**{**conditions, "report_to": tuple(conditions.get("report_to", ()))})
     place.mkdir(parents=True, exist_ok=True)
     answer: dict[str, Any] = {"key": cell.key, "status": "done", "score": None, "error": None, "seconds": None}
-    with _training, lock(place / "lock") as mine:
+    with _training, as_it_was(), lock(place / "lock") as mine:
         if not mine:
             return answer | {"status": "busy"}
         if not is_done(place):
@@ -217,11 +296,10 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
             except (KeyboardInterrupt, GeneratorExit):
                 raise
             except BaseException as error:
-                text = " ".join(f"{type(error).__name__}: {error}".split())
-                line = str(error) if isinstance(error, LrkitError) else text
+                line = cut(" ".join(str(error).split())) if isinstance(error, LrkitError) else line_of(error)
                 note_failure(place, line, traceback.format_exc())
                 return answer | {"status": "failed", "error": line}
-        _tidy(place)
+        tidy(place)
         scores = read_json(place / "result.json")["scores"]
         return answer | {"score": next(iter(scores.values()), None), "seconds": time.monotonic() - begin}
 
@@ -229,16 +307,21 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
 def note_failure(place: Path, line: str, detail: str) -> None:
     """Write down why a cell failed, as far as the disk lets us."""
     with contextlib.suppress(OSError):
-        write_bytes(place / "error.txt", detail.encode())
-        _attempt(place, {"event": "failed", "error": line})
+        write_bytes(place / "error.txt", cut(detail, 100_000).encode(errors="replace"))
+        _attempt(place, {"event": "failed", "error": cut(line)})
 
 
 def _run(cell: Cell, place: Path, conditions: Conditions) -> None:
     from lrkit.study.run import Record
 
     record = Record(folder=place, checkpoint_seconds=conditions.checkpoint_seconds, report_to=conditions.report_to)
-    if not (place / "config.json").is_file():
-        write_json(place / "config.json", {"format": FORMAT, "key": cell.key, "seed": cell.seed, **cell.to_plain()})
+    now = code_of(cell.method, cell.task)
+    if cell.versions.get("code", now) != now:
+        raise LrkitError(
+            f"this process has other code than the study was begun with ({now}, not {cell.versions['code']}): the same "
+            "sources of lrkit and plug-ins must be everywhere, and not change meanwhile"
+        )
+    write_json(place / "config.json", {"format": FORMAT, "key": cell.key, "seed": cell.seed, **cell.to_plain()})
     write_json(place / "env.json", _environment(conditions))
     host = socket.gethostname()
     _attempt(place, {"event": "begin", "from_step": record.step(), "host": host, "pid": os.getpid()})
@@ -271,6 +354,7 @@ def _train(cell: Cell, record: "Any", conditions: Conditions) -> None:
             _task(canonical(cell.task), cell.versions.get("data")),
             model=cell.model,
             targets=cell.targets,
+            train_also=cell.train_also,
             settings=settings_from({**cell.run, "threads": conditions.threads}),
             done=keep,
             record=record,
@@ -279,9 +363,9 @@ def _train(cell: Cell, record: "Any", conditions: Conditions) -> None:
         return
     import io
 
-    content = io.BytesIO()
-    np.savez_compressed(content, predictions=result.predictions)
-    write_bytes(place / "predictions.npz", content.getvalue())
+    predictions = io.BytesIO()
+    np.savez_compressed(predictions, predictions=result.predictions)
+    write_bytes(place / "predictions.npz", predictions.getvalue())
     summary = result.summary.to_plain()
     layers = summary.pop("layers")
     written = {
@@ -294,7 +378,11 @@ def _train(cell: Cell, record: "Any", conditions: Conditions) -> None:
         "layers": layers,
         "flops": attrs.asdict(result.flops),
     }
-    write_json(place / "result.json", written)
+    content = json_bytes(written)
+    names = ("config.json", "predictions.npz", *(["lrkit.safetensors"] if conditions.keep else []))
+    sums = {name: zlib.crc32((place / name).read_bytes()) for name in names}
+    write_json(place / LIST, {**sums, "result.json": zlib.crc32(content)})
+    write_bytes(place / "result.json", content)
     took = {"step_seconds": result.step_seconds, "train_seconds": result.train_seconds}
     _attempt(place, {"event": "end", "step": result.steps, **took})
 
@@ -307,11 +395,23 @@ def _task(plain: str, digest: str | None) -> Any:
     return load_task_of(TaskSpec(**json.loads(plain)))
 
 
-def _tidy(place: Path) -> None:
-    """What a cell that is done needs no longer."""
+def tidy(place: Path) -> None:
+    """Take away what a cell that is done needs no longer, whenever it was killed."""
     shutil.rmtree(place / "checkpoints", ignore_errors=True)
-    for leftover in (place / "error.txt", place / "conditions.json", *place.glob(".*.*")):
+    for leftover in _leftovers(place):
         leftover.unlink(missing_ok=True)
+
+
+def _leftovers(place: Path) -> list[Path]:
+    return [p for p in (place / "error.txt", place / "conditions.json", *place.glob(".*.*")) if p.is_file()]
+
+
+def tidy_done(place: Path) -> None:
+    """`tidy` a cell that is done, if there is anything to tidy and no other process is at it."""
+    if (place / "checkpoints").exists() or _leftovers(place):
+        with lock(place / "lock") as mine:
+            if mine:
+                tidy(place)
 
 
 def _attempt(place: Path, event: dict[str, Any]) -> None:
@@ -348,7 +448,7 @@ def _launch(cell: Cell, place: Path, conditions: Conditions) -> None:
     done = subprocess.run(here, capture_output=True, text=True, check=False)
     conditions_file.unlink(missing_ok=True)
     if done.returncode or not is_done(place):
-        raise LrkitError(f"torchrun ended with {done.returncode}: {_last_error(done.stderr)}")
+        raise LrkitError(f"torchrun ended with {done.returncode}: {cut(_last_error(done.stderr))}")
 
 
 def _last_error(text: str) -> str:
@@ -381,7 +481,7 @@ def _main(what: str, *rest: str) -> None:
 
     place = Path(rest[0])
     config = read_json(place / "config.json")
-    cell = Cell(**{field.name: config[field.name] for field in attrs.fields(Cell)})
+    cell = Cell(**{field.name: config[field.name] for field in attrs.fields(Cell) if field.name in config})
     stored = read_json(place / "conditions.json")
     conditions = Conditions(**{**stored, "report_to": tuple(stored["report_to"])})
     record = Record(folder=place, checkpoint_seconds=conditions.checkpoint_seconds, report_to=conditions.report_to)

@@ -68,7 +68,7 @@ def lrkit_digest() -> str:
 
 def inside(root: Path) -> list[Path]:
     """The files of the package that count."""
-    files = (path for path in root.rglob("*") if path.is_file() and not _is_skipped(path))
+    files = (path for path in root.rglob("*") if path.is_file() and not _is_skipped(path.relative_to(root)))
     return sorted(path for path in files if not _is_outside(path.relative_to(root).as_posix()))
 
 
@@ -77,7 +77,7 @@ def _is_outside(name: str) -> bool:
 
 
 def _is_skipped(path: Path) -> bool:
-    return any(part.endswith(_SKIPPED) for part in path.parts)
+    return any(part.endswith(_SKIPPED) or part.startswith(".") for part in path.parts)
 
 
 @cache
@@ -88,7 +88,7 @@ def _distribution_digest(name: str) -> str:
         found = [(file.as_posix(), Path(str(file.locate()))) for file in listed]
     except Exception:  # none of that name (added in this process), or metadata that cannot be read
         return ""
-    return _hash((name, path) for name, path in found if path.is_file() and not _is_skipped(path))
+    return _hash((name, path) for name, path in found if path.is_file() and not _is_skipped(Path(name)))
 
 
 @cache
@@ -104,7 +104,11 @@ def _object_digest(value: Any) -> str:
             return ""
     if hasattr(package, "__path__"):
         root = Path(file).parent
-        return _hash((p.relative_to(root).as_posix(), p) for p in sorted(root.rglob("*.py")) if not _is_skipped(p))
+        return _hash(
+            (p.relative_to(root).as_posix(), p)
+            for p in sorted(root.rglob("*.py"))
+            if not _is_skipped(p.relative_to(root))
+        )
     return _hash([(package.__name__, Path(file))])
 
 

@@ -58,8 +58,8 @@ def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], N
                 to_plain(plan.method(each, spec)),
                 spec,
                 plan.study.model,
-                plan.study.targets,
-                attrs.asdict(plan.settings(each, spec, plan.seeds[0])),
+                run=attrs.asdict(plan.settings(each, spec, plan.seeds[0])),
+                **each.attach,
             )
             for each in (plan.rows[0], row)
         ]
@@ -124,7 +124,9 @@ class _Side:
 
         torch.manual_seed(0)
         self.net = net.to(device)
-        self.adapted: Adapted = attach(net, from_plain(cell["method"]), targets=cell["targets"])
+        self.adapted: Adapted = attach(
+            net, from_plain(cell["method"]), targets=cell["targets"], train_also=cell["train_also"]
+        )
         if state is not None:
             self.adapted.load_state_dict(checkpoint.read(state))
         self.optimizer = torch.optim.AdamW(self.adapted.parameters(), lr=1e-5)

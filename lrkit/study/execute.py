@@ -10,9 +10,23 @@ from typing import Any
 import attrs
 
 from lrkit.errors import LrkitError
+from lrkit.foreign import line_of
 from lrkit.method import to_plain
-from lrkit.study.cell import Cell, Conditions, is_done, make_cell, note_failure, run_cell
+from lrkit.study.cell import (
+    Cell,
+    Conditions,
+    code_of,
+    has_result,
+    is_done,
+    make_cell,
+    note_failure,
+    run_cell,
+    tidy_done,
+)
+from lrkit.study.old import tell_damaged, with_old
+from lrkit.study.place import try_folder
 from lrkit.study.plan import Plan, Row, TaskSpec, changes, load_task_of
+from lrkit.study.rates import implied, rates_of
 from lrkit.study.store import canonical, lock, read_json, write_json
 
 FORMAT = 1
@@ -21,13 +35,35 @@ _TRIES = 4
 
 @attrs.frozen(kw_only=True)
 class Job:
-    """A cell and its place in the study."""
+    """A cell and its place in the study.
+
+    Args:
+        cell: the cell.
+        row: its row's index.
+        label: its row's label.
+        task: its task's name.
+        seed: its seed.
+        steps: optimizer steps, where known.
+        kept: key and code of the cell of other code that stands for it; None for its own.
+    """
 
     cell: Cell
     row: int
     label: str
     task: str
     seed: int
+    steps: int | None = None
+    kept: tuple[str, str] | None = None
+
+    @property
+    def key(self) -> str:
+        """The name of its folder."""
+        return self.cell.key if self.kept is None else self.kept[0]
+
+    @property
+    def code(self) -> str:
+        """The digest of the code that its result is of."""
+        return self.cell.versions["code"] if self.kept is None else self.kept[1]
 
 
 @attrs.frozen(kw_only=True)
@@ -53,8 +89,12 @@ Told = Callable[[Job, Mapping[str, Any], int, int], None]
 """Called when a cell has ended: the job, what `run_cell` gave, cells ended and cells in all."""
 
 
-def check(plan: Plan) -> dict[str, dict[str, Any]]:
+def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[str, dict[str, Any]]:
     """Check every cell before a step is spent: tasks loaded, each method attached to the model without its weights.
+
+    Args:
+        plan: the study.
+        steps: filled with the optimizer steps of (row's label, task's name).
 
     Returns:
         Task name to ``{"name", "metric", "majority"}``.
@@ -77,11 +117,13 @@ def check(plan: Plan) -> dict[str, dict[str, Any]]:
         net = empty_model(plan.study.model, task.num_labels)
         for row in plan.rows:
             settings = plan.settings(row, spec, 0)
-            steps = total_steps(settings, min(len(task.train), settings.train_rows or len(task.train)))
+            length = total_steps(settings, min(len(task.train), settings.train_rows or len(task.train)))
+            if steps is not None:
+                steps[row.label, spec.name] = length
             try:
-                adapted = attach(net, plan.method(row, spec), targets=plan.study.targets)
+                adapted = attach(net, plan.method(row, spec), **row.attach)
                 try:
-                    adapted.check_schedule(steps)
+                    adapted.check_schedule(length)
                 finally:
                     adapted.detach()
             except LrkitError as error:
@@ -109,7 +151,7 @@ def jobs_of(plan: Plan) -> list[Job]:
 
 def _cell(plan: Plan, row: Row, spec: TaskSpec, seed: int) -> Cell:
     run = attrs.asdict(plan.settings(row, spec, seed))
-    return make_cell(to_plain(plan.method(row, spec)), spec, plan.study.model, plan.study.targets, run)
+    return make_cell(to_plain(plan.method(row, spec)), spec, plan.study.model, run=run, **row.attach)
 
 
 def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, Any], folder: Path) -> None:
@@ -125,16 +167,33 @@ def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, Any], folder
         "note": plan.study.note,
         "base": 0,
         "rows": [
-            {"label": row.label, "changes": changes(plan.rows[0], row), "method": to_plain(row.method), "run": row.run}
+            {
+                "label": row.label,
+                "changes": [*changes(plan.rows[0], row), *implied(plan, row)],
+                "method": to_plain(row.method),
+                "run": row.run,
+                "rates": {spec.name: rates_of(plan, row, spec) for spec in plan.tasks},
+                **row.attach,
+            }
             for row in plan.rows
         ],
         "tasks": [tasks[spec.name] for spec in plan.tasks],
         "model": plan.study.model,
         "targets": plan.study.targets,
+        "train_also": plan.study.train_also,
         "seeds": list(plan.seeds),
         "run": dict(plan.study.run),
         "cells": [
-            {"key": j.cell.key, "row": j.row, "task": j.task, "seed": j.seed, "setup": j.cell.setup} for j in jobs
+            {
+                "key": j.key,
+                "row": j.row,
+                "task": j.task,
+                "seed": j.seed,
+                "setup": j.cell.setup,
+                "code": j.code,
+                "old": j.kept is not None,
+            }
+            for j in jobs
         ],
         "costs": [],
     }
@@ -148,10 +207,19 @@ def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, Any], folder
     )
     if held and not (folder / "study.json").exists():
         raise LrkitError(f"{folder} exists and holds no study: nothing is overwritten, choose another --out")
+    try_folder(folder / "cells")
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / "study.lock", wait=True):
+        for draft in folder.glob(".study.json.*"):
+            draft.unlink(missing_ok=True)
         there = read_json(folder / "study.json")
         write_json(folder / "study.json", mine if there is None else _joined(there, mine, folder))
+
+
+def _what(row: Mapping[str, Any], study: Mapping[str, Any]) -> list[Any]:
+    """All that decides what a row of a study.json trains."""
+    own = [row.get(key, study.get(key, "auto")) for key in ("targets", "train_also")]
+    return [row["method"], row.get("run", {}), *own]
 
 
 def _joined(there: Mapping[str, Any], mine: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -162,27 +230,41 @@ def _joined(there: Mapping[str, Any], mine: dict[str, Any], folder: Path) -> dic
 
     if not isinstance(there, Mapping) or there.get("format") != FORMAT:
         raise refuse(f"its study.json is not of format {FORMAT}")
-    for key in ("model", "targets", "run"):
+    there = {"train_also": "auto", **there}  # it always was, in a study of an earlier lrkit
+    for key in ("model", "targets", "train_also", "run"):
         if canonical(there[key]) != canonical(mine[key]):
             raise refuse(f"{key} is {canonical(there[key])} there and {canonical(mine[key])} here")
-    if canonical(there["rows"][0]["method"]) != canonical(mine["rows"][0]["method"]):
+    cells = {(c["row"], c["task"], c["seed"]): c for c in there["cells"]}
+    codes = {c["row"]: c["code"] for c in mine["cells"]}
+
+    def gives_way(index: int, now: int) -> bool:
+        """Whether a row that is there is all of other code than its namesake here: then a default may have changed."""
+        return all(c.get("code") != codes.get(now) for c in cells.values() if c["row"] == index)
+
+    if canonical(there["rows"][0]["method"]) != canonical(mine["rows"][0]["method"]) and not gives_way(0, 0):
         raise refuse(f'its base is "{there["rows"][0]["label"]}" with other settings')
     rows = list(there["rows"])
     place = {}
     for index, row in enumerate(mine["rows"]):
         # The base is the base, whatever it is called.
         same = [i for i, r in enumerate(rows) if r["label"] == row["label"]] if index else [0]
-        if same and canonical([rows[same[0]]["method"], rows[same[0]].get("run", {})]) != canonical(
-            [row["method"], row["run"]]
-        ):
-            raise refuse(f'row "{row["label"]}" is another method there')
-        if not same:
+        if same and canonical(_what(rows[same[0]], there)) != canonical(_what(row, mine)):
+            if not gives_way(same[0], index):
+                raise refuse(f'row "{row["label"]}" is another method there')
+            cells = {at: c for at, c in cells.items() if c["row"] != same[0]}
+        if same:
+            rows[same[0]] = row | {"label": rows[same[0]]["label"]}
+        else:
             rows.append(row)
         place[index] = same[0] if same else len(rows) - 1
-    cells = {(c["row"], c["task"], c["seed"]): c for c in there["cells"]}
+    asked = set()
     for c in mine["cells"]:
         moved = {**c, "row": place[c["row"]]}
+        asked.add((moved["row"], moved["task"], moved["seed"]))
         cells[moved["row"], moved["task"], moved["seed"]] = moved
+    for at, c in cells.items():
+        if at not in asked:
+            cells[at] = c | {"old": c.get("code") != code_of(rows[c["row"]]["method"], _task_of(c))}
     setups = {c["task"]: c["setup"] for c in mine["cells"]}
     stale = [c for c in cells.values() if c["setup"] != setups.get(c["task"], c["setup"])]
     if stale:
@@ -203,6 +285,14 @@ def _joined(there: Mapping[str, Any], mine: dict[str, Any], folder: Path) -> dic
     }
 
 
+def _task_of(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A task as `code_of` wants it. A folder's name may be a registered task's, but then its plug-in is not used."""
+    from lrkit.registry import current
+
+    known = cell["task"].partition("/")[0] in current().names("task")
+    return {"task": cell["task"] if known else None}
+
+
 def carry_out(
     plan: Plan,
     folder: Path,
@@ -210,7 +300,8 @@ def carry_out(
     executor: Callable[[], Executor],
     conditions: Conditions,
     told: Told | None = None,
-    started: Callable[[int, int], None] | None = None,
+    started: Callable[[Sequence[Job], int], None] | None = None,
+    keep_old: bool = False,
 ) -> Outcome:
     """Run what is missing of a study.
 
@@ -220,16 +311,20 @@ def carry_out(
         executor: makes one; called again where workers died and took the pool with them.
         conditions: how cells run.
         told: called when a cell has ended.
-        started: called with the cells to run and the cells in all.
+        started: called with the cells to run, and how many there are in all.
+        keep_old: keep cells that are done and of other code, instead of computing them again.
 
     Raises:
         LrkitError: something in the plan cannot run, or the folder holds something else. No step is spent then.
     """
     folder = Path(os.path.abspath(folder))
-    tasks = check(plan)
-    jobs = jobs_of(plan)
-    waiting = {job.cell.key: job for job in jobs if not is_done(folder / "cells" / job.cell.key)}
-    total = len({job.cell.key for job in jobs})
+    steps: dict[tuple[str, str], int] = {}
+    tasks = check(plan, steps)
+    jobs = [attrs.evolve(job, steps=steps[job.label, job.task]) for job in jobs_of(plan)]
+    jobs = with_old(jobs, folder, keep_old)
+    done = {job.key for job in jobs if is_done(folder / "cells" / job.key)}
+    waiting = {job.key: job for job in jobs if job.key not in done}
+    total = len({job.key for job in jobs})
     first = executor() if waiting else None  # an executor that cannot be had is told before anything is written
     try:
         write_plan(plan, jobs, tasks, folder)
@@ -237,13 +332,16 @@ def carry_out(
         if first is not None:
             first.shutdown(wait=False, cancel_futures=True)
         raise
+    tell_damaged(folder, list(waiting))
+    for key in done:
+        tidy_done(folder / "cells" / key)
     if started is not None:
-        started(len(waiting), total)
+        started(list(waiting.values()), total)
     answers = {} if first is None else _run_all(waiting, folder, first, executor, conditions, told, total)
-    names = {job.cell.key: f"{job.label}, {job.task}, seed {job.seed}" for job in jobs}
+    names = {job.key: f"{job.label}, {job.task}, seed {job.seed}" for job in jobs}
     return Outcome(
         folder=folder,
-        done=sum(is_done(folder / "cells" / job.cell.key) for job in jobs),
+        done=sum(has_result(folder / "cells" / job.key) for job in jobs),
         ran=sum(answer["status"] == "done" for answer in answers.values()),
         failed=tuple((names[k], str(a["error"])) for k, a in answers.items() if a["status"] == "failed"),
         busy=sum(answer["status"] == "busy" for answer in answers.values()),
@@ -278,7 +376,7 @@ def _run_all(
                 ended, open_ = wait(open_, return_when=FIRST_COMPLETED)
                 for future in ended:
                     job = futures[future]
-                    key = job.cell.key
+                    key = job.key
                     error = future.exception()
                     if error is not None:
                         cause = error
@@ -287,8 +385,7 @@ def _run_all(
                         tries[key] += not innocent
                         if tries[key] < _TRIES:
                             continue
-                        line = f"its worker died {tries[key]} times ({type(error).__name__}: {error})"
-                        line = " ".join(line.split())
+                        line = f"its worker died {tries[key]} times ({line_of(error)})"
                         note_failure(folder / "cells" / key, line, line)
                         answer: Mapping[str, Any] = {"key": key, "status": "failed", "score": None, "error": line}
                     else:
@@ -306,7 +403,7 @@ def _run_all(
             # Cells that never begin cost no try, so rounds in which none does are counted.
             idle = 0 if any(_begun(folder / "cells" / key) > at for key, at in begun.items()) else idle + 1
             if idle == _TRIES:
-                text = " ".join(f"{type(cause).__name__}: {cause}".split())
+                text = "" if cause is None else line_of(cause)
                 raise LrkitError(f"the executor does not run cells: {text}")
             time.sleep(0.5)
             pool = make()

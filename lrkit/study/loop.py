@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lrkit.study.run import Progress, Record
 
 _POINTS = 8
+_PATIENCE = 5.0
+"""Seconds from being asked to stop to stopping without a checkpoint of that step."""
 
 
 class RunTrainer(Trainer):
@@ -118,6 +120,7 @@ class Recorder(TrainerCallback):
         self._history = Lines(record.folder / "history.jsonl")
         self._saved = self._logged = time.monotonic()
         self._decisions, self._step = 0, 0
+        self._asked: float | None = None
 
     def close(self) -> None:
         """Close the files."""
@@ -155,7 +158,17 @@ class Recorder(TrainerCallback):
             for decision in self._adapted.history[self._decisions :]:
                 self._history.write(attrs.asdict(decision))
         self._decisions = len(self._adapted.history)
-        if state.global_step % self._log_every or state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps:
+            return
+        asked = self._record.stop is not None and self._record.stop()
+        if asked and self._asked is None:
+            self._asked = time.monotonic()
+        if state.global_step % self._log_every:
+            # The last checkpoint stands: a good place for a new one may be minutes away.
+            control.should_training_stop |= self._asked is not None and time.monotonic() - self._asked > _PATIENCE
+            return
+        if asked:
+            control.should_save = control.should_training_stop = True
             return
         due = time.monotonic() - self._saved >= self._record.checkpoint_seconds
         if args.world_size > 1:

@@ -43,7 +43,7 @@ def sign_flip_p(differences: Sequence[float]) -> float:
         differences: paired differences [n], finite, n >= 1.
 
     Returns:
-        The share of the 2^n sign patterns whose mean is at least as far from zero as the one seen: exact up to n = 16.
+        The share of the 2^n sign patterns whose mean is at least as far from zero as the one seen, exact up to n = 16.
         Beyond that (1 + such patterns) / (1 + 99,999) over random ones. Always in [2/2^n, 1].
     """
     lower, higher, _ = _splits(differences)

@@ -6,9 +6,7 @@ line or from Python, it becomes the same `Plan`, and every method in it is built
 
 import itertools
 import math
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +27,7 @@ from lrkit.method import (
 )
 from lrkit.reading import TOML_BYTES, check_plain, parse_toml, read_text
 from lrkit.study.run import RunSettings, settings_from
+from lrkit.study.shipped import catalogue, check_required, names, text_of, with_profile
 
 if TYPE_CHECKING:
     from lrkit.tasks import Task
@@ -52,6 +51,8 @@ class RowSpec:
         swap: component or setting to value: ``{"metric": "magnitude"}``.
         leave_out: of ``"penalty"``, ``"policy"``, ``"also"``.
         run: settings of the run for this row alone, such as ``lr``.
+        targets: which layers, for this row alone; None for the study's.
+        train_also: which modules train in full, for this row alone; None for the study's. An empty list for none.
     """
 
     label: str | None = None
@@ -60,6 +61,8 @@ class RowSpec:
     swap: dict[str, Any] = attrs.field(factory=dict)
     leave_out: list[str] = attrs.field(factory=list)
     run: dict[str, Any] = attrs.field(factory=dict)
+    targets: str | list[str] | None = None
+    train_also: str | list[str] | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -71,7 +74,8 @@ class TaskSpec:
         data: a folder with ``{train,validation}.jsonl[.gz]``.
         metric: what scores a folder's task.
         run: settings of the run on this task alone.
-        set: settings of every row's method on this task alone, such as the schedule.
+        set: settings of every row's method on this task alone, such as the schedule. What a row changes itself stays, and a
+            row whose parts have no such setting is left as it is.
     """
 
     task: str | None = None
@@ -92,6 +96,8 @@ class Study:
 
     Args:
         base: a method's name, or a method as plain data.
+        label: what tables call the base; None for its name.
+        requires: distributions whose components it needs.
         title: for the report.
         note: for the report.
         set: settings of every row, as `RowSpec.set`.
@@ -103,11 +109,14 @@ class Study:
         tasks: tasks' names or `TaskSpec`; ``movies`` where none is given.
         model: ``"minilm"``, a folder or a hub id.
         targets: as `lrkit.attach` takes it.
+        train_also: likewise.
         seeds: how many (0, 1, ...), or which.
         run: settings of every run.
     """
 
     base: Any
+    label: str | None = None
+    requires: list[str] = attrs.field(factory=list)
     title: str = ""
     note: str = ""
     set: dict[str, Any] = attrs.field(factory=dict)
@@ -118,6 +127,7 @@ class Study:
     tasks: list[TaskSpec] = attrs.field(factory=list)
     model: str = "minilm"
     targets: str | list[str] = "all-linear"
+    train_also: str | list[str] = "auto"
     seeds: int | list[int] = SEEDS
     run: dict[str, Any] = attrs.field(factory=dict)
 
@@ -126,36 +136,36 @@ class Study:
 
 
 def shipped() -> dict[str, str]:
-    """Names of the study files that ship with lrkit, and their titles."""
-    folder = resources.files("lrkit") / "studies"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".toml"): tomllib.loads(f.read_text("utf-8")).get("title", "") for f in files}
+    """Names of the studies that ship with lrkit and installed plug-ins, and their titles."""
+    return {study.name: study.title for study in catalogue()}
 
 
-def read_study(source: str, changes: Mapping[str, Any] | None = None) -> Study:
+def read_study(source: str, changes: Mapping[str, Any] | None = None, *, profile: str | None = None) -> Study:
     """A study from a TOML file, or from one that ships.
 
     Args:
         source: a path that ends in ``.toml``, or a name in `shipped`.
         changes: what replaces the file's values, by field.
+        profile: one of the file's profiles; None for its first.
 
     Raises:
-        LrkitError: no such file, no TOML, an unknown key (with the nearest right one), or a value of the wrong type.
+        LrkitError: no such file, no TOML, no such profile, an unknown key (with the nearest right one), a value of the wrong
+            type, or a plug-in that it needs and that is not installed.
     """
     path = Path(source)
-    if source in shipped() and not path.exists():
-        text = (resources.files("lrkit") / "studies" / f"{source}.toml").read_text("utf-8")
+    if source in names() and not path.exists():
+        text = text_of(source)
     else:
         try:
             text = read_text(path, TOML_BYTES)
         except FileNotFoundError:
             raise LrkitError(
-                f'study "{source}": no such file{nearest(source, shipped())}; a study is a .toml file or one of '
-                f"{', '.join(shipped())}"
+                f'study "{source}": no such file{nearest(source, names())}; a study is a .toml file or one of '
+                f"{', '.join(names())}"
             ) from None
         except LrkitError as error:
             raise LrkitError(f'study "{source}" cannot be read: {error}') from None
-    plain = parse_toml(text, source)
+    plain = with_profile(parse_toml(text, source), profile, source)
     return study_from(plain | dict(changes or {}), source)
 
 
@@ -170,7 +180,7 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
         LrkitError: an unknown key (with the nearest right one), or a value of the wrong type.
     """
     check_plain(plain, where)
-    data = dict(plain)
+    data = with_profile(plain, None, where)
     if "task" in data and "tasks" not in data:
         data["tasks"] = [data.pop("task")]
     if isinstance(data.get("tasks"), list):
@@ -178,6 +188,7 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
     if "base" not in data:
         raise LrkitError(f"{where}: base is missing: the method that rows are compared with")
     study: Study = _structure(data, Study, where)
+    check_required(study.requires, where)
     for spec in study.tasks:
         if (spec.task is None) == (spec.data is None):
             raise LrkitError(f"{where}: tasks: each has either task (a name) or data (a folder)")
@@ -211,7 +222,7 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
         return value
 
     def names(value: Any, _: Any) -> Any:
-        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value) and value):
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             return value
         raise LrkitError(f"must be a text or a list of texts, not {shown(value)}")
 
@@ -226,6 +237,7 @@ def _structure(data: Mapping[str, Any], cls: type, where: str) -> Any:
 
     converter.register_structure_hook(int | list[int], seeds)
     converter.register_structure_hook(str | list[str], names)
+    converter.register_structure_hook(str | list[str] | None, lambda v, t: None if v is None else names(v, t))
     converter.register_structure_hook_func(lambda t: str(t).startswith("dict["), table)
 
     def some(value: Any, hint: Any) -> Any:
@@ -284,11 +296,15 @@ class Row:
         label: what tables call it; unique in the study.
         method: the method.
         run: settings of its runs that differ from the study's.
+        attach: what `lrkit.attach` takes beside the method: ``targets`` and ``train_also``.
+        own: paths of the method's settings that the row itself changes.
     """
 
     label: str
     method: Method
     run: dict[str, Any]
+    attach: dict[str, Any]
+    own: frozenset[str] = frozenset()
 
 
 @attrs.frozen(kw_only=True)
@@ -318,11 +334,9 @@ class Plan:
         """A row's method on a task, with the task's own settings."""
         plain = to_plain(row.method)
         for path, value in task.set.items():
-            # A task's schedule means nothing to a row without one.
-            owner = path.split(".", 1)[0]
-            if owner in FIELDS and plain[owner] is None:
-                continue
-            plain = with_setting(plain, path, value)
+            # The row comes after the task; and a task's schedule means nothing to a row without one.
+            if path not in row.own and (row is self.rows[0] or _has(plain, path)):
+                plain = with_setting(plain, path, value)
         return from_plain(plain)
 
 
@@ -342,14 +356,18 @@ def lay_out(study: Study) -> Plan:
     specs = [RowSpec(swap=each) for each in (combinations if study.grid and study.swap else singles)]
     specs += [RowSpec(leave_out=[name]) for name in study.leave_out]
     specs += study.rows
-    name = study.base if isinstance(study.base, str) else "base"
-    rows = [Row(label=name, method=from_plain(base), run={})]
+    name = study.label or (study.base if isinstance(study.base, str) else "base")
+    where = {"targets": study.targets, "train_also": study.train_also}
+    rows = [Row(label=name, method=from_plain(base), run={}, attach=where)]
     seen = {_identity(rows[0])}
     labels = {name}
     for spec in specs:
         label = spec.label or _label(spec)
         try:
-            row = Row(label=label, method=_row(base, spec, study), run=dict(spec.run))
+            given = {"targets": spec.targets, "train_also": spec.train_also}
+            where = {key: getattr(study, key) if value is None else value for key, value in given.items()}
+            method, own = _row(base, spec, study)
+            row = Row(label=label, method=method, run=dict(spec.run), attach=where, own=own)
             settings_from(row.run)
         except LrkitError as error:
             raise LrkitError(f"row {label}: {error}") from None
@@ -373,10 +391,6 @@ def lay_out(study: Study) -> Plan:
         for row in rows:
             plan.settings(row, task, 0)
             plan.method(row, task)
-            for change in changes(rows[0], row):
-                for path in task.set:
-                    if change["path"] == path:
-                        raise LrkitError(f"task {task.name}: set {path} would undo what row {row.label} changes")
     return plan
 
 
@@ -393,7 +407,8 @@ def _check_size(study: Study) -> None:
 
 def _identity(row: Row) -> tuple[Any, ...]:
     # As text: a target of 1 is a count, one of 1.0 a share, and Python has them equal.
-    return repr(to_plain(row.method)), tuple(sorted((key, repr(value)) for key, value in row.run.items()))
+    run = tuple(sorted((key, repr(value)) for key, value in row.run.items()))
+    return repr(to_plain(row.method)), run, repr(row.attach)
 
 
 def _compose(base: Any, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -408,8 +423,22 @@ def _compose(base: Any, settings: Mapping[str, Any], where: str) -> dict[str, An
     return plain
 
 
-def _row(base: Mapping[str, Any], spec: RowSpec, study: Study) -> Method:
+def _has(plain: Any, path: str) -> bool:
+    """Whether there is anything at a path in a method's plain data."""
+    for key in path.split("."):
+        if isinstance(plain, list) and key.isdecimal() and int(key) < len(plain):
+            plain = plain[int(key)]
+        elif isinstance(plain, Mapping) and key in plain:
+            plain = plain[key]
+        else:
+            return False
+    return True
+
+
+def _row(base: Mapping[str, Any], spec: RowSpec, study: Study) -> tuple[Method, frozenset[str]]:
+    """A row's method, and the paths of what the row itself changes in its base."""
     source, plain = (study.base, dict(base)) if spec.base is None else (spec.base, _compose(spec.base, {}, "base"))
+    before = dict(plain)
     known = arguments_of(source) if isinstance(source, str) else []
     # Arguments of the method's function come first (they move several settings together), settings of the row last.
     arguments = {key: value for key, value in {**spec.swap, **spec.set}.items() if key in known}
@@ -423,7 +452,11 @@ def _row(base: Mapping[str, Any], spec: RowSpec, study: Study) -> Method:
     for path, value in spec.set.items():
         if path not in arguments:
             plain = with_setting(plain, path, value)
-    return from_plain(plain)
+    method = from_plain(plain)
+    own = {change["path"] for change in _differences(before, to_plain(method), "")}
+    own |= {path for path in spec.set if "." in path}
+    own |= {f"{path}.{key}" for path, value in spec.swap.items() if isinstance(value, Mapping) for key in value}
+    return method, frozenset(own)
 
 
 def _check_path(base: Mapping[str, Any], path: str, study: Study) -> None:
@@ -465,6 +498,8 @@ def _label(spec: RowSpec) -> str:
         words.insert(0, spec.base)
     words += [f"without {name}" for name in spec.leave_out]
     words += [f"run.{key}={_show(value)}" for key, value in spec.run.items()]
+    own = {"targets": spec.targets, "train_also": spec.train_also}
+    words += [f"{key}={_show(value)}" for key, value in own.items() if value is not None]
     return ", ".join(words) or "row"
 
 
@@ -489,6 +524,8 @@ def _show(value: Any) -> str:
         return f"{value['name']}({rest})" if rest else str(value["name"])
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return "+".join(value) or "none"
     return "none" if value is None else str(value)
 
 
@@ -499,6 +536,9 @@ def changes(base: Row, row: Row) -> list[dict[str, Any]]:
     """
     found = list(_differences(to_plain(base.method), to_plain(row.method), ""))
     found += [{"path": f"run.{key}", "base": base.run.get(key), "value": value} for key, value in row.run.items()]
+    for key, value in row.attach.items():
+        if value != base.attach[key]:
+            found.append({"path": key, "base": _show(base.attach[key]), "value": _show(value)})
     return found
 
 

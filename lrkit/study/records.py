@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import attrs
 
 from lrkit import reading
-from lrkit.errors import LrkitError, shown
+from lrkit.errors import LrkitError, cut, shown
 
 if TYPE_CHECKING:
     import cattrs
@@ -53,11 +53,19 @@ class RowRecord:
         label: its name.
         changes: what it changes against the base; empty for the base itself.
         method: the method as plain data.
+        rates: the learning rates in force on each task: task to ``{"lr", "head_lr"}``; empty in older studies.
     """
 
     label: str
     changes: tuple[ChangeRecord, ...] = ()
     method: dict[str, Any] = attrs.field(factory=dict, repr=False)
+    rates: dict[str, dict[str, float]] = attrs.field(factory=dict, repr=False)
+
+    @property
+    def lr(self) -> str:
+        """The adapters' learning rate, or those of the tasks; empty where it is not known."""
+        found = sorted({rate["lr"] for rate in self.rates.values() if "lr" in rate})
+        return " / ".join(f"{rate:g}" for rate in found)
 
 
 @attrs.frozen(kw_only=True)
@@ -193,6 +201,7 @@ class CellRecord:
         task: name of the task.
         seed: the seed.
         folder: where its files are, or will be.
+        old: it is of other code than the study was last run with.
     """
 
     key: str
@@ -200,6 +209,7 @@ class CellRecord:
     task: str
     seed: int
     folder: Path = attrs.field(repr=False)
+    old: bool = False
 
     @cached_property
     def status(self) -> Status:
@@ -394,6 +404,13 @@ class _Cell:
     row: int
     task: str
     seed: int
+    code: str = ""
+    old: bool = False
+
+    @property
+    def of_other_code(self) -> bool:
+        # A study from before code was written down is of other code.
+        return self.old or not self.code
 
 
 @attrs.frozen(kw_only=True)
@@ -456,7 +473,14 @@ def read_study(folder: str | Path) -> StudyRecord:
         seeds=study.seeds,
         run=study.run,
         cells=tuple(
-            CellRecord(key=cell.key, row=cell.row, task=cell.task, seed=cell.seed, folder=folder / "cells" / cell.key)
+            CellRecord(
+                key=cell.key,
+                row=cell.row,
+                task=cell.task,
+                seed=cell.seed,
+                folder=folder / "cells" / cell.key,
+                old=cell.of_other_code,
+            )
             for cell in study.cells
         ),
         costs=tuple((cost.key, cost.row, cost.task) for cost in study.costs),
@@ -476,7 +500,8 @@ def frame(record: StudyRecord) -> "pandas.DataFrame":
         Columns ``row`` (the label), ``task``, ``seed``, ``status``, ``score`` (the primary one; NaN where the run
         diverged or is not done: ``status`` tells which), ``scores.NAME`` for every score there is,
         ``parameters.start``, ``parameters.now``, ``parameters.average`` (adapters alone), ``parameters.head``,
-        ``flops`` (of the whole run), ``steps``, ``error`` (of a failed cell) and ``key``.
+        ``flops`` (of the whole run), ``steps``, ``error`` (of a failed cell), ``other_code`` (whether it is of other code
+        than the study was last run with) and ``key``.
     """
     import pandas
 
@@ -499,7 +524,8 @@ def frame(record: StudyRecord) -> "pandas.DataFrame":
                 "parameters.head": parameters and parameters.head,
                 "flops": result.flops.run if result and result.flops else None,
                 "steps": cell.steps,
-                "error": cell.error_line if cell.status == "failed" else "",
+                "error": cut(cell.error_line) if cell.status == "failed" else "",
+                "other_code": cell.old,
                 "key": cell.key,
             }
         )
@@ -507,7 +533,20 @@ def frame(record: StudyRecord) -> "pandas.DataFrame":
     whole = dict.fromkeys(("parameters.start", "parameters.now", "parameters.head"), "Int64")
     real = dict.fromkeys(("score", *scores, "parameters.average", "flops"), "float64")
     parameter_columns = ["parameters.start", "parameters.now", "parameters.average", "parameters.head"]
-    columns = ["row", "task", "seed", "status", "score", *scores, *parameter_columns, "flops", "steps", "error", "key"]
+    columns = [
+        "row",
+        "task",
+        "seed",
+        "status",
+        "score",
+        *scores,
+        *parameter_columns,
+        "flops",
+        "steps",
+        "error",
+        "other_code",
+        "key",
+    ]
     return pandas.DataFrame(table, columns=columns).astype(whole | real)
 
 
@@ -633,11 +672,18 @@ def _converter() -> "cattrs.Converter":
     for cls in (int, str):
         converter.register_structure_hook(cls, _exactly)
     converter.register_structure_hook(float, _real)
+    converter.register_structure_hook(bool, _flag)
     return converter
 
 
 def _exactly(value: Any, cls: type[T]) -> T:
     if not isinstance(value, cls) or isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _flag(value: Any, _: type[bool]) -> bool:
+    if not isinstance(value, bool):
         raise TypeError
     return value
 

@@ -22,10 +22,12 @@ from urllib.parse import quote
 
 import attrs
 
+from lrkit.errors import cut
 from lrkit.study import charts
 from lrkit.study.charts import Style, minus
 from lrkit.study.pictures import grid_of
 from lrkit.study.records import CellRecord, Status, StudyRecord, frame, read_study
+from lrkit.study.sheet import safe_csv
 from lrkit.study.statistics import (
     COSTS,
     SCORES,
@@ -66,7 +68,7 @@ def write_report(folder: str | Path) -> list[Path]:
         "table.csv": table.to_csv(),
         "table.md": table.to_markdown(),
         "table.tex": table.to_latex(),
-        "cells.csv": frame(record).to_csv(index=False, lineterminator="\n"),
+        "cells.csv": safe_csv(frame(record).to_csv(index=False, lineterminator="\n")),
     }
     return [_replace(folder / name, text) for name, text in files.items()]
 
@@ -220,6 +222,7 @@ def _progress(study: _Study) -> str:
     told += [f"{n} {_WORDS[status]}" for status, n in counts.items() if n and status != "done"]
     bar = charts.stacked([(f"s-{status}", f"{n} {_WORDS[status]}", n) for status, n in counts.items() if n])
     html = f'<div class="progress">{bar}<p>{", ".join(told)}.</p></div>'
+    html += _other_code(study)
     if counts["done"] == total:
         return html
     lines = []
@@ -235,6 +238,27 @@ def _progress(study: _Study) -> str:
     return f'{html}<details class="missing" open><summary>{head}</summary><ul>{"".join(lines)}</ul></details>'
 
 
+def _other_code(study: _Study) -> str:
+    """Cells whose results are of other code than the rest."""
+    old = [cell for cell in study.record.cells if cell.old and cell.status == "done"]
+    if not old:
+        return ""
+    lines = []
+    for row in range(len(study.record.rows)):
+        mine = [cell for cell in old if cell.row == row]
+        if mine:
+            which = ", ".join(
+                f"{cell.task} {cell.seed}" if len(study.record.tasks) > 1 else str(cell.seed) for cell in mine
+            )
+            lines.append(f"<li>{study.name(row)}: {'seed' if len(mine) == 1 else 'seeds'} {escape(which)}</li>")
+    count = f"{len(old)} cell is" if len(old) == 1 else f"{len(old)} cells are"
+    told = (
+        f"{count} of other code: the sources of lrkit or of a plug-in have changed since. The same command computes them "
+        "again."
+    )
+    return f'<p class="warn">{told}</p><details class="missing"><summary>Which</summary><ul>{"".join(lines)}</ul></details>'
+
+
 def _open(cells: Sequence[CellRecord]) -> Iterator[str]:
     """Seeds of cells that are not done, by status."""
     for status in ("running", "failed", "missing"):
@@ -247,6 +271,7 @@ def _open(cells: Sequence[CellRecord]) -> Iterator[str]:
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 _TIPS = {
+    "lr": "learning rate of the adapters",
     "n": "finite scores, of the cells asked for",
     "score": "mean ± standard deviation over seeds",
     "difference": "mean of row minus base over pairs of the same task and seed",
@@ -352,6 +377,8 @@ def _forest(row: TableRow, bounds: tuple[float, float], style: Style) -> str:
 
 
 def _sort_value(row: TableRow, key: str) -> str:
+    if key == "lr":
+        return row.lr.partition(" ")[0]
     value = getattr(row, {"score": "mean", "interval": "low"}.get(key, key))
     return "" if value is None else f"{value:.12g}"
 
@@ -731,11 +758,11 @@ def _failures(study: _Study) -> str:
         if cell.status != "failed":
             continue
         text = cell.error or "no traceback was kept"
-        cut = f"… the last {_TRACEBACK:,} of {len(text):,} characters\n" if len(text) > _TRACEBACK else ""
+        lead = f"… the last {_TRACEBACK:,} of {len(text):,} characters\n" if len(text) > _TRACEBACK else ""
         parts.append(
             f"<details><summary>{study.name(cell.row)}, {escape(cell.task)}, seed {cell.seed}: "
-            f"<code>{escape(cell.error_line or text)}</code></summary>"
-            f"<pre>{escape(cut + text[-_TRACEBACK:])}</pre>{_link(cell, 'its folder')}</details>"
+            f"<code>{escape(cut(cell.error_line or text))}</code></summary>"
+            f"<pre>{escape(lead + text[-_TRACEBACK:])}</pre>{_link(cell, 'its folder')}</details>"
         )
     return "".join(parts)
 

@@ -4,6 +4,7 @@ The training loop is transformers' Trainer with `lrkit.trainer.AdaptCallback`, s
 what a user's own Trainer script would do.
 """
 
+import contextlib
 import math
 import re
 import statistics
@@ -166,6 +167,21 @@ class Result:
         }
 
 
+HEAD_LR = 1e-3
+"""The task head's learning rate where none is given."""
+
+
+def rates(parameterization: Any, lr: float | None, head_lr: float | None) -> tuple[float, float]:
+    """The learning rates in force: what is given, or the parameterization's own and `HEAD_LR`.
+
+    Args:
+        parameterization: a parameterization or its class.
+        lr: that of the adapters, if given.
+        head_lr: that of the head, if given.
+    """
+    return parameterization.learning_rate if lr is None else lr, HEAD_LR if head_lr is None else head_lr
+
+
 def total_steps(settings: RunSettings, rows: int) -> int:
     """Optimizer steps of a run over so many training rows."""
     if settings.steps is not None:
@@ -181,11 +197,13 @@ class Record:
         folder: holds ``metrics.jsonl``, ``history.jsonl`` and ``checkpoints/``; what a run left there is gone on with.
         checkpoint_seconds: time between checkpoints.
         report_to: transformers' names of trackers that get the curves as well, such as ``"tensorboard"``.
+        stop: asked after each step: whether to stop there, with a checkpoint; `train` then raises KeyboardInterrupt.
     """
 
     folder: Path
     checkpoint_seconds: float = 60.0
     report_to: tuple[str, ...] = ()
+    stop: Callable[[], bool] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -296,6 +314,7 @@ def train(
     *,
     model: str = "minilm",
     targets: str | Sequence[str] = "all-linear",
+    train_also: str | Sequence[str] = "auto",
     settings: RunSettings | None = None,
     progress: Progress | None = None,
     done: "Callable[[Adapted], None] | None" = None,
@@ -312,6 +331,7 @@ def train(
         task: the task.
         model: ``"minilm"``, a folder or a hub id.
         targets: which layers, as `lrkit.attach` takes it.
+        train_also: which modules train in full, likewise.
         settings: how to train.
         progress: told of every step.
         done: called with the trained handle before the adapters are taken out again (to save them, say).
@@ -344,7 +364,8 @@ def train(
     net = pretrained.restart(settings.seed)
     # The adapters' start and dropout must not depend on what the head's start drew.
     torch.manual_seed(settings.seed)
-    adapted = attach(net, method, targets=targets)
+    adapted = attach(net, method, targets=targets, train_also=train_also)
+    tell(f"training {steps:,} steps")
     threads = torch.get_num_threads()
     try:
         if settings.threads is not None:
@@ -395,8 +416,7 @@ def _train(
     from lrkit.trainer import AdaptCallback
 
     method = adapted.method
-    lr = method.parameterization.learning_rate if settings.lr is None else settings.lr
-    head_lr = 1e-3 if settings.head_lr is None else settings.head_lr
+    lr, head_lr = rates(method.parameterization, settings.lr, settings.head_lr)
     groups = [
         {"params": adapted.adapter_parameters(), "lr": lr},
         {"params": adapted.head_parameters(), "lr": head_lr},
@@ -408,7 +428,8 @@ def _train(
     log_every = max(1, steps // 500)
     watch = Watch(progress)
     recorder = None if record is None else Recorder(record, adapted, log_every)
-    with tempfile.TemporaryDirectory() as empty, warnings.catch_warnings():
+    closed = contextlib.nullcontext() if recorder is None else contextlib.closing(recorder)
+    with tempfile.TemporaryDirectory() as empty, warnings.catch_warnings(), closed:
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer = RunTrainer(
             adapted=adapted,
@@ -421,8 +442,8 @@ def _train(
                 per_device_eval_batch_size=settings.eval_batch_size,
                 max_grad_norm=settings.grad_clip,
                 bf16=settings.bf16,
-                # Without this, transformers takes processes without GPUs for so many runs of one process.
-                use_cpu=settings.devices > 1 and not torch.cuda.is_available(),
+                # Without this, transformers takes processes without GPUs for so many runs of one process; and refuses bf16.
+                use_cpu=(settings.devices > 1 or settings.bf16) and not torch.cuda.is_available(),
                 seed=settings.seed,
                 save_strategy="no",
                 eval_strategy="no" if settings.eval_every is None else "steps",
@@ -445,13 +466,14 @@ def _train(
         latest = None if record is None else record.latest()
         try:
             trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
+            if trainer.state.global_step < steps:
+                raise KeyboardInterrupt  # the record was asked to stop
             predictions = trainer.predict(tokens.validation).predictions
         except BaseException:
-            adapted.unbind()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it ended early is known, and no fault of the method's
+                adapted.unbind()
             raise
-        finally:
-            if recorder is not None:
-                recorder.close()
         # Under mixed precision the model's forward was wrapped; the next run starts from the plain one.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     log = trainer.state.log_history
@@ -459,7 +481,7 @@ def _train(
         task=task.name,
         model=model,
         method=to_plain(method),
-        settings=attrs.asdict(settings),
+        settings=attrs.asdict(settings) | {"lr": lr, "head_lr": head_lr},
         scores=task.score(predictions, tokens.validation["labels"]),
         majority=task.best_guess(tokens.validation["labels"]),
         steps=adapted.step,

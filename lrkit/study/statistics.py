@@ -19,6 +19,7 @@ import attrs
 
 from lrkit.study.paired import ENOUGH_PAIRS, LEVEL, enough_pairs, holm, interval, sign_flip_p, smallest_p
 from lrkit.study.records import CostRecord, StudyRecord
+from lrkit.study.sheet import safe_csv
 
 if TYPE_CHECKING:
     import pandas
@@ -61,6 +62,7 @@ class TableRow:
         step_ratio_end: the same at the end of training.
         peak_memory: bytes.
         notes: what must be said about this row, a sentence each.
+        lr: the adapters' learning rate; those of the tasks where they differ.
     """
 
     index: int
@@ -92,6 +94,7 @@ class TableRow:
     step_ratio_end: float | None
     peak_memory: float | None
     notes: tuple[str, ...]
+    lr: str = ""
 
 
 @attrs.frozen(kw_only=True)
@@ -136,7 +139,7 @@ class Table:
         writer = csv.DictWriter(out, self._plain_columns(), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._plain())
-        return out.getvalue()
+        return safe_csv(out.getvalue())
 
     def to_markdown(self) -> str:
         """A Markdown document: a table for each task, the means side by side where there are several, notes."""
@@ -308,6 +311,7 @@ def _row(
         step_ratio_end=_mean([cost.step_ratio_end if cost else None]),
         peak_memory=_mean([cost.peak_memory if cost else None]),
         notes=(),
+        lr=record.rows[index].lr,
     )
     notes = _row_notes(row, left_out=len(both) - len(differences))
     return attrs.evolve(row, notes=(*notes, *([f"cost not measured: {cost.error}."] if cost and cost.error else [])))
@@ -411,7 +415,7 @@ class Column:
 
 
 SCORES = ("n", "score", "difference", "interval", "p", "p_holm")
-COSTS = ("parameters_average", "parameters_final", "flops", "step_ratio", "step_ratio_end", "peak_memory")
+COSTS = ("lr", "parameters_average", "parameters_final", "flops", "step_ratio", "step_ratio_end", "peak_memory")
 
 
 def columns_of(table: Table, keys: Sequence[str]) -> list[Column]:
@@ -438,6 +442,7 @@ def columns_of(table: Table, keys: Sequence[str]) -> list[Column]:
         Column("interval", "95 % interval", r"95\,\% interval", ends),
         Column("p", "p", "$p$", number("p", probability)),
         Column("p_holm", "p (Holm)", r"$p$|(Holm)", number("p_holm", probability)),
+        Column("lr", "lr", "Rate", lambda row: row.lr),
         Column("parameters_average", "params avg", "Param.|average", number("parameters_average", compact)),
         Column("parameters_final", "params end", "Param.|end", number("parameters_final", compact)),
         Column("flops", "FLOPs", "FLOPs", number("flops", compact)),

@@ -42,9 +42,14 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def json_bytes(value: Any) -> bytes:
+    """Plain data as the content of a JSON file."""
+    return (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one move."""
-    write_bytes(path, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
 
 
 def read_json(path: Path) -> Any:

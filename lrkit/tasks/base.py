@@ -95,6 +95,8 @@ class Task:
         kind: "classification" or "regression".
         labels: the classes' names by number; empty in regression.
         metric: a name in `METRICS`.
+        second: where validation is two sets one after the other: a suffix for the second's scores, and how many rows are the
+            first's. Each is scored by itself; the first's scores are the primary ones.
 
     Raises:
         LrkitError: fields, kind, labels, metric or columns that do not fit together.
@@ -107,6 +109,7 @@ class Task:
     kind: Literal["classification", "regression"] = "classification"
     labels: tuple[str, ...] = attrs.field(default=(), converter=_strings)
     metric: str = attrs.field(default="accuracy")
+    second: tuple[str, int] | None = None
 
     def __attrs_post_init__(self) -> None:
         where = f'task "{self.name}"'
@@ -130,6 +133,14 @@ class Task:
                 raise LrkitError(f'{where}: {split} has no column "{absent[0]}", only {", ".join(rows.column_names)}')
             if not len(rows):
                 raise LrkitError(f"{where}: {split} has no rows")
+        if self.second is not None and not 0 < self.second[1] < len(self.validation):
+            raise LrkitError(f"{where}: of its two validation sets one has no rows")
+
+    def _first_rows(self, rows: int) -> int:
+        """How many of so many validation rows are of the first set: its share of all, so that a part has both."""
+        if self.second is None or rows < 2:
+            return rows
+        return min(max(round(rows * self.second[1] / len(self.validation)), 1), rows - 1)
 
     @property
     def num_labels(self) -> int:
@@ -167,10 +178,22 @@ class Task:
                 f"labels of shape {true.shape} with {self.num_labels} output(s)"
             )
         dtype = np.float64 if self.kind == "regression" else np.int64
-        if not np.isfinite(outputs).all():
-            zeros = np.zeros(len(true), dtype)
-            return dict.fromkeys(METRICS[self.metric](zeros, zeros), math.nan)
-        return METRICS[self.metric](predicted.astype(dtype), true.astype(dtype))
+        first, score = self._first_rows(len(true)), METRICS[self.metric]
+        scores: dict[str, float] = {}
+        for suffix, rows in (
+            ("", slice(first)),
+            *([] if self.second is None else [(self.second[0], slice(first, None))]),
+        ):
+            if not len(true[rows]):
+                continue
+            zeros = np.zeros(len(true[rows]), dtype)
+            found = score(zeros, zeros)
+            if np.isfinite(outputs).all():
+                found = score(predicted[rows].astype(dtype), true[rows].astype(dtype))
+            else:
+                found = dict.fromkeys(found, math.nan)
+            scores |= {f"{name}{suffix}": value for name, value in found.items()}
+        return scores
 
     @property
     def majority(self) -> float:
@@ -178,7 +201,7 @@ class Task:
         return self.best_guess(self.validation["label"])
 
     def best_guess(self, labels: Sequence[Any]) -> float:
-        """The primary score of the best constant guess for some labels.
+        """The primary score of the best constant guess for some labels; of two validation sets, for the first's.
 
         The largest class's share for accuracy, 0 for a correlation.
         """
@@ -186,7 +209,7 @@ class Task:
 
         if self.kind == "regression" or self.metric == "matthews":
             return 0.0
-        counts = np.bincount(np.asarray(labels))
+        counts = np.bincount(np.asarray(labels)[: self._first_rows(len(labels))])
         return float(counts.max() / counts.sum())
 
     def encode(self, batch: Mapping[str, Sequence[Any]], tokenizer: Any, max_length: int) -> dict[str, Any]:
@@ -254,10 +277,24 @@ class Task:
             # with a fingerprint for a table in memory, as in `tokenize`
             return rows.select(order.tolist(), keep_in_memory=True, new_fingerprint=_fingerprint())
 
+        rows, second = first(self.train, "train", train), self.second
+        if second is None:
+            return attrs.evolve(self, train=rows, validation=first(self.validation, "validation", validation))
+        if validation is None or validation >= len(self.validation):
+            return attrs.evolve(self, train=rows)
+        import datasets
+
+        (suffix, cut), share = second, self._first_rows(validation)
+        parts = [
+            first(self.validation.select(which, new_fingerprint=_fingerprint()), "validation", size)
+            for which, size in ((range(cut), share), (range(cut, len(self.validation)), validation - share))
+            if size or which.start == 0
+        ]
         return attrs.evolve(
             self,
-            train=first(self.train, "train", train),
-            validation=first(self.validation, "validation", validation),
+            train=rows,
+            validation=datasets.concatenate_datasets(parts),
+            second=(suffix, share) if share < validation else None,
         )
 
 

@@ -20,6 +20,8 @@ class Glue:
     labels: tuple[str, ...] = ()
     metric: str = "accuracy"
     validation: str = "validation"  # the split's name on the hub
+    second: str | None = None  # a further validation split, scored by itself under names that end in its suffix
+    suffix: str = ""
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -34,7 +36,11 @@ GLUE: Mapping[str, Glue] = {
     "qqp": Glue(("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy_f1"),
     "stsb": Glue(_SENTENCES, (), "pearson"),
     "mnli": Glue(
-        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), validation="validation_matched"
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        validation="validation_matched",
+        second="validation_mismatched",
+        suffix="_mm",
     ),
     "qnli": Glue(("question", "sentence"), _ENTAILMENT),
     "rte": Glue(_SENTENCES, _ENTAILMENT),
@@ -66,10 +72,15 @@ def load_glue(name: str) -> Task:
         raise LrkitError(
             f"cannot load glue/{name}: {why}; for local files (train.jsonl and validation.jsonl) use --data FOLDER"
         ) from error
+    validation, second = splits[row.validation], None
+    if row.second is not None:
+        second = row.suffix, len(validation)
+        validation = datasets.concatenate_datasets([validation, splits[row.second]])
     return Task(
         name=f"glue/{name}",
         train=splits["train"],
-        validation=splits[row.validation],
+        validation=validation,
+        second=second,
         fields=row.fields,
         kind="classification" if row.labels else "regression",
         labels=row.labels,

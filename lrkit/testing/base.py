@@ -93,6 +93,7 @@ def clause(test: Callable[[Any, Any], None]) -> Callable[[Any], None]:
                 warnings.simplefilter("error", LrkitWarning)
                 # A schedule may go down to nothing, whatever action it stands beside here.
                 warnings.filterwarnings("ignore", ".* no component is left", LrkitWarning)
+                warnings.filterwarnings("ignore", "the penalty's gradient is larger than the task's", LrkitWarning)
                 try:
                     test(self, component)
                 except Broken as broken:

@@ -246,7 +246,7 @@ class ParameterizationContract(PartContract):
 
     @clause
     def test_other_dtypes_or_refused(self, component: Any) -> None:
-        """It trains in float64, in bfloat16 and under autocast, and gives back the model's dtype; or refuses in one line."""
+        """It trains in float64, in bfloat16 and under autocast, with outputs in the model's dtype; or refuses in one line."""
         cases = ((torch.float64, False), (torch.bfloat16, False), (torch.float32, True))
         for dtype, cast in cases:
             name = "autocast" if cast else str(dtype).removeprefix("torch.")
@@ -259,8 +259,11 @@ class ParameterizationContract(PartContract):
                 continue
             optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-3)
             adapted.bind(optimizer, total_steps=2)
-            x, labels = batch(dtype)
-            wanted = torch.bfloat16 if cast else dtype
+            # What trains is float32 at least: a model of which everything trains is float32 as a whole.
+            now = {p.dtype for p in model.parameters()}
+            own = dtype if dtype in now else max(now, key=lambda each: each.itemsize)
+            x, labels = batch(own)
+            wanted = torch.bfloat16 if cast else own
             for _ in range(2):
                 with calling(f"{name}: forward or backward"), torch.autocast("cpu", torch.bfloat16, enabled=cast):
                     outputs = model(x)

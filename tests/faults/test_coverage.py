@@ -1,24 +1,16 @@
 """What attach passes over, and what no gradient reaches, is said, and stands back in rankings."""
 
-import warnings
-
 import attrs
 import pytest
 import torch
 import zoo
 from torch import nn
+from zoo import IDS, said
 
 import lrkit
 
 LORA = lrkit.methods.lora(rank=2)
 ADALORA = lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=3)
-
-
-def said(call):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = call()
-    return result, " ".join(str(w.message) for w in caught if issubclass(w.category, lrkit.LrkitWarning))
 
 
 def covered_by_hand(model, adapted):
@@ -159,8 +151,6 @@ def test_models_of_peft_are_refused():
 
 
 # ---- what no gradient reaches ----
-
-IDS = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(0))
 
 
 def train(model, adapted, optimizer, steps, data=lambda step: {"input_ids": IDS, "labels": IDS}):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import zoo
 from test_attach import METHODS, fit, logits
-from test_coverage import IDS
 from torch import nn
+from zoo import IDS, said
 
 import lrkit
 
@@ -152,7 +152,7 @@ def test_a_reference_is_a_module_of_its_own():
     assert not torch.equal(reference(**data).logits, base)  # as it was told
     assert [module.training for module in model.modules()] == modes
     with pytest.raises(AttributeError):
-        reference.get_input_embeddings  # what would give the adapted model's parts is not there
+        reference.get_decoder  # what would give the adapted model's parts is not there
     adapted.detach()
     with pytest.raises(lrkit.LrkitError, match="merged or detached"):
         reference(**data)
@@ -170,3 +170,20 @@ def test_half_precision_bases_come_back(dtype):
     assert not torch.equal(logits(model), before)
     with adapted.disabled():
         assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("head", [[], ["lm_head"]])
+def test_a_reference_s_parts_are_the_base_s(head):
+    """Its base model and output embeddings, from which TRL computes log-probabilities, give the base's logits."""
+    model = zoo.make("llama-lm").eval()
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+    adapted, _ = said(lambda: lrkit.attach(model, METHODS["lora"], train_also=head))
+    with torch.no_grad():
+        for p in adapted.parameters():
+            p.add_(0.1)
+        reference = adapted.reference()
+        hidden = reference.base_model(input_ids=IDS).last_hidden_state
+        assert torch.equal(reference.get_output_embeddings()(hidden), before)
+        assert torch.equal(nn.functional.linear(hidden, reference.get_output_embeddings().weight), before)
+        assert not torch.equal(model(input_ids=IDS).logits, before)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import zoo
-from test_coverage import IDS, said
 from torch import nn
+from zoo import IDS, said
 
 import lrkit
 

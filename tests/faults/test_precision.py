@@ -8,8 +8,8 @@ import pytest
 import torch
 import zoo
 from test_attach import METHODS
-from test_coverage import said
 from torch import nn
+from zoo import said
 
 import lrkit
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import zoo
-from test_coverage import said
+from zoo import said
 
 import lrkit
 from lrkit.roles import is_output, role_of

@@ -1,7 +1,8 @@
 """Bottleneck adapters after Houlsby and Pfeiffer, and BitFit, for lrkit. See README.md for what is known and what is not."""
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from importlib import resources
+from typing import Any, Literal
 
 import lrkit
 from lrkit_adapters.bitfit import BitFit
@@ -76,6 +77,13 @@ def lrkit_parameterizations() -> Mapping[str, type[lrkit.Parameterization]]:
 def lrkit_methods() -> Mapping[str, Callable[..., lrkit.Method]]:
     """The same, as methods."""
     return {"houlsby": houlsby, "pfeiffer": pfeiffer, "bitfit": bitfit}
+
+
+@lrkit.hookimpl
+def lrkit_studies() -> Mapping[str, Any]:
+    """Tables of papers that need these methods."""
+    files = sorted((resources.files(__name__) / "studies").iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".toml"): file for file in files if file.name.endswith(".toml")}
 
 
 __all__ = ["BitFit", "Bottleneck", "BottleneckAfterNorm", "Houlsby", "Pfeiffer", "bitfit", "houlsby", "pfeiffer"]

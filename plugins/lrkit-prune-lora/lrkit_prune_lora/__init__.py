@@ -1,7 +1,8 @@
 """Prune-LoRA and LoRA_regu for lrkit, with which AdaLoRA's paper compares. See README.md."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal
+from importlib import resources
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
@@ -125,6 +126,13 @@ def lrkit_parameterizations() -> Mapping[str, type[lrkit.Parameterization]]:
 def lrkit_methods() -> Mapping[str, Callable[..., lrkit.Method]]:
     """Both."""
     return {"prune-lora": prune_lora, "lora-regu": lora_regu}
+
+
+@lrkit.hookimpl
+def lrkit_studies() -> Mapping[str, Any]:
+    """Tables of papers that need these methods."""
+    files = sorted((resources.files(__name__) / "studies").iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".toml"): file for file in files if file.name.endswith(".toml")}
 
 
 __all__ = ["RegularisedLoRA", "lora_regu", "mean_cosine", "prune_lora"]

@@ -12,6 +12,7 @@ import lrkit_prune_lora
 import models
 import numpy as np
 import oracles
+import paper_settings
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +22,8 @@ from lrkit_prune_lora import RegularisedLoRA, mean_cosine
 import lrkit
 from lrkit.cli import main
 from lrkit.registry import Registry
+from lrkit.study.execute import check
+from lrkit.study.plan import lay_out, read_study
 from lrkit.testing import MethodContract, ParameterizationContract
 from lrkit.testing.base import resumes
 
@@ -196,3 +199,65 @@ def test_what_cannot_be_meant_is_refused() -> None:
         lrkit_prune_lora.lora_regu(variant="code")  # type: ignore[arg-type]
     with pytest.raises(lrkit.LrkitError, match=r'orthogonality_norm must be one of .*did you mean "cosine"'):
         RegularisedLoRA(orthogonality_norm="cosin")
+
+
+# ---- the papers' tables ----------------------------------------------------------------------------------------------
+
+
+def plan_of(name: str, profile: str) -> Any:
+    plan = lay_out(read_study(name, profile=profile))
+    if profile == "minilm":
+        paper_settings.check_minilm(plan)
+        check(plan)
+    return plan
+
+
+def place_of(row: Any) -> tuple[str, str]:
+    kind, budget = row.label.split(", ")
+    assert budget in paper_settings.BUDGETS
+    return kind, budget
+
+
+@pytest.mark.parametrize("profile", ["minilm", "paper"])
+def test_adalora_s_table_four(profile: str) -> None:
+    """Three metrics and Prune-LoRA at each budget, from the paper's ranks."""
+    plan = plan_of("adalora-table-4", profile)
+    if profile == "paper":
+        paper_settings.check_adalora(plan, ["sst2", "rte", "cola"])
+    kinds = {
+        "AdaLoRA": (lrkit.metrics.SensitivityUncertainty, lrkit.parameterizations.SVD),
+        "s = I": (lrkit.metrics.Sensitivity, lrkit.parameterizations.SVD),
+        "abs(λ)": (lrkit.metrics.Magnitude, lrkit.parameterizations.SVD),
+        "Prune-LoRA": (lrkit.metrics.SensitivityUncertainty, lrkit.parameterizations.LoRA),
+    }
+    budgets = ["0.65 %"] if profile == "minilm" else ["0.08 %", "0.16 %", "0.65 %"]
+    found = {place_of(row): row.method for row in plan.rows}
+    assert found.keys() == {(kind, budget) for kind in kinds for budget in budgets}
+    for (kind, budget), method in found.items():
+        assert (type(method.metric), type(method.parameterization)) == kinds[kind]
+        assert (method.scheduler.target, method.parameterization.rank) == paper_settings.BUDGETS[budget]
+        assert getattr(method.metric, "smoothed", False) is False, "the paper writes the raw I"
+        zero = method.action == lrkit.actions.Zero(once=True)
+        assert zero == (kind == "Prune-LoRA")
+
+
+@pytest.mark.parametrize("profile", ["minilm", "paper"])
+def test_adalora_s_table_five(profile: str) -> None:
+    """The penalty and the allocation, each left out, at each budget that the paper has."""
+    plan = plan_of("adalora-table-5", profile)
+    if profile == "paper":
+        paper_settings.check_adalora(plan, ["sst2", "mnli"])
+    absent = {("LoRA_regu", "0.08 %"), ("LoRA", "0.32 %")}
+    budgets = ["0.65 %"] if profile == "minilm" else list(paper_settings.BUDGETS)
+    kinds = ("AdaLoRA", "γ = 0", "SVD-LoRA", "LoRA_regu", "LoRA")
+    found = {place_of(row): row.method for row in plan.rows}
+    assert found.keys() == {(kind, budget) for kind in kinds for budget in budgets} - absent
+    for (kind, budget), method in found.items():
+        target, rank = paper_settings.BUDGETS[budget]
+        adaptive = kind in ("AdaLoRA", "γ = 0")
+        assert (method.scheduler is not None) == adaptive
+        assert method.parameterization.rank == (rank if adaptive else target)
+        assert getattr(method.scheduler, "target", target) == target
+        forms = {"LoRA": lrkit.parameterizations.LoRA, "LoRA_regu": RegularisedLoRA}
+        assert type(method.parameterization) is forms.get(kind, lrkit.parameterizations.SVD)
+        assert (getattr(method.parameterization, "orthogonality", 0) > 0) == (kind not in ("γ = 0", "LoRA"))

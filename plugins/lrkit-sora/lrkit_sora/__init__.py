@@ -1,7 +1,8 @@
 """SoRA for lrkit: gated LoRA, a proximal step on the gates, a threshold that rises in stages. See README.md."""
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from importlib import resources
+from typing import Any, Literal
 
 import lrkit
 from lrkit.settings import Time
@@ -62,6 +63,13 @@ def lrkit_actions() -> Mapping[str, type[lrkit.Action]]:
 def lrkit_methods() -> Mapping[str, Callable[..., lrkit.Method]]:
     """SoRA."""
     return {"sora": sora}
+
+
+@lrkit.hookimpl
+def lrkit_studies() -> Mapping[str, Any]:
+    """Tables of papers that need these methods."""
+    files = sorted((resources.files(__name__) / "studies").iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".toml"): file for file in files if file.name.endswith(".toml")}
 
 
 __all__ = ["GatedLoRA", "SoftThreshold", "Staged", "sora"]

@@ -12,6 +12,7 @@ import folders
 import lrkit_sora
 import models
 import numpy as np
+import paper_settings
 import pytest
 import torch
 from hypothesis import given
@@ -23,6 +24,8 @@ from torch import nn
 import lrkit
 from lrkit.cli import main
 from lrkit.registry import Registry
+from lrkit.study.execute import check
+from lrkit.study.plan import lay_out, read_study
 from lrkit.testing import ActionContract, MethodContract, ParameterizationContract, SchedulerContract
 from lrkit.testing.base import resumes
 
@@ -231,3 +234,21 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(lrkit.LrkitError, match='sora variant must be "paper" or "released"'):
         lrkit_sora.sora(variant="code")  # type: ignore[arg-type]
     assert copy.deepcopy(lrkit_sora.sora()) == lrkit_sora.sora()
+
+
+@pytest.mark.parametrize("profile", ["minilm", "paper"])
+def test_aflora_s_table_one(profile: str) -> None:
+    """The table's methods at its ranks; on each task AFLoRA trains by the paper's settings, and the others by their own."""
+    plan = lay_out(read_study("aflora-table-1", profile=profile))
+    ranks = {row.label: getattr(row.method.parameterization, "rank", None) for row in plan.rows}
+    assert ranks == {"AFLoRA": 4, "FFT": None, "LoRA, r = 8": 8, "AdaLoRA": 12, "SoRA, r = 4": 4, "ELoRA": 1024}
+    if profile == "minilm":
+        paper_settings.check_minilm(plan)
+        check(plan)
+        return
+    paper_settings.check_aflora(plan, ["cola", "sst2", "mrpc", "qnli", "stsb", "rte", "mnli", "qqp"])
+    for task in plan.tasks:
+        schedules = {row.label: plan.method(row, task).scheduler for row in plan.rows if row.method.scheduler}
+        ada, sora = schedules["AdaLoRA"], schedules["SoRA, r = 4"]
+        assert (ada.warmup, ada.final, ada.target) == (0.15, 0.5, 8), "AFLoRA's phases are not AdaLoRA's"
+        assert sora == lrkit_sora.sora().scheduler

@@ -1,0 +1,87 @@
+"""What `lrkit run --out` keeps while it trains, so that the same command goes on with it."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from lrkit.errors import LrkitError
+from lrkit.method import to_plain
+from lrkit.study.cell import make_cell
+from lrkit.study.plan import TaskSpec
+from lrkit.study.run import Record, RunSettings
+from lrkit.study.store import read_json, write_json
+
+if TYPE_CHECKING:
+    from lrkit.method import Method
+
+FOLDER = "unfinished"
+"""In the run's folder, until it is done."""
+
+
+class Unfinished:
+    """A run's folder while it trains.
+
+    Args:
+        out: the run's folder.
+        methods: what is trained, by label.
+        asked: model, targets, train_also, task and data.
+        settings: of the run.
+
+    Raises:
+        LrkitError: the folder holds an unfinished run that is another one.
+    """
+
+    def __init__(
+        self, out: Path, methods: "Mapping[str, Method]", asked: Mapping[str, Any], settings: RunSettings
+    ) -> None:
+        self._place = out / FOLDER
+        # What is not there yet, and is taken away again if the run is refused.
+        self._made = [each for each in (out, *out.absolute().parents) if not os.path.lexists(each)]
+        spec = TaskSpec(task=None if asked["data"] else asked["task"] or "movies", data=asked["data"])
+        run = attrs.asdict(settings)
+        plains = {label: to_plain(method) for label, method in methods.items()}
+        cells = {
+            label: make_cell(
+                plain, spec, asked["model"], asked["targets"], run, train_also=asked.get("train_also", "auto")
+            ).key
+            for label, plain in plains.items()
+        }
+        self._request: dict[str, Any] = {"format": 1, "cells": cells}
+        self.there = self._place.is_dir()
+        if self.there and read_json(self._place / "request.json") != self._request:
+            raise LrkitError(
+                f"{out} holds an unfinished run that is another one (method, settings, data, or the code have changed): "
+                f"nothing is overwritten, choose another --out, or delete {self._place}"
+            )
+
+    def record(self, label: str, stop: Callable[[], bool]) -> Record:
+        """Where the run of a method writes as it goes."""
+        folder = self._folder(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._place / "request.json", self._request)
+        return Record(folder=folder, stop=stop)
+
+    def step(self, label: str) -> int:
+        """The step that the run of a method can go on from; 0 where there is none."""
+        return Record(folder=self._folder(label)).step()
+
+    def _folder(self, label: str) -> Path:
+        return self._place / str(self._request["cells"][label])
+
+    def refused(self) -> None:
+        """Leave nothing behind: what was to run cannot."""
+        if self.there:
+            return  # what an earlier run left stays
+        self.end()
+        for each in self._made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+
+    def end(self) -> None:
+        """Take it away: the run is done."""
+        shutil.rmtree(self._place, ignore_errors=True)

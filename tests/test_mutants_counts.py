@@ -291,6 +291,26 @@ def test_a_share_is_the_exact_budget_over_all_units(
         assert scheduler.budget(step, **sizes) in {int(exact), int(float(exact) - 1e-9), int(float(exact) + 1e-9)}
 
 
+@given(
+    total=st.integers(1, 30),
+    interval=st.integers(1, 9) | st.floats(0, 0.4),
+    first_step=st.sampled_from([0, 1]),
+    ending=st.sampled_from(["fixed", "peft", "released", "open", "every-step"]),
+    data=st.data(),
+)
+@settings(max_examples=200)
+def test_what_is_listed_as_decisions_is_what_is_due(
+    total: int, interval: Any, first_step: Any, ending: Any, data: Any
+) -> None:
+    """Step by step through the run: each step that is due once and in order, and none beside it or beyond the run."""
+    warmup = data.draw(st.integers(0, total))
+    final = data.draw(st.integers(0, total - warmup))
+    scheduler = Cubic(warmup=warmup, final=final, interval=interval, first_step=first_step, ending=ending)
+    listed = [step for span in scheduler.decisions(total) for step in span]
+    numbers = range(first_step, first_step + total)
+    assert listed == [step for step in numbers if scheduler.due(step, total_steps=total)]
+
+
 @pytest.mark.parametrize("kind", [Constant, Linear, Cubic])
 def test_no_progress_is_all_of_the_start(kind: Any) -> None:
     """A decay is 1 at no progress and 0 at the end of it, the constant one included."""

@@ -339,8 +339,9 @@ class Exchange(lrkit.Action):
         return self.cut, self.fresh
 
 
-@pytest.mark.parametrize(("cut", "fresh"), [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 1)])
-def test_the_range_of_a_run_that_grows_is_that_of_every_choice(cut: int, fresh: int) -> None:
+@pytest.mark.parametrize("total", [4, 9])  # in the longer run all the first components may have gone
+@pytest.mark.parametrize(("cut", "fresh"), [(0, 1), (0, 2), (1, 1), (1, 2), (2, 2), (3, 3)])
+def test_the_range_of_a_run_that_grows_is_that_of_every_choice(cut: int, fresh: int, total: int) -> None:
     """By trying each set of first components that may have gone, and each layer in which a new one may stand."""
     sizes = [1 + d_out + d_in for d_out, d_in in SHAPES.values() for _ in range(2)]
     method = lrkit.Method(
@@ -351,9 +352,9 @@ def test_the_range_of_a_run_that_grows_is_that_of_every_choice(cut: int, fresh: 
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lrkit.LrkitWarning)
-        counted = count(method, 4)
+        counted = count(method, total)
     ranges, means = [], []
-    for decisions in range(4):  # after steps 1, 2 and 3
+    for decisions in range(total):  # one after each step but the last
         gone, there = min(cut * decisions, 6), 6 + (fresh - cut) * decisions
         new = there - (6 - gone)
         totals = [

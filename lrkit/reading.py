@@ -117,7 +117,7 @@ def parse_json(text: str | bytes, name: object) -> Any:
 
 def read_json(path: AnyPath, most: int = JSON_BYTES) -> Any:
     """The data in a JSON file. Raises as `read_bytes` and `parse_json`."""
-    return parse_json(read_bytes(path, most), path)
+    return parse_json(read_bytes(path, most), f"{path} cannot be read: it")
 
 
 def parse_toml(text: str, name: object) -> dict[str, Any]:

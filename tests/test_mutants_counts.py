@@ -226,6 +226,8 @@ def test_the_average_is_the_mean_of_what_each_step_trained(kind: str) -> None:
                 masked |= {n for n in decision.lost if "[" in n}
                 masked -= set(decision.returned)
         assert adapted.summary().average == pytest.approx(statistics.fmean(trained))
+        gone = {f"{layer.name}.{matrix}" for layer in adapted.summary().layers for matrix in layer.frozen}
+        assert gone == {name for d in adapted.history for name in d.lost if "[" not in name}
     assert trained[-1] < trained[0]
 
 

@@ -464,7 +464,7 @@ def test_what_is_fresh_begins_as_it_should_and_what_was_there_stays() -> None:
     optimizer.step()
     (decision,) = adapted.history
     assert set(decision.fresh) == {f"{name}[2]" for name in rigs.TOY_TARGETS}
-    assert (decision.before, decision.kept) == (6, 9)
+    assert (decision.before, decision.kept, decision.budget, decision.units) == (6, 9, 9, 15)
     scores = adapted.scores()
     for name, adapter in adapted.adapters.items():
         assert adapter.core.tolist() == [3.0, 4.0, 0.25]

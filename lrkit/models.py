@@ -256,7 +256,11 @@ def _resolve(spec: str, also: tuple[str, ...] = ()) -> tuple[str, bool]:
         if not is_file(Path(spec) / "config.json"):
             raise LrkitError(f'model "{spec}": the folder has no config.json, so it is no model')
         check_folder(spec, f'model "{spec}"')
-        check_config(read_json(Path(spec) / "config.json", 16 * MIB), f'model "{spec}": config.json')
+        try:
+            config = read_json(Path(spec) / "config.json", 16 * MIB)
+        except LrkitError as error:
+            raise LrkitError(f'model "{spec}": cannot be loaded: {error}') from None
+        check_config(config, f'model "{spec}": config.json')
         return spec, True
     if spec == MINILM:
         return str(minilm_folder()), True

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 
-from lrkit.errors import LrkitError, shown
+from lrkit.errors import LrkitError, cut, shown
 
 _LONGEST = 4000
 _WAYS = 2e7
@@ -37,24 +37,24 @@ def compiled(pattern: str, name: str, around: str = "{}") -> re.Pattern[str]:
     """
     if not isinstance(pattern, str):
         raise LrkitError(f"{name} must be a regular expression, not {shown(pattern)}")
-    why = _endless(pattern)
+    why, told = _endless(pattern), cut(pattern, 160)
     if why is not None:
-        raise LrkitError(f"{name} has {shown(pattern)}, {why}: it could be matched for ever; write it more plainly")
+        raise LrkitError(f'{name}="{told}" could be matched for ever: a pattern {why}; write it more plainly')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what later versions of Python will take otherwise
             re.compile(pattern)
             return re.compile(around.replace("{}", pattern))
     except (re.error, OverflowError, RecursionError) as error:
-        raise LrkitError(f"{name} has {shown(pattern)}, which is no regular expression: {error}") from None
+        raise LrkitError(f'{name}="{told}" is not a regular expression: {error}') from None
 
 
 def _endless(pattern: str) -> str | None:
     """Why a pattern may take for ever; None where it does not."""
     if len(pattern) > _LONGEST:
-        return f"a pattern of {len(pattern):,} characters"
+        return f"of {len(pattern):,} characters"
     if _VERBOSE.search(pattern):
-        return "which asks for blanks to be passed over"
+        return "in which blanks are passed over"
     repetitions, ways = 0, 1.0
     inside = [1]  # for each open group the alternatives in it, or 2 where it can match one text in several ways
     closed = 1  # the same of the group that has just been closed
@@ -66,7 +66,7 @@ def _endless(pattern: str) -> str | None:
         if text.startswith("(") and not text.startswith("(?P="):
             inside.append(1)
             if len(inside) > 64:
-                return "groups within groups without end"
+                return "of groups within groups without end"
         elif text == ")" and len(inside) > 1:
             closed = inside.pop()
             ways *= closed

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -488,8 +488,7 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
     check_model(model)
     folder = Path(folder)
     config = _read_config(folder)
-    names = {name for name, _ in model.named_modules()}
-    layers, rest = _read_layers(config, _read_weights(folder), folder, names)
+    layers, rest = _read_layers(config, _read_weights(folder), folder, model)
     head = _read_head(model, config, rest, folder)
     if method is None:
         method = _method_of(config, layers)
@@ -572,7 +571,10 @@ def _check_patterns(config: Mapping[str, Any], path: Path) -> None:
 
 def _pattern(pattern: str, path: Path) -> re.Pattern[str]:
     """A key of ``alpha_pattern`` as PEFT's own rule uses it."""
-    return compiled(pattern, f"{path}: alpha_pattern", r"(.*\.)?({})$")
+    try:
+        return compiled(pattern, "it", r"(.*\.)?({})$")
+    except LrkitError as error:
+        raise LrkitError(f"{path}: a key of alpha_pattern is no regular expression that can be used: {error}") from None
 
 
 def _is_number(value: object) -> bool:
@@ -592,7 +594,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_layers(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, names: Collection[str]
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, model: nn.Module
 ) -> tuple[dict[str, _Factors], dict[str, Tensor]]:
     """Factors by layer name, and the tensors that are of no adapter."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -609,9 +611,10 @@ def _read_layers(
         raise LrkitError(f"{folder / _WEIGHTS} holds no lora_A and lora_B")
     wanted = {"A", "B", "E"} if config["peft_type"] == "ADALORA" else {"A", "B"}
     layers: dict[str, _Factors] = {}
+    names = {name for name, _ in model.named_modules()}
     for name, parts in found.items():
         if name not in names:
-            raise LrkitError(f"{folder} does not fit this model: it has no layer {shown(name)}")
+            raise LrkitError(f"{folder} does not fit {type(model).__name__}: it has no layer {shown(name)}")
         if set(parts) != wanted or parts["A"].ndim != 2 or parts["B"].ndim != 2:
             raise LrkitError(f"{folder}: {name} is no {config['peft_type']} of a linear layer: it has {_shapes(parts)}")
         core = parts["E"].flatten() if "E" in parts else None

@@ -117,7 +117,7 @@ def parse_json(text: str | bytes, name: object) -> Any:
 
 def read_json(path: AnyPath, most: int = JSON_BYTES) -> Any:
     """The data in a JSON file. Raises as `read_bytes` and `parse_json`."""
-    return parse_json(read_bytes(path, most), path)
+    return parse_json(read_bytes(path, most), f"{path} cannot be read: it")
 
 
 def parse_toml(text: str, name: object) -> dict[str, Any]:
@@ -177,22 +177,30 @@ def bounded_lines(file: BinaryIO, name: object, most: int = LINES_BYTES) -> Iter
 
 
 def check_folder(folder: AnyPath, name: object) -> None:
-    """Raise LrkitError, with `name`, where a folder that a library is to read holds what is neither file nor folder.
+    """Raise LrkitError, with `name`, where a folder that a library is to read holds what that would read for ever.
 
-    The library would wait for ever on a FIFO.
+    Those are what is neither file nor folder, files of the system's own (some have no end), and texts without measure.
     """
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
     except OSError as error:
         raise LrkitError(f"{name} cannot be read: {_reason(error)}") from None
+    system = {os.stat(root).st_dev for root in ("/proc", "/sys") if os.path.isdir(root)}
     for entry in entries:
         try:
-            mode = entry.stat().st_mode
+            found_there = entry.stat()
         except OSError:  # a link to nothing or to itself is no file: who needs it says so
             continue
+        mode = found_there.st_mode
+        kind = None
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+        elif stat.S_ISREG(mode) and found_there.st_dev in system:
+            kind = "a file of the system's own"
+        elif entry.name.endswith((".json", ".txt")) and found_there.st_size > 8 * JSON_BYTES:
+            kind = f"a text of {found_there.st_size:,} bytes"
+        if kind is not None:
             raise LrkitError(f"{name}: {shown(entry.name)} in it is {kind}")
 
 

@@ -101,7 +101,7 @@ def ablate(
     study = (
         base
         if isinstance(base, Study)
-        else _study(base, swap, task, model, targets, train_also, seeds, run, set, rows, leave_out, grid, title)
+        else _study(base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title, train_also)
     )
     import warnings
 
@@ -131,7 +131,6 @@ def _study(
     task: "str | Sequence[Any]",
     model: str,
     targets: str | Sequence[str],
-    train_also: str | Sequence[str],
     seeds: int | Sequence[int],
     run: Mapping[str, Any] | None,
     settings: Mapping[str, Any] | None,
@@ -139,6 +138,7 @@ def _study(
     leave_out: Sequence[str],
     grid: bool,
     title: str,
+    train_also: str | Sequence[str] = "auto",
 ) -> Study:
     values = {path: [_plain(path, v) for v in _listed(path, tried)] for path, tried in (swap or {}).items()}
     return study_from(

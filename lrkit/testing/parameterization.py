@@ -246,7 +246,7 @@ class ParameterizationContract(PartContract):
 
     @clause
     def test_other_dtypes_or_refused(self, component: Any) -> None:
-        """It trains in float64, in bfloat16 and under autocast, with outputs in the model's dtype; or refuses in one line."""
+        """It trains in float64, bfloat16 and under autocast, with outputs in the model's dtype; or refuses in one line."""
         cases = ((torch.float64, False), (torch.bfloat16, False), (torch.float32, True))
         for dtype, cast in cases:
             name = "autocast" if cast else str(dtype).removeprefix("torch.")

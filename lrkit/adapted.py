@@ -247,6 +247,7 @@ class Adapted:
         What has been frozen on the way stays in the list, so that an optimizer made on resume has the same groups.
         """
         self._check_alive()
+        self._masters.put_back()
         for name, p in self.model.named_parameters():
             if id(p) in self._trained_ids:
                 yield name, p
@@ -449,6 +450,7 @@ class Adapted:
             self._ddp = parallel.wrapper() or self._ddp
 
     def _before_step(self, scale: Tensor | None) -> None:
+        self._masters.put_back()
         unclipped, step = self._unclipped, self.step + 1
         if self.has_penalty:
             self._penalty.check_arrival()
@@ -558,6 +560,7 @@ class Adapted:
         return {"meta": copy.deepcopy(meta), "tensors": tensors}
 
     def _saved(self) -> Iterator[tuple[str, Tensor]]:
+        self._masters.put_back()
         for name, p in self.model.named_parameters():
             if id(p) in self._saved_ids:
                 yield name, p
@@ -572,7 +575,8 @@ class Adapted:
         """
         self._check_alive()
         meta, tensors = states.meta_of(state), state["tensors"]
-        mine, theirs = to_plain(self.method), meta["method"]
+        # Settings that lrkit did not have when the state was written are at their defaults, which is how it was then.
+        mine, theirs = to_plain(self.method), to_plain(from_plain(meta["method"]))
         if mine != theirs:
             raise LrkitError(f"the state is of another method: {_difference(theirs, mine)}")
         for what, here, there in (("layers", list(self.adapters), meta["targets"]), ("head", self.head, meta["head"])):
@@ -810,6 +814,7 @@ class Adapted:
 
     def _leave(self) -> nn.Module:
         self._alive = False
+        self._masters.put_back()
         self._unbind()
         liveness.leave(self)
         self._notice_saves.remove()

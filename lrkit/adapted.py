@@ -349,6 +349,10 @@ class Adapted:
         self._check_alive()
         self._controller.check_schedules(total_steps)
 
+    def as_computed(self, p: Tensor) -> Tensor:
+        """Return a parameter as the model computes with it: a head beside half precision is kept in float32, and rounded."""
+        return self._masters.as_computed(p)
+
     def hold(self, handle: Any) -> None:
         """Remove a hook's handle when the optimizer is let go of: what an integration hung on the model for this run."""
         if self._binding is not None:

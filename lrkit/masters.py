@@ -82,6 +82,14 @@ class Masters:
             _set(kept.tensor, self.original(kept))
         self._let_go()
 
+    def as_computed(self, p: Tensor) -> Tensor:
+        """Return a parameter as the model computes with it: rounded to the model's precision if it is kept in float32."""
+        if self.witness is None or self.witness.dtype not in _HALF or p.dtype != torch.float32:
+            return p
+        return (
+            p.to(self.witness.dtype) if any(kept.tensor is p and kept.copy.dtype in _HALF for kept in self.kept) else p
+        )
+
     def put_back(self) -> None:
         """Put the float32 parameters back into modules whose call was broken off (Ctrl-C), where no hook did."""
         for owner in self._owners:

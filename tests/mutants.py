@@ -22,6 +22,7 @@ import importlib
 import os
 import py_compile
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -36,6 +37,8 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 600
 """Seconds that tests may take: a mutant that never ends is caught."""
+MEMORY = 8 << 30
+"""Bytes that tests may take: so is one that never has enough."""
 
 _PRELOADED = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
 
@@ -146,6 +149,7 @@ def _test(tests: list[str], folder: Path, output: int) -> NoReturn:
     code = 3
     try:
         os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         for stream in (1, 2):
             os.dup2(output, stream)
         os.chdir(ROOT)

@@ -195,7 +195,7 @@ def test_a_weight_of_two_layers_is_counted_once() -> None:
     assert [layer.now for layer in summary.layers] == [20, 4]
 
 
-@pytest.mark.parametrize("kind", ["prune", "freeze", "both"])
+@pytest.mark.parametrize("kind", ["prune", "freeze", "both", "two masks"])
 def test_the_average_is_the_mean_of_what_each_step_trained(kind: str) -> None:
     """Counted by hand before each step of a run: entries that have a gradient and lie under no mask."""
     total = 12
@@ -206,13 +206,17 @@ def test_the_average_is_the_mean_of_what_each_step_trained(kind: str) -> None:
     if kind in alone:
         p = alone[kind]
         method = attrs.evolve(both, metric=p.metric, scheduler=p.scheduler, action=p.action, also=())
+    if kind == "two masks":
+        last = attrs.evolve(pruning, metric=GradientUncertainty(), scheduler=Linear(target=2 / 3, warmup=1, final=1))
+        method = attrs.evolve(method, metric=pruning.metric, scheduler=pruning.scheduler, action=pruning.action)
+        method = attrs.evolve(method, also=(last,))
     model, adapted = rigs.toy(method)
     optimizer = torch.optim.Adam(adapted.parameters(), lr=0.01)
     adapted.bind(optimizer, total_steps=total)
-    masked: set[str] = set()
+    masks: dict[int, set[str]] = {0: set(), 1: set()}
     trained = []
     for step in range(total):
-        now = 0
+        now, masked = 0, masks[0] | masks[1]
         for name, m in adapted.adapters.items():
             live = sum(f"{name}[{i}]" not in masked for i in range(2))
             now += sum(live * p.numel() // 2 for p in (m.A, m.B, m.core) if p.requires_grad)
@@ -223,12 +227,14 @@ def test_the_average_is_the_mean_of_what_each_step_trained(kind: str) -> None:
         optimizer.zero_grad()
         for decision in adapted.history:
             if decision.step == adapted.step:
-                masked |= {n for n in decision.lost if "[" in n}
-                masked -= set(decision.returned)
+                masks[decision.policy] |= {n for n in decision.lost if "[" in n}
+                masks[decision.policy] -= set(decision.returned)
         assert adapted.summary().average == pytest.approx(statistics.fmean(trained))
         gone = {f"{layer.name}.{matrix}" for layer in adapted.summary().layers for matrix in layer.frozen}
         assert gone == {name for d in adapted.history for name in d.lost if "[" not in name}
     assert trained[-1] < trained[0]
+    if kind == "two masks":
+        assert masks[0] != masks[1]
 
 
 # ---------------------------------------------------------------- schedules
@@ -291,6 +297,26 @@ def test_a_share_is_the_exact_budget_over_all_units(
         assert scheduler.budget(step, **sizes) in {int(exact), int(float(exact) - 1e-9), int(float(exact) + 1e-9)}
 
 
+@given(
+    total=st.integers(1, 30),
+    interval=st.integers(1, 9) | st.floats(0, 0.4),
+    first_step=st.sampled_from([0, 1]),
+    ending=st.sampled_from(["fixed", "peft", "released", "open", "every-step"]),
+    data=st.data(),
+)
+@settings(max_examples=200)
+def test_what_is_listed_as_decisions_is_what_is_due(
+    total: int, interval: Any, first_step: Any, ending: Any, data: Any
+) -> None:
+    """Step by step through the run: each step that is due once and in order, and none beside it or beyond the run."""
+    warmup = data.draw(st.integers(0, total))
+    final = data.draw(st.integers(0, total - warmup))
+    scheduler = Cubic(warmup=warmup, final=final, interval=interval, first_step=first_step, ending=ending)
+    listed = [step for span in scheduler.decisions(total) for step in span]
+    numbers = range(first_step, first_step + total)
+    assert listed == [step for step in numbers if scheduler.due(step, total_steps=total)]
+
+
 @pytest.mark.parametrize("kind", [Constant, Linear, Cubic])
 def test_no_progress_is_all_of_the_start(kind: Any) -> None:
     """A decay is 1 at no progress and 0 at the end of it, the constant one included."""
@@ -319,21 +345,23 @@ class Exchange(lrkit.Action):
         return self.cut, self.fresh
 
 
-@pytest.mark.parametrize(("cut", "fresh"), [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 1)])
-def test_the_range_of_a_run_that_grows_is_that_of_every_choice(cut: int, fresh: int) -> None:
+@pytest.mark.parametrize("total", [4, 9])  # in the longer run all the first components may have gone
+@pytest.mark.parametrize("kind", [Constant, Linear])
+@pytest.mark.parametrize(("cut", "fresh"), [(0, 1), (0, 2), (1, 1), (1, 2), (2, 2), (3, 3)])
+def test_the_range_of_a_run_that_grows_is_that_of_every_choice(kind: Any, cut: int, fresh: int, total: int) -> None:
     """By trying each set of first components that may have gone, and each layer in which a new one may stand."""
     sizes = [1 + d_out + d_in for d_out, d_in in SHAPES.values() for _ in range(2)]
     method = lrkit.Method(
         parameterization=SVD(rank=2),
         metric=SensitivityUncertainty(),
-        scheduler=Linear(start=2, target=4, final=1, interval=1),
+        scheduler=kind(start=2, target=4, final=1, interval=1),
         action=Exchange(cut=cut, fresh=fresh),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lrkit.LrkitWarning)
-        counted = count(method, 4)
+        counted = count(method, total)
     ranges, means = [], []
-    for decisions in range(4):  # after steps 1, 2 and 3
+    for decisions in range(total):  # one after each step but the last
         gone, there = min(cut * decisions, 6), 6 + (fresh - cut) * decisions
         new = there - (6 - gone)
         totals = [

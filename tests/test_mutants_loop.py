@@ -561,3 +561,23 @@ def test_a_run_that_ends_early_names_the_later_of_two_schedules() -> None:
         optimizer.step()
     with pytest.warns(LrkitWarning, match="step 3 of 10.* at step 9"):
         adapted.merge()
+
+
+def test_a_masked_component_that_adds_to_the_output_is_not_cut() -> None:
+    """Its λ was set by hand after the last decision: `compact` changes no output, and cuts what is zero alone."""
+    model, adapted = rigs.toy(prune(Magnitude(), Constant(target=1, final=2)))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
+    with torch.no_grad():
+        for adapter in adapted.adapters.values():
+            adapter.core.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    adapted.bind(optimizer, total_steps=4)
+    for step in range(4):
+        give(adapted, seed=step)
+        optimizer.step()
+    assert [adapter.core.tolist() for adapter in adapted.adapters.values()] == [[0.0, 0.0, 3.0]] * 3
+    with torch.no_grad():
+        adapted.adapters["second"].core[0] = 5.0
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    assert adapted.compact() == {"first": 1, "second": 2, "third": 1}
+    torch.testing.assert_close(model(x), before)

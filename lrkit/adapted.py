@@ -515,7 +515,7 @@ class Adapted:
 
     @property
     def attached(self) -> bool:
-        """Whether the adapters are in the model: False once they were merged or detached."""
+        """Whether the adapters are in the model; False once they were merged or detached."""
         return self._alive
 
     @property

@@ -312,12 +312,6 @@ class Adapted:
                 f"the optimizer does not hold {len(missing)} of the parameters that the method trains, such as "
                 f'"{missing[0]}": make it from adapted.parameters()'
             )
-        for name, p in self.named_parameters():
-            states = [value for each in optimizers for value in each.state.get(p, {}).values()]
-            if any(isinstance(value, Tensor) and not _belongs(value.shape, p.shape) for value in states):
-                raise LrkitError(
-                    f"the optimizer's state for {name} is not of its shape {list(p.shape)}: make a new optimizer"
-                )
         if refusal := self._controller.objection(total_steps):
             raise LrkitError(refusal)
         self._controller.begin(total_steps)

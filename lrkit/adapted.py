@@ -247,6 +247,7 @@ class Adapted:
         What has been frozen on the way stays in the list, so that an optimizer made on resume has the same groups.
         """
         self._check_alive()
+        self._masters.put_back()
         for name, p in self.model.named_parameters():
             if id(p) in self._trained_ids:
                 yield name, p
@@ -311,12 +312,6 @@ class Adapted:
                 f"the optimizer does not hold {len(missing)} of the parameters that the method trains, such as "
                 f'"{missing[0]}": make it from adapted.parameters()'
             )
-        for name, p in self.named_parameters():
-            states = [value for each in optimizers for value in each.state.get(p, {}).values()]
-            if any(isinstance(value, Tensor) and not _belongs(value.shape, p.shape) for value in states):
-                raise LrkitError(
-                    f"the optimizer's state for {name} is not of its shape {list(p.shape)}: make a new optimizer"
-                )
         if refusal := self._controller.objection(total_steps):
             raise LrkitError(refusal)
         self._controller.begin(total_steps)
@@ -347,6 +342,10 @@ class Adapted:
         """Raise LrkitError if a schedule of the method does not fit a run of so many steps; change nothing else."""
         self._check_alive()
         self._controller.check_schedules(total_steps)
+
+    def as_computed(self, p: Tensor) -> Tensor:
+        """Return a parameter as the model computes with it: a head beside half precision is kept in float32, and rounded."""
+        return self._masters.as_computed(p)
 
     def hold(self, handle: Any) -> None:
         """Remove a hook's handle when the optimizer is let go of: what an integration hung on the model for this run."""
@@ -449,6 +448,7 @@ class Adapted:
             self._ddp = parallel.wrapper() or self._ddp
 
     def _before_step(self, scale: Tensor | None) -> None:
+        self._masters.put_back()
         unclipped, step = self._unclipped, self.step + 1
         if self.has_penalty:
             self._penalty.check_arrival()
@@ -509,7 +509,7 @@ class Adapted:
 
     @property
     def attached(self) -> bool:
-        """Whether the adapters are in the model: False once they were merged or detached."""
+        """Whether the adapters are in the model; False once they were merged or detached."""
         return self._alive
 
     @property
@@ -558,6 +558,7 @@ class Adapted:
         return {"meta": copy.deepcopy(meta), "tensors": tensors}
 
     def _saved(self) -> Iterator[tuple[str, Tensor]]:
+        self._masters.put_back()
         for name, p in self.model.named_parameters():
             if id(p) in self._saved_ids:
                 yield name, p
@@ -572,7 +573,8 @@ class Adapted:
         """
         self._check_alive()
         meta, tensors = states.meta_of(state), state["tensors"]
-        mine, theirs = to_plain(self.method), meta["method"]
+        # Settings that lrkit did not have when the state was written are at their defaults, which is how it was then.
+        mine, theirs = to_plain(self.method), to_plain(from_plain(meta["method"]))
         if mine != theirs:
             raise LrkitError(f"the state is of another method: {_difference(theirs, mine)}")
         for what, here, there in (("layers", list(self.adapters), meta["targets"]), ("head", self.head, meta["head"])):
@@ -810,6 +812,7 @@ class Adapted:
 
     def _leave(self) -> nn.Module:
         self._alive = False
+        self._masters.put_back()
         self._unbind()
         liveness.leave(self)
         self._notice_saves.remove()

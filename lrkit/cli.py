@@ -271,7 +271,7 @@ def ablate(
 ) -> None:
     """Swap one part at a time, over many seeds; restartable.
 
-    lrkit ablate adalora --swap metric=sensitivity,magnitude --seeds 6 --out study
+    lrkit ablate adalora --swap metric=sensitivity,magnitude --seeds 7 --out study
 
     The same command again goes on with what is missing. lrkit ablate --list shows the studies that ship.
     """

@@ -725,7 +725,7 @@ class Controller:
     def parameters_on_average(self) -> dict[str, float]:
         """Layer name to trainable parameters averaged over the steps so far (those now, before the first step)."""
         self._tally.settle(self.step)
-        values = self._tally.sums / self.step if self.step else self._tally.now.double()
+        values = self._tally.sums.double() / self.step if self.step else self._tally.now.double()
         return dict(zip(self._tally.names, values.tolist(), strict=True))
 
     # ---- other sizes ----

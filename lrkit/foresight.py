@@ -56,8 +56,11 @@ def check_fresh(
     """
     own = {id(p) for p in twin.parameters()}
     there = sum(p.numel() for p in twin.parameters())
-    with torch.random.fork_rng(devices=[]):
-        adapters = dict(parameterization.adapt_model(twin, found))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            adapters = dict(parameterization.adapt_model(twin, found))
+    except Exception:  # it cannot be built without values; if it cannot be built at all, attach says so
+        return
     fresh = {id(p): p.numel() for module in adapters.values() for p in module.parameters() if id(p) not in own}
     if meta is not None:
         axes = [part for part in parameterization.parts if part.axis is not None]

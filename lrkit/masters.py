@@ -43,6 +43,7 @@ class Masters:
         self.witness: nn.Parameter | None = next(rest, None)
         self._was = None if self.witness is None else self.witness.dtype
         self._handles: list[Any] = []
+        self._owners: list[nn.Module] = []
         owners = [m for m in model.modules() if any(id(p) in ids for p in m._parameters.values())]
         buffers = [b for m in owners for b in m._buffers.values() if b is not None and b.dtype in _HALF]
         raised = [p for p in trained.values() if is_plain(p) and p.dtype in _HALF]
@@ -54,12 +55,17 @@ class Masters:
             tensor.data = tensor.data.float()
         if self.witness is not None:
             wide = {id(p) for p in raised}
-            for module in owners:
-                names = tuple(n for n, p in module._parameters.items() if id(p) in wide)
-                if names:
+            parents = {id(child): module for module in model.modules() for child in module._modules.values()}
+            for owner in owners:
+                names = tuple(n for n, p in owner._parameters.items() if id(p) in wide)
+                if not names:
+                    continue
+                self._owners.append(owner)
+                # A parent may read its child's weight without a call, as nn.MultiheadAttention and Mamba's mixer do.
+                for module in {id(m): m for m in (owner, parents.get(id(owner), owner))}.values():
                     self._handles += [
-                        module.register_forward_pre_hook(_Round(names, self.witness)),
-                        module.register_forward_hook(_put_back, always_call=True),
+                        module.register_forward_pre_hook(_Round(owner, names, self.witness)),
+                        module.register_forward_hook(_Back(owner), always_call=True),
                     ]
 
     def original(self, kept: _Kept) -> Tensor:
@@ -75,6 +81,19 @@ class Masters:
         for kept in self.kept:
             _set(kept.tensor, self.original(kept))
         self._let_go()
+
+    def as_computed(self, p: Tensor) -> Tensor:
+        """Return a parameter as the model computes with it: rounded to the model's precision if it is kept in float32."""
+        if self.witness is None or self.witness.dtype not in _HALF or p.dtype != torch.float32:
+            return p
+        return (
+            p.to(self.witness.dtype) if any(kept.tensor is p and kept.copy.dtype in _HALF for kept in self.kept) else p
+        )
+
+    def put_back(self) -> None:
+        """Put the float32 parameters back into modules whose call was broken off (Ctrl-C), where no hook did."""
+        for owner in self._owners:
+            _put_back(owner)
 
     def settle(self) -> None:
         """Leave what has been trained in the model's own precision, in which it has computed all along."""
@@ -97,7 +116,7 @@ class Masters:
             if isinstance(module, nn.Module):
                 for hooks in (module._forward_pre_hooks, module._forward_hooks):
                     for key, hook in list(hooks.items()):
-                        if isinstance(hook, _Round) or hook is _put_back:
+                        if isinstance(hook, _Round | _Back):
                             del hooks[key]
                             module._forward_hooks_always_called.pop(key, None)
 
@@ -123,24 +142,41 @@ class _Round:
     """A forward pre-hook: the module computes with its trained parameters in the model's precision.
 
     Args:
+        owner: the module that has the parameters: the one that is called, or a child of it.
         names: of the parameters.
         witness: a parameter of the model that says which precision that is. (A copy of the model copies it along.)
     """
 
-    def __init__(self, names: tuple[str, ...], witness: nn.Parameter) -> None:
-        self.names, self.witness = names, witness
+    def __init__(self, owner: nn.Module, names: tuple[str, ...], witness: nn.Parameter) -> None:
+        self.owner, self.names, self.witness = (owner,), names, witness
 
-    def __call__(self, module: nn.Module, _: Any) -> None:
-        held = {}
+    def __call__(self, *_: Any) -> None:
+        (owner,) = self.owner
+        held, depth = owner.__dict__.get(_HELD, ({}, 0))
         for name in self.names:
-            p = module._parameters[name]
-            if p is not None and p.dtype != self.witness.dtype:
+            p = held.get(name, owner._parameters[name])
+            if p is not None and p.dtype == torch.float32 and self.witness.dtype in _HALF:
                 held[name] = p
-        for name, p in held.items():
-            module._parameters[name] = p.to(self.witness.dtype)  # type: ignore[assignment]
-        module.__dict__[_HELD] = held
+                # Anew each time: a call within this one, or after one that was broken off, has a graph of its own.
+                owner._parameters[name] = p.to(self.witness.dtype)
+        owner.__dict__[_HELD] = held, depth + 1
 
 
-def _put_back(module: nn.Module, *_: Any) -> None:
-    held: Mapping[str, nn.Parameter] = module.__dict__.pop(_HELD, {})
-    module._parameters.update(held)
+class _Back:
+    """A forward hook: the float32 parameters stand in their places again once the outermost call has ended."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = (owner,)
+
+    def __call__(self, *_: Any) -> None:
+        (owner,) = self.owner
+        held, depth = owner.__dict__.get(_HELD, ({}, 0))
+        if depth > 1:
+            owner.__dict__[_HELD] = held, depth - 1
+        else:
+            _put_back(owner)
+
+
+def _put_back(owner: nn.Module) -> None:
+    held: Mapping[str, nn.Parameter] = owner.__dict__.pop(_HELD, ({}, 0))[0]
+    owner._parameters.update(held)

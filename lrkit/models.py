@@ -284,9 +284,9 @@ def check_config(config: Any, name: str) -> None:
         for key, value in table.items():
             if isinstance(value, dict):
                 tables.append(value)
-            most = 10_000 if "layer" in key else 2**31 - 1
+            most = 10_000 if "layer" in str(key) else 2**31 - 1
             # Some configs say "without end" with a large number: sizes are what is bounded.
-            size = key.endswith(
+            size = str(key).endswith(
                 ("_size", "_dim", "layers", "heads", "_layer", "_head", "_embd", "experts", "positions")
             )
             if size and isinstance(value, int) and not isinstance(value, bool) and not -1 <= value <= most:

@@ -117,7 +117,7 @@ def export(
         # Fresh adapters and heads are drawn on the way: the run that goes on must not notice.
         with torch.random.fork_rng(), _quiet():
             ranks = TARGETS[to].write(adapted, inside, tokenizer, folder.absolute())
-            expected = _logits(adapted.model, batch)
+            expected = _logits(adapted.model, batch, adapted.as_computed)
             found = _logits(TARGETS[to].read(adapted, inside), batch)
         difference = float((found - expected).abs().max())
         largest = float(expected.abs().max())
@@ -427,11 +427,13 @@ def _tokens(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def _logits(
+    model: nn.Module, batch: Mapping[str, Tensor], as_computed: Callable[[Tensor], Tensor] = lambda p: p
+) -> Tensor:
     """The model's logits (or first output) in evaluation, computed in float64; the model stays as it is."""
     modes = [(module, module.training) for module in model.modules()]
     state = [*model.named_parameters(), *model.named_buffers()]
-    wide = {name: t.detach().double() for name, t in state if t.is_floating_point()}
+    wide = {name: as_computed(t).detach().double() for name, t in state if t.is_floating_point()}
     try:
         model.eval()
         output = torch.func.functional_call(model, wide, kwargs=dict(batch), tie_weights=True)

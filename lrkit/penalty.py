@@ -47,6 +47,7 @@ class Penalty:
         self._compute, self._factors, self._setting, self._warn = compute, list(factors), setting, warn
         self._adding = self._idle = False
         self._due: dict[int, Tensor] = {}
+        self._given: set[int] = set()
         self._weight: Tensor | float | None = None
         self._norms: list[Tensor] = []
         self.last: float | Tensor | None = None
@@ -84,37 +85,43 @@ class Penalty:
         """
         self._adding = True
 
-        def hook_for(key: int) -> Callable[[Tensor], Tensor | None]:
+        def hook_for(p: nn.Parameter) -> Callable[[Tensor], Tensor | None]:
             def add(grad: Tensor) -> Tensor | None:
-                due = self._due.pop(key, None)
-                if due is None:
+                due = self._due.get(id(p))
+                # Once per step; and again where what it was added to was thrown away, as a count of FLOPs does.
+                if due is None or (id(p) in self._given and p.grad is not None):
                     return None
+                self._given.add(id(p))
                 self._weight = scale()
                 return grad + due.to(grad) * self._weight
 
             return add
 
-        return [on_gradient(p, hook_for(id(p))) for p in self._factors]
+        return [on_gradient(p, hook_for(p)) for p in self._factors]
 
     def end(self) -> None:
         """Forget what belongs to a run that is over."""
-        self._adding, self._weight, self._due, self._norms = False, None, {}, []
+        self._adding, self._weight, self._due, self._given, self._norms = False, None, {}, set(), []
 
     def begin(self) -> None:
         """Make γ ∇R for the optimizer step whose first backward pass is next."""
         value, grads = self._gradient()
-        self._due = {id(p): g for p, g in grads}
+        self._due, self._given = {id(p): g for p, g in grads}, set()
         self._weight, self._idle = None, not grads
         self.last = value
 
     def _gradient(self) -> tuple[Tensor | None, list[tuple[nn.Parameter, Tensor]]]:
         """γ R without its graph, and γ ∇R by factor."""
-        with torch.enable_grad():
-            value = self._compute()
-            if value is None or not value.requires_grad:
-                return value, []
-            live = [p for p in self._factors if p.requires_grad]
-            grads = torch.autograd.grad(value, live, allow_unused=True)
+        due, self._due = self._due, {}  # hooks on the factors see this gradient as well
+        try:
+            with torch.enable_grad():
+                value = self._compute()
+                if value is None or not value.requires_grad:
+                    return value, []
+                live = [p for p in self._factors if p.requires_grad]
+                grads = torch.autograd.grad(value, live, allow_unused=True)
+        finally:
+            self._due = due
         return value.detach(), [(p, g) for p, g in zip(live, grads, strict=True) if g is not None]
 
     # ---- what became of it ----

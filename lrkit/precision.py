@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 def is_autocast_on(device: str) -> bool:
     """Whether autocast is on for a type of device."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # torch.compile of torch 2.7 cannot ask whether there is one; a device that it compiles for has it.
+    there = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return there and torch.is_autocast_enabled(device)
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:

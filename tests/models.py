@@ -88,3 +88,9 @@ def batch(seed=0, rows=8, length=12):
     ids = torch.randint(3, 64, (rows, length), generator=generator)
     # Something to learn: the label is whether the first token is in the upper half of the vocabulary.
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": (ids[:, 0] > 33).long()}
+
+
+def checkpoint_activations(model):
+    """Compute activations again in the backward pass, by the name that the installed transformers has for it."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -411,9 +411,8 @@ def test_a_score_that_is_no_number_ranks_last():
         for adapter in adapters:
             adapter.core.copy_(torch.tensor([3.0, 2.0, 1.0, 0.5]))
         adapters[0].core[0] = torch.nan
-    adapted.penalty()
     for _ in range(3):
-        adapted.penalty()
+        adapted.penalty().backward()
         optimizer.step()
     kept = adapted.history[0]
     assert kept.step == 3

@@ -192,7 +192,7 @@ def test_a_whole_model_trains_alike_on_both_paths(checkpointing, monkeypatch):
         for m in adapted.adapters.values():
             nn.init.constant_(m.out_scale, 0.5)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            models.checkpoint_activations(model)
         model.train()
         torch.manual_seed(0)
         loss = model(**models.batch()).loss

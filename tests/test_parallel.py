@@ -134,7 +134,7 @@ def test_gradients_are_seen_as_clipped():
 
 def test_gradient_checkpointing_changes_nothing():
     model = models.make("bert", seed=1)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    models.checkpoint_activations(model)
     alike(run("adalora"), run("adalora", model=model))
 
 

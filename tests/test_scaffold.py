@@ -289,7 +289,8 @@ def test_the_parts_of_a_method_with_a_further_policy():
     prune = lrkit.Policy(
         metric=lrkit.metrics.Magnitude(), scheduler=lrkit.schedulers.Linear(), action=lrkit.actions.Prune()
     )
-    parts = _parts("hybrid", lambda: attrs.evolve(lrkit.methods.aflora(), also=(prune,)))
+    with lrkit.current().lend("method", "both", lambda: attrs.evolve(lrkit.methods.aflora(), also=(prune,))):
+        parts = _parts("both")
     assert parts["action"] == "freeze"
     assert {kind: part for kind, part in parts.items() if kind.startswith("also")} == {
         "also.0.metric": "magnitude",

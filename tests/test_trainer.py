@@ -104,7 +104,7 @@ def test_trainer_and_a_bare_loop_are_the_same_run(tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_penalty_weighs_the_same_under_gradient_accumulation(accumulation, tmp_path):
     """Whichever way the Trainer scales the loss over the accumulated batches, the penalty's gradient is γ ∇R."""
-    method = lrkit.methods.svd_lora(rank=4, orthogonality=1.0)
+    method = lrkit.methods.svd_lora(rank=4, orthogonality=1.0, variant="paper")
     for name in ("bert", "llama"):
         t, adapted = trainer(
             name,

@@ -362,7 +362,7 @@ class LowRank(nn.Module):
             and not base._forward_pre_hooks
             and not base._backward_hooks
             and not base._backward_pre_hooks
-            and "forward" not in vars(base)
+            and "forward" not in base.__dict__  # torch.compile of torch 2.7 does not know vars()
         )
 
     def merge(self) -> nn.Module:

@@ -133,11 +133,10 @@ def make_cell(
 
 
 def _rates(method: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[float, float]:
-    from lrkit.registry import current
+    from lrkit.method import from_plain
     from lrkit.study.run import rates
 
-    part = current().get("parameterization", method["parameterization"]["name"])
-    return rates(part, run.get("lr"), run.get("head_lr"))
+    return rates(from_plain(method).parameterization, run.get("lr"), run.get("head_lr"))
 
 
 def code_of(method: Mapping[str, Any], task: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.method import from_plain, to_plain
 from lrkit.study.cell import Cell, damaged, has_result, is_done
 from lrkit.study.store import canonical, read_json
 
@@ -43,7 +44,8 @@ def with_old(jobs: "list[Job]", folder: Path, keep: bool) -> "list[Job]":
     if old:
         rest = f"{old - kept} are computed again" if old > kept else ""
         what = f"{kept} are kept as they are" if kept else ""
-        other = "; others have other settings now and cannot be kept" if keep and kept < old else ""
+        which = "the others" if kept else "they"
+        other = f"; {which} have other settings now and cannot be kept" if keep and kept < old else ""
         hint = "" if keep else " (keep_old=True, --keep-old, keeps them)"
         warnings.warn(
             f"{_cells(old)} in {folder} {'is' if old == 1 else 'are'} of other code (the sources of lrkit or of a plug-in "
@@ -62,7 +64,9 @@ def _differs_in_code_alone(cell: Cell, place: Path) -> bool:
         task = {**config["task"], "data": versions["data"]}
         model = versions["model"] or config["model"]
         attached = [config["targets"], config.get("train_also", "auto")]  # it always was, in cells of an earlier lrkit
-        return canonical([task, model, attached, config["method"], versions]), dict(config["run"])
+        # Settings that there were not yet are at their defaults.
+        method = to_plain(from_plain(config["method"]))
+        return canonical([task, model, attached, method, versions]), dict(config["run"])
 
     try:
         (was, settings), (now, wanted) = plain(read_json(place / "config.json")), plain(cell.to_plain())

@@ -175,7 +175,7 @@ def rates(parameterization: Any, lr: float | None, head_lr: float | None) -> tup
     """The learning rates in force: what is given, or the parameterization's own and `HEAD_LR`.
 
     Args:
-        parameterization: a parameterization or its class.
+        parameterization: the one that trains.
         lr: that of the adapters, if given.
         head_lr: that of the head, if given.
     """

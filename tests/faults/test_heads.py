@@ -1,7 +1,5 @@
 """Which head is new, which is tied, which the loss never reaches; and what save_pretrained leaves behind."""
 
-import warnings
-
 import models
 import pytest
 import torch
@@ -122,36 +120,10 @@ def test_a_head_that_no_gradient_reaches_is_named(bound):
     assert words.count("score") == 1 and "classifier" not in words
 
 
-def _rank(rank, init, folder, named):
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    warnings.simplefilter("ignore")
-    model = zoo.make("bert-alone")
-    adapted = lrkit.attach(
-        model, lrkit.methods.adalora(rank=4, target_rank=2), train_also=["pooler"] if named else "auto"
-    )
-    ddp = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(adapted.parameters(), lr=1e-3)
-    adapted.bind(optimizer, total_steps=4)
-    error = ""
-    try:
-        for _ in range(4):
-            ids = torch.randint(0, 64, (2, 8))
-            (ddp(input_ids=ids).last_hidden_state.mean(1).pow(2).mean() + adapted.penalty()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    except lrkit.LrkitError as told:
-        error = str(told)
-    torch.save((error, adapted.step), f"{folder}/{rank}")
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("named", [False, True])
 def test_an_unread_pooler_under_ddp(named, tmp_path):
     """Mean pooling runs under DDP; a pooler that was asked for ends in one line that names it, not in the reducer's."""
-    mp.spawn(_rank, (f"file://{tmp_path}/init", tmp_path, named), nprocs=2)
+    mp.spawn(zoo.pooler_rank, (f"file://{tmp_path}/init", tmp_path, named), nprocs=2)
     for rank in range(2):
         error, steps = torch.load(tmp_path / str(rank))
         assert (steps, "pooler" in error, "find_unused_parameters" in error) == (

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 import lrkit
+import lrkit.accounting
 from lrkit.models import load_pretrained
 from lrkit.tasks import load_task
 
@@ -230,6 +231,22 @@ def test_shared_factor_gets_it_once():
         grads.append([p.grad.clone() for p in adapted.parameters()])
     for one, two in zip(*grads, strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_a_backward_pass_beside_takes_none_away():
+    """A backward pass whose gradients are thrown away, such as a count of FLOPs, leaves the penalty to the step's own."""
+    grads = []
+    for counts in (False, True):
+        model, adapted = started()
+        optimizer = torch.optim.SGD(adapted.parameters(), lr=1e-2)
+        adapted.bind(optimizer, total_steps=2, penalty="gradient")
+        adapted.begin_step()
+        if counts:
+            lrkit.accounting.flops(model, models.batch(rows=1))
+        for part in range(2):
+            (model.eval()(**models.batch(seed=part)).loss / 2).backward()
+        grads.append([p.grad.clone() for p in adapted.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_unreached_factor_stays():

@@ -264,3 +264,60 @@ def test_nothing_is_said_of_plain_models():
         adapted = lrkit.attach(models.make("bert"), LORA)
         state = adapted.state_dict()
         adapted.load_state_dict(state)
+
+
+def head_of(model):
+    """A head that trains beside a half-precision model; its master is float32."""
+    adapted = lrkit.attach(model, lrkit.methods.lora(rank=2))
+    return adapted, torch.optim.SGD(adapted.parameters(), lr=0.1)
+
+
+def test_interrupted_call_loses_no_head():
+    """Ctrl-C within the head's forward leaves it in training, in the state and in float32."""
+    model = models.make("bert").to(torch.bfloat16)
+    adapted, optimizer = head_of(model)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    model.classifier.forward = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        model(**models.batch())
+    del model.classifier.forward
+    before = adapted.state_dict()["tensors"]["weight.classifier.weight"]
+    assert before.dtype == torch.float32
+    model(**models.batch()).loss.backward()
+    optimizer.step()
+    assert not torch.equal(adapted.state_dict()["tensors"]["weight.classifier.weight"], before)
+    assert model.classifier.weight.dtype == torch.float32
+
+
+class Again(nn.Module):
+    """A head that calls itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, x, times=1):
+        x = x * self.scale
+        return self(x, times - 1) if times else x
+
+
+@pytest.mark.parametrize("head", [Again, lambda: nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)])
+def test_odd_heads_train_in_half_precision(head):
+    """A head that calls itself, and one whose parent reads a weight without a call, train."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers, model.head = nn.ModuleList([nn.Linear(16, 16)]), head()
+    model.forward = lambda x: model.head(torch.relu(model.layers[0](x)))
+    model = model.to(torch.bfloat16)
+    adapted, optimizer = head_of(model)
+    before = [p.detach().clone() for p in adapted.head_parameters()]
+    out = model.forward(torch.randn(2, 3, 16, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    (out.float() * torch.randn(2, 3, 16)).sum().backward()
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, adapted.head_parameters(), strict=True)]
+    assert all(moved)
+    assert {p.dtype for p in model.head.parameters()} == {torch.float32}

@@ -305,4 +305,4 @@ def test_attributes_of_a_cell():
     from lrkit.study.cell import Cell
 
     names = {field.name for field in attrs.fields(Cell)}
-    assert names == {"task", "model", "targets", "method", "run", "versions"}
+    assert names == {"task", "model", "targets", "train_also", "method", "run", "versions"}

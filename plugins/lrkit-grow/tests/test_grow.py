@@ -207,7 +207,7 @@ def grown(core: float, optimizer_class: Any = torch.optim.AdamW) -> Any:
         (rigs.loss_of(model, step) + adapted.penalty()).backward()
         if step == 3:
             # The same step without lrkit's part, on copies.
-            adapted._handles[1].remove()
+            adapted._binding._handles[1].remove()
             optimizer.step()
             x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
             before = {

@@ -6,7 +6,7 @@ then, one mutant after the other, runs the tests that should see it, up to the f
 touched. A text that is no longer found (or is found twice) is said, and makes the run fail: code has moved, and the list
 must follow. So does a mutant that survives.
 
-    python tests/mutants.py                    every mutant, one at a time, some 15 minutes
+    python tests/mutants.py                    every mutant, one at a time, some 10 minutes
     python tests/mutants.py --only tally.py    those whose line has this text
     python tests/mutants.py --check            only whether every text is still found
 

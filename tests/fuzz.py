@@ -396,6 +396,8 @@ def states(rng, world):
         elif change == "dtype":
             other = [d for d in (torch.float64, torch.int8, torch.bool, torch.float16) if d != old.dtype]
             tensors[key] = old.to(rng.choice(other))
+            # Weights of another precision are taken in it, and said.
+            wrong = not (key.startswith("weight.") and old.is_floating_point() and tensors[key].is_floating_point())
         elif change == "empty":
             wrong, tensors[key] = bool(old.numel()), torch.zeros(0)
         elif change == "huge":

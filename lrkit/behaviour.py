@@ -1,6 +1,7 @@
 """Whether a layer is what its class says: a linear map of its weight, by one pass of a few rows through it."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -56,9 +57,18 @@ def _has_own_forward(layer: nn.Module) -> bool:
 
 
 def _run(layer: nn.Module, d_in: int) -> tuple[Tensor, object] | None:
-    """Two rows and what the layer makes of them; None where it cannot run."""
+    """Two rows and what the layer makes of them; None where it cannot run.
+
+    A quantized layer may settle its weight at its first call (bitsandbytes in 8 bits does, and then takes no checkpoint): a
+    copy of it runs, or nothing if it has none.
+    """
     weight = layer.weight
     assert isinstance(weight, Tensor)
+    if not is_plain(weight):
+        try:
+            layer = copy.deepcopy(layer)
+        except Exception:
+            return None
     known = weight.is_floating_point() and weight.dtype.itemsize > 1
     for dtype in (weight.dtype,) if known else _DTYPES:
         # Its own numbers: the global generator is the caller's.

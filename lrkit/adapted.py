@@ -6,7 +6,6 @@ import json
 import math
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lrkit import checkpoint, liveness, parallel, pretrained, states
 from lrkit.behaviour import is_exact
-from lrkit.binding import Binding, unwrapped
+from lrkit.binding import Binding, held_by, unwrapped
 from lrkit.controller import Controller, Decision
 from lrkit.coverage import TOLD_FROM, coverage, percent
 from lrkit.errors import LrkitError, LrkitWarning, shown
@@ -185,8 +183,6 @@ class Adapted:
             _surround(model, self.around)
         self._notice_saves = pretrained.SaveNotice(model, [name for name, _, _ in self._places])
         self._off = 0
-        self._wrapped: Any = None
-        self._wrapper_hook: Any = None
         self._alive = True
         setattr(model, _MARK, True)
         lasting = model.state_dict().keys()
@@ -197,7 +193,7 @@ class Adapted:
         self._binding: Binding | None = None
         self._last: Callable[[], torch.optim.Optimizer | None] = lambda: None
         self._unclipped: Unclipped | None = None
-        self._ddp: Any = None
+        self._outer = parallel.Outer(self._check_growth)
         self._penalty = Penalty(
             lambda: parameterization.penalty(list(self.adapters.values())),
             self.adapter_parameters(),
@@ -205,20 +201,16 @@ class Adapted:
             lambda key, message: self._controller.warn(key, message),
         )
         try:
-            self._controller = Controller(method, self.adapters, self._trained_ids)
+            self._controller = Controller(method, self.adapters, self._trained_ids, self.head_parameters())
         except BaseException as error:
             self.detach()
             if isinstance(error, LrkitError) and self._offer is not None and targets == "all-linear":
                 raise LrkitError(f"{error}{self._offer.words}") from None
             raise
         self._dtypes = {id(p): p.dtype for p in self.parameters()}
-        penalized = parameterization.penalty_weight is not None
-        others = self.head_parameters()
-        self._controller.liveness = liveness.Liveness(self.adapters, self._trained_ids, others, whole=penalized)
-        liveness.watch(self, Adapted._first_look)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._wrapper_hook = model.register_forward_pre_hook(self._see_wrapper)
-        self._watch()
+        self._looked = False
+        self._outer.hang_on(model)
+        liveness.watch(self, Adapted._look_on)
 
     def _tell_left_out(self, targets: str | Sequence[str]) -> None:
         """Say what "all linear layers" leaves out, where it is not a little."""
@@ -305,7 +297,7 @@ class Adapted:
                 "the model's parameters are no longer those that were attached: something (FSDP, quantization, a cast that "
                 "makes new ones) has replaced them"
             )
-        held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+        held = set().union(*map(held_by, optimizers))
         missing = [n for n, p in self.named_parameters() if p.requires_grad and id(p) not in held]
         if missing:
             raise LrkitError(
@@ -324,15 +316,14 @@ class Adapted:
             adaptive=bool(self.method.policies) or self.has_penalty,
         )
         self._binding, self._last = binding, binding.last()
-        self._watch()
+        liveness.watch(self, Adapted._look_on)
         scale: Callable[[], float] = (lambda: 1.0) if scaler is None else scaler.get_scale
         if self.has_penalty and penalty == "gradient":
             for handle in self._penalty.add_in_backward(scale):
                 binding.hold(handle)
         self._scale = None if scaler is None else scale
         self._keep_gradients()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            binding.hold(self.model.register_forward_pre_hook(self._meet_ddp))
+        self._outer.hang_on(self.model)
 
     def begin_step(self) -> None:
         """Make ready for the backward passes of one optimizer step, if bound with ``penalty="gradient"``."""
@@ -374,23 +365,21 @@ class Adapted:
         if self._unclipped is not None:
             self._unclipped.remove()
         self._penalty.end()
-        self._binding = self._unclipped = self._ddp = None
-        self._watch()
+        self._binding = self._unclipped = self._outer.ddp = None
+        liveness.watch(self, Adapted._look_on)
 
-    def _watch(self) -> None:
-        """Look out for an optimizer that steps the adapters' parameters, and to which the method is not bound."""
-        if self._alive:
-            _look_out()
-            _watching.add(self)
-        else:
-            _watching.discard(self)
-
-    def _notice(self, optimizer: torch.optim.Optimizer) -> None:
+    def _look_on(self, optimizer: torch.optim.Optimizer) -> None:
+        """See any optimizer's step before it is taken, as long as there may be something to say of it."""
+        if not self._looked and held_by(optimizer) & self._trained_ids:
+            self._first_look()
         # Within the bound one's step another may step: one that it wraps.
         bound = self._binding
-        if not self._alive or (bound is not None and (optimizer in bound.optimizers or bound.stepping)):
-            return
-        if not self._steps_mine(optimizer):
+        if bound is None or not (optimizer in bound.optimizers or bound.stepping):
+            self._notice(optimizer)
+
+    def _notice(self, optimizer: torch.optim.Optimizer) -> None:
+        """Say that the method is not bound to an optimizer that steps the adapters' parameters."""
+        if held_by(optimizer).isdisjoint(map(id, self.adapter_parameters())):
             return
         if reason := parallel.refusal(self.model, optimizer, adaptive=False):
             raise LrkitError(reason)
@@ -400,22 +389,16 @@ class Adapted:
                 "an optimizer steps the adapters' parameters, but the method is not bound to it: nothing is adaptive. "
                 "Call adapted.bind(optimizer, total_steps=...) before training",
             )
-        else:
-            _watching.discard(self)  # nothing more to notice
+        elif self._looked:
+            liveness.leave(self)  # nothing more to notice
 
-    def _steps_mine(self, optimizer: torch.optim.Optimizer) -> bool:
-        mine = {id(p) for p in self.adapter_parameters()}
-        return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
-
-    def _first_look(self, optimizer: torch.optim.Optimizer) -> None:
+    def _first_look(self) -> None:
         """Before the first step with gradients: name what trains and has none."""
-        if not self._alive or not self._trains_mine(optimizer):
-            return
         self._controller.look()
         dead = self._controller.liveness.dead
         if dead is None and self.adapters:
             return
-        liveness.leave(self)
+        self._looked = True
         self._tell_cast()
         heads = {name: list(head_parameters(self.model, [name])) for name in self.head}
         silent = liveness.unreached(heads)
@@ -425,7 +408,7 @@ class Adapted:
                 f"no gradient reaches {listing(silent)}, which trains in full: the loss does not depend on it. Leave it out "
                 "with train_also",
             )
-        ddp = self._ddp or self._wrapped
+        ddp = self._outer.ddp
         if ddp is not None and (dead or silent) and not (ddp.find_unused_parameters or ddp.static_graph):
             raise LrkitError(
                 f"no gradient reaches {listing([*(dead or []), *silent])}, and DDP waits for it, so that others are not "
@@ -433,19 +416,9 @@ class Adapted:
                 "find_unused_parameters=True)"
             )
 
-    def _trains_mine(self, optimizer: torch.optim.Optimizer) -> bool:
-        return any(id(p) in self._trained_ids for group in optimizer.param_groups for p in group["params"])
-
-    def _see_wrapper(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._wrapped = parallel.wrapper() or self._wrapped
-
-    def _meet_ddp(self, *_: Any) -> None:
-        # While torch.compile traces there is nothing to meet: the wrapper's own forward is not traced with the model.
-        if not torch.compiler.is_compiling():
-            if parallel.wrapper() is not None and self._controller.grows:
-                raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
-            self._ddp = parallel.wrapper() or self._ddp
+    def _check_growth(self) -> None:
+        if self._binding is not None and self._controller.grows:
+            raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
 
     def _before_step(self, scale: Tensor | None) -> None:
         self._masters.put_back()
@@ -455,7 +428,9 @@ class Adapted:
             window = looks(self.total_steps or 1)
             if unclipped is not None and step in window:
                 self._penalty.compare(unclipped, last=step == window[-1])
-        self._controller.before_step(scale, unclipped, None if self._scale is None else self._scale())
+        # On a GPU the loss's scale waits for all that runs: it is asked for where a metric needs it.
+        loss_scale = self._scale() if self._scale is not None and self._controller.wants_unclipped else None
+        self._controller.before_step(scale, unclipped, loss_scale)
         self._penalty.stepped()
 
     def _keep_gradients(self) -> None:
@@ -471,8 +446,8 @@ class Adapted:
             self._unclipped.clear()
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._controller.after_step(optimizer) and self._ddp is not None:
-            parallel.follow(self._ddp)
+        if self._controller.after_step(optimizer) and self._outer.ddp is not None:
+            parallel.follow(self._outer.ddp)
         self._keep_gradients()
 
     def penalty(self) -> Tensor:
@@ -610,8 +585,8 @@ class Adapted:
         for p in self.parameters():
             p.requires_grad_(p.numel() > 0)  # the state may be of an earlier step, when less was frozen
         self._controller.load_state(tensors, meta)
-        if self._ddp is not None:
-            parallel.follow(self._ddp)
+        if self._outer.ddp is not None:
+            parallel.follow(self._outer.ddp)
 
     def rewind(self, state: Mapping[str, Any]) -> None:
         """Go back to an earlier state of this run in all but the weights: schedule, statistics, masks, ranks, history.
@@ -738,6 +713,7 @@ class Adapted:
         _leave_alone(model)
         delattr(model, _MARK)
         self._masters.strip(memo)
+        parallel.Outer.strip(model)
         pretrained.strip(model)
         for p, flag in self._before:
             memo[id(p)].requires_grad_(flag)
@@ -782,7 +758,7 @@ class Adapted:
                 raise LrkitError(
                     f"{name}: the base weight is computed (a parametrization, weight norm): nothing can be added to it"
                 )
-            if type(weight).__name__ == "DTensor":
+            if parallel.is_sharded(weight):
                 raise LrkitError(f"{name}: the base weight is sharded (DTensor): merge the unsharded model")
             if not is_plain(weight):
                 kind = (
@@ -816,8 +792,7 @@ class Adapted:
         self._unbind()
         liveness.leave(self)
         self._notice_saves.remove()
-        if self._wrapper_hook is not None:
-            self._wrapper_hook.remove()
+        self._outer.remove()
         for name, parent, attribute in self._places:
             setattr(parent, attribute, self._originals[name].train(self.adapters[name].training))
         _leave_alone(self.model)
@@ -902,20 +877,6 @@ class Adapted:
     def __repr__(self) -> str:
         """What is attached to what."""
         return f"Adapted({type(self.model).__name__}, {len(self.adapters)} layers, {self.method!r})"
-
-
-_watching: "weakref.WeakSet[Adapted]" = weakref.WeakSet()
-
-
-@functools.cache
-def _look_out() -> None:
-    """One hook for all handles, for good: torch does not bear that one is removed, by a garbage collection, in a step."""
-
-    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for adapted in list(_watching):
-            adapted._notice(optimizer)
-
-    register_optimizer_step_pre_hook(look)
 
 
 def _belongs(state: torch.Size, shape: torch.Size) -> bool:

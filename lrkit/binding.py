@@ -13,6 +13,11 @@ from lrkit.errors import LrkitError
 from lrkit.gradients import on_accumulated
 
 
+def held_by(optimizer: Optimizer) -> set[int]:
+    """``id`` of every tensor that an optimizer steps."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def unwrapped(given: object) -> list[Optimizer]:
     """Return the torch optimizers whose steps count: accelerate wraps them, and `bind` takes one or several.
 
@@ -24,7 +29,7 @@ def unwrapped(given: object) -> list[Optimizer]:
         raise LrkitError("bind takes an optimizer, or a list of several: the list is empty")
     held: set[int] = set()
     for optimizer in found:
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        mine = held_by(optimizer)
         if mine & held:
             raise LrkitError(
                 f"two of the optimizers hold the same tensor ({_names(found)}): it would move twice per step"
@@ -50,7 +55,7 @@ class _States(MutableMapping[Tensor, Any]):
     """The state of several optimizers as one mapping: each tensor's lies with the optimizer that holds it."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self._of = {id(p): o.state for o in optimizers for group in o.param_groups for p in group["params"]}
+        self._of = {each: optimizer.state for optimizer in optimizers for each in held_by(optimizer)}
         self._all = [optimizer.state for optimizer in optimizers]
 
     def __getitem__(self, p: Tensor) -> Any:

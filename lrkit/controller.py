@@ -391,16 +391,24 @@ class Controller:
         method: the method.
         modules: layer name to adapter.
         trained: ``id`` of every parameter that trains when the run begins.
+        others: what trains beside the adapters.
     """
 
-    def __init__(self, method: Method, modules: Mapping[str, nn.Module], trained: set[int]) -> None:
+    def __init__(
+        self,
+        method: Method,
+        modules: Mapping[str, nn.Module],
+        trained: set[int],
+        others: Sequence[nn.Parameter] = (),
+    ) -> None:
         self.method, self.modules, self._trained = method, modules, trained
         self.step = 0
         self.total_steps: int | None = None
         self.history: list[Decision] = []
         self._warned: set[str] = set()
         self._scale: Tensor | None = None
-        self.liveness = Liveness(modules, trained, whole=False)
+        penalized = method.parameterization.penalty_weight is not None
+        self.liveness = Liveness(modules, trained, others, whole=penalized)
         parts = method.parameterization.parts
         self.policies: list[PolicyState] = []
         for index, policy in enumerate(method.policies):

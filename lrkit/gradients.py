@@ -8,22 +8,20 @@ from torch.utils.hooks import RemovableHandle
 
 
 def on_gradient(p: nn.Parameter, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Call a hook with each gradient that arrives at a parameter, before it is accumulated; it may return another one.
-
-    A parameter that is frozen now is hooked all the same: it may train again after a state is loaded.
-    """
-    trains = p.requires_grad
-    p.requires_grad_(True)  # torch takes a hook only for tensors that need a gradient
-    handle: RemovableHandle = p.register_hook(hook)  # type: ignore[no-untyped-call]
-    p.requires_grad_(trains)
-    return handle
+    """Call a hook with each gradient that arrives at a parameter, before it is accumulated; it may return another one."""
+    return _hooked(p, lambda: p.register_hook(hook))  # type: ignore[no-untyped-call]
 
 
 def on_accumulated(p: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call a hook with the parameter each time a gradient has been added to its ``grad``. Frozen ones are hooked as well."""
+    """Call a hook with the parameter each time a gradient has been added to its ``grad``."""
+    return _hooked(p, lambda: p.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+
+
+def _hooked(p: nn.Parameter, register: Callable[[], RemovableHandle]) -> RemovableHandle:
+    """Register a hook. A parameter that is frozen now is hooked all the same: it may train again after a load."""
     trains = p.requires_grad
-    p.requires_grad_(True)
-    handle: RemovableHandle = p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    p.requires_grad_(True)  # torch takes a hook only for tensors that need a gradient
+    handle = register()
     p.requires_grad_(trains)
     return handle
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
+from lrkit.parallel import is_sharded
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.precision import is_plain
 
@@ -138,7 +139,7 @@ def tell_tied(model: nn.Module, head: Sequence[str]) -> None:
 def check_trainable(tensors: Mapping[str, Tensor]) -> None:
     """Raise LrkitError for a parameter that is to train in full and cannot."""
     for name, p in tensors.items():
-        if not (is_plain(p) or p.is_complex() or type(p).__name__ == "DTensor"):
+        if not (is_plain(p) or p.is_complex() or is_sharded(p)):
             raise LrkitError(
                 f"{name} is a quantized {type(p).__name__} of {p.dtype}, and cannot train in full (a head is left "
                 "out with train_also)"

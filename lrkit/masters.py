@@ -21,11 +21,10 @@ _HELD = "_lrkit_masters"
 
 @attrs.frozen(eq=False)
 class _Kept:
-    """A parameter or buffer as it was before attach: a copy, its dtype in force since, and what it is compared with."""
+    """A parameter or buffer, and a copy of it as it was before attach."""
 
     tensor: Tensor
     copy: Tensor
-    dtype: torch.dtype
 
 
 class Masters:
@@ -49,8 +48,8 @@ class Masters:
         raised = [p for p in trained.values() if is_plain(p) and p.dtype in _HALF]
         # Where all of the model trains, all of it is in float32 afterwards, and nothing has to be rounded.
         whole = buffers if self.witness is None else []
-        self.kept = [_Kept(p, p.detach().clone(), _wide(p)) for p in trained.values()]
-        self.kept += [_Kept(b, b.detach().clone(), torch.float32) for b in whole]
+        self.kept = [_Kept(p, p.detach().clone()) for p in trained.values()]
+        self.kept += [_Kept(b, b.detach().clone()) for b in whole]
         for tensor in (*raised, *whole):
             tensor.data = tensor.data.float()
         if self.witness is not None:
@@ -119,14 +118,6 @@ class Masters:
                         if isinstance(hook, _Round | _Back):
                             del hooks[key]
                             module._forward_hooks_always_called.pop(key, None)
-
-    def casts(self) -> list[torch.dtype]:
-        """The dtypes that trained parameters have been cast to since."""
-        return list(dict.fromkeys(k.tensor.dtype for k in self.kept if k.tensor.dtype != k.dtype))
-
-
-def _wide(p: Tensor) -> torch.dtype:
-    return torch.float32 if is_plain(p) and p.dtype in _HALF else p.dtype
 
 
 def _set(tensor: Tensor, value: Tensor) -> None:

@@ -6,10 +6,11 @@ step ends in "Expected to have finished reduction". (``find_unused_parameters=Tr
 step, and only if the user knew of it.)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -21,7 +22,7 @@ def refusal(model: nn.Module, optimizer: object, *, adaptive: bool) -> str | Non
         optimizer: the one that trains the adapters.
         adaptive: whether the method decides anything.
     """
-    if any(_is_sharded(p) for p in model.parameters()):
+    if any(is_sharded(p) for p in model.parameters()):
         return (
             "FSDP2 shards the adapters' parameters, of which scores need whole ones, and does not reduce the gradients of "
             "those that it is told to ignore, so that each process would train adapters of its own: use DDP (or one process)"
@@ -35,13 +36,57 @@ def refusal(model: nn.Module, optimizer: object, *, adaptive: bool) -> str | Non
     return None
 
 
-def _is_sharded(p: nn.Parameter) -> bool:
+def is_sharded(p: Tensor) -> bool:
+    """Whether a tensor lies in pieces with several processes."""
     return type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor"
 
 
 def wrapper() -> DistributedDataParallel | None:
     """The DDP module whose forward is running."""
     return DistributedDataParallel._active_ddp_module
+
+
+class Outer:
+    """The DDP module that an adapted model is in, as its calls show: a forward pre-hook of the model.
+
+    A copy of the model is in none, and its copy of the hook knows of none.
+
+    Args:
+        met: called each time, before the model runs in DDP.
+    """
+
+    def __init__(self, met: Callable[[], None] = lambda: None) -> None:
+        self.ddp: DistributedDataParallel | None = None
+        self._met = met
+        self._handle: Any = None
+
+    def hang_on(self, model: nn.Module) -> None:
+        """Hang on a model, once, where there are several processes."""
+        if self._handle is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._handle = model.register_forward_pre_hook(self)
+
+    def remove(self) -> None:
+        """Take the hook away."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+    @staticmethod
+    def strip(copy: nn.Module) -> None:
+        """Take the hook off a copy of the model."""
+        for key, hook in list(copy._forward_pre_hooks.items()):
+            if isinstance(hook, Outer):
+                del copy._forward_pre_hooks[key]
+
+    def __call__(self, *_: Any) -> None:
+        """See whether the model runs in DDP."""
+        # While torch.compile traces there is nothing to meet: the wrapper's own forward is not traced with the model.
+        if not torch.compiler.is_compiling() and (ddp := wrapper()) is not None:
+            self._met()
+            self.ddp = ddp
+
+    def __deepcopy__(self, memo: object) -> "Outer":
+        return Outer()
 
 
 def follow(ddp: Any) -> None:

@@ -92,7 +92,8 @@ class Penalty:
                 if due is None or (id(p) in self._given and p.grad is not None):
                     return None
                 self._given.add(id(p))
-                self._weight = scale()
+                if self._weight is None:  # once per step: on a GPU the question waits for all that runs
+                    self._weight = scale()
                 return grad + due.to(grad) * self._weight
 
             return add
@@ -104,7 +105,9 @@ class Penalty:
         self._adding, self._weight, self._due, self._given, self._norms = False, None, {}, set(), []
 
     def begin(self) -> None:
-        """Make γ ∇R for the optimizer step whose first backward pass is next."""
+        """Make γ ∇R for the optimizer step whose first backward pass is next, if it is added there."""
+        if not self._adding:
+            return
         value, grads = self._gradient()
         self._due, self._given = {id(p): g for p, g in grads}, set()
         self._weight, self._idle = None, not grads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,19 @@ def test_a_communication_hook_works_on_after_a_freeze(static_graph: bool) -> Non
             one.zero_grad()
     assert adapted.history == alike.history
     assert sum(len(decision.lost) for decision in adapted.history) == 4
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_model_among_processes_can_be_copied() -> None:
+    """`original`, and a copy of the adapted model (an average of weights, say), work beside other processes too."""
+    torch.manual_seed(0)
+    plain = rigs.Toy()
+    x = torch.randn(3, 6)
+    before = plain(x)
+    adapted = lrkit.attach(plain, lrkit.methods.lora(), targets=rigs.TOY_TARGETS, train_also=())
+    adapted.bind(torch.optim.SGD(adapted.parameters(), lr=0.1), total_steps=2)
+    DistributedDataParallel(plain)(x)
+    original, twin = adapted.original(), copy.deepcopy(plain)
+    assert torch.equal(original(x), before)
+    assert not original._forward_pre_hooks
+    assert torch.equal(twin(x), plain(x))

@@ -1,15 +1,12 @@
 """The penalty's gradient reaches the factors whoever computes the loss, once per optimizer step."""
 
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import attrs
 import models
 import pytest
 import torch
+from ranks import run_two
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
@@ -361,12 +358,7 @@ def test_default_penalty_is_quiet():
 
 
 WORKER = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[4]); sys.path.insert(0, sys.argv[5])
 import models, test_penalty as t
-rank, meet, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
-torch.set_num_threads(1)
 model, adapted = t.started()
 wrapped = torch.nn.parallel.DistributedDataParallel(model)
 optimizer = torch.optim.SGD(adapted.parameters(), lr=1e-2)
@@ -382,23 +374,13 @@ for step in range(3):
             (wrapped(**data).loss / 2).backward()
     optimizer.step(); optimizer.zero_grad()
 if rank == 0:
-    torch.save(model.state_dict(), out)
-dist.destroy_process_group()
+    torch.save(model.state_dict(), f"{folder}/out.pt")
 """
 
 
 def test_processes_average_it(tmp_path):
     """Under DDP with accumulation the run is that of one process with all rows."""
-    here = Path(__file__).parent
-    common = [str(tmp_path / "meet"), str(tmp_path / "out.pt"), str(here), str(here.parent)]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-P", "-c", WORKER, str(rank), *common], env=os.environ, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    errors = [each.communicate(timeout=150)[1] for each in running]
-    assert [each.returncode for each in running] == [0, 0], errors
+    run_two(WORKER, tmp_path)
     model = bare([models.batch(seed=s) for s in range(6)], [2, 2, 2])
     for name, value in torch.load(tmp_path / "out.pt").items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=2e-5, atol=2e-6)

@@ -1,14 +1,10 @@
 """Gradients as they were before clipping: what a metric that measures ``"before-clipping"`` takes in."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import attrs
 import models
 import pytest
 import torch
+from ranks import run_two
 
 import lrkit
 
@@ -129,12 +125,7 @@ def test_run_resumes_bitwise(tmp_path):
 
 
 WORKER = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[4]); sys.path.insert(0, sys.argv[5])
 import lrkit, models, test_unclipped as t
-rank, meet, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
-torch.set_num_threads(1)
 model = models.make("bert", seed=1).eval()
 torch.manual_seed(2)
 adapted = t.stirred(lrkit.attach(model, t.METHOD))
@@ -145,23 +136,13 @@ for step in range(2):
     wrapped(**{k: v[rank::2] for k, v in models.batch(seed=step).items()}).loss.backward()
     torch.nn.utils.clip_grad_norm_(adapted.parameters(), 1e-6)
     optimizer.step(); optimizer.zero_grad()
-torch.save(adapted.scores(), f"{out}.{rank}")
-dist.destroy_process_group()
+torch.save(adapted.scores(), f"{folder}/out.{rank}")
 """
 
 
 def test_processes_see_the_mean(tmp_path):
     """Under DDP every process measures the averaged gradient, before clipping."""
-    here = Path(__file__).parent
-    common = [str(tmp_path / "meet"), str(tmp_path / "out"), str(here), str(here.parent)]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-P", "-c", WORKER, str(rank), *common], env=os.environ, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    errors = [each.communicate(timeout=150)[1] for each in running]
-    assert [each.returncode for each in running] == [0, 0], errors
+    run_two(WORKER, tmp_path)
     one, two = (torch.load(tmp_path / f"out.{rank}") for rank in range(2))
     alone, seen = train(METHOD, clip=1e-6, steps=2, micro=1)
     assert one == two == pytest.approx(expected(alone, seen), rel=1e-3)

@@ -425,10 +425,11 @@ def test_a_budget_that_will_not_be_reached_is_said() -> None:
 
 
 def test_ddp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, adapted, _ = run(METHODS["increlora"])
+    _, adapted, optimizer = run(METHODS["increlora"])
+    adapted.bind(optimizer, total_steps=20)
     monkeypatch.setattr("lrkit.parallel.wrapper", lambda: object())
     with pytest.raises(lrkit.LrkitError, match="DDP cannot follow"):
-        adapted._meet_ddp()
+        adapted._outer()
 
 
 # ---- norm share ----

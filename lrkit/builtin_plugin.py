@@ -1,20 +1,14 @@
 """What lrkit itself offers, through the same hooks as any plug-in."""
 
 from collections.abc import Callable, Mapping
-from importlib import resources
 from typing import Any
 
 from lrkit import actions, methods, metrics, parameterizations, schedulers
 from lrkit.hookspecs import hookimpl
 from lrkit.method import Method
 from lrkit.study import executors
+from lrkit.study.shipped import files_in
 from lrkit.tasks import TASKS
-
-_STUDIES = {
-    file.name.removesuffix(".toml"): file
-    for file in sorted((resources.files("lrkit") / "studies").iterdir(), key=lambda file: file.name)
-    if file.name.endswith(".toml")
-}
 
 
 @hookimpl
@@ -74,7 +68,7 @@ def lrkit_tasks() -> Mapping[str, Any]:
 @hookimpl
 def lrkit_studies() -> Mapping[str, Any]:
     """The studies that need lrkit's own methods alone."""
-    return _STUDIES
+    return files_in("lrkit")
 
 
 @hookimpl

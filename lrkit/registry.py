@@ -386,6 +386,11 @@ def spare_others() -> None:
         metadata.entry_points = readable  # type: ignore[assignment]
 
 
+def normalized(distribution: str) -> str:
+    """A distribution's name as names are compared (PEP 503): ``lrkit_peft``, ``Lrkit.PEFT``: ``lrkit-peft``."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
 def _one_by_one(group: str | None) -> tuple[list[tuple[str, EntryPoint]], list[tuple[str, str]]]:
     """As `installed`, of one group or of all, one distribution after another."""
     found: list[tuple[str, EntryPoint]] = []
@@ -394,7 +399,7 @@ def _one_by_one(group: str | None) -> tuple[list[tuple[str, EntryPoint]], list[t
     for distribution in metadata.distributions():
         name = _named(distribution)
         if name != _NAMELESS:
-            plain = re.sub(r"[-_.]+", "-", name.partition(" ")[0]).lower()
+            plain = normalized(name.partition(" ")[0])
             if plain in seen:
                 continue  # one that is shadowed, as Python has it
             seen.add(plain)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lrkit.errors import LrkitError, LrkitWarning, cut
+from lrkit.foreign import line_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +55,7 @@ def check_tokenizer(spec: str, tokenizer: "PreTrainedTokenizerBase", model: "Pre
         encoded = tokenizer(["a", "a longer text"], truncation=True, max_length=4, padding=True, return_tensors="pt")
         width = encoded["input_ids"].shape
     except Exception as error:  # whatever a setting of the tokenizer's leads to
-        raise LrkitError(f"{where}its tokenizer cannot encode a text: {_said(error)}") from error
+        raise LrkitError(f"{where}its tokenizer cannot encode a text: {line_of(error)}") from error
     if len(width) != 2 or width[0] != 2:
         raise LrkitError(f"{where}its tokenizer gives token ids of shape {list(width)} for two texts, not two rows")
     rows = embeddings_of(model)
@@ -186,9 +187,5 @@ def encoding(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> d
         encoded = dict(tokenizer(*texts, **how))
         encoded["input_ids"]
     except Exception as error:  # whatever a setting of the tokenizer's leads to
-        raise LrkitError(f"the model's tokenizer cannot encode the texts: {_said(error)}") from error
+        raise LrkitError(f"the model's tokenizer cannot encode the texts: {line_of(error)}") from error
     return encoded
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {cut(' '.join(str(error).split()), 300)}"

@@ -52,3 +52,10 @@ def write_data(folder: Path, lines: Mapping[str, list[str]] | None = None) -> Pa
         text = (lines or {}).get(split) or [json.dumps(row) for row in rows(count)]
         (folder / f"{split}.jsonl").write_text("\n".join(text) + "\n", encoding="utf-8")
     return folder
+
+
+def write_place(folder: Path, layers: int = 1) -> Path:
+    """A folder with both: `model` and `data`."""
+    write_model(folder / "model", layers)
+    write_data(folder / "data")
+    return folder

@@ -324,10 +324,7 @@ def test_a_fuzzed_study_file_gives_rows_or_one_line(tmp_path_factory, capsys, ch
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    folders.write_model(folder / "model", 1)
-    folders.write_data(folder / "data")
-    return folder
+    return folders.write_place(tmp_path_factory.mktemp("place"))
 
 
 def test_the_command_line_and_a_file_are_one_study(place, tmp_path, capsys):

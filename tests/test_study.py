@@ -29,10 +29,7 @@ HERE = Path(__file__).resolve()
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    folders.write_model(folder / "model", 2)
-    folders.write_data(folder / "data")
-    return folder
+    return folders.write_place(tmp_path_factory.mktemp("place"), layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,9 @@ from lrkit.errors import LrkitError, cut
 from lrkit.foreign import line_of
 from lrkit.reading import opened
 from lrkit.study.plan import TaskSpec, load_task_of
-from lrkit.study.store import Lines, canonical, json_bytes, lock, read_json, write_bytes, write_json
+from lrkit.study.store import LIST, Lines, canonical, check_sum, json_bytes, lock, read_json, write_bytes, write_json
 
 FORMAT = 1
-LIST = "files.json"
-"""In a cell that is done: the check sum (CRC-32) of every file that is read later."""
 _SPLITS = ("train", "validation")
 _training = threading.Lock()
 """Model and random generators are the process's own: an executor of threads runs one cell at a time in each process."""
@@ -251,9 +249,9 @@ def damaged(folder: Path) -> str | None:
         return None if listed is None and _can_be_read(folder / "config.json") else "config.json"
     for name, expected in listed.items():
         try:
-            if zlib.crc32((folder / name).read_bytes()) != expected:
+            if check_sum(folder / name) != expected:
                 return str(name)
-        except OSError:
+        except (LrkitError, OSError):
             return str(name)
     return None
 
@@ -379,7 +377,7 @@ def _train(cell: Cell, record: "Any", conditions: Conditions) -> None:
     }
     content = json_bytes(written)
     names = ("config.json", "predictions.npz", *(["lrkit.safetensors"] if conditions.keep else []))
-    sums = {name: zlib.crc32((place / name).read_bytes()) for name in names}
+    sums = {name: check_sum(place / name) for name in names}
     write_json(place / LIST, {**sums, "result.json": zlib.crc32(content)})
     write_bytes(place / "result.json", content)
     took = {"step_seconds": result.step_seconds, "train_seconds": result.train_seconds}

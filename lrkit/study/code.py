@@ -21,6 +21,7 @@ OUTSIDE = (
     "studies",  # what they ask for is in the cells themselves
     "study/charts.py",
     "study/cost.py",
+    "study/paired.py",
     "study/pictures.py",
     "study/place.py",
     "study/progress.py",

@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback
 
 from lrkit.accounting import flops
 from lrkit.adapted import Adapted
-from lrkit.study.run import LIST, check_sums
-from lrkit.study.store import Lines, write_json
+from lrkit.study.run import check_sums
+from lrkit.study.store import LIST, Lines, write_json
 
 if TYPE_CHECKING:
     from lrkit.study.run import Progress, Record

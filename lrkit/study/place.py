@@ -1,12 +1,19 @@
 """Folders for results: tried before anything is spent, and another one where they fail at the end."""
 
 import contextlib
+import itertools
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from lrkit.errors import LrkitError
+from lrkit.foreign import line_of
+
+
+def missing(folder: Path) -> list[Path]:
+    """What must be made for a folder to be there, the deepest first: the folder and its parents that do not exist."""
+    return list(itertools.takewhile(lambda each: not os.path.lexists(each), (folder, *folder.absolute().parents)))
 
 
 def try_folder(folder: Path) -> None:
@@ -15,11 +22,7 @@ def try_folder(folder: Path) -> None:
     Raises:
         LrkitError: it cannot be made or written to.
     """
-    made = []
-    for each in (folder, *folder.absolute().parents):
-        if os.path.lexists(each):
-            break
-        made.append(each)
+    made = missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder, prefix=".lrkit-")
@@ -55,7 +58,7 @@ def written(folder: Path, write: Callable[[Path], None]) -> tuple[Path, str]:
         write(folder)
         return folder, ""
     except Exception as error:  # OSError, or what a library makes of a full disk
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        why = line_of(error)
     last: Exception | None = None
     for parent in (folder.absolute().parent, Path(tempfile.gettempdir()), Path.cwd(), Path.home()):
         try:

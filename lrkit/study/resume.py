@@ -1,7 +1,6 @@
 """What `lrkit run --out` keeps while it trains, so that the same command goes on with it."""
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import attrs
 from lrkit.errors import LrkitError
 from lrkit.method import to_plain
 from lrkit.study.cell import make_cell
+from lrkit.study.place import missing
 from lrkit.study.plan import TaskSpec
 from lrkit.study.run import Record, RunSettings
 from lrkit.study.store import read_json, write_json
@@ -41,7 +41,7 @@ class Unfinished:
     ) -> None:
         self._place = out / FOLDER
         # What is not there yet, and is taken away again if the run is refused.
-        self._made = [each for each in (out, *out.absolute().parents) if not os.path.lexists(each)]
+        self._made = missing(out)
         spec = TaskSpec(task=None if asked["data"] else asked["task"] or "movies", data=asked["data"])
         run = attrs.asdict(settings)
         plains = {label: to_plain(method) for label, method in methods.items()}

@@ -10,7 +10,6 @@ import re
 import statistics
 import tempfile
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.errors import LrkitError, shown
-from lrkit.reading import MIB, is_folder, opened
+from lrkit.reading import is_folder
 from lrkit.settings import Time, count_or_share, flag, in_steps, real, whole
+from lrkit.study.store import LIST, check_sum, read_json
 
 if TYPE_CHECKING:
     from lrkit.adapted import Adapted
@@ -226,26 +226,14 @@ class Record:
 
 _STEP = re.compile("checkpoint-[0-9]{1,12}")
 
-LIST = "files.json"
-"""In a checkpoint: every other file's name and check sum."""
-
 
 def check_sums(folder: Path) -> dict[str, int]:
-    """CRC-32 of each file in a checkpoint."""
+    """The check sum of each file in a checkpoint."""
     files = [path for path in sorted(folder.iterdir()) if path.name != LIST and not path.name.startswith(".")]
-    sums = {}
-    for path in files:
-        with opened(path) as file:
-            total = 0
-            while piece := file.read(MIB):
-                total = zlib.crc32(piece, total)
-            sums[path.name] = total
-    return sums
+    return {path.name: check_sum(path) for path in files}
 
 
 def _is_whole(folder: Path) -> bool:
-    from lrkit.study.store import read_json
-
     try:
         listed = read_json(folder / LIST)
         return bool(listed) and listed == check_sums(folder)

@@ -7,6 +7,8 @@ embedded model and data, and the paper's. The first one is taken where none is a
 import os
 import warnings
 from collections.abc import Mapping
+from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any
 
 import attrs
@@ -32,6 +34,16 @@ class Shipped:
     title: str
     profiles: tuple[str, ...]
     distribution: str
+
+
+def files_in(package: str) -> dict[str, Traversable]:
+    """The study files of a package, for its `lrkit_studies`: ``studies/signs.toml`` is the study "signs".
+
+    Args:
+        package: the package's name, as in ``__name__``.
+    """
+    files = sorted((resources.files(package) / "studies").iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".toml"): file for file in files if file.name.endswith(".toml")}
 
 
 def names() -> list[str]:
@@ -150,13 +162,9 @@ def _rows(there: list[Any], picked: list[Any], where: str) -> list[Any]:
 
 def check_required(required: list[str], where: str) -> None:
     """Raise LrkitError where a distribution that a study names is not installed."""
-    from lrkit.registry import current
+    from lrkit.registry import current, normalized
 
-    there = {_plain(offer.distribution.partition(" ")[0]) for offer in current().offers()}
-    missing = [name for name in required if _plain(name) not in there]
+    there = {normalized(offer.distribution.partition(" ")[0]) for offer in current().offers()}
+    missing = [name for name in required if normalized(name) not in there]
     if missing:
         raise LrkitError(f"{where} needs {', '.join(missing)}, which is not installed: pip install {' '.join(missing)}")
-
-
-def _plain(distribution: str) -> str:
-    return distribution.replace("_", "-").lower()

@@ -5,11 +5,15 @@ import json
 import math
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lrkit import reading
+
+LIST = "files.json"
+"""In a cell that is done, and in a checkpoint: the check sum of every other file that is read later."""
 
 
 def finite(value: Any) -> Any:
@@ -45,6 +49,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 def json_bytes(value: Any) -> bytes:
     """Plain data as the content of a JSON file."""
     return (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode()
+
+
+def check_sum(path: Path) -> int:
+    """CRC-32 of a file. Raises LrkitError where it is no regular file."""
+    total = 0
+    with reading.opened(path) as file:
+        while piece := file.read(reading.MIB):
+            total = zlib.crc32(piece, total)
+    return total
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,10 +15,7 @@ STEPS = 60
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    folders.write_model(folder / "model", 1)
-    folders.write_data(folder / "data")
-    return folder
+    return folders.write_place(tmp_path_factory.mktemp("place"))
 
 
 def start(place, *arguments, slow=0.0):

@@ -249,14 +249,18 @@ def test_what_passes_comes_to_an_end(pattern):
     assert time.monotonic() - begin < 5
 
 
+def save_query(folder):
+    """Save adapters, and as PEFT has them those of one layer."""
+    lrkit.attach(models.make("bert"), lrkit.methods.lora(rank=2)).save(folder)
+    layer = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(32, 2)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
 @pytest.mark.parametrize("pattern", ["([a-z.0-9]+)+!", "(?i)query", "a" * 10_000])
 def test_peft_s_patterns_are_compiled_as_used(pattern, tmp_path):
     """A flag in the middle of a pattern is none; one that backtracks for ever is not begun."""
-    adapted = lrkit.attach(models.make("bert"), lrkit.methods.lora(rank=2))
-    adapted.save(tmp_path)
-    layer = "base_model.model.bert.encoder.layer.0.attention.self.query"
-    tensors = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(32, 2)}
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    save_query(tmp_path)
     peft_beside(tmp_path / "adapter_model.safetensors")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert lrkit.from_peft(models.make("bert"), tmp_path).adapters
@@ -268,11 +272,7 @@ def test_peft_s_patterns_are_compiled_as_used(pattern, tmp_path):
 @pytest.mark.parametrize("number", [10**400, 1e308, -(10**30), 2**63, True, None])
 def test_numbers_without_bound_are_refused(number, tmp_path):
     """As PEFT's alpha, and as a method's setting."""
-    adapted = lrkit.attach(models.make("bert"), lrkit.methods.lora(rank=2))
-    adapted.save(tmp_path)
-    layer = "base_model.model.bert.encoder.layer.0.attention.self.query"
-    tensors = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(32, 2)}
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    save_query(tmp_path)
     config = {"peft_type": "LORA", "r": 2, "target_modules": ["query"], "lora_alpha": number}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     if number not in (2**63, -(10**30)):

@@ -21,10 +21,7 @@ PACKAGE = Path(lrkit.__file__).parent
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    folders.write_model(folder / "model", 1)
-    folders.write_data(folder / "data")
-    return folder
+    return folders.write_place(tmp_path_factory.mktemp("place"))
 
 
 def study(place, **changes):

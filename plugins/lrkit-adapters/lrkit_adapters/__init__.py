@@ -1,10 +1,10 @@
 """Bottleneck adapters after Houlsby and Pfeiffer, and BitFit, for lrkit. See README.md for what is known and what is not."""
 
 from collections.abc import Callable, Mapping
-from importlib import resources
 from typing import Any, Literal
 
 import lrkit
+from lrkit.study.shipped import files_in
 from lrkit_adapters.bitfit import BitFit
 from lrkit_adapters.bottleneck import Bottleneck, BottleneckAfterNorm, Houlsby, Pfeiffer
 
@@ -82,8 +82,7 @@ def lrkit_methods() -> Mapping[str, Callable[..., lrkit.Method]]:
 @lrkit.hookimpl
 def lrkit_studies() -> Mapping[str, Any]:
     """Tables of papers that need these methods."""
-    files = sorted((resources.files(__name__) / "studies").iterdir(), key=lambda file: file.name)
-    return {file.name.removesuffix(".toml"): file for file in files if file.name.endswith(".toml")}
+    return files_in(__name__)
 
 
 __all__ = ["BitFit", "Bottleneck", "BottleneckAfterNorm", "Houlsby", "Pfeiffer", "bitfit", "houlsby", "pfeiffer"]

@@ -114,6 +114,12 @@ class _Bottlenecks(lrkit.Parameterization):
     width: int = attrs.field(default=64, validator=whole(1, 65_536))
     activation: str = attrs.field(default="gelu", validator=one_of(tuple(ACTIVATIONS)))
     layer_norms: bool = attrs.field(default=False, validator=flag())
+    after: str = attrs.field(default="linear")
+
+    @property
+    def takes_targets(self) -> bool:
+        """Only directly after a linear map: elsewhere a bottleneck stands in another module's place."""
+        return self.after == "linear"
 
     @property
     def parts(self) -> tuple[lrkit.Part, ...]:
@@ -133,6 +139,16 @@ class _Bottlenecks(lrkit.Parameterization):
     def build(self, target: Target) -> nn.Module:
         """The layer with a bottleneck after it. W_up is zero, so that at first nothing changes."""
         return Bottleneck(target.layer, target.d_out, self.width, self.activation)
+
+    def adapt_model(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
+        """What takes which module's place. Raises LrkitError where that module cannot be told."""
+        if self.takes_targets:
+            return super().adapt_model(model, targets)
+        return dict(self._beside(model, target) for target in self._places(model))
+
+    def _beside(self, model: nn.Module, target: Target) -> tuple[str, nn.Module]:
+        """The module after a linear map that a bottleneck stands in for, by name, and the bottleneck."""
+        raise NotImplementedError
 
     def own_parameters(self, model: nn.Module) -> Iterable[str]:
         """The layer norms', where these train."""
@@ -173,25 +189,14 @@ class Houlsby(_Bottlenecks):
         """The last maps of attention and of FFN."""
         return [target for target in targets if target.output and target.role in ("attention", "ffn")]
 
-    @property
-    def takes_targets(self) -> bool:
-        """Not after a dropout: it stands in that module's place."""
-        return self.after == "linear"
-
-    def adapt_model(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
-        """What takes which module's place. Raises LrkitError where a dropout is wanted and cannot be told."""
-        if self.after == "linear":
-            return super().adapt_model(model, targets)
-        placed: dict[str, nn.Module] = {}
-        for target in self._places(model):
-            name = _sibling(model, target, lambda module: isinstance(module, nn.Dropout))
-            if name is None:
-                raise lrkit.LrkitError(
-                    f'Houlsby(after="dropout"): {target.name} has no dropout of its own beside it: use after="linear"'
-                )
-            like = target.layer.get_parameter("weight")
-            placed[name] = Bottleneck(model.get_submodule(name), target.d_out, self.width, self.activation, like)
-        return placed
+    def _beside(self, model: nn.Module, target: Target) -> tuple[str, nn.Module]:
+        name = _sibling(model, target, lambda module: isinstance(module, nn.Dropout))
+        if name is None:
+            raise lrkit.LrkitError(
+                f'Houlsby(after="dropout"): {target.name} has no dropout of its own beside it: use after="linear"'
+            )
+        like = target.layer.get_parameter("weight")
+        return name, Bottleneck(model.get_submodule(name), target.d_out, self.width, self.activation, like)
 
 
 @attrs.frozen(kw_only=True)
@@ -216,22 +221,9 @@ class Pfeiffer(_Bottlenecks):
         """The last maps of FFN."""
         return [target for target in targets if target.output and target.role == "ffn"]
 
-    @property
-    def takes_targets(self) -> bool:
-        """Not after a norm: it stands in that module's place."""
-        return self.after == "linear"
-
-    def adapt_model(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
-        """What takes which module's place."""
-        if self.after == "linear":
-            return super().adapt_model(model, targets)
-        placed: dict[str, nn.Module] = {}
-        for target in self._places(model):
-            name = _sibling(model, target, _is_norm(target.d_out))
-            if name is None:
-                placed[target.name] = self.build(target)
-                continue
-            like = target.layer.get_parameter("weight")
-            norm = model.get_submodule(name)
-            placed[name] = BottleneckAfterNorm(norm, target.d_out, self.width, self.activation, like)
-        return placed
+    def _beside(self, model: nn.Module, target: Target) -> tuple[str, nn.Module]:
+        name = _sibling(model, target, _is_norm(target.d_out))
+        if name is None:
+            return target.name, self.build(target)
+        like = target.layer.get_parameter("weight")
+        return name, BottleneckAfterNorm(model.get_submodule(name), target.d_out, self.width, self.activation, like)

@@ -1,7 +1,6 @@
 """Prune-LoRA and LoRA_regu for lrkit, with which AdaLoRA's paper compares. See README.md."""
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -12,6 +11,7 @@ import lrkit
 from lrkit.orthogonality import orthogonality as eq4
 from lrkit.parameterizations import LoRA
 from lrkit.settings import Time, one_of, real
+from lrkit.study.shipped import files_in
 
 
 def mean_cosine(factors: Sequence[Tensor]) -> Tensor:
@@ -131,8 +131,7 @@ def lrkit_methods() -> Mapping[str, Callable[..., lrkit.Method]]:
 @lrkit.hookimpl
 def lrkit_studies() -> Mapping[str, Any]:
     """Tables of papers that need these methods."""
-    files = sorted((resources.files(__name__) / "studies").iterdir(), key=lambda file: file.name)
-    return {file.name.removesuffix(".toml"): file for file in files if file.name.endswith(".toml")}
+    return files_in(__name__)
 
 
 __all__ = ["RegularisedLoRA", "lora_regu", "mean_cosine", "prune_lora"]

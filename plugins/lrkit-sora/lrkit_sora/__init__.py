@@ -1,11 +1,11 @@
 """SoRA for lrkit: gated LoRA, a proximal step on the gates, a threshold that rises in stages. See README.md."""
 
 from collections.abc import Callable, Mapping
-from importlib import resources
 from typing import Any, Literal
 
 import lrkit
 from lrkit.settings import Time
+from lrkit.study.shipped import files_in
 from lrkit_sora.gates import GatedLoRA, SoftThreshold, Staged
 
 
@@ -68,8 +68,7 @@ def lrkit_methods() -> Mapping[str, Callable[..., lrkit.Method]]:
 @lrkit.hookimpl
 def lrkit_studies() -> Mapping[str, Any]:
     """Tables of papers that need these methods."""
-    files = sorted((resources.files(__name__) / "studies").iterdir(), key=lambda file: file.name)
-    return {file.name.removesuffix(".toml"): file for file in files if file.name.endswith(".toml")}
+    return files_in(__name__)
 
 
 __all__ = ["GatedLoRA", "SoftThreshold", "Staged", "sora"]

@@ -1,6 +1,7 @@
 """Cells of other code, with damaged files or with leftovers: told, and mended by the same command."""
 
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -149,16 +150,18 @@ def test_a_new_module_counts(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["predictions.npz", "lrkit.safetensors", "config.json", "files.json", "result.json"])
-@pytest.mark.parametrize("damage", ["half", "byte", "gone"])
+@pytest.mark.parametrize("damage", ["half", "byte", "gone", "FIFO"])
 def test_a_damaged_file_is_made_again(place, tmp_path, name, damage):
-    """Cut short, with one byte changed, or gone: the same command makes the cell again."""
+    """Cut short, with one byte changed, gone, or no file at all: the same command makes the cell again."""
     out = tmp_path / "out"
     go(place, out)
     (path,) = out.glob(f"cells/*/{name}")
     whole = path.read_bytes()
     spoilt = {"half": whole[: len(whole) // 2], "byte": whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]}
-    if damage == "gone":
+    if damage in ("gone", "FIFO"):
         path.unlink()
+        if damage == "FIFO":
+            os.mkfifo(path)
     else:
         path.write_bytes(spoilt[damage])
     with warnings.catch_warnings(record=True):

@@ -15,9 +15,6 @@ from lrkit.parameterizations import SVD, Full, LoRA, VectorScaled
 from lrkit.schedulers import Cubic
 from lrkit.settings import Time
 
-_NORM: dict[str, Literal["squared", "mean"]] = {"paper": "squared"}
-"""The penalty's norm by variant; all others have the mean."""
-
 
 def full() -> Method:
     """Full fine-tuning: every parameter of the model trains. Source: the baseline of arXiv 2106.09685, section 5.1."""
@@ -57,7 +54,10 @@ def svd_lora(
         raise LrkitError(f'svd_lora variant must be "default" or "paper", not {variant!r}')
     return Method(
         parameterization=SVD(
-            rank=rank, alpha=alpha, orthogonality=orthogonality, orthogonality_norm=_NORM.get(variant, "mean")
+            rank=rank,
+            alpha=alpha,
+            orthogonality=orthogonality,
+            orthogonality_norm="squared" if variant == "paper" else "mean",
         )
     )
 
@@ -115,7 +115,10 @@ def adalora(
     if variant not in ("default", "paper", "released", "peft"):
         raise LrkitError(f'adalora variant must be "default", "paper", "released" or "peft", not {variant!r}')
     parameterization = SVD(
-        rank=rank, alpha=alpha, orthogonality=orthogonality, orthogonality_norm=_NORM.get(variant, "mean")
+        rank=rank,
+        alpha=alpha,
+        orthogonality=orthogonality,
+        orthogonality_norm="squared" if variant == "paper" else "mean",
     )
     if variant == "default" or variant == "paper":
         return Method(

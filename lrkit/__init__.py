@@ -16,10 +16,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lrkit import actions, methods, metrics, parameterizations, peft, schedulers, tasks, testing, trainer
     from lrkit.actions import Action
-    from lrkit.adapted import Adapted, attach, load
-    from lrkit.controller import Decision
+    from lrkit.adapt.adapted import Adapted, attach, load
     from lrkit.errors import LrkitError, LrkitWarning
     from lrkit.hookspecs import hookimpl
+    from lrkit.loop.controller import Decision
     from lrkit.method import Method, Policy, from_plain, to_plain, with_component, with_setting
     from lrkit.metrics import Metric
     from lrkit.parameterizations import Parameterization
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Action": "actions",
-    "Adapted": "adapted",
+    "Adapted": "adapt.adapted",
     "Block": "units",
-    "Decision": "controller",
+    "Decision": "loop.controller",
     "LrkitError": "errors",
     "LrkitWarning": "errors",
     "Method": "method",
@@ -44,13 +44,13 @@ _HOMES = {
     "Registry": "registry",
     "Scheduler": "schedulers",
     "ablate": "study.ablate",
-    "attach": "adapted",
+    "attach": "adapt.adapted",
     "current": "registry",
     "export": "peft",
     "from_peft": "peft",
     "from_plain": "method",
     "hookimpl": "hookspecs",
-    "load": "adapted",
+    "load": "adapt.adapted",
     "to_plain": "method",
     "with_component": "method",
     "with_setting": "method",

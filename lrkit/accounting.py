@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrkit.adapted import Adapted, attach
+from lrkit.adapt.adapted import Adapted, attach
 from lrkit.errors import LrkitError
 from lrkit.units import Block
 

@@ -511,10 +511,11 @@ def export(
     """
     import attrs
 
-    from lrkit import checkpoint, peft
-    from lrkit.adapted import load
+    from lrkit import peft
+    from lrkit.adapt import checkpoint
+    from lrkit.adapt.adapted import load
+    from lrkit.loop.state import meta_of
     from lrkit.models import load_base
-    from lrkit.states import meta_of
 
     if to not in peft.TARGETS:
         raise LrkitError(

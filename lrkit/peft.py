@@ -22,17 +22,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lrkit import checkpoint
-from lrkit.adapted import Adapted, check_model
+from lrkit.adapt import checkpoint
+from lrkit.adapt.adapted import Adapted, check_model
+from lrkit.adapt.foresight import check_fresh, weightless
+from lrkit.adapt.targets import find_targets
+from lrkit.adapt.tensorfile import open_tensors
 from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
-from lrkit.foresight import check_fresh, weightless
 from lrkit.method import Method
 from lrkit.parameterizations.lowrank import oriented_weight
 from lrkit.patterns import compiled
 from lrkit.reading import read_json
 from lrkit.settings import in_steps
-from lrkit.targets import find_targets
-from lrkit.tensorfile import open_tensors
 
 TOLERANCE = 1e-6
 """How far logits may be apart, in float64 arithmetic; a share of the largest where that is above 1."""

@@ -40,7 +40,7 @@ import torch
 from safetensors.torch import save_file
 
 import lrkit
-from lrkit import checkpoint
+from lrkit.adapt import checkpoint
 
 SECONDS = 20
 LINE = 1000

@@ -93,7 +93,7 @@ def test_cutting_at_the_end_leaves_the_run_as_it_was(kind):
 
 @pytest.mark.parametrize("method", CUTTING)
 def test_a_cut_changes_no_output_and_no_score_of_what_is_left(method, monkeypatch):
-    from lrkit.controller import Controller
+    from lrkit.loop.controller import Controller
 
     model, adapted, optimizer = start(CUTTING[method])
     adapted.bind(optimizer, total_steps=STEPS)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import lrkit
-from lrkit import layout, native
 from lrkit.actions import Ballot, Growth
 from lrkit.errors import LrkitWarning
+from lrkit.loop import layout, native
 from lrkit.metrics import GradientUncertainty, Magnitude, SensitivityUncertainty
 from lrkit.parameterizations import SVD, LoRA
 from lrkit.schedulers import Constant, Cubic, Linear

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lrkit
-from lrkit import native
-from lrkit.layout import Layout
+from lrkit.loop import native
+from lrkit.loop.layout import Layout
 from lrkit.metrics import GradientUncertainty, RatioUncertainty, SensitivityUncertainty, UncertaintyMetric
 from lrkit.units import Block, Part
 
@@ -195,7 +195,7 @@ def test_runs_decide_alike_with_and_without(method, monkeypatch):
 
 
 def test_without_a_compiler_the_tensor_operations_run(tmp_path):
-    code = "from lrkit import native; print(native.library())"
+    code = "from lrkit.loop import native; print(native.library())"
     for setting in (
         {"LRKIT_NATIVE": "0"},
         {"CC": "no-such-compiler"},
@@ -211,7 +211,7 @@ def test_without_a_compiler_the_tensor_operations_run(tmp_path):
 def test_a_forked_process_does_not_wait_for_threads_that_stayed_behind():
     code = """
 import os, signal, torch, lrkit
-from lrkit import native
+from lrkit.loop import native
 native._SHARE = 1
 torch.set_num_threads(4)
 model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
@@ -251,7 +251,7 @@ def test_a_compiler_without_openmp_compiles_all_the_same(tmp_path):
 
 @pytest.mark.parametrize("pieces", [1, 7, 1 << 16])
 def test_the_cut_into_pieces_changes_nothing(pieces, monkeypatch):
-    from lrkit import layout
+    from lrkit.loop import layout
 
     monkeypatch.setattr(layout, "_PIECE", pieces)
     _, adapted = rigs.toy(lrkit.methods.adalora(rank=3, target_rank=2, warmup=1, final=2, interval=1))

@@ -13,7 +13,8 @@ from test_trainer import trainer
 from torch import nn
 
 import lrkit
-from lrkit import accounting, checkpoint
+from lrkit import accounting
+from lrkit.adapt import checkpoint
 
 
 class Net(nn.Module):

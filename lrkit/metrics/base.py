@@ -11,7 +11,7 @@ from torch import Tensor
 from lrkit.settings import one_of
 
 if TYPE_CHECKING:
-    from lrkit.native import Kernel
+    from lrkit.loop.native import Kernel
 
 
 @attrs.frozen(kw_only=True)
@@ -54,7 +54,7 @@ class Metric(abc.ABC):
         return
 
     def kernel(self) -> "Kernel | None":
-        """What `lrkit.native` may compute in this metric's place, `observe`, `score` and `reduce` together; mostly None."""
+        """Say what the compiled path may compute in place of `observe`, `score` and `reduce` together; mostly None."""
         return None
 
     @abc.abstractmethod

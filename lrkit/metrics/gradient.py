@@ -3,8 +3,8 @@
 import attrs
 from torch import Tensor
 
+from lrkit.loop.native import Kernel
 from lrkit.metrics.sensitivity import UncertaintyMetric
-from lrkit.native import Kernel
 from lrkit.settings import real
 
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 import attrs
 from torch import Tensor
 
+from lrkit.loop.native import Kernel
 from lrkit.metrics.base import Metric, smooth
-from lrkit.native import Kernel
 from lrkit.settings import flag, real, whole
 
 
@@ -85,7 +85,7 @@ class UncertaintyMetric(Metric):
         return state["importance"] * state["uncertainty"]
 
     def compiles(self, known: type["UncertaintyMetric"]) -> bool:
-        """Whether `lrkit.native` knows it: a metric of exactly this class, without a window."""
+        """Whether `lrkit.loop.native` knows it: a metric of exactly this class, without a window."""
         return type(self) is known and self.window == 1
 
 

@@ -7,9 +7,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit.orthogonality import orthogonality
 from lrkit.parameterizations.base import Parameterization, Target
 from lrkit.parameterizations.lowrank import LowRank, further, new_factor
+from lrkit.parameterizations.orthogonality import orthogonality
 from lrkit.settings import one_of, real, whole
 from lrkit.units import Part
 

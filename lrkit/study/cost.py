@@ -25,7 +25,7 @@ from lrkit.study.plan import Plan, TaskSpec, load_task_of
 from lrkit.study.store import canonical, lock, read_json, write_json
 
 if TYPE_CHECKING:
-    from lrkit.adapted import Adapted
+    from lrkit.adapt.adapted import Adapted
 
 WARM, PAIRS = 2, 7
 
@@ -119,8 +119,8 @@ class _Side:
     def __init__(self, net: Any, cell: Mapping[str, Any], steps: int, state: Path | None, device: Any) -> None:
         import torch
 
-        from lrkit import checkpoint
-        from lrkit.adapted import attach
+        from lrkit.adapt import checkpoint
+        from lrkit.adapt.adapted import attach
 
         torch.manual_seed(0)
         self.net = net.to(device)

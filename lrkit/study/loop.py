@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from lrkit.accounting import flops
-from lrkit.adapted import Adapted
+from lrkit.adapt.adapted import Adapted
 from lrkit.study.run import check_sums
 from lrkit.study.store import LIST, Lines, write_json
 

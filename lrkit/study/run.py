@@ -24,11 +24,11 @@ from lrkit.settings import Time, count_or_share, flag, in_steps, real, whole
 from lrkit.study.store import LIST, check_sum, read_json
 
 if TYPE_CHECKING:
-    from lrkit.adapted import Adapted
-    from lrkit.controller import Decision
+    from lrkit.adapt.adapted import Adapted
+    from lrkit.adapt.summary import Summary
+    from lrkit.loop.controller import Decision
     from lrkit.method import Method
     from lrkit.models import Pretrained
-    from lrkit.summary import Summary
     from lrkit.tasks import Task
 
 Progress = Callable[[int, int, float | None], None]
@@ -332,7 +332,7 @@ def train(
     """
     import torch
 
-    from lrkit.adapted import attach
+    from lrkit.adapt.adapted import attach
 
     settings = settings or RunSettings()
     rows = (settings.train_rows, settings.validation_rows)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lrkit import metrics
 from lrkit.actions import Action, Ballot
-from lrkit.adapted import attach
+from lrkit.adapt.adapted import attach
 from lrkit.method import Method
 from lrkit.parameterizations import Parameterization, Target
 from lrkit.process import as_it_was

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from lrkit import actions, metrics, parameterizations, schedulers
 from lrkit.actions import Action
-from lrkit.adapted import attach
+from lrkit.adapt.adapted import attach
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.method import Method, from_plain, to_plain
 from lrkit.metrics import Metric

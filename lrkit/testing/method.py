@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lrkit import schedulers
-from lrkit.adapted import load
+from lrkit.adapt.adapted import load
 from lrkit.errors import LrkitError
 from lrkit.method import FIELDS, Method, from_plain, to_plain
 from lrkit.tasks import Task

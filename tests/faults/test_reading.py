@@ -21,7 +21,8 @@ import folders
 import models
 
 import lrkit
-from lrkit import checkpoint, foresight, reading, tensorfile
+from lrkit import reading
+from lrkit.adapt import checkpoint, foresight, tensorfile
 from lrkit.cli import main
 from lrkit.errors import LrkitError, shown
 from lrkit.patterns import compiled

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import models
 
 import lrkit
-from lrkit import checkpoint
+from lrkit.adapt import checkpoint
 from lrkit.schedulers import Cubic
 
 TOTAL = 14

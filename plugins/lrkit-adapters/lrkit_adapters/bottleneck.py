@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lrkit
+from lrkit.adapt.targets import find_targets
 from lrkit.parameterizations import Target
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.settings import flag, one_of, whole
-from lrkit.targets import find_targets
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

@@ -324,7 +324,7 @@ def test_a_growing_run_resumes_to_the_bit(name: str, bound: bool, tmp_path: Path
         if bound:
             other.bind(second, total_steps=STEPS)
             steps(again, other, second, 5)  # somewhere else, and of other shapes
-        other.load_state_dict(lrkit.checkpoint.read(tmp_path / str(at)))
+        other.load_state_dict(lrkit.adapt.checkpoint.read(tmp_path / str(at)))
         if not bound:
             other.bind(second, total_steps=STEPS)
         second.load_state_dict(copy.deepcopy(state))
@@ -427,7 +427,7 @@ def test_a_budget_that_will_not_be_reached_is_said() -> None:
 def test_ddp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _, adapted, optimizer = run(METHODS["increlora"])
     adapted.bind(optimizer, total_steps=20)
-    monkeypatch.setattr("lrkit.parallel.wrapper", lambda: object())
+    monkeypatch.setattr("lrkit.adapt.parallel.wrapper", lambda: object())
     with pytest.raises(lrkit.LrkitError, match="DDP cannot follow"):
         adapted._outer()
 

@@ -13,17 +13,17 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit import states
 from lrkit.actions import Ballot
+from lrkit.adapt.targets import listing
 from lrkit.errors import LrkitError, LrkitWarning, shown
-from lrkit.gradients import Unclipped
-from lrkit.layout import GradientOf, Layout, own_gradient
-from lrkit.liveness import Liveness
+from lrkit.loop import state as states
+from lrkit.loop.gradients import Unclipped
+from lrkit.loop.layout import GradientOf, Layout, own_gradient
+from lrkit.loop.liveness import Liveness
+from lrkit.loop.state import NAMES, misfit
+from lrkit.loop.tally import Tally
 from lrkit.method import Method, Policy
 from lrkit.settings import MOST_STEPS
-from lrkit.states import NAMES, misfit
-from lrkit.tally import Tally
-from lrkit.targets import listing
 from lrkit.units import Block, Part, blocks_of, present, resize, split
 
 

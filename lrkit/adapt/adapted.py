@@ -14,23 +14,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lrkit import checkpoint, liveness, parallel, pretrained, states
-from lrkit.behaviour import is_exact
-from lrkit.binding import Binding, held_by, unwrapped
-from lrkit.controller import Controller, Decision
-from lrkit.coverage import TOLD_FROM, coverage, percent
+from lrkit.adapt import checkpoint, parallel, pretrained
+from lrkit.adapt.behaviour import is_exact
+from lrkit.adapt.binding import Binding, held_by, unwrapped
+from lrkit.adapt.coverage import TOLD_FROM, coverage, percent
+from lrkit.adapt.foresight import check_fresh, check_room, weightless
+from lrkit.adapt.heads import check_trainable, find_head, head_parameters, tell_tied
+from lrkit.adapt.masters import Masters
+from lrkit.adapt.penalty import Penalty, looks
+from lrkit.adapt.reference import Reference, without
+from lrkit.adapt.summary import Summary, summarize
+from lrkit.adapt.targets import find_targets, listing
 from lrkit.errors import LrkitError, LrkitWarning, shown
-from lrkit.foresight import check_fresh, check_room, weightless
-from lrkit.gradients import Unclipped
-from lrkit.heads import check_trainable, find_head, head_parameters, tell_tied
-from lrkit.masters import Masters
+from lrkit.loop import liveness
+from lrkit.loop import state as states
+from lrkit.loop.controller import Controller, Decision
+from lrkit.loop.gradients import Unclipped
 from lrkit.method import Method, from_plain, to_plain
 from lrkit.parameterizations import Parameterization, Target
-from lrkit.penalty import Penalty, looks
 from lrkit.precision import is_plain
-from lrkit.reference import Reference, without
-from lrkit.summary import Summary, summarize
-from lrkit.targets import find_targets, listing
 from lrkit.units import resize
 
 _MARK = "_lrkit_adapted"
@@ -841,7 +843,7 @@ class Adapted:
     def reference(self) -> Reference:
         """The model as it was before `attach` as a module that shares every weight: TRL's ``ref_model=``, say.
 
-        See `lrkit.reference.Reference`.
+        See `lrkit.adapt.reference.Reference`.
         """
         self._check_alive()
         return Reference(self.model, self.disabled)

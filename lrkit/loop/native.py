@@ -80,7 +80,7 @@ def library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if os.environ.get("LRKIT_NATIVE") == "0" or compiler is None or os.name != "posix":
         return None
-    source = resources.files("lrkit") / "native.c"
+    source = resources.files("lrkit.loop") / "native.c"
     flags = ("-O3", "-fPIC", "-shared", *_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
     # What the processor can do is among the flags: machines that share a home folder have a library each.
     key = hashlib.sha256("\0".join((source.read_text("utf-8"), compiler, *flags, platform.machine())).encode())

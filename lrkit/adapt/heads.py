@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lrkit.adapt.parallel import is_sharded
 from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
-from lrkit.parallel import is_sharded
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.precision import is_plain
 

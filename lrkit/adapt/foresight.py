@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrkit import states
 from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.loop import state as states
 from lrkit.parameterizations import Parameterization, Target
 
 _TIMES = 64

@@ -17,7 +17,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit.native import Statistics
+from lrkit.loop.native import Statistics
 from lrkit.units import Block, Part
 
 GradientOf = Callable[[nn.Parameter], Tensor | None]
@@ -181,7 +181,7 @@ class Layout:
         """Unit scores by the default rule, from the mean score of each live tensor's units.
 
         Args:
-            means: [Σ units], tensor after tensor, as `lrkit.native.Statistics` gives them.
+            means: [Σ units], tensor after tensor, as `lrkit.loop.native.Statistics` gives them.
 
         Returns:
             [units], -inf for units of blocks that are not present. Only where nothing is still.

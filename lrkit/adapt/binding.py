@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrkit import parallel
+from lrkit.adapt import parallel
 from lrkit.errors import LrkitError
-from lrkit.gradients import on_accumulated
+from lrkit.loop.gradients import on_accumulated
 
 
 def held_by(optimizer: Optimizer) -> set[int]:

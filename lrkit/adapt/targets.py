@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from lrkit.behaviour import strangeness
-from lrkit.coverage import block_prefixes, pattern
+from lrkit.adapt.behaviour import strangeness
+from lrkit.adapt.coverage import block_prefixes, pattern
+from lrkit.adapt.roles import is_output, role_of
 from lrkit.errors import LrkitError, LrkitWarning, cut, nearest, shown
 from lrkit.parameterizations.base import Target
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.patterns import compiled
-from lrkit.roles import is_output, role_of
 
 
 def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:

@@ -14,9 +14,9 @@ from typing import Any
 import attrs
 from safetensors.torch import save_file
 
+from lrkit.adapt.tensorfile import TensorFile, open_tensors
 from lrkit.errors import LrkitError
 from lrkit.reading import is_folder, parse_json
-from lrkit.tensorfile import TensorFile, open_tensors
 
 FILE = "lrkit.safetensors"
 _KEY = "lrkit"

@@ -4,7 +4,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lrkit.adapted import Adapted
+    from lrkit.adapt.adapted import Adapted
 
 
 def let_train(adapted: "Adapted") -> None:

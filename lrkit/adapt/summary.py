@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.coverage import Coverage
+from lrkit.adapt.coverage import Coverage
 
 if TYPE_CHECKING:
-    from lrkit.controller import Controller
+    from lrkit.loop.controller import Controller
 
 
 @attrs.frozen

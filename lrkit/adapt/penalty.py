@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lrkit.gradients import Unclipped, on_gradient
+from lrkit.loop.gradients import Unclipped, on_gradient
 
 FELT = 0.1
 """Norm of a gradient below which nothing is said: clipping, at 1 mostly, does not feel it. The task of a model with random

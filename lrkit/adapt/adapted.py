@@ -480,6 +480,11 @@ class Adapted:
         return self._controller.history
 
     @property
+    def controller(self) -> Controller:
+        """The loop: policies, ranks and counts. For integrations; a training script needs none of it."""
+        return self._controller
+
+    @property
     def step(self) -> int:
         """Optimizer steps taken so far."""
         return self._controller.step

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lrkit.adapt.adapted import Adapted, attach, load
     from lrkit.errors import LrkitError, LrkitWarning
     from lrkit.hookspecs import hookimpl
-    from lrkit.loop.controller import Decision
+    from lrkit.loop.history import Decision
     from lrkit.method import Method, Policy, from_plain, to_plain, with_component, with_setting
     from lrkit.metrics import Metric
     from lrkit.parameterizations import Parameterization
@@ -33,7 +33,7 @@ _HOMES = {
     "Action": "actions",
     "Adapted": "adapt.adapted",
     "Block": "units",
-    "Decision": "loop.controller",
+    "Decision": "loop.history",
     "LrkitError": "errors",
     "LrkitWarning": "errors",
     "Method": "method",

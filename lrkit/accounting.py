@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lrkit.adapt.adapted import Adapted, attach
 from lrkit.errors import LrkitError
+from lrkit.loop.course import is_known
 from lrkit.units import Block
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class ParameterCount:
         start: at the first step, without the head.
         end: at the last step; frozen tensors and masked components do not count. Which units go is not known without
             training: here each counts at its policy's mean unit size. Where it is not even known how many go (see
-            `Action.budgeted`), none goes here, and the range says the rest.
+            `Action.turnover`), none goes here, and the range says the rest.
         average: over all steps, likewise.
         end_range: the least and the most that `end` can be, whichever units go.
         average_range: likewise for `average`.
@@ -68,7 +69,7 @@ def count(method: "Method", model: nn.Module, *, total_steps: int, **attach_sett
     """
     adapted = attach(model, method, **attach_settings)
     try:
-        controller = adapted._controller
+        controller = adapted.controller
         controller.begin(total_steps)
         head = sum(p.numel() for p in adapted.head_parameters())
         plain = sum(p.numel() for p in _unique(model) if id(p) not in adapted._fresh_ids) - head
@@ -79,7 +80,7 @@ def count(method: "Method", model: nn.Module, *, total_steps: int, **attach_sett
             for module in _modules(adapted)
         )
         start = sum(p.numel() for p in adapted.adapter_parameters())
-        series = [_removed(adapted, index, total_steps) for index in range(len(method.policies))]
+        series = [_removed(adapted, index) for index in range(len(method.policies))]
         times, most, least, mean = _together(adapted, series, total_steps)
         return ParameterCount(
             layers=len(adapted.adapters),
@@ -128,7 +129,7 @@ def _together(
         return [total_steps], [0], [0], [0.0]
     sizes: dict[int, int] = {}
     policies: dict[int, tuple[int, ...]] = {}
-    for index, state in enumerate(adapted._controller.policies):
+    for index, state in enumerate(adapted.controller.policies):
         for block in state.blocks:
             for tensor in block.tensors:
                 sizes[id(tensor)] = tensor.numel()
@@ -156,19 +157,18 @@ def _joined(series: Sequence[Sequence[tuple[int, _Removed]]]) -> tuple[list[int]
     return times, list(zip(*columns, strict=True))
 
 
-def _removed(adapted: Adapted, index: int, total_steps: int) -> list[tuple[int, _Removed]]:
+def _removed(adapted: Adapted, index: int) -> list[tuple[int, _Removed]]:
     """Parameters out of training by one policy, by spans of equal steps; below zero where it adds some."""
-    state = adapted._controller.policies[index]
-    budgeted = state.policy.action.budgeted
+    state = adapted.controller.policies[index]
     sizes = sorted(size for block in state.blocks for size in _unit_sizes(block))
     below = [0]
     for size in sizes:
         below.append(below[-1] + size)
     removed = []
-    # During a step trains what the decision after the step before has left.
-    for times, there, cut, _ in _but_last(state.course(total_steps)):
-        if not budgeted:
-            # How many go is known only after a run: none, or all of them once the schedule has begun.
+    # Step t trains what the decision after step t - 1 kept.
+    for times, there, cut, _ in _but_last(state.course()):
+        if not is_known(state.policy.action):
+            # How many go is known only after a run: none, or all of them if the schedule has begun.
             removed.append((times, _Removed(0, below[-1] if cut else 0, 0.0)))
             continue
         gone = min(cut, state.units)
@@ -287,9 +287,10 @@ def memory(adapted: Adapted, optimizer: torch.optim.Optimizer | None = None) -> 
     """
     unique = _unique(adapted.model)
     states = optimizer.state.values() if optimizer is not None else ()
-    controller = adapted._controller
-    own = [t for s in controller.policies for t in (s.kept, s.still, *s.buffers.values())]
-    own += [t for s in controller.policies for t in s.layout.index]
+    controller = adapted.controller
+    held = [state.statistics for state in controller.policies]
+    own = [state.kept for state in controller.policies]
+    own += [t for each in held for t in (each.still, *each.buffers.values(), *each.layout.index)]
     return Bytes(
         parameters=_bytes(unique),
         gradients=_bytes([p.grad for p in unique if p.grad is not None]),

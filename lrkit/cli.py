@@ -381,7 +381,7 @@ def params(
             continue
         plain[name] = attrs.asdict(counted)
         # How many units go is known only after a run: a number would be a guess.
-        open_ended = not all(policy.action.budgeted for policy in each.policies)
+        open_ended = any(policy.action.turnover(1, 1, 1) is None for policy in each.policies)
         row = [
             name,
             f"{counted.start:,}",
@@ -514,7 +514,7 @@ def export(
     from lrkit import peft
     from lrkit.adapt import checkpoint
     from lrkit.adapt.adapted import load
-    from lrkit.loop.state import meta_of
+    from lrkit.loop import state
     from lrkit.models import load_base
 
     if to not in peft.TARGETS:
@@ -523,7 +523,7 @@ def export(
         )
     _new_folder(out, "")
     with checkpoint.stored(run) as stored:
-        base = meta_of({"meta": stored.meta, "tensors": {}}).get("base")
+        base = state.read({"meta": stored.meta, "tensors": {}}).base
         trained = {name.removeprefix("weight.") for name in stored.shapes}
     if base is None:
         raise LrkitError(f"{run} does not say which transformers model it was attached to: export it with lrkit.export")

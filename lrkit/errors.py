@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 _LONGEST_LINE = 900
 _LONGEST_VALUE = 160
@@ -57,3 +59,16 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 class LrkitWarning(UserWarning):
     """Something that would otherwise pass in silence: said once, at the moment it can first be known."""
+
+
+def pattern(name: str) -> str:
+    """Return a layer's name with its numbers left open, as the names of all blocks share it."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "<i>", name)
+
+
+def listing(names: Sequence[str]) -> str:
+    """Return each name; of many, how many there are of each pattern."""
+    if len(names) <= 50 and sum(map(len, names)) < 2000:
+        return ", ".join(names)
+    counts = Counter(pattern(name) for name in names)
+    return ", ".join(f"{name} ({count} layers)" if count > 1 else name for name, count in counts.items())[:2000]

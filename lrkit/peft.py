@@ -266,7 +266,7 @@ def _most(values: Mapping[str, Any]) -> Any:
 def _write_adalora(adapted: Adapted, folder: Path, _: Any, __: Path) -> dict[str, int]:
     layers = _layers(adapted, "peft-adalora")
     ranks = {name: layer.rank for name, layer in layers.items()}
-    first = max(*(adapted._controller.initial_ranks[name] for name in layers), *ranks.values())
+    first = max(*(adapted.controller.run.ranks[name] for name in layers), *ranks.values())
     # PEFT computes alpha / (init_r + 1e-5) for all layers alike.
     scale = _most({name: layer.scaling for name, layer in layers.items()})
     tensors: dict[str, Tensor] = {}
@@ -298,7 +298,7 @@ def _schedule(adapted: Adapted, ranks: Mapping[str, int]) -> dict[str, Any]:
     plain["orth_reg_weight"] = getattr(adapted.method.parameterization, "orthogonality", 0.0)
     for policy in adapted.method.policies:
         if policy.action.unit == "component" and adapted.total_steps is not None:
-            begin, end = policy.scheduler.bounds(total)
+            begin, end = policy.scheduler.over(total, units=1, layers=1).bounds
             if begin < end:
                 plain |= {"tinit": begin, "tfinal": total - end}
                 plain["deltaT"] = max(1, in_steps(policy.scheduler.interval, total))

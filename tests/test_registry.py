@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lrkit
 from lrkit import builtin_plugin, from_plain, hookimpl, hookspecs, to_plain
-from lrkit.actions import Action, Freeze, Prune
+from lrkit.actions import Action, Fate, Freeze, Prune
 from lrkit.errors import LrkitError
 from lrkit.metrics import GradientUncertainty, Magnitude, Metric
 from lrkit.parameterizations import LoRA, Parameterization
@@ -89,7 +89,7 @@ class Square(Scheduler):
 class Null(Action):
     """Sets the core of losers to zero."""
 
-    reversible: ClassVar[bool] = True
+    fate: ClassVar[Fate] = "masked"
 
     @property
     def unit(self) -> Any:

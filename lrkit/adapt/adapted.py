@@ -24,12 +24,14 @@ from lrkit.adapt.masters import Masters
 from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.reference import Reference, without
 from lrkit.adapt.summary import Summary, summarize
-from lrkit.adapt.targets import find_targets, listing
-from lrkit.errors import LrkitError, LrkitWarning, shown
+from lrkit.adapt.targets import find_targets
+from lrkit.errors import LrkitError, LrkitWarning, listing, shown
 from lrkit.loop import liveness
 from lrkit.loop import state as states
-from lrkit.loop.controller import Controller, Decision
+from lrkit.loop.controller import Controller
 from lrkit.loop.gradients import Unclipped
+from lrkit.loop.history import Decision
+from lrkit.loop.run import Run
 from lrkit.method import Method, from_plain, to_plain
 from lrkit.parameterizations import Parameterization, Target
 from lrkit.precision import is_plain
@@ -105,17 +107,17 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> "Adapted":
             it was.
     """
     with checkpoint.stored(Path(folder)) as stored:
-        meta = states.meta_of({"meta": stored.meta, "tensors": {}})
-        states.check_data(meta)
-        method = from_plain(meta["method"])
+        saved = states.read({"meta": stored.meta, "tensors": {}})
+        saved.check()
+        method = from_plain(saved.method)
         check_model(model)
         if (twin := weightless(model)) is not None:
-            found, _ = _find(twin, method.parameterization, meta["targets"], exact=True)
+            found, _ = _find(twin, method.parameterization, saved.targets, exact=True)
             given = sum(math.prod(shape) for name, shape in stored.shapes.items() if name.startswith("weight."))
             grows = any(policy.action.grows for policy in method.policies)
-            check_fresh(twin, found, method.parameterization, given, meta, grows)
+            check_fresh(twin, found, method.parameterization, given, saved, grows)
         state = stored.state()
-    adapted = Adapted(model, method, meta["targets"], meta["head"], exact=True)
+    adapted = Adapted(model, method, saved.targets, saved.head, exact=True)
     try:
         adapted.load_state_dict(state)
     except BaseException:
@@ -203,7 +205,7 @@ class Adapted:
             lambda key, message: self._controller.warn(key, message),
         )
         try:
-            self._controller = Controller(method, self.adapters, self._trained_ids, self.head_parameters())
+            self._controller = Controller(Run.of(method, self.adapters, self._trained_ids, self.head_parameters()))
         except BaseException as error:
             self.detach()
             if isinstance(error, LrkitError) and self._offer is not None and targets == "all-linear":
@@ -419,7 +421,7 @@ class Adapted:
             )
 
     def _check_growth(self) -> None:
-        if self._binding is not None and self._controller.grows:
+        if self._binding is not None and self._controller.run.grows:
             raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
 
     def _before_step(self, scale: Tensor | None) -> None:
@@ -512,7 +514,7 @@ class Adapted:
         state = self._controller.policies[policy]
         if state.ended:
             return {}
-        return dict(zip(state.unit_names, state.scores().tolist(), strict=True))
+        return dict(zip(state.unit_names, state.statistics.scores().tolist(), strict=True))
 
     # ---- state ----
 
@@ -525,19 +527,11 @@ class Adapted:
         """
         self._check_alive()
         self._tell_cast()
-        tensors, data = self._controller.state()
+        tensors = self._controller.tensors()
         for name, p in self._saved():
             tensors[f"weight.{name}"] = p.detach().clone()
-        meta = {
-            "format": states.FORMAT,
-            "method": to_plain(self.method),
-            "targets": list(self.adapters),
-            "head": list(self.head),
-            "ranks": self._controller.ranks(),
-            "base": self._base,
-            **data,
-        }
-        return {"meta": copy.deepcopy(meta), "tensors": tensors}
+        saved = self._controller.saved(to_plain(self.method), self.head, copy.deepcopy(self._base))
+        return {"meta": saved.to_plain(), "tensors": tensors}
 
     def _saved(self) -> Iterator[tuple[str, Tensor]]:
         self._masters.put_back()
@@ -554,32 +548,35 @@ class Adapted:
             LrkitError: of another method, other layers, other shapes, or no such state at all. Nothing is changed then.
         """
         self._check_alive()
-        meta, tensors = states.meta_of(state), state["tensors"]
+        meta, tensors = states.read(state), state["tensors"]
         # Settings that lrkit did not have when the state was written are at their defaults, which is how it was then.
-        mine, theirs = to_plain(self.method), to_plain(from_plain(meta["method"]))
+        mine, theirs = to_plain(self.method), to_plain(from_plain(meta.method))
         if mine != theirs:
             raise LrkitError(f"the state is of another method: {_difference(theirs, mine)}")
-        for what, here, there in (("layers", list(self.adapters), meta["targets"]), ("head", self.head, meta["head"])):
+        for what, here, there in (
+            ("layers", tuple(self.adapters), meta.targets),
+            ("head", tuple(self.head), meta.head),
+        ):
             if here != there:
                 odd = sorted(set(here) ^ set(there))
                 told = ", ".join(map(shown, odd[:3])) or "in another order"
                 raise LrkitError(f"the state is of {'other layers' if what == 'layers' else 'another head'}: {told}")
-        states.check_data(meta)
+        meta.check()
         saved = dict(self._saved())
         weights = {n.removeprefix("weight."): t for n, t in tensors.items() if n.startswith("weight.")}
         if set(saved) != set(weights):
             odd = sorted(set(saved) ^ set(weights))
             raise states.misfit(f"{', '.join(map(shown, odd[:3]))} missing or not expected")
-        expected = self._controller.shapes(meta["ranks"])
+        expected = self._controller.run.shapes(meta.ranks)
         for name, tensor in weights.items():
-            if tensor.shape != expected.get(id(saved[name]), saved[name].shape):
+            if tuple(tensor.shape) != expected.get(id(saved[name]), tuple(saved[name].shape)):
                 raise states.misfit(f"{name} is {list(tensor.shape)}, here {list(saved[name].shape)}")
             own = saved[name].dtype
             if tensor.dtype != own and not (tensor.is_floating_point() and own.is_floating_point):
                 raise states.misfit(f"{name} is {tensor.dtype}, here {own}")
-        self._controller.check_state(tensors, meta)
-        if self._controller.total_steps is None and meta["total_steps"] is not None:
-            self._controller.foretell(meta["total_steps"])
+        self._controller.check(meta, tensors)
+        if self._controller.total_steps is None and meta.total_steps is not None:
+            self._controller.foretell(meta.total_steps)
         # All has been looked at: what follows cannot fail.
         self._follow_casts(weights, saved)
         with torch.no_grad():
@@ -591,7 +588,7 @@ class Adapted:
                 saved[name].copy_(tensor)
         for p in self.parameters():
             p.requires_grad_(p.numel() > 0)  # the state may be of an earlier step, when less was frozen
-        self._controller.load_state(tensors, meta)
+        self._controller = self._controller.loaded(meta, tensors)
         if self._outer.ddp is not None:
             parallel.follow(self._outer.ddp)
 
@@ -610,23 +607,24 @@ class Adapted:
         self._check_alive()
         if self._binding is not None:
             raise LrkitError("call unbind() before rewind()")
-        meta = states.meta_of(state)
+        saved = states.read(state)
         tensors = dict(state["tensors"])
-        now, then = self._controller.numbers(), self._controller.numbers(meta)
-        places = self._controller.places()
+        ranks = self._controller.ranks
+        places = self._controller.run.places()
         for name, p in self._saved():
             layer, axis = places.get(id(p), (None, 0))
             key = f"weight.{name}"
-            if layer is None or now[layer] == then[layer]:
+            now, then = (ranks.numbers(layer), saved.numbers(layer)) if layer in ranks.initial else ((), ())
+            if layer is None or now == then:
                 tensors[key] = p.detach().clone()
                 continue
-            both = [(then[layer].index(n), now[layer].index(n)) for n in then[layer] if n in now[layer]]
+            both = [(then.index(n), now.index(n)) for n in then if n in now]
             tensors[key] = tensors[key].clone().to(p)
             for there, here in both:
                 tensors[key].select(axis, there).copy_(p.detach().select(axis, here))
         total, self._controller.total_steps = self._controller.total_steps, None
         try:
-            self.load_state_dict({"meta": meta, "tensors": tensors})
+            self.load_state_dict({"meta": state["meta"], "tensors": tensors})
         except BaseException:
             self._controller.total_steps = total
             raise

@@ -108,22 +108,19 @@ class Summary:
 def summarize(controller: "Controller", head: int, beside: int = 0, coverage: Coverage | None = None) -> Summary:
     """The summary of a run so far; `head`, `beside` and `coverage` as in `Summary`."""
     kept = controller.components_kept()
-    average = controller.parameters_on_average()
-    axes = [part for part in controller.method.parameterization.parts if part.axis is not None]
+    run, tally = controller.run, controller.tally
+    average, counts = tally.on_average(controller.step), tally.counts
+    axes = [part for part in run.method.parameterization.parts if part.axis is not None]
     layers = []
-    for name, module in controller.modules.items():
+    for name, module in run.modules.items():
         rank = initial = None
         if axes:
             axis = axes[0].axis
             assert axis is not None
-            initial = controller.initial_ranks[name]
+            initial = run.ranks[name]
             rank = int(kept[name].sum()) if name in kept else axes[0].of(module).shape[axis]
         frozen = tuple(
-            part.name
-            for part in controller.method.parameterization.parts
-            if part.matrix and controller.froze(part.of(module))
+            part.name for part in run.method.parameterization.parts if part.matrix and run.froze(part.of(module))
         )
-        layers.append(
-            LayerSummary(name, rank, initial, frozen, controller.starts[name], controller.counts[name], average[name])
-        )
+        layers.append(LayerSummary(name, rank, initial, frozen, run.starts[name], counts[name], average[name]))
     return Summary(tuple(layers), head, controller.step, beside, coverage)

@@ -21,15 +21,17 @@ import shutil
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from operator import attrgetter
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import torch
 from torch import Tensor, nn
+
+from lrkit.metrics import GradientUncertainty, Metric, RatioUncertainty, SensitivityUncertainty
 
 SMALLEST = 1 << 12
 """Entries from which on it is used: below, either way takes a fraction of a millisecond, and no compiler is asked for."""
@@ -72,6 +74,23 @@ class Kernel:
     beta1: float
     beta2: float
     epsilon: float = 0.0
+
+
+_Made = Callable[[Any], Kernel]
+_OF: dict[type[Metric], _Made] = {
+    SensitivityUncertainty: lambda m: Kernel("sensitivity", m.beta1, m.beta2),
+    GradientUncertainty: lambda m: Kernel("gradient", m.beta1, m.beta2),
+    RatioUncertainty: lambda m: Kernel("ratio", m.beta1, m.beta2, m.epsilon),
+}
+
+
+def kernel_of(metric: Metric) -> Kernel | None:
+    """Return what the library computes in a metric's place; None for most.
+
+    It knows three classes, and none of their subclasses, which may compute something else.
+    """
+    make = _OF.get(type(metric))
+    return None if make is None or getattr(metric, "window", 1) != 1 else make(metric)
 
 
 @functools.cache
@@ -120,7 +139,7 @@ class _Job(ctypes.Structure):
     ]
 
 
-class Statistics:
+class Compiled:
     """Ī and Ū of a layout's live tensors, moved and scored by the library.
 
     Args:
@@ -167,7 +186,7 @@ class Statistics:
         if not plain or not self.usable(mean, deviation):
             return None
         weights = array("Q", map(Tensor.data_ptr, self._tensors))
-        # Tensors that lie where they lay when they were looked at are as they were then.
+        # Same addresses as at the last check, so dtype and contiguity need no second look.
         if weights != self._seen and not self._as_laid_out(grads):
             return None
         self._seen = weights

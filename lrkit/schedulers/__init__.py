@@ -2,5 +2,6 @@
 
 from lrkit.schedulers.base import Scheduler
 from lrkit.schedulers.shapes import Constant, Cubic, Linear
+from lrkit.schedulers.timetable import Timetable
 
-__all__ = ["Constant", "Cubic", "Linear", "Scheduler"]
+__all__ = ["Constant", "Cubic", "Linear", "Scheduler", "Timetable"]

@@ -143,7 +143,7 @@ class AttemptRecord:
 
 @attrs.frozen(kw_only=True)
 class DecisionRecord:
-    """What one policy decided after one step; the fields are those of `lrkit.loop.controller.Decision`."""
+    """What one policy decided after one step; the fields are those of `lrkit.loop.history.Decision`."""
 
     step: int
     policy: int

@@ -26,7 +26,7 @@ from lrkit.study.store import LIST, check_sum, read_json
 if TYPE_CHECKING:
     from lrkit.adapt.adapted import Adapted
     from lrkit.adapt.summary import Summary
-    from lrkit.loop.controller import Decision
+    from lrkit.loop.history import Decision
     from lrkit.method import Method
     from lrkit.models import Pretrained
     from lrkit.tasks import Task
@@ -338,7 +338,7 @@ def train(
     rows = (settings.train_rows, settings.validation_rows)
     steps = total_steps(settings, min(len(task.train), settings.train_rows or len(task.train)))
     for policy in method.policies:
-        policy.scheduler.bounds(steps)
+        policy.scheduler.over(steps, units=1, layers=1)  # refuses one that does not fit
     tell = say or (lambda _: None)
     tell(f"loading {model}")
     pretrained = _model_for(model, task)

@@ -30,7 +30,8 @@ class Part:
         axis: the dimension that runs over rank components; None where there is none.
         core: one scalar for each component (λ, d): zero takes the component out, and its gradient can bring it back.
         matrix: a projection matrix, on which freezing acts as a whole.
-        trains: False where it is fixed at its random start in every layer (ELoRA's A and B).
+        trains: False if it is fixed at its random start in every layer (ELoRA's A and B).
+        shared: whether all layers read one tensor (VeRA's A and B), so that no layer's components can grow alone.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Part:
     core: bool = False
     matrix: bool = False
     trains: bool = True
+    shared: bool = False
 
     def of(self, module: nn.Module) -> nn.Parameter:
         """The tensor of this part on one adapter."""

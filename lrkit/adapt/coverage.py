@@ -1,11 +1,11 @@
 """Which share of a model's blocks is adapted, and what kinds of things are not: found from the parameters, not by class."""
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import attrs
 from torch import Tensor, nn
 
+from lrkit.errors import pattern
 from lrkit.parameterizations.lowrank import layer_shape
 
 TOLD_FROM = 0.1
@@ -146,8 +146,3 @@ def _by_kind(kinds: Mapping[tuple[str, str], tuple[int, Mapping[str, None]]]) ->
             what = f"{kind} (parameters {', '.join(names)} of {where}, which are no layers)"
         words[what] = sum(size for _, size in places)
     return words
-
-
-def pattern(name: str) -> str:
-    """A layer's name with its numbers left open, as the names of all blocks share it."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "<i>", name)

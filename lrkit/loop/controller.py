@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.actions import Ballot
-from lrkit.adapt.targets import listing
-from lrkit.errors import LrkitError, LrkitWarning, shown
+from lrkit.errors import LrkitError, LrkitWarning, listing, shown
 from lrkit.loop import state as states
 from lrkit.loop.gradients import Unclipped
 from lrkit.loop.layout import GradientOf, Layout, own_gradient

@@ -272,7 +272,7 @@ def test_healthy_models_have_no_dead():
 
 def test_a_long_list_stays_readable():
     """Many dead layers are told by pattern and number."""
-    from lrkit.adapt.targets import listing
+    from lrkit.errors import listing
 
     assert listing(["a.0.b", "a.1.b"]) == "a.0.b, a.1.b"
     assert (

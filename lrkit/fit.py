@@ -1,14 +1,12 @@
-"""What fits what: one rule for each way in which four parts cannot work together.
+"""Rules for what fits what: one for each way in which four parts cannot work together.
 
 A rule takes the parts that it compares, and gives the reason why they do not fit, with both sides named, or None. For
 example, `no_units` refuses `Freeze` on a parameterization that has no matrix which trains.
 """
 
 from lrkit.actions import Action
-from lrkit.hookspecs import Kind
 from lrkit.metrics import Metric
 from lrkit.parameterizations import Parameterization
-from lrkit.retired import outdated
 from lrkit.schedulers import Scheduler
 from lrkit.units import UnitKind
 
@@ -19,8 +17,7 @@ _ANY = 2**31 - 1
 def refusal(parameterization: Parameterization, metric: Metric, scheduler: Scheduler, action: Action) -> str | None:
     """Return why these four cannot work together, by the first rule that refuses; None if they can."""
     return (
-        old_protocol(parameterization, action)
-        or refused_by_action(action, parameterization)
+        refused_by_action(action, parameterization)
         or no_start_for_growth(action, parameterization)
         or no_units(action, parameterization)
         or other_units_read(metric, action)
@@ -28,15 +25,6 @@ def refusal(parameterization: Parameterization, metric: Metric, scheduler: Sched
         or budget_that_rises(scheduler, action)
         or budget_above_units(scheduler, action, parameterization)
     )
-
-
-def old_protocol(parameterization: Parameterization, action: Action) -> str | None:
-    """Refuse classes written for an earlier lrkit. Registered ones are left out earlier, when their plug-in is loaded."""
-    parts: tuple[tuple[Kind, object], ...] = (("parameterization", parameterization), ("action", action))
-    reasons = (
-        f"{kind} {type(part).__name__} {reason}" for kind, part in parts if (reason := outdated(kind, type(part)))
-    )
-    return next(reasons, None)
 
 
 def refused_by_action(action: Action, parameterization: Parameterization) -> str | None:
@@ -47,15 +35,14 @@ def refused_by_action(action: Action, parameterization: Parameterization) -> str
 
 def no_start_for_growth(action: Action, parameterization: Parameterization) -> str | None:
     """Refuse to add components if nothing says how they begin, or if layers would have to grow together."""
-    if not action.grows:
+    begins = action.unit == "component" and type(parameterization).fresh is not Parameterization.fresh
+    shares = any(part.shared for part in parameterization.parts)
+    if not action.grows or (begins and not shares):
         return None
-    if action.unit != "component" or type(parameterization).fresh is Parameterization.fresh:
-        reason = "this parameterization does not say how a new one begins"
-    elif any(part.shared for part in parameterization.parts):
-        reason = "layers of this parameterization share their tensors, so that none can grow by itself"
-    else:
-        return None
-    return f"{_apart(action, parameterization)}: the action adds rank components, and {reason}"
+    return (
+        f"{_apart(action, parameterization)}: the action adds rank components, and this parameterization does not say how "
+        f"a new one begins{': its layers share tensors, so that none can grow alone' if shares else ''}"
+    )
 
 
 def no_units(action: Action, parameterization: Parameterization) -> str | None:

@@ -19,6 +19,7 @@ from lrkit.errors import LrkitError, shown
 from lrkit.hookspecs import Kind
 from lrkit.metrics import Metric
 from lrkit.parameterizations import Parameterization
+from lrkit.retired import outdated
 from lrkit.schedulers import Scheduler
 
 FIELDS: tuple[Kind, ...] = ("parameterization", "metric", "scheduler", "action")
@@ -29,12 +30,12 @@ POLICY: tuple[Kind, ...] = FIELDS[1:]
 
 def _is_a(base: type, *, optional: bool = False) -> Any:
     def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
-        if isinstance(value, base) or (optional and value is None):
-            return
-        hint = f" (an instance: write {value.__name__}())" if isinstance(value, type) else ""
-        raise LrkitError(
-            f"{type(instance).__name__}.{attribute.name} must be a {base.__name__}, not {shown(value)}{hint}"
-        )
+        if not isinstance(value, base) and not (optional and value is None):
+            hint = f" (an instance: write {value.__name__}())" if isinstance(value, type) else ""
+            field = f"{type(instance).__name__}.{attribute.name}"
+            raise LrkitError(f"{field} must be a {base.__name__}, not {shown(value)}{hint}")
+        if reason := outdated(attribute.name, type(value)):
+            raise LrkitError(f"{attribute.name} {type(value).__name__} {reason}")
 
     return check
 

@@ -6,16 +6,14 @@ computes, so the class is refused.
 
 from collections.abc import Mapping, Sequence
 
-from lrkit.hookspecs import Kind
-
-RETIRED: Mapping[Kind, Sequence[str]] = {
+RETIRED: Mapping[str, Sequence[str]] = {
     "parameterization": ("units", "grows"),
     "action": (),
 }
 """By kind, the members that are retired. CHANGELOG.md says what takes the place of each."""
 
 
-def outdated(kind: Kind, cls: type) -> str | None:
+def outdated(kind: str, cls: type) -> str | None:
     """Return what follows a component's name in the refusal of a class that was written for lrkit 0.1.0, or None.
 
     Members count if the class, or a base that is not lrkit's own, has them under a retired name: as a method, a property,

@@ -760,8 +760,6 @@ def _to_run(
     name: str | None, all_methods: bool, sets: Sequence[str], swaps: Sequence[str]
 ) -> "tuple[dict[str, Method], dict[str, Any]]":
     """The methods that `lrkit run` is to train, by label, and the settings of the run."""
-    from lrkit.registry import current
-
     if (name is None) != all_methods:
         raise LrkitError("give a method's name (`lrkit methods` lists them), or --all-methods")
     if name is not None:
@@ -771,6 +769,8 @@ def _to_run(
     own = [key for key in pairs if not key.startswith("run.")]
     if own or swaps:
         raise LrkitError(f"--all-methods takes settings of the run alone (run.steps=200), not {[*own, *swaps][0]}")
+    from lrkit.registry import current
+
     registry = current()
     methods: dict[str, Method] = {}
     for each in registry.names("method"):

@@ -564,6 +564,15 @@ def test_layers_that_grow_alone() -> None:
         assert ("share tensors" in str(caught.value)) == (not_alone is shared)
 
 
+@pytest.mark.parametrize("amounts", [{"start": 2, "target": 9}, {"start": 0.25, "target": 0.5}], ids=repr)
+def test_a_budget_that_rises(amounts: dict[str, Any]) -> None:
+    """A budget may rise, and above the first rank, if the action adds units; for any other it is refused."""
+    policy = {"metric": Sensitivity(), "scheduler": Cubic(**amounts)}
+    Method(parameterization=SVD(rank=4), action=Widen(), **policy)
+    with pytest.raises(LrkitError, match=r"Cubic\.target = .* is above start = .*Prune\(.*adds no units"):
+        Method(parameterization=SVD(rank=4), action=Prune(), **policy)
+
+
 @pytest.mark.parametrize("parameterization", [Full(), LoRA(rank=3), SVD(rank=5), VectorScaled(train="none")], ids=repr)
 def test_units_that_train(parameterization: Any) -> None:
     """The most units of a kind are those that blocks of a model have, over its widest layer."""

@@ -229,7 +229,9 @@ def compose(
     """
     settings = settings or {}
     known = arguments_of(base)
-    plain = dict(base) if isinstance(base, Mapping) else _called(base, {k: settings[k] for k in settings if k in known})
+    plain = (
+        as_plain(base) if isinstance(base, Mapping) else _called(base, {k: settings[k] for k in settings if k in known})
+    )
     for path, value in (swaps or {}).items():
         plain = swapped(plain, path, value)
     for path, value in settings.items():

@@ -423,7 +423,8 @@ def _between(ends: tuple[float, float]) -> str:
 def list_methods(as_json: Json = False) -> None:
     """The named methods and their four parts."""
     from lrkit import foreign
-    from lrkit.method import FIELDS, to_plain
+    from lrkit.compose import to_plain
+    from lrkit.method import FIELDS
     from lrkit.registry import current
 
     registry = current()
@@ -740,30 +741,25 @@ def compose(name: str, sets: Sequence[str], swaps: Sequence[str]) -> "tuple[Meth
     Raises:
         LrkitError: an unknown name or setting, or a combination that does not fit.
     """
-    from lrkit.method import arguments_of, from_plain, swapped, with_arguments, with_setting_of
+    from lrkit.compose import compose as composed
+    from lrkit.compose import from_plain
 
     settings = dict(_pair(text, "--set") for text in sets)
     run = {key.removeprefix("run."): value for key, value in settings.items() if key.startswith("run.")}
-    arguments = {key: value for key, value in settings.items() if key in arguments_of(name)}
-    plain = with_arguments(name, arguments)
+    own = {key: value for key, value in settings.items() if not key.startswith("run.")}
+    swapped = {}
     for text in swaps:
         path, value = _pair(text, "--swap")
         if isinstance(value, str) and "," in value:
             raise LrkitError(f"--swap {text}: a run has one {path}; `lrkit ablate` compares several")
-        plain = swapped(plain, path, value)
-    # Last, since a setting may be one of a component that was swapped in.
-    for key, value in settings.items():
-        if key not in arguments and not key.startswith("run."):
-            plain = with_setting_of(name, plain, key, value)
-    return from_plain(plain), run
+        swapped[path] = value
+    return from_plain(composed(name, own, swapped)), run
 
 
 def _to_run(
     name: str | None, all_methods: bool, sets: Sequence[str], swaps: Sequence[str]
 ) -> "tuple[dict[str, Method], dict[str, Any]]":
     """The methods that `lrkit run` is to train, by label, and the settings of the run."""
-    from lrkit.registry import current
-
     if (name is None) != all_methods:
         raise LrkitError("give a method's name (`lrkit methods` lists them), or --all-methods")
     if name is not None:
@@ -773,6 +769,8 @@ def _to_run(
     own = [key for key in pairs if not key.startswith("run.")]
     if own or swaps:
         raise LrkitError(f"--all-methods takes settings of the run alone (run.steps=200), not {[*own, *swaps][0]}")
+    from lrkit.registry import current
+
     registry = current()
     methods: dict[str, Method] = {}
     for each in registry.names("method"):
@@ -998,7 +996,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             second_ends_at_once()
             if not {"--help", "--version"} & set(sys.argv[1:] if arguments is None else arguments):
-                from lrkit.registry import spare_others
+                from lrkit.vetting import spare_others
 
                 spare_others()
             code = app(args=arguments, prog_name="lrkit", standalone_mode=False)

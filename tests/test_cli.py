@@ -22,8 +22,9 @@ import pytest
 import lrkit
 from lrkit import cli, from_plain, hookimpl, methods
 from lrkit.cli import compose, main
+from lrkit.compose import to_plain
 from lrkit.errors import LrkitError
-from lrkit.method import FIELDS, to_plain
+from lrkit.method import FIELDS
 from lrkit.metrics import Magnitude, RatioUncertainty
 from lrkit.registry import Registry
 from lrkit.schedulers import Linear

@@ -53,7 +53,7 @@ class Freeze(Action):
 
     def refusal(self, parameterization: Parameterization) -> str | None:
         """Ask for matrices that train."""
-        if parameterization.units("matrix") == 0:
+        if not any(part.matrix and part.trains for part in parameterization.parts):
             return "freezing acts on projection matrices that train, and this parameterization has none"
         return None
 

@@ -25,6 +25,7 @@ from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.reference import Reference, without
 from lrkit.adapt.summary import Summary, summarize
 from lrkit.adapt.targets import find_targets
+from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError, LrkitWarning, listing, shown
 from lrkit.loop import liveness
 from lrkit.loop import state as states
@@ -32,7 +33,7 @@ from lrkit.loop.controller import Controller
 from lrkit.loop.gradients import Unclipped
 from lrkit.loop.history import Decision
 from lrkit.loop.run import Run
-from lrkit.method import Method, from_plain, to_plain
+from lrkit.method import Method
 from lrkit.parameterizations import Parameterization, Target
 from lrkit.precision import is_plain
 from lrkit.units import resize

@@ -8,9 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit.units import Part, UnitKind
-
-_MANY = 2**31 - 1
+from lrkit.units import Part
 
 Role = Literal["attention", "ffn", "other"]
 """Where in a transformer block a linear map stands."""
@@ -100,13 +98,10 @@ class Parameterization(abc.ABC):
         """A scalar that is added to the loss while training, or None."""
         return None
 
-    @property
-    def grows(self) -> bool:
-        """Whether a layer can be given further components; `fresh` says how they begin."""
-        return False
-
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
-        """How new components begin, in one tensor: as they do in `build`. Core values are the action's, and not asked for.
+        """Return new components of one tensor, as they begin in `build`. Core values are the action's, and not asked for.
+
+        A parameterization that does not override it cannot grow: an action that adds components is refused.
 
         Args:
             part: one with an `axis`, and no core.
@@ -118,14 +113,6 @@ class Parameterization(abc.ABC):
             The tensor's further slices, of its shape, with `count` along `axis`.
         """
         raise NotImplementedError
-
-    def units(self, kind: UnitKind) -> int:
-        """The largest number of trainable units of this kind that one layer may have; 0 where it has none."""
-        matrices = sum(part.matrix and part.trains for part in self.parts)
-        if kind == "component":
-            there = any(p.axis is not None and p.trains for p in self.parts)
-            return (_MANY if self.components is None else self.components) if there else 0
-        return matrices if kind == "matrix" else min(matrices, 1)
 
     @property
     def components(self) -> int | None:

@@ -60,8 +60,8 @@ class VectorScaled(Parameterization):
         trains = self.train != "none"
         return (
             Part("core", axis=0, core=True),
-            Part("B", axis=1, matrix=True, trains=trains),
-            Part("A", axis=0, matrix=True, trains=trains),
+            Part("B", axis=1, matrix=True, trains=trains, shared=self.shared),
+            Part("A", axis=0, matrix=True, trains=trains, shared=self.shared),
             Part("out_scale"),
         )
 
@@ -69,11 +69,6 @@ class VectorScaled(Parameterization):
     def components(self) -> int:
         """r."""
         return self.rank
-
-    @property
-    def grows(self) -> bool:
-        """Yes, but for matrices that layers share."""
-        return not self.shared
 
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
         """Further rows of A or columns of B, drawn from the range that they were drawn from at the start."""

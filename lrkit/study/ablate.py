@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit.compose import component_to_plain, to_plain
 from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
 from lrkit.foreign import text_of
-from lrkit.method import FIELDS, Method, to_plain
+from lrkit.method import FIELDS, Method
 from lrkit.study.cell import Conditions, components_of
 from lrkit.study.execute import Job, Outcome, Told, carry_out
 from lrkit.study.executors import Here, gpus
@@ -183,11 +184,7 @@ def _plain(path: str, value: Any) -> Any:
     kind = path.rpartition(".")[2] if isinstance(path, str) else ""
     if kind not in FIELDS or not attrs.has(type(value)):
         return value
-    from lrkit.registry import current
-
-    settings = ((field.name, getattr(value, field.name)) for field in attrs.fields(type(value)))
-    listed = {name: list(item) if isinstance(item, tuple) else item for name, item in settings}
-    return {"name": current().name_of(kind, type(value)), **listed}
+    return component_to_plain(kind, value)
 
 
 class _Borrowed(Executor):

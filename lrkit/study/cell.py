@@ -131,7 +131,7 @@ def make_cell(
 
 
 def _rates(method: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[float, float]:
-    from lrkit.method import from_plain
+    from lrkit.compose import from_plain
     from lrkit.study.run import rates
 
     return rates(from_plain(method).parameterization, run.get("lr"), run.get("head_lr"))
@@ -332,7 +332,7 @@ def _train(cell: Cell, record: "Any", conditions: Conditions) -> None:
     """Train, and write what came of it: ``result.json`` last."""
     import numpy as np
 
-    from lrkit.method import from_plain
+    from lrkit.compose import from_plain
     from lrkit.study.run import settings_from, train
 
     place = record.folder

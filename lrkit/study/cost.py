@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError
-from lrkit.method import from_plain, to_plain
 from lrkit.study.cell import make_cell
 from lrkit.study.plan import Plan, TaskSpec, load_task_of
 from lrkit.study.store import canonical, lock, read_json, write_json

@@ -9,9 +9,9 @@ from typing import Any
 
 import attrs
 
+from lrkit.compose import to_plain
 from lrkit.errors import LrkitError
 from lrkit.foreign import line_of
-from lrkit.method import to_plain
 from lrkit.study.cell import (
     Cell,
     Conditions,

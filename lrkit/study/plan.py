@@ -12,20 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit.compose import arguments_of, compose, from_plain, to_plain, with_setting
 from lrkit.errors import LrkitError, nearest, shown
-from lrkit.method import (
-    FIELDS,
-    Method,
-    arguments_of,
-    defaults,
-    from_plain,
-    swapped,
-    to_plain,
-    with_arguments,
-    with_setting,
-    with_setting_of,
-)
+from lrkit.method import FIELDS, Method
 from lrkit.reading import TOML_BYTES, check_plain, parse_toml, read_text
+from lrkit.settings import defaults
 from lrkit.study.run import RunSettings, settings_from
 from lrkit.study.shipped import catalogue, check_required, names, text_of, with_profile
 
@@ -414,13 +405,10 @@ def _identity(row: Row) -> tuple[Any, ...]:
 def _compose(base: Any, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Plain data of a method from its name or plain data, with settings and arguments."""
     if isinstance(base, str):
-        return with_arguments(base, settings)
+        return compose(base, settings)
     if not isinstance(base, Mapping):
         raise LrkitError(f"{where} must be a method's name, or a table with a parameterization, not {shown(base)}")
-    plain = to_plain(from_plain(base))
-    for path, value in settings.items():
-        plain = with_setting(plain, path, value)
-    return plain
+    return compose(to_plain(from_plain(base)), settings)
 
 
 def _has(plain: Any, path: str) -> bool:
@@ -444,14 +432,10 @@ def _row(base: Mapping[str, Any], spec: RowSpec, study: Study) -> tuple[Method, 
     arguments = {key: value for key, value in {**spec.swap, **spec.set}.items() if key in known}
     if arguments:
         plain = _compose(source, {**(study.set if spec.base is None else {}), **arguments}, "base")
-    for path, value in spec.swap.items():
-        if path not in arguments:
-            plain = swapped(plain, path, value)
+    plain = compose(plain, swaps={path: value for path, value in spec.swap.items() if path not in arguments})
     for name in spec.leave_out:
         plain = _without(plain, name)
-    for path, value in spec.set.items():
-        if path not in arguments:
-            plain = with_setting(plain, path, value)
+    plain = compose(plain, {path: value for path, value in spec.set.items() if path not in arguments})
     method = from_plain(plain)
     own = {change["path"] for change in _differences(before, to_plain(method), "")}
     own |= {path for path in spec.set if "." in path}
@@ -466,9 +450,9 @@ def _check_path(base: Mapping[str, Any], path: str, study: Study) -> None:
     if kind in FIELDS or path in known:
         return
     if isinstance(study.base, str) and not nearest(kind, FIELDS):
-        with_setting_of(study.base, base, path, None)
+        compose(study.base, {path: None})
     else:
-        swapped(base, path, None)
+        compose(base, swaps={path: None})
 
 
 def _without(plain: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -569,7 +553,6 @@ def _named(value: Any, before: Any = None) -> Any:
 
 def _settings_of(name: str) -> dict[str, Any]:
     """The defaults of a component, whatever kind it is of."""
-    from lrkit.method import defaults
     from lrkit.registry import current
 
     found = [offer.value for offer in current().offers() if offer.kind in FIELDS and offer.name == name]

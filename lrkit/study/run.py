@@ -20,7 +20,7 @@ import attrs
 
 from lrkit.errors import LrkitError, shown
 from lrkit.reading import is_folder
-from lrkit.settings import Time, count_or_share, flag, in_steps, real, whole
+from lrkit.settings import Time, check_settings, count_or_share, flag, in_steps, real, whole
 from lrkit.study.store import LIST, check_sum, read_json
 
 if TYPE_CHECKING:
@@ -399,7 +399,7 @@ def _train(
     import transformers
     from transformers import DataCollatorWithPadding, TrainingArguments
 
-    from lrkit.method import to_plain
+    from lrkit.compose import to_plain
     from lrkit.study.loop import Recorder, RunTrainer, Watch
     from lrkit.trainer import AdaptCallback
 
@@ -498,8 +498,6 @@ def settings_from(changes: dict[str, Any]) -> RunSettings:
     Raises:
         LrkitError: an unknown setting (with the nearest right one), or a wrong type or range.
     """
-    from lrkit.method import check_settings
-
     try:
         return RunSettings(**check_settings(RunSettings, changes, "run"))
     except LrkitError as error:

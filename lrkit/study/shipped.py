@@ -16,6 +16,7 @@ import attrs
 from lrkit import foreign
 from lrkit.errors import LrkitError, LrkitWarning, nearest
 from lrkit.foreign import ForeignError
+from lrkit.hookspecs import hookimpl
 from lrkit.reading import TOML_BYTES, parse_toml, read_text
 
 
@@ -44,6 +45,12 @@ def files_in(package: str) -> dict[str, Traversable]:
     """
     files = sorted((resources.files(package) / "studies").iterdir(), key=lambda file: file.name)
     return {file.name.removesuffix(".toml"): file for file in files if file.name.endswith(".toml")}
+
+
+@hookimpl
+def lrkit_studies() -> Mapping[str, Traversable]:
+    """Offer the studies that need lrkit's own methods alone."""
+    return files_in("lrkit")
 
 
 def names() -> list[str]:
@@ -162,7 +169,8 @@ def _rows(there: list[Any], picked: list[Any], where: str) -> list[Any]:
 
 def check_required(required: list[str], where: str) -> None:
     """Raise LrkitError where a distribution that a study names is not installed."""
-    from lrkit.registry import current, normalized
+    from lrkit.registry import current
+    from lrkit.vetting import normalized
 
     there = {normalized(offer.distribution.partition(" ")[0]) for offer in current().offers()}
     missing = [name for name in required if normalized(name) not in there]

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from lrkit import actions, metrics, parameterizations, schedulers
 from lrkit.actions import Action
 from lrkit.adapt.adapted import attach
+from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError, LrkitWarning
-from lrkit.method import Method, from_plain, to_plain
+from lrkit.method import Method
 from lrkit.metrics import Metric
 from lrkit.parameterizations import Parameterization
 from lrkit.process import as_it_was, global_state

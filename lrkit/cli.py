@@ -515,7 +515,7 @@ def export(
     from lrkit.adapt import checkpoint
     from lrkit.adapt.adapted import load
     from lrkit.loop.state import meta_of
-    from lrkit.models import load_base
+    from lrkit.study.pretrained import load_base
 
     if to not in peft.TARGETS:
         raise LrkitError(

@@ -392,7 +392,7 @@ def test_a_refused_run_says_so_before_the_model_is_loaded(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("lrkit.models.load_model", never)
+    monkeypatch.setattr("lrkit.study.pretrained.load_model", never)
     refused("run", "adalora", "--data", data, "--set", "warmup=8", "--set", "final=7", "--set", "run.steps=10")
 
 

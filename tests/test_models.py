@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from lrkit import models
 from lrkit.errors import LrkitError
-from lrkit.models import load_config, load_model, load_model_from
+from lrkit.models import load_config
+from lrkit.study.pretrained import load_model, load_model_from
 from lrkit.tasks import load_task
 
 CLASSIFY = {"num_labels": 2, "problem_type": "single_label_classification"}

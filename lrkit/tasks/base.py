@@ -218,7 +218,7 @@ class Task:
         Raises:
             LrkitError: the tokenizer cannot encode them.
         """
-        from lrkit.tokens import encoding
+        from lrkit.tasks.tokens import encoding
 
         texts = [list(batch[field]) for field in self.fields]
         encoded = encoding(tokenizer, *texts, truncation=True, max_length=max_length, padding=False)

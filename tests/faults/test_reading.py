@@ -122,7 +122,7 @@ def test_special_files_are_refused(name, kind, world, tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_model_s_special_files_are_refused(name, kind, tmp_path):
     """Transformers would read them for ever."""
-    from lrkit.models import load_pretrained
+    from lrkit.study.pretrained import load_pretrained
 
     folders.write_model(tmp_path / "m")
     (tmp_path / "m" / name).unlink(missing_ok=True)

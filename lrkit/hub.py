@@ -1,8 +1,7 @@
-"""The Hugging Face hub: is it there, and can it be asked without chatter?
+"""Ask the Hugging Face hub whether it is there, and keep its libraries quiet.
 
-The hub's own client repeats a failed request five times with growing pauses: 23 s for a data set and 49 s for
-a model on a machine without a network (measured). One short question first makes that one clear line after a
-moment.
+The hub's own client repeats a failed request five times with growing pauses: 23 s per data set and 49 s per model on a
+machine without a network (measured). If one short question is asked first, there is one clear line after a moment.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-TIMEOUT = 5.0  # seconds for the one question; a hub slower than this is no use for a download either
+TIMEOUT = 5.0  # seconds for the one question; a slower hub is of no use for a download either
 
 
 def reachable() -> bool:
@@ -24,7 +23,7 @@ def reachable() -> bool:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception:  # the client library's own tree of errors, OSError, or offline mode: all mean "no"
+    except Exception:  # the client's own tree of errors, OSError, or offline mode: all mean "no"
         return False
     return True
 
@@ -33,8 +32,8 @@ def reachable() -> bool:
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers quiet about new weights and the loading of the others; put everything back after.
 
-    Errors are still logged, and the hub's own download bars still show: those are long work. (Not with the first
-    releases of transformers 5, which turn off both kinds of bars together.)
+    Errors are still logged, and the hub's own download bars still show, since a download takes long. (The first releases
+    of transformers 5 turn off both kinds of bars together.)
     """
     from transformers.utils import logging as transformers_logging
 

@@ -168,3 +168,44 @@ def test_bytes_are_given_back_as_matrices_freeze():
     assert last.optimizer == first.optimizer - 8 * ranked - 4 * 8
     assert last.adaptive < 256
     assert last.parameters == first.parameters
+
+
+def test_trainable_parameters_like_peft(capsys):
+    """The first line is PEFT's own for the same LoRA, to the letter."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"])
+    peft.get_peft_model(models.make("bert"), config).print_trainable_parameters()
+    theirs = capsys.readouterr().out
+    adapted = lrkit.attach(models.make("bert"), lrkit.methods.lora(rank=4), targets=["query", "value"], train_also=[])
+    adapted.print_trainable_parameters()
+    mine = capsys.readouterr().out
+    assert mine.startswith(theirs) and len(mine.splitlines()) == 2
+    size = sum(p.numel() for p in adapted.parameters())
+    assert mine.splitlines()[1] == f"adapters: {size:,} now, {size:,} at start, {size:,} on average || head: 0"
+
+
+def test_masked_components_are_not_now(capsys):
+    """After a whole run the second line has the budget's parameters, and the head's beside them."""
+    model = models.make("bert")
+    adapted = lrkit.attach(model, METHODS["adalora"])
+    fit(model, adapted)
+    adapted.print_trainable_parameters()
+    first, second = capsys.readouterr().out.splitlines()
+    summary = adapted.summary()
+    assert summary.now < summary.average < summary.start
+    assert f"adapters: {summary.now:,} now, {summary.start:,} at start" in second
+    assert f"trainable params: {summary.start + summary.head:,} || " in first
+
+
+def test_a_handle_in_one_line():
+    """Model, parts, layers and step, short for any method; a handle that was detached has one, too."""
+    model = models.make("bert")
+    adapted = lrkit.attach(model, METHODS["hybrid"])
+    layers = len(adapted.adapters)
+    assert (
+        repr(adapted) == f"<Adapted {type(model).__name__}: VectorScaled + Freeze + Prune in {layers} layers, step 0>"
+    )
+    fit(model, adapted, steps=1)
+    assert ", step 1 of 20>" in repr(adapted)
+    adapted.detach()
+    assert ", step 1 of 20>" in repr(adapted)

@@ -351,8 +351,8 @@ def params(
     import attrs
 
     from lrkit.accounting import count, flops_on
-    from lrkit.models import empty_model
     from lrkit.registry import current
+    from lrkit.study.models import empty_model
 
     names = method or current().names("method")
     composed = {}

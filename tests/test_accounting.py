@@ -9,7 +9,7 @@ from test_attach import METHODS, fit
 
 import lrkit
 from lrkit import accounting
-from lrkit.models import empty_model
+from lrkit.study.models import empty_model
 
 
 @pytest.fixture(scope="module")

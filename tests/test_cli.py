@@ -419,7 +419,7 @@ def test_a_run_prints_one_table_and_writes_what_it_is_asked_to(
     assert result["steps"] == 4
     from transformers import AutoModelForSequenceClassification
 
-    from lrkit.hub import quiet_transformers
+    from lrkit.models import quiet_transformers
 
     with quiet_transformers():
         net = AutoModelForSequenceClassification.from_pretrained(model)

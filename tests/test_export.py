@@ -598,8 +598,7 @@ def test_the_command_refuses_in_one_line(call: Any, ran: Path, tmp_path: Path, m
 def test_minilm_and_a_model_folder_of_one_s_own(call: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from lrkit.hub import quiet_transformers
-    from lrkit.models import minilm_folder
+    from lrkit.models import minilm_folder, quiet_transformers
 
     def minilm() -> nn.Module:
         with quiet_transformers():

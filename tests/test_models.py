@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from lrkit import models
 from lrkit.errors import LrkitError
-from lrkit.models import load_config
+from lrkit.study.models import load_config, shipped_configs
 from lrkit.study.pretrained import load_model, load_model_from
 from lrkit.tasks import load_task
 
@@ -236,7 +236,7 @@ def test_the_shipped_deberta_config_has_the_papers_parameter_counts() -> None:
 
 
 def test_configs_by_name_and_folder(tmp_path: Path) -> None:
-    assert models.shipped_configs() == ("deberta-v3-base",)
+    assert shipped_configs() == ("deberta-v3-base",)
     assert load_config("minilm").hidden_size == 384
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 3}')
     assert load_config(str(tmp_path)).n_layer == 3

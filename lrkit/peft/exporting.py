@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lrkit.adapt.adapted import Adapted
 from lrkit.errors import LrkitError, nearest
-from lrkit.hub import quiet_transformers
+from lrkit.models import quiet_transformers
 from lrkit.moves import umask
 from lrkit.peft.formats import TARGETS, Draft
 

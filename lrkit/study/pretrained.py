@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.errors import LrkitError, shown
-from lrkit.hub import quiet_transformers
-from lrkit.models import check_config, failure, source_of
+from lrkit.models import quiet_transformers
+from lrkit.study.models import check_config, failure, source_of
 from lrkit.tasks.tokens import check_tokenizer, knows_words
 
 if TYPE_CHECKING:

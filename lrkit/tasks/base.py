@@ -235,7 +235,7 @@ class Task:
         """
         import datasets
 
-        from lrkit.hub import quiet_datasets
+        from lrkit.tasks.hub import quiet_datasets
 
         label = datasets.Value("float32" if self.kind == "regression" else "int64")
 

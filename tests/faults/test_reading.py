@@ -77,7 +77,7 @@ def exits(*arguments):
 
 
 def model_of(world, path):
-    from lrkit.models import load_config
+    from lrkit.study.models import load_config
 
     for name in ("tokenizer.json", "model.safetensors"):
         (path.parent / name).write_bytes((world / "model" / name).read_bytes())

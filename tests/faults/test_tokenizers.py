@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lrkit import LrkitError
-from lrkit.hub import quiet_transformers
+from lrkit.models import quiet_transformers
 from lrkit.study.pretrained import load_base, load_pretrained
 from lrkit.tasks import load_task
 from lrkit.tasks.tokens import check_texts

@@ -1,4 +1,4 @@
-"""Ask the Hugging Face hub whether it is there, and keep its libraries quiet.
+"""Ask the Hugging Face hub whether it is there, and keep `datasets` quiet.
 
 The hub's own client repeats a failed request five times with growing pauses: 23 s per data set and 49 s per model on a
 machine without a network (measured). If one short question is asked first, there is one clear line after a moment.
@@ -7,9 +7,8 @@ machine without a network (measured). If one short question is asked first, ther
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 TIMEOUT = 5.0  # seconds for the one question; a slower hub is of no use for a download either
 
@@ -26,37 +25,6 @@ def reachable() -> bool:
     except Exception:  # the client's own tree of errors, OSError, or offline mode: all mean "no"
         return False
     return True
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers quiet about new weights and the loading of the others; put everything back after.
-
-    Errors are still logged, and the hub's own download bars still show, since a download takes long. (The first releases
-    of transformers 5 turn off both kinds of bars together.)
-    """
-    from transformers.utils import logging as transformers_logging
-
-    def no_bar(_factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return transformers_logging.EmptyTqdm(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    hook = getattr(transformers_logging, "set_tqdm_hook", None)
-    bars = transformers_logging.is_progress_bar_enabled()
-    if hook is not None:
-        previous_hook = hook(no_bar)
-    else:
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if hook is not None:
-            hook(previous_hook)
-        elif bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

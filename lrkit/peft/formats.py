@@ -1,4 +1,4 @@
-"""The formats of `export`: how each is written and read back.
+"""Write the formats of `export`, and read them back.
 
 A format gets a `Draft` and fills its folder. For example, ``peft-lora`` writes PEFT's config and the factors of every
 layer, and is read back by ``PeftModel.from_pretrained`` into the plain model.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lrkit.adapt.adapted import Adapted
 from lrkit.errors import LrkitError
 from lrkit.parameterizations.lowrank import oriented_weight
-from lrkit.peft.files import PREFIX, WEIGHTS, Factors, commonest
+from lrkit.peft.files import CONFIG, PREFIX, WEIGHTS, Factors, commonest
 from lrkit.settings import in_steps
 
 _TASKS = {
@@ -106,18 +106,14 @@ class Draft:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
 
-    def read_plain(self, folder: Path) -> nn.Module:
-        """Read what `save_plain` wrote."""
-        read: Callable[..., nn.Module] = type(self.adapted.model).from_pretrained  # type: ignore[attr-defined]
-        return read(str(folder), dtype=self.adapted.model.dtype)
-
-
-@attrs.frozen
-class Format:
-    """How one format is written, which gives each layer's rank, and read back, which gives a model."""
-
-    write: Callable[[Draft], dict[str, int]]
-    read: Callable[[Draft], nn.Module]
+    def read(self) -> nn.Module:
+        """Read the files back, by transformers and PEFT alone."""
+        folders = [folder for folder in (self.folder, self.folder / "base") if (folder / "config.json").is_file()]
+        kind: Any = type(self.adapted.model)
+        plain = kind.from_pretrained(str(folders[0]), dtype=self.adapted.model.dtype) if folders else self.plain
+        is_adapter = (self.folder / CONFIG).is_file()
+        model: nn.Module = _peft().PeftModel.from_pretrained(plain, str(self.folder)) if is_adapter else plain
+        return model
 
 
 def _peft() -> Any:
@@ -126,13 +122,6 @@ def _peft() -> Any:
     except ImportError:
         raise LrkitError('writing PEFT\'s formats needs PEFT to read them back: pip install "lrkit[peft]"') from None
     return peft
-
-
-def _read_peft(draft: Draft) -> nn.Module:
-    base = draft.folder / "base"
-    plain = draft.read_plain(base) if base.is_dir() else draft.plain
-    model: nn.Module = _peft().PeftModel.from_pretrained(plain, str(draft.folder))
-    return model
 
 
 def _common(draft: Draft, layers: Mapping[str, Factors]) -> dict[str, Any]:
@@ -259,10 +248,10 @@ def _write_merged(draft: Draft) -> dict[str, int]:
     return {}
 
 
-TARGETS = {
-    "peft-lora": Format(_write_lora, _read_peft),
-    "peft-adalora": Format(_write_adalora, _read_peft),
-    "vllm-lora": Format(_write_vllm, _read_peft),
-    "merged": Format(_write_merged, lambda draft: draft.read_plain(draft.folder)),
+TARGETS: dict[str, Callable[[Draft], dict[str, int]]] = {
+    "peft-lora": _write_lora,
+    "peft-adalora": _write_adalora,
+    "vllm-lora": _write_vllm,
+    "merged": _write_merged,
 }
-"""The formats of `export`, by name."""
+"""The formats of `export`: name to the function that fills a draft's folder, and returns each layer's rank."""

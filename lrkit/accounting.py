@@ -164,7 +164,7 @@ def _removed(state: PolicyState, total_steps: int) -> list[tuple[int, _Removed]]
     # Step t trains what the decision after step t - 1 kept.
     for times, there, cut, _ in _but_last(state.course(total_steps)):
         if not budgeted:
-            # How many go is known only after a run: none, or all of them if the schedule has begun.
+            # Their number is known only after a run: none go, or all if the schedule has begun.
             removed.append((times, _Removed(0, below[-1] if cut else 0, 0.0)))
             continue
         gone = min(cut, state.units)

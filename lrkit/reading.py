@@ -37,7 +37,7 @@ AnyPath = str | os.PathLike[str]
 
 
 def is_folder(path: AnyPath) -> bool:
-    """Whether there is a folder; False if the path cannot be one (too long, linked to itself)."""
+    """Say whether there is a folder; False if the path cannot be one (too long, linked to itself)."""
     return os.path.isdir(path)
 
 

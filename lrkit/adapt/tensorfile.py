@@ -98,7 +98,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 
 
 def _fills(header: Mapping[str, Any], room: int) -> bool:
-    """Whether each tensor has a shape and a place, and the places fill the room without gaps or overlaps."""
+    """Say whether each tensor has a shape and a place, and the places fill the room without gaps or overlaps."""
     try:
         places = sorted((begin, end) for begin, end in (told["data_offsets"] for told in header.values()))
         numbers = [n for told in header.values() for n in (*told["shape"], *told["data_offsets"])]

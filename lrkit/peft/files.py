@@ -1,4 +1,4 @@
-"""What both directions know of PEFT's files: their names, a tensor's prefix, and the factors of one layer."""
+"""Name PEFT's files and the parts of one layer, for both directions."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -129,7 +129,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a number that float32 can hold."""
+    """Say whether it is a number that float32 can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 
 

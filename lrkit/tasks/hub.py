@@ -14,7 +14,7 @@ TIMEOUT = 5.0  # seconds for the one question; a slower hub is of no use for a d
 
 
 def reachable() -> bool:
-    """Whether the hub (or the mirror that `HF_ENDPOINT` names) answers at all within `TIMEOUT` seconds.
+    """Say whether the hub (or the mirror that `HF_ENDPOINT` names) answers at all within `TIMEOUT` seconds.
 
     Any answer counts, an error status too. False in the hub's offline mode (`HF_HUB_OFFLINE=1`).
     """

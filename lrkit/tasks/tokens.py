@@ -23,7 +23,7 @@ _LOOKED_AT = 500
 
 
 def knows_words(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether it has any word but special tokens. If there are no files, transformers makes one up that has none."""
+    """Say whether it has any word but special tokens. If there are no files, transformers makes one up that has none."""
     added = tokenizer.added_tokens_decoder.values()
     # Beside special tokens, the two marks of a blank are no words.
     special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special), "\u2581", "\u0120"}
@@ -108,7 +108,7 @@ def _check_special(told: str, tokenizer: "PreTrainedTokenizerBase", model: "PreT
 
 
 def _reads_padding(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> bool:
-    """Whether a text's outputs change when it stands padded beside a longer one."""
+    """Say whether a text's outputs change when it stands padded beside a longer one."""
     import torch
 
     texts = ["a text", "a text that is longer than the other one by some words"]

@@ -61,15 +61,19 @@ def opened(path: AnyPath, name: object = None) -> Iterator[BufferedReader]:
         raise FileNotFoundError(f"{told}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise LrkitError(f"{told} cannot be read: {_reason(error)}") from None
-    mode = os.fstat(handle).st_mode
-    if not stat.S_ISREG(mode):
+    if kind := irregular(os.fstat(handle).st_mode):
         os.close(handle)
-        raise LrkitError(f"{told} cannot be read: it is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}")
+        raise LrkitError(f"{told} cannot be read: it is {kind}")
     with os.fdopen(handle, "rb") as file:
         try:
             yield file
         except OSError as error:
             raise LrkitError(f"{told} cannot be read: {_reason(error)}") from None
+
+
+def irregular(mode: int) -> str | None:
+    """Say what a file is by its mode, such as "a FIFO"; None if it is a regular one."""
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no regular file")
 
 
 def _reason(error: OSError | ValueError) -> str:
@@ -166,37 +170,9 @@ def bounded_lines(file: BinaryIO, name: object, most: int = LINES_BYTES) -> Iter
         yield line
 
 
-def check_folder(folder: AnyPath, name: object) -> None:
-    """Raise LrkitError, with `name`, if a folder holds anything that a library would read for ever.
-
-    For example: a FIFO or a device, a file of the system's own (some have no end), or a text of gigabytes.
-    """
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise LrkitError(f"{name} cannot be read: {_reason(error)}") from None
-    system = {os.stat(root).st_dev for root in ("/proc", "/sys") if os.path.isdir(root)}
-    for entry in entries:
-        try:
-            found_there = entry.stat()
-        except OSError:  # a link to nothing or to itself is no file: a reader that needs it says so
-            continue
-        mode = found_there.st_mode
-        kind = None
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
-        elif stat.S_ISREG(mode) and found_there.st_dev in system:
-            kind = "a file of the system's own"
-        elif entry.name.endswith((".json", ".txt")) and found_there.st_size > 8 * JSON_BYTES:
-            kind = f"a text of {found_there.st_size:,} bytes"
-        if kind is not None:
-            raise LrkitError(f"{name}: {shown(entry.name)} in it is {kind}")
-
-
 __all__ = [
-    "check_folder",
     "check_plain",
+    "irregular",
     "is_folder",
     "lines",
     "opened",

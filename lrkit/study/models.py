@@ -10,12 +10,13 @@ import importlib.resources
 import json
 import os
 import re
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrkit.errors import LrkitError, cut, nearest, shown
 from lrkit.models import MINILM, minilm_folder, quiet_transformers
-from lrkit.reading import MIB, check_folder, is_folder, read_json
+from lrkit.reading import JSON_BYTES, MIB, irregular, is_folder, read_json
 from lrkit.tasks import hub
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def source_of(spec: str, also: tuple[str, ...] = ()) -> tuple[str, bool]:
         name = f'model "{spec}"'
         if not os.path.isfile(Path(spec) / "config.json"):
             raise LrkitError(f"{name}: the folder has no config.json, so it is no model")
-        check_folder(spec, name)
+        _check_folder(spec, name)
         try:
             config = read_json(Path(spec) / "config.json", 16 * MIB)
         except LrkitError as error:
@@ -114,6 +115,31 @@ def source_of(spec: str, also: tuple[str, ...] = ()) -> tuple[str, bool]:
     if not HUB_ID.fullmatch(spec) or len(spec) > 96:
         raise LrkitError(f'model "{cut(spec, 160)}": no such folder{hint}; give "{MINILM}", a folder or a hub id')
     return spec, not hub.reachable()
+
+
+def _check_folder(folder: str, name: str) -> None:
+    """Raise LrkitError, with `name`, if a model's folder holds anything that transformers would read for ever.
+
+    For example: a FIFO or a device, a file of the system's own (some have no end), or a text of gigabytes.
+    """
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise LrkitError(f"{name} cannot be read: {error.strerror or error}") from None
+    system = {os.stat(root).st_dev for root in ("/proc", "/sys") if os.path.isdir(root)}
+    for entry in entries:
+        try:
+            there = entry.stat()
+        except OSError:  # a link to nothing or to itself is no file: a reader that needs it says so
+            continue
+        kind = None if stat.S_ISDIR(there.st_mode) else irregular(there.st_mode)
+        if stat.S_ISREG(there.st_mode) and there.st_dev in system:
+            kind = "a file of the system's own"
+        elif stat.S_ISREG(there.st_mode) and entry.name.endswith((".json", ".txt")) and there.st_size > 8 * JSON_BYTES:
+            kind = f"a text of {there.st_size:,} bytes"
+        if kind is not None:
+            raise LrkitError(f"{name}: {shown(entry.name)} in it is {kind}")
 
 
 def check_config(config: Any, name: str) -> None:

@@ -351,8 +351,8 @@ def params(
     import attrs
 
     from lrkit.accounting import count, flops_on
-    from lrkit.models import empty_model
     from lrkit.registry import current
+    from lrkit.study.models import empty_model
 
     names = method or current().names("method")
     composed = {}
@@ -516,7 +516,7 @@ def export(
     from lrkit.adapt import checkpoint
     from lrkit.adapt.adapted import load
     from lrkit.loop import state
-    from lrkit.models import load_base
+    from lrkit.study.pretrained import load_base
 
     if to not in peft.TARGETS:
         raise LrkitError(

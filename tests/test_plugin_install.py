@@ -178,7 +178,7 @@ def test_a_run_trains_with_the_metric_of_a_plug_in_beside_a_broken_one(
     # Taken up again where the plug-in is not installed, it says which part is missing.
     from transformers import AutoModelForSequenceClassification
 
-    from lrkit.hub import quiet_transformers
+    from lrkit.models import quiet_transformers
 
     with quiet_transformers():
         net = AutoModelForSequenceClassification.from_pretrained(model)

@@ -23,7 +23,7 @@ from lrkit.adapt.heads import check_trainable, find_head, head_parameters, tell_
 from lrkit.adapt.masters import Masters
 from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.reference import Reference, without
-from lrkit.adapt.summary import Summary, summarize
+from lrkit.adapt.summary import Summary, brief, summarize, trainable
 from lrkit.adapt.targets import find_targets
 from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError, LrkitWarning, listing, shown
@@ -510,6 +510,10 @@ class Adapted:
         head = sum(p.numel() for p in self.head_parameters())
         return summarize(self._controller, head, beside, self.coverage)
 
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in PEFT's words, and how they divide into adapters and head."""
+        print(trainable(self.model, self.summary()))  # noqa: T201
+
     def scores(self, policy: int = 0) -> dict[str, float]:
         """The present score of every unit of one policy, by the unit's name; empty once its last decision is taken."""
         state = self._controller.policies[policy]
@@ -881,8 +885,8 @@ class Adapted:
         raise LrkitError("a handle cannot be copied: copy the plain model and attach again, or use save() and load()")
 
     def __repr__(self) -> str:
-        """What is attached to what."""
-        return f"Adapted({type(self.model).__name__}, {len(self.adapters)} layers, {self.method!r})"
+        """Name what is attached to what, in one line."""
+        return brief(self.model, self.method, len(self.adapters), self.step, self.total_steps)
 
 
 def _belongs(state: torch.Size, shape: torch.Size) -> bool:

@@ -1,14 +1,16 @@
-"""What became of each layer: rank or frozen state, and the trainable parameters it cost."""
+"""Sum up what became of each layer: rank or frozen state, and the trainable parameters that it cost."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
+from torch import nn
 
 from lrkit.adapt.coverage import Coverage
 
 if TYPE_CHECKING:
     from lrkit.loop.controller import Controller
+    from lrkit.method import Method
 
 
 @attrs.frozen
@@ -35,7 +37,7 @@ class LayerSummary:
 
     @property
     def state(self) -> str:
-        """Rank and frozen matrices in a few characters."""
+        """Tell rank and frozen matrices in a few characters."""
         words = []
         if self.rank is not None:
             words.append(
@@ -51,11 +53,12 @@ class Summary:
     """All adapted layers, and the head apart.
 
     Args:
-        layers: one record a layer.
+        layers: one record per layer.
         head: parameters of the head.
         step: optimizer steps taken.
-        beside: parameters of the method that are in none of the layers (all others in full fine-tuning).
-        coverage: how much of the blocks' weights is adapted, and what is not; None for a model without blocks.
+        beside: parameters of the method that are in none of the layers, such as all others in full fine-tuning.
+        coverage: the share of the blocks' weights that is adapted, and the kinds that are not; None for a model without
+            blocks.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -66,28 +69,28 @@ class Summary:
 
     @property
     def start(self) -> int:
-        """Trainable parameters at first, without the head."""
+        """Count trainable parameters at first, without the head."""
         return self.beside + sum(layer.start for layer in self.layers)
 
     @property
     def now(self) -> int:
-        """Trainable parameters now, without the head."""
+        """Count trainable parameters now, without the head."""
         return self.beside + sum(layer.now for layer in self.layers)
 
     @property
     def average(self) -> float:
-        """Trainable parameters averaged over the steps so far, without the head."""
+        """Average trainable parameters over the steps so far, without the head."""
         return self.beside + sum(layer.average for layer in self.layers)
 
     def to_plain(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return the same as plain data."""
         totals = {"start": self.start, "now": self.now, "average": self.average}
         rest: dict[str, Any] = {"beside": self.beside, "head": self.head, "step": self.step}
         rest["coverage"] = None if self.coverage is None else self.coverage.to_plain()
         return {"layers": [attrs.asdict(layer) for layer in self.layers], **totals, **rest}
 
     def __str__(self) -> str:
-        """A table."""
+        """Print as a table."""
         rows: list[Sequence[str]] = [("layer", "state", "at start", "now", "on average")]
         rows += [
             (layer.name, layer.state, f"{layer.start:,}", f"{layer.now:,}", f"{layer.average:,.0f}")
@@ -106,7 +109,7 @@ class Summary:
 
 
 def summarize(controller: "Controller", head: int, beside: int = 0, coverage: Coverage | None = None) -> Summary:
-    """The summary of a run so far; `head`, `beside` and `coverage` as in `Summary`."""
+    """Sum up a run so far; `head`, `beside` and `coverage` as in `Summary`."""
     kept = controller.components_kept()
     run, tally = controller.run, controller.tally
     average, counts = tally.on_average(controller.step), tally.counts
@@ -124,3 +127,31 @@ def summarize(controller: "Controller", head: int, beside: int = 0, coverage: Co
         )
         layers.append(LayerSummary(name, rank, initial, frozen, run.starts[name], counts[name], average[name]))
     return Summary(tuple(layers), head, controller.step, beside, coverage)
+
+
+def trainable(model: nn.Module, summary: Summary) -> str:
+    """Tell in PEFT's words how many parameters train, and below that how they divide into adapters and head.
+
+    For example::
+
+        trainable params: 1,234 || all params: 5,678 || trainable%: 21.7330
+        adapters: 1,200 now, 1,200 at start, 1,200 on average || head: 34
+
+    The first line counts whole tensors, as PEFT does. The second does not count masked components, and averages over the
+    steps so far.
+    """
+    parameters = list(dict.fromkeys(model.parameters()))
+    trains, everything = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    return (
+        f"trainable params: {trains:,} || all params: {everything:,} || trainable%: {100 * trains / everything:.4f}\n"
+        f"adapters: {summary.now:,} now, {summary.start:,} at start, {summary.average:,.0f} on average || "
+        f"head: {summary.head:,}"
+    )
+
+
+def brief(model: nn.Module, method: "Method", layers: int, step: int, total_steps: int | None) -> str:
+    """Name what is attached to what, and how far the run is, in one line."""
+    parts = [method.parameterization, *(policy.action for policy in method.policies)]
+    words = " + ".join(type(part).__name__ for part in parts)
+    of = "" if total_steps is None else f" of {total_steps:,}"
+    return f"<Adapted {type(model).__name__}: {words} in {layers} layers, step {step:,}{of}>"

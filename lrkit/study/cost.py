@@ -161,7 +161,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     import torch
     from transformers import DataCollatorWithPadding
 
-    from lrkit.models import load_model
+    from lrkit.study.pretrained import load_model
     from lrkit.study.run import settings_from, total_steps
 
     torch.set_num_threads(asked["threads"])

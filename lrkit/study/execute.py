@@ -103,7 +103,7 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
         LrkitError: what cannot run, with its row and task.
     """
     from lrkit.adapt.adapted import attach
-    from lrkit.models import empty_model
+    from lrkit.study.models import empty_model
     from lrkit.study.run import total_steps
 
     tasks = {}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lrkit.adapt.summary import Summary
     from lrkit.loop.history import Decision
     from lrkit.method import Method
-    from lrkit.models import Pretrained
+    from lrkit.study.pretrained import Pretrained
     from lrkit.tasks import Task
 
 Progress = Callable[[int, int, float | None], None]
@@ -263,7 +263,7 @@ def _stamp(model: str) -> tuple[Any, ...]:
 
 @lru_cache(maxsize=1)
 def _pretrained(model: str, stamp: tuple[Any, ...], labels: int, problem: str, names: tuple[str, ...]) -> "Pretrained":
-    from lrkit.models import load_pretrained
+    from lrkit.study.pretrained import load_pretrained
 
     label_names = dict(enumerate(names)) if names else None
     return load_pretrained(model, num_labels=labels, problem_type=problem, label_names=label_names)

@@ -1,4 +1,4 @@
-"""What belongs to the user's program: random generators, threads and switches, looked at and put back."""
+"""Look at the state of a process, such as its random generators, threads and switches, and put it back."""
 
 import os
 import pickle
@@ -15,7 +15,7 @@ from lrkit.precision import without_autocast
 
 
 def global_state() -> dict[str, Any]:
-    """What belongs to the user's program, by name."""
+    """Return the state that belongs to the user's program, by name."""
     return {
         "torch's random generator": torch.get_rng_state().tolist(),
         "Python's random generator": random.getstate(),
@@ -35,7 +35,7 @@ def global_state() -> dict[str, Any]:
 
 @contextmanager
 def as_it_was() -> Iterator[None]:
-    """Put it all back as it was: what runs within may seed, set threads and throw switches as it likes."""
+    """Put all of it back at the end, so that code within may seed, set threads and throw switches as it likes."""
     before, numpy = global_state(), np.random.get_state()
     environment, filters = dict(os.environ), list(warnings.filters)
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
@@ -67,7 +67,7 @@ def as_it_was() -> Iterator[None]:
 
 @contextmanager
 def as_if_new() -> Iterator[None]:
-    """The modes of a process that has just begun, and those of this one back again; its global state, too."""
+    """Run as in a process that has just begun, and put this one's modes and global state back at the end."""
     with ExitStack() as modes:
         modes.enter_context(as_it_was())
         modes.enter_context(torch.inference_mode(False))

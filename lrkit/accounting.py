@@ -68,10 +68,11 @@ def count(method: "Method", model: nn.Module, *, total_steps: int, **attach_sett
     """
     adapted = attach(model, method, **attach_settings)
     try:
-        controller = adapted._controller
+        controller = adapted.controller
         controller.begin(total_steps)
         head = sum(p.numel() for p in adapted.head_parameters())
-        plain = sum(p.numel() for p in _unique(model) if id(p) not in adapted._fresh_ids) - head
+        added = set(map(id, adapted.added_parameters()))
+        plain = sum(p.numel() for p in _unique(model) if id(p) not in added) - head
         core = sum(
             part.of(module).numel()
             for part in method.parameterization.parts
@@ -128,7 +129,7 @@ def _together(
         return [total_steps], [0], [0], [0.0]
     sizes: dict[int, int] = {}
     policies: dict[int, tuple[int, ...]] = {}
-    for index, state in enumerate(adapted._controller.policies):
+    for index, state in enumerate(adapted.controller.policies):
         for block in state.blocks:
             for tensor in block.tensors:
                 sizes[id(tensor)] = tensor.numel()
@@ -158,7 +159,7 @@ def _joined(series: Sequence[Sequence[tuple[int, _Removed]]]) -> tuple[list[int]
 
 def _removed(adapted: Adapted, index: int, total_steps: int) -> list[tuple[int, _Removed]]:
     """Parameters out of training by one policy, by spans of equal steps; below zero where it adds some."""
-    state = adapted._controller.policies[index]
+    state = adapted.controller.policies[index]
     budgeted = state.policy.action.budgeted
     sizes = sorted(size for block in state.blocks for size in _unit_sizes(block))
     below = [0]
@@ -287,7 +288,7 @@ def memory(adapted: Adapted, optimizer: torch.optim.Optimizer | None = None) -> 
     """
     unique = _unique(adapted.model)
     states = optimizer.state.values() if optimizer is not None else ()
-    controller = adapted._controller
+    controller = adapted.controller
     own = [t for s in controller.policies for t in (s.kept, s.still, *s.buffers.values())]
     own += [t for s in controller.policies for t in s.layout.index]
     return Bytes(

@@ -166,7 +166,8 @@ def _type(module: nn.Module) -> str:
 
 def _layers(adapted: Adapted, to: str) -> dict[str, _Layer]:
     """The increments by layer name, those of rank 0 left out."""
-    own = [n for n, p in adapted.model.named_parameters() if id(p) in adapted._saved_ids - adapted._fresh_ids]
+    added = set(map(id, adapted.added_parameters()))
+    own = [n for n, p in adapted.named_parameters() if id(p) not in added]
     head = tuple(f"{name}." for name in adapted.head)
     beside = [name for name in own if not name.startswith(head or ("\0",))]
     if beside:
@@ -217,7 +218,7 @@ def _common(adapted: Adapted, layers: Mapping[str, _Layer]) -> dict[str, Any]:
         "auto_mapping": None if task else _auto_mapping(adapted.model),
         "target_modules": list(layers),
         "modules_to_save": adapted.head or None,
-        "fan_in_fan_out": all(_is_transposed(adapted._originals[name]) for name in layers),
+        "fan_in_fan_out": all(_is_transposed(adapted.originals[name]) for name in layers),
         "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
         "base_model_name_or_path": getattr(getattr(adapted.model, "config", None), "name_or_path", None) or None,
         "inference_mode": True,
@@ -266,7 +267,7 @@ def _most(values: Mapping[str, Any]) -> Any:
 def _write_adalora(adapted: Adapted, folder: Path, _: Any, __: Path) -> dict[str, int]:
     layers = _layers(adapted, "peft-adalora")
     ranks = {name: layer.rank for name, layer in layers.items()}
-    first = max(*(adapted._controller.initial_ranks[name] for name in layers), *ranks.values())
+    first = max(*(adapted.controller.initial_ranks[name] for name in layers), *ranks.values())
     # PEFT computes alpha / (init_r + 1e-5) for all layers alike.
     scale = _most({name: layer.scaling for name, layer in layers.items()})
     tensors: dict[str, Tensor] = {}

@@ -139,7 +139,7 @@ def test_what_is_cut_costs_nothing_and_never_returns():
         assert accounting.memory(adapted, optimizer).optimizer == 8 * trained + 4 * live
         for p, state in optimizer.state.items():
             assert all(v.shape == p.shape for k, v in state.items() if k != "step")
-        policy = adapted._controller.policies[0]
+        policy = adapted.controller.policies[0]
         if not policy.ended:
             adapters = sum(p.numel() for m in adapted.adapters.values() for p in (m.A, m.B, m.core))
             assert policy.buffers["importance"].numel() == adapters

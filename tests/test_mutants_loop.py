@@ -275,7 +275,7 @@ def place(request: Any) -> Any:
     """Puts the statistics of a run on the CPU, or on a device that is none."""
 
     def put(adapted: Any) -> None:
-        for state in adapted._controller.policies:
+        for state in adapted.controller.policies:
             state.layout.device = torch.device("cpu") if request.param == "cpu" else Away("cpu")
 
     return put
@@ -307,7 +307,7 @@ def test_one_gradient_that_is_not_finite_leaves_all_statistics_alone(
         ]
         before = buffers(adapted)
         if step == 2:
-            live = adapted._controller.policies[0].layout.live
+            live = adapted.controller.policies[0].layout.live
             assert len(live) == 9
             live[where].grad.view(-1)[-1] = bad
             with torch.no_grad(), warnings.catch_warnings():
@@ -329,7 +329,7 @@ def test_one_gradient_that_is_not_finite_leaves_all_statistics_alone(
 def test_a_device_that_is_not_waited_for_tells_at_the_decision(bad_step: int | None) -> None:
     """A gradient that was not finite at any step since the last decision is told of at the next one, and only then."""
     _, adapted = rigs.toy(prune(SensitivityUncertainty(), Cubic(target=1, interval=3)))
-    adapted._controller.policies[0].layout.device = Away("cpu")
+    adapted.controller.policies[0].layout.device = Away("cpu")
     optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
     adapted.bind(optimizer, total_steps=12)
     told: list[int] = []
@@ -469,9 +469,9 @@ def test_what_is_fresh_begins_as_it_should_and_what_was_there_stays() -> None:
     for name, adapter in adapted.adapters.items():
         assert adapter.core.tolist() == [3.0, 4.0, 0.25]
         assert scores[f"{name}[2]"] == 0 < min(scores[f"{name}[0]"], scores[f"{name}[1]"])
-    assert bool(adapted._controller.policies[0].kept.all())
+    assert bool(adapted.controller.policies[0].kept.all())
     known = sum(2 * (1 + m.d_out + m.d_in) for m in adapted.adapters.values())
-    assert {int(flat.count_nonzero()) for flat in adapted._controller.policies[0].buffers.values()} == {known}
+    assert {int(flat.count_nonzero()) for flat in adapted.controller.policies[0].buffers.values()} == {known}
     give(adapted, seed=1)
     optimizer.step()
     assert adapted.history[-1].before == 9

@@ -219,7 +219,7 @@ method = lrkit.methods.adalora(rank=32, target_rank=2, warmup=1, final=1, interv
 adapted = lrkit.attach(model, method, targets=["0", "1"])
 for p in adapted.parameters():
     if p.requires_grad: p.grad = torch.ones_like(p)
-controller = adapted._controller
+controller = adapted.controller
 controller.begin(100)
 def step():
     controller.before_step()

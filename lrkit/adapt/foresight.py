@@ -58,13 +58,14 @@ def check_fresh(
     there = sum(p.numel() for p in twin.parameters())
     try:
         with torch.random.fork_rng(devices=[]):
-            adapters = dict(parameterization.adapt_model(twin, found))
+            modules = dict(parameterization.adapt(twin, found))
+            around = parameterization.wrap(twin)
     except Exception:  # it cannot be built without values; if it cannot be built at all, attach says so
         return
-    fresh = {id(p): p.numel() for module in adapters.values() for p in module.parameters() if id(p) not in own}
+    put_in = [*modules.values(), *([] if around is None else [around])]
+    fresh = {id(p): p.numel() for module in put_in for p in module.parameters() if id(p) not in own}
     if meta is not None:
         axes = [part for part in parameterization.parts if part.axis is not None]
-        modules = {name: module for name, module in adapters.items() if name}
         if axes and set(modules) == set(meta["targets"]):
             first = {name: axes[0].of(module).shape[axes[0].axis or 0] for name, module in modules.items()}
             states.check_ranks(meta, first, grows)

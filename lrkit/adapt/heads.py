@@ -78,7 +78,7 @@ def _leave(poolers: Sequence[str], kind: str) -> None:
             f"{', '.join(poolers)} stays as it is: {kind} has no task head, and the loss may never reach a pooler (mean "
             f'pooling does not). Where it does, name it: train_also=["{poolers[0]}"]',
             LrkitWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
 
@@ -132,7 +132,7 @@ def tell_tied(model: nn.Module, head: Sequence[str]) -> None:
         warnings.warn(
             f"{', '.join(head)} is tied to {', '.join(others)}, which trains and moves with it",
             LrkitWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

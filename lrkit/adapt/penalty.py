@@ -1,12 +1,14 @@
 """A method's penalty: its value for the loss, or its gradient straight into the factors; and whether it arrived."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lrkit.loop.gradients import Unclipped, on_gradient
+from lrkit.parameterizations import Parameterization
 
 FELT = 0.1
 """Norm of a gradient below which nothing is said: clipping, at 1 mostly, does not feel it. The task of a model with random
@@ -35,16 +37,21 @@ class Penalty:
     gets none of the penalty either, and stays as it is.
 
     Args:
-        compute: gives γ R as a scalar, or None for a method without a penalty.
+        parameterization: computes γ R, or None for a method without a penalty.
+        adapters: the modules that it is computed from.
         factors: the tensors that the method trains beside the head.
-        setting: the name of γ among the parameterization's settings, for messages.
-        warn: says something once.
+        warn: says a message once per key.
     """
 
     def __init__(
-        self, compute: Callable[[], Tensor | None], factors: Sequence[nn.Parameter], setting: str | None, warn: Warn
+        self,
+        parameterization: Parameterization,
+        adapters: Mapping[str, nn.Module],
+        factors: Sequence[nn.Parameter],
+        warn: Warn,
     ) -> None:
-        self._compute, self._factors, self._setting, self._warn = compute, list(factors), setting, warn
+        self._parameterization, self._adapters = parameterization, list(adapters.values())
+        self._factors, self._warn = list(factors), warn
         self._adding = self._idle = False
         self._due: dict[int, Tensor] = {}
         self._given: set[int] = set()
@@ -53,9 +60,15 @@ class Penalty:
         self.last: float | Tensor | None = None
         """γ R at the beginning of the last step that `begin` was called for."""
 
+    @functools.cached_property
+    def exists(self) -> bool:
+        """Return whether the method has a penalty."""
+        with torch.no_grad():
+            return self._parameterization.penalty(self._adapters) is not None
+
     def value(self) -> Tensor | None:
-        """γ R, a scalar for the loss, which notes the arrival of its gradient; None for a method without a penalty."""
-        value = self._compute()
+        """Return γ R, a scalar for the loss that notes the arrival of its gradient; None for a method without a penalty."""
+        value = self._parameterization.penalty(self._adapters)
         if value is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._idle = not value.requires_grad
             if value.requires_grad:
@@ -118,7 +131,7 @@ class Penalty:
         due, self._due = self._due, {}  # hooks on the factors see this gradient as well
         try:
             with torch.enable_grad():
-                value = self._compute()
+                value = self._parameterization.penalty(self._adapters)
                 if value is None or not value.requires_grad:
                     return value, []
                 live = [p for p in self._factors if p.requires_grad]
@@ -171,7 +184,8 @@ class Penalty:
             return
         penalty, task_norm = torch.stack(self._norms).mean(0).tolist()
         if penalty > max(task_norm, FELT):
-            advice = f"a smaller parameterization.{self._setting}" if self._setting else "a smaller penalty"
+            setting = self._parameterization.penalty_weight
+            advice = f"a smaller parameterization.{setting}" if setting else "a smaller penalty"
             self._warn(
                 "drowned",
                 f"the penalty's gradient is larger than the task's: norm {penalty:.3g} beside {task_norm:.3g}, on average "

@@ -14,8 +14,8 @@ _NAME = "save_pretrained"
 class SaveNotice:
     """Hangs on every module of a model that has adapters inside, and a ``save_pretrained``.
 
-    The folder that it writes holds the base's weights under other names, which ``from_pretrained`` does not know: it would
-    start those layers at random, with no more than a table in its log.
+    The folder that it writes holds the adapters beside the base's weights. ``from_pretrained`` loads the base without them,
+    with no more than a table in its log.
 
     Args:
         model: the adapted model.
@@ -51,9 +51,9 @@ class SaveNotice:
         if not self.said and not self.expected:
             self.said = True
             warnings.warn(
-                "save_pretrained of an adapted model writes its weights under names that from_pretrained does not know, "
-                "and would start at random: save with adapted.save(folder) and load with lrkit.load(model, folder) into "
-                "the model as it was before attach; or merge() first, and save a plain model",
+                "save_pretrained of an adapted model writes adapters that from_pretrained leaves out, so that it loads the "
+                "model without them: save with adapted.save(folder) and load with lrkit.load(model, folder) into the model "
+                "as it was before attach; or merge() first, and save a plain model",
                 LrkitWarning,
                 stacklevel=4,
             )

@@ -91,7 +91,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
         if not chosen:
             raise LrkitError("targets is an empty list: name at least one layer, or use targets='all-linear'")
     if odd:
-        warnings.warn(f"left out: {_odd(odd, strange)}", LrkitWarning, stacklevel=5)
+        warnings.warn(f"left out: {_odd(odd, strange)}", LrkitWarning, stacklevel=6)
     found_targets = []
     for name, layer in layers.items():
         if name in chosen:

@@ -1,5 +1,6 @@
 """Parameterizations: how ΔW is written in trainable tensors."""
 
+from lrkit.parameterizations.adapter import Adapter
 from lrkit.parameterizations.base import Parameterization, Role, Target
 from lrkit.parameterizations.full import Full
 from lrkit.parameterizations.lora import LoRA
@@ -9,6 +10,7 @@ from lrkit.parameterizations.vector_scaled import VectorScaled
 
 __all__ = [
     "SVD",
+    "Adapter",
     "Full",
     "LoRA",
     "LowRank",

@@ -350,7 +350,7 @@ class ActionContract(PartContract):
             with calling(f"a run with {parameterization!r}"):
                 run = Run(method, 10)
                 run.to(10)  # the last decision was after step 8
-            (state,) = run.adapted._controller.policies
+            (state,) = run.adapted.controller.policies
             for block, keep in zip(state.blocks, split(state.kept, state.blocks), strict=True):
                 there = present(block.module, block.parts)
                 back = int((there & ~keep).sum())

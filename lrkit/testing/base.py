@@ -312,7 +312,7 @@ def or_refused(build: Callable[[], Method], *sides: object) -> Method | None:
 
 def decides(run: Run, exact: bool = True) -> None:
     """Each decision took the scheduler's budget, and the last one has been taken."""
-    method, layers = run.adapted.method, run.adapted._controller.policies[0].layers
+    method, layers = run.adapted.method, run.adapted.controller.policies[0].layers
     scheduler = method.policies[0].scheduler
     total = run.adapted.total_steps or 0
     taken = [d for d in run.adapted.history if d.policy == 0]

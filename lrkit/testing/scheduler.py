@@ -195,7 +195,7 @@ class SchedulerContract(PartContract):
         decides(run)
         decisions = run.adapted.history
         expect(decisions, "no decision was taken")
-        expect(run.adapted._controller.policies[0].ended, "the last decision was not taken")
+        expect(run.adapted.controller.policies[0].ended, "the last decision was not taken")
 
     def _fits(self, component: Scheduler) -> list[int]:
         fitting = []

@@ -214,7 +214,7 @@ def test_a_course_is_what_walking_gives(ending, interval, first_step):
     method = METHODS["adalora"]()
     scheduler = Cubic(target=1, warmup=3, final=2, interval=interval, ending=ending, first_step=first_step)
     adapted = lrkit.attach(models.make("bert"), attrs.evolve(method, scheduler=scheduler))
-    state = adapted._controller.policies[0]
+    state = adapted.controller.policies[0]
     for total in (5, 6, 40, 131):
         spans = [tuple(rest) for times, *rest in state.course(total) for _ in range(times)]
         assert spans == walked(state, total)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import lrkit
 from lrkit.adapt.targets import find_targets
-from lrkit.parameterizations import Target
+from lrkit.parameterizations import Adapter, Target
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.settings import flag, one_of, whole
 
@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Adapter):
     """A module with a bottleneck after it: y = h + A(h) with h = base(x).
 
     Args:
@@ -39,8 +39,7 @@ class Bottleneck(nn.Module):
     """
 
     def __init__(self, base: nn.Module, size: int, width: int, activation: str, like: Tensor | None = None) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         like = base.get_parameter("weight") if like is None else like
         # At least float32: beside a half-precision base, small updates would be lost in the base's type.
         dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
@@ -50,18 +49,6 @@ class Bottleneck(nn.Module):
         for p in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(p)
         self.activation = activation
-
-    @property
-    def weight(self) -> Tensor:
-        """The base weight, so that code that looks at ``layer.weight.dtype`` goes on working."""
-        return self.base.get_parameter("weight")
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base bias."""
-        bias = self.base.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
 
     def added(self, z: Tensor) -> Tensor:
         """A(z) [..., d] of z [..., d]."""
@@ -140,10 +127,10 @@ class _Bottlenecks(lrkit.Parameterization):
         """The layer with a bottleneck after it. W_up is zero, so that at first nothing changes."""
         return Bottleneck(target.layer, target.d_out, self.width, self.activation)
 
-    def adapt_model(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
-        """What takes which module's place. Raises LrkitError where that module cannot be told."""
+    def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
+        """Return the bottlenecks by the modules that they replace. Raise LrkitError if one cannot be told."""
         if self.takes_targets:
-            return super().adapt_model(model, targets)
+            return super().adapt(model, targets)
         return dict(self._beside(model, target) for target in self._places(model))
 
     def _beside(self, model: nn.Module, target: Target) -> tuple[str, nn.Module]:

@@ -173,7 +173,7 @@ def test_there_are_never_more_than_the_budget(
     _, adapted = rigs.toy(method)
     optimizer = torch.optim.Adam(adapted.parameters(), lr=0.01)
     adapted.bind(optimizer, total_steps=total)
-    spans, before = adapted._controller.policies[0].course(total), adapted._controller.ranks()
+    spans, before = adapted.controller.policies[0].course(total), adapted.controller.ranks()
     course = [there for times, there, _, _ in spans for _ in range(times)]
     there_are = set(adapted.scores())
     given = set(there_are)
@@ -181,7 +181,7 @@ def test_there_are_never_more_than_the_budget(
         (rigs.loss_of(adapted.model, step) + adapted.penalty()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        there = sum(adapted._controller.ranks().values())
+        there = sum(adapted.controller.ranks().values())
         assert there == course[step + 1], "as it was forecast"
         if adapted.history and adapted.history[-1].step == step + 1:
             decision = adapted.history[-1]
@@ -190,8 +190,8 @@ def test_there_are_never_more_than_the_budget(
             assert not given & set(decision.fresh), "no name is given twice"
             given |= set(decision.fresh)
             there_are = there_are - set(decision.lost) | set(decision.fresh)
-            assert set(adapted._controller.policies[0].unit_names) == there_are
-        before = adapted._controller.ranks()
+            assert set(adapted.controller.policies[0].unit_names) == there_are
+        before = adapted.controller.ranks()
 
 
 # ---- what it leaves alone ----
@@ -207,7 +207,7 @@ def grown(core: float, optimizer_class: Any = torch.optim.AdamW) -> Any:
         (rigs.loss_of(model, step) + adapted.penalty()).backward()
         if step == 3:
             # The same step without lrkit's part, on copies.
-            adapted._binding._handles[1].remove()
+            adapted._binding._steps._handles[1].remove()
             optimizer.step()
             x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
             before = {
@@ -215,11 +215,11 @@ def grown(core: float, optimizer_class: Any = torch.optim.AdamW) -> Any:
                 "data": {n: p.detach().clone() for n, p in adapted.named_parameters()},
                 "state": {n: copy.deepcopy(optimizer.state[p]) for n, p in adapted.named_parameters()},
                 "ids": [id(p) for p in adapted.parameters()],
-                "buffers": [b.clone() for b in adapted._controller.policies[0].buffers.values()],
+                "buffers": [b.clone() for b in adapted.controller.policies[0].buffers.values()],
                 "scores": adapted.scores(),
                 "x": x,
             }
-            adapted._after_step(optimizer)
+            adapted._binding._after_step(optimizer)
             return model, adapted, optimizer, before
         optimizer.step()
         optimizer.zero_grad()
@@ -317,7 +317,7 @@ def test_a_growing_run_resumes_to_the_bit(name: str, bound: bool, tmp_path: Path
     end = adapted.state_dict()
     assert any(decision.fresh for decision in adapted.history)
     fresh = [unit for decision in adapted.history for unit in decision.fresh]
-    first = {f"{layer}[{i}]" for layer, rank in adapted._controller.initial_ranks.items() for i in range(rank)}
+    first = {f"{layer}[{i}]" for layer, rank in adapted.controller.initial_ranks.items() for i in range(rank)}
     assert len(first | set(fresh)) == len(first) + len(fresh), "no name is given twice"
     for at, state in saved.items():
         again, other, second = run(METHODS[name], seed=7)
@@ -372,14 +372,14 @@ def test_it_trains_is_counted_saved_and_merged(name: str, tmp_path: Path) -> Non
 
     untrained = mean_loss()
     for step in range(120):
-        seen.append(sum(sizes[n] * r for n, r in adapted._controller.ranks().items()))
+        seen.append(sum(sizes[n] * r for n, r in adapted.controller.ranks().items()))
         steps(model, adapted, optimizer, step + 1)
     summary = adapted.summary()
     assert mean_loss() < 0.95 * untrained
     assert summary.now == sum(p.numel() for p in adapted.adapter_parameters())
     assert summary.average == pytest.approx(np.mean(seen))
     assert (summary.now > 2 * start) == (name == "increlora")
-    assert {x.name: x.rank for x in summary.layers} == adapted._controller.ranks()
+    assert {x.name: x.rank for x in summary.layers} == adapted.controller.ranks()
     assert sum(x.rank or 0 for x in summary.layers) == (12 if name == "increlora" else 9)
     x = torch.randn(5, 6)
     out = model(x)
@@ -429,7 +429,7 @@ def test_ddp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted.bind(optimizer, total_steps=20)
     monkeypatch.setattr("lrkit.adapt.parallel.wrapper", lambda: object())
     with pytest.raises(lrkit.LrkitError, match="DDP cannot follow"):
-        adapted._outer()
+        adapted._binding._outer()
 
 
 # ---- norm share ----

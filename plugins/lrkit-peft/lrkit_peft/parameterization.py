@@ -105,10 +105,10 @@ class Peft(lrkit.Parameterization):
         holder = nn.ModuleDict({"layer": target.layer})
         return self._layers(holder, ["layer"])["layer"]
 
-    def adapt_model(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
-        """PEFT's layers by the names of the modules they replace; or PEFT's forward around the whole model."""
+    def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
+        """Return PEFT's layers by the names of the modules that they replace."""
         if self.config in PROMPTS:
-            return {"": self._prompts(model)}
+            return {}
         names = [target.name for target in targets] if self.takes_targets else None
         if self.config == "LN_TUNING" and "target_modules" not in self.settings:
             names = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
@@ -154,7 +154,10 @@ class Peft(lrkit.Parameterization):
         with _peft_s_words(self):
             return cls(**copy.deepcopy(dict(self.settings)), **more)
 
-    def _prompts(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.Module | None:
+        """Return PEFT's forward of a prompt method around the whole model."""
+        if self.config not in PROMPTS:
+            return None
         kind = type(model).__name__
         task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
         if task is None and "task_type" not in self.settings:

@@ -1,0 +1,131 @@
+"""A saved state as a whole: the run that it is of, and a mixture of two states of one run."""
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrkit.adapt.weights import Weights
+from lrkit.errors import LrkitError, shown
+from lrkit.loop import state as states
+from lrkit.loop.controller import Controller
+from lrkit.method import Method, from_plain, to_plain
+
+WEIGHT = "weight."
+"""Prefix of the model's tensors in a state, before their names in the model."""
+
+
+@attrs.frozen(eq=False)
+class Run:
+    """The run that a state is of.
+
+    Args:
+        method: the method.
+        layers: names of the adapted layers.
+        head: names of the modules that train in full.
+        base: the plain model, as `describe` has it.
+    """
+
+    method: Method
+    layers: tuple[str, ...]
+    head: tuple[str, ...]
+    base: dict[str, Any] | None
+
+    def state(self, weights: Weights, controller: Controller) -> dict[str, Any]:
+        """Return copies of all that is adaptive: ``{"meta": JSON data, "tensors": name to tensor}``."""
+        tensors, data = controller.state()
+        tensors |= {WEIGHT + name: tensor.detach().clone() for name, tensor in weights.saved().items()}
+        meta = {
+            "format": states.FORMAT,
+            "method": to_plain(self.method),
+            "targets": list(self.layers),
+            "head": list(self.head),
+            "ranks": controller.ranks(),
+            "base": self.base,
+            **data,
+        }
+        return {"meta": copy.deepcopy(meta), "tensors": tensors}
+
+    def load(
+        self, state: Mapping[str, Any], weights: Weights, controller: Controller, optimizer: Optimizer | None
+    ) -> str | None:
+        """Take over a state that `state` returned.
+
+        Returns:
+            A warning about the precision, or None.
+
+        Raises:
+            LrkitError: it is of another run, or not a state. Nothing is changed then.
+        """
+        meta, tensors = states.meta_of(state), state["tensors"]
+        self._check(meta)
+        states.check_data(meta)
+        given = {name.removeprefix(WEIGHT): tensor for name, tensor in tensors.items() if name.startswith(WEIGHT)}
+        weights.check(given, controller.shapes(meta["ranks"]))
+        controller.check_state(tensors, meta)
+        if controller.total_steps is None and meta["total_steps"] is not None:
+            controller.foretell(meta["total_steps"])
+        # All was checked above, and nothing below can fail.
+        told = weights.take(given, optimizer)
+        controller.load_state(tensors, meta)
+        return told
+
+    def _check(self, meta: Mapping[str, Any]) -> None:
+        # Settings that lrkit did not have when the state was written are at their defaults, as they were in effect then.
+        mine, theirs = to_plain(self.method), to_plain(from_plain(meta["method"]))
+        if mine != theirs:
+            raise LrkitError(f"the state is of another method: {_difference(theirs, mine)}")
+        for kind, here, key in (("other layers", self.layers, "targets"), ("another head", self.head, "head")):
+            if list(here) != meta[key]:
+                odd = ", ".join(map(shown, sorted(set(here) ^ set(meta[key]))[:3]))
+                raise LrkitError(f"the state is of {kind}: {odd or 'in another order'}")
+
+
+def describe(model: nn.Module) -> dict[str, Any] | None:
+    """Describe a transformers model, for those who have only the saved file; None for any other model."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_json_string"):
+        return None
+    return {
+        "class": type(model).__name__,
+        "name": getattr(config, "name_or_path", ""),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "config": json.loads(config.to_json_string()),
+    }
+
+
+def rewound(state: Mapping[str, Any], saved: Mapping[str, Tensor], controller: Controller) -> dict[str, Any]:
+    """Return an earlier state of a run with the weights of now, at the ranks of then.
+
+    Args:
+        state: the earlier state.
+        saved: the model's tensors now, by name. A component that was cut since then is as it was in `state`.
+        controller: the loop now.
+    """
+    meta, tensors = states.meta_of(state), dict(state["tensors"])
+    now, then = controller.numbers(), controller.numbers(meta)
+    places = controller.places()
+    for name, p in saved.items():
+        layer, axis = places.get(id(p), (None, 0))
+        key = WEIGHT + name
+        if layer is None or now[layer] == then[layer]:
+            tensors[key] = p.detach().clone()
+            continue
+        tensors[key] = tensors[key].clone().to(p)
+        for number in set(then[layer]) & set(now[layer]):
+            present = p.detach().select(axis, now[layer].index(number))
+            tensors[key].select(axis, then[layer].index(number)).copy_(present)
+    return {"meta": meta, "tensors": tensors}
+
+
+def _difference(theirs: Any, mine: Any, path: str = "") -> str:
+    """Say at which place two plain data first differ."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for key in {**theirs, **mine}:
+            if theirs.get(key) != mine.get(key):
+                return _difference(theirs.get(key), mine.get(key), f"{path}.{key}" if path else key)
+    return f"{path} is {shown(theirs)} there and {shown(mine)} here"

@@ -1,4 +1,4 @@
-"""Names in state dicts: an adapted layer's tensors are called as they are without the adapter; the longer names still load."""
+"""Names in state dicts: an adapted layer's tensors have the plain layer's names, and the longer names still load."""
 
 import copy
 

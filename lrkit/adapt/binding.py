@@ -30,14 +30,13 @@ class Binding:
         head: names of its modules that train in full.
         weights: what trains.
         controller: the loop.
-        penalty: the method's penalty.
     """
 
-    def __init__(
-        self, model: nn.Module, head: Sequence[str], weights: Weights, controller: Controller, penalty: Penalty
-    ) -> None:
-        self._model, self._head, self._weights = model, head, weights
-        self.controller, self.penalty = controller, penalty
+    def __init__(self, model: nn.Module, head: Sequence[str], weights: Weights, controller: Controller) -> None:
+        self._model, self._head, self._weights, self.controller = model, head, weights, controller
+        self.penalty = Penalty(
+            controller.method.parameterization, controller.modules, weights.adapter(), controller.warn
+        )
         self.last: Callable[[], Optimizer | None] = lambda: None
         """Returns the optimizers that are or were bound last, as one, if they still live."""
         self._steps: Steps | None = None

@@ -1,6 +1,6 @@
 """One file for a run's state: safetensors, with the JSON data in its metadata. Never pickle.
 
-One file, so that it is replaced in one move: a process killed at any moment leaves the old state or the new one.
+Being one file, it is replaced in one move: if a process is killed, the old state is there or the new one.
 """
 
 import json
@@ -23,10 +23,10 @@ _KEY = "lrkit"
 
 
 def write(folder: Path, state: Mapping[str, Any]) -> Path:
-    """Write a state into a folder, which is made if need be, in one move.
+    """Write a state into a folder in one move. The folder is made if it is not there.
 
     Args:
-        folder: where to.
+        folder: the folder.
         state: ``{"meta": JSON data, "tensors": name to tensor}``.
 
     Returns:
@@ -49,7 +49,7 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
 
 
 def umask() -> int:
-    """The permissions that new files of this process are made without."""
+    """Return the permissions that new files of this process are made without."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -57,7 +57,7 @@ def umask() -> int:
 
 @attrs.frozen(eq=False)
 class Stored:
-    """A state in an open file: its data, and what is said of its tensors, before any of them is read.
+    """A state in an open file: its data and its tensors' shapes, before any tensor is read.
 
     Args:
         meta: its JSON data.
@@ -69,7 +69,7 @@ class Stored:
     _file: TensorFile
 
     def state(self) -> dict[str, Any]:
-        """All of it, tensors too."""
+        """Read all of it, tensors too."""
         return {"meta": self.meta, "tensors": self._file.tensors()}
 
 

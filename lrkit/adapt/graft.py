@@ -1,4 +1,4 @@
-"""Where modules stand: adapters are put into a model, taken out for a while or for good, and merged into it."""
+"""Modules and their places: adapters are put into a model, taken out for a while or for good, and merged into it."""
 
 import copy
 import functools
@@ -21,6 +21,7 @@ from lrkit.precision import is_plain
 _MARK = "_lrkit_adapted"
 _AROUND = "lrkit_around"
 _ASIDE = "_lrkit_aside"
+_OURS = f"{__package__}."
 
 
 def check_model(model: nn.Module) -> None:
@@ -121,9 +122,13 @@ class Graft:
         model = copy.deepcopy(self.model, memo)
         _leave_alone(model)
         delattr(model, _MARK)
-        self.masters.strip(memo)
-        parallel.Outer.strip(model)
+        self.masters.restore_copies(memo)
         pretrained.strip(model)
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in hooks.items() if type(hook).__module__.startswith(_OURS)]:
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
         for p, flag in self._flags:
             memo[id(p)].requires_grad_(flag)
         return model

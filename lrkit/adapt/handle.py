@@ -13,10 +13,8 @@ from lrkit.adapt import checkpoint, weights
 from lrkit.adapt.binding import Binding
 from lrkit.adapt.choice import choose
 from lrkit.adapt.graft import Graft
-from lrkit.adapt.penalty import Penalty
-from lrkit.adapt.pretrained import Expected
 from lrkit.adapt.reference import Reference
-from lrkit.adapt.saved import Run, describe, rewound
+from lrkit.adapt.saved import Run, describe
 from lrkit.adapt.summary import Summary, summarize
 from lrkit.errors import LrkitError
 from lrkit.loop.controller import Controller, Decision
@@ -63,8 +61,7 @@ class Adapted:
             if isinstance(error, LrkitError) and choice.offered is not None and targets == "all-linear":
                 raise LrkitError(f"{error}{choice.offered.words}") from None
             raise
-        penalty = Penalty(method.parameterization, self.adapters, self._weights.adapter(), controller.warn)
-        self._binding = Binding(model, self.head, self._weights, controller, penalty)
+        self._binding = Binding(model, self.head, self._weights, controller)
         if state is not None:
             try:
                 self.load_state_dict(state)
@@ -107,18 +104,15 @@ class Adapted:
         """Tie the method to an optimizer. From here on it runs by itself, at every real optimizer step.
 
         Args:
-            optimizer: the one that trains `parameters`, or several that together do (for example Muon and AdamW). Each of
-                them then steps once per step of the method: metrics observe before the first, decisions follow the last.
+            optimizer: the one that trains `parameters`, or several that do together (for example Muon and AdamW). Metrics
+                then observe before the first of them steps, and decisions follow the last one's step.
             total_steps: optimizer steps of the whole run, those before a resume included. It may be raised once every
                 schedule of the method has ended.
             penalty: ``"loss"`` if the caller trains on ``loss + adapted.penalty()``; ``"gradient"`` to add the penalty's
                 gradient to the factors' in every step that `begin_step` announces, whoever computes the loss.
-            scaler: the ``GradScaler`` that multiplies the loss, if there is one. Only ``penalty="gradient"`` and metrics
-                that measure ``"before-clipping"`` need it.
+            scaler: the loss's ``GradScaler``, if ``penalty="gradient"`` or a metric measures ``"before-clipping"``.
 
-        Raises:
-            LrkitError: already bound, an optimizer that does not hold all that trains or that takes nothing but closures
-                (LBFGS), a way of training in parallel that cannot work, or a schedule that does not fit.
+        Raise LrkitError if it is bound already, or if optimizer, schedules or way of training in parallel do not fit.
         """
         self._graft.check()
         self._binding.bind(optimizer, total_steps, penalty, scaler)
@@ -128,17 +122,13 @@ class Adapted:
         self._binding.penalty.begin()
 
     def check_schedule(self, total_steps: int) -> None:
-        """Raise LrkitError if a schedule of the method does not fit a run of so many steps. Change nothing else."""
+        """Raise LrkitError if a schedule of the method does not fit a run of so many steps."""
         self._graft.check()
         self.controller.check_schedules(total_steps)
 
     def as_computed(self, p: Tensor) -> Tensor:
         """Return a parameter as the model computes with it: a float32 head beside half precision is rounded."""
         return self._graft.masters.as_computed(p)
-
-    def hold(self, handle: Any) -> None:
-        """Remove a hook's handle when the optimizer is let go of, for an integration that put the hook on for this run."""
-        self._binding.hold(handle)
 
     def unbind(self, *, quietly: bool = False) -> None:
         """Let go of the optimizer; `bind` goes on from here. Warn if a schedule has not ended, unless `quietly`."""
@@ -155,10 +145,12 @@ class Adapted:
     def penalty(self) -> Tensor:
         """Return the scalar to add to the loss while training: 0 for a method without a penalty."""
         self._graft.check()
-        penalty = self._binding.penalty.value()
-        if penalty is None:
-            return torch.zeros((), dtype=torch.float32, device=next(self.model.parameters()).device)
-        return penalty
+        value = self._binding.penalty.value()
+        return (
+            torch.zeros((), device=next(self.model.parameters()).device, dtype=torch.float32)
+            if value is None
+            else value
+        )
 
     @property
     def penalty_added(self) -> float | None:
@@ -173,7 +165,7 @@ class Adapted:
 
     @property
     def controller(self) -> Controller:
-        """Return the loop: policies, ranks and counts. For integrations; a training script needs none of it."""
+        """Return the loop: policies, ranks and counts. Integrations need it, training scripts do not."""
         return self._binding.controller
 
     @property
@@ -214,41 +206,28 @@ class Adapted:
         there is dropout) a run that loads it goes on bit for bit.
         """
         self._graft.check()
-        if cast := self._weights.cast():
-            self.controller.warn("cast", cast)
         return self._run.state(self._weights, self.controller)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state that `state_dict` returned, before or after `bind`.
 
-        Raises:
-            LrkitError: it is of another method, other layers or other shapes, or not a state. Nothing is changed then.
+        Raise LrkitError, with nothing changed, if it is of another method, other layers or other shapes, or not a state.
         """
         self._graft.check()
-        cast = self._run.load(state, self._weights, self.controller, self._binding.last())
+        self._run.load(state, self._weights, self.controller, self._binding.last())
         self._binding.follow()
-        if cast:
-            self.controller.warn("cast state", cast)
 
     def rewind(self, state: Mapping[str, Any]) -> None:
         """Go back to an earlier state of this run in all but the weights: schedule, statistics, masks, ranks, history.
 
         Weights stay as they are now; a component that was cut since then comes back as it was in `state`, which `state_dict`
-        returned earlier in this run. It may then be bound for another number of steps.
-
-        Raises:
-            LrkitError: it is bound, or the state is of another run. Nothing is changed then.
+        returned earlier in this run. Raise LrkitError, with nothing changed, if it is bound or the state is of another run.
         """
         self._graft.check()
         if self._binding.bound:
             raise LrkitError("call unbind() before rewind()")
-        mixed = rewound(state, self._weights.saved(), self.controller)
-        total, self.controller.total_steps = self.controller.total_steps, None
-        try:
-            self.load_state_dict(mixed)
-        except BaseException:
-            self.controller.total_steps = total
-            raise
+        self._run.rewind(state, self._weights, self.controller, self._binding.last())
+        self._binding.follow()
 
     def take_ranks(self) -> None:
         """Let ``model.load_state_dict`` take weights of other ranks, by giving each adapter their rank.
@@ -263,16 +242,12 @@ class Adapted:
         return checkpoint.write(Path(folder), self.state_dict())
 
     def compact(self) -> dict[str, int]:
-        """Cut the components that are masked and zero away for good: smaller and faster, with the same outputs.
+        """Cut the components that are masked and zero away for good, and return each layer's rank. Outputs stay the same.
 
-        Returns:
-            Layer name to its rank now.
-
-        Raises:
-            LrkitError: the last decision is still to come, or layers share their matrices.
+        Raise LrkitError if the last decision is still to come, or if layers share their matrices.
         """
         self._graft.check()
-        if any(not state.ended for state in self.controller.policies):
+        if not all(state.ended for state in self.controller.policies):
             raise LrkitError("masked components can still come back: compact() after the last decision")
         return self.controller.compact(self._binding.last())
 
@@ -294,15 +269,14 @@ class Adapted:
         self._graft.check()
         return self._graft.original(self._weights.trained)
 
-    def expect_saves(self) -> Expected:
-        """Do not warn at ``save_pretrained`` until the returned handle's ``remove()``: the adapters are saved beside it."""
-        return self._graft.saves.expect()
+    def expect_saves(self) -> None:
+        """Do not warn at ``save_pretrained`` until `unbind`: an integration saves the adapters beside the model."""
+        self._binding.hold(self._graft.saves.expect())
 
     def merge(self) -> nn.Module:
         """Add every ΔW to its base weight, take the adapters out, and return the plain model. The head stays as trained.
 
-        Raises:
-            LrkitError: an adapter that is no ΔW of a weight, or whose base weight cannot be added to. Nothing is changed.
+        Raise LrkitError, with nothing changed, if an adapter is no ΔW of a weight, or a base weight cannot be added to.
         """
         self.check_finished()
         self._graft.merge()

@@ -37,6 +37,8 @@ class Run:
 
     def state(self, weights: Weights, controller: Controller) -> dict[str, Any]:
         """Return copies of all that is adaptive: ``{"meta": JSON data, "tensors": name to tensor}``."""
+        if cast := weights.cast():
+            controller.warn("cast", cast)
         tensors, data = controller.state()
         tensors |= {WEIGHT + name: tensor.detach().clone() for name, tensor in weights.saved().items()}
         meta = {
@@ -52,11 +54,8 @@ class Run:
 
     def load(
         self, state: Mapping[str, Any], weights: Weights, controller: Controller, optimizer: Optimizer | None
-    ) -> str | None:
+    ) -> None:
         """Take over a state that `state` returned.
-
-        Returns:
-            A warning about the precision, or None.
 
         Raises:
             LrkitError: it is of another run, or not a state. Nothing is changed then.
@@ -70,9 +69,22 @@ class Run:
         if controller.total_steps is None and meta["total_steps"] is not None:
             controller.foretell(meta["total_steps"])
         # All was checked above, and nothing below can fail.
-        told = weights.take(given, optimizer)
+        cast = weights.take(given, optimizer)
         controller.load_state(tensors, meta)
-        return told
+        if cast:
+            controller.warn("cast state", cast)
+
+    def rewind(
+        self, state: Mapping[str, Any], weights: Weights, controller: Controller, optimizer: Optimizer | None
+    ) -> None:
+        """Go back to an earlier state in all but the weights. Raises as `load`."""
+        mixed = _rewound(state, weights.saved(), controller)
+        total, controller.total_steps = controller.total_steps, None
+        try:
+            self.load(mixed, weights, controller, optimizer)
+        except BaseException:
+            controller.total_steps = total
+            raise
 
     def _check(self, meta: Mapping[str, Any]) -> None:
         # Settings that lrkit did not have when the state was written are at their defaults, as they were in effect then.
@@ -98,7 +110,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def rewound(state: Mapping[str, Any], saved: Mapping[str, Tensor], controller: Controller) -> dict[str, Any]:
+def _rewound(state: Mapping[str, Any], saved: Mapping[str, Tensor], controller: Controller) -> dict[str, Any]:
     """Return an earlier state of a run with the weights of now, at the ranks of then.
 
     Args:

@@ -46,10 +46,7 @@ class Steps:
         self._inside = 0
         self._begun = self._backward = False
         for each in self.optimizers:
-            self._handles += [
-                each.register_step_pre_hook(self._hook_before(each)),
-                each.register_step_post_hook(self._hook_after(each)),
-            ]
+            self._handles += [each.register_step_pre_hook(self._enter), each.register_step_post_hook(self._leave)]
         if len(self.optimizers) > 1:
             self._handles += [on_accumulated(p, self._see) for p in trained]
 
@@ -71,31 +68,25 @@ class Steps:
     # The optimizers' hooks hold this object, and it holds whoever it calls: a method goes on running if a script keeps no
     # more than the model and the optimizer.
 
-    def _hook_before(self, optimizer: Optimizer) -> Callable[..., Any]:
-        def hook(_: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-            self._inside += 1
-            replaced = called_before(optimizer, args, kwargs) if self._adaptive else None
-            again = id(optimizer) in self._stepped
-            if self._begun and (again or self._backward):
-                names = listed([each for each in self.optimizers if id(each) not in self._stepped])
-                self._warn("uneven", f"{names} did not step, and the others did: a step of the method is one of each")
-                self._finish()
-            scale, skips = parallel.scaled_by(optimizer)
-            if not skips and not self._begun:
-                self._begun, self._backward = True, False
-                self._before(scale)
-            return replaced
+    def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        self._inside += 1
+        replaced = called_before(optimizer, args, kwargs) if self._adaptive else None
+        again = id(optimizer) in self._stepped
+        if self._begun and (again or self._backward):
+            names = listed([each for each in self.optimizers if id(each) not in self._stepped])
+            self._warn("uneven", f"{names} did not step, and the others did: a step of the method is one of each")
+            self._finish()
+        scale, skips = parallel.scaled_by(optimizer)
+        if not skips and not self._begun:
+            self._begun, self._backward = True, False
+            self._before(scale)
+        return replaced
 
-        return hook
-
-    def _hook_after(self, optimizer: Optimizer) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            self._inside = max(0, self._inside - 1)
-            self._stepped.add(id(optimizer))
-            if len(self._stepped) == len(self.optimizers):
-                self._finish()
-
-        return hook
+    def _leave(self, optimizer: Optimizer, *_: Any) -> None:
+        self._inside = max(0, self._inside - 1)
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == len(self.optimizers):
+            self._finish()
 
     def _finish(self) -> None:
         begun, self._begun = self._begun, False

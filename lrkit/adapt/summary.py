@@ -1,4 +1,4 @@
-"""What became of each layer: rank or frozen state, and the trainable parameters it cost."""
+"""The summary of a run so far: each layer's rank or frozen state, and its trainable parameters."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ class LayerSummary:
 
     @property
     def state(self) -> str:
-        """Rank and frozen matrices in a few characters."""
+        """Return rank and frozen matrices in a few characters."""
         words = []
         if self.rank is not None:
             words.append(
@@ -51,7 +51,7 @@ class Summary:
     """All adapted layers, and the head apart.
 
     Args:
-        layers: one record a layer.
+        layers: one record per layer.
         head: parameters of the head.
         step: optimizer steps taken.
         beside: parameters of the method that are in none of the layers (all others in full fine-tuning).
@@ -66,28 +66,28 @@ class Summary:
 
     @property
     def start(self) -> int:
-        """Trainable parameters at first, without the head."""
+        """Return trainable parameters at first, without the head."""
         return self.beside + sum(layer.start for layer in self.layers)
 
     @property
     def now(self) -> int:
-        """Trainable parameters now, without the head."""
+        """Return trainable parameters now, without the head."""
         return self.beside + sum(layer.now for layer in self.layers)
 
     @property
     def average(self) -> float:
-        """Trainable parameters averaged over the steps so far, without the head."""
+        """Return trainable parameters averaged over the steps so far, without the head."""
         return self.beside + sum(layer.average for layer in self.layers)
 
     def to_plain(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return the same as plain data."""
         totals = {"start": self.start, "now": self.now, "average": self.average}
         rest: dict[str, Any] = {"beside": self.beside, "head": self.head, "step": self.step}
         rest["coverage"] = None if self.coverage is None else self.coverage.to_plain()
         return {"layers": [attrs.asdict(layer) for layer in self.layers], **totals, **rest}
 
     def __str__(self) -> str:
-        """A table."""
+        """Return a table."""
         rows: list[Sequence[str]] = [("layer", "state", "at start", "now", "on average")]
         rows += [
             (layer.name, layer.state, f"{layer.start:,}", f"{layer.now:,}", f"{layer.average:,.0f}")
@@ -106,7 +106,7 @@ class Summary:
 
 
 def summarize(controller: "Controller", head: int, beside: int = 0, coverage: Coverage | None = None) -> Summary:
-    """The summary of a run so far; `head`, `beside` and `coverage` as in `Summary`."""
+    """Summarize a run so far. `head`, `beside` and `coverage` are as in `Summary`."""
     kept = controller.components_kept()
     average = controller.parameters_on_average()
     axes = [part for part in controller.method.parameterization.parts if part.axis is not None]

@@ -1,8 +1,8 @@
-"""Reading safetensors files that somebody else may have written: the header first, and only then the tensors.
+"""Safetensors files that somebody else may have written, read with care: first the header, and only then the tensors.
 
-The header says which tensors there are, of what shape and where. It is checked against the file's length before anything
-is allocated, so that what is read takes no more memory than the file is long. The file is read, and not mapped: a file
-that is cut while it is read ends in an error, and not in the process's death.
+The header has the tensors' names, shapes and places. It is checked against the file's length before anything is allocated,
+so that the tensors take no more memory than the file is long. The file is read, not mapped: if it is cut meanwhile, that is
+an error and does not kill the process.
 """
 
 import math
@@ -41,7 +41,7 @@ _DTYPES = {
 
 @attrs.frozen
 class Entry:
-    """A tensor in a file: what it is, and where it begins after the header."""
+    """A tensor in a file. `begin` is its first byte after the header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class TensorFile:
     """An open safetensors file.
 
     Args:
-        entries: name to what is said of the tensor.
+        entries: tensors by name, as the header describes them.
         metadata: the texts in its header.
     """
 
@@ -64,7 +64,7 @@ class TensorFile:
     _path: Path
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, by name. Raises LrkitError where the file has become shorter, or a mask is none."""
+        """Read all tensors, by name. Raise LrkitError if the file has become shorter, or a truth value is not one."""
         return {name: self._tensor(name, entry) for name, entry in self.entries.items()}
 
     def _tensor(self, name: str, entry: Entry) -> Tensor:

@@ -170,25 +170,24 @@ def take_ranks(adapter: nn.Module, parts: Sequence[Part], optimizer: LastOptimiz
     """
 
     def hook(module: nn.Module, given: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-        room: list[tuple[nn.Parameter, torch.Size]] = []
-        ranks = set()
-        for part in parts:
-            p, tensor = part.of(module), given.get(prefix + part.name)
-            if part.axis is None or tensor is None:
-                continue
-            shape = list(p.shape)
-            if tensor.ndim != p.ndim:
-                return
-            shape[part.axis] = tensor.shape[part.axis]
-            if list(tensor.shape) != shape:
-                return  # of another layer: torch says so
-            ranks.add(tensor.shape[part.axis])
-            room.append((p, tensor.shape))
-        for p, size in room if len(ranks) == 1 else ():
-            if size != p.shape:
-                _make_room(p, size, optimizer())
+        found = [
+            (part.of(module), given[prefix + part.name], part.axis)
+            for part in parts
+            if part.axis is not None and prefix + part.name in given
+        ]
+        # Tensors of another layer are left to torch, which refuses them.
+        alike = all(_across(p, axis) == _across(tensor, axis) for p, tensor, axis in found)
+        if alike and len({tensor.shape[axis] for _, tensor, axis in found}) == 1:
+            for p, tensor, _axis in found:
+                if tensor.shape != p.shape:
+                    _make_room(p, tensor.shape, optimizer())
 
     adapter.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def _across(tensor: Tensor, axis: int) -> torch.Size | None:
+    """Return the sizes of one component."""
+    return tensor.movedim(axis, 0).shape[1:] if -tensor.ndim <= axis < tensor.ndim else None
 
 
 def _make_room(p: nn.Parameter, shape: torch.Size, optimizer: torch.optim.Optimizer | None) -> None:

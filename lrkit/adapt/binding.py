@@ -8,9 +8,8 @@ from torch.optim import Optimizer
 
 from lrkit.adapt import parallel
 from lrkit.adapt.heads import head_parameters
-from lrkit.adapt.optimizers import as_long_as_alive, held_by, unwrapped
+from lrkit.adapt.optimizers import Steps, as_long_as_alive, held_by, unwrapped
 from lrkit.adapt.penalty import Penalty, looks
-from lrkit.adapt.steps import Steps
 from lrkit.adapt.targets import listing
 from lrkit.adapt.weights import Weights
 from lrkit.errors import LrkitError

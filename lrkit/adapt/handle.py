@@ -52,8 +52,8 @@ class Adapted:
         self.head, self.coverage = choice.head, choice.coverage
         self._graft = Graft(model, choice)
         self.originals = self._graft.originals
-        self._run = Run(method, tuple(self.adapters), tuple(self.head), base)
         self._weights = weights.Weights(model, choice, self._graft.masters)
+        self._run = Run(method, tuple(self.adapters), tuple(self.head), base, self._weights)
         try:
             controller = Controller(method, self.adapters, self._weights.trained, self._weights.head())
         except BaseException as error:
@@ -206,7 +206,7 @@ class Adapted:
         there is dropout) a run that loads it goes on bit for bit.
         """
         self._graft.check()
-        return self._run.state(self._weights, self.controller)
+        return self._run.state(self.controller)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state that `state_dict` returned, before or after `bind`.
@@ -214,7 +214,7 @@ class Adapted:
         Raise LrkitError, with nothing changed, if it is of another method, other layers or other shapes, or not a state.
         """
         self._graft.check()
-        self._run.load(state, self._weights, self.controller, self._binding.last())
+        self._run.load(state, self.controller, self._binding.last())
         self._binding.follow()
 
     def rewind(self, state: Mapping[str, Any]) -> None:
@@ -226,7 +226,7 @@ class Adapted:
         self._graft.check()
         if self._binding.bound:
             raise LrkitError("call unbind() before rewind()")
-        self._run.rewind(state, self._weights, self.controller, self._binding.last())
+        self._run.rewind(state, self.controller, self._binding.last())
         self._binding.follow()
 
     def take_ranks(self) -> None:

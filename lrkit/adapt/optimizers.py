@@ -1,14 +1,16 @@
-"""torch optimizers as `bind` takes them: one or several, wrapped or not, and the closure that a step may be given."""
+"""torch optimizers as `bind` takes them, one or several, and their steps: one step of each is one step of a method."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lrkit.adapt import parallel
 from lrkit.errors import LrkitError
+from lrkit.loop.gradients import on_accumulated
 
 
 def held_by(optimizer: Optimizer) -> set[int]:
@@ -30,7 +32,7 @@ def unwrapped(given: object) -> list[Optimizer]:
         mine = held_by(optimizer)
         if mine & held:
             raise LrkitError(
-                f"two of the optimizers hold the same tensor ({listed(found)}): it would move twice per step"
+                f"two of the optimizers hold the same tensor ({_listed(found)}): it would move twice per step"
             )
         held |= mine
     return found
@@ -45,7 +47,7 @@ def _inner(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def listed(optimizers: Sequence[Optimizer]) -> str:
+def _listed(optimizers: Sequence[Optimizer]) -> str:
     """Name optimizers in a message."""
     return ", ".join(type(each).__name__ for each in optimizers)
 
@@ -105,7 +107,94 @@ def as_long_as_alive(optimizers: Sequence[Optimizer]) -> Callable[[], Optimizer 
     return alive
 
 
-def called_before(
+class Steps:
+    """Hooks on one or several optimizers. Each of them steps once per step of the method.
+
+    `before` is called when the first of them is about to step, with all gradients still there, and `after` when the last of
+    them has stepped. A step that a gradient scaler skips does not count. If one steps again while another has not, the
+    previous step of the method ends there.
+
+    Args:
+        optimizers: as `unwrapped` returns them.
+        trained: tensors that they train.
+        before: takes the factor that gradients still carry, or None.
+        after: takes the optimizers as one.
+        warn: says a message once per key.
+        adaptive: whether gradients must be there before the step. A closure is then called before it.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        trained: Sequence[nn.Parameter],
+        before: Callable[[Tensor | None], None],
+        after: Callable[[Optimizer], None],
+        warn: Callable[[str, str], None],
+        *,
+        adaptive: bool,
+    ) -> None:
+        self.optimizers = list(optimizers)
+        self._together = as_one(self.optimizers)
+        self._adaptive = adaptive
+        self._before, self._after, self._warn = before, after, warn
+        self._handles: list[Any] = []
+        self._stepped: set[int] = set()
+        self._inside = 0
+        self._begun = self._backward = False
+        for each in self.optimizers:
+            self._handles += [each.register_step_pre_hook(self._enter), each.register_step_post_hook(self._leave)]
+        if len(self.optimizers) > 1:
+            self._handles += [on_accumulated(p, self._see) for p in trained]
+
+    @property
+    def stepping(self) -> bool:
+        """Return whether one of them is inside its step. Another optimizer that steps now is one that it wraps."""
+        return self._inside > 0
+
+    def hold(self, handle: Any) -> None:
+        """Keep the handle of another hook, and remove it together with these."""
+        self._handles.append(handle)
+
+    def release(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._inside = [], 0
+
+    # The optimizers' hooks hold this object, and it holds whoever it calls: a method goes on running if a script keeps no
+    # more than the model and the optimizer.
+
+    def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        self._inside += 1
+        replaced = _called_before(optimizer, args, kwargs) if self._adaptive else None
+        again = id(optimizer) in self._stepped
+        if self._begun and (again or self._backward):
+            names = _listed([each for each in self.optimizers if id(each) not in self._stepped])
+            self._warn("uneven", f"{names} did not step, and the others did: a step of the method is one of each")
+            self._finish()
+        scale, skips = parallel.scaled_by(optimizer)
+        if not skips and not self._begun:
+            self._begun, self._backward = True, False
+            self._before(scale)
+        return replaced
+
+    def _leave(self, optimizer: Optimizer, *_: Any) -> None:
+        self._inside = max(0, self._inside - 1)
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == len(self.optimizers):
+            self._finish()
+
+    def _finish(self) -> None:
+        begun, self._begun = self._begun, False
+        self._stepped = set()
+        if begun:
+            self._after(self._together)
+
+    def _see(self, _: Tensor) -> None:
+        self._backward = True
+
+
+def _called_before(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Call the closure of a step before the step, so that its gradients can be observed.

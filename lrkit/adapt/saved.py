@@ -28,19 +28,21 @@ class Run:
         layers: names of the adapted layers.
         head: names of the modules that train in full.
         base: the plain model, as `describe` has it.
+        weights: the model's tensors that a state holds.
     """
 
     method: Method
     layers: tuple[str, ...]
     head: tuple[str, ...]
     base: dict[str, Any] | None
+    weights: Weights
 
-    def state(self, weights: Weights, controller: Controller) -> dict[str, Any]:
+    def state(self, controller: Controller) -> dict[str, Any]:
         """Return copies of all that is adaptive: ``{"meta": JSON data, "tensors": name to tensor}``."""
-        if cast := weights.cast():
+        if cast := self.weights.cast():
             controller.warn("cast", cast)
         tensors, data = controller.state()
-        tensors |= {WEIGHT + name: tensor.detach().clone() for name, tensor in weights.saved().items()}
+        tensors |= {WEIGHT + name: tensor.detach().clone() for name, tensor in self.weights.saved().items()}
         meta = {
             "format": states.FORMAT,
             "method": to_plain(self.method),
@@ -52,9 +54,7 @@ class Run:
         }
         return {"meta": copy.deepcopy(meta), "tensors": tensors}
 
-    def load(
-        self, state: Mapping[str, Any], weights: Weights, controller: Controller, optimizer: Optimizer | None
-    ) -> None:
+    def load(self, state: Mapping[str, Any], controller: Controller, optimizer: Optimizer | None) -> None:
         """Take over a state that `state` returned.
 
         Raises:
@@ -64,24 +64,22 @@ class Run:
         self._check(meta)
         states.check_data(meta)
         given = {name.removeprefix(WEIGHT): tensor for name, tensor in tensors.items() if name.startswith(WEIGHT)}
-        weights.check(given, controller.shapes(meta["ranks"]))
+        self.weights.check(given, controller.shapes(meta["ranks"]))
         controller.check_state(tensors, meta)
         if controller.total_steps is None and meta["total_steps"] is not None:
             controller.foretell(meta["total_steps"])
         # All was checked above, and nothing below can fail.
-        cast = weights.take(given, optimizer)
+        cast = self.weights.take(given, optimizer)
         controller.load_state(tensors, meta)
         if cast:
             controller.warn("cast state", cast)
 
-    def rewind(
-        self, state: Mapping[str, Any], weights: Weights, controller: Controller, optimizer: Optimizer | None
-    ) -> None:
+    def rewind(self, state: Mapping[str, Any], controller: Controller, optimizer: Optimizer | None) -> None:
         """Go back to an earlier state in all but the weights. Raises as `load`."""
-        mixed = _rewound(state, weights.saved(), controller)
+        mixed = _rewound(state, self.weights.saved(), controller)
         total, controller.total_steps = controller.total_steps, None
         try:
-            self.load(mixed, weights, controller, optimizer)
+            self.load(mixed, controller, optimizer)
         except BaseException:
             controller.total_steps = total
             raise

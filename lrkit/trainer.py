@@ -69,7 +69,7 @@ class AdaptCallback(TrainerCallback):
             penalty="gradient",
             scaler=getattr(optimizer, "scaler", None),  # accelerate's
         )
-        self.adapted.hold(self.adapted.expect_saves())  # `on_save` writes the adapters beside the model
+        self.adapted.expect_saves()  # `on_save` writes the adapters beside the model
         self._training = True
 
     def _check_step(self, state: TrainerState) -> None:

@@ -1,1 +1,1 @@
-"""Into a model, and out of it again: where adapters stand, what they are bound to, and how they are saved."""
+"""Adapters in a model: how they get in and out, how optimizers run them, and how they are saved."""

@@ -1,4 +1,4 @@
-"""Whether a layer is what its class says: a linear map of its weight, by one pass of a few rows through it."""
+"""A test of a layer that is linear by its class: a few rows show if it computes the product with its weight."""
 
 import contextlib
 import copy
@@ -14,12 +14,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def strangeness(layer: nn.Module, d_in: int, d_out: int) -> str | None:
-    """Why an adapter cannot stand beside a layer that is linear by its class; None where one can.
+    """Say why an adapter cannot stand beside a layer that is linear by its class; None if one can.
 
-    A layer that runs ``nn.Linear.forward`` needs no look. Any other is given two rows: a tensor must go in, and one tensor
-    of `d_out` columns come out, which is not far from W x + b where the weight is a plain tensor. (Half of the output's
-    norm, which a quantized product stays far below, and a softmax, a sigmoid or a normalised weight does not.) A layer that
-    cannot run here, on such rows, is taken for what its class says.
+    A layer that runs ``nn.Linear.forward`` is not tested. Any other is given two rows, and must return one tensor of `d_out`
+    columns. If the weight is a plain tensor, that must be W x + b up to half of its norm: a quantized product is far closer,
+    and a softmax, a sigmoid or a normalised weight is farther away. If a layer cannot run on such rows here, its class is
+    believed.
 
     Args:
         layer: an ``nn.Linear`` by class.
@@ -41,7 +41,7 @@ def strangeness(layer: nn.Module, d_in: int, d_out: int) -> str | None:
 
 
 def is_exact(layer: nn.Module, d_in: int) -> bool:
-    """Whether a layer's output is that of its weight to rounding, so that what is added to the weight is added to it."""
+    """Return whether a layer's output is W x + b up to rounding, so that an addition to the weight is one to the output."""
     if not _has_own_forward(layer):
         return True
     got = _run(layer, d_in)
@@ -57,10 +57,10 @@ def _has_own_forward(layer: nn.Module) -> bool:
 
 
 def _run(layer: nn.Module, d_in: int) -> tuple[Tensor, object] | None:
-    """Two rows and what the layer makes of them; None where it cannot run.
+    """Return two rows and the layer's output for them; None if it cannot run.
 
-    A quantized layer may settle its weight at its first call (bitsandbytes in 8 bits does, and then takes no checkpoint): a
-    copy of it runs, or nothing if it has none.
+    A quantized layer may change its weight at its first call (bitsandbytes in 8 bits does, and then loads no checkpoint), so
+    a copy of it runs. If it cannot be copied, nothing does.
     """
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -71,7 +71,7 @@ def _run(layer: nn.Module, d_in: int) -> tuple[Tensor, object] | None:
             return None
     known = weight.is_floating_point() and weight.dtype.itemsize > 1
     for dtype in (weight.dtype,) if known else _DTYPES:
-        # Its own numbers: the global generator is the caller's.
+        # Not drawn: the global generator is the caller's.
         x = torch.linspace(-3.0, 7.0, 2 * d_in).mul(2.4).sin().mul(2.0).view(2, d_in).to(weight.device, dtype)
         with contextlib.suppress(Exception), torch.no_grad(), _unmoved(weight.device):
             y: object = layer.forward(x)
@@ -81,14 +81,14 @@ def _run(layer: nn.Module, d_in: int) -> tuple[Tensor, object] | None:
 
 @contextlib.contextmanager
 def _unmoved(device: torch.device) -> Iterator[None]:
-    """Leave random generators as they are, and autocast out."""
+    """Leave random generators as they are, and switch autocast off."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), without_autocast(device.type):
         yield
 
 
 def _error(layer: nn.Module, x: Tensor, y: Tensor) -> float | None:
-    """‖y - (W x + b)‖ / ‖W x + b‖; None where the weight is no plain tensor, or there are no numbers."""
+    """Return ‖y - (W x + b)‖ / ‖W x + b‖; None if the weight is not a plain tensor with values."""
     weight, bias = layer.weight, layer.bias
     if not is_plain(weight) or x.device.type == "meta" or weight.shape != (y.shape[-1], x.shape[-1]):
         return None

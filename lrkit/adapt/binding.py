@@ -1,232 +1,203 @@
-"""What ties a method to optimizers: hooks on their steps, one step of the method for one step of all of them."""
+"""A method's tie to optimizers: the loop runs at their steps, and the penalty's gradient goes into their tensors."""
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrkit.adapt import parallel
-from lrkit.errors import LrkitError
-from lrkit.loop.gradients import on_accumulated
-
-
-def held_by(optimizer: Optimizer) -> set[int]:
-    """``id`` of every tensor that an optimizer steps."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def unwrapped(given: object) -> list[Optimizer]:
-    """Return the torch optimizers whose steps count: accelerate wraps them, and `bind` takes one or several.
-
-    Raises:
-        LrkitError: something that is not a torch optimizer, none at all, or a tensor that two of them hold.
-    """
-    found = [_inner(each) for each in (given if isinstance(given, list | tuple) else [given])]
-    if not found:
-        raise LrkitError("bind takes an optimizer, or a list of several: the list is empty")
-    held: set[int] = set()
-    for optimizer in found:
-        mine = held_by(optimizer)
-        if mine & held:
-            raise LrkitError(
-                f"two of the optimizers hold the same tensor ({_names(found)}): it would move twice per step"
-            )
-        held |= mine
-    return found
-
-
-def _inner(optimizer: Any) -> Optimizer:
-    while not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None:
-            raise LrkitError(f"bind takes a torch optimizer, or a list of them, not {type(optimizer).__name__}")
-        optimizer = inner
-    return optimizer
-
-
-def _names(optimizers: Sequence[Optimizer]) -> str:
-    return ", ".join(type(each).__name__ for each in optimizers)
-
-
-class _States(MutableMapping[Tensor, Any]):
-    """The state of several optimizers as one mapping: each tensor's lies with the optimizer that holds it."""
-
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self._of = {each: optimizer.state for optimizer in optimizers for each in held_by(optimizer)}
-        self._all = [optimizer.state for optimizer in optimizers]
-
-    def __getitem__(self, p: Tensor) -> Any:
-        states: MutableMapping[Tensor, Any] = self._of[id(p)]
-        if p not in states:
-            raise KeyError(p)
-        return states[p]
-
-    def __setitem__(self, p: Tensor, value: Any) -> None:
-        self._of[id(p)][p] = value
-
-    def __delitem__(self, p: Tensor) -> None:
-        del self._of[id(p)][p]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (p for state in self._all for p in state)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._all))
-
-
-class _Together(Optimizer):
-    """Several optimizers as one, for those that look at state and learning rates. It never steps."""
-
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        # Optimizer.__init__ would make groups of its own; only the two attributes that actions read are there.
-        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self.state: Any = _States(optimizers)
-
-    def step(self, closure: Any = None) -> Any:
-        """Refuse."""
-        raise LrkitError("this is a view of several optimizers: step each of them")
-
-
-def as_one(optimizers: Sequence[Optimizer]) -> Optimizer:
-    """Return an optimizer as it is, or several as one whose state and groups are theirs."""
-    return optimizers[0] if len(optimizers) == 1 else _Together(optimizers)
+from lrkit.adapt.heads import head_parameters
+from lrkit.adapt.optimizers import Steps, as_long_as_alive, held_by, unwrapped
+from lrkit.adapt.penalty import Penalty, looks
+from lrkit.adapt.weights import Weights
+from lrkit.errors import LrkitError, listing
+from lrkit.loop import liveness
+from lrkit.loop.controller import Controller
+from lrkit.loop.gradients import Unclipped
 
 
 class Binding:
-    """Hooks on one or several optimizers. All of them step once in one step of the method.
+    """A method's tie to optimizers, for as long as its adapters are in a model.
 
-    `before` is called when the first of them is about to step, when all gradients are still there; `after` is called when
-    the last of them has stepped. A step that a gradient scaler skips is not a step. If one steps again while another has
-    not, the step before ends there.
+    From the beginning it watches every optimizer, and warns if one trains the adapters while the method is not bound to it,
+    or if the loss does not reach them. From `bind` on it runs the loop.
 
     Args:
-        optimizers: what `unwrapped` gave.
-        trained: tensors that they train.
-        before: takes the factor that gradients still carry, or None.
-        after: takes the optimizers as one.
-        warn: says something once.
-        adaptive: whether gradients must be there before the step; a closure is then called before it.
+        model: the adapted model.
+        head: names of its modules that train in full.
+        weights: what trains.
+        controller: the loop.
     """
 
-    def __init__(
-        self,
-        optimizers: Sequence[Optimizer],
-        trained: Sequence[nn.Parameter],
-        before: Callable[[Tensor | None], None],
-        after: Callable[[Optimizer], None],
-        warn: Callable[[str, str], None],
-        *,
-        adaptive: bool,
-    ) -> None:
-        self.optimizers = list(optimizers)
-        self._adaptive = adaptive
-        self.optimizer = as_one(self.optimizers)
-        self._before, self._after, self._warn = before, after, warn
-        self._handles: list[Any] = []
-        self._stepped: set[int] = set()
-        self._inside = 0
-        self._begun = self._backward = False
-        for each in self.optimizers:
-            self._handles += [
-                each.register_step_pre_hook(self._hook_before(each)),
-                each.register_step_post_hook(self._hook_after(each)),
-            ]
-        if len(self.optimizers) > 1:
-            self._handles += [on_accumulated(p, self._see) for p in trained]
+    def __init__(self, model: nn.Module, head: Sequence[str], weights: Weights, controller: Controller) -> None:
+        self._model, self._head, self._weights, self.controller = model, head, weights, controller
+        self.penalty = Penalty(
+            controller.run.method.parameterization, controller.run.modules, weights.adapter(), controller.warn
+        )
+        self.last: Callable[[], Optimizer | None] = lambda: None
+        """Returns the optimizers that are or were bound last, as one, if they still live."""
+        self._steps: Steps | None = None
+        self._scale: Callable[[], float] | None = None
+        self._unclipped: Unclipped | None = None
+        self._looked = False
+        self._outer = parallel.Outer(self._check_growth)
+        self._outer.hang_on(model)
+        liveness.watch(self, Binding._watch)
+
+    # ---- bound and let go ----
 
     @property
-    def stepping(self) -> bool:
-        """Whether one of them is in its step: another that steps then is one that it wraps."""
-        return self._inside > 0
+    def bound(self) -> bool:
+        """Return whether the loop runs."""
+        return self._steps is not None
+
+    def bind(self, optimizer: Optimizer | Sequence[Optimizer], total_steps: int, penalty: str, scaler: Any) -> None:
+        """Run the loop from here on, at every step of the optimizers. The arguments are those of `Adapted.bind`."""
+        optimizers = unwrapped(optimizer)
+        if self.bound:
+            raise LrkitError("already bound to an optimizer: call unbind() first")
+        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+            raise LrkitError(f"total_steps must be an int of at least 1, not {total_steps!r}")
+        if penalty not in ("loss", "gradient"):
+            raise LrkitError(f'penalty must be "loss" or "gradient", not {penalty!r}')
+        for each in optimizers:
+            if reason := parallel.refusal(self._model, each, adaptive=bool(self.controller.policies)):
+                raise LrkitError(reason)
+        if reason := self._weights.refusal(set().union(*map(held_by, optimizers))):
+            raise LrkitError(reason)
+        if reason := self.controller.objection(total_steps):
+            raise LrkitError(reason)
+        self.controller.begin(total_steps)
+        self._steps = Steps(
+            optimizers,
+            self._weights.parameters(),
+            self._before_step,
+            self._after_step,
+            self.controller.warn,
+            adaptive=bool(self.controller.policies) or self.penalty.exists,
+        )
+        self.last = as_long_as_alive(optimizers)
+        liveness.watch(self, Binding._watch)
+        self._scale = None if scaler is None else scaler.get_scale
+        if self.penalty.exists and penalty == "gradient":
+            for handle in self.penalty.add_in_backward(self._scale or (lambda: 1.0)):
+                self._steps.hold(handle)
+        self._keep_gradients()
+        self._outer.hang_on(self._model)
 
     def hold(self, handle: Any) -> None:
-        """Remove a hook's handle together with the binding."""
-        self._handles.append(handle)
+        """Keep the handle of another hook, and remove it when the optimizers are let go of."""
+        if self._steps is not None:
+            self._steps.hold(handle)
 
-    def last(self) -> Callable[[], Optimizer | None]:
-        """Return a function that gives the optimizers as one as long as they live, and holds none of them."""
-        references = [weakref.ref(each) for each in self.optimizers]
+    def unbind(self) -> None:
+        """Let go of the optimizers. `bind` goes on from here."""
+        if self._steps is not None:
+            self._steps.release()
+        if self._unclipped is not None:
+            self._unclipped.remove()
+        self.penalty.end()
+        self._steps = self._unclipped = self._outer.ddp = None
+        liveness.watch(self, Binding._watch)
 
-        def alive() -> Optimizer | None:
-            there = [each for reference in references if (each := reference()) is not None]
-            return as_one(there) if len(there) == len(references) else None
+    def leave(self) -> None:
+        """Let go of the optimizers and the model for good."""
+        self.unbind()
+        liveness.leave(self)
+        self._outer.remove()
 
-        return alive
+    def take(self, controller: Controller) -> None:
+        """Go on with the loop of a loaded state."""
+        self.controller = controller
+        self.follow()
 
-    def release(self) -> None:
-        """Take all hooks away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._inside = [], 0
+    def follow(self) -> None:
+        """Let DDP follow tensors that have stopped training, or train again."""
+        if self._outer.ddp is not None:
+            parallel.follow(self._outer.ddp)
 
-    # Hooks hold the binding, and it holds the handle: the method runs on if only model and optimizer are kept.
+    # ---- at each step ----
 
-    def _hook_before(self, optimizer: Optimizer) -> Callable[..., Any]:
-        def hook(_: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-            self._inside += 1
-            replaced = _closed(optimizer, args, kwargs) if self._adaptive else None
-            again = id(optimizer) in self._stepped
-            if self._begun and (again or self._backward):
-                names = _names([each for each in self.optimizers if id(each) not in self._stepped])
-                self._warn("uneven", f"{names} did not step, and the others did: a step of the method is one of each")
-                self._finish()
-            scale, skips = parallel.scaled_by(optimizer)
-            if not skips and not self._begun:
-                self._begun, self._backward = True, False
-                self._before(scale)
-            return replaced
+    def _before_step(self, scale: Tensor | None) -> None:
+        self._weights.put_back()
+        unclipped, step = self._unclipped, self.controller.step + 1
+        if self.penalty.exists:
+            self.penalty.check_arrival()
+            window = looks(self.controller.total_steps or 1)
+            if unclipped is not None and step in window:
+                self.penalty.compare(unclipped, last=step == window[-1])
+        # On a GPU, reading the loss's scale waits for all that runs there: read it only if a metric needs it.
+        loss_scale = self._scale() if self._scale is not None and self.controller.wants_unclipped else None
+        self.controller.before_step(scale, unclipped, loss_scale)
+        self.penalty.stepped()
 
-        return hook
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if self.controller.after_step(optimizer):
+            self.follow()
+        self._keep_gradients()
 
-    def _hook_after(self, optimizer: Optimizer) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            self._inside = max(0, self._inside - 1)
-            self._stepped.add(id(optimizer))
-            if len(self._stepped) == len(self.optimizers):
-                self._finish()
+    def _keep_gradients(self) -> None:
+        """Keep gradients as backward leaves them in the next step, if they are going to be read there."""
+        looking = self.penalty.exists and self.controller.step + 1 in looks(self.controller.total_steps or 1)
+        if not (looking or self.controller.wants_unclipped):
+            if self._unclipped is not None:
+                self._unclipped.remove()
+            self._unclipped = None
+        elif self._unclipped is None:
+            self._unclipped = Unclipped(self._weights.adapter())
+        else:
+            self._unclipped.clear()
 
-        return hook
+    # ---- watching ----
 
-    def _finish(self) -> None:
-        begun, self._begun = self._begun, False
-        self._stepped = set()
-        if begun:
-            self._after(self.optimizer)
+    def _watch(self, optimizer: Optimizer) -> None:
+        """Look at any optimizer before its step, as long as there may be something to say of it."""
+        if not self._looked and held_by(optimizer) & self._weights.trained:
+            self._first_look()
+        # An optimizer that steps inside the bound one's step is one that it wraps.
+        if self._steps is None or not (optimizer in self._steps.optimizers or self._steps.stepping):
+            self._notice(optimizer)
 
-    def _see(self, _: Tensor) -> None:
-        self._backward = True
-
-
-def _closed(
-    optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Call a closure before the step, so that its gradients can be seen, and hand its loss on in its place."""
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the first argument is the optimizer itself
-    if closure is None:
-        return None
-    name = type(optimizer).__name__
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise LrkitError(
-            f"{name}.step(closure) computes several gradients within one step, where no metric can see them: an adaptive "
-            "method needs an optimizer that takes one gradient per step, such as AdamW"
-        )
-    with torch.enable_grad():
-        loss = closure()
-    calls = 0
-
-    def handed_on() -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 1:
-            raise LrkitError(
-                f"{name}.step calls its closure more than once; its gradients were computed once, before the step, where "
-                "the method sees them: use an optimizer that takes one gradient per step"
+    def _notice(self, optimizer: Optimizer) -> None:
+        """Say that the method is not bound to an optimizer that steps the adapters' parameters."""
+        if held_by(optimizer).isdisjoint(map(id, self._weights.adapter())):
+            return
+        if reason := parallel.refusal(self._model, optimizer, adaptive=False):
+            raise LrkitError(reason)
+        if self.controller.policies or self.penalty.exists:
+            self.controller.warn(
+                "unbound",
+                "an optimizer steps the adapters' parameters, but the method is not bound to it: nothing is adaptive. "
+                "Call adapted.bind(optimizer, total_steps=...) before training",
             )
-        return loss
+        elif self._looked:
+            liveness.leave(self)  # nothing more to notice
 
-    if len(args) > 1:
-        return (args[0], handed_on, *args[2:]), dict(kwargs)
-    return args, {**kwargs, "closure": handed_on}
+    def _first_look(self) -> None:
+        """Name the modules that train and have no gradient, before the first step that has any."""
+        self.controller.look()
+        dead = self.controller.liveness.dead
+        if dead is None and self.controller.run.modules:
+            return
+        self._looked = True
+        if cast := self._weights.cast():
+            self.controller.warn("cast", cast)
+        silent = liveness.unreached({name: list(head_parameters(self._model, [name])) for name in self._head})
+        if silent:
+            self.controller.warn(
+                "head",
+                f"no gradient reaches {listing(silent)}, which trains in full: the loss does not depend on it. Leave it out "
+                "with train_also",
+            )
+        ddp = self._outer.ddp
+        if ddp is not None and (dead or silent) and not (ddp.find_unused_parameters or ddp.static_graph):
+            raise LrkitError(
+                f"no gradient reaches {listing([*(dead or []), *silent])}, and DDP waits for it, so that others are not "
+                "averaged: leave it out (targets, train_also), or use DistributedDataParallel(..., "
+                "find_unused_parameters=True)"
+            )
+
+    def _check_growth(self) -> None:
+        if self.bound and self.controller.run.grows:
+            raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")

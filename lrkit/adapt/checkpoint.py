@@ -1,6 +1,6 @@
 """One file for a run's state: safetensors, with the JSON data in its metadata. Never pickle.
 
-One file can be replaced in one move: a process that is killed at any moment leaves the old state or the new one.
+Being one file, it is replaced in one move: if a process is killed, the old state is there or the new one.
 """
 
 import json
@@ -22,7 +22,7 @@ _KEY = "lrkit"
 
 
 def write(folder: Path, state: Mapping[str, Any]) -> Path:
-    """Write a state into a folder, which is made if need be, in one move.
+    """Write a state into a folder in one move. The folder is made if it is not there.
 
     Args:
         folder: the folder.
@@ -40,7 +40,7 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
 
 @attrs.frozen(eq=False)
 class Stored:
-    """A state in an open file. Only the header has been read until `state` is called.
+    """A state in an open file: its data and its tensors' shapes, before any tensor is read.
 
     Args:
         meta: its JSON data.

@@ -1,4 +1,4 @@
-"""Which share of a model's blocks is adapted, and what kinds of things are not: found from the parameters, not by class."""
+"""The share of a model's blocks that is adapted, and the kinds of weights that are not: found from the parameters."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -9,7 +9,7 @@ from lrkit.errors import pattern
 from lrkit.parameterizations.lowrank import layer_shape
 
 TOLD_FROM = 0.1
-"""Leave out more than this share of the blocks' weights, and it is said."""
+"""If more than this share of the blocks' weights is left out, a warning says so."""
 
 
 @attrs.frozen
@@ -17,7 +17,7 @@ class LeftOut:
     """Weights of one kind in the blocks that nothing adapts.
 
     Args:
-        what: what they are, and where, in words.
+        what: their kind and place, in words.
         share: their share of the blocks' weights.
     """
 
@@ -38,16 +38,16 @@ class Coverage:
     left_out: tuple[LeftOut, ...]
 
     def to_plain(self) -> dict[str, object]:
-        """The same as plain data."""
+        """Return the same as plain data."""
         return attrs.asdict(self)
 
     def __str__(self) -> str:
-        """In one line."""
+        """Return it in one line."""
         return f"{percent(self.share)} of the blocks' weights adapted{self.words}"
 
     @property
     def words(self) -> str:
-        """What is left out, to be put behind a statement; empty where nothing is."""
+        """Say what is left out, as the end of a sentence; empty if nothing is."""
         if not self.left_out:
             return ""
         told = [f"{percent(each.share)} {each.what}" for each in self.left_out[:5]]
@@ -56,14 +56,14 @@ class Coverage:
 
 
 def percent(share: float) -> str:
-    """A share for people: no digits that say nothing, and never 100 or 0 for what is not."""
+    """Format a share: without digits that say nothing, and 100 % or 0 % only if it is exactly that."""
     if 0 < share < 0.01 or 0.99 < share < 1:
         return f"{100 * min(max(share, 0.0001), 0.9999):.2g} %" if share < 0.5 else f"{100 * min(share, 0.9999):.4g} %"
     return f"{round(100 * share)} %"
 
 
 def block_prefixes(model: nn.Module) -> list[str]:
-    """Name prefixes of what lies inside the transformer's blocks: the elements of the base model's module lists."""
+    """Return name prefixes of the transformer's blocks: the elements of the base model's module lists."""
     base = getattr(model, "base_model", None)
     inside = base if isinstance(base, nn.Module) else model
     within = {id(module) for module in inside.modules()}
@@ -71,7 +71,7 @@ def block_prefixes(model: nn.Module) -> list[str]:
 
 
 def coverage(model: nn.Module, adapted: Collection[str], trained: Iterable[Tensor] = ()) -> Coverage | None:
-    """What share of a plain model's blocks is adapted.
+    """Measure how much of a plain model's blocks is adapted.
 
     Args:
         model: the model before anything is put into it.
@@ -110,7 +110,7 @@ def coverage(model: nn.Module, adapted: Collection[str], trained: Iterable[Tenso
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, int, Tensor | None]]:
-    """A module's own weights: name, entries, and the tensor. A quantized layer counts by its sizes, not by what it packs."""
+    """Yield a module's own weights: name, entries, tensor. A quantized layer counts by sizes, not by packed bytes."""
     shape = layer_shape(module) or _sizes(module)
     if shape is not None:
         weight = module._parameters.get("weight")
@@ -122,7 +122,7 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, int, Tensor | None]]:
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    """The sizes of what says that it is a map of so many features, whatever it keeps its weight in."""
+    """Return the sizes of a module that has ``in_features`` and ``out_features``, whatever its weight is stored in."""
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if module._modules or not all(isinstance(size, int) for size in sizes):
         return None
@@ -132,7 +132,7 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _by_kind(kinds: Mapping[tuple[str, str], tuple[int, Mapping[str, None]]]) -> dict[str, int]:
-    """Weights by what they are, in words; places of one kind are told by the first and their number."""
+    """Group weights by kind, in words. Places of one kind are given as the first and their number."""
     merged: dict[tuple[str, tuple[str, ...]], list[tuple[str, int]]] = {}
     for (place, kind), (size, parts) in kinds.items():
         merged.setdefault((kind, tuple(parts)), []).append((place, size))

@@ -1,4 +1,4 @@
-"""What adapters would take, before any of it is allocated."""
+"""The memory that adapters would take, found before any of it is allocated."""
 
 import copy
 import os
@@ -17,7 +17,7 @@ _ALWAYS = 2**20
 
 
 def weightless(model: nn.Module) -> nn.Module | None:
-    """A copy of a model on the meta device, which takes no memory; None for a model that cannot be copied."""
+    """Copy a model to the meta device, which takes no memory. Return None for a model that cannot be copied."""
     memo: dict[int, Any] = {}
     for p in model.parameters():
         blank = torch.empty(p.shape, dtype=p.dtype, device="meta")
@@ -28,7 +28,7 @@ def weightless(model: nn.Module) -> nn.Module | None:
         return copy.deepcopy(model, memo)
     except (LrkitError, LrkitWarning):
         raise
-    except Exception:  # whatever a model holds that has no copy
+    except Exception:  # a model may hold anything, also things that cannot be copied
         return None
 
 
@@ -40,14 +40,14 @@ def check_fresh(
     saved: Saved | None = None,
     grows: bool = False,
 ) -> None:
-    """Look at what a file's adapters begin with before they are made: a few bytes can name a rank of any size.
+    """Check a file's adapters before they are made, since a few bytes can name a rank of any size.
 
     Args:
-        twin: what `weightless` gave. It is not to be used after it.
+        twin: the copy that `weightless` returned. Do not use it afterwards.
         found: its layers that are to be adapted.
         parameterization: how.
-        given: numbers that the file's own tensors hold.
-        saved: the data of a state, for its ranks; None if there is none.
+        given: how many numbers the file's tensors hold.
+        saved: the data of a state, for its ranks; None if there is no state.
         grows: whether the method adds components.
 
     Raises:
@@ -58,13 +58,14 @@ def check_fresh(
     there = sum(p.numel() for p in twin.parameters())
     try:
         with torch.random.fork_rng(devices=[]):
-            adapters = dict(parameterization.adapt_model(twin, found))
+            modules = dict(parameterization.adapt(twin, found))
+            around = parameterization.wrap(twin)
     except Exception:  # it cannot be built without values; if it cannot be built at all, attach says so
         return
-    fresh = {id(p): p.numel() for module in adapters.values() for p in module.parameters() if id(p) not in own}
+    put_in = [*modules.values(), *([] if around is None else [around])]
+    fresh = {id(p): p.numel() for module in put_in for p in module.parameters() if id(p) not in own}
     if saved is not None:
         axes = [part for part in parameterization.parts if part.axis is not None]
-        modules = {name: module for name, module in adapters.items() if name}
         if axes and set(modules) == set(saved.targets):
             first = {name: axes[0].of(module).shape[axes[0].axis or 0] for name, module in modules.items()}
             saved.check_ranks(first, grows)
@@ -77,7 +78,7 @@ def check_fresh(
 
 
 def check_room(found: Sequence[Target], parameterization: Parameterization) -> None:
-    """Raise LrkitError where low-rank adapters and their optimizer's state would not fit into this machine's memory."""
+    """Raise LrkitError if low-rank adapters and their optimizer's state would not fit into this machine's memory."""
     rank = parameterization.components or 0
     layers = [t for t in found if any(p.device.type == "cpu" for p in t.layer.parameters())]
     needed = (

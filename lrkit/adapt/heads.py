@@ -1,4 +1,4 @@
-"""Which of a model's own modules train in full beside the adapters."""
+"""The head: a model's own modules that train in full beside the adapters."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ _HEADS = ("classifier", "score", "head", "classification_head", "qa_outputs")
 
 
 def find_head(model: nn.Module, train_also: str | Sequence[str], *, exact: bool = False) -> list[str]:
-    """Names of the modules that train in full beside the adapters.
+    """Return the names of the modules that train in full beside the adapters.
 
     Args:
         model: the model.
@@ -49,7 +49,7 @@ def find_head(model: nn.Module, train_also: str | Sequence[str], *, exact: bool 
 
 
 def _auto(model: nn.Module, modules: dict[str, nn.Module], prefix: str = "") -> list[str]:
-    """The new head of a model, by names within it; `prefix` is where it stands."""
+    """Return the names within a model of its new head. `prefix` is the model's own name in a larger one, with a dot."""
     poolers = [n for n, m in modules.items() if n.rsplit(".", 1)[-1] == "pooler" and list(m.parameters())]
     base = getattr(model, "base_model", None)
     if isinstance(base, nn.Module):
@@ -78,12 +78,12 @@ def _leave(poolers: Sequence[str], kind: str) -> None:
             f"{', '.join(poolers)} stays as it is: {kind} has no task head, and the loss may never reach a pooler (mean "
             f'pooling does not). Where it does, name it: train_also=["{poolers[0]}"]',
             LrkitWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
 
 def _of_transformers(model: nn.Module, base: nn.Module) -> list[str]:
-    """Names of a transformers model's children that are a new task head."""
+    """Return the names of a transformers model's children that are a new task head."""
     embeddings = getattr(model, "get_output_embeddings", lambda: None)()
     labels: Any = getattr(getattr(model, "config", None), "num_labels", None)
     inside = set() if base is model else {id(p) for p in base.parameters()}
@@ -104,13 +104,13 @@ def _of_transformers(model: nn.Module, base: nn.Module) -> list[str]:
 
 
 def _maps_to(module: nn.Module, width: int) -> bool:
-    """Whether the last linear map of a module has so many outputs."""
+    """Return whether the last linear map of a module has so many outputs."""
     shapes = [shape for m in module.modules() if (shape := layer_shape(m)) is not None]
     return bool(shapes) and shapes[-1][1] == width
 
 
 def head_parameters(model: nn.Module, head: Sequence[str]) -> Iterator[nn.Parameter]:
-    """Every parameter of the head's modules once, those too that stand elsewhere in the model first (tied ones)."""
+    """Yield every parameter of the head's modules once, also those that another module before them has (tied ones)."""
     seen: set[int] = set()
     for name in head:
         for p in model.get_submodule(name).parameters():
@@ -120,7 +120,7 @@ def head_parameters(model: nn.Module, head: Sequence[str]) -> Iterator[nn.Parame
 
 
 def tell_tied(model: nn.Module, head: Sequence[str]) -> None:
-    """Say where a parameter of the head is another module's too, which then moves with it."""
+    """Warn if a parameter of the head is another module's too, which then changes with it."""
     mine = {id(p) for p in head_parameters(model, head)}
     prefixes = tuple(f"{name}." for name in head) or ("\0",)
     others = [
@@ -132,7 +132,7 @@ def tell_tied(model: nn.Module, head: Sequence[str]) -> None:
         warnings.warn(
             f"{', '.join(head)} is tied to {', '.join(others)}, which trains and moves with it",
             LrkitWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

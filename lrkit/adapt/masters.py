@@ -1,6 +1,6 @@
-"""What trains, trains in float32, beside a model in half precision too; and goes back as it was.
+"""Trained parameters are kept in float32, beside a model in half precision too, and put back as they were.
 
-An update of a bfloat16 weight is lost where it is smaller than its last bit, and a GradScaler refuses float16 gradients. So
+An update of a bfloat16 weight is lost if it is below the weight's last bit, and a GradScaler refuses float16 gradients. So
 the model's own parameters that train (a head, biases, layer norms) are kept in float32, and their modules compute with them
 in the model's precision, as the adapters do: a hook puts the rounded tensor in the parameter's place for the length of a
 call, and the gradient comes back through the rounding.
@@ -37,7 +37,7 @@ class Masters:
 
     def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
         ids = {id(p) for p in trained.values()}
-        # Of the model's precision now and later, cast or not, a parameter that does not train speaks.
+        # A parameter that does not train shows the model's precision, now and after casts.
         rest = (p for p in model.parameters() if id(p) not in ids and is_plain(p) and p.dtype in _HALF)
         self.witness: nn.Parameter | None = next(rest, None)
         self._was = None if self.witness is None else self.witness.dtype
@@ -46,7 +46,7 @@ class Masters:
         owners = [m for m in model.modules() if any(id(p) in ids for p in m._parameters.values())]
         buffers = [b for m in owners for b in m._buffers.values() if b is not None and b.dtype in _HALF]
         raised = [p for p in trained.values() if is_plain(p) and p.dtype in _HALF]
-        # Where all of the model trains, all of it is in float32 afterwards, and nothing has to be rounded.
+        # If all of the model trains, all of it is in float32 afterwards, and nothing has to be rounded.
         whole = buffers if self.witness is None else []
         self.kept = [_Kept(p, p.detach().clone()) for p in trained.values()]
         self.kept += [_Kept(b, b.detach().clone()) for b in whole]
@@ -68,7 +68,7 @@ class Masters:
                     ]
 
     def original(self, kept: _Kept) -> Tensor:
-        """A copy as it was, on the parameter's device; in the precision that the model was cast to since, if it was."""
+        """Return the copy from before attach, on the parameter's device, and in the precision that the model was cast to."""
         if kept.copy.device != kept.tensor.device:
             object.__setattr__(kept, "copy", kept.copy.to(kept.tensor.device))
         if self.witness is not None and kept.copy.dtype == self._was != self.witness.dtype:
@@ -90,12 +90,12 @@ class Masters:
         )
 
     def put_back(self) -> None:
-        """Put the float32 parameters back into modules whose call was broken off (Ctrl-C), where no hook did."""
+        """Put the float32 parameters back into modules if their call was broken off (Ctrl-C), so that no hook did."""
         for owner in self._owners:
             _put_back(owner)
 
     def settle(self) -> None:
-        """Leave what has been trained in the model's own precision, in which it has computed all along."""
+        """Leave trained parameters in the model's own precision, in which it has computed all along."""
         if self.witness is not None:
             for kept in self.kept:
                 if kept.copy.dtype in _HALF:
@@ -107,17 +107,10 @@ class Masters:
             handle.remove()
         self._handles = []
 
-    def strip(self, copies: Mapping[int, Any]) -> None:
-        """Restore a deep copy of the model, and take the hooks off it. `copies` is deepcopy's memo."""
+    def restore_copies(self, copies: Mapping[int, Any]) -> None:
+        """Restore a deep copy of the model. `copies` is deepcopy's memo."""
         for kept in self.kept:
             _set(copies[id(kept.tensor)], self.original(kept))
-        for module in copies.values():
-            if isinstance(module, nn.Module):
-                for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                    for key, hook in list(hooks.items()):
-                        if isinstance(hook, _Round | _Back):
-                            del hooks[key]
-                            module._forward_hooks_always_called.pop(key, None)
 
 
 def _set(tensor: Tensor, value: Tensor) -> None:

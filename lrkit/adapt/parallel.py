@@ -37,19 +37,19 @@ def refusal(model: nn.Module, optimizer: object, *, adaptive: bool) -> str | Non
 
 
 def is_sharded(p: Tensor) -> bool:
-    """Whether a tensor lies in pieces with several processes."""
+    """Return whether several processes hold pieces of a tensor."""
     return type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor"
 
 
 def wrapper() -> DistributedDataParallel | None:
-    """The DDP module whose forward is running."""
+    """Return the DDP module whose forward is running."""
     return DistributedDataParallel._active_ddp_module
 
 
 class Outer:
-    """The DDP module that an adapted model is in, as its calls show: a forward pre-hook of the model.
+    """The DDP module that an adapted model is in, found at its calls by a forward pre-hook.
 
-    A copy of the model is in none, and its copy of the hook knows of none.
+    A copy of the model is in no DDP module, and neither is the copy of this hook.
 
     Args:
         met: called each time, before the model runs in DDP.
@@ -61,7 +61,7 @@ class Outer:
         self._handle: Any = None
 
     def hang_on(self, model: nn.Module) -> None:
-        """Hang on a model, once, where there are several processes."""
+        """Hang on a model, once, if there are several processes."""
         if self._handle is None and torch.distributed.is_available() and torch.distributed.is_initialized():
             self._handle = model.register_forward_pre_hook(self)
 
@@ -71,16 +71,9 @@ class Outer:
             self._handle.remove()
         self._handle = None
 
-    @staticmethod
-    def strip(copy: nn.Module) -> None:
-        """Take the hook off a copy of the model."""
-        for key, hook in list(copy._forward_pre_hooks.items()):
-            if isinstance(hook, Outer):
-                del copy._forward_pre_hooks[key]
-
     def __call__(self, *_: Any) -> None:
-        """See whether the model runs in DDP."""
-        # While torch.compile traces there is nothing to meet: the wrapper's own forward is not traced with the model.
+        """Look if the model runs in DDP."""
+        # Nothing is met while torch.compile traces: the wrapper's own forward is not traced with the model.
         if not torch.compiler.is_compiling() and (ddp := wrapper()) is not None:
             self._met()
             self.ddp = ddp
@@ -90,7 +83,7 @@ class Outer:
 
 
 def follow(ddp: Any) -> None:
-    """Make DDP's reducer anew over the parameters that still train. The same on every rank.
+    """Make DDP's reducer anew over the parameters that still train. Call it on every rank alike.
 
     torch has no public call for this; these are the steps by which DDP itself makes a reducer when it is unpickled.
 
@@ -107,12 +100,12 @@ def follow(ddp: Any) -> None:
     if ddp.static_graph:
         ddp.reducer._set_static_graph()
         ddp.logger._set_static_graph()
-        # The first backward pass of a static graph reduces at its end: DDP must ask its new reducer for that as well.
+        # The first backward pass of a static graph reduces at its end: the new reducer must be asked for that as well.
         ddp._static_graph_delay_allreduce_enqueued = False
 
 
 def scaled_by(optimizer: torch.optim.Optimizer) -> tuple[torch.Tensor | None, bool]:
-    """How a GradScaler has left the gradients of an optimizer that unscales them itself (fused Adam, say).
+    """Read how a GradScaler has left the gradients of an optimizer that unscales them itself (fused Adam, for example).
 
     Returns:
         The factor they still carry (None for none), and whether the optimizer is about to skip this step.

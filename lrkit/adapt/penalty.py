@@ -1,22 +1,25 @@
 """A method's penalty: its value for the loss, or its gradient straight into the factors; and whether it arrived."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lrkit.loop.gradients import Unclipped, on_gradient
+from lrkit.parameterizations import Parameterization
 
 FELT = 0.1
-"""Norm of a gradient below which nothing is said: clipping, at 1 mostly, does not feel it. The task of a model with random
-weights has next to no gradient, and any penalty exceeds it."""
+"""Gradients of a smaller norm are not compared, since clipping, mostly at 1, does not change them. For example the task of a
+model with random weights has next to no gradient, and any penalty exceeds it."""
 
 
 def looks(steps: int) -> range:
-    """Steps 1, 2, ... of a run at which the penalty's gradient is compared with the task's: five, after the first tenth.
+    """Return the steps 1, 2, ... of a run at which the penalty's gradient is compared with the task's.
 
-    Before that the core values, which begin at zero, keep the task's gradient from the other factors.
+    They are five, after the first tenth of the run. Before that the core values, which begin at zero, keep the task's
+    gradient from the other factors.
     """
     begin = steps // 10 + 1
     return range(begin, min(begin + 5, steps + 1))
@@ -29,22 +32,27 @@ Warn = Callable[[str, str], None]
 class Penalty:
     """The penalty γ R of a method, and the way of its gradient to the factors.
 
-    In a bare loop the caller adds it to the loss. Where somebody else computes the loss (a Trainer), `add_in_backward` adds
-    γ ∇R to the first gradient that arrives at each factor in an optimizer step. Since the factors do not move within a step,
-    that is the gradient of ``loss + penalty``, whatever the accumulation. A factor that the loss does not reach in a step
-    gets none of the penalty either, and stays as it is.
+    In a bare loop the caller adds it to the loss. If somebody else computes the loss (a Trainer, for example),
+    `add_in_backward` adds γ ∇R to the first gradient that arrives at each factor in an optimizer step. Since the factors do
+    not move within a step, that is the gradient of ``loss + penalty``, whatever the accumulation. If the loss does not reach
+    a factor in a step, the penalty does not either, and the factor stays as it is.
 
     Args:
-        compute: gives γ R as a scalar, or None for a method without a penalty.
+        parameterization: computes γ R, or None for a method without a penalty.
+        adapters: the modules that it is computed from.
         factors: the tensors that the method trains beside the head.
-        setting: the name of γ among the parameterization's settings, for messages.
-        warn: says something once.
+        warn: says a message once per key.
     """
 
     def __init__(
-        self, compute: Callable[[], Tensor | None], factors: Sequence[nn.Parameter], setting: str | None, warn: Warn
+        self,
+        parameterization: Parameterization,
+        adapters: Mapping[str, nn.Module],
+        factors: Sequence[nn.Parameter],
+        warn: Warn,
     ) -> None:
-        self._compute, self._factors, self._setting, self._warn = compute, list(factors), setting, warn
+        self._parameterization, self._adapters = parameterization, list(adapters.values())
+        self._factors, self._warn = list(factors), warn
         self._adding = self._idle = False
         self._due: dict[int, Tensor] = {}
         self._given: set[int] = set()
@@ -53,9 +61,15 @@ class Penalty:
         self.last: float | Tensor | None = None
         """γ R at the beginning of the last step that `begin` was called for."""
 
+    @functools.cached_property
+    def exists(self) -> bool:
+        """Return whether the method has a penalty."""
+        with torch.no_grad():
+            return self._parameterization.penalty(self._adapters) is not None
+
     def value(self) -> Tensor | None:
-        """γ R, a scalar for the loss, which notes the arrival of its gradient; None for a method without a penalty."""
-        value = self._compute()
+        """Return γ R, a scalar for the loss that notes the arrival of its gradient; None for a method without a penalty."""
+        value = self._parameterization.penalty(self._adapters)
         if value is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._idle = not value.requires_grad
             if value.requires_grad:
@@ -81,18 +95,18 @@ class Penalty:
             scale: the factor that a gradient scaler multiplies the loss by; 1 without one.
 
         Returns:
-            Handles, by which it is ended again.
+            Handles that end it when they are removed.
         """
         self._adding = True
 
         def hook_for(p: nn.Parameter) -> Callable[[Tensor], Tensor | None]:
             def add(grad: Tensor) -> Tensor | None:
                 due = self._due.get(id(p))
-                # Once per step; and again where what it was added to was thrown away, as a count of FLOPs does.
+                # Once per step; and again if the gradient that it was added to was thrown away, as a count of FLOPs does.
                 if due is None or (id(p) in self._given and p.grad is not None):
                     return None
                 self._given.add(id(p))
-                if self._weight is None:  # once per step: on a GPU the question waits for all that runs
+                if self._weight is None:  # once per step: on a GPU, reading it waits for all that runs there
                     self._weight = scale()
                 return grad + due.to(grad) * self._weight
 
@@ -105,7 +119,7 @@ class Penalty:
         self._adding, self._weight, self._due, self._given, self._norms = False, None, {}, set(), []
 
     def begin(self) -> None:
-        """Make γ ∇R for the optimizer step whose first backward pass is next, if it is added there."""
+        """Compute γ ∇R for the optimizer step whose first backward pass is next, if it is added there."""
         if not self._adding:
             return
         value, grads = self._gradient()
@@ -114,11 +128,11 @@ class Penalty:
         self.last = value
 
     def _gradient(self) -> tuple[Tensor | None, list[tuple[nn.Parameter, Tensor]]]:
-        """γ R without its graph, and γ ∇R by factor."""
-        due, self._due = self._due, {}  # hooks on the factors see this gradient as well
+        """Return γ R without its graph, and γ ∇R by factor."""
+        due, self._due = self._due, {}  # the hooks on the factors are called with this gradient too
         try:
             with torch.enable_grad():
-                value = self._compute()
+                value = self._parameterization.penalty(self._adapters)
                 if value is None or not value.requires_grad:
                     return value, []
                 live = [p for p in self._factors if p.requires_grad]
@@ -130,12 +144,12 @@ class Penalty:
     # ---- what became of it ----
 
     def check_arrival(self) -> None:
-        """Warn if the gradient has not arrived since the last step. Called when an optimizer is about to step.
+        """Warn if the gradient has not arrived since the last step. Call this when an optimizer is about to step.
 
-        If every factor is frozen there is none, and nothing to warn of.
+        If every factor is frozen there is no gradient, and no warning.
         """
         if self._weight is None and not self._idle and self._gradient()[1]:
-            self._idle = True  # said: do not ask again before somebody looks at the penalty
+            self._idle = True  # said: do not look again before the penalty is asked for
             self._warn(
                 "penalty",
                 "the method has a penalty, and its gradient was in none of the gradients of this optimizer step: use "
@@ -171,7 +185,8 @@ class Penalty:
             return
         penalty, task_norm = torch.stack(self._norms).mean(0).tolist()
         if penalty > max(task_norm, FELT):
-            advice = f"a smaller parameterization.{self._setting}" if self._setting else "a smaller penalty"
+            setting = self._parameterization.penalty_weight
+            advice = f"a smaller parameterization.{setting}" if setting else "a smaller penalty"
             self._warn(
                 "drowned",
                 f"the penalty's gradient is larger than the task's: norm {penalty:.3g} beside {task_norm:.3g}, on average "

@@ -1,10 +1,12 @@
-"""``save_pretrained`` of an adapted model: say once how such a folder is loaded."""
+"""``save_pretrained`` of an adapted model: warn once, and say how adapters are saved."""
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lrkit.errors import LrkitWarning
 
@@ -12,10 +14,10 @@ _NAME = "save_pretrained"
 
 
 class SaveNotice:
-    """Hangs on every module of a model that has adapters inside, and a ``save_pretrained``.
+    """A warning on every module of a model that has a ``save_pretrained``, and adapters inside.
 
-    The folder that it writes holds the base's weights under other names, which ``from_pretrained`` does not know: it would
-    start those layers at random, with no more than a table in its log.
+    The folder that it writes holds the adapters beside the base's weights. ``from_pretrained`` loads the base without them,
+    with no more than a table in its log.
 
     Args:
         model: the adapted model.
@@ -23,8 +25,8 @@ class SaveNotice:
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
-        self.said = False
-        self.expected = 0
+        self._said = False
+        self._expected: OrderedDict[int, bool] = OrderedDict()
         names = list(layers)
         self._on = [
             module
@@ -36,41 +38,29 @@ class SaveNotice:
         for module in self._on:
             setattr(module, _NAME, _Saver(module, self))
 
-    def expect(self) -> "Expected":
-        """Say nothing until the handle that this gives is removed: somebody saves the adapters beside the model."""
-        return Expected(self)
+    def expect(self) -> RemovableHandle:
+        """Do not warn until the returned handle is removed, since the adapters are saved beside the model."""
+        handle = RemovableHandle(self._expected)
+        self._expected[handle.id] = True
+        return handle
 
     def remove(self) -> None:
-        """Take it off."""
+        """Remove it from the model."""
         for module in self._on:
             module.__dict__.pop(_NAME, None)
         self._on = []
 
     def say(self) -> None:
-        """Warn, unless it was done or is not needed."""
-        if not self.said and not self.expected:
-            self.said = True
+        """Warn, unless that was done before or the save is expected."""
+        if not self._said and not self._expected:
+            self._said = True
             warnings.warn(
-                "save_pretrained of an adapted model writes its weights under names that from_pretrained does not know, "
-                "and would start at random: save with adapted.save(folder) and load with lrkit.load(model, folder) into "
-                "the model as it was before attach; or merge() first, and save a plain model",
+                "save_pretrained of an adapted model writes adapters that from_pretrained leaves out, so that it loads the "
+                "model without them: save with adapted.save(folder) and load with lrkit.load(model, folder) into the model "
+                "as it was before attach; or merge() first, and save a plain model",
                 LrkitWarning,
                 stacklevel=4,
             )
-
-
-class Expected:
-    """For as long as it is not removed, saving is expected."""
-
-    def __init__(self, notice: SaveNotice) -> None:
-        self._notice: SaveNotice | None = notice
-        notice.expected += 1
-
-    def remove(self) -> None:
-        """Say it again from here on."""
-        if self._notice is not None:
-            self._notice.expected -= 1
-        self._notice = None
 
 
 class _Saver:
@@ -86,7 +76,7 @@ class _Saver:
 
 
 def strip(model: nn.Module) -> None:
-    """Take it off a copy of the model."""
+    """Remove it from a copy of the model."""
     for module in model.modules():
         if isinstance(vars(module).get(_NAME), _Saver):
             del module.__dict__[_NAME]

@@ -11,8 +11,8 @@ def let_train(adapted: "Adapted") -> None:
     """Let transformers' Trainer take an adapted model whose base is quantized, as long as the adapters are in it.
 
     The Trainer refuses a quantized model unless it is PEFT's or its quantizer says that it is "QAT trainable", which
-    nothing else of transformers reads. So the quantizer says so while the adapters are attached. What a quantizer says of
-    training at all (``is_trainable``) stays: a method of quantization that cannot train is refused as before.
+    nothing else in transformers reads. So the quantizer says so while the adapters are attached. It still says if it can
+    train at all (``is_trainable``): a method of quantization that cannot is refused as before.
     """
     quantizer = getattr(adapted.model, "hf_quantizer", None)
     if quantizer is None:

@@ -20,8 +20,8 @@ def without(places: list[Place], values: list[tuple[Tensor, Tensor]], model: nn.
     an optimizer's parameters are not touched.
 
     Args:
-        places: where a layer stood.
-        values: parameters and buffers that have been trained, each with what it was.
+        places: the places of the adapted layers.
+        values: parameters and buffers that have been trained, each with its value from before.
         model: the model that holds them.
     """
     before = {id(now): (now, was) for now, was in values}
@@ -56,7 +56,7 @@ class Reference(nn.Module):
 
     Args:
         model: the adapted model.
-        disabled: what takes the adapters out for a while.
+        disabled: takes the adapters out for a while.
     """
 
     def __init__(self, model: nn.Module, disabled: Callable[[], AbstractContextManager[None]]) -> None:
@@ -78,24 +78,24 @@ class Reference(nn.Module):
                     module.training = mode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's output, as the model gives it."""
+        """Return the output of the model as it was."""
         with self._as_it_was() as model:
             return model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base generates."""
+        """Generate as the model did."""
         with self._as_it_was() as model:
             return model.generate(*args, **kwargs)  # type: ignore[operator]
 
     @property
     def base_model(self) -> "Reference":
-        """The model's base, as it was: a call of it runs without adapters too (TRL computes log-probabilities from it)."""
+        """Return the same for the model's base, whose calls run without adapters too (TRL computes log-probabilities so)."""
         base = self.__dict__["_lrkit_model"].base_model
         reference = Reference(base, self.__dict__["_lrkit_disabled"])
         return reference.train(self.training)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The model's output embeddings with the weights from before `attach`, which it shares or were kept."""
+        """Return the model's output embeddings with the weights from before `attach`."""
         with self.__dict__["_lrkit_disabled"]():
             module = self.__dict__["_lrkit_model"].get_output_embeddings()
             if module is None:
@@ -106,22 +106,22 @@ class Reference(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The model's."""
+        """Return the model's."""
         return self.__dict__["_lrkit_model"].config
 
     @property
     def generation_config(self) -> Any:
-        """The model's."""
+        """Return the model's."""
         return self.__dict__["_lrkit_model"].generation_config
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return the model's device."""
         return next(self.__dict__["_lrkit_model"].parameters()).device  # type: ignore[no-any-return]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The model's precision."""
+        """Return the model's precision."""
         model = self.__dict__["_lrkit_model"]
         own = getattr(model, "dtype", None)
         return own if isinstance(own, torch.dtype) else next(model.parameters()).dtype

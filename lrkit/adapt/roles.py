@@ -1,4 +1,4 @@
-"""Where in a transformer's block a layer stands, by the components of its name."""
+"""The place of a layer in a transformer's block, by the components of its name."""
 
 from lrkit.parameterizations.base import Role
 
@@ -30,11 +30,11 @@ _OUTPUTS = frozenset(
 
 
 def role_of(name: str) -> Role:
-    """``"attention"``, ``"ffn"`` or ``"other"``, by the components of a layer's name.
+    """Return ``"attention"``, ``"ffn"`` or ``"other"``, by the components of a layer's name.
 
     Covers BERT, RoBERTa, DeBERTa-v2/v3, ModernBERT, MPNet, DistilBERT, XLNet, GPT-2, OPT, Llama-style models, T5, Mamba and
-    Jamba (whose mixers stand where attention does), Swin, ConvNext and wav2vec2. Shapes are not looked at: square FFNs and
-    grouped-query attention would be mistaken (AFLoRA's released code does so).
+    Jamba (whose mixers count as attention), Swin, ConvNext and wav2vec2. Shapes do not count: square FFNs and grouped-query
+    attention would be mistaken, as they are in AFLoRA's released code.
     """
     parts = name.split(".")
     if any(part in _ATTENTION for part in parts):
@@ -43,7 +43,7 @@ def role_of(name: str) -> Role:
 
 
 def is_output(name: str) -> bool:
-    """Whether a layer is the last map of attention or FFN, by the components of its name. Covers what `role_of` does."""
+    """Return whether a layer is the last map of attention or FFN, by its name. Covers the models of `role_of`."""
     *path, last = name.split(".")
     if last == "dense":
         return bool(path) and (path[-1] == "output" or path[-1] in _ATTENTION)

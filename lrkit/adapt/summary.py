@@ -1,4 +1,4 @@
-"""Sum up what became of each layer: rank or frozen state, and the trainable parameters that it cost."""
+"""The summary of a run so far: each layer's rank or frozen state, and its trainable parameters."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ class LayerSummary:
 
     @property
     def state(self) -> str:
-        """Tell rank and frozen matrices in a few characters."""
+        """Return rank and frozen matrices in a few characters."""
         words = []
         if self.rank is not None:
             words.append(
@@ -69,17 +69,17 @@ class Summary:
 
     @property
     def start(self) -> int:
-        """Count trainable parameters at first, without the head."""
+        """Return trainable parameters at first, without the head."""
         return self.beside + sum(layer.start for layer in self.layers)
 
     @property
     def now(self) -> int:
-        """Count trainable parameters now, without the head."""
+        """Return trainable parameters now, without the head."""
         return self.beside + sum(layer.now for layer in self.layers)
 
     @property
     def average(self) -> float:
-        """Average trainable parameters over the steps so far, without the head."""
+        """Return trainable parameters averaged over the steps so far, without the head."""
         return self.beside + sum(layer.average for layer in self.layers)
 
     def to_plain(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Summary:
         return {"layers": [attrs.asdict(layer) for layer in self.layers], **totals, **rest}
 
     def __str__(self) -> str:
-        """Print as a table."""
+        """Return a table."""
         rows: list[Sequence[str]] = [("layer", "state", "at start", "now", "on average")]
         rows += [
             (layer.name, layer.state, f"{layer.start:,}", f"{layer.now:,}", f"{layer.average:,.0f}")
@@ -109,7 +109,7 @@ class Summary:
 
 
 def summarize(controller: "Controller", head: int, beside: int = 0, coverage: Coverage | None = None) -> Summary:
-    """Sum up a run so far; `head`, `beside` and `coverage` as in `Summary`."""
+    """Summarize a run so far. `head`, `beside` and `coverage` are as in `Summary`."""
     kept = controller.components_kept()
     run, tally = controller.run, controller.tally
     average, counts = tally.on_average(controller.step), tally.counts

@@ -1,4 +1,4 @@
-"""Which layers of a model are adapted."""
+"""Targets: the layers of a model that are adapted, by name, pattern or kind."""
 
 import re
 import warnings
@@ -16,7 +16,7 @@ from lrkit.patterns import compiled
 
 
 def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The linear maps of a model by name; and what is one by class but not by behaviour, with the reason."""
+    """Return the linear maps of a model by name, and those that are so by class but not by behaviour, with the reason."""
     # torch's own encoder layer has a fast path that reads its linear layers' weights without calling them.
     fast = tuple(f"{n}." if n else "" for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer))
     layers, strange = {}, {}
@@ -32,13 +32,13 @@ def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, st
 
 
 def _in_blocks(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Those of the names that lie inside the transformer's blocks: in the elements of its module lists."""
+    """Return the names that lie inside the transformer's blocks, which are the elements of its module lists."""
     prefixes = tuple(block_prefixes(model)) or ("\0",)
     return {name for name in names if name.startswith(prefixes) and "pooler" not in name.split(".")}
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool = False) -> list[Target]:
-    """The layers to adapt, in the model's order.
+    """Find the layers to adapt, in the model's order.
 
     Args:
         model: the model.
@@ -48,7 +48,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
 
     Raises:
         LrkitError: nothing matches, a list's entry matches nothing (with the nearest name), or one names a module that
-            is no linear map.
+            is not a linear map.
     """
     layers, strange = _linear_layers(model)
     if not isinstance(targets, str) and not (
@@ -90,7 +90,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
         if not chosen:
             raise LrkitError("targets is an empty list: name at least one layer, or use targets='all-linear'")
     if odd:
-        warnings.warn(f"left out: {_odd(odd, strange)}", LrkitWarning, stacklevel=5)
+        warnings.warn(f"left out: {_odd(odd, strange)}", LrkitWarning, stacklevel=6)
     found_targets = []
     for name, layer in layers.items():
         if name in chosen:
@@ -101,7 +101,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
 
 
 def _odd(names: Collection[str], strange: Mapping[str, str]) -> str:
-    """Layers that are linear by class alone, with the reason."""
+    """Describe layers that are linear by class alone, with the reason."""
     reasons: dict[str, list[str]] = {}
     for name in strange:
         if name in names:
@@ -129,7 +129,7 @@ def _no_suffix(model: nn.Module, suffix: str, layers: dict[str, nn.Module]) -> s
 
 
 def _no_layer(model: nn.Module, parameter: str, before: str) -> str:
-    """Why a parameter is no target."""
+    """Say why a parameter is not a target."""
     owner, _, name = parameter.rpartition(".")
     p, kind = model.get_parameter(parameter), type(model.get_submodule(owner)).__name__
     return (

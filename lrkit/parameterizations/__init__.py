@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from lrkit.hookspecs import hookimpl
+from lrkit.parameterizations.adapter import Adapter
 from lrkit.parameterizations.base import Parameterization, Role, Target
 from lrkit.parameterizations.full import Full
 from lrkit.parameterizations.lora import LoRA
@@ -19,6 +20,7 @@ def lrkit_parameterizations() -> Mapping[str, type[Parameterization]]:
 
 __all__ = [
     "SVD",
+    "Adapter",
     "Full",
     "LoRA",
     "LowRank",

@@ -12,7 +12,7 @@ from lrkit.precision import without_autocast
 class _Deviation(torch.autograd.Function):
     """Σ_k of ‖D_k‖² or ‖D_k‖, D_k = F_k F_kᵀ - I, over factors of one shape; the gradient in closed form.
 
-    d‖D‖²/dF = 4 D F, and d‖D‖/dF = 2 D F / ‖D‖, taken as 0 where D is.
+    d‖D‖²/dF = 4 D F, and d‖D‖/dF = 2 D F / ‖D‖, taken as 0 if D is 0.
     """
 
     @staticmethod
@@ -27,7 +27,7 @@ class _Deviation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stacked, deviation, *factors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # create_graph=True: what forward made without a graph is made again with one.
+            # create_graph=True: forward made these without a graph, so they are made again with one.
             stacked, deviation = _deviation(factors, ctx.turned)
         if ctx.norm == "mean":
             length = torch.linalg.vector_norm(deviation, dim=(1, 2), keepdim=True)
@@ -41,10 +41,10 @@ class _Deviation(torch.autograd.Function):
 
 
 def _deviation(factors: Sequence[Tensor], turned: bool) -> tuple[Tensor, Tensor]:
-    """The factors as one tensor [k, r, d], and F Fᵀ - I [k, r, r]."""
+    """Return the factors as one tensor [k, r, d], and F Fᵀ - I [k, r, r]."""
     # Transposed views (P as [r, d]) are stacked as they lie in memory, and the stack is transposed.
     stacked = torch.stack([f.t() for f in factors]).transpose(1, 2) if turned else torch.stack(list(factors))
-    # Under autocast as well: the difference to I would drown in bfloat16.
+    # Not even under autocast: the difference from I would be lost in bfloat16.
     with without_autocast(stacked.device.type):
         deviation = torch.bmm(stacked, stacked.transpose(1, 2))
     deviation.diagonal(dim1=1, dim2=2).sub_(1)
@@ -52,7 +52,7 @@ def _deviation(factors: Sequence[Tensor], turned: bool) -> tuple[Tensor, Tensor]
 
 
 def orthogonality(factors: Sequence[Tensor], norm: Literal["squared", "mean"] = "squared") -> Tensor:
-    """How far the rows of each factor are from orthonormal.
+    """Compute how far the rows of each factor are from orthonormal.
 
     Args:
         factors: each [r, d], rows to be made orthonormal (Q as it is, P transposed). Shapes may differ; factors of one
@@ -61,8 +61,8 @@ def orthogonality(factors: Sequence[Tensor], norm: Literal["squared", "mean"] = 
             un-squared norm (AdaLoRA's released code and PEFT).
 
     Returns:
-        A scalar, differentiable in every factor. At exactly orthonormal factors the un-squared norm has no gradient;
-        it is taken as zero there.
+        A scalar, differentiable in every factor. At exactly orthonormal factors the un-squared norm has no gradient, and
+        zero is returned for it.
 
     Raises:
         ValueError: no factors, or another norm.

@@ -208,7 +208,7 @@ def grown(core: float, optimizer_class: Any = torch.optim.AdamW) -> Any:
         (rigs.loss_of(model, step) + adapted.penalty()).backward()
         if step == 3:
             # The same step without lrkit's part, on copies.
-            adapted._binding._handles[1].remove()
+            adapted._binding._steps._handles[1].remove()
             optimizer.step()
             x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
             before = {
@@ -220,7 +220,7 @@ def grown(core: float, optimizer_class: Any = torch.optim.AdamW) -> Any:
                 "scores": adapted.scores(),
                 "x": x,
             }
-            adapted._after_step(optimizer)
+            adapted._binding._after_step(optimizer)
             return model, adapted, optimizer, before
         optimizer.step()
         optimizer.zero_grad()
@@ -430,7 +430,7 @@ def test_ddp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted.bind(optimizer, total_steps=20)
     monkeypatch.setattr("lrkit.adapt.parallel.wrapper", lambda: object())
     with pytest.raises(lrkit.LrkitError, match="DDP cannot follow"):
-        adapted._outer()
+        adapted._binding._outer()
 
 
 # ---- norm share ----

@@ -13,6 +13,7 @@ from lrkit.actions import Action, Ballot
 from lrkit.adapt.adapted import attach
 from lrkit.method import Method
 from lrkit.parameterizations import Parameterization, Target
+from lrkit.process import as_it_was
 from lrkit.testing.base import (
     POINTS,
     PartContract,
@@ -30,7 +31,6 @@ from lrkit.testing.base import (
     seed_torch,
     tiny,
 )
-from lrkit.testing.process import as_it_was
 from lrkit.units import Block, Part, blocks_of, present, split
 
 

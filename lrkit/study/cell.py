@@ -277,7 +277,7 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
         ``{"key", "status": "done" | "failed" | "busy", "score", "error", "seconds"}``; busy: another process runs it now;
         seconds: that it took here, None where it did not come to its end.
     """
-    from lrkit.testing.process import as_it_was
+    from lrkit.process import as_it_was
 
     begin = time.monotonic()
     cell, place = Cell(**plain), Path(folder)

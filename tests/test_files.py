@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -341,13 +340,3 @@ def test_writers_do_not_read() -> None:
     """The side that trains imports nothing of the side that reads results and compares them."""
     found = imported("lrkit.study.worker", "lrkit.study.trainer", "lrkit.study.recorder", "lrkit.study.execute")
     assert not {f"lrkit.study.{name}" for name in READERS} & found
-
-
-def test_files_stay_short() -> None:
-    """No module that a study needs to run, and none that reads it, is longer than 300 lines."""
-    folder = Path(lrkit.__file__).parent
-    for module in imported("lrkit.study.worker", "lrkit.study.execute", "lrkit.study.statistics", "lrkit.tasks"):
-        if re.match(r"lrkit\.(study|tasks)\.", module):
-            path = folder.joinpath(*module.split(".")[1:])
-            path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-            assert len(path.read_text().splitlines()) <= 300, module

@@ -83,7 +83,7 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """Count the outputs of the model's head: one per class, or 1 in regression."""
+        """Count the outputs of the model's head, one per class, or 1 in regression."""
         return len(self.labels) if self.kind == "classification" else 1
 
     @property

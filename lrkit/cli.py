@@ -351,8 +351,8 @@ def params(
     import attrs
 
     from lrkit.accounting import count, flops_on
-    from lrkit.models import empty_model
     from lrkit.registry import current
+    from lrkit.study.models import empty_model
 
     names = method or current().names("method")
     composed = {}
@@ -381,7 +381,7 @@ def params(
             continue
         plain[name] = attrs.asdict(counted)
         # How many units go is known only after a run: a number would be a guess.
-        open_ended = not all(policy.action.budgeted for policy in each.policies)
+        open_ended = any(policy.action.turnover(1, 1, 1) is None for policy in each.policies)
         row = [
             name,
             f"{counted.start:,}",
@@ -423,7 +423,8 @@ def _between(ends: tuple[float, float]) -> str:
 def list_methods(as_json: Json = False) -> None:
     """The named methods and their four parts."""
     from lrkit import foreign
-    from lrkit.method import FIELDS, to_plain
+    from lrkit.compose import to_plain
+    from lrkit.method import FIELDS
     from lrkit.registry import current
 
     registry = current()
@@ -511,10 +512,11 @@ def export(
     """
     import attrs
 
-    from lrkit import checkpoint, peft
-    from lrkit.adapted import load
-    from lrkit.models import load_base
-    from lrkit.states import meta_of
+    from lrkit import peft
+    from lrkit.adapt import checkpoint
+    from lrkit.adapt.adapted import load
+    from lrkit.loop import state
+    from lrkit.study.pretrained import load_base
 
     if to not in peft.TARGETS:
         raise LrkitError(
@@ -522,7 +524,7 @@ def export(
         )
     _new_folder(out, "")
     with checkpoint.stored(run) as stored:
-        base = meta_of({"meta": stored.meta, "tensors": {}}).get("base")
+        base = state.read({"meta": stored.meta, "tensors": {}}).base
         trained = {name.removeprefix("weight.") for name in stored.shapes}
     if base is None:
         raise LrkitError(f"{run} does not say which transformers model it was attached to: export it with lrkit.export")
@@ -739,30 +741,25 @@ def compose(name: str, sets: Sequence[str], swaps: Sequence[str]) -> "tuple[Meth
     Raises:
         LrkitError: an unknown name or setting, or a combination that does not fit.
     """
-    from lrkit.method import arguments_of, from_plain, swapped, with_arguments, with_setting_of
+    from lrkit.compose import compose as composed
+    from lrkit.compose import from_plain
 
     settings = dict(_pair(text, "--set") for text in sets)
     run = {key.removeprefix("run."): value for key, value in settings.items() if key.startswith("run.")}
-    arguments = {key: value for key, value in settings.items() if key in arguments_of(name)}
-    plain = with_arguments(name, arguments)
+    own = {key: value for key, value in settings.items() if not key.startswith("run.")}
+    swapped = {}
     for text in swaps:
         path, value = _pair(text, "--swap")
         if isinstance(value, str) and "," in value:
             raise LrkitError(f"--swap {text}: a run has one {path}; `lrkit ablate` compares several")
-        plain = swapped(plain, path, value)
-    # Last, since a setting may be one of a component that was swapped in.
-    for key, value in settings.items():
-        if key not in arguments and not key.startswith("run."):
-            plain = with_setting_of(name, plain, key, value)
-    return from_plain(plain), run
+        swapped[path] = value
+    return from_plain(composed(name, own, swapped)), run
 
 
 def _to_run(
     name: str | None, all_methods: bool, sets: Sequence[str], swaps: Sequence[str]
 ) -> "tuple[dict[str, Method], dict[str, Any]]":
     """The methods that `lrkit run` is to train, by label, and the settings of the run."""
-    from lrkit.registry import current
-
     if (name is None) != all_methods:
         raise LrkitError("give a method's name (`lrkit methods` lists them), or --all-methods")
     if name is not None:
@@ -772,6 +769,8 @@ def _to_run(
     own = [key for key in pairs if not key.startswith("run.")]
     if own or swaps:
         raise LrkitError(f"--all-methods takes settings of the run alone (run.steps=200), not {[*own, *swaps][0]}")
+    from lrkit.registry import current
+
     registry = current()
     methods: dict[str, Method] = {}
     for each in registry.names("method"):
@@ -997,7 +996,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             second_ends_at_once()
             if not {"--help", "--version"} & set(sys.argv[1:] if arguments is None else arguments):
-                from lrkit.registry import spare_others
+                from lrkit.vetting import spare_others
 
                 spare_others()
             code = app(args=arguments, prog_name="lrkit", standalone_mode=False)

@@ -1,4 +1,4 @@
-"""Ctrl-C in the command line: the first one ends the work in order, a second one the process at once."""
+"""Handle Ctrl-C in the command line: the first ends the work in order, the second ends the process at once."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ _state: dict[str, Any] = {"pressed": 0, "stop": None}
 def second_ends_at_once() -> None:
     """Let a second Ctrl-C end this process without a traceback, whatever it is doing, its last clean-up included.
 
-    Only in the main thread, and only where nobody else handles the signal.
+    This does nothing outside of the main thread, or if somebody else handles the signal.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -37,10 +37,10 @@ def _handler(number: int, frame: Any) -> None:
 
 @contextmanager
 def stopping(gently: bool) -> Iterator[Callable[[], bool]]:
-    """Whether the user has asked to stop: the first Ctrl-C then raises nothing, and the work comes to a good place.
+    """Give a function that says whether the user has asked to stop. The first Ctrl-C then raises nothing.
 
     Args:
-        gently: False: a Ctrl-C raises `KeyboardInterrupt` as ever.
+        gently: if False, a Ctrl-C raises `KeyboardInterrupt` as ever.
     """
     asked: list[int] = []
 

@@ -70,7 +70,8 @@ def written(name: str, kind: str) -> dict[str, str]:
             raise LrkitError(f'"{name}" makes no Python name: the {what} would be called {word}')
     if importlib.util.find_spec(module) is not None:
         raise LrkitError(f'a module "{module}" can be imported already, and would be in the way: choose another name')
-    from lrkit.registry import current, is_name
+    from lrkit.hookspecs import is_name
+    from lrkit.registry import current
 
     if not is_name(offered):
         raise LrkitError(f'"{name}" would offer "{offered}", which is a word for a value: choose another name')
@@ -194,7 +195,8 @@ def examine(
     Raises:
         LrkitError: nothing of that name is installed.
     """
-    from lrkit.registry import current, installed
+    from lrkit.registry import current
+    from lrkit.vetting import installed
 
     registry = registry or current()
     modules = {(distribution, point.name): point.value for distribution, point in installed()[0]}
@@ -415,7 +417,8 @@ def _takes(offer: "Offer") -> list[tuple[str, str, str, str]]:
 
 def _parts(name: str) -> dict[str, str]:
     """The names of a named method's parts, by kind; empty, with a warning, where it cannot be made."""
-    from lrkit.method import FIELDS, to_plain
+    from lrkit.compose import to_plain
+    from lrkit.method import FIELDS
     from lrkit.registry import current
 
     try:

@@ -22,8 +22,9 @@ import pytest
 import lrkit
 from lrkit import cli, from_plain, hookimpl, methods
 from lrkit.cli import compose, main
+from lrkit.compose import to_plain
 from lrkit.errors import LrkitError
-from lrkit.method import FIELDS, to_plain
+from lrkit.method import FIELDS
 from lrkit.metrics import Magnitude, RatioUncertainty
 from lrkit.registry import Registry
 from lrkit.schedulers import Linear
@@ -392,7 +393,7 @@ def test_a_refused_run_says_so_before_the_model_is_loaded(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("lrkit.models.load_model", never)
+    monkeypatch.setattr("lrkit.study.pretrained.load_model", never)
     refused("run", "adalora", "--data", data, "--set", "warmup=8", "--set", "final=7", "--set", "run.steps=10")
 
 
@@ -419,7 +420,7 @@ def test_a_run_prints_one_table_and_writes_what_it_is_asked_to(
     assert result["steps"] == 4
     from transformers import AutoModelForSequenceClassification
 
-    from lrkit.hub import quiet_transformers
+    from lrkit.models import quiet_transformers
 
     with quiet_transformers():
         net = AutoModelForSequenceClassification.from_pretrained(model)

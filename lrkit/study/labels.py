@@ -5,7 +5,8 @@ from typing import Any
 
 import attrs
 
-from lrkit.method import FIELDS, defaults
+from lrkit.method import FIELDS
+from lrkit.settings import defaults
 from lrkit.study.asked import RowSpec
 
 

@@ -75,7 +75,7 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
         ``{"key", "status": "done" | "failed" | "busy", "score", "error", "seconds"}``. Busy: another process runs it now.
         Seconds: the time that it took here, None if it did not come to its end.
     """
-    from lrkit.process import as_it_was
+    from lrkit.testing.process import as_it_was
 
     begin = time.monotonic()
     cell, place = Cell(**plain), Path(folder)
@@ -121,7 +121,7 @@ def _train(cell: Cell, place: Path, conditions: Conditions) -> None:
     """Train, and write down the result: ``result.json`` last."""
     import numpy as np
 
-    from lrkit.method import from_plain
+    from lrkit.compose import from_plain
     from lrkit.study.run import train
 
     first = os.environ.get("RANK", "0") == "0"

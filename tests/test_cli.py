@@ -28,7 +28,7 @@ from lrkit.method import FIELDS
 from lrkit.metrics import Magnitude, RatioUncertainty
 from lrkit.registry import Registry
 from lrkit.schedulers import Linear
-from lrkit.study.shipped import about
+from lrkit.study.catalogue import about
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
-from torch import nn
-
-from lrkit.adapt.coverage import Coverage
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from lrkit.adapt.coverage import Coverage
     from lrkit.loop.controller import Controller
     from lrkit.method import Method
 
@@ -65,7 +65,7 @@ class Summary:
     head: int
     step: int
     beside: int = 0
-    coverage: Coverage | None = attrs.field(default=None, eq=False)
+    coverage: "Coverage | None" = attrs.field(default=None, eq=False)
 
     @property
     def start(self) -> int:
@@ -108,7 +108,7 @@ class Summary:
         return table if self.coverage is None else f"{table}\n{self.coverage}"
 
 
-def summarize(controller: "Controller", head: int, beside: int = 0, coverage: Coverage | None = None) -> Summary:
+def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "Coverage | None" = None) -> Summary:
     """Summarize a run so far. `head`, `beside` and `coverage` are as in `Summary`."""
     kept = controller.components.kept()
     run, tally = controller.run, controller.tally
@@ -129,7 +129,7 @@ def summarize(controller: "Controller", head: int, beside: int = 0, coverage: Co
     return Summary(tuple(layers), head, controller.step, beside, coverage)
 
 
-def trainable(model: nn.Module, summary: Summary) -> str:
+def trainable(model: "nn.Module", summary: Summary) -> str:
     """Tell in PEFT's words how many parameters train, and below that how they divide into adapters and head.
 
     For example::
@@ -149,7 +149,7 @@ def trainable(model: nn.Module, summary: Summary) -> str:
     )
 
 
-def brief(model: nn.Module, method: "Method", layers: int, step: int, total_steps: int | None) -> str:
+def brief(model: "nn.Module", method: "Method", layers: int, step: int, total_steps: int | None) -> str:
     """Name what is attached to what, and how far the run is, in one line."""
     parts = [method.parameterization, *(policy.action for policy in method.policies)]
     words = " + ".join(type(part).__name__ for part in parts)

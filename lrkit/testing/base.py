@@ -24,11 +24,12 @@ from lrkit.actions import Action
 from lrkit.adapt.adapted import attach
 from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.hookspecs import Kind
 from lrkit.method import Method
 from lrkit.metrics import Metric
 from lrkit.parameterizations import Parameterization
 from lrkit.process import as_it_was, global_state
-from lrkit.registry import Kind, current
+from lrkit.registry import current
 from lrkit.schedulers import Scheduler
 
 

@@ -15,9 +15,8 @@ from typing import Any
 
 OUTSIDE = (
     "__main__.py",
-    "cli.py",
+    "cli",
     "py.typed",
-    "scaffold.py",
     "studies",  # what they ask for is in the cells themselves
     "study/charts.py",
     "study/cost.py",

@@ -99,7 +99,7 @@ def run_settings() -> list[str]:
     """Return the names of a run's settings."""
     import attrs
 
-    from lrkit.study.run import RunSettings
+    from lrkit.study.run_settings import RunSettings
 
     return [field.name for field in attrs.fields(RunSettings)]
 
@@ -154,22 +154,22 @@ def _check_method(key: str, value: str, arguments: Collection[str], runs: bool) 
     raise LrkitError(f'no setting "{key}": the run has it, --set {given(f"run.{right}", value)}')
 
 
-def check_part(key: str, value: str) -> None:
-    """Refuse a setting that a part of the method does not have, if the run has it: ``parameterization.lr``.
+def check_parts(texts: Mapping[str, str]) -> None:
+    """Refuse a setting that is given as one of a part and is one of the run: ``parameterization.lr``.
+
+    Called if a method could not be composed, since a plug-in's part may have a setting of such a name.
+
+    Args:
+        texts: what was typed after ``--set``, key to value.
 
     Raises:
         LrkitError: such a setting, with the right one.
     """
-    part, _, name = key.rpartition(".")
-    if part in PARTS and name in (*run_settings(), *_RUN):
-        right = _RUN.get(name, name)
-        raise LrkitError(f'no setting "{key}": the run has it, --set {given(f"run.{right}", value)}')
-
-
-def check_swap(path: str, value: str, arguments: Collection[str]) -> None:
-    """Refuse a swap of what is no part but an argument of the method's function. Raises LrkitError."""
-    if path in arguments:
-        raise LrkitError(f"--swap swaps a part, and {path} is an argument of the method: --set {given(path, value)}")
+    for key, value in texts.items():
+        part, _, name = key.rpartition(".")
+        if part in PARTS and name in (*run_settings(), *_RUN):
+            right = given(f"run.{_RUN.get(name, name)}", value)
+            raise LrkitError(f'no setting "{key}": the run has it, --set {right}')
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------

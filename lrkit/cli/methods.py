@@ -80,7 +80,7 @@ def params(
         if tokens:
             work = flops_on(each, net, tokens)
             plain[name]["flops"] = {"forward": work.forward, "backward": work.backward, "tokens": tokens}
-            rows[-1] += [f"{work.forward / tokens / 2e6:,.2f} M", f"{work.backward / tokens / 2e6:,.2f} M"]
+            rows[-1] += [screen.whole(f"{way / tokens / 2e6:,.2f} M") for way in (work.forward, work.backward)]
     if as_json:
         screen.say_json({"model": model, "steps": steps, "methods": plain})
         return

@@ -155,7 +155,7 @@ def _described(offer: "Offer") -> dict[str, Any]:
     """Describe a registered component as plain data."""
     told: dict[str, Any] = {"kind": offer.kind, "name": offer.name, "distribution": offer.distribution}
     if offer.kind == "study":
-        from lrkit.study.shipped import about
+        from lrkit.study.catalogue import about
 
         return told | {"about": about(offer.name), "settings": []}
     text = (foreign.doc(offer.value) or "There is no description.").partition("Args:\n")[0].strip()

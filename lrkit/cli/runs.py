@@ -224,9 +224,9 @@ def _show(results: "Mapping[str, Result]", title: str) -> None:
                 f"{summary.start:,}",
                 f"{summary.now:,}",
                 f"{summary.average:,.0f}",
-                f"{result.flops.run / 1e12:,.2f} T",
+                screen.whole(f"{result.flops.run / 1e12:,.2f} T"),
                 _state(result),
-                f"{result.step_seconds * 1000:,.0f} ms",
+                screen.whole(f"{result.step_seconds * 1000:,.0f} ms"),
             ]
         )
     first = next(iter(results.values()))

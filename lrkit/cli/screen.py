@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from lrkit.cli.tables import Column, lay_out, wrapped
+from lrkit.cli.tables import GLUE, Column, lay_out, wrapped
 from lrkit.errors import LrkitWarning, cut
 
 
@@ -37,16 +37,21 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str |
     tables, left_out = lay_out(columns, rows, room)
     if title:
         console.print(Text("\n".join(wrapped(title, room or sys.maxsize)), style="bold"))
-    for each in tables:
         console.print()
+    for each in tables:
         for line in each.header:
             console.print(Text(line, style="bold"))
         console.print(Text(("-" if console.options.ascii_only else "─") * each.width))
         for line in each.rows:
             console.print(Text(line))
-    console.print()
+        console.print()
     if left_out:
         say(f"Left out at {room} columns: {', '.join(left_out)}. A wider terminal or --json has it all.")
+
+
+def whole(text: str) -> str:
+    """Return a table's entry so that it stays on one line, as a number and its unit should."""
+    return text.replace(" ", GLUE)
 
 
 def say(text: str, *, reflow: bool = False) -> None:
@@ -66,7 +71,7 @@ def say(text: str, *, reflow: bool = False) -> None:
 def say_below(term: str, text: str) -> None:
     """Print a term, and what it means indented below it."""
     room = width()
-    typer.echo(term)
+    say(term)
     for line in [text] if room is None else wrapped(text, max(20, room - 4)):
         typer.echo(f"    {line}" if line else "")
 

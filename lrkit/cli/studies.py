@@ -67,8 +67,8 @@ def ablate(
 
     The same command again goes on with what is missing. lrkit ablate --list shows the studies that ship.
     """
+    from lrkit.study.catalogue import catalogue
     from lrkit.study.plan import lay_out
-    from lrkit.study.shipped import catalogue
 
     if list_:
         _list_studies(catalogue(), as_json)
@@ -109,7 +109,7 @@ def report(
     if as_json:
         screen.say_json({"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]})
         return
-    screen.say(str(table))
+    _show_table(table)
     screen.say("written: " + " ".join(str(path) for path in written))
 
 
@@ -167,11 +167,11 @@ def _study(what: str, changes: dict[str, Any], sets: Sequence[str], profile: str
     import attrs
 
     from lrkit.method import arguments_of
-    from lrkit.study.plan import read_study, study_from
-    from lrkit.study.shipped import names
+    from lrkit.study.asked import study_from, study_named
+    from lrkit.study.catalogue import names
 
     if what.endswith(".toml") or what in names():
-        given = read_study(what, profile=profile)
+        given = study_named(what, profile=profile)
         # What the file says stays, but for what the command line says otherwise.
         for key in ("set", "run", "swap"):
             changes[key] = {**getattr(given, key), **changes[key]}
@@ -209,8 +209,8 @@ def _warnings(plan: "Plan") -> list[str]:
 
     few = too_few_seeds(len(plan.rows) - 1, len(plan.seeds))
     alone = (
-        f"nothing is swapped: {plan.rows[0].label} alone is trained, with {_count(len(plan.seeds), 'seed')}, and compared "
-        "with nothing; --swap metric=magnitude, say, adds a row"
+        f"nothing is swapped, so {plan.rows[0].label} is compared with nothing: it alone is trained, with "
+        f"{_count(len(plan.seeds), 'seed')} (--swap PATH=A,B,... adds rows)"
     )
     return [*([alone] if len(plan.rows) == 1 else []), *([few] if few else [])]
 
@@ -245,6 +245,27 @@ def _show_plan(plan: "Plan", as_json: bool) -> None:
         screen.say(line)
 
 
+def _show_table(table: "Table") -> None:
+    """Print a study's tables: per task its scores and its costs, then the tasks side by side; and the notes."""
+    from lrkit.study.table import COSTS, SCORES, columns_of, columns_of_tasks
+
+    first = table.of(table.tasks[0])
+    shown = [(task, columns_of(table.of(task), keys)) for task in table.tasks for keys in (SCORES, COSTS)]
+    shown.append(("means by task", columns_of_tasks(table)))
+    screen.say(f"{table.title}\n")
+    said = ""
+    for name, columns in shown:
+        if len(columns) > 1:
+            rows = (first if name == "means by task" else table.of(name)).rows
+            # A number and its unit, or an interval, stay on one line.
+            texts = [[columns[0].text(row), *(screen.whole(c.text(row) or "-") for c in columns[1:])] for row in rows]
+            heads = [Column(column.header, number=column is not columns[0]) for column in columns]
+            screen.table(heads, texts, name if name != said and len(table.tasks) > 1 else None)
+            said = name
+    for note in table.all_notes():
+        screen.say(note)
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
@@ -261,20 +282,20 @@ def _carry_out(plan: "Plan", out: Path, how: Mapping[str, Any], as_json: bool) -
     import attrs
     from rich.console import Console
 
-    from lrkit.study.ablate import perform
+    from lrkit.study.execute import execute
     from lrkit.study.progress import Teller
 
     for line in _warnings(plan):
         screen.complain(line)
     with Teller(Console(stderr=True, quiet=as_json), out.absolute()) as teller:
-        outcome = perform(plan, out, told=teller.told, started=teller.started, cost_told=teller.cost_told, **how)
+        outcome = execute(plan, out, told=teller.told, started=teller.started, cost_told=teller.cost_told, **how)
     written, table = _report(outcome.folder)
     if as_json:
         failed = [{"cell": name, "error": error} for name, error in outcome.failed]
         told = {"folder": str(out), "rows": [attrs.asdict(row) for row in table.rows], "failed": failed}
         screen.say_json(told | {"busy": outcome.busy, "files": [str(path) for path in written]})
     else:
-        screen.say(str(table))
+        _show_table(table)
         screen.say(f"report: {out / 'report.html'}")
     for name, error in outcome.failed:
         screen.complain(f"cell {name} failed: {error}")

@@ -1,8 +1,9 @@
 """Tables for a terminal: no word and no number is ever split over two lines.
 
 A table that is wider than the terminal gives way in this order: columns that are marked `extra` are left out, headers are
-wrapped, texts are wrapped at their blanks, and the columns that still do not fit go to a second table below. For example,
-at 80 columns ``lrkit run`` shows no time per step, and "trainable at start" takes two lines.
+wrapped, texts are wrapped at their blanks, numbers such as "0 to 663,840" likewise, and the columns that still do not fit
+go to a second table below. For example, at 80 columns ``lrkit run`` shows no time per step, and "trainable at start" takes
+two lines. A text that is to stay on one line has `GLUE` for its blanks.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ from rich.cells import cell_len
 GAP = 2
 """Blanks between two columns."""
 
+GLUE = "\N{NO-BREAK SPACE}"
+"""A blank at which no line ends; it is printed as a blank."""
+
 _COMFORTABLE = 28  # a text column is not wrapped to less than this if an extra column could go instead
 
 
@@ -21,7 +25,7 @@ class Column(NamedTuple):
 
     Args:
         header: its name, which may be wrapped at its blanks.
-        number: set to the right, and never wrapped.
+        number: set to the right, and wrapped after everything else.
         extra: left out first, the last such column before the others.
     """
 
@@ -90,9 +94,8 @@ class _Measured:
 
     def __init__(self, column: Column, texts: Sequence[str]) -> None:
         self.column, self.texts = column, texts
-        words = [text if column.number else max(text.split(" "), key=cell_len) for text in texts]
         self.cells = max(map(cell_len, texts), default=0)
-        self.unbroken = max(map(cell_len, words), default=0)
+        self.unbroken = max((cell_len(word) for text in texts for word in text.split(" ")), default=0)
         self.head = max(map(cell_len, column.header.split(" ")))
 
     @property
@@ -131,9 +134,11 @@ def _groups(least: Sequence[int], width: int) -> list[list[int]]:
 
 
 def _fitted(parts: Sequence[_Measured], width: int) -> list[int]:
-    """Narrow columns until they fit: first those that a long header makes wide, then those with texts to wrap."""
+    """Narrow columns until they fit: those that a long header makes wide, then those with texts, then numbers."""
     widths = [part.natural for part in parts]
-    for floors in ([part.under_header for part in parts], [part.least for part in parts]):
+    headers = [part.under_header for part in parts]
+    texts = [part.under_header if part.column.number else part.least for part in parts]
+    for floors in (headers, texts, [part.least for part in parts]):
         while _sum(widths) > width:
             slack = [have - floor for have, floor in zip(widths, floors, strict=True)]
             widest = max(range(len(widths)), key=lambda i: (slack[i] > 0, widths[i]))
@@ -147,10 +152,7 @@ def _table(parts: Sequence[_Measured], widths: Sequence[int]) -> Table:
     heads = [wrapped(part.column.header, width) for part, width in zip(parts, widths, strict=True)]
     deepest = max(map(len, heads))
     heads = [[""] * (deepest - len(lines)) + lines for lines in heads]
-    bodies = [
-        [[text] if part.column.number else wrapped(text, width) for text in part.texts]
-        for part, width in zip(parts, widths, strict=True)
-    ]
+    bodies = [[wrapped(text, width) for text in part.texts] for part, width in zip(parts, widths, strict=True)]
     needed = [
         max(cell_len(line) for lines in (head, *body) for line in lines)
         for head, body in zip(heads, bodies, strict=True)
@@ -170,5 +172,5 @@ def _lines(cells: Sequence[Sequence[str]], widths: Sequence[int], rights: Sequen
             " " * (width - cell_len(text)) + text if right else text + " " * (width - cell_len(text))
             for text, width, right in zip(texts, widths, rights, strict=True)
         ]
-        lines.append((" " * GAP).join(padded).rstrip())
+        lines.append((" " * GAP).join(padded).replace(GLUE, " ").rstrip())
     return lines

@@ -86,29 +86,23 @@ def compose(
     Raises:
         LrkitError: an unknown name or setting, or a combination that does not fit.
     """
-    from lrkit.method import arguments_of, from_plain, swapped, with_arguments, with_setting_of
+    from lrkit.method import arguments_of, from_plain
+    from lrkit.study.composing import composed
 
     settings, run = divided(sets)
-    known = arguments_of(name)
     texts = dict(map(pair, sets))
-    hints.check_settings(texts, known, runs=runs)
-    plain = with_arguments(name, {key: each for key, each in settings.items() if key in known})
+    hints.check_settings(texts, arguments_of(name), runs=runs)
+    swapped = {}
     for text in swaps:
         path, said = pair(text, "--swap")
-        hints.check_swap(path, said, known)
-        swap = value(said)
-        if isinstance(swap, str) and "," in swap:
+        swapped[path] = value(said)
+        if isinstance(swapped[path], str) and "," in said:
             raise LrkitError(f"--swap {text}: a run has one {path}; `lrkit ablate` compares several")
-        plain = swapped(plain, path, swap)
-    # Last, since a setting may be one of a component that was swapped in.
-    for key, each in settings.items():
-        if key in known:
-            continue
-        try:
-            plain = with_setting_of(name, plain, key, each)
-        except LrkitError:
-            hints.check_part(key, texts[key])
-            raise
+    try:
+        plain = composed(name, settings, swapped)
+    except LrkitError:
+        hints.check_parts(texts)
+        raise
     return from_plain(plain), run
 
 

@@ -28,18 +28,9 @@ from lrkit.study.charts import Style, minus
 from lrkit.study.pictures import grid_of
 from lrkit.study.records import CellRecord, Status, StudyRecord, frame, read_study
 from lrkit.study.sheet import safe_csv
-from lrkit.study.statistics import (
-    COSTS,
-    SCORES,
-    Table,
-    TableRow,
-    columns_of,
-    columns_of_tasks,
-    compact,
-    compare,
-    decimals,
-    memory,
-)
+from lrkit.study.statistics import Table, TableRow, compare
+from lrkit.study.table import COSTS, SCORES, columns_of, columns_of_tasks, decimals
+from lrkit.study.texts import compact, memory
 
 _HUES = 7
 _FEW = 6  # up to so many rows share one chart, named at their lines

@@ -55,6 +55,7 @@ _METHOD = {
     "orth_reg_weight": "orthogonality",
 }
 _OPTIONS = {
+    "seed": "seeds",
     "output": "out",
     "output_dir": "out",
     "dataset": "task",
@@ -196,21 +197,32 @@ def of_option(
     """
     word = option.lstrip("-").replace("-", "_")
     own = [each.removeprefix("--") for each in options]
-    if (right := meant(word, own, _OPTIONS)) is not None:
+    settings = run_settings() if {"--set", "--out"} <= {*options} else []
+
+    def setting(path: str) -> str:
+        return f' (did you mean "--set {given(path, value)}"?)'
+
+    def of_method() -> str:
+        paths = method() if value is not None and "--set" in options else {}
+        return setting(paths[right]) if (right := meant(word, paths, _METHOD, near=False)) is not None else ""
+
+    if (right := meant(word, own, _OPTIONS, near=False)) is not None:
         return f' (did you mean "--{right}"?)'
-    if "--set" in options:
-        if "--swap" in options and word in PARTS:
-            return f' (did you mean "--swap {given(word, value)}"?)'
-        if "--out" in options and (right := meant(word, run_settings(), _RUN)) is not None:
-            return f' (did you mean "--set {given(f"run.{right}", value)}"?)'
-        if word == "method":
-            return " (a method is named without an option: lrkit run adalora)"
-        if value is not None:
-            paths = method()
-            if (right := meant(word, paths, _METHOD)) is not None:
-                return f' (did you mean "--set {given(paths[right], value)}"?)'
-    where = [name for name, there in elsewhere.items() if option in there]
-    if where:
+    if word in PARTS and "--swap" in options:
+        return f' (did you mean "--swap {given(word, value)}"?)'
+    if (right := meant(word, settings, _RUN, near=False)) is not None:
+        return setting(f"run.{right}")
+    if meant(word, _METHOD.values(), _METHOD, near=False) is not None and (hint := of_method()):
+        return hint
+    if (right := meant(word, own)) is not None:
+        return f' (did you mean "--{right}"?)'
+    if (right := meant(word, settings)) is not None:
+        return setting(f"run.{right}")
+    if word == "method" and "--swap" in options:
+        return " (a method is named without an option: lrkit run adalora)"
+    if hint := of_method():
+        return hint
+    if where := [name for name, there in elsewhere.items() if option in there]:
         return f" (an option of lrkit {', '.join(where)})"
     found = difflib.get_close_matches(_plain(word), map(_plain, own), n=1) if len(word) < 100 else []
     return next((f' (did you mean "--{name}"?)' for name in own if _plain(name) in found), "")

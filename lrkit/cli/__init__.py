@@ -4,7 +4,7 @@ Bad input ends with exit code 2 and one line on stderr that says what was wrong 
 
 - `lrkit.cli.app`: the commands by name; `runs`, `exports`, `studies`, `methods` and `plugins` hold them.
 - `lrkit.cli.words` reads what is typed, `lrkit.cli.hints` says what was meant.
-- `lrkit.cli.screen` prints, `lrkit.cli.tables` makes tables fit, `lrkit.cli.progress` shows how far a run is.
+- `lrkit.cli.screen` and `study_screen` print, `tables` makes tables fit, `progress` shows how far a run is.
 """
 
 import sys

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @attrs.frozen(kw_only=True)
 class Component:
-    """What a plug-in offers, and whether it keeps its contract.
+    """One thing that a plug-in offers, and whether it keeps its contract.
 
     Args:
         kind: its kind.

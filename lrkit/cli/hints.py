@@ -1,4 +1,4 @@
-"""What was meant by a word in the wrong place: ``--lr 1e-3`` is ``--set run.lr=1e-3``.
+"""Find out what was meant by a word in the wrong place: ``--lr 1e-3`` is ``--set run.lr=1e-3``.
 
 A setting has one of three places: the run (``--set run.lr=1e-3``), the method (``--set rank=8``, ``--set metric.beta1=0.5``)
 or the command itself (``--model minilm``). Other tools have one place, and other names. If a setting is given in the wrong

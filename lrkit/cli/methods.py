@@ -129,6 +129,6 @@ def _is_broken(name: str) -> bool:
 def _counts(method: "Method", counted: Any) -> list[str]:
     end, average = f"{counted.end:,.0f}", f"{counted.average:,.0f}"
     if not all(policy.action.budgeted for policy in method.policies):
-        # How many units go is known only after a run: a number would be a guess.
+        # The number of units that go is known only after a run: any number would be a guess.
         end, average = (f"{low:,.0f} to {high:,.0f}" for low, high in (counted.end_range, counted.average_range))
     return [f"{counted.start:,}", end, average, f"{counted.core:,}", str(counted.layers)]

@@ -25,7 +25,7 @@ def written(name: str, kind: str) -> dict[str, str]:
     """Write the files of a new plug-in package: path in the package to text.
 
     Args:
-        name: the distribution's name. What it offers has the same name, without ``lrkit-`` in front.
+        name: the distribution's name. Its component has the same name, without ``lrkit-`` in front.
         kind: one of `KINDS`.
 
     Raises:

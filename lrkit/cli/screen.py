@@ -1,4 +1,4 @@
-"""What the command line prints: tables and sentences that fit the terminal, JSON, and complaints on stderr."""
+"""Print for people and for programs: tables and sentences that fit the terminal, JSON, and complaints on stderr."""
 
 import json
 import re

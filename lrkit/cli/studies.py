@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrkit.cli import hints, screen, words
+from lrkit.cli import hints, screen, study_screen, words
 from lrkit.cli.options import Json, Set, TrainAlso
-from lrkit.cli.tables import Column
 from lrkit.errors import LrkitError
 
 if TYPE_CHECKING:
@@ -68,10 +67,11 @@ def ablate(
     The same command again goes on with what is missing. lrkit ablate --list shows the studies that ship.
     """
     from lrkit.study.catalogue import catalogue
+    from lrkit.study.execute import check
     from lrkit.study.plan import lay_out
 
     if list_:
-        _list_studies(catalogue(), as_json)
+        study_screen.list_studies(catalogue(), as_json)
         return
     if what is None:
         raise LrkitError("say what to ablate: a method's name, a .toml study file, or a study of `lrkit ablate --list`")
@@ -80,7 +80,7 @@ def ablate(
     changes |= {"grid": True} if grid else {}
     plan = lay_out(_study(what, changes, sets or [], profile))
     if dry_run:
-        _show_plan(plan, as_json)
+        study_screen.show_plan(plan, check(plan), as_json)
         return
     if out is None:
         raise LrkitError("give the study's folder: --out DIR")
@@ -109,7 +109,7 @@ def report(
     if as_json:
         screen.say_json({"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]})
         return
-    _show_table(table)
+    study_screen.show_table(table)
     screen.say("written: " + " ".join(str(path) for path in written))
 
 
@@ -172,7 +172,7 @@ def _study(what: str, changes: dict[str, Any], sets: Sequence[str], profile: str
 
     if what.endswith(".toml") or what in names():
         given = study_named(what, profile=profile)
-        # What the file says stays, but for what the command line says otherwise.
+        # The command line's settings come on top of the file's.
         for key in ("set", "run", "swap"):
             changes[key] = {**getattr(given, key), **changes[key]}
         changes = {**attrs.asdict(given), **changes}
@@ -189,91 +189,6 @@ def _study(what: str, changes: dict[str, Any], sets: Sequence[str], profile: str
     return study
 
 
-# ---- what is shown ---------------------------------------------------------------------------------------------------
-
-
-def _list_studies(found: Sequence[Any], as_json: bool) -> None:
-    import attrs
-
-    if as_json:
-        screen.say_json({study.name: attrs.asdict(study) for study in found})
-        return
-    rows = [[study.name, study.title, ", ".join(study.profiles), study.distribution] for study in found]
-    screen.table([Column("study"), Column("title"), Column("--profile"), Column("from", extra=True)], rows)
-    screen.say("The first profile is the default: minilm is the embedded model and data, which need no network.")
-
-
-def _warnings(plan: "Plan") -> list[str]:
-    """Say what a study cannot show, before anything is run."""
-    from lrkit.study.paired import too_few_seeds
-
-    few = too_few_seeds(len(plan.rows) - 1, len(plan.seeds))
-    alone = (
-        f"nothing is swapped, so {plan.rows[0].label} is compared with nothing: it alone is trained, with "
-        f"{_count(len(plan.seeds), 'seed')} (--swap PATH=A,B,... adds rows)"
-    )
-    return [*([alone] if len(plan.rows) == 1 else []), *([few] if few else [])]
-
-
-def _show_plan(plan: "Plan", as_json: bool) -> None:
-    from lrkit.study.execute import check
-    from lrkit.study.paired import too_few_seeds
-    from lrkit.study.plan import changes
-    from lrkit.study.rates import implied, rates_of, said
-
-    tasks = check(plan)
-    rows = {row.label: [*changes(plan.rows[0], row), *implied(plan, row)] for row in plan.rows}
-    rates = {row.label: {task.name: rates_of(plan, row, task) for task in plan.tasks} for row in plan.rows}
-    cells = len(plan.rows) * len(plan.tasks) * len(plan.seeds)
-    if as_json:
-        told = {"rows": rows, "rates": rates, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells}
-        screen.say_json(told | {"too_few_seeds": too_few_seeds(len(plan.rows) - 1, len(plan.seeds))})
-        return
-    shown = [
-        [
-            label,
-            "; ".join(f"{c['path']}: {_said(c['base'])} -> {_said(c['value'])}" for c in row) or "-",
-            *(str(said({each[key] for each in rates[label].values()})) for key in ("lr", "head_lr")),
-        ]
-        for label, row in rows.items()
-    ]
-    columns = [Column("row"), Column("changed against the base"), Column("learning rate"), Column("the head's")]
-    screen.table(columns, shown)
-    counted = (_count(len(plan.rows), "row"), _count(len(plan.seeds), "seed"), _count(cells, "cell"))
-    screen.say(f"{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
-    for line in _warnings(plan):
-        screen.say(line)
-
-
-def _show_table(table: "Table") -> None:
-    """Print a study's tables: per task its scores and its costs, then the tasks side by side; and the notes."""
-    from lrkit.study.table import COSTS, SCORES, columns_of, columns_of_tasks
-
-    first = table.of(table.tasks[0])
-    shown = [(task, columns_of(table.of(task), keys)) for task in table.tasks for keys in (SCORES, COSTS)]
-    shown.append(("means by task", columns_of_tasks(table)))
-    screen.say(f"{table.title}\n")
-    said = ""
-    for name, columns in shown:
-        if len(columns) > 1:
-            rows = (first if name == "means by task" else table.of(name)).rows
-            # A number and its unit, or an interval, stay on one line.
-            texts = [[columns[0].text(row), *(screen.whole(c.text(row) or "-") for c in columns[1:])] for row in rows]
-            heads = [Column(column.header, number=column is not columns[0]) for column in columns]
-            screen.table(heads, texts, name if name != said and len(table.tasks) > 1 else None)
-            said = name
-    for note in table.all_notes():
-        screen.say(note)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _said(value: Any) -> str:
-    return "none" if value is None else str(value)
-
-
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +200,7 @@ def _carry_out(plan: "Plan", out: Path, how: Mapping[str, Any], as_json: bool) -
     from lrkit.study.execute import execute
     from lrkit.study.progress import Teller
 
-    for line in _warnings(plan):
+    for line in study_screen.limits(plan):
         screen.complain(line)
     with Teller(Console(stderr=True, quiet=as_json), out.absolute()) as teller:
         outcome = execute(plan, out, told=teller.told, started=teller.started, cost_told=teller.cost_told, **how)
@@ -295,7 +210,7 @@ def _carry_out(plan: "Plan", out: Path, how: Mapping[str, Any], as_json: bool) -
         told = {"folder": str(out), "rows": [attrs.asdict(row) for row in table.rows], "failed": failed}
         screen.say_json(told | {"busy": outcome.busy, "files": [str(path) for path in written]})
     else:
-        _show_table(table)
+        study_screen.show_table(table)
         screen.say(f"report: {out / 'report.html'}")
     for name, error in outcome.failed:
         screen.complain(f"cell {name} failed: {error}")

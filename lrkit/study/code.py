@@ -15,9 +15,8 @@ from typing import Any
 
 OUTSIDE = (
     "__main__.py",
-    "cli.py",
+    "cli",
     "py.typed",
-    "scaffold.py",
     "studies",  # the settings that they ask for are in the cells themselves
     "study/charts.py",
     "study/comparison.py",

@@ -1,9 +1,10 @@
-"""Members that lrkit 0.1.0 asked components for and that nobody asks for now.
+"""Members that lrkit 0.1.0 asked components for, and that nobody asks for now, or asks for with other arguments.
 
 A class that still writes one was written for the old protocol. Ignoring the member in silence could change what a run
 computes, so the class is refused.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 
 RETIRED: Mapping[str, Sequence[str]] = {
@@ -12,6 +13,11 @@ RETIRED: Mapping[str, Sequence[str]] = {
 }
 """By kind, the members that are retired. CHANGELOG.md says what takes the place of each."""
 
+CHANGED: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "parameterization": {},
+}
+"""By kind, the methods that are called with these arguments now, and were called with others."""
+
 
 def outdated(kind: str, cls: type) -> str | None:
     """Return what follows a component's name in the refusal of a class that was written for lrkit 0.1.0, or None.
@@ -19,10 +25,26 @@ def outdated(kind: str, cls: type) -> str | None:
     Members count if the class, or a base that is not lrkit's own, has them under a retired name: as a method, a property,
     a constant or a setting.
     """
-    foreign = [base for base in cls.__mro__ if str(base.__module__).partition(".")[0] != "lrkit"]
-    found = [name for name in RETIRED.get(kind, ()) if any(name in vars(base) for base in foreign)]
-    if not found:
+    foreign = [vars(base) for base in cls.__mro__ if str(base.__module__).partition(".")[0] != "lrkit"]
+    found = [name for name in RETIRED.get(kind, ()) if any(name in members for members in foreign)]
+    reasons = []
+    if found:
+        asked = "is no longer asked for" if len(found) == 1 else "are no longer asked for"
+        reasons.append(f"{', '.join(f'`{name}`' for name in found)} {asked}")
+    for name, arguments in CHANGED.get(kind, {}).items():
+        if any(name in members and not _takes(members[name], arguments) for members in foreign):
+            reasons.append(f"`{name}` takes ({', '.join(arguments)})")
+    if not reasons:
         return None
-    asked = "is no longer asked for" if len(found) == 1 else "are no longer asked for"
-    names = ", ".join(f"`{name}`" for name in found)
-    return f"was written for lrkit 0.1.0: {names} {asked}; CHANGELOG.md has a table of what takes their place"
+    return f"was written for lrkit 0.1.0: {', '.join(reasons)}; CHANGELOG.md has a table of what takes their place"
+
+
+def _takes(function: object, arguments: Sequence[str]) -> bool:
+    """Return whether a method can be called with so many arguments, whatever it calls them."""
+    try:
+        inspect.signature(function).bind(None, *arguments)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return True
+    return True

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lrkit import actions, methods, metrics, parameterizations, peft, schedulers, tasks, testing, trainer
     from lrkit.actions import Action
     from lrkit.adapted import Adapted, attach, load
-    from lrkit.controller import Decision
+    from lrkit.history import Decision
     from lrkit.errors import LrkitError, LrkitWarning
     from lrkit.hookspecs import hookimpl
     from lrkit.method import Method, Policy, from_plain, to_plain, with_component, with_setting
@@ -33,7 +33,7 @@ _HOMES = {
     "Action": "actions",
     "Adapted": "adapted",
     "Block": "units",
-    "Decision": "controller",
+    "Decision": "history",
     "LrkitError": "errors",
     "LrkitWarning": "errors",
     "Method": "method",

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from lrkit import checkpoint, liveness, parallel, pretrained, states
 from lrkit.behaviour import is_exact
 from lrkit.binding import Binding, held_by, unwrapped
-from lrkit.controller import Controller, Decision
+from lrkit.controller import Controller
 from lrkit.coverage import TOLD_FROM, coverage, percent
 from lrkit.errors import LrkitError, LrkitWarning, shown
 from lrkit.foresight import check_fresh, check_room, weightless
 from lrkit.gradients import Unclipped
 from lrkit.heads import check_trainable, find_head, head_parameters, tell_tied
+from lrkit.history import Decision
 from lrkit.masters import Masters
 from lrkit.method import Method, from_plain, to_plain
 from lrkit.parameterizations import Parameterization, Target

@@ -17,6 +17,7 @@ from lrkit import states
 from lrkit.actions import Ballot
 from lrkit.errors import LrkitError, LrkitWarning, shown
 from lrkit.gradients import Unclipped
+from lrkit.history import Decision
 from lrkit.layout import GradientOf, Layout, own_gradient
 from lrkit.liveness import Liveness
 from lrkit.method import Method, Policy
@@ -25,39 +26,6 @@ from lrkit.states import NAMES, misfit
 from lrkit.tally import Tally
 from lrkit.targets import listing
 from lrkit.units import Block, Part, blocks_of, present, resize, split
-
-
-@attrs.frozen
-class Decision:
-    """What one policy decided after one optimizer step.
-
-    Args:
-        step: how many optimizer steps had been taken: 1, 2, ...
-        policy: index into ``method.policies``.
-        budget: units that may be kept; all of them where the action asks for no number (`Action.budgeted`).
-        kept: units that are kept.
-        units: all units of the policy; where its action adds units, those that the schedule has room for.
-        threshold: the lowest score among the kept units; None where none is kept.
-        lost: names of the units that were kept before and are not now.
-        returned: names of the units that were not kept before and are now.
-        fresh: names of the units that were added. Where an action adds units, what it does not keep is cut. No number is
-            given twice.
-    """
-
-    step: int
-    policy: int
-    budget: int
-    kept: int
-    units: int
-    threshold: float | None
-    lost: tuple[str, ...]
-    returned: tuple[str, ...]
-    fresh: tuple[str, ...] = ()
-
-    @property
-    def before(self) -> int:
-        """Units that were in effect before it."""
-        return self.kept + len(self.lost) - len(self.returned) - len(self.fresh)
 
 
 @attrs.frozen(eq=False)

@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.coverage import Coverage
-
 if TYPE_CHECKING:
     from lrkit.controller import Controller
+    from lrkit.coverage import Coverage
 
 
 @attrs.frozen
@@ -62,7 +61,7 @@ class Summary:
     head: int
     step: int
     beside: int = 0
-    coverage: Coverage | None = attrs.field(default=None, eq=False)
+    coverage: "Coverage | None" = attrs.field(default=None, eq=False)
 
     @property
     def start(self) -> int:
@@ -105,7 +104,7 @@ class Summary:
         return table if self.coverage is None else f"{table}\n{self.coverage}"
 
 
-def summarize(controller: "Controller", head: int, beside: int = 0, coverage: Coverage | None = None) -> Summary:
+def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "Coverage | None" = None) -> Summary:
     """The summary of a run so far; `head`, `beside` and `coverage` as in `Summary`."""
     kept = controller.components_kept()
     average = controller.parameters_on_average()

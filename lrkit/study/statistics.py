@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.study.paired import ENOUGH_PAIRS, LEVEL, enough_pairs, holm, interval, sign_flip_p, smallest_p
-from lrkit.study.records import CostRecord, StudyRecord
+from lrkit.study.files import Cost
+from lrkit.study.records import StudyRecord
 from lrkit.study.sheet import safe_csv
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ def _score_name(record: StudyRecord, task: str) -> str:
     return " or ".join(names or [t.metric for t in record.tasks if t.name == task and t.metric]) or "score"
 
 
-def _corrected(record: StudyRecord, task: str, costs: Mapping[tuple[int, str], CostRecord]) -> list[TableRow]:
+def _corrected(record: StudyRecord, task: str, costs: Mapping[tuple[int, str], Cost]) -> list[TableRow]:
     """The rows of one task's table, with Holm's correction over them."""
     base = {cell.seed: cell.score for cell in record.cells_of(record.base, task)}
     rows = [_row(record, index, task, base, costs.get((index, task))) for index in range(len(record.rows))]
@@ -269,7 +270,7 @@ def _corrected(record: StudyRecord, task: str, costs: Mapping[tuple[int, str], C
 
 
 def _row(
-    record: StudyRecord, index: int, task: str, base: Mapping[int, float | None], cost: CostRecord | None
+    record: StudyRecord, index: int, task: str, base: Mapping[int, float | None], cost: Cost | None
 ) -> TableRow:
     cells = record.cells_of(index, task)
     is_base = index == record.base

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import attrs
 
 from lrkit.study.charts import Canvas, Cell, Curve, Style, drawing, grid_of
-from lrkit.study.charts.curves import draw_curve, limit
+from lrkit.study.charts.axes import limit
+from lrkit.study.charts.curves import draw_curve
 from lrkit.study.charts.maps import draw_cells
 from lrkit.study.charts.palette import LIGHT
 
@@ -92,21 +93,14 @@ def _maps(maps: list[_Map], colour: str) -> Canvas | None:
     titles = max(len(each.title) for each in maps) * 8 + 20
     canvas = Canvas(max(margin + wide * max(blocks) + 10, titles), sum(heights) + 26)
     top = 0.0
-    for each, names, columns, height in zip(maps, modules, blocks, heights, strict=True):
+    for each, columns, height in zip(maps, blocks, heights, strict=True):
         right = canvas.width - margin - wide * columns
         axes = canvas.axes(margin, canvas.height - top - height + foot, right, top + head)
         draw_cells(canvas, axes, each.cells, top=each.top, colour=colour, size=(wide, tall))
-        _title(canvas, each.title, top)
+        canvas.label(10, top + 8, each.title, bold=True)
         top += height
-    canvas.figure.text(
-        margin / canvas.width, 8 / canvas.height, "transformer block", color=LIGHT["soft"], va="baseline"
-    )
+    canvas.label(margin, -8, "transformer block")
     return canvas
-
-
-def _title(canvas: Canvas, text: str, top: float) -> None:
-    """Write a title at the left, so far below the picture's upper edge."""
-    canvas.figure.text(10 / canvas.width, 1 - (top + 8) / canvas.height, text, va="top", weight="bold")
 
 
 def _budget(results: "Mapping[str, Result]") -> Canvas | None:
@@ -134,10 +128,10 @@ def _budget(results: "Mapping[str, Result]") -> Canvas | None:
         back = [(decision.step, decision.kept) for decision in decisions if decision.returned]
         if back:
             axes.plot(*zip(*back, strict=True), "|", color=LIGHT["h1"], markersize=8, markeredgewidth=1.5)
-        _title(canvas, f"{label}: {units} units, those kept over the steps", top)
+        canvas.label(10, top + 8, f"{label}: {units} units, those kept over the steps", bold=True)
     assert axes is not None
     _legend(canvas, axes)
-    canvas.figure.text(1 - 20 / canvas.width, 10 / canvas.height, "optimizer step", ha="right", color=LIGHT["soft"])
+    canvas.label(-20, -8, "optimizer step")
     return canvas
 
 

@@ -8,19 +8,20 @@ them together rejects far too often. pandas is imported where it is used, since 
 import csv
 import io
 import math
-import re
 import statistics
 import textwrap
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.study.paired import ENOUGH_PAIRS, LEVEL, enough_pairs, holm, interval, sign_flip_p, smallest_p
 from lrkit.study.files import Cost
+from lrkit.study.latex import latex, latex_table
+from lrkit.study.paired import ENOUGH_PAIRS, LEVEL, enough_pairs, holm, interval, sign_flip_p, smallest_p
 from lrkit.study.records import StudyRecord
+from lrkit.study.scores import Scale, scale_of
 from lrkit.study.sheet import safe_csv
+from lrkit.study.sizes import unequal_sizes
 
 if TYPE_CHECKING:
     import pandas
@@ -62,6 +63,8 @@ class TableRow:
         step_ratio: step time over the base's at the start of training.
         step_ratio_end: the same at the end of training.
         peak_memory: bytes.
+        effect: effect size: `difference` over the standard deviation of the pairs' differences; None if they are equal.
+        guess: the primary score of the best constant guess, mean over the done cells.
         notes: what must be said about this row, a sentence each.
         lr: the adapters' learning rate; those of the tasks where they differ.
     """
@@ -94,8 +97,16 @@ class TableRow:
     step_ratio: float | None
     step_ratio_end: float | None
     peak_memory: float | None
+    effect: float | None
+    guess: float | None
     notes: tuple[str, ...]
     lr: str = ""
+
+    @property
+    def warning(self) -> str:
+        """Say in few words that the mean is not above the best constant guess; empty if it is, or if one is not known."""
+        known = self.mean is not None and self.guess is not None
+        return "not above the constant guess" if known and self.mean <= self.guess else ""  # type: ignore[operator]
 
 
 @attrs.frozen(kw_only=True)
@@ -121,6 +132,11 @@ class Table:
     rows: tuple[TableRow, ...]
     limits: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def scale(self) -> Scale:
+        """How the scores are written: in percent if they are shares."""
+        return scale_of(self.scores, [row.mean for row in self.rows if row.mean is not None])
 
     def of(self, task: str) -> "Table":
         """The table of one task."""
@@ -155,29 +171,8 @@ class Table:
         return "\n\n".join(block for block in blocks if block) + "\n"
 
     def to_latex(self) -> str:
-        r"""A LaTeX ``table``: scores, then costs, for each task. It needs ``\usepackage{booktabs}``."""
-        label = "".join(c for c in self.name if c.isascii() and (c.isalnum() or c in "-."))
-        lines = [
-            r"% needs \usepackage{booktabs}",
-            r"\begin{table}",
-            r"\centering\scriptsize\setlength{\tabcolsep}{3pt}",
-            rf"\caption{{{latex(' '.join([_sentence(self.title), *self.all_notes()]))}}}",
-            rf"\label{{tab:{label}}}\par\medskip",
-        ]
-        for name, table, columns in self._tables(SCORES, COSTS):
-            headers = zip(*(_two_lines(column.latex) for column in columns), strict=True)
-            lines += [rf"\textbf{{{latex(name)}}}\par\smallskip"] if name else []
-            lines += [
-                rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
-                r"\toprule",
-                *[" & ".join(header) + r" \\" for header in headers if any(header)],
-                r"\midrule",
-            ]
-            for row in table.rows:
-                entries = [_latex_entry(column.text(row)) for column in columns[1:]]
-                lines.append(" & ".join([latex(row.label), *entries]) + r" \\")
-            lines += [r"\bottomrule", r"\end{tabular}\par\medskip"]
-        return "\n".join([*lines, r"\end{table}"]) + "\n"
+        r"""Write a LaTeX ``table``: scores, then costs, for each task. It needs ``\usepackage{booktabs}``."""
+        return latex_table(self.title, self.name, list(self._tables(SCORES, COSTS)), self.all_notes())
 
     def __str__(self) -> str:
         """The table as plain text for a terminal of 100 columns."""
@@ -247,11 +242,20 @@ def compare(record: StudyRecord) -> Table:
         tasks=tuple(tables),
         rows=tuple(row for rows in tables.values() for row in rows),
         limits=tuple(dict.fromkeys(told)),
-        notes=(_APART,) if len(tables) > 1 and any(row.pairs for rows in tables.values() for row in rows) else (),
+        notes=tuple(_table_notes(record, tables)),
     )
 
 
 _APART = "Each task is tested by itself: p is corrected over the rows of one task's table, not over the tasks."
+
+
+def _table_notes(record: StudyRecord, tables: Mapping[str, Sequence[TableRow]]) -> Iterator[str]:
+    if len(tables) > 1 and any(row.pairs for rows in tables.values() for row in rows):
+        yield _APART
+    methods = [row.method for row in record.rows]
+    for task, rows in tables.items():
+        for note in unequal_sizes(methods, [row.label for row in rows], [row.parameters_final for row in rows]):
+            yield f"{task}: {note}" if len(tables) > 1 else note
 
 
 def _score_name(record: StudyRecord, task: str) -> str:
@@ -269,9 +273,7 @@ def _corrected(record: StudyRecord, task: str, costs: Mapping[tuple[int, str], C
     return [attrs.evolve(row, p_holm=adjusted.get(row.index)) for row in rows]
 
 
-def _row(
-    record: StudyRecord, index: int, task: str, base: Mapping[int, float | None], cost: Cost | None
-) -> TableRow:
+def _row(record: StudyRecord, index: int, task: str, base: Mapping[int, float | None], cost: Cost | None) -> TableRow:
     cells = record.cells_of(index, task)
     is_base = index == record.base
     pairs = [] if is_base else [(cell.score, base.get(cell.seed)) for cell in cells]
@@ -311,11 +313,26 @@ def _row(
         step_ratio=_mean([cost.step_ratio if cost else None]),
         step_ratio_end=_mean([cost.step_ratio_end if cost else None]),
         peak_memory=_mean([cost.peak_memory if cost else None]),
+        effect=effect_size(differences),
+        guess=_mean([result.majority for result in results]),
         notes=(),
         lr=record.rows[index].lr,
     )
     notes = _row_notes(row, left_out=len(both) - len(differences))
+    if row.warning and row.guess is not None:
+        guess = scale_of([_score_name(record, task)], [row.guess]).text(row.guess)
+        notes.append(f"mean not above the best constant guess, {guess} (†).")
     return attrs.evolve(row, notes=(*notes, *([f"cost not measured: {cost.error}."] if cost and cost.error else [])))
+
+
+def effect_size(differences: Sequence[float]) -> float | None:
+    """Return the mean difference over the differences' standard deviation; None for one difference, or if all are equal."""
+    if len(differences) < 2:
+        return None
+    spread = statistics.stdev(differences)
+    size = max(map(abs, differences))
+    # equal but for the last bits, as differences of rounded scores are
+    return statistics.fmean(differences) / spread if spread > 1e-9 * size else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -399,12 +416,6 @@ def probability(p: float) -> str:
     return "<0.0001" if p < 0.00005 else f"{p:.4f}"
 
 
-def decimals(table: Table) -> int:
-    """How many decimals scores are shown with: four below 10, fewer for larger ones."""
-    size = max((abs(row.mean) for row in table.rows if row.mean is not None), default=0.0)
-    return 4 if size < 10 else 2 if size < 1000 else 0
-
-
 @attrs.frozen
 class Column:
     """One column as text: a key, a header for plain text, one for LaTeX, and a row's entry (empty where there is none)."""
@@ -413,34 +424,38 @@ class Column:
     header: str
     latex: str
     text: Callable[[TableRow], str]
+    number: Callable[[TableRow], float | None] | None = None
+    """Of a column whose highest entry is the best."""
 
 
-SCORES = ("n", "score", "difference", "interval", "p", "p_holm")
+SCORES = ("n", "score", "difference", "interval", "effect", "p", "p_holm")
 COSTS = ("lr", "parameters_average", "parameters_final", "flops", "step_ratio", "step_ratio_end", "peak_memory")
 
 
 def columns_of(table: Table, keys: Sequence[str]) -> list[Column]:
     """The row's label and the columns asked for, less those in which no row has an entry."""
-    places = decimals(table)
+    scale = table.scale
     name = " or ".join(dict.fromkeys(table.scores))
+    name = scale.heading(name if len(name) < 16 else "score")
 
     def score(row: TableRow) -> str:
-        spread = "" if row.sd is None else f" ± {row.sd:.{places}f}"
-        return "" if row.mean is None else f"{row.mean:.{places}f}{spread}"
+        spread = "" if row.sd is None else f" ± {scale.number(row.sd)}"
+        return "" if row.mean is None else f"{scale.number(row.mean)}{spread}{' †' if row.warning else ''}"
 
     def ends(row: TableRow) -> str:
         if row.low is None or row.high is None:
             return "unbounded" if row.pairs else ""
-        return f"[{row.low:+.{places}f}, {row.high:+.{places}f}]"
+        return "no width" if row.low == row.high else f"[{scale.number(row.low, '+')}, {scale.number(row.high, '+')}]"
 
     def number(key: str, show: Callable[[float], str]) -> Callable[[TableRow], str]:
         return lambda row: "" if getattr(row, key) is None else show(getattr(row, key))
 
     made = [
         Column("n", "n", "$n$", lambda row: f"{row.n}" if row.n == row.planned else f"{row.n}/{row.planned}"),
-        Column("score", name if len(name) < 16 else "score", "Score", score),
-        Column("difference", "difference", r"$\Delta$", number("difference", lambda x: f"{x:+.{places}f}")),
+        Column("score", name, latex(scale.heading("Score")), score, lambda row: row.mean),
+        Column("difference", "difference", r"$\Delta$", number("difference", lambda x: scale.number(x, "+"))),
         Column("interval", "95 % interval", r"95\,\% interval", ends),
+        Column("effect", "effect size", r"Effect|size", number("effect", "{:+.2f}".format)),
         Column("p", "p", "$p$", number("p", probability)),
         Column("p_holm", "p (Holm)", r"$p$|(Holm)", number("p_holm", probability)),
         Column("lr", "lr", "Rate", lambda row: row.lr),
@@ -458,19 +473,25 @@ def columns_of(table: Table, keys: Sequence[str]) -> list[Column]:
 
 def columns_of_tasks(table: Table) -> list[Column]:
     """The row's label and one column for each task's mean, where there are several tasks; for a row of any task."""
-    places = decimals(table)
     means = {(row.task, row.index): row.mean for row in table.rows}
+    scales = {task: table.of(task).scale for task in table.tasks}
 
     def mean(task: str) -> Callable[[TableRow], str]:
         def text(row: TableRow) -> str:
             value = means[task, row.index]
-            return "" if value is None else f"{value:.{places}f}"
+            return "" if value is None else scales[task].number(value)
 
         return text
 
+    def number(task: str) -> Callable[[TableRow], float | None]:
+        return lambda row: means[task, row.index]
+
     label = columns_of(table, ())[0]
-    names = table.tasks if len(table.tasks) > 1 else ()
-    return [label, *(Column(f"mean.{name}", name, latex(name), mean(name)) for name in names)]
+    columns = [label]
+    for task in table.tasks if len(table.tasks) > 1 else ():
+        name = scales[task].heading(task)
+        columns.append(Column(f"mean.{task}", name, latex(name), mean(task), number(task)))
+    return columns
 
 
 def _text_tables(texts: Sequence[Sequence[str]], width: int) -> list[str]:
@@ -497,48 +518,3 @@ def _text_tables(texts: Sequence[Sequence[str]], width: int) -> list[str]:
 def _markdown(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     return "".join(f"\\{c}" if c in "\\`*_[]<>|~&#" else c for c in " ".join(text.split()))
-
-
-_MATH = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ±×÷·→≤≥−<>|"
-_MATH_NAMES = (
-    r"\alpha \beta \gamma \delta \epsilon \zeta \eta \theta \iota \kappa \lambda \mu \nu \xi \pi \rho \sigma \tau "
-    r"\upsilon \phi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Pi \Sigma \Phi \Psi \Omega "
-    r"\pm \times \div \cdot \to \le \ge - < > |"
-)
-_TEXT = '–—…‘’“”"\\~^'
-_TEXT_NAMES = r"\textendash{} \textemdash{} \dots{} ` ' `` '' '' \textbackslash{} \textasciitilde{} \^{}"
-_LATEX = {
-    **{c: "\\" + c for c in "&%$#_{}"},
-    **{sign: f"${name}$" for sign, name in zip(_MATH, _MATH_NAMES.split(), strict=True)},
-    **dict(zip(_TEXT, _TEXT_NAMES.split(), strict=True)),
-}
-
-
-def latex(text: str) -> str:
-    """Text that pdfLaTeX sets as it is, on one line, special characters escaped.
-
-    A letter that needs more than LaTeX's own fonts stands as its code point, [U+4E2D], so that the file compiles.
-    """
-
-    def one(c: str) -> str:
-        plain = " " <= c <= "~" or ("À" <= c <= "ÿ" and c not in "ÐÞðþ")
-        return _LATEX.get(c) or (c if plain else f"[U+{ord(c):04X}]")
-
-    out = "".join(one(c) for c in unicodedata.normalize("NFC", " ".join(text.split())))
-    return re.sub("-(?=-)", "-{}", out)  # two hyphens would be set as a dash
-
-
-def _latex_entry(text: str) -> str:
-    """A number as `columns_of` writes it: a sign is a minus, not a hyphen."""
-    signed = text.startswith(("+", "-", "["))
-    return f"${text}$".replace(", ", r",\,") if signed else latex(text or "–")
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-def _two_lines(header: str) -> tuple[str, str]:
-    """A header over two lines of a table, at the bar."""
-    over, bar, under = header.partition("|")
-    return (over, under) if bar else ("", header)

@@ -42,7 +42,7 @@ def drawing() -> Iterator[None]:
     """
     import matplotlib
 
-    settings = {
+    settings: dict[Any, Any] = {
         "axes.axisbelow": True,
         "axes.edgecolor": LIGHT["soft"],
         "axes.grid.axis": "y",
@@ -96,6 +96,21 @@ class Canvas:
         place = (left / self.width, bottom / self.height, wide / self.width, tall / self.height)
         return self.figure.add_axes(place)
 
+    def label(self, x: float, y: float, text: str, *, bold: bool = False, **how: Any) -> None:
+        """Write a text so many pixels from the left and the top; negative ones count from the right and the bottom."""
+        across = x if x >= 0 else self.width + x
+        up = self.height - y if y >= 0 else -y
+        self.figure.text(
+            across / self.width,
+            up / self.height,
+            readable(text),
+            ha="left" if x >= 0 else "right",
+            va="top" if y >= 0 else "baseline",
+            weight="bold" if bold else "normal",
+            color=LIGHT["ink"] if bold else LIGHT["soft"],
+            **how,
+        )
+
     def tip(self, artist: "Artist", *titles: str) -> None:
         """Give an artist a tooltip, or each of its marks one of its own, in their order."""
         key = f"tip{len(self._tips)}"
@@ -134,9 +149,12 @@ class Canvas:
         if element.tag != "text":
             element.text = None
         for child in list(element):
-            if child.tag.rpartition("}")[2] in ("metadata", "style"):
+            if child.tag.rpartition("}")[2] in ("metadata", "style", "clipPath"):
                 element.remove(child)
         attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        attributes.pop("clip-path", None)  # axes hold all that is drawn in them
+        if attributes.get("transform", "").startswith("rotate(-0 "):
+            del attributes["transform"]
         own = attributes.pop("id", "")
         if own in self._tips:
             _put_titles(element, self._tips[own])
@@ -212,9 +230,7 @@ def _flatten(element: ElementTree.Element) -> None:
         _flatten(child)
     flat: list[Any] = []
     for child in element:
-        if child.tag in ("g", "defs") and not child.attrib and (child.tag == "g" or not len(child)):
-            if not len(child) or child[0].tag != "title":
-                flat += list(child)
-                continue
-        flat.append(child)
+        needless = not child.attrib and (child.tag == "g" or (child.tag == "defs" and not len(child)))
+        titled = len(child) and child[0].tag == "title"
+        flat += list(child) if needless and not titled else [child]
     element[:] = flat

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from lrkit.study.charts.canvas import CHARACTER, TICK, Canvas, cut, readable
+from lrkit.study.charts.canvas import CHARACTER, OVER, TICK, Canvas, cut, readable
 from lrkit.study.charts.palette import LIGHT, Style
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def heat_map(cells: Mapping[str, Cell], *, top: float, colour: str = "heat") -> 
     axes = canvas.axes(margin, 38, right, 0)
     draw_cells(canvas, axes, cells, top=top, colour=colour, size=(wide, 22), names=names)
     if x_label:
-        place = {"x": 1 - 2 / canvas.width, "y": 4 / canvas.height}
-        canvas.figure.text(s=x_label, ha="right", color=LIGHT["soft"], **place)
+        canvas.label(-2, -4, x_label)
     return canvas.inline("heat map")
 
 
@@ -186,9 +185,9 @@ def bars(items: Sequence[Bar], *, width: int = 320, reference: float | None = No
             opacity = 0.85 if tall == 11 else 0.45
             (bar,) = axes.barh(y + tall / 2, end, tall, color=item.style.hex, alpha=opacity, linewidth=0)
             canvas.tip(bar, item.title or item.label)
-            axes.text(end + gap, y + tall / 2 + 4, text, color=LIGHT["soft"], fontsize=TICK, zorder=3)
+            axes.text(end + gap, y + tall / 2 + 4, text, color=LIGHT["soft"], fontsize=TICK, zorder=3).set_gid(OVER)
             y += tall + (3 if tall == 11 else 2)
-        y += 8 if item.second is None else 8
+        y += 8
     if reference is not None:  # behind the bars
         axes.plot([reference] * 2, [16, height - 8], color=LIGHT["soft"], linestyle=(0, (2, 2)), linewidth=1, zorder=0)
     return canvas.inline("bars")

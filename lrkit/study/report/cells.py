@@ -6,7 +6,7 @@ from urllib.parse import quote
 import attrs
 
 from lrkit.errors import cut
-from lrkit.study.charts.curves import minus
+from lrkit.study.charts import minus
 from lrkit.study.records import CellRecord, Status
 from lrkit.study.report.view import WORDS, View
 

@@ -132,7 +132,10 @@ def budget(view: View, task: str) -> Figures:
                 if x[-1] < end:
                     x, mean, low, high = [*x, end], [*mean, mean[-1]], [*low, low[-1]], [*high, high[-1]]
                 curves.append(Curve(label=label, style=style, x=x, y=mean, low=low, high=high, width=width, step=True))
-            svg = lines(curves, x_label="step", x_range=(0, end), y_range=(0, units * 1.06), show="{:,.1f}".format)
+            x_range, y_range = (0, end), (0, units * 1.06)
+            svg = lines(
+                curves, x_label="step", y_label="units", x_range=x_range, y_range=y_range, show="{:,.1f}".format
+            )
             left = f"{curves[1].y[-1]:,.4g} of {units:,.0f} units left"
             which = "" if policy == 0 else f", policy {policy}"
             panels.append(Panel(svg=Markup(svg), row=row, title=which, aside=left))

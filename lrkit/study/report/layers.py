@@ -97,5 +97,7 @@ def _short(value: float) -> str:
 
 def _widest(panels: list[Panel]) -> int:
     """Return the width that the widest of them needs."""
-    widths = [int(float(found.group(1))) for panel in panels if (found := re.match(r'<svg width="([\d.]+)"', panel.svg))]
+    widths = [
+        int(float(found.group(1))) for panel in panels if (found := re.match(r'<svg width="([\d.]+)"', panel.svg))
+    ]
     return max(widths, default=320)

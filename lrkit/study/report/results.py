@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import attrs
 from markupsafe import Markup, escape
 
-from lrkit.study.charts import interval
-from lrkit.study.charts.curves import minus
+from lrkit.study.charts import interval, minus
 from lrkit.study.report.view import View
 from lrkit.study.statistics import COSTS, SCORES, Table, TableRow, columns_of, columns_of_tasks
 
@@ -145,7 +144,7 @@ def _meaning(table: Table) -> Iterator[Markup]:
     """Explain the columns that there are, a sentence each."""
     shown = {column.key for column in columns_of(table, SCORES + COSTS)}
     scales = {score: table.of(task).scale for task, score in zip(table.tasks, table.scores, strict=True)}
-    scores = " or ".join(scale.heading(score) for score, scale in scales.items())
+    scores = " or ".join(f"{score} in {scale.unit}" if scale.unit else score for score, scale in scales.items())
     yield Markup("Score on the validation rows: {}, ± standard deviation over seeds.").format(scores)
     points = ", in percentage points" if any(scale.unit for scale in scales.values()) else ""
     if "difference" in shown:

@@ -36,7 +36,9 @@ class Hyperparameters:
                 (f"{task}: " if view.several else "") + ", ".join(f"{name} {rate:g}" for name, rate in of.items())
                 for task, of in record.rates.items()
             ]
-            counts = [(task.name if view.several else "", _parameters(view, row, task.name)) for task in view.record.tasks]
+            counts = [
+                (task.name if view.several else "", _parameters(view, row, task.name)) for task in view.record.tasks
+            ]
             rows.append(Setup(row, parts, list(dict.fromkeys(rates)), [(task, told) for task, told in counts if told]))
         return cls(rows, [task.name for task in view.record.tasks])
 

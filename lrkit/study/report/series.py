@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
-from lrkit.study.charts.curves import Curve, thin
+from lrkit.study.charts import Curve, thin
 from lrkit.study.records import CellRecord
 from lrkit.study.report.view import View
 
@@ -15,7 +15,7 @@ Series = Sequence[tuple[int, float]]
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Return the centred running mean over an odd window, cut off at the ends; NaN stays NaN, and is in no mean of others."""
+    """Return the centred running mean over an odd window, cut off at the ends; NaN stays NaN, alone."""
     half = max(0, window // 2)
     out = []
     for i, value in enumerate(values):

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lrkit import actions, methods, metrics, parameterizations, peft, schedulers, tasks, testing, trainer
     from lrkit.actions import Action
     from lrkit.adapted import Adapted, attach, load
-    from lrkit.history import Decision
     from lrkit.errors import LrkitError, LrkitWarning
+    from lrkit.history import Decision
     from lrkit.hookspecs import hookimpl
     from lrkit.method import Method, Policy, from_plain, to_plain, with_component, with_setting
     from lrkit.metrics import Metric

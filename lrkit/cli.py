@@ -275,8 +275,8 @@ def ablate(
 
     The same command again goes on with what is missing. lrkit ablate --list shows the studies that ship.
     """
+    from lrkit.study.catalogue import catalogue, names
     from lrkit.study.plan import lay_out, read_study, study_from
-    from lrkit.study.shipped import catalogue, names
 
     if list_:
         _list_studies(catalogue(), as_json)
@@ -675,7 +675,7 @@ def _carry_out(
     import attrs
     from rich.console import Console
 
-    from lrkit.study.ablate import perform
+    from lrkit.study.execute import execute
     from lrkit.study.paired import too_few_seeds
     from lrkit.study.progress import Teller
     from lrkit.study.records import read_study
@@ -685,7 +685,7 @@ def _carry_out(
     if few := too_few_seeds(len(plan.rows) - 1, len(plan.seeds)):
         _complain(few)
     with Teller(Console(stderr=True, quiet=as_json), out.absolute()) as teller:
-        outcome = perform(
+        outcome = execute(
             plan,
             out,
             executor=executor,

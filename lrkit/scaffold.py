@@ -374,7 +374,7 @@ def show(
     plain: list[dict[str, Any]] = []
     for offer in found:
         if offer.kind == "study":
-            from lrkit.study.shipped import about as about_study
+            from lrkit.study.catalogue import about as about_study
 
             plain.append(
                 {"kind": "study", "name": name, "distribution": offer.distribution, "about": about_study(name)}

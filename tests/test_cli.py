@@ -27,7 +27,7 @@ from lrkit.method import FIELDS, to_plain
 from lrkit.metrics import Magnitude, RatioUncertainty
 from lrkit.registry import Registry
 from lrkit.schedulers import Linear
-from lrkit.study.shipped import about
+from lrkit.study.catalogue import about
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ import lrkit
 from lrkit.cli import main
 from lrkit.study import records
 from lrkit.study.ablate import _study
-from lrkit.study.plan import RowSpec, Study, TaskSpec, changes, lay_out, read_study, shipped, study_from
-from lrkit.study.shipped import text_of
+from lrkit.study.catalogue import shipped, text_of
+from lrkit.study.plan import RowSpec, Study, TaskSpec, changes, lay_out, read_study, study_from
 
 
 def labels(plain):
@@ -202,7 +202,7 @@ def test_every_study_that_ships_can_run():
 WRONG = {
     "no base": ({}, "study: base is missing"),
     "key": ({"base": "lora", "sead": 3}, 'there is no key "sead" (did you mean "seeds"?)'),
-    "row key": ({"base": "lora", "rows": [{"lable": "x"}]}, 'rows there is no key "lable" (did you mean "label"?)'),
+    "row key": ({"base": "lora", "rows": [{"lable": "x"}]}, 'rows[0] there is no key "lable" (did you mean "label"?)'),
     "task key": ({"base": "lora", "tasks": [{"tusk": "x"}]}, '"tusk" (did you mean "task"?)'),
     "task and data": ({"base": "lora", "tasks": [{"task": "movies", "data": "x"}]}, "either task (a name) or data"),
     "seeds": ({"base": "lora", "seeds": "six"}, "seeds must be a number of seeds (6)"),

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from lrkit.study.paired import holm, interval, sign_flip_p, smallest_p
 from lrkit.study.records import read_study
-from lrkit.study.statistics import Table, compact, compare, latex, memory, probability
+from lrkit.study.statistics import Table, compare
+from lrkit.study.texts import compact, latex, memory, probability
 
 few = settings(max_examples=40)
 counts = st.lists(st.integers(-30, 30), min_size=1, max_size=9)

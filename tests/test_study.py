@@ -18,11 +18,12 @@ import pytest
 import torch
 
 import lrkit
-from lrkit.study.ablate import perform
-from lrkit.study.cell import Cell, make_cell, run_cell
-from lrkit.study.execute import jobs_of
+from lrkit.study.cell import Cell, make_cell
+from lrkit.study.execute import execute
+from lrkit.study.jobs import jobs_of
 from lrkit.study.plan import lay_out, study_from
 from lrkit.study.store import Lines, lock, read_json, write_json
+from lrkit.study.worker import run_cell
 
 HERE = Path(__file__).resolve()
 
@@ -36,7 +37,7 @@ def place(tmp_path_factory):
 def undisturbed(place, tmp_path_factory):
     """What the study of `killed_study` comes to where nobody kills it."""
     out = tmp_path_factory.mktemp("undisturbed")
-    perform(lay_out(killed_study.study(place)), out, workers=0, threads=1, costs=False, checkpoint_seconds=0.0)
+    execute(lay_out(killed_study.study(place)), out, workers=0, threads=1, costs=False, checkpoint_seconds=0.0)
     return results(out)
 
 
@@ -45,8 +46,8 @@ def small(place, **changes):
     return study_from({**plain, **changes})
 
 
-def perform_here(study, out, **settings):
-    return perform(lay_out(study), out, workers=0, costs=False, **settings)
+def execute_here(study, out, **settings):
+    return execute(lay_out(study), out, workers=0, costs=False, **settings)
 
 
 def results(out):
@@ -145,9 +146,9 @@ def test_workers_end_with_their_study(place, tmp_path):
 
 def test_a_cell_does_not_depend_on_what_its_worker_did_before(place, tmp_path):
     plan = lay_out(small(place))
-    perform(plan, tmp_path / "one", workers=0, costs=False)
+    execute(plan, tmp_path / "one", workers=0, costs=False)
     turned = attrs.evolve(plan.study, rows=[], swap={"metric": ["magnitude"]})
-    perform(lay_out(turned), tmp_path / "two", workers=0, costs=False)
+    execute(lay_out(turned), tmp_path / "two", workers=0, costs=False)
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert set(two) < set(one)
     assert all(one[key] == two[key] for key in two)
@@ -193,47 +194,47 @@ def test_one_cell_that_fails_stops_no_other_and_is_run_again(place, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(Magnitude, "score", broken)
-        outcome = perform_here(study, tmp_path / "out")
+        outcome = execute_here(study, tmp_path / "out")
     assert outcome.done == 1
     assert [name for name, _ in outcome.failed] == ["metric=magnitude, data, seed 0"]
     assert outcome.failed[0][1] == "ZeroDivisionError: on purpose"
     failed = next((tmp_path / "out").glob("cells/*/error.txt"))
     assert "in broken" in failed.read_text()
-    again = perform_here(study, tmp_path / "out")
+    again = execute_here(study, tmp_path / "out")
     assert (again.done, again.ran, again.failed) == (2, 1, ())
     assert not failed.exists()
 
 
 def test_a_study_grows_in_its_folder_and_refuses_another(place, tmp_path):
     out = tmp_path / "out"
-    perform_here(small(place, rows=[], swap={}), out)
+    execute_here(small(place, rows=[], swap={}), out)
     before = results(out)
-    more = perform_here(small(place, seeds=[0, 3]), out)
+    more = execute_here(small(place, seeds=[0, 3]), out)
     assert (more.done, more.ran) == (6, 5)
     assert before.items() <= results(out).items()
     study = read_json(out / "study.json")
     assert [row["label"] for row in study["rows"]] == ["adalora", "metric=magnitude", "aflora"]
     assert study["seeds"] == [0, 3] and len(study["cells"]) == 6
     # A part of it asked for again takes nothing away.
-    perform_here(small(place, rows=[], swap={}), out)
+    execute_here(small(place, rows=[], swap={}), out)
     assert len(read_json(out / "study.json")["cells"]) == 6
     for changes, what in (
         ({"base": "lora", "set": {}, "swap": {}}, "its base"),
         ({"run": {"steps": 9, "max_length": 12}}, "run is"),
     ):
         with pytest.raises(lrkit.LrkitError, match=f"holds another study: {what}"):
-            perform_here(small(place, **changes), out)
+            execute_here(small(place, **changes), out)
     assert len(read_json(out / "study.json")["cells"]) == 6
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
     with pytest.raises(lrkit.LrkitError, match="holds no study: nothing is overwritten"):
-        perform_here(small(place), tmp_path / "other")
+        execute_here(small(place), tmp_path / "other")
 
 
 def test_nothing_is_spent_on_a_study_with_a_cell_that_cannot_run(place, tmp_path):
     late = {"label": "late", "set": {"warmup": 6, "final": 3}}
     with pytest.raises(lrkit.LrkitError, match=r"row late on data: .*total_steps 8"):
-        perform_here(small(place, rows=[late]), tmp_path / "out")
+        execute_here(small(place, rows=[late]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -264,7 +265,7 @@ def test_a_cell_another_process_runs_is_left_to_it(place, tmp_path):
 
 def test_any_executor_of_concurrent_futures_will_do(place, tmp_path):
     with ThreadPoolExecutor(1) as pool:
-        outcome = perform(lay_out(small(place)), tmp_path / "out", executor=pool, costs=False)
+        outcome = execute(lay_out(small(place)), tmp_path / "out", executor=pool, costs=False)
         assert outcome.done == outcome.ran == 3
         assert pool.submit(int, "3").result() == 3, "somebody else's pool is left running"
 
@@ -313,21 +314,21 @@ def test_a_pool_of_dask(place, tmp_path):
     alone = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
     with distributed.LocalCluster(**alone) as cluster, distributed.Client(cluster) as client:
         plan = lay_out(small(place))
-        outcome = perform(plan, tmp_path / "out", executor=client.get_executor(), threads=1, costs=False)
+        outcome = execute(plan, tmp_path / "out", executor=client.get_executor(), threads=1, costs=False)
     assert (outcome.done, outcome.failed) == (3, ())
-    perform(plan, tmp_path / "here", workers=0, threads=1, costs=False)
+    execute(plan, tmp_path / "here", workers=0, threads=1, costs=False)
     assert results(tmp_path / "out") == results(tmp_path / "here")
 
 
 def test_cells_in_this_process_begin_like_a_new_one(place, tmp_path):
     """Whatever the caller has switched on; and it is on again afterwards."""
     study = small(place, rows=[], swap={})
-    perform_here(study, tmp_path / "neutral")
+    execute_here(study, tmp_path / "neutral")
     try:
         torch.set_default_dtype(torch.float64)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             torch.autograd.set_detect_anomaly(True, check_nan=False)
-            outcome = perform_here(study, tmp_path / "odd")
+            outcome = execute_here(study, tmp_path / "odd")
             assert torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
         assert (outcome.done, outcome.failed) == (1, ())
         assert torch.get_default_dtype() == torch.float64
@@ -350,19 +351,19 @@ def test_what_only_this_process_has_is_refused_before_workers_are_asked(place, t
         patch.setattr("lrkit.registry.current", lambda: registry)
         plan = lay_out(small(place, rows=[], swap={}, tasks=[{"task": "mine"}]))
         with pytest.raises(lrkit.LrkitError, match=r'task "mine" is registered in this process alone.*workers=0'):
-            perform(plan, tmp_path / "out", workers=1, costs=False)
+            execute(plan, tmp_path / "out", workers=1, costs=False)
     assert not (tmp_path / "out").exists()
 
 
 def test_ray_that_is_not_there_is_said(place, tmp_path):
     with pytest.raises(lrkit.LrkitError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
-        perform(lay_out(small(place)), tmp_path / "out", executor="ray", address="127.0.0.1:1", workers=1, costs=False)
+        execute(lay_out(small(place)), tmp_path / "out", executor="ray", address="127.0.0.1:1", workers=1, costs=False)
 
 
 def test_a_cell_in_two_processes(place, tmp_path):
     study = small(place, rows=[], swap={})
     study = attrs.evolve(study, run={**study.run, "devices": 2})
-    outcome = perform_here(study, tmp_path / "out")
+    outcome = execute_here(study, tmp_path / "out")
     assert (outcome.done, outcome.failed) == (1, ())
     (cell,) = (tmp_path / "out" / "cells").iterdir()
     assert read_json(cell / "result.json")["steps"] == 8
@@ -403,7 +404,7 @@ def test_each_gpu_is_leased_to_one_worker(tmp_path):
 def test_a_checkpoint_that_is_damaged_is_passed_over(place, tmp_path):
     """Truncated, changed or gone: whichever file it is, the run starts anew, and comes to the same result."""
     plan = lay_out(small(place, rows=[], swap={}))
-    perform(plan, tmp_path / "whole", workers=0, costs=False)
+    execute(plan, tmp_path / "whole", workers=0, costs=False)
     job = jobs_of(plan)[0].cell
     from lrkit.study.run import Record
 
@@ -442,36 +443,36 @@ def stopped_at(step):
 
 def test_a_result_that_is_damaged_is_made_again(place, tmp_path):
     study, out = small(place, rows=[], swap={}), tmp_path / "out"
-    perform_here(study, out)
+    execute_here(study, out)
     before = results(out)
     (path,) = out.glob("cells/*/result.json")
     for content in (b"", b"{", b"null", b'{"format": 1}'):
         path.write_bytes(content)
-        assert perform_here(study, out).ran == 1
+        assert execute_here(study, out).ran == 1
         assert results(out) == before
 
 
 def test_data_that_changes_in_one_process_is_seen(place, tmp_path):
     folders.write_data(tmp_path / "data")
     study = small(place, rows=[], swap={}, tasks=[{"data": str(tmp_path / "data")}])
-    perform_here(study, tmp_path / "one")
+    execute_here(study, tmp_path / "one")
     validation = tmp_path / "data" / "validation.jsonl"
     rows = [json.loads(line) for line in validation.read_text().splitlines()]
     validation.write_text("\n".join(json.dumps({**row, "label": int(i == 0)}) for i, row in enumerate(rows)) + "\n")
-    perform_here(study, tmp_path / "two")
+    execute_here(study, tmp_path / "two")
     (one,), (two,) = results(tmp_path / "one").values(), results(tmp_path / "two").values()
     assert json.loads(one[0])["majority"] == 0.5 and json.loads(two[0])["majority"] == 0.875
     # And cells of two kinds of data are not put into one table.
     more = attrs.evolve(study, swap={"metric": ["magnitude"]})
     folders.write_data(tmp_path / "data")
     with pytest.raises(lrkit.LrkitError, match="are of other data"):
-        perform_here(attrs.evolve(more, seeds=[7]), tmp_path / "two")
+        execute_here(attrs.evolve(more, seeds=[7]), tmp_path / "two")
 
 
 def test_cells_in_threads_of_one_process_take_turns(place, tmp_path):
-    perform_here(small(place), tmp_path / "one")
+    execute_here(small(place), tmp_path / "one")
     with ThreadPoolExecutor(3) as pool:
-        outcome = perform(lay_out(small(place)), tmp_path / "two", executor=pool, costs=False)
+        outcome = execute(lay_out(small(place)), tmp_path / "two", executor=pool, costs=False)
     assert outcome.failed == ()
     assert results(tmp_path / "one") == results(tmp_path / "two")
 
@@ -482,7 +483,7 @@ def test_an_executor_that_never_runs_a_cell_is_given_up(place, tmp_path):
             raise BrokenExecutor("no worker starts")
 
     with pytest.raises(lrkit.LrkitError, match="the executor does not run cells: BrokenExecutor: no worker starts"):
-        perform(lay_out(small(place)), tmp_path / "out", executor=Broken(), costs=False)
+        execute(lay_out(small(place)), tmp_path / "out", executor=Broken(), costs=False)
 
 
 def test_a_task_cannot_undo_what_a_row_changes(place):
@@ -496,4 +497,4 @@ def test_a_draft_that_a_killed_process_left_is_no_study(place, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / ".study.json.abc").write_text("{")
-    assert perform_here(small(place, rows=[], swap={}), out).done == 1
+    assert execute_here(small(place, rows=[], swap={}), out).done == 1

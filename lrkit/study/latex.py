@@ -1,40 +1,12 @@
-"""A study's tables in LaTeX."""
+"""A study's tables in LaTeX: one float with the title as its caption, and the notes below. No torch here."""
 
-import re
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lrkit.study.texts import latex
+
 if TYPE_CHECKING:
-    from lrkit.study.statistics import Column, Table
-
-_MATH = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ±×÷·→≤≥−<>|†"
-_MATH_NAMES = (
-    r"\alpha \beta \gamma \delta \epsilon \zeta \eta \theta \iota \kappa \lambda \mu \nu \xi \pi \rho \sigma \tau "
-    r"\upsilon \phi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Pi \Sigma \Phi \Psi \Omega "
-    r"\pm \times \div \cdot \to \le \ge - < > | \dagger"
-)
-_TEXT = '–—…‘’“”"\\~^'
-_TEXT_NAMES = r"\textendash{} \textemdash{} \dots{} ` ' `` '' '' \textbackslash{} \textasciitilde{} \^{}"
-_LATEX = {
-    **{c: "\\" + c for c in "&%$#_{}"},
-    **{sign: f"${name}$" for sign, name in zip(_MATH, _MATH_NAMES.split(), strict=True)},
-    **dict(zip(_TEXT, _TEXT_NAMES.split(), strict=True)),
-}
-
-
-def latex(text: str) -> str:
-    """Write a text so that pdfLaTeX sets it as it is, on one line, special characters escaped.
-
-    A letter that needs more than LaTeX's own fonts stands as its code point, [U+4E2D], so that the file compiles.
-    """
-
-    def one(c: str) -> str:
-        plain = " " <= c <= "~" or ("À" <= c <= "ÿ" and c not in "ÐÞðþ")
-        return _LATEX.get(c) or (c if plain else f"[U+{ord(c):04X}]")
-
-    out = "".join(one(c) for c in unicodedata.normalize("NFC", " ".join(text.split())))
-    return re.sub("-(?=-)", "-{}", out)  # two hyphens would be set as a dash
+    from lrkit.study.table import Column, Table
 
 
 def latex_table(

@@ -104,12 +104,12 @@ def overhead(folder, rounds):
 
 def cells_a_minute(folder, workers, cells):
     """Cells a minute of so many workers of one thread, without their start."""
-    from lrkit.study.ablate import perform
+    from lrkit.study.execute import execute
     from lrkit.study.plan import lay_out, study_from
 
     run = {"steps": CELL_STEPS, "max_length": 64, "validation_rows": 256}
     study = study_from({"base": "adalora", "set": {"rank": 8, "target_rank": 4}, "run": run, "seeds": cells})
-    perform(lay_out(study), folder, workers=workers, threads=1, costs=False)
+    execute(lay_out(study), folder, workers=workers, threads=1, costs=False)
     begun, ended = [], []
     for path in folder.glob("cells/*/attempts.jsonl"):
         begin = json.loads(path.read_text().splitlines()[0])

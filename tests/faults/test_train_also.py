@@ -7,7 +7,8 @@ import pytest
 
 import lrkit
 from lrkit import cli
-from lrkit.study.execute import jobs_of, write_plan
+from lrkit.study.jobs import jobs_of
+from lrkit.study.ledger import write_plan
 from lrkit.study.plan import changes, lay_out, study_from
 
 ROWS = [

@@ -7,8 +7,8 @@ import attrs
 
 from lrkit.errors import cut
 from lrkit.study.charts import minus
-from lrkit.study.records import CellRecord, Status
 from lrkit.study.report.view import WORDS, View
+from lrkit.study.results import CellRecord, Status
 
 _TRACEBACK = 20_000  # characters of a traceback that are shown, at most
 

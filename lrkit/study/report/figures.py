@@ -10,7 +10,7 @@ from lrkit.study.charts import Bar, Curve, Point, Style, bars, lines, scatter
 from lrkit.study.report.series import Series, curve_of, diverging, over_seeds, smooth
 from lrkit.study.report.view import View
 from lrkit.study.scores import scale_of
-from lrkit.study.statistics import compact, memory
+from lrkit.study.texts import compact, memory
 
 _FEW = 6  # up to so many rows share one chart, named at their lines
 

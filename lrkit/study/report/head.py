@@ -7,8 +7,8 @@ from typing import Any
 
 import attrs
 
-from lrkit.study.records import CellRecord, Status, StudyRecord
 from lrkit.study.report.view import WORDS, View, setting
+from lrkit.study.results import CellRecord, Status, StudyRecord
 from lrkit.study.scores import scale_of
 
 

@@ -12,10 +12,10 @@ from markupsafe import Markup
 
 from lrkit.study.charts import DARK, LIGHT, chip, drawing, styles
 from lrkit.study.charts.palette import in_css
-from lrkit.study.records import StudyRecord
 from lrkit.study.report import cells, figures, head, layers, results, rows
 from lrkit.study.report.view import View, breakable, setting
-from lrkit.study.statistics import Table
+from lrkit.study.results import StudyRecord
+from lrkit.study.table import Table
 
 if TYPE_CHECKING:
     from jinja2 import Template

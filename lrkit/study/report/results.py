@@ -6,8 +6,9 @@ import attrs
 from markupsafe import Markup, escape
 
 from lrkit.study.charts import interval, minus
+from lrkit.study.comparison import TableRow
 from lrkit.study.report.view import View
-from lrkit.study.statistics import COSTS, SCORES, Table, TableRow, columns_of, columns_of_tasks
+from lrkit.study.table import COSTS, SCORES, Table, columns_of, columns_of_tasks
 
 _TIPS = {
     "lr": "learning rate of the adapters",

@@ -5,7 +5,7 @@ from typing import Any
 import attrs
 
 from lrkit.study.report.view import View
-from lrkit.study.statistics import compact
+from lrkit.study.texts import compact
 
 
 @attrs.frozen

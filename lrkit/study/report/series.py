@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from lrkit.study.charts import Curve, thin
-from lrkit.study.records import CellRecord
 from lrkit.study.report.view import View
+from lrkit.study.results import CellRecord
 
 _POINTS = 160  # of a curve, at most
 

@@ -9,8 +9,8 @@ import attrs
 from markupsafe import Markup, escape
 
 from lrkit.study.charts import Style
-from lrkit.study.records import CellRecord, Status, StudyRecord
-from lrkit.study.statistics import Table
+from lrkit.study.results import CellRecord, Status, StudyRecord
+from lrkit.study.table import Table
 
 T = TypeVar("T")
 

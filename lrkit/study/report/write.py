@@ -1,8 +1,8 @@
 """Write a study's report into its folder."""
 
-import os
 from pathlib import Path
 
+from lrkit.moves import replacing
 from lrkit.study.records import frame, read_study
 from lrkit.study.report.page import page
 from lrkit.study.sheet import safe_csv
@@ -36,12 +36,7 @@ def write_report(folder: str | Path) -> list[Path]:
 
 
 def _replace(path: Path, text: str) -> Path:
-    """Write a file so that whoever reads it finds the old one or the new one, whole."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as draft:
         # a lone surrogate can come out of JSON, and has no bytes
         draft.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
     return path

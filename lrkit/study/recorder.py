@@ -1,82 +1,26 @@
-"""The Trainer of a run: what it writes down on the way, and checkpoints without a copy of the frozen base."""
+"""Callbacks of a run's Trainer: time its steps, and write down its curves, decisions and checkpoints."""
 
-import os
 import shutil
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import attrs
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from lrkit.accounting import flops
 from lrkit.adapted import Adapted
-from lrkit.study.run import check_sums
+from lrkit.study.checkpoints import Record, check_sums
 from lrkit.study.store import LIST, Lines, write_json
 
-if TYPE_CHECKING:
-    from lrkit.study.run import Progress, Record
+Progress = Callable[[int, int, float | None], None]
+"""Called after each step with (step, total steps, loss of the step or None)."""
 
-_POINTS = 8
 _PATIENCE = 5.0
 """Seconds from being asked to stop to stopping without a checkpoint of that step."""
 
-
-class RunTrainer(Trainer):
-    """A Trainer for an adapted model.
-
-    The model's weights are in no checkpoint: what trains is in `AdaptCallback`'s file, and the rest never changes.
-
-    Args:
-        adapted: the handle on the model.
-        sample: a batch of one row, on which FLOPs are counted.
-        **settings: as Trainer takes them.
-    """
-
-    def __init__(self, *, adapted: Adapted, sample: dict[str, Any], **settings: Any) -> None:
-        super().__init__(**settings)
-        self._adapted, self._sample = adapted, sample
-        last = self.args.max_steps - 1
-        self._counted: tuple[int, float] | None = None
-        self._points = {round(i * last / (_POINTS - 1)) for i in range(_POINTS)}
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Only the folder: see the class."""
-        os.makedirs(output_dir or self.args.output_dir or ".", exist_ok=True)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """A checkpoint whose files are on the disk before it is said to be whole."""
-        super()._save_checkpoint(*args, **kwargs)
-        for path in Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}").iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: `AdaptCallback` loads."""
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One step; at some of them the FLOPs of a row are counted first."""
-        if self.state.global_step in self._points:
-            self._points.remove(self.state.global_step)
-            self._count()
-        return super().training_step(*args, **kwargs)
-
-    def _count(self) -> None:
-        trains = self._adapted.summary().now
-        if self._counted is None or self._counted[0] != trains:
-            self._counted = trains, self._flops()
-        self.log({"flops_of_a_row": self._counted[1]})
-
-    def _flops(self) -> float:
-        model = self._adapted.model
-        sample = {key: value.to(self.args.device) for key, value in self._sample.items()}
-        was = model.training
-        model.eval()  # the penalty is a batch's, not a row's
-        with torch.random.fork_rng(), self.compute_loss_context_manager():
-            counted = flops(model, sample)
-        model.train(was)
-        return float(counted.total)
+_NO_SCORES = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+"""Entries of transformers' evaluation log that are not scores."""
 
 
 class Watch(TrainerCallback):
@@ -86,7 +30,7 @@ class Watch(TrainerCallback):
         progress: told of each logged loss.
     """
 
-    def __init__(self, progress: "Progress | None") -> None:
+    def __init__(self, progress: Progress | None) -> None:
         self.seconds: list[float] = []
         self._progress, self._begin = progress, 0.0
 
@@ -108,13 +52,13 @@ class Recorder(TrainerCallback):
     """Writes curves and decisions as they come, and asks for a checkpoint every so often.
 
     Args:
-        record: where to.
-        adapted: whose decisions.
+        record: the folder to write into.
+        adapted: the handle whose decisions are written.
         log_every: steps between two logged losses. A checkpoint falls on one of these, since a loss summed up halfway
             would be lost with the process.
     """
 
-    def __init__(self, record: "Record", adapted: Adapted, log_every: int) -> None:
+    def __init__(self, record: Record, adapted: Adapted, log_every: int) -> None:
         self._record, self._adapted, self._log_every = record, adapted, log_every
         self._metrics = Lines(record.folder / "metrics.jsonl")
         self._history = Lines(record.folder / "history.jsonl")
@@ -128,12 +72,12 @@ class Recorder(TrainerCallback):
         self._history.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Know what was there before."""
+        """Note the decisions and the step of the checkpoint that the run goes on from."""
         self._decisions, self._step = len(self._adapted.history), state.global_step
         self._saved = self._logged = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """One line for a loss or for scores."""
+        """Write one line for a loss or for scores."""
         if not logs or not state.is_world_process_zero:
             return
         line: dict[str, Any] = {"step": state.global_step}
@@ -142,6 +86,7 @@ class Recorder(TrainerCallback):
             seconds = (now - self._logged) / max(1, state.global_step - self._step)
             self._logged, self._step = now, state.global_step
             line |= {"loss": logs["loss"], "lr": logs.get("learning_rate"), "seconds": seconds}
+            line |= {"penalty": logs["penalty"]} if "penalty" in logs else {}  # beside the loss, and not in it
         scores = {
             key.removeprefix("eval_"): value
             for key, value in logs.items()
@@ -153,7 +98,7 @@ class Recorder(TrainerCallback):
             self._metrics.write(line)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """New decisions; and perhaps a checkpoint."""
+        """Write new decisions, and ask for a checkpoint if one is due."""
         if state.is_world_process_zero:
             for decision in self._adapted.history[self._decisions :]:
                 self._history.write(attrs.asdict(decision))
@@ -179,7 +124,7 @@ class Recorder(TrainerCallback):
         control.should_save = control.should_save or due
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """List the new checkpoint's files, which makes it whole, and drop what it replaces."""
+        """List the new checkpoint's files, which makes it whole, and drop the one that it replaces."""
         self._saved = time.monotonic()
         if args.world_size > 1:
             torch.distributed.barrier()  # every process has written its random state
@@ -189,6 +134,3 @@ class Recorder(TrainerCallback):
             for folder in self._record.checkpoints.glob("checkpoint-*"):
                 if folder != new:
                     shutil.rmtree(folder, ignore_errors=True)
-
-
-_NO_SCORES = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")

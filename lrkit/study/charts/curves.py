@@ -85,7 +85,7 @@ def lines(
         return ""
     edges = [v for c in curves for v in (*c.low, *c.high) if math.isfinite(v)]
     canvas = Canvas(width, height)
-    room = min(0.25 * width, 12 + max(len(c.label) for c in curves) * CHARACTER) if names else 12.0
+    room = min(0.25 * width, 12 + max(len(c.label) for c in curves) * CHARACTER) if names else 18.0
     axes = framed(
         canvas,
         x_range or spread([x for x, _ in known], 0.0),

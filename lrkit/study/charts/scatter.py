@@ -60,7 +60,7 @@ def scatter(
     left = max(left, 0.0) if min(xs) >= 0 and not x_log else left
     ys = spread([p.y + s * (p.error or 0.0) for p in shown for s in (-1, 1)], 0.08)
     canvas = Canvas(width, height)
-    axes = framed(canvas, (left, right), ys, right=14, labels=(x_label, y_label), shows=(x_show, None), x_log=x_log)
+    axes = framed(canvas, (left, right), ys, right=24, labels=(x_label, y_label), shows=(x_show, None), x_log=x_log)
     if front:
         corners = [(front[0][0], ys[0]), *front, (right, front[-1][1])]
         (stairs,) = axes.step(

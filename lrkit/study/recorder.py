@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -11,10 +10,8 @@ from transformers import TrainerCallback
 
 from lrkit.adapted import Adapted
 from lrkit.study.checkpoints import Record, check_sums
+from lrkit.study.run_settings import Progress
 from lrkit.study.store import LIST, Lines, write_json
-
-Progress = Callable[[int, int, float | None], None]
-"""Called after each step with (step, total steps, loss of the step or None)."""
 
 _PATIENCE = 5.0
 """Seconds from being asked to stop to stopping without a checkpoint of that step."""

@@ -13,8 +13,6 @@ from lrkit.study.charts.maps import draw_cells
 from lrkit.study.charts.palette import LIGHT
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from lrkit.study.run import Result
 
 
@@ -91,7 +89,7 @@ def _maps(maps: list[_Map], colour: str) -> Canvas | None:
     wide, tall, head, foot = 40, 22, 30, 22
     heights = [head + tall * len(names) + foot for names in modules]
     titles = max(len(each.title) for each in maps) * 8 + 20
-    canvas = Canvas(max(margin + wide * max(blocks) + 10, titles), sum(heights) + 26)
+    canvas = Canvas(max(margin + wide * max(blocks) + 10, titles), sum(heights) + 20)
     top = 0.0
     for each, columns, height in zip(maps, blocks, heights, strict=True):
         right = canvas.width - margin - wide * columns
@@ -114,7 +112,6 @@ def _budget(results: "Mapping[str, Result]") -> Canvas | None:
         return None
     legend, tall, foot = 34, 150, 30
     canvas = Canvas(640, legend + tall * len(curves) + foot)
-    axes: Axes | None = None
     for i, (label, (decisions, steps)) in enumerate(curves.items()):
         top, units = legend + tall * i, decisions[0].units
         axes = canvas.axes(60, canvas.height - top - tall + 20, 20, top + 30)
@@ -129,20 +126,20 @@ def _budget(results: "Mapping[str, Result]") -> Canvas | None:
         if back:
             axes.plot(*zip(*back, strict=True), "|", color=LIGHT["h1"], markersize=8, markeredgewidth=1.5)
         canvas.label(10, top + 8, f"{label}: {units} units, those kept over the steps", bold=True)
-    assert axes is not None
-    _legend(canvas, axes)
+    _legend(canvas, any(decision.returned for decisions, _ in curves.values() for decision in decisions))
     canvas.label(-20, -8, "optimizer step")
     return canvas
 
 
-def _legend(canvas: Canvas, axes: "Axes") -> None:
-    """Write the key at the picture's upper edge, which is kept free for it."""
+def _legend(canvas: Canvas, returned: bool) -> None:
+    """Write the key at the picture's upper edge, which is kept free for it, so that it covers no title and no line."""
     from matplotlib.lines import Line2D
 
     lines = [
         Line2D([], [], color=LIGHT["planned"], linewidth=5, label="planned"),
         Line2D([], [], color=LIGHT["h0"], linewidth=1.75, label="kept"),
-        Line2D([], [], color=LIGHT["h1"], linestyle="", marker="|", markersize=8, label="units came back"),
     ]
+    if returned:
+        lines.append(Line2D([], [], color=LIGHT["h1"], linestyle="", marker="|", markersize=8, label="units came back"))
     place = (10 / canvas.width, 1 - 4 / canvas.height)
     canvas.figure.legend(handles=lines, loc="upper left", bbox_to_anchor=place, frameon=False, ncols=3, borderpad=0)

@@ -25,7 +25,7 @@ def unequal_sizes(
         (least, smallest), (most, largest) = min(found), max(found)
         if most > _TENTH * least:
             yield (
-                f"rows of one target ({target:g}) end with {least:,.0f} ({smallest}) to {most:,.0f} ({largest}) "
+                f"Rows of one target ({target:g}) end with {least:,.0f} ({smallest}) to {most:,.0f} ({largest}) "
                 "trainable parameters: their scores are not of one size."
             )
 

@@ -49,7 +49,7 @@ def _notes(record: StudyRecord, tables: Mapping[str, Sequence[TableRow]]) -> Ite
     methods = [row.method for row in record.rows]
     for task, rows in tables.items():
         for note in unequal_sizes(methods, [row.label for row in rows], [row.parameters_final for row in rows]):
-            yield f"{task}: {note}" if len(tables) > 1 else note
+            yield f"On {task}: {note}" if len(tables) > 1 else note
 
 
 __all__ = ["Table", "TableRow", "compare"]

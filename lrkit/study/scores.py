@@ -1,4 +1,4 @@
-"""How a score is written: a share as percent, and any other score as it is."""
+"""Write a score: a share as percent, and any other score as it is."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ _SHARES = ("accuracy", "f1")
 
 @attrs.frozen
 class Scale:
-    """How the scores of one table are written.
+    """The way to write the scores of one table.
 
     Args:
         unit: ``"%"`` for shares, and empty for anything else.

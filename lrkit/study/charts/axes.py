@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from lrkit.study.charts.canvas import Canvas
+from lrkit.study.charts.canvas import TICK, Canvas, width_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ def framed(
     texts = axes.yaxis.get_major_formatter().format_ticks(
         [t for t in axes.yaxis.get_major_locator()() if ys[0] <= t <= ys[1]]
     )
-    left = 10 + max((len(text) for text in texts), default=1) * 6.4
+    left = 8 + max((width_of(text, TICK) for text in texts), default=0.0)
     place, wide = axes.get_position(), (canvas.width - left - right) / canvas.width
     axes.set_position((left / canvas.width, place.y0, wide, place.height))
     canvas.label(-right, -4, x_label)

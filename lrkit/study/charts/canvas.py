@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 TEXT, TICK = 12.0, 11.0
 """Sizes of text in pixels; nothing is scaled, so they are as large as they say."""
-
-CHARACTER = 7.2
-"""Pixels of a character of `TEXT` in the widest usual font of a page: room for labels is reckoned with it."""
 
 OVER = "over"
 """The `gid` of a text that lies over lines: a page gives it a rim of paper."""
@@ -190,10 +188,22 @@ def readable(text: str) -> str:
     return _UNREADABLE.sub("\ufffd", text)
 
 
-def cut(text: str, most: int) -> str:
-    """Cut a readable text to so many characters, the last of which says that it was cut."""
-    text = readable(text)
-    return text if len(text) <= most else text[: max(1, most - 1)] + "…"
+@lru_cache(1000)
+def width_of(text: str, size: float = TEXT) -> float:
+    """Return a text's width in pixels in matplotlib's own font, which is wider than the usual fonts of a page."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    return float(TextToPath().get_text_width_height_descent(text, FontProperties(size=size), False)[0])
+
+
+def cut(text: str, room: float) -> str:
+    """Cut a readable text to so many pixels, with a sign at its end that it was cut."""
+    text = shown = readable(text)
+    while len(text) > 1 and width_of(shown) > room:
+        text = text[:-1]
+        shown = f"{text}…"
+    return shown
 
 
 def _put_titles(element: ElementTree.Element, titles: Sequence[str]) -> None:

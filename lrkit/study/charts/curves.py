@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.study.charts.axes import Show, finite, framed, minus, spread
-from lrkit.study.charts.canvas import CHARACTER, Canvas, cut
+from lrkit.study.charts.canvas import Canvas, cut, readable, width_of
 from lrkit.study.charts.palette import Style
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def lines(
         return ""
     edges = [v for c in curves for v in (*c.low, *c.high) if math.isfinite(v)]
     canvas = Canvas(width, height)
-    room = min(0.25 * width, 12 + max(len(c.label) for c in curves) * CHARACTER) if names else 18.0
+    room = min(0.25 * width, 12 + max(width_of(readable(c.label)) for c in curves)) if names else 18.0
     axes = framed(
         canvas,
         x_range or spread([x for x, _ in known], 0.0),
@@ -96,7 +96,7 @@ def lines(
     for curve in curves:
         draw_curve(canvas, axes, curve, show=show or (lambda value: minus(f"{value:.4g}")), x_label=x_label)
     if names:
-        _name_ends(axes, curves, int((room - 10) / CHARACTER))
+        _name_ends(axes, curves, room - 8)
     return canvas.inline(f"{y_label or 'lines'} over {x_label or 'x'}")
 
 
@@ -136,7 +136,7 @@ def draw_curve(canvas: Canvas, axes: "Axes", curve: Curve, *, show: Show | None 
         canvas.tip(marks, *titles)
 
 
-def _name_ends(axes: "Axes", curves: Sequence[Curve], most: int) -> None:
+def _name_ends(axes: "Axes", curves: Sequence[Curve], room: float) -> None:
     """Write each line's name beside its right end, no two over each other."""
     box = axes.get_window_extent()
     ends = []
@@ -146,7 +146,7 @@ def _name_ends(axes: "Axes", curves: Sequence[Curve], most: int) -> None:
             ends.append((float(axes.transData.transform((axes.get_xlim()[1], last[-1]))[1]), curve))
     for at, curve in _apart(ends, 14, box.y0 + 4, box.y1 - 4):
         place = axes.transAxes.inverted().transform((box.x1 + 6, at))
-        name = cut(curve.label, most)
+        name = cut(curve.label, room)
         how: dict[str, Any] = {"va": "center_baseline", "transform": axes.transAxes}
         axes.text(float(place[0]), float(place[1]), name, color=curve.style.hex, **how)
 

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from lrkit.study.charts.canvas import CHARACTER, OVER, TICK, Canvas, cut, readable
+from lrkit.study.charts.canvas import OVER, TICK, Canvas, cut, readable, width_of
 from lrkit.study.charts.palette import LIGHT, Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_DIGIT = 6.4  # pixels of a figure at the size of ticks
 
 
 @attrs.frozen
@@ -67,11 +65,11 @@ def heat_map(cells: Mapping[str, Cell], *, top: float, colour: str = "heat") -> 
     places = grid_of(list(cells))
     modules, blocks = _modules(places), sorted({block for _, block in places.values()})
     names = _short_names(modules)
-    longest = max(len(cell.text) for cell in cells.values())
-    wide = min(44, max(22 if len(blocks) > 8 else 34, math.ceil(longest * _DIGIT) + 4))
-    margin = 6 + max(map(len, names)) * _DIGIT
+    longest = max(width_of(cell.text, TICK) for cell in cells.values())
+    wide = min(44, max(22 if len(blocks) > 8 else 34, math.ceil(longest) + 4))
+    margin = math.ceil(8 + max(width_of(readable(name), TICK) for name in names))
     x_label = "transformer block" if len(blocks) > 1 else ""
-    right = max(2.0, len(x_label) * CHARACTER - margin - wide * len(blocks))
+    right = max(2.0, width_of(x_label) + 4 - margin - wide * len(blocks))
     canvas = Canvas(math.ceil(margin + wide * len(blocks) + right), 22 * len(modules) + 38)
     axes = canvas.axes(margin, 38, right, 0)
     draw_cells(canvas, axes, cells, top=top, colour=colour, size=(wide, 22), names=names)
@@ -117,7 +115,7 @@ def draw_cells(
         squares.append([(x[0], y[0]), (x[1], y[0]), (x[1], y[1]), (x[0], y[1])])
         colours.append((*to_rgba(LIGHT[colour])[:3], share))
         edges.append("solid" if known else (0, (2, 2)))
-        if cell.text and len(cell.text) * _DIGIT <= size[0]:
+        if cell.text and width_of(cell.text, TICK) <= size[0]:
             ink = LIGHT["paper"] if share > 0.6 else LIGHT["ink"]
             axes.text(i + 0.5, j + 0.55, cell.text, ha="center", va="center", color=ink, fontsize=TICK)
     drawn = PolyCollection(squares, facecolors=colours, edgecolors=LIGHT["rule"], linestyles=edges, linewidths=1)
@@ -128,7 +126,7 @@ def draw_cells(
         canvas.tip(drawn, next(iter(cells.values())).title)
     axes.set_xlim(0, len(blocks))
     axes.set_ylim(len(modules), 0)
-    fits = [block for block in blocks if len(str(block)) * _DIGIT <= size[0]]
+    fits = [block for block in blocks if width_of(str(block), TICK) <= size[0]]
     axes.set_xticks([blocks.index(block) + 0.5 for block in fits], [str(block) for block in fits])
     axes.set_yticks([j + 0.5 for j in range(len(modules))], [readable(name) for name in names or modules])
     axes.tick_params(length=0, pad=4)
@@ -165,7 +163,7 @@ def bars(items: Sequence[Bar], *, width: int = 320, reference: float | None = No
     lengths = [v for item in items for v in (item.value, item.second) if v is not None and math.isfinite(v)]
     if not lengths:
         return ""
-    room = 12 + max(len(text) for item in items for text in (item.text, item.second_text)) * _DIGIT
+    room = 12 + max(width_of(readable(text), TICK) for item in items for text in (item.text, item.second_text))
     top = max(*lengths, reference or 0.0, 0.0) or 1.0
     height = 4 + sum(36 if item.second is None else 45 for item in items)
     canvas = Canvas(width, height)
@@ -176,7 +174,7 @@ def bars(items: Sequence[Bar], *, width: int = 320, reference: float | None = No
     gap = axes.get_xlim()[1] * 5 / width
     y = 2.0
     for item in items:
-        axes.text(0, y + 10, cut(item.label, int(width / CHARACTER)), zorder=3)
+        axes.text(0, y + 10, cut(item.label, width - 4), zorder=3)
         y += 14
         for value, text, tall in ((item.value, item.text, 11), (item.second, item.second_text, 7)):
             if value is None:
@@ -185,7 +183,9 @@ def bars(items: Sequence[Bar], *, width: int = 320, reference: float | None = No
             opacity = 0.85 if tall == 11 else 0.45
             (bar,) = axes.barh(y + tall / 2, end, tall, color=item.style.hex, alpha=opacity, linewidth=0)
             canvas.tip(bar, item.title or item.label)
-            axes.text(end + gap, y + tall / 2 + 4, text, color=LIGHT["soft"], fontsize=TICK, zorder=3).set_gid(OVER)
+            axes.text(
+                end + gap, y + tall / 2 + 4, readable(text), color=LIGHT["soft"], fontsize=TICK, zorder=3
+            ).set_gid(OVER)
             y += tall + (3 if tall == 11 else 2)
         y += 8
     if reference is not None:  # behind the bars

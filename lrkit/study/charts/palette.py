@@ -60,7 +60,7 @@ _MARKERS = "os^D"
 
 @attrs.frozen
 class Style:
-    """How a row is drawn: the name of a colour, and a dash and a marker for rows that share it."""
+    """A row's look: the name of a colour, and a dash and a marker for rows that share it."""
 
     colour: str
     dash: tuple[int, ...] = ()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from lrkit.study.charts.axes import Show, finite, framed, spread
-from lrkit.study.charts.canvas import CHARACTER, OVER, TEXT, Canvas, readable
+from lrkit.study.charts.canvas import OVER, TEXT, Canvas, readable, width_of
 from lrkit.study.charts.palette import LIGHT, Style
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _name_marks(axes: "Axes", points: Sequence[Point]) -> None:
             taken.append((x - 2, ends[0], x + 2, ends[1]))
     within = axes.get_window_extent()
     for p, (x, y) in zip(points, at, strict=True):
-        spot = _spot(x, y, len(p.label) * CHARACTER, taken, (within.x0, within.y0, within.x1, within.y1))
+        spot = _spot(x, y, width_of(readable(p.label)), taken, (within.x0, within.y0, within.x1, within.y1))
         if spot is not None:
             taken.append(spot)
             place = axes.transData.inverted().transform((spot[0], spot[1] + 3))

@@ -14,7 +14,7 @@ from lrkit.study.scores import scale_of
 
 @attrs.frozen(kw_only=True)
 class Head:
-    """What the head shows.
+    """The texts of the head.
 
     Args:
         title: the study's.

@@ -20,7 +20,7 @@ class Setup:
 
 @attrs.frozen
 class Hyperparameters:
-    """What each row is made of."""
+    """The parts of each row."""
 
     rows: list[Setup]
     tasks: list[str]
@@ -60,7 +60,7 @@ def _parameters(view: View, row: int, task: str) -> str:
 
 @attrs.frozen
 class Changes:
-    """How rows differ from the base: row and changes of each, and the base's parts."""
+    """The differences to the base: row and changes of each, and the base's parts."""
 
     base: int
     rows: list[tuple[int, list[tuple[str, Any, Any]]]]

@@ -20,7 +20,7 @@ WORDS: dict[Status, str] = {
     "failed": "failed",
     "missing": "not begun",
 }
-"""How the page calls a cell's status."""
+"""The page's words for a cell's status."""
 
 
 @attrs.frozen(kw_only=True)

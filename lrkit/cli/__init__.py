@@ -16,10 +16,10 @@ import typer
 
 from lrkit.cli import hints
 from lrkit.cli.app import app
+from lrkit.cli.interrupt import second_ends_at_once
 from lrkit.cli.screen import complain
 from lrkit.cli.words import compose
 from lrkit.errors import LrkitError, LrkitWarning, cut
-from lrkit.interrupt import second_ends_at_once
 
 # typer's own base class of wrong usage: it carries its click along, under a private name.
 _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

@@ -11,10 +11,10 @@ import typer
 
 from lrkit.cli import progress, screen, words
 from lrkit.cli.folders import new_folder, write_into, write_text
+from lrkit.cli.interrupt import stopping
 from lrkit.cli.options import Data, Json, Model, Set, Swap, TaskName, TrainAlso
 from lrkit.cli.tables import Column
 from lrkit.errors import LrkitError, LrkitWarning
-from lrkit.interrupt import stopping
 
 if TYPE_CHECKING:
     from lrkit.adapt.adapted import Adapted

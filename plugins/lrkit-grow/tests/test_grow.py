@@ -97,7 +97,8 @@ def ballot_of(scores: list[list[float]], budget: int) -> tuple[Ballot, list[lrki
     n = len(flat)
     blocks = [lrkit.Block(f"layer{i}", nn.Module(), (), len(layer), "component") for i, layer in enumerate(scores)]
     everyone = torch.ones(n, dtype=torch.bool)
-    return Ballot(flat, everyone, budget, budget / n, flat, torch.ones(n, dtype=torch.long), where), blocks
+    ones = torch.ones(n, dtype=torch.long)
+    return Ballot(flat, everyone, budget, budget / n, flat, ones, where, layers=len(scores)), blocks
 
 
 def oracle(scores: list[list[float]], budget: int, cut: int, most: int | None, each: int) -> tuple[Any, list[int]]:

@@ -82,9 +82,11 @@ mutants: .venv/.installed ## change the core's formulas one at a time: the tests
 venv = rm -rf $(1); echo "lrkit: setting up $(1)"; $(PY) -m venv $(1) >/dev/null 2>&1 || \
   { $(PY) -m venv --clear --without-pip $(1) && $(PY) -m pip -qq --python $(1)/bin/python install pip; }
 
-check: .venv/.installed ## lint, format, types, documentation
+check: .venv/.installed ## lint, format, rooms, types, documentation
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	PYTHONPATH=. .venv/bin/lint-imports --no-cache
+	$(PY) -P -m pytest -q tests/test_house.py
 	$(PY) -m mypy --strict lrkit
 	@$(MAKE) --no-print-directory docs
 

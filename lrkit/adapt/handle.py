@@ -147,12 +147,8 @@ class Adapted:
     def penalty(self) -> Tensor:
         """Return the scalar to add to the loss while training: 0 for a method without a penalty."""
         self._graft.check()
-        value = self._binding.penalty.value()
-        return (
-            torch.zeros((), device=next(self.model.parameters()).device, dtype=torch.float32)
-            if value is None
-            else value
-        )
+        value, device = self._binding.penalty.value(), next(self.model.parameters()).device
+        return torch.zeros((), device=device, dtype=torch.float32) if value is None else value
 
     @property
     def penalty_added(self) -> float | None:

@@ -59,16 +59,18 @@ class Components:
         self.count(step)
 
     def renew(
-        self, state: PolicyState, verdict: Verdict, optimizer: torch.optim.Optimizer, generator: torch.Generator
+        self, state: PolicyState, verdict: Verdict, optimizer: torch.optim.Optimizer, seed: int
     ) -> tuple[str, ...]:
-        """Cut and add the components that a policy's verdict says. Returns the names of the new ones."""
+        """Cut and add the components that a policy's verdict says. Returns the names of the new ones, drawn from `seed`."""
         fresh = verdict.fresh or (0,) * len(state.blocks)
         resizes = {}
         for block, keep, count in zip(state.blocks, split(verdict.kept, state.blocks), fresh, strict=True):
             keep = keep if verdict.cut else torch.ones_like(keep)
             if count or not bool(keep.all()):
                 resizes[block.name] = Resize(keep.nonzero().flatten(), count)
-        new = self.resize(resizes, optimizer, verdict.core, generator)
+        if not resizes:
+            return ()
+        new = self.resize(resizes, optimizer, verdict.core, torch.Generator().manual_seed(seed))
         return tuple(f"{name}[{number}]" for name, numbers in new.items() for number in numbers)
 
     def compact(self, optimizer: torch.optim.Optimizer | None) -> None:

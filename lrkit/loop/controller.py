@@ -97,8 +97,6 @@ class Controller:
         """Raise LrkitError if a state is not one of this run; change nothing."""
         fitting.check(self.run, saved, tensors, self.total_steps)
 
-    # ---- schedules ----
-
     def schedule(self, total_steps: int | None, *, dry: bool = False) -> None:
         """Bind every schedule that has not ended to the length of the run.
 
@@ -138,8 +136,6 @@ class Controller:
     def unfinished(self) -> str | None:
         """Say what training that ends now leaves undone; None if every last decision has been taken."""
         return rules.unfinished(self.policies, self.step, self.total_steps)
-
-    # ---- the loop ----
 
     def look(self) -> None:
         """See which adapters have gradients, name those that have none, and leave them out of the rankings."""
@@ -235,18 +231,17 @@ class Controller:
         decided = state.decide(self.step, standing)
         if decided.skipped:
             self.warn("finite", f"gradients are not finite before step {self.step}: the statistics skip this step")
-        verdict, before, names = decided.verdict, state.kept, state.unit_names
+        verdict, before = decided.verdict, state.kept
         state.kept = verdict.kept
         action.apply(state.blocks, verdict.kept, optimizer)
-        lost = [names[i] for i in (before & ~verdict.kept).nonzero().flatten().tolist()]
-        returned = [names[i] for i in (verdict.kept & ~before).nonzero().flatten().tolist()]
+        lost, returned = (state.names(units) for units in (before & ~verdict.kept, verdict.kept & ~before))
         settled = state.fate.settles(bool(lost), bool(returned))
         for other in self.policies if settled else ():
             other.follow()
         if self.step == state.times.last:
             state.end()
-        generator = torch.Generator().manual_seed((self.seed + 1_000_003 * self.step + state.index) % 2**63)
-        fresh = self.components.renew(state, verdict, optimizer, generator)
+        seed = (self.seed + 1_000_003 * self.step + state.index) % 2**63
+        fresh = self.components.renew(state, verdict, optimizer, seed)
         decision = Decision(
             step=self.step,
             policy=state.index,
@@ -254,8 +249,8 @@ class Controller:
             kept=int(state.kept.sum()),
             units=state.capacity,
             threshold=decided.threshold,
-            lost=tuple(lost),
-            returned=tuple(returned),
+            lost=lost,
+            returned=returned,
             fresh=fresh,
         )
         self.history.append(decision)
@@ -280,8 +275,6 @@ class Controller:
         self.components.survey(self.step)
         return self.ranks.now()
 
-    # ---- state ----
-
     def tensors(self) -> dict[str, Tensor]:
         """Return copies of all tensors that the loop remembers, by name."""
         return {name: tensor.clone() for state in self.policies for name, tensor in state.tensors().items()}
@@ -289,6 +282,7 @@ class Controller:
     def saved(self, method: dict[str, Any], head: Sequence[str], base: Any) -> Saved:
         """Return everything else that the loop remembers. Arguments as in `Saved`."""
         self.tally.settle(self.step)
+        policies = [(state.statistics.observations, state.ended) for state in self.policies]
         return Saved(
             method=method,
             targets=tuple(self.run.modules),
@@ -297,9 +291,7 @@ class Controller:
             step=self.step,
             total_steps=self.total_steps,
             seed=self.seed,
-            policies=tuple(
-                SavedPolicy(observations=state.statistics.observations, ended=state.ended) for state in self.policies
-            ),
+            policies=tuple(SavedPolicy(observations=seen, ended=ended) for seen, ended in policies),
             history=tuple(self.history),
             components=dict(self.ranks.components),
             numbered=dict(self.ranks.numbered),

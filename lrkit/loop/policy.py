@@ -1,5 +1,7 @@
 """One policy of a run and its state: which units are kept, its schedule, and its metric's statistics."""
 
+import bisect
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 import attrs
@@ -64,6 +66,12 @@ class PolicyState:
     def unit_names(self) -> list[str]:
         """Names of all units, in order."""
         return [name for block in self.blocks for name in block.unit_names()]
+
+    def names(self, units: Tensor) -> tuple[str, ...]:
+        """Return the names of some units, bool [units]."""
+        ends = list(itertools.accumulate(block.count for block in self.blocks))
+        places = [(bisect.bisect_right(ends, unit), unit) for unit in units.nonzero().flatten().tolist()]
+        return tuple(self.blocks[at].unit_names()[unit - ends[at]] for at, unit in places)
 
     def layout(self, look: Look = as_is) -> Layout:
         """Lay out the entries of all units that are still ranked."""

@@ -109,11 +109,10 @@ class Controller:
         """
         if total_steps is None:
             return
-        waiting = [state for state in self.policies if not state.ended]
-        timetables = [rules.timetable(state, total_steps) for state in waiting]
+        bound = [(state, rules.timetable(state, total_steps)) for state in self.policies if not state.ended]
         if not dry:
             self.total_steps = total_steps
-            for state, times in zip(waiting, timetables, strict=True):
+            for state, times in bound:
                 state.times = times
 
     def begin(self, total_steps: int) -> None:

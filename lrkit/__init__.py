@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from lrkit import actions, methods, metrics, parameterizations, peft, schedulers, tasks, testing, trainer
     from lrkit.actions import Action
     from lrkit.adapt.adapted import Adapted, attach, load
+    from lrkit.compose import from_plain, to_plain, with_component, with_setting
     from lrkit.errors import LrkitError, LrkitWarning
     from lrkit.hookspecs import hookimpl
-    from lrkit.loop.controller import Decision
-    from lrkit.method import Method, Policy, from_plain, to_plain, with_component, with_setting
+    from lrkit.loop.history import Decision
+    from lrkit.method import Method, Policy
     from lrkit.metrics import Metric
     from lrkit.parameterizations import Parameterization
     from lrkit.peft import export, from_peft
@@ -33,7 +34,7 @@ _HOMES = {
     "Action": "actions",
     "Adapted": "adapt.adapted",
     "Block": "units",
-    "Decision": "loop.controller",
+    "Decision": "loop.history",
     "LrkitError": "errors",
     "LrkitWarning": "errors",
     "Method": "method",
@@ -48,12 +49,12 @@ _HOMES = {
     "current": "registry",
     "export": "peft",
     "from_peft": "peft",
-    "from_plain": "method",
+    "from_plain": "compose",
     "hookimpl": "hookspecs",
     "load": "adapt.adapted",
-    "to_plain": "method",
-    "with_component": "method",
-    "with_setting": "method",
+    "to_plain": "compose",
+    "with_component": "compose",
+    "with_setting": "compose",
 }
 _MODULES = ("actions", "methods", "metrics", "parameterizations", "peft", "schedulers", "tasks", "testing", "trainer")
 

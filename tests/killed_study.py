@@ -24,10 +24,10 @@ def study(folder, seeds=2, steps=14):
 
 
 def main(folder, out, workers, executor="local", seeds=2, steps=14):
-    from lrkit.study.ablate import perform
+    from lrkit.study.execute import execute
     from lrkit.study.plan import lay_out
 
-    outcome = perform(
+    outcome = execute(
         lay_out(study(Path(folder), seeds=int(seeds), steps=int(steps))),
         Path(out),
         executor=executor,

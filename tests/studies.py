@@ -242,7 +242,7 @@ def _write_cell(
             "scores": {"accuracy": None if np.isnan(score) else score, "f1": None if np.isnan(score) else score - 0.01},
             "majority": 0.52,
             "steps": steps,
-            "parameters": {**totals, "head": 1538, "step": steps},
+            "parameters": {**totals, "beside": 0, "head": 1538, "step": steps, "coverage": None},
             "layers": rows,
             "flops": {"run": work * steps, "first_step": work, "last_step": work},
         },

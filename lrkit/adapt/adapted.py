@@ -12,9 +12,10 @@ from lrkit.adapt.choice import find
 from lrkit.adapt.graft import check_model
 from lrkit.adapt.handle import Adapted
 from lrkit.adapt.saved import WEIGHT
+from lrkit.compose import from_plain
 from lrkit.errors import LrkitError
 from lrkit.loop import state as states
-from lrkit.method import Method, from_plain
+from lrkit.method import Method
 
 __all__ = ["Adapted", "attach", "check_model", "load"]
 
@@ -64,14 +65,14 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> Adapted:
             it was.
     """
     with checkpoint.stored(Path(folder)) as stored:
-        meta = states.meta_of({"meta": stored.meta, "tensors": {}})
-        states.check_data(meta)
-        method = from_plain(meta["method"])
+        saved = states.read({"meta": stored.meta, "tensors": {}})
+        saved.check()
+        method = from_plain(saved.method)
         check_model(model)
         if (twin := foresight.weightless(model)) is not None:
-            found, _ = find(twin, method.parameterization, meta["targets"], exact=True)
+            found, _ = find(twin, method.parameterization, saved.targets, exact=True)
             given = sum(math.prod(shape) for name, shape in stored.shapes.items() if name.startswith(WEIGHT))
             grows = any(policy.action.grows for policy in method.policies)
-            foresight.check_fresh(twin, found, method.parameterization, given, meta, grows)
+            foresight.check_fresh(twin, found, method.parameterization, given, saved, grows)
         state = stored.state()
-    return Adapted(model, method, meta["targets"], meta["head"], exact=True, state=state)
+    return Adapted(model, method, saved.targets, saved.head, exact=True, state=state)

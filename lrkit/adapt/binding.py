@@ -10,9 +10,8 @@ from lrkit.adapt import parallel
 from lrkit.adapt.heads import head_parameters
 from lrkit.adapt.optimizers import Steps, as_long_as_alive, held_by, unwrapped
 from lrkit.adapt.penalty import Penalty, looks
-from lrkit.adapt.targets import listing
 from lrkit.adapt.weights import Weights
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, listing
 from lrkit.loop import liveness
 from lrkit.loop.controller import Controller
 from lrkit.loop.gradients import Unclipped
@@ -34,7 +33,7 @@ class Binding:
     def __init__(self, model: nn.Module, head: Sequence[str], weights: Weights, controller: Controller) -> None:
         self._model, self._head, self._weights, self.controller = model, head, weights, controller
         self.penalty = Penalty(
-            controller.method.parameterization, controller.modules, weights.adapter(), controller.warn
+            controller.run.method.parameterization, controller.run.modules, weights.adapter(), controller.warn
         )
         self.last: Callable[[], Optimizer | None] = lambda: None
         """Returns the optimizers that are or were bound last, as one, if they still live."""
@@ -108,6 +107,11 @@ class Binding:
         liveness.leave(self)
         self._outer.remove()
 
+    def take(self, controller: Controller) -> None:
+        """Go on with the loop of a loaded state."""
+        self.controller = controller
+        self.follow()
+
     def follow(self) -> None:
         """Let DDP follow tensors that have stopped training, or train again."""
         if self._outer.ddp is not None:
@@ -174,7 +178,7 @@ class Binding:
         """Name the modules that train and have no gradient, before the first step that has any."""
         self.controller.look()
         dead = self.controller.liveness.dead
-        if dead is None and self.controller.modules:
+        if dead is None and self.controller.run.modules:
             return
         self._looked = True
         if cast := self._weights.cast():
@@ -195,5 +199,5 @@ class Binding:
             )
 
     def _check_growth(self) -> None:
-        if self.bound and self.controller.grows:
+        if self.bound and self.controller.run.grows:
             raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")

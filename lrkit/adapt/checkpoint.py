@@ -4,8 +4,6 @@ Being one file, it is replaced in one move: if a process is killed, the old stat
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 
 from lrkit.adapt.tensorfile import TensorFile, open_tensors
 from lrkit.errors import LrkitError
+from lrkit.moves import replacing
 from lrkit.reading import is_folder, parse_json
 
 FILE = "lrkit.safetensors"
@@ -33,26 +32,10 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
         The file's path.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{FILE}.")
-    os.close(handle)
-    try:
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in state["tensors"].items()}
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(state["meta"])})
-        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files for their owner alone
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / FILE)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in state["tensors"].items()}
+    with replacing(folder / FILE) as draft:
+        save_file(tensors, draft, metadata={_KEY: json.dumps(state["meta"])})
     return folder / FILE
-
-
-def umask() -> int:
-    """Return the permissions that new files of this process are made without."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @attrs.frozen(eq=False)
@@ -61,15 +44,18 @@ class Stored:
 
     Args:
         meta: its JSON data.
-        shapes: name to shape of every tensor.
     """
 
     meta: Any
-    shapes: Mapping[str, tuple[int, ...]]
     _file: TensorFile
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, by name."""
+        return self._file.shapes
+
     def state(self) -> dict[str, Any]:
-        """Read all of it, tensors too."""
+        """Read all of it, tensors included."""
         return {"meta": self.meta, "tensors": self._file.tensors()}
 
 
@@ -86,8 +72,7 @@ def stored(folder: Path) -> Iterator[Stored]:
         with open_tensors(path) as file:
             if _KEY not in file.metadata:
                 raise LrkitError(f"{path} is a safetensors file, but not one of lrkit's")
-            meta = parse_json(file.metadata[_KEY], f"{path} is truncated, or no lrkit state: its metadata")
-            yield Stored(meta, {name: entry.shape for name, entry in file.entries.items()}, file)
+            yield Stored(parse_json(file.metadata[_KEY], f"{path} is truncated, or no lrkit state: its metadata"), file)
     except FileNotFoundError:
         raise LrkitError(f"no lrkit state at {path}{study}") from None
 

@@ -1,11 +1,11 @@
 """The share of a model's blocks that is adapted, and the kinds of weights that are not: found from the parameters."""
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import attrs
 from torch import Tensor, nn
 
+from lrkit.errors import pattern
 from lrkit.parameterizations.lowrank import layer_shape
 
 TOLD_FROM = 0.1
@@ -146,8 +146,3 @@ def _by_kind(kinds: Mapping[tuple[str, str], tuple[int, Mapping[str, None]]]) ->
             what = f"{kind} (parameters {', '.join(names)} of {where}, which are no layers)"
         words[what] = sum(size for _, size in places)
     return words
-
-
-def pattern(name: str) -> str:
-    """Return a layer's name with ``<i>`` for its numbers, the same for all blocks."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "<i>", name)

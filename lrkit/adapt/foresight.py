@@ -2,14 +2,14 @@
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lrkit.errors import LrkitError, LrkitWarning
-from lrkit.loop import state as states
+from lrkit.loop.state import Saved
 from lrkit.parameterizations import Parameterization, Target
 
 _TIMES = 64
@@ -37,7 +37,7 @@ def check_fresh(
     found: Sequence[Target],
     parameterization: Parameterization,
     given: int,
-    meta: Mapping[str, Any] | None = None,
+    saved: Saved | None = None,
     grows: bool = False,
 ) -> None:
     """Check a file's adapters before they are made, since a few bytes can name a rank of any size.
@@ -47,11 +47,11 @@ def check_fresh(
         found: its layers that are to be adapted.
         parameterization: how.
         given: how many numbers the file's tensors hold.
-        meta: the data of a state, for its ranks; None if there is no state.
+        saved: the data of a state, for its ranks; None if there is no state.
         grows: whether the method adds components.
 
     Raises:
-        LrkitError: they would take far more than the file holds and the model has, or begin with other ranks than `meta`
+        LrkitError: they would take far more than the file holds and the model has, or begin with other ranks than `saved`
             says.
     """
     own = {id(p) for p in twin.parameters()}
@@ -64,11 +64,11 @@ def check_fresh(
         return
     put_in = [*modules.values(), *([] if around is None else [around])]
     fresh = {id(p): p.numel() for module in put_in for p in module.parameters() if id(p) not in own}
-    if meta is not None:
+    if saved is not None:
         axes = [part for part in parameterization.parts if part.axis is not None]
-        if axes and set(modules) == set(meta["targets"]):
+        if axes and set(modules) == set(saved.targets):
             first = {name: axes[0].of(module).shape[axes[0].axis or 0] for name, module in modules.items()}
-            states.check_ranks(meta, first, grows)
+            saved.check_ranks(first, grows)
     most = max(_TIMES * given, there, _ALWAYS)
     if sum(fresh.values()) > most:
         raise LrkitError(

@@ -14,10 +14,12 @@ from lrkit.adapt.binding import Binding
 from lrkit.adapt.choice import choose
 from lrkit.adapt.graft import Graft
 from lrkit.adapt.reference import Reference
-from lrkit.adapt.saved import Run, describe
-from lrkit.adapt.summary import Summary, summarize
+from lrkit.adapt.saved import Archive, describe
+from lrkit.adapt.summary import Summary, brief, summarize, trainable
 from lrkit.errors import LrkitError
-from lrkit.loop.controller import Controller, Decision
+from lrkit.loop.controller import Controller
+from lrkit.loop.history import Decision
+from lrkit.loop.run import Run
 from lrkit.method import Method
 
 
@@ -53,9 +55,9 @@ class Adapted:
         self._graft = Graft(model, choice)
         self.originals = self._graft.originals
         self._weights = weights.Weights(model, choice, self._graft.masters)
-        self._run = Run(method, tuple(self.adapters), tuple(self.head), base, self._weights)
+        self._archive = Archive(method, tuple(self.adapters), tuple(self.head), base, self._weights)
         try:
-            controller = Controller(method, self.adapters, self._weights.trained, self._weights.head())
+            controller = Controller(Run.of(method, self.adapters, self._weights.trained, self._weights.head()))
         except BaseException as error:
             self._graft.detach()
             if isinstance(error, LrkitError) and choice.offered is not None and targets == "all-linear":
@@ -124,7 +126,7 @@ class Adapted:
     def check_schedule(self, total_steps: int) -> None:
         """Raise LrkitError if a schedule of the method does not fit a run of so many steps."""
         self._graft.check()
-        self.controller.check_schedules(total_steps)
+        self.controller.schedule(total_steps, dry=True)
 
     def as_computed(self, p: Tensor) -> Tensor:
         """Return a parameter as the model computes with it: a float32 head beside half precision is rounded."""
@@ -194,10 +196,14 @@ class Adapted:
         beside = sum(p.numel() for p in self.adapter_parameters() if id(p) not in inside)
         return summarize(self.controller, sum(p.numel() for p in self.head_parameters()), beside, self.coverage)
 
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in PEFT's words, and how they divide into adapters and head."""
+        print(trainable(self.model, self.summary()))  # noqa: T201
+
     def scores(self, policy: int = 0) -> dict[str, float]:
         """Return the present score of every unit of one policy, by name; nothing once its last decision is taken."""
         state = self.controller.policies[policy]
-        return {} if state.ended else dict(zip(state.unit_names, state.scores().tolist(), strict=True))
+        return {} if state.ended else dict(zip(state.unit_names, state.statistics.scores().tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything adaptive: adapters and head, masks, frozen set, statistics, history.
@@ -206,7 +212,7 @@ class Adapted:
         there is dropout) a run that loads it goes on bit for bit.
         """
         self._graft.check()
-        return self._run.state(self.controller)
+        return self._archive.state(self.controller)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state that `state_dict` returned, before or after `bind`.
@@ -214,8 +220,7 @@ class Adapted:
         Raise LrkitError, with nothing changed, if it is of another method, other layers or other shapes, or not a state.
         """
         self._graft.check()
-        self._run.load(state, self.controller, self._binding.last())
-        self._binding.follow()
+        self._binding.take(self._archive.load(state, self.controller, self._binding.last()))
 
     def rewind(self, state: Mapping[str, Any]) -> None:
         """Go back to an earlier state of this run in all but the weights: schedule, statistics, masks, ranks, history.
@@ -226,8 +231,7 @@ class Adapted:
         self._graft.check()
         if self._binding.bound:
             raise LrkitError("call unbind() before rewind()")
-        self._run.rewind(state, self.controller, self._binding.last())
-        self._binding.follow()
+        self._binding.take(self._archive.rewind(state, self.controller, self._binding.last()))
 
     def take_ranks(self) -> None:
         """Let ``model.load_state_dict`` take weights of other ranks, by giving each adapter their rank.
@@ -294,5 +298,5 @@ class Adapted:
         raise LrkitError("a handle cannot be copied: copy the plain model and attach again, or use save() and load()")
 
     def __repr__(self) -> str:
-        """Return what is attached to what."""
-        return f"Adapted({type(self.model).__name__}, {len(self.adapters)} layers, {self.method!r})"
+        """Return in one line what is attached to what."""
+        return brief(self.model, self.method, len(self.adapters), self.step, self.total_steps)

@@ -10,18 +10,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrkit.adapt.weights import Weights
+from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError, shown
 from lrkit.loop import state as states
 from lrkit.loop.controller import Controller
-from lrkit.method import Method, from_plain, to_plain
+from lrkit.method import Method
 
 WEIGHT = "weight."
 """Prefix of the model's tensors in a state, before their names in the model."""
 
 
 @attrs.frozen(eq=False)
-class Run:
-    """The run that a state is of.
+class Archive:
+    """Writes and reads the states of one run.
 
     Args:
         method: the method.
@@ -41,57 +42,51 @@ class Run:
         """Return copies of all that is adaptive: ``{"meta": JSON data, "tensors": name to tensor}``."""
         if cast := self.weights.cast():
             controller.warn("cast", cast)
-        tensors, data = controller.state()
-        tensors |= {WEIGHT + name: tensor.detach().clone() for name, tensor in self.weights.saved().items()}
-        meta = {
-            "format": states.FORMAT,
-            "method": to_plain(self.method),
-            "targets": list(self.layers),
-            "head": list(self.head),
-            "ranks": controller.ranks(),
-            "base": self.base,
-            **data,
-        }
-        return {"meta": copy.deepcopy(meta), "tensors": tensors}
+        weights = {WEIGHT + name: tensor.detach().clone() for name, tensor in self.weights.saved().items()}
+        saved = controller.saved(to_plain(self.method), self.head, copy.deepcopy(self.base))
+        return {"meta": saved.to_plain(), "tensors": {**controller.tensors(), **weights}}
 
-    def load(self, state: Mapping[str, Any], controller: Controller, optimizer: Optimizer | None) -> None:
-        """Take over a state that `state` returned.
+    def load(self, state: Mapping[str, Any], controller: Controller, optimizer: Optimizer | None) -> Controller:
+        """Take over a state that `state` returned. Returns the loop as it was then.
 
         Raises:
             LrkitError: it is of another run, or not a state. Nothing is changed then.
         """
-        meta, tensors = states.meta_of(state), state["tensors"]
-        self._check(meta)
-        states.check_data(meta)
+        saved, tensors = states.read(state), state["tensors"]
+        self._check(saved)
+        saved.check()
         given = {name.removeprefix(WEIGHT): tensor for name, tensor in tensors.items() if name.startswith(WEIGHT)}
-        self.weights.check(given, controller.shapes(meta["ranks"]))
-        controller.check_state(tensors, meta)
-        if controller.total_steps is None and meta["total_steps"] is not None:
-            controller.foretell(meta["total_steps"])
+        self.weights.check(given, controller.run.shapes(saved.ranks))
+        controller.check(saved, tensors)
+        if controller.total_steps is None and saved.total_steps is not None:
+            controller.foretell(saved.total_steps)
         # All was checked above, and nothing below can fail.
         cast = self.weights.take(given, optimizer)
-        controller.load_state(tensors, meta)
         if cast:
             controller.warn("cast state", cast)
+        return controller.loaded(saved, tensors)
 
-    def rewind(self, state: Mapping[str, Any], controller: Controller, optimizer: Optimizer | None) -> None:
-        """Go back to an earlier state in all but the weights. Raises as `load`."""
+    def rewind(self, state: Mapping[str, Any], controller: Controller, optimizer: Optimizer | None) -> Controller:
+        """Go back to an earlier state in all but the weights. Returns and raises as `load`."""
         mixed = _rewound(state, self.weights.saved(), controller)
         total, controller.total_steps = controller.total_steps, None
         try:
-            self.load(mixed, controller, optimizer)
+            return self.load(mixed, controller, optimizer)
         except BaseException:
             controller.total_steps = total
             raise
 
-    def _check(self, meta: Mapping[str, Any]) -> None:
+    def _check(self, saved: states.Saved) -> None:
         # Settings that lrkit did not have when the state was written are at their defaults, as they were in effect then.
-        mine, theirs = to_plain(self.method), to_plain(from_plain(meta["method"]))
+        mine, theirs = to_plain(self.method), to_plain(from_plain(saved.method))
         if mine != theirs:
             raise LrkitError(f"the state is of another method: {_difference(theirs, mine)}")
-        for kind, here, key in (("other layers", self.layers, "targets"), ("another head", self.head, "head")):
-            if list(here) != meta[key]:
-                odd = ", ".join(map(shown, sorted(set(here) ^ set(meta[key]))[:3]))
+        for kind, here, there in (
+            ("other layers", self.layers, saved.targets),
+            ("another head", self.head, saved.head),
+        ):
+            if here != there:
+                odd = ", ".join(map(shown, sorted(set(here) ^ set(there))[:3]))
                 raise LrkitError(f"the state is of {kind}: {odd or 'in another order'}")
 
 
@@ -116,20 +111,20 @@ def _rewound(state: Mapping[str, Any], saved: Mapping[str, Tensor], controller: 
         saved: the model's tensors now, by name. A component that was cut since then is as it was in `state`.
         controller: the loop now.
     """
-    meta, tensors = states.meta_of(state), dict(state["tensors"])
-    now, then = controller.numbers(), controller.numbers(meta)
-    places = controller.places()
+    earlier, tensors = states.read(state), dict(state["tensors"])
+    places = controller.run.places()
     for name, p in saved.items():
         layer, axis = places.get(id(p), (None, 0))
         key = WEIGHT + name
-        if layer is None or now[layer] == then[layer]:
+        now, then = ((), ()) if layer is None else (controller.ranks.numbers(layer), earlier.numbers(layer))
+        if now == then:
             tensors[key] = p.detach().clone()
             continue
         tensors[key] = tensors[key].clone().to(p)
-        for number in set(then[layer]) & set(now[layer]):
-            present = p.detach().select(axis, now[layer].index(number))
-            tensors[key].select(axis, then[layer].index(number)).copy_(present)
-    return {"meta": meta, "tensors": tensors}
+        for number in set(then) & set(now):
+            present = p.detach().select(axis, now.index(number))
+            tensors[key].select(axis, then.index(number)).copy_(present)
+    return {"meta": state["meta"], "tensors": tensors}
 
 
 def _difference(theirs: Any, mine: Any, path: str = "") -> str:

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.adapt.coverage import Coverage
-
 if TYPE_CHECKING:
+    from torch import nn
+
+    from lrkit.adapt.coverage import Coverage
     from lrkit.loop.controller import Controller
+    from lrkit.method import Method
 
 
 @attrs.frozen
@@ -54,15 +56,16 @@ class Summary:
         layers: one record per layer.
         head: parameters of the head.
         step: optimizer steps taken.
-        beside: parameters of the method that are in none of the layers (all others in full fine-tuning).
-        coverage: how much of the blocks' weights is adapted, and what is not; None for a model without blocks.
+        beside: parameters of the method that are in none of the layers, such as all others in full fine-tuning.
+        coverage: the share of the blocks' weights that is adapted, and the kinds that are not; None for a model without
+            blocks.
     """
 
     layers: tuple[LayerSummary, ...]
     head: int
     step: int
     beside: int = 0
-    coverage: Coverage | None = attrs.field(default=None, eq=False)
+    coverage: "Coverage | None" = attrs.field(default=None, eq=False)
 
     @property
     def start(self) -> int:
@@ -105,25 +108,50 @@ class Summary:
         return table if self.coverage is None else f"{table}\n{self.coverage}"
 
 
-def summarize(controller: "Controller", head: int, beside: int = 0, coverage: Coverage | None = None) -> Summary:
+def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "Coverage | None" = None) -> Summary:
     """Summarize a run so far. `head`, `beside` and `coverage` are as in `Summary`."""
-    kept = controller.components_kept()
-    average = controller.parameters_on_average()
-    axes = [part for part in controller.method.parameterization.parts if part.axis is not None]
+    kept = controller.components.kept()
+    run, tally = controller.run, controller.tally
+    average, counts = tally.on_average(controller.step), tally.counts
+    axes = [part for part in run.method.parameterization.parts if part.axis is not None]
     layers = []
-    for name, module in controller.modules.items():
+    for name, module in run.modules.items():
         rank = initial = None
         if axes:
             axis = axes[0].axis
             assert axis is not None
-            initial = controller.initial_ranks[name]
+            initial = run.ranks[name]
             rank = int(kept[name].sum()) if name in kept else axes[0].of(module).shape[axis]
         frozen = tuple(
-            part.name
-            for part in controller.method.parameterization.parts
-            if part.matrix and controller.froze(part.of(module))
+            part.name for part in run.method.parameterization.parts if part.matrix and run.froze(part.of(module))
         )
-        layers.append(
-            LayerSummary(name, rank, initial, frozen, controller.starts[name], controller.counts[name], average[name])
-        )
+        layers.append(LayerSummary(name, rank, initial, frozen, run.starts[name], counts[name], average[name]))
     return Summary(tuple(layers), head, controller.step, beside, coverage)
+
+
+def trainable(model: "nn.Module", summary: Summary) -> str:
+    """Tell in PEFT's words how many parameters train, and below that how they divide into adapters and head.
+
+    For example::
+
+        trainable params: 1,234 || all params: 5,678 || trainable%: 21.7330
+        adapters: 1,200 now, 1,200 at start, 1,200 on average || head: 34
+
+    The first line counts whole tensors, as PEFT does. The second does not count masked components, and averages over the
+    steps so far.
+    """
+    parameters = list(dict.fromkeys(model.parameters()))
+    trains, everything = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    return (
+        f"trainable params: {trains:,} || all params: {everything:,} || trainable%: {100 * trains / everything:.4f}\n"
+        f"adapters: {summary.now:,} now, {summary.start:,} at start, {summary.average:,.0f} on average || "
+        f"head: {summary.head:,}"
+    )
+
+
+def brief(model: "nn.Module", method: "Method", layers: int, step: int, total_steps: int | None) -> str:
+    """Name what is attached to what, and how far the run is, in one line."""
+    parts = [method.parameterization, *(policy.action for policy in method.policies)]
+    words = " + ".join(type(part).__name__ for part in parts)
+    of = "" if total_steps is None else f" of {total_steps:,}"
+    return f"<Adapted {type(model).__name__}: {words} in {layers} layers, step {step:,}{of}>"

@@ -2,15 +2,14 @@
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
 from lrkit.adapt.behaviour import strangeness
-from lrkit.adapt.coverage import block_prefixes, pattern
+from lrkit.adapt.coverage import block_prefixes
 from lrkit.adapt.roles import is_output, role_of
-from lrkit.errors import LrkitError, LrkitWarning, cut, nearest, shown
+from lrkit.errors import LrkitError, LrkitWarning, cut, listing, nearest, pattern, shown
 from lrkit.parameterizations.base import Target
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.patterns import compiled
@@ -109,14 +108,6 @@ def _odd(names: Collection[str], strange: Mapping[str, str]) -> str:
             reasons.setdefault(strange[name], []).append(name)
     listed = "; ".join(f"{listing(each)} ({reason})" for reason, each in reasons.items())
     return f"what is linear by its class, and no linear map by what it does: {listed}"
-
-
-def listing(names: Sequence[str]) -> str:
-    """List names; if there are many, list each pattern and its number of layers."""
-    if len(names) <= 50 and sum(map(len, names)) < 2000:
-        return ", ".join(names)
-    counts = Counter(pattern(name) for name in names)
-    return ", ".join(f"{name} ({count} layers)" if count > 1 else name for name, count in counts.items())[:2000]
 
 
 def _no_suffix(model: nn.Module, suffix: str, layers: dict[str, nn.Module]) -> str:

@@ -1,11 +1,11 @@
-"""Safetensors files that somebody else may have written, read with care: first the header, and only then the tensors.
+"""Read safetensors files that somebody else may have written: the header first, and the tensors only if it is sound.
 
-The header has the tensors' names, shapes and places. It is checked against the file's length before anything is allocated,
-so that the tensors take no more memory than the file is long. The file is read, not mapped: if it is cut meanwhile, that is
-an error and does not kill the process.
+The header says which tensors there are, of which shape and where. It is checked against the file's length before anything
+is allocated, so reading takes as much memory as the file is long, and a tensor more. The file is read and not mapped: if it
+is cut meanwhile, the result is an error, and not the process's death. Bytes become tensors by the safetensors package.
 """
 
-import math
+import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -16,36 +16,13 @@ from typing import Any
 
 import attrs
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
 from lrkit.errors import LrkitError, cut, shown
 from lrkit.reading import MIB, opened, parse_json
 
 _HEADER_BYTES = 100 * MIB
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@attrs.frozen
-class Entry:
-    """A tensor in a file. `begin` is its first byte after the header."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    begin: int
 
 
 @attrs.frozen(eq=False)
@@ -53,34 +30,46 @@ class TensorFile:
     """An open safetensors file.
 
     Args:
-        entries: tensors by name, as the header describes them.
         metadata: the texts in its header.
     """
 
-    entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
+    _header: Mapping[str, Mapping[str, Any]]
     _file: BufferedReader
     _start: int
     _path: Path
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Read all tensors, by name. Raise LrkitError if the file has become shorter, or a truth value is not one."""
-        return {name: self._tensor(name, entry) for name, entry in self.entries.items()}
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, by name."""
+        return {name: tuple(told["shape"]) for name, told in self._header.items()}
 
-    def _tensor(self, name: str, entry: Entry) -> Tensor:
-        size = math.prod(entry.shape) * entry.dtype.itemsize
-        flat = torch.empty(size, dtype=torch.uint8)
-        view = memoryview(flat.numpy())  # type: ignore[arg-type]
-        self._file.seek(self._start + entry.begin)
-        done = 0
-        while done < size:
-            count = self._file.readinto(view[done:])
-            if not count:
-                raise LrkitError(f"{self._path} is truncated, or no safetensors file (it ends within {shown(name)})")
-            done += count
-        if entry.dtype == torch.bool and bool((flat > 1).any()):
-            raise LrkitError(f"{self._path} is no safetensors file: {shown(name)} holds truth values that are none")
-        return flat.view(entry.dtype).view(entry.shape)
+    def tensors(self) -> dict[str, Tensor]:
+        """Read all tensors, by name.
+
+        Raises:
+            LrkitError: the file has become shorter, or a tensor is not what the header says.
+        """
+        return {name: self._tensor(name, told) for name, told in self._header.items()}
+
+    def _tensor(self, name: str, told: Mapping[str, Any]) -> Tensor:
+        begin, end = told["data_offsets"]
+        self._file.seek(self._start + begin)
+        data = self._file.read(end - begin) or b""
+        # One tensor at a time, as a file of its own: of all of them at once there would be two copies.
+        alone = json.dumps({"": {**told, "data_offsets": [0, end - begin]}}).encode()
+        try:
+            tensor = load(struct.pack("<Q", len(alone)) + alone + data)[""]
+        except Exception as error:  # safetensors' own, or torch's of a dtype or shape that it does not have
+            raise refusal(self._path, f"{shown(name)}: {type(error).__name__}: {error}") from None
+        if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+            raise refusal(self._path, f"{shown(name)} holds truth values that are neither true nor false")
+        return tensor
+
+
+def refusal(path: Path, why: str) -> LrkitError:
+    """Make the error for a file that is not what it should be."""
+    return LrkitError(f"{path} is truncated, or no safetensors file ({cut(why, 300)})")
 
 
 @contextmanager
@@ -92,58 +81,28 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         LrkitError: it cannot be read, is truncated, or is no safetensors file.
     """
     with opened(path) as file:
-
-        def refuse(why: str) -> LrkitError:
-            return LrkitError(f"{path} is truncated, or no safetensors file ({cut(why, 300)})")
-
         length = os.fstat(file.fileno()).st_size
-        first = file.read(8) or b""
-        if len(first) < 8:
-            raise refuse("it has no header")
-        (size,) = struct.unpack("<Q", first)
+        size = int.from_bytes(file.read(8) or b"", "little")
         if size > min(_HEADER_BYTES, length - 8):
-            raise refuse("its header is longer than the file, or than 100 MiB")
-        text = file.read(size)
-        if len(text) < size:
-            raise refuse("it ends within its header")
+            raise refusal(path, "its header is longer than the file, or than 100 MiB")
         try:
-            header = parse_json(text, "its header")
-            metadata = header.pop("__metadata__", None) or {} if isinstance(header, dict) else None
-            if metadata is None or not all(isinstance(part, str) for part in metadata.values()):
-                raise LrkitError("its header is no table of tensors and texts")
-            entries = _entries(header, length - 8 - size)
+            header = parse_json(file.read(size) or b"", "its header")
         except LrkitError as error:
-            raise refuse(str(error)) from None
-        except AttributeError:
-            raise refuse("its metadata is no table") from None
-        yield TensorFile(entries, metadata, file, 8 + size, path)
+            raise refusal(path, str(error)) from None
+        metadata = (header.pop("__metadata__", None) or {}) if isinstance(header, dict) else None
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise refusal(path, "its header is no table of tensors and texts")
+        if not _fills(header, length - 8 - size):
+            raise refusal(path, "the places of its tensors overlap, leave gaps, or are not those in the file")
+        yield TensorFile(metadata, header, file, 8 + size, path)
 
 
-def _entries(header: dict[str, Any], room: int) -> dict[str, Entry]:
-    entries, ends = {}, []
-    for name, told in header.items():
-        known = isinstance(told, dict) and set(told) == {"dtype", "shape", "data_offsets"}
-        if not known or not _numbers(told["shape"]) or not _numbers(told["data_offsets"]):
-            raise LrkitError(f"{shown(name)} has no shape and place")
-        if len(told["data_offsets"]) != 2 or len(told["shape"]) > 16:
-            raise LrkitError(f"{shown(name)} has no shape and place")
-        dtype = _DTYPES.get(told["dtype"]) if isinstance(told["dtype"], str) else None
-        if dtype is None:
-            raise LrkitError(f"{shown(name)} is of type {shown(told['dtype'])}, which is not read here")
-        begin, end = told["data_offsets"]
-        if end - begin != math.prod(told["shape"]) * dtype.itemsize:
-            raise LrkitError(f"{shown(name)} takes {end - begin} bytes, which is not what its shape takes")
-        entries[name] = Entry(tuple(told["shape"]), dtype, begin)
-        ends.append((begin, end))
-    at = 0
-    for begin, end in sorted(ends):
-        if begin != at:
-            raise LrkitError("its tensors overlap, or leave gaps")
-        at = end
-    if at != room:
-        raise LrkitError(f"its tensors take {at} bytes, and it has {room}")
-    return entries
-
-
-def _numbers(value: object) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+def _fills(header: Mapping[str, Any], room: int) -> bool:
+    """Say whether each tensor has a shape and a place, and the places fill the room without gaps or overlaps."""
+    try:
+        places = sorted((begin, end) for begin, end in (told["data_offsets"] for told in header.values()))
+        numbers = [n for told in header.values() for n in (*told["shape"], *told["data_offsets"])]
+    except (KeyError, TypeError, ValueError):
+        return False
+    sound = all(type(n) is int and n >= 0 for n in numbers)
+    return sound and [0, *(end for _, end in places)] == [*(begin for begin, _ in places), room]

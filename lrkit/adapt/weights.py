@@ -96,7 +96,7 @@ class Weights:
         parameters = {name: p for name, p in self._model.named_parameters() if id(p) in self._saved}
         return {**parameters, **{name: self._model.get_buffer(name) for name in self._buffers}}
 
-    def check(self, given: Mapping[str, Tensor], shapes: Mapping[int, torch.Size]) -> None:
+    def check(self, given: Mapping[str, Tensor], shapes: Mapping[int, tuple[int, ...]]) -> None:
         """Raise LrkitError if tensors of a state cannot be taken over.
 
         Args:

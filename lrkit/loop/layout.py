@@ -8,7 +8,8 @@ to stay in the cache while a metric works on it, and is never written to memory 
 operation costs a launch, everything is one piece.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from operator import attrgetter
 from typing import Literal
@@ -17,7 +18,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit.loop.native import Statistics
+from lrkit.loop.native import Compiled
 from lrkit.units import Block, Part
 
 GradientOf = Callable[[nn.Parameter], Tensor | None]
@@ -57,67 +58,95 @@ class _Piece:
     where: slice
 
 
+@attrs.frozen(eq=False)
+class Span:
+    """Where one tensor's entries lie: among the live or the still ones, from an offset on, in its shape."""
+
+    still: bool
+    offset: int
+    shape: tuple[int, ...]
+
+    def of(self, live: Tensor, still: Tensor) -> Tensor:
+        """Cut this tensor's entries out of the flat ones, in its shape."""
+        return (still if self.still else live)[self.offset : self.offset + prod(self.shape)].view(self.shape)
+
+
+Look = Callable[[nn.Parameter], tuple[tuple[int, ...], bool]]
+"""Gives a tensor's shape, and whether it trains."""
+
+
+def as_is(p: nn.Parameter) -> tuple[tuple[int, ...], bool]:
+    """Look at a tensor as it is now."""
+    return tuple(p.shape), p.requires_grad
+
+
 class Layout:
     """The order in which a policy's entries lie in flat tensors.
+
+    A tensor that has stopped training has no gradient, so its statistics cannot move on: it is *still*, and only its
+    last entry-wise scores are kept. `live` lists the others, in flat order.
 
     Args:
         blocks: all blocks of the policy, n units in all.
         present: for each block whether it is still ranked; the others have no entries here.
         reads: ``"core"`` takes the core parts alone.
-
-    A tensor that has stopped training has no gradient, so its statistics cannot move on: it is *still*, and only its
-    last entry-wise scores are kept. `live` lists the others, in flat order.
+        look: how a tensor is looked at: as it is, or as a saved state has it.
     """
 
     def __init__(
-        self, blocks: Sequence[Block], present: Sequence[bool], reads: Literal["all", "core", "component"]
+        self,
+        blocks: Sequence[Block],
+        present: Sequence[bool],
+        reads: Literal["all", "core", "component"],
+        look: Look = as_is,
     ) -> None:
         self.units = sum(block.count for block in blocks)
         self.live: list[nn.Parameter] = []
         self.still: list[nn.Parameter] = []
         self.groups: list[_Group] = []
-        gathered: dict[object, list[tuple[int, Block, list[Part]]]] = {}
-        start = 0
-        for block, there in zip(blocks, present, strict=True):
-            if there:
-                parts = [part for part in block.parts if reads in ("all", "component") or part.core]
-                tensors = [block.tensor(part) for part in parts]
-                key = (block.count, *((t.shape, p.axis, t.requires_grad) for t, p in zip(tensors, parts, strict=True)))
-                gathered.setdefault(key, []).append((start, block, parts))
-            start += block.count
-        device = blocks[0].tensors[0].device if blocks else torch.device("cpu")
+        self.spans: dict[int, Span] = {}
+        self.device = blocks[0].tensors[0].device if blocks else torch.device("cpu")
         sizes, shapes = {True: 0, False: 0}, []
         places: list[int | None] = [None] * self.units
         place = 0
         unit_of: list[int] = []
-        for members in gathered.values():
+        for members in _alike(blocks, present, reads, look):
             _, first, parts = members[0]
             slabs = []
             for position, part in enumerate(parts):
-                tensor = first.tensor(part)
-                still = not tensor.requires_grad
+                shape, trains = look(first.tensor(part))
+                still, size = not trains, prod(shape)
                 axis = part.axis if first.kind == "component" else None
-                slabs.append(_Slab(still, sizes[still], tuple(tensor.shape), axis))
-                sizes[still] += tensor.numel() * len(members)
-                (self.still if still else self.live).extend(b.tensor(p[position]) for _, b, p in members)
+                slabs.append(_Slab(still, sizes[still], shape, axis))
+                for number, (_, block, own) in enumerate(members):
+                    p = block.tensor(own[position])
+                    (self.still if still else self.live).append(p)
+                    self.spans[id(p)] = Span(still, sizes[still] + number * size, shape)
+                sizes[still] += size * len(members)
                 if not still:
                     unit_of += range(place, place + first.count * len(members))
-                    shapes += [_as_units(tuple(tensor.shape), axis)] * len(members)
+                    shapes += [_as_units(shape, axis)] * len(members)
             self.groups.append(_Group(len(members), first.count, tuple(slabs)))
             for begin, block, _ in members:
                 places[begin : begin + block.count] = range(place, place + block.count)
                 place += block.count
-        # Where each unit stands among the units of all groups; those that are not present, behind the last.
-        self._order = torch.tensor([place if p is None else p for p in places], dtype=torch.int32, device=device)
+        self.size, self.still_size = sizes[False], sizes[True]
+        # The place of each unit among the units of all groups; those that are not present come after the last.
+        self._order = self._whole(place if p is None else p for p in places)
         # The unit of each place of a live tensor.
         unit_at = {p: unit for unit, p in enumerate(places) if p is not None}
-        self._unit_of = torch.tensor([unit_at[p] for p in unit_of], dtype=torch.int32, device=device)
-        absent = torch.tensor([p is None for p in places], dtype=torch.bool, device=device)
+        self._unit_of = self._whole(unit_at[p] for p in unit_of)
+        absent = torch.tensor([p is None for p in places], dtype=torch.bool, device=self.device)
         self._absent = absent if None in places else absent[:0].clone()
-        self.size, self.still_size = sizes[False], sizes[True]
-        self.device = device
-        self.pieces = list(_pieces(self.live, _PIECE if device.type == "cpu" else self.size))
-        self.native = Statistics(self.live, shapes)
+        self.native = Compiled(self.live, shapes)
+
+    @functools.cached_property
+    def pieces(self) -> list[_Piece]:
+        """The live tensors by pieces: small ones on a CPU, one on other devices."""
+        return list(_pieces(self.live, _PIECE if self.device.type == "cpu" else self.size))
+
+    def _whole(self, numbers: Iterable[int]) -> Tensor:
+        return torch.tensor(list(numbers), dtype=torch.int32, device=self.device)
 
     @property
     def index(self) -> tuple[Tensor, ...]:
@@ -181,7 +210,7 @@ class Layout:
         """Unit scores by the default rule, from the mean score of each live tensor's units.
 
         Args:
-            means: [Σ units], tensor after tensor, as `lrkit.loop.native.Statistics` gives them.
+            means: [Σ units], tensor after tensor, as `lrkit.loop.native.Compiled` gives them.
 
         Returns:
             [units], -inf for units of blocks that are not present. Only where nothing is still.
@@ -189,19 +218,24 @@ class Layout:
         scores = means.new_zeros(self.units).index_add_(0, self._unit_of, means).float()
         return scores.masked_fill_(self._absent, -torch.inf) if self._absent.numel() else scores
 
-    def move(self, flat: Tensor, old: "Layout") -> Tensor:
-        """A flat tensor over `old`'s live entries, put into this layout's order. Entries new here are zero."""
-        where = old.slices()
-        pieces = [flat[where[id(p)]] if id(p) in where else flat.new_zeros(p.numel()) for p in self.live]
-        return torch.cat(pieces) if pieces else flat.new_zeros(0)
 
-    def slices(self) -> dict[int, slice]:
-        """Where each live tensor's entries lie, by the tensor's ``id``."""
-        return _slices(self.live)
+_Member = tuple[int, Block, list[Part]]
+"""The number of a block's first unit, the block, and its parts that are read."""
 
-    def still_slices(self) -> dict[int, slice]:
-        """Where each still tensor's scores lie, by the tensor's ``id``."""
-        return _slices(self.still)
+
+def _alike(
+    blocks: Sequence[Block], present: Sequence[bool], reads: Literal["all", "core", "component"], look: Look
+) -> list[list[_Member]]:
+    """Gather the blocks that are present by shape, and by which of their tensors train."""
+    gathered: dict[object, list[_Member]] = {}
+    start = 0
+    for block, there in zip(blocks, present, strict=True):
+        if there:
+            parts = [part for part in block.parts if reads in ("all", "component") or part.core]
+            key = (block.count, *((*look(block.tensor(part)), part.axis) for part in parts))
+            gathered.setdefault(key, []).append((start, block, parts))
+        start += block.count
+    return list(gathered.values())
 
 
 def _as_units(shape: tuple[int, ...], axis: int | None) -> tuple[int, int, int]:
@@ -223,11 +257,3 @@ def _pieces(tensors: Sequence[nn.Parameter], limit: int) -> Iterator[_Piece]:
         size += p.numel()
     if run:
         yield _Piece(run, slice(start, start + size))
-
-
-def _slices(tensors: Sequence[nn.Parameter]) -> dict[int, slice]:
-    where, offset = {}, 0
-    for p in tensors:
-        where[id(p)] = slice(offset, offset + p.numel())
-        offset += p.numel()
-    return where

@@ -19,17 +19,19 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from operator import attrgetter
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import torch
 from torch import Tensor, nn
+
+from lrkit.metrics import GradientUncertainty, Metric, RatioUncertainty, SensitivityUncertainty
+from lrkit.moves import replacing
 
 SMALLEST = 1 << 12
 """Entries from which on it is used: below, either way takes a fraction of a millisecond, and no compiler is asked for."""
@@ -74,6 +76,23 @@ class Kernel:
     epsilon: float = 0.0
 
 
+_Made = Callable[[Any], Kernel]
+_OF: dict[type[Metric], _Made] = {
+    SensitivityUncertainty: lambda m: Kernel("sensitivity", m.beta1, m.beta2),
+    GradientUncertainty: lambda m: Kernel("gradient", m.beta1, m.beta2),
+    RatioUncertainty: lambda m: Kernel("ratio", m.beta1, m.beta2, m.epsilon),
+}
+
+
+def kernel_of(metric: Metric) -> Kernel | None:
+    """Return what the library computes in a metric's place; None for most.
+
+    It knows three classes, and none of their subclasses, which may compute something else.
+    """
+    make = _OF.get(type(metric))
+    return None if make is None or getattr(metric, "window", 1) != 1 else make(metric)
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library; None where it is turned off or cannot be had."""
@@ -89,10 +108,9 @@ def library() -> ctypes.CDLL | None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         target = folder / f"native-{key.hexdigest()[:24]}.so"
         if not target.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as build, resources.as_file(source) as path:
-                made = Path(build) / target.name
-                _compile([compiler, *flags, str(path), "-o", str(made), "-lm"])
-                os.replace(made, target)  # in one move: several processes may do this at once
+            # Several processes may do this at once.
+            with replacing(target) as draft, resources.as_file(source) as path:
+                _compile([compiler, *flags, str(path), "-o", str(draft), "-lm"])
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -120,7 +138,7 @@ class _Job(ctypes.Structure):
     ]
 
 
-class Statistics:
+class Compiled:
     """Ī and Ū of a layout's live tensors, moved and scored by the library.
 
     Args:
@@ -167,7 +185,7 @@ class Statistics:
         if not plain or not self.usable(mean, deviation):
             return None
         weights = array("Q", map(Tensor.data_ptr, self._tensors))
-        # Tensors that lie where they lay when they were looked at are as they were then.
+        # Same addresses as at the last check, so dtype and contiguity need no second look.
         if weights != self._seen and not self._as_laid_out(grads):
             return None
         self._seen = weights

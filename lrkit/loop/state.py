@@ -1,136 +1,174 @@
-"""What a state must be like before anything of it is taken over: its data's structure, types, ranges, and agreement.
+"""A saved run as a record, structured strictly, and looked at before anything of it is taken over.
 
-All of this is known without a model. What needs the run (shapes, masks, schedules) is `Controller.check_state`'s.
+All of this is known without a model. `lrkit.loop.fitting` holds a record against a run.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import attrs
+import cattrs
 import torch
+from cattrs.gen import make_dict_structure_fn
 from torch import Tensor
 
 from lrkit.errors import LrkitError, shown
+from lrkit.loop.history import Decision
 from lrkit.settings import MOST_STEPS
 
 FORMAT = 1
-NAMES = ("lost", "returned", "fresh")
-"""What a decision in a history lists by name."""
-
-_NEEDED = (
-    *("format", "method", "targets", "head", "ranks", "step", "total_steps", "policies", "history", "sums"),
-    *("components", "numbered", "seed"),
-)
-_DECISION = {"step", "policy", "budget", "kept", "units", "threshold", *NAMES}
 _MOST = 2**62
 
 
 def misfit(what: str) -> LrkitError:
-    """The refusal of a state, with what does not fit."""
+    """Make the refusal of a state, with what does not fit."""
     return LrkitError(f"the state does not fit: {what}")
 
 
-def meta_of(state: Any) -> dict[str, Any]:
-    """The data of a state that is whole and of this format. `check_data` looks at the rest of it.
+@attrs.frozen(kw_only=True)
+class SavedPolicy:
+    """One policy's own numbers.
+
+    Args:
+        observations: how many steps its metric has observed.
+        ended: whether its last decision has been taken.
+    """
+
+    observations: int
+    ended: bool
+
+
+@attrs.frozen(kw_only=True)
+class Saved:
+    """Everything that a checkpoint says beside its tensors. `check` asks whether it agrees with itself.
+
+    Args:
+        method: the method as plain data.
+        targets: names of the adapted layers.
+        head: names of the modules that train in full.
+        ranks: layer name to the components that it stores.
+        step: optimizer steps taken.
+        total_steps: of the whole run; None before `bind`.
+        seed: what growth is drawn from.
+        policies: in the method's order.
+        history: all decisions so far, in order.
+        components: layer name to the numbers of its components, for layers that were cut or have grown.
+        numbered: layer name to how many numbers have been given.
+        sums: layer name to trainable parameters, summed over the steps.
+        dead: layers that no gradient reaches; None if none has been seen yet.
+        base: what the plain model was.
+    """
+
+    method: dict[str, Any]
+    targets: tuple[str, ...]
+    head: tuple[str, ...]
+    ranks: dict[str, int]
+    step: int
+    total_steps: int | None
+    seed: int
+    policies: tuple[SavedPolicy, ...]
+    history: tuple[Decision, ...]
+    components: dict[str, tuple[int, ...]]
+    numbered: dict[str, int]
+    sums: dict[str, int]
+    dead: tuple[str, ...] | None = None
+    base: Any = None
+
+    def check(self) -> None:
+        """Raise LrkitError unless all that it says agrees."""
+        layers = set(self.targets)
+        if len(layers) < len(self.targets):
+            raise misfit("targets names a layer twice")
+        for key in ("sums", "ranks", "numbered"):
+            if set(getattr(self, key)) != layers:
+                raise misfit(f"{key} must have a number for each layer of this run, and for no other")
+        if self.dead is not None and (not set(self.dead) <= layers or len(set(self.dead)) < len(self.dead)):
+            raise misfit("dead must name layers of this run, each once")
+        self._check_steps()
+        self._check_components()
+        self._check_history()
+
+    def _check_steps(self) -> None:
+        if self.total_steps is None and self.step:
+            raise misfit("steps have been taken, and total_steps is missing")
+        if self.total_steps is not None and not 1 <= self.total_steps <= MOST_STEPS:
+            raise misfit(f"total_steps is {self.total_steps}, and must be from 1 to {MOST_STEPS:,}")
+        if self.step > MOST_STEPS:
+            raise misfit(f"step {self.step} is beyond any run")
+
+    def _check_components(self) -> None:
+        for name, numbers in self.components.items():
+            good = name in self.ranks and len(numbers) == self.ranks[name] and all(a < b for a, b in pairwise(numbers))
+            if not good or (numbers and numbers[-1] >= self.numbered[name]):
+                raise misfit(
+                    f"components.{name} must be the numbers of what is left of a layer that was cut, or has grown"
+                )
+        for name, rank in self.ranks.items():
+            if name not in self.components and rank != self.numbered[name]:
+                raise misfit(
+                    f"{name} has rank {rank} of {self.numbered[name]}, and components do not say which are left"
+                )
+
+    def _check_history(self) -> None:
+        last: dict[int, int] = {}
+        before = 0
+        for d in self.history:
+            if d.policy >= len(self.policies):
+                raise misfit(f"history has a decision of policy {d.policy}, and there are {len(self.policies)}")
+            if not max(before, last.get(d.policy, 0) + 1) <= d.step <= self.step:
+                raise misfit(f"history has a decision after step {d.step} that cannot be there at step {self.step}")
+            if d.kept > d.units or d.budget > d.units:
+                raise misfit(f"history has a decision after step {d.step} that keeps more units than there are")
+            before = last[d.policy] = d.step
+        for index, policy in enumerate(self.policies):
+            if policy.ended and index not in last:
+                raise misfit(f"policy {index} has ended, and history has no decision of it")
+
+    def check_ranks(self, initial: Mapping[str, int], grows: bool) -> None:
+        """Raise LrkitError if the ranks cannot have come of those that a method begins with.
+
+        Args:
+            initial: layer name to its first rank.
+            grows: whether a policy adds components.
+        """
+        for name, first in initial.items():
+            given = self.numbered[name]
+            if given != first and not (grows and given > first and name in self.components):
+                raise misfit(f"{name} began with rank {first} by its method, and with {given} by what the state says")
+
+    def numbers(self, name: str) -> tuple[int, ...]:
+        """Return the numbers of a layer's components."""
+        return self.components.get(name, tuple(range(self.ranks[name])))
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the record as JSON data."""
+        plain: dict[str, Any] = {"format": FORMAT, **_converter().unstructure(self)}
+        return plain
+
+
+def read(state: Any) -> Saved:
+    """Structure the data of a state, whose tensors must be plain ones under names.
 
     Raises:
-        LrkitError: it is no state, or of another format.
+        LrkitError: it is no state, of another format, or a value is of another type; with the path to it, such as
+            "history[3].kept".
     """
     meta = state.get("meta") if isinstance(state, Mapping) else None
-    if not isinstance(meta, dict) or not isinstance(state.get("tensors"), Mapping) or not set(_NEEDED) <= set(meta):
+    needed = {"format", *(field.name for field in attrs.fields(Saved) if field.default is attrs.NOTHING)}
+    if not isinstance(meta, dict) or not isinstance(state.get("tensors"), Mapping) or not needed <= set(meta):
         raise LrkitError("this is no state of lrkit (it must be what adapted.state_dict() or adapted.save() gave)")
     if type(meta["format"]) is not int or meta["format"] != FORMAT:
         raise LrkitError(f"the state is of format {shown(meta['format'])}, this lrkit reads format {FORMAT}")
-    for key in ("targets", "head"):
-        if not isinstance(meta[key], list) or not all(isinstance(name, str) for name in meta[key]):
-            raise misfit(f"{key} is not a list of names")
-    if len(set(meta["targets"])) < len(meta["targets"]):
-        raise misfit("targets names a layer twice")
-    if not isinstance(meta["method"], dict):
-        raise misfit("method is no table")
     check_tensors(state["tensors"])
-    return meta
-
-
-def check_data(meta: Mapping[str, Any]) -> None:
-    """Raise LrkitError where what `meta_of` gave is of wrong types or ranges, or not at one with itself."""
-    _check_steps(meta)
-    _check_policies(meta["policies"])
-    for key in ("sums", "ranks", "numbered"):
-        table = meta[key]
-        named = isinstance(table, dict) and all(isinstance(name, str) for name in table)
-        if not named or set(table) != set(meta["targets"]) or not all(map(_whole, table.values())):
-            raise misfit(f"{key} are not whole numbers for the layers of this run")
-    _check_components(meta)
-    dead = meta.get("dead")
-    named = isinstance(dead, list) and all(isinstance(name, str) for name in dead)
-    if not (dead is None or (named and set(dead) <= set(meta["targets"]) and len(set(dead)) == len(dead))):
-        raise misfit("dead is not a list of layers of this run")
-    _check_history(meta)
-
-
-def _whole(value: object) -> bool:
-    return type(value) is int and 0 <= value < _MOST
-
-
-def _check_steps(meta: Mapping[str, Any]) -> None:
-    step, total = meta["step"], meta["total_steps"]
-    if not _whole(meta["seed"]):
-        raise misfit("seed is not a whole number below 2^62")
-    if not _whole(step) or not (total is None or _whole(total)):
-        raise misfit("step and total_steps are not whole numbers")
-    if total is None and step:
-        raise misfit("steps have been taken, and total_steps is missing")
-    if total is not None and not 1 <= total <= MOST_STEPS:
-        raise misfit(f"total_steps is {total}, and must be from 1 to {MOST_STEPS:,}")
-    if step > MOST_STEPS:
-        raise misfit(f"step {step} is beyond any run")
-
-
-def _check_policies(policies: Any) -> None:
-    good = isinstance(policies, list) and all(isinstance(saved, dict) for saved in policies)
-    if not good or not all(_whole(s.get("observations")) and type(s.get("ended")) is bool for s in policies):
-        raise misfit("policies lack observations or ended")
-
-
-def _check_components(meta: Mapping[str, Any]) -> None:
-    components = meta["components"]
-    good = isinstance(components, dict) and set(components) <= set(meta["targets"])
-    for name, numbers in components.items() if good else ():
-        good = good and isinstance(numbers, list) and all(map(_whole, numbers))
-        good = good and len(numbers) == meta["ranks"][name] and all(a < b for a, b in pairwise(numbers))
-        good = good and (not numbers or numbers[-1] < meta["numbered"][name])
-    if not good:
-        raise misfit("components are not the numbers of what is left of each layer that was cut, or has grown")
-    for name, rank in meta["ranks"].items():
-        if name not in components and rank != meta["numbered"][name]:
-            raise misfit(
-                f"{name} has rank {rank} of {meta['numbered'][name]}, and components do not say which are left"
-            )
-
-
-def _check_history(meta: Mapping[str, Any]) -> None:
-    history = meta["history"]
-    good = isinstance(history, list) and all(isinstance(d, dict) and set(d) == _DECISION for d in history)
-    for d in history if good else ():
-        good = good and all(_whole(d[key]) for key in ("step", "policy", "budget", "kept", "units"))
-        good = good and (d["threshold"] is None or isinstance(d["threshold"], float))
-        good = good and all(isinstance(d[key], list) and all(isinstance(n, str) for n in d[key]) for key in NAMES)
-    if not good:
-        raise misfit("history is not a list of decisions")
-    last: dict[int, int] = {}
-    before = 0
-    for d in history:
-        if d["policy"] >= len(meta["policies"]):
-            raise misfit(f"history has a decision of policy {d['policy']}, and there are {len(meta['policies'])}")
-        if not max(before, last.get(d["policy"], 0) + 1) <= d["step"] <= meta["step"]:
-            raise misfit(f"history has a decision after step {d['step']} that cannot be there at step {meta['step']}")
-        if d["kept"] > d["units"] or d["budget"] > d["units"]:
-            raise misfit(f"history has a decision after step {d['step']} that keeps more units than there are")
-        before = last[d["policy"]] = d["step"]
-    for index, saved in enumerate(meta["policies"]):
-        if saved["ended"] and index not in last:
-            raise misfit(f"policy {index} has ended, and history has no decision of it")
+    if "dead" not in meta and meta["step"]:
+        # A state without the word is of a run in which every layer counted, whether a gradient reached it or not.
+        meta = {**meta, "dead": []}
+    try:
+        return _converter().structure(meta, Saved)
+    except cattrs.BaseValidationError as error:
+        raise misfit(_first(error)) from None
 
 
 def check_tensors(tensors: Mapping[Any, Any]) -> None:
@@ -142,15 +180,82 @@ def check_tensors(tensors: Mapping[Any, Any]) -> None:
             raise misfit(f"{shown(name)} is no plain tensor with values")
 
 
-def check_ranks(meta: Mapping[str, Any], initial: Mapping[str, int], grows: bool) -> None:
-    """Raise LrkitError where ranks cannot have come of those that a method begins with.
+# ---- plain data to records, strictly ----
 
-    Args:
-        meta: what `meta_of` gave.
-        initial: layer name to its first rank.
-        grows: whether a policy adds components.
-    """
-    for name, first in initial.items():
-        given = meta["numbered"][name]
-        if given != first and not (grows and given > first and name in meta["components"]):
-            raise misfit(f"{name} began with rank {first} by its method, and with {given} by what the state says")
+
+class _Odd(ValueError):
+    """A value that is not what it must be."""
+
+
+def _must(good: bool, what: str, value: object) -> None:
+    if not good:
+        raise _Odd(f"must be {what}, not {shown(value)}")
+
+
+def _whole(value: Any, _: Any = None) -> int:
+    _must(type(value) is int and 0 <= value < _MOST, "a whole number below 2^62", value)
+    return int(value)
+
+
+def _real(value: Any, _: Any = None) -> float:
+    _must(type(value) is float, "a number with a point", value)
+    return float(value)
+
+
+def _flag(value: Any, _: Any = None) -> bool:
+    _must(type(value) is bool, "true or false", value)
+    return bool(value)
+
+
+def _text(value: Any, _: Any = None) -> str:
+    _must(isinstance(value, str), "a text", value)
+    return str(value)
+
+
+@cache
+def _converter() -> cattrs.Converter:
+    """Make a converter that takes each value for what it is: no number is made of text, no list of a table."""
+    converter = cattrs.Converter(detailed_validation=True)
+    for kind, take in ((int, _whole), (float, _real), (bool, _flag), (str, _text)):
+        converter.register_structure_hook(kind, take)
+
+    def only(kind: Any, what: str, types: tuple[type, ...], take: Any) -> None:
+        def structure(value: Any, as_kind: Any) -> Any:
+            _must(isinstance(value, types), what, value)
+            return take(value, as_kind)
+
+        converter.register_structure_hook_func(lambda each: each == kind, structure)
+
+    only(SavedPolicy, "a table", (dict,), make_dict_structure_fn(SavedPolicy, converter))
+    whole = make_dict_structure_fn(Decision, converter, _cattrs_forbid_extra_keys=True)
+
+    def decision(value: Any, kind: Any) -> Any:
+        _must("fresh" in value, "a decision with the names of fresh units", value)
+        return whole(value, kind)
+
+    only(Decision, "a table", (dict,), decision)
+    for of in (int, str, SavedPolicy, Decision):
+        many = tuple[of, ...]  # type: ignore[valid-type]
+        only(many, "a list", (list, tuple), converter.get_structure_hook(many))
+    for named in (dict[str, int], dict[str, tuple[int, ...]], dict[str, Any]):
+        only(named, "a table", (dict,), converter.get_structure_hook(named))
+    return converter
+
+
+def _first(error: BaseException, path: str = "") -> str:
+    """Return the first thing that is wrong, with the path to it: ``history[3].kept must be a whole number ...``."""
+    if isinstance(error, cattrs.IterableValidationError | cattrs.ClassValidationError):
+        inner = error.exceptions[0]
+        for note in getattr(inner, "__notes__", ()):
+            if getattr(note, "name", None):
+                path = f"{path}.{note.name}" if path else note.name
+            elif getattr(note, "index", None) is not None:
+                path = f"{path}[{note.index}]" if isinstance(note.index, int) else f"{path}.{note.index}"
+        return _first(inner, path)
+    if isinstance(error, cattrs.ForbiddenExtraKeysError):
+        return f"{path} has {shown(min(error.extra_fields))}, which is not a field of it"
+    if isinstance(error, KeyError):
+        return f"{path} is missing"
+    if isinstance(error, LrkitError):
+        raise error
+    return f"{path} {error}" if isinstance(error, _Odd) else f"{path} is not what it must be"

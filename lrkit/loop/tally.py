@@ -1,6 +1,7 @@
 """How many parameters each layer trains, now and on average: a few tensor operations a decision."""
 
 from collections.abc import Collection, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,11 @@ class Tally:
             mine = [(p, axes.get(key)) for key, p in module.named_parameters() if id(p) in trained - seen]
             seen |= {id(p) for p, _ in mine}
             self._tensors.append(mine)
-        self.now = torch.zeros(len(self.names), dtype=torch.int64)
-        self.sums = torch.zeros_like(self.now)
+        self.sums = torch.zeros(len(self.names), dtype=torch.int64)
         self._settled = 0
         self._layer_of_unit: Tensor | None = None
+        self.survey(None)
+        self.now = self._fixed
 
     def survey(self, masked: Sequence[tuple[str, int]] | None) -> None:
         """Look at the tensors: after a freeze, a cut, or a load.
@@ -70,7 +72,7 @@ class Tally:
             self.now = self._fixed + self._each * ranks
 
     def would_be(
-        self, shapes: Mapping[int, torch.Size], frozen: Collection[int], kept: Mapping[str, int]
+        self, shapes: Mapping[int, Sequence[int]], frozen: Collection[int], kept: Mapping[str, int]
     ) -> dict[str, int]:
         """Layer name to what it would train.
 
@@ -84,9 +86,9 @@ class Tally:
             count = 0
             for p, axis in tensors:
                 shape = shapes.get(id(p), p.shape)
-                if id(p) not in frozen and shape.numel():
+                if id(p) not in frozen and (size := prod(shape)):
                     masked = axis is not None and name in kept
-                    count += shape.numel() // shape[axis or 0] * kept[name] if masked else shape.numel()
+                    count += size // shape[axis or 0] * kept[name] if masked else size
             found[name] = count
         return found
 
@@ -100,6 +102,21 @@ class Tally:
         self._settled = step
         self.sums = torch.tensor([int(sums[name]) for name in self.names], dtype=torch.int64)
 
-    def named(self, values: Tensor) -> dict[str, int]:
-        """Values [layers] by layer name."""
+    @property
+    def counts(self) -> dict[str, int]:
+        """Layer name to the trainable parameters now in effect: frozen tensors and masked components do not count."""
+        return self._named(self.now)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Layer name to trainable parameters, summed over the steps so far."""
+        return self._named(self.sums)
+
+    def on_average(self, step: int) -> dict[str, float]:
+        """Return layer name to trainable parameters averaged over the steps so far; those now, before the first step."""
+        self.settle(step)
+        values = self.sums.double() / step if step else self.now.double()
+        return dict(zip(self.names, values.tolist(), strict=True))
+
+    def _named(self, values: Tensor) -> dict[str, int]:
         return dict(zip(self.names, values.tolist(), strict=True))

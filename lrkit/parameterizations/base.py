@@ -8,9 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit.units import Part, UnitKind
-
-_MANY = 2**31 - 1
+from lrkit.units import Part
 
 Role = Literal["attention", "ffn", "other"]
 """The place of a linear map in a transformer block."""
@@ -103,13 +101,10 @@ class Parameterization(abc.ABC):
         """Return a scalar that is added to the loss while training, or None."""
         return None
 
-    @property
-    def grows(self) -> bool:
-        """Whether a layer can be given further components; `fresh` says how they begin."""
-        return False
-
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
         """Draw the start of further components in one tensor, as `build` does. An action gives the core values itself.
+
+        A parameterization that does not override it cannot grow: an action that adds components is refused.
 
         Args:
             part: one that has an `axis` and is not the core.
@@ -121,14 +116,6 @@ class Parameterization(abc.ABC):
             The tensor's further slices, of its shape, with `count` along `axis`.
         """
         raise NotImplementedError
-
-    def units(self, kind: UnitKind) -> int:
-        """The largest number of trainable units of this kind that one layer may have; 0 where it has none."""
-        matrices = sum(part.matrix and part.trains for part in self.parts)
-        if kind == "component":
-            there = any(p.axis is not None and p.trains for p in self.parts)
-            return (_MANY if self.components is None else self.components) if there else 0
-        return matrices if kind == "matrix" else min(matrices, 1)
 
     @property
     def components(self) -> int | None:

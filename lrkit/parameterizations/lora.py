@@ -43,13 +43,11 @@ class LoRA(Parameterization):
         """Return r."""
         return self.rank
 
-    @property
-    def grows(self) -> bool:
-        """Yes. The scale stays α/r with the initial r."""
-        return True
-
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
-        """Draw further rows of A, Kaiming-uniform, or make columns of B, zero, as at the start."""
+        """Draw further rows of A, Kaiming-uniform, or make columns of B, zero, as at the start.
+
+        The scale stays α/r with the initial r.
+        """
         new = further(module, part, count)
         return (
             nn.init.zeros_(new)

@@ -67,11 +67,6 @@ class SVD(Parameterization):
         scaling = 1.0 if self.alpha is None else self.alpha / (self.rank + 1e-5)
         return LowRank(target.layer, q, p, core=core, scaling=scaling)
 
-    @property
-    def grows(self) -> bool:
-        """Yes."""
-        return True
-
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
         """Draw further columns of P or rows of Q: Gaussian, as at the start."""
         return nn.init.normal_(further(module, part, count), std=self.init_std, generator=generator)

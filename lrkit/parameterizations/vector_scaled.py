@@ -61,8 +61,8 @@ class VectorScaled(Parameterization):
         trains = self.train != "none"
         return (
             Part("core", axis=0, core=True),
-            Part("B", axis=1, matrix=True, trains=trains),
-            Part("A", axis=0, matrix=True, trains=trains),
+            Part("B", axis=1, matrix=True, trains=trains, shared=self.shared),
+            Part("A", axis=0, matrix=True, trains=trains, shared=self.shared),
             Part("out_scale"),
         )
 
@@ -70,11 +70,6 @@ class VectorScaled(Parameterization):
     def components(self) -> int:
         """Return r."""
         return self.rank
-
-    @property
-    def grows(self) -> bool:
-        """Yes, but for matrices that layers share."""
-        return not self.shared
 
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
         """Draw further rows of A or columns of B from the same range as at the start."""

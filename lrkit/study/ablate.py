@@ -1,21 +1,21 @@
-"""Ablations from Python: swap one component, run the seeds, get one table."""
+"""Ablations from Python: swap one component, run the seeds, get one table: `ablate`."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
-from lrkit.foreign import text_of
-from lrkit.method import FIELDS, Method, to_plain
-from lrkit.study.cell import Conditions, components_of
-from lrkit.study.execute import Job, Outcome, Told, carry_out
-from lrkit.study.executors import Here, gpus
-from lrkit.study.plan import SEEDS, Plan, Study, lay_out, read_study, study_from
-from lrkit.study.shipped import names
+from lrkit.compose import component_to_plain, to_plain
+from lrkit.errors import LrkitError, LrkitWarning, shown
+from lrkit.method import FIELDS, Method
+from lrkit.study.asked import SEEDS, Study, study_from, study_named
+from lrkit.study.catalogue import names
+from lrkit.study.execute import execute
+from lrkit.study.plan import lay_out
 
 if TYPE_CHECKING:
     from lrkit.study.statistics import Table
@@ -56,10 +56,10 @@ def ablate(
 
     Args:
         base: a method's name, a `lrkit.Method`, or a whole study: a `Study`, the name of one that ships, or a path that ends
-            in ``.toml`` (then only how to run it is taken from here).
+            in ``.toml`` (then only the arguments on how to run it count).
         swap: component or setting to the values to try: ``{"metric": ["magnitude"], "action.ties": ["threshold"]}``. A
             component is a name, a table with a name and settings, or an instance.
-        out: the study's folder; new, or the same study's.
+        out: the study's folder; a new one, or the same study's.
         task: a task's name, a list of names, or tables as in a study file.
         model: ``"minilm"``, a folder or a hub id.
         targets: which layers, as `lrkit.attach` takes it.
@@ -74,8 +74,8 @@ def ablate(
         title: for the report.
         profile: of a study file, such as ``"paper"``; None for its first.
         executor: ``"local"``, ``"ray"``, a plug-in's name, or any `concurrent.futures.Executor`.
-        workers: cells at a time; None: one for each GPU, or for each CPU core up to four. 0: in this process, where
-            components that only this process has registered are known.
+        workers: cells at a time; None: one per GPU, or one per CPU core up to four. 0: in this process, which knows
+            components that nobody has installed.
         address: of a cluster, for executors that have one.
         costs: measure time and memory of each row against the base, after the cells.
         checkpoint_seconds: time between checkpoints.
@@ -90,12 +90,12 @@ def ablate(
         LrkitError: something in the study cannot run (told before the first step), or `out` holds something else.
     """
     from lrkit.study.paired import too_few_seeds
-    from lrkit.study.records import read_study as read_records
+    from lrkit.study.records import read_study
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
 
     if isinstance(base, str) and (base.endswith(".toml") or base in names()):
-        base, profile = read_study(base, profile=profile), None
+        base, profile = study_named(base, profile=profile), None
     if profile is not None:
         raise LrkitError(f'ablate: profile="{profile}" is of a study file, and base is none')
     study = (
@@ -103,12 +103,10 @@ def ablate(
         if isinstance(base, Study)
         else _study(base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title, train_also)
     )
-    import warnings
-
     plan = lay_out(study)
     if few := too_few_seeds(len(plan.rows) - 1, len(plan.seeds)):
         warnings.warn(few, LrkitWarning, stacklevel=2)
-    outcome = perform(
+    outcome = execute(
         plan,
         Path(out),
         executor=executor,
@@ -122,7 +120,7 @@ def ablate(
     for name, error in outcome.failed:
         warnings.warn(f"cell {name} failed: {error}", LrkitWarning, stacklevel=2)
     write_report(outcome.folder)
-    return compare(read_records(outcome.folder))
+    return compare(read_study(outcome.folder))
 
 
 def _study(
@@ -140,6 +138,7 @@ def _study(
     title: str,
     train_also: str | Sequence[str] = "auto",
 ) -> Study:
+    """Make a study of `ablate`'s arguments."""
     values = {path: [_plain(path, v) for v in _listed(path, tried)] for path, tried in (swap or {}).items()}
     return study_from(
         {
@@ -177,127 +176,13 @@ def _listed(path: Any, values: Any) -> list[Any]:
 
 
 def _plain(path: str, value: Any) -> Any:
-    """A method's or a component's instance as a table; anything else as it is."""
+    """Return a method's or a component's instance as a table; anything else as it is."""
     if path == "base" and isinstance(value, Method):
         return to_plain(value)
     kind = path.rpartition(".")[2] if isinstance(path, str) else ""
     if kind not in FIELDS or not attrs.has(type(value)):
         return value
-    from lrkit.registry import current
-
-    settings = ((field.name, getattr(value, field.name)) for field in attrs.fields(type(value)))
-    listed = {name: list(item) if isinstance(item, tuple) else item for name, item in settings}
-    return {"name": current().name_of(kind, type(value)), **listed}
+    return component_to_plain(kind, value)
 
 
-class _Borrowed(Executor):
-    """Somebody else's executor: used, and left running."""
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self.submit = executor.submit  # type: ignore[method-assign]
-
-
-def perform(
-    plan: Plan,
-    folder: Path,
-    *,
-    executor: str | Executor = "local",
-    workers: int | None = None,
-    threads: int | None = None,
-    address: str | None = None,
-    costs: bool = True,
-    checkpoint_seconds: float = 60.0,
-    report_to: Sequence[str] = (),
-    keep_old: bool = False,
-    told: Told | None = None,
-    started: Callable[[Sequence[Job], int, int], None] | None = None,
-    cost_told: Callable[[str], None] | None = None,
-) -> Outcome:
-    """Carry out a plan on an executor by name; then measure its costs. Arguments as `ablate` and `carry_out` have them.
-
-    `started` is called with the cells to run, how many there are in all, and how many run at a time.
-
-    Raises:
-        LrkitError: as `carry_out`; an unknown executor, or one that cannot be begun.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool) or not 0 <= workers <= 4096):
-        raise LrkitError(f"workers must be a number from 0 (in this process) to 4096, not {shown(workers)}")
-    at_once = (gpus() or min(cores, 4)) if workers is None else workers
-    each = threads or threads_asked() or max(1, cores // max(1, at_once))
-    devices = max(row_devices(plan))
-    if devices > 1 and gpus():
-        at_once = max(1, gpus() // devices) if workers is None else at_once
-    if isinstance(executor, Executor):
-        make: Callable[[], Executor] = lambda: _Borrowed(executor)  # noqa: E731
-    elif at_once == 0:
-        make = Here
-    else:
-        from lrkit.registry import current
-
-        current().get("executor", executor)
-        _check_workers_know(plan)
-        make = lambda: _made(executor, at_once, each, address)  # noqa: E731
-    _check_trackers(report_to)
-    conditions = Conditions(
-        # A cell in several processes shares its threads among them.
-        threads=max(1, each // devices) if not isinstance(executor, Executor) or threads else None,
-        checkpoint_seconds=checkpoint_seconds,
-        report_to=tuple(report_to),
-    )
-    begun = None if started is None else lambda missing, total: started(missing, total, max(1, at_once))
-    outcome = carry_out(plan, folder, executor=make, conditions=conditions, told=told, started=begun, keep_old=keep_old)
-    if costs:
-        from lrkit.study.cost import measure
-
-        measure(plan, outcome.folder, threads=threads or threads_asked() or cores, told=cost_told)
-    return outcome
-
-
-def _made(name: str, workers: int, threads: int, address: str | None) -> Executor:
-    from lrkit.registry import current
-
-    made = current().made("executor", name, workers, threads, address)
-    if not issubclass(type(made), Executor):
-        raise LrkitError(f'executor "{name}" gives {text_of(made)}, which is no concurrent.futures.Executor')
-    executor: Executor = made
-    return executor
-
-
-def threads_asked() -> int | None:
-    """CPU threads that ``OMP_NUM_THREADS`` asks for; None where it does not."""
-    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(first) if first.isascii() and first.isdigit() and 0 < int(first) <= 1024 else None
-
-
-def _check_workers_know(plan: Plan) -> None:
-    """Worker processes have what is installed, and not what was registered in this one."""
-    from lrkit.registry import current
-
-    used = [pair for row in plan.rows for pair in components_of(to_plain(row.method))]
-    used += [("task", task.name.partition("/")[0]) for task in plan.tasks if task.data is None]
-    for kind, name in used:
-        if not current().is_installed(kind, name):
-            raise LrkitError(
-                f'{kind} "{name}" is registered in this process alone, and worker processes would not know it: give '
-                "workers=0, or install it as a plug-in (lrkit plugins new)"
-            )
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    if names:
-        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-        known = sorted(INTEGRATION_TO_CALLBACK)
-        for name in names:
-            if name not in known:
-                raise LrkitError(f'there is no tracker "{name}"{nearest(name, known)}; there are {", ".join(known)}')
-
-
-def row_devices(plan: Plan) -> list[int]:
-    """Devices that the cells of each row and task take."""
-    return [plan.settings(row, task, 0).devices for row in plan.rows for task in plan.tasks]
-
-
-__all__ = ["ablate", "perform", "read_study"]
+__all__ = ["ablate"]

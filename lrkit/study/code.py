@@ -1,6 +1,6 @@
-"""A digest of the code that can change a cell's result: lrkit's own sources, and those of the plug-ins that it uses.
+"""Compute a digest of the code that can change a cell's result: lrkit's own sources, and those of plug-ins in use.
 
-Files are hashed as they are. What is in `OUTSIDE` shows, checks or times results and never makes one; every other file of
+Files are hashed as they are. A file in `OUTSIDE` shows, checks or times results and never makes one; every other file of
 lrkit counts, a new one as well.
 """
 
@@ -15,20 +15,26 @@ from typing import Any
 
 OUTSIDE = (
     "__main__.py",
-    "cli.py",
+    "cli",
     "py.typed",
-    "scaffold.py",
-    "studies",  # what they ask for is in the cells themselves
-    "study/charts.py",
+    "studies",  # the settings that they ask for are in the cells themselves
+    "study/charts",
+    "study/comparison.py",
     "study/cost.py",
+    "study/latex.py",
     "study/paired.py",
     "study/pictures.py",
     "study/place.py",
     "study/progress.py",
     "study/records.py",
-    "study/report.py",
+    "study/report",
+    "study/results.py",
+    "study/scores.py",
     "study/sheet.py",
+    "study/sizes.py",
     "study/statistics.py",
+    "study/table.py",
+    "study/texts.py",
     "templates",
     "testing",
 )
@@ -38,7 +44,7 @@ _SKIPPED = ("__pycache__", ".pyc", ".dist-info", ".egg-info", ".pth")
 
 
 def digest_of(components: Iterable[tuple[str, str]]) -> str:
-    """The digest of lrkit's sources and of the plug-ins that some components come from.
+    """Compute the digest of lrkit's sources and of the plug-ins that some components come from.
 
     Args:
         components: kind and name of each, registered or not.
@@ -62,13 +68,13 @@ def digest_of(components: Iterable[tuple[str, str]]) -> str:
 
 @cache
 def lrkit_digest() -> str:
-    """The digest of lrkit's sources that are not in `OUTSIDE`."""
+    """Compute the digest of lrkit's sources that are not in `OUTSIDE`."""
     root = Path(__file__).resolve().parent.parent
     return _hash((path.relative_to(root).as_posix(), path) for path in inside(root))
 
 
 def inside(root: Path) -> list[Path]:
-    """The files of the package that count."""
+    """List the files of the package that count."""
     files = (path for path in root.rglob("*") if path.is_file() and not _is_skipped(path.relative_to(root)))
     return sorted(path for path in files if not _is_outside(path.relative_to(root).as_posix()))
 
@@ -83,7 +89,7 @@ def _is_skipped(path: Path) -> bool:
 
 @cache
 def _distribution_digest(name: str) -> str:
-    """Of the files that a distribution installed."""
+    """Hash the files that a distribution installed."""
     try:
         listed = metadata.distribution(name).files or []
         found = [(file.as_posix(), Path(str(file.locate()))) for file in listed]
@@ -94,7 +100,7 @@ def _distribution_digest(name: str) -> str:
 
 @cache
 def _object_digest(value: Any) -> str:
-    """Of the package or module that an object comes from: an editable install lists no sources."""
+    """Hash the package or module that an object comes from: an editable install lists no sources."""
     module = sys.modules.get(getattr(value, "__module__", None) or type(value).__module__)
     package = sys.modules.get((module.__name__ if module else "").partition(".")[0])
     file = getattr(package, "__file__", None)

@@ -1,12 +1,14 @@
-"""What a row costs against the base: whole steps interleaved in one fresh process, and that process's peak memory.
+"""Measure the cost of a row against the base: whole steps interleaved in one process, and that process's peak memory.
 
-Each row is measured by itself, after the cells, while nothing else of the study runs. A whole step is forward, penalty,
-backward, clipping, the optimizer and the method's own work.
+Each row is measured in a process of its own, after the cells, while nothing else of the study runs. A whole step is
+forward, penalty, backward, clipping, the optimizer and the method's own work. For example, a ratio of 1.2 says that a
+step of the row takes a fifth longer than a step of the base on the same batch.
 """
 
 import copy
 import hashlib
 import itertools
+import json
 import statistics
 import subprocess
 import sys
@@ -18,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit.compose import from_plain
 from lrkit.errors import LrkitError
-from lrkit.method import from_plain, to_plain
-from lrkit.study.cell import make_cell
-from lrkit.study.plan import Plan, TaskSpec, load_task_of
+from lrkit.study.asked import TaskSpec, load_task_of
+from lrkit.study.jobs import cell_of
+from lrkit.study.plan import Plan
+from lrkit.study.run_settings import settings_from, total_steps
 from lrkit.study.store import canonical, lock, read_json, write_json
+from lrkit.study.study_file import CostEntry, StudyFile, read_study_file, write_study_file
 
 if TYPE_CHECKING:
     from lrkit.adapt.adapted import Adapted
@@ -31,7 +36,7 @@ WARM, PAIRS = 2, 7
 
 
 def measure(plan: Plan, folder: Path, *, threads: int, told: Callable[[str], None] | None = None) -> None:
-    """Measure every row that has not been, and note it in ``study.json``. A row that cannot be measured says why.
+    """Measure every row that was not measured yet, and note it in ``study.json``. A row that cannot be measured says why.
 
     Args:
         plan: the study.
@@ -46,54 +51,58 @@ def measure(plan: Plan, folder: Path, *, threads: int, told: Callable[[str], Non
 
 
 def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], None] | None) -> None:
-    study = read_json(folder / "study.json")
-    labels = [row["label"] for row in study["rows"]]
-    known = {(cost["row"], cost["task"]): cost for cost in study["costs"]}
-    trained = {(c["row"], c["task"]): c["key"] for c in reversed(study["cells"])}
-    mine: dict[tuple[str, str], dict[str, Any]] = {}
+    study = _study_in(folder)
+    labels = [row.label for row in study.rows]
+    known = {(cost.row, cost.task): cost.key for cost in study.costs}
+    trained = {(c.row, c.task): c.key for c in reversed(study.cells)}
+    mine: dict[tuple[str, str], str] = {}
     for number, (spec, row) in enumerate(itertools.product(plan.tasks, plan.rows), start=1):
         index = 0 if row is plan.rows[0] else labels.index(row.label)
-        cells = [
-            make_cell(
-                to_plain(plan.method(each, spec)),
-                spec,
-                plan.study.model,
-                run=attrs.asdict(plan.settings(each, spec, plan.seeds[0])),
-                **each.attach,
-            )
-            for each in (plan.rows[0], row)
-        ]
-        asked = {
-            "base": cells[0].to_plain(),
-            "row": cells[1].to_plain(),
-            "threads": threads,
-            "trained": [trained.get((i, spec.name)) for i in (0, index)],
-        }
-        key = hashlib.sha256(canonical([asked["base"], asked["row"], threads]).encode()).hexdigest()[:16]
-        mine[row.label, spec.name] = known[index, spec.name] = {"key": key, "row": index, "task": spec.name}
+        base_cell, own_cell = (cell_of(plan, each, spec, plan.seeds[0]).to_plain() for each in (plan.rows[0], row))
+        key = hashlib.sha256(canonical([base_cell, own_cell, threads]).encode()).hexdigest()[:16]
+        mine[row.label, spec.name] = known[index, spec.name] = key
         path = folder / "costs" / f"{key}.json"
-        if read_json(path) is None or "error" in read_json(path):
+        if not _is_measured(path):
             if told is not None:
                 told(f"{row.label}, {spec.name} ({number} of {len(plan.tasks) * len(plan.rows)})")
-            _in_fresh_process(asked, folder, path, key)
-    base = {task: read_json(folder / "costs" / f"{c['key']}.json") for (i, task), c in known.items() if i == 0}
-    for (_, task), cost in known.items():
-        path = folder / "costs" / f"{cost['key']}.json"
-        data = read_json(path)
-        if data is not None and "error" not in data and base.get(task) and "error" not in base[task]:
-            write_json(path, {**data, "base_peak_memory": base[task]["peak_memory"]})
+            states = [trained.get((i, spec.name)) for i in (0, index)]
+            asked = {"base": base_cell, "row": own_cell, "threads": threads, "trained": states}
+            _in_own_process(asked, folder, path, key)
+    _add_base_memory(folder / "costs", known)
     with lock(folder / "study.lock", wait=True):
         # It may have grown meanwhile: only the costs are ours to write.
-        now = read_json(folder / "study.json")
-        labels = [row["label"] for row in now["rows"]]
-        costs = {(cost["row"], cost["task"]): cost for cost in now["costs"]}
-        for (label, task), cost in mine.items():
+        study = _study_in(folder)
+        labels = [row.label for row in study.rows]
+        costs = {(cost.row, cost.task): cost for cost in study.costs}
+        for (label, task), key in mine.items():
             place = 0 if label == plan.rows[0].label else labels.index(label)
-            costs[place, task] = {**cost, "row": place}
-        write_json(folder / "study.json", {**now, "costs": list(costs.values())})
+            costs[place, task] = CostEntry(key=key, row=place, task=task)
+        write_study_file(folder, attrs.evolve(study, costs=tuple(costs.values())))
 
 
-def _in_fresh_process(asked: Mapping[str, Any], folder: Path, path: Path, key: str) -> None:
+def _study_in(folder: Path) -> StudyFile:
+    study = read_study_file(folder)
+    if study is None:
+        raise LrkitError(f"{folder} holds no study.json any more")
+    return study
+
+
+def _is_measured(path: Path) -> bool:
+    data = read_json(path)
+    return data is not None and "error" not in data
+
+
+def _add_base_memory(costs: Path, known: Mapping[tuple[int, str], str]) -> None:
+    """Add the base row's peak memory to the files of all rows that were measured."""
+    paths = {place: costs / f"{key}.json" for place, key in known.items()}
+    for (_, task), path in paths.items():
+        base = paths.get((0, task))
+        if base is not None and _is_measured(path) and _is_measured(base):
+            write_json(path, {**read_json(path), "base_peak_memory": read_json(base)["peak_memory"]})
+
+
+def _in_own_process(asked: Mapping[str, Any], folder: Path, path: Path, key: str) -> None:
+    """Measure a row in a process that has done nothing else, and write its file."""
     request = path.with_suffix(".request.json")
     write_json(request, asked)
     done = subprocess.run(
@@ -108,8 +117,6 @@ def _in_fresh_process(asked: Mapping[str, Any], folder: Path, path: Path, key: s
         error = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
         write_json(path, {"key": key, "error": error})
         return
-    import json
-
     write_json(path, {"key": key, **json.loads(lines[-1])})
 
 
@@ -135,7 +142,7 @@ class _Side:
         self.bf16 = cell["run"]["bf16"]
 
     def step(self, batch: Mapping[str, Any]) -> float:
-        """One whole step: its seconds."""
+        """Take one whole step, and return its seconds."""
         import torch
 
         self._settle()
@@ -161,8 +168,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     import torch
     from transformers import DataCollatorWithPadding
 
-    from lrkit.models import load_model
-    from lrkit.study.run import settings_from, total_steps
+    from lrkit.study.pretrained import load_model
 
     torch.set_num_threads(asked["threads"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -209,7 +215,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _pairs(sides: list[_Side], batches: Iterator[dict[str, Any]]) -> tuple[float, float, float]:
-    """The median ratio of paired steps (second to first), and each one's median in ms; who goes first changes."""
+    """Return the median ratio of paired steps (second to first), and each one's median in ms. They take turns to begin."""
     times: list[tuple[float, float]] = []
     for index in range(WARM + PAIRS):
         batch = next(batches)
@@ -232,12 +238,10 @@ def _peak(device: Any) -> int:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes, but on a Mac
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes, except on a Mac
 
 
 def _main(request: str, folder: str) -> None:
-    import json
-
     warnings.simplefilter("ignore")
     try:
         answer = _measure(read_json(Path(request)), Path(folder))

@@ -1,74 +1,32 @@
-"""Carry out a study: check all of it, write its plan, run what is missing, go on where something was killed."""
+"""Run a study: `check` all of it, write its plan, run the cells that are missing, and measure costs: `execute`."""
 
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from lrkit.errors import LrkitError
-from lrkit.foreign import line_of
-from lrkit.method import to_plain
-from lrkit.study.cell import (
-    Cell,
-    Conditions,
-    code_of,
-    has_result,
-    is_done,
-    make_cell,
-    note_failure,
-    run_cell,
-    tidy_done,
-)
+from lrkit.compose import to_plain
+from lrkit.errors import LrkitError, nearest, shown
+from lrkit.study.asked import load_task_of
+from lrkit.study.cell import components_of
+from lrkit.study.cell_folder import has_result, is_done, tidy_done
+from lrkit.study.executors import gpus
+from lrkit.study.jobs import Job, Told, jobs_of, row_devices
+from lrkit.study.ledger import write_plan
 from lrkit.study.old import tell_damaged, with_old
-from lrkit.study.place import try_folder
-from lrkit.study.plan import Plan, Row, TaskSpec, changes, load_task_of
-from lrkit.study.rates import implied, rates_of
-from lrkit.study.store import canonical, lock, read_json, write_json
-
-FORMAT = 1
-_TRIES = 4
-
-
-@attrs.frozen(kw_only=True)
-class Job:
-    """A cell and its place in the study.
-
-    Args:
-        cell: the cell.
-        row: its row's index.
-        label: its row's label.
-        task: its task's name.
-        seed: its seed.
-        steps: optimizer steps, where known.
-        kept: key and code of the cell of other code that stands for it; None for its own.
-    """
-
-    cell: Cell
-    row: int
-    label: str
-    task: str
-    seed: int
-    steps: int | None = None
-    kept: tuple[str, str] | None = None
-
-    @property
-    def key(self) -> str:
-        """The name of its folder."""
-        return self.cell.key if self.kept is None else self.kept[0]
-
-    @property
-    def code(self) -> str:
-        """The digest of the code that its result is of."""
-        return self.cell.versions["code"] if self.kept is None else self.kept[1]
+from lrkit.study.plan import Plan
+from lrkit.study.pool import chosen, run_jobs
+from lrkit.study.run_settings import total_steps
+from lrkit.study.study_file import TaskRecord
+from lrkit.study.worker import Conditions
 
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """What carrying out a study came to.
+    """How a study went.
 
     Args:
         folder: the study's.
@@ -85,35 +43,27 @@ class Outcome:
     busy: int
 
 
-Told = Callable[[Job, Mapping[str, Any], int, int], None]
-"""Called when a cell has ended: the job, what `run_cell` gave, cells ended and cells in all."""
-
-
-def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[str, dict[str, Any]]:
-    """Check every cell before a step is spent: tasks loaded, each method attached to the model without its weights.
+def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[str, TaskRecord]:
+    """Check every cell before a step is spent: load the tasks, and attach each method to the model without its weights.
 
     Args:
         plan: the study.
         steps: filled with the optimizer steps of (row's label, task's name).
 
     Returns:
-        Task name to ``{"name", "metric", "majority"}``.
+        The tasks by name.
 
     Raises:
-        LrkitError: what cannot run, with its row and task.
+        LrkitError: a row that cannot run on a task, with both named.
     """
     from lrkit.adapt.adapted import attach
-    from lrkit.models import empty_model
-    from lrkit.study.run import total_steps
+    from lrkit.study.models import empty_model
 
     tasks = {}
     for spec in plan.tasks:
         task = load_task_of(spec)
-        tasks[spec.name] = {
-            "name": spec.name,
-            "metric": next(iter(task.score(*_perfect(task)))),
-            "majority": task.majority,
-        }
+        metric = next(iter(task.score(*_perfect(task))))
+        tasks[spec.name] = TaskRecord(name=spec.name, metric=metric, majority=task.majority)
         net = empty_model(plan.study.model, task.num_labels)
         for row in plan.rows:
             settings = plan.settings(row, spec, 0)
@@ -138,177 +88,88 @@ def _perfect(task: Any) -> tuple[Any, Any]:
     return labels, labels
 
 
-def jobs_of(plan: Plan) -> list[Job]:
-    """All cells: seed by seed, so that a study that is stopped early has every row."""
-    jobs = []
-    for seed in plan.seeds:
-        for spec in plan.tasks:
-            for index, row in enumerate(plan.rows):
-                cell = _cell(plan, row, spec, seed)
-                jobs.append(Job(cell=cell, row=index, label=row.label, task=spec.name, seed=seed))
-    return jobs
+def execute(
+    plan: Plan,
+    folder: Path,
+    *,
+    executor: str | Executor = "local",
+    workers: int | None = None,
+    threads: int | None = None,
+    address: str | None = None,
+    costs: bool = True,
+    checkpoint_seconds: float = 60.0,
+    report_to: Sequence[str] = (),
+    keep_old: bool = False,
+    told: Told | None = None,
+    started: Callable[[Sequence[Job], int, int], None] | None = None,
+    cost_told: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Run the cells of a plan that are missing, then measure its costs.
 
-
-def _cell(plan: Plan, row: Row, spec: TaskSpec, seed: int) -> Cell:
-    run = attrs.asdict(plan.settings(row, spec, seed))
-    return make_cell(to_plain(plan.method(row, spec)), spec, plan.study.model, run=run, **row.attach)
-
-
-def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, Any], folder: Path) -> None:
-    """Write ``study.json``, keeping rows, tasks, seeds and cells that are there already.
+    Args:
+        plan: the study.
+        folder: its folder.
+        executor: an executor's name, or any `concurrent.futures.Executor`.
+        workers: cells at a time; None: one per GPU, or one per CPU core up to four. 0: in this process.
+        threads: CPU threads of each cell; None for an equal share of the cores.
+        address: of a cluster, for executors that have one.
+        costs: measure time and memory of each row against the base.
+        checkpoint_seconds: time between checkpoints.
+        report_to: trackers of transformers' Trainer.
+        keep_old: keep cells that are done and of other code, instead of computing them again.
+        told: called when a cell has ended.
+        started: called with the cells to run, how many there are in all, and how many run at a time.
+        cost_told: called with a row's label before its cost is measured.
 
     Raises:
-        LrkitError: the folder holds another study, or something else.
+        LrkitError: something in the plan cannot run, the folder holds something else, or the executor is unknown or cannot
+            be begun. No step is spent then.
     """
-    mine = {
-        "format": FORMAT,
-        "name": folder.resolve().name,
-        "title": plan.study.title,
-        "note": plan.study.note,
-        "base": 0,
-        "rows": [
-            {
-                "label": row.label,
-                "changes": [*changes(plan.rows[0], row), *implied(plan, row)],
-                "method": to_plain(row.method),
-                "run": row.run,
-                "rates": {spec.name: rates_of(plan, row, spec) for spec in plan.tasks},
-                **row.attach,
-            }
-            for row in plan.rows
-        ],
-        "tasks": [tasks[spec.name] for spec in plan.tasks],
-        "model": plan.study.model,
-        "targets": plan.study.targets,
-        "train_also": plan.study.train_also,
-        "seeds": list(plan.seeds),
-        "run": dict(plan.study.run),
-        "cells": [
-            {
-                "key": j.key,
-                "row": j.row,
-                "task": j.task,
-                "seed": j.seed,
-                "setup": j.cell.setup,
-                "code": j.code,
-                "old": j.kept is not None,
-            }
-            for j in jobs
-        ],
-        "costs": [],
-    }
-    if folder.exists() and not folder.is_dir():
-        raise LrkitError(f"{folder} is a file: choose another --out")
-    # A process that was killed while it wrote the first study.json left a draft, and nothing else.
-    held = (
-        [p for p in folder.iterdir() if not p.name.startswith((".study.json.", "study.lock"))]
-        if folder.exists()
-        else []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool) or not 0 <= workers <= 4096):
+        raise LrkitError(f"workers must be a number from 0 (in this process) to 4096, not {shown(workers)}")
+    at_once = (gpus() or min(cores, 4)) if workers is None else workers
+    each = threads or threads_asked() or max(1, cores // max(1, at_once))
+    devices = max(row_devices(plan))
+    if devices > 1 and gpus():
+        at_once = max(1, gpus() // devices) if workers is None else at_once
+    make = chosen(executor, at_once, each, address)
+    if not isinstance(executor, Executor) and at_once:
+        _check_workers_know(plan)
+    _check_trackers(report_to)
+    conditions = Conditions(
+        # A cell in several processes shares its threads among them.
+        threads=max(1, each // devices) if not isinstance(executor, Executor) or threads else None,
+        checkpoint_seconds=checkpoint_seconds,
+        report_to=report_to,
     )
-    if held and not (folder / "study.json").exists():
-        raise LrkitError(f"{folder} exists and holds no study: nothing is overwritten, choose another --out")
-    try_folder(folder / "cells")
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / "study.lock", wait=True):
-        for draft in folder.glob(".study.json.*"):
-            draft.unlink(missing_ok=True)
-        there = read_json(folder / "study.json")
-        write_json(folder / "study.json", mine if there is None else _joined(there, mine, folder))
+    begun = None if started is None else lambda missing, total: started(missing, total, max(1, at_once))
+    outcome = run_missing(
+        plan, folder, executor=make, conditions=conditions, told=told, started=begun, keep_old=keep_old
+    )
+    if costs:
+        from lrkit.study.cost import measure
+
+        measure(plan, outcome.folder, threads=threads or threads_asked() or cores, told=cost_told)
+    return outcome
 
 
-def _what(row: Mapping[str, Any], study: Mapping[str, Any]) -> list[Any]:
-    """All that decides what a row of a study.json trains."""
-    own = [row.get(key, study.get(key, "auto")) for key in ("targets", "train_also")]
-    return [row["method"], row.get("run", {}), *own]
-
-
-def _joined(there: Mapping[str, Any], mine: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The plan that is there and this one: the same base, rows and cells of both."""
-
-    def refuse(what: str) -> LrkitError:
-        return LrkitError(f"{folder} holds another study: {what}; choose another --out")
-
-    if not isinstance(there, Mapping) or there.get("format") != FORMAT:
-        raise refuse(f"its study.json is not of format {FORMAT}")
-    there = {"train_also": "auto", **there}  # it always was, in a study of an earlier lrkit
-    for key in ("model", "targets", "train_also", "run"):
-        if canonical(there[key]) != canonical(mine[key]):
-            raise refuse(f"{key} is {canonical(there[key])} there and {canonical(mine[key])} here")
-    cells = {(c["row"], c["task"], c["seed"]): c for c in there["cells"]}
-    codes = {c["row"]: c["code"] for c in mine["cells"]}
-
-    def gives_way(index: int, now: int) -> bool:
-        """Whether a row that is there is all of other code than its namesake here: then a default may have changed."""
-        return all(c.get("code") != codes.get(now) for c in cells.values() if c["row"] == index)
-
-    if canonical(there["rows"][0]["method"]) != canonical(mine["rows"][0]["method"]) and not gives_way(0, 0):
-        raise refuse(f'its base is "{there["rows"][0]["label"]}" with other settings')
-    rows = list(there["rows"])
-    place = {}
-    for index, row in enumerate(mine["rows"]):
-        # The base is the base, whatever it is called.
-        same = [i for i, r in enumerate(rows) if r["label"] == row["label"]] if index else [0]
-        if same and canonical(_what(rows[same[0]], there)) != canonical(_what(row, mine)):
-            if not gives_way(same[0], index):
-                raise refuse(f'row "{row["label"]}" is another method there')
-            cells = {at: c for at, c in cells.items() if c["row"] != same[0]}
-        if same:
-            rows[same[0]] = row | {"label": rows[same[0]]["label"]}
-        else:
-            rows.append(row)
-        place[index] = same[0] if same else len(rows) - 1
-    asked = set()
-    for c in mine["cells"]:
-        moved = {**c, "row": place[c["row"]]}
-        asked.add((moved["row"], moved["task"], moved["seed"]))
-        cells[moved["row"], moved["task"], moved["seed"]] = moved
-    for at, c in cells.items():
-        if at not in asked:
-            cells[at] = c | {"old": c.get("code") != code_of(rows[c["row"]]["method"], _task_of(c))}
-    setups = {c["task"]: c["setup"] for c in mine["cells"]}
-    stale = [c for c in cells.values() if c["setup"] != setups.get(c["task"], c["setup"])]
-    if stale:
-        label, task = rows[stale[0]["row"]]["label"], stale[0]["task"]
-        raise refuse(
-            f'{len(stale)} of its cells, such as row "{label}" on {task}, are of other data, another model or '
-            "other versions of lrkit, torch or transformers, and cannot be compared with these"
-        )
-    tasks = {task["name"]: task for task in [*there["tasks"], *mine["tasks"]]}
-    return mine | {
-        "title": mine["title"] or there.get("title", ""),
-        "note": mine["note"] or there.get("note", ""),
-        "rows": rows,
-        "tasks": list(tasks.values()),
-        "seeds": sorted({*there["seeds"], *mine["seeds"]}),
-        "cells": list(cells.values()),
-        "costs": there.get("costs", []),
-    }
-
-
-def _task_of(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """A task as `code_of` wants it. A folder's name may be a registered task's, but then its plug-in is not used."""
-    from lrkit.registry import current
-
-    known = cell["task"].partition("/")[0] in current().names("task")
-    return {"task": cell["task"] if known else None}
-
-
-def carry_out(
+def run_missing(
     plan: Plan,
     folder: Path,
     *,
     executor: Callable[[], Executor],
     conditions: Conditions,
-    told: Told | None = None,
-    started: Callable[[Sequence[Job], int], None] | None = None,
-    keep_old: bool = False,
+    told: Told | None,
+    started: Callable[[Sequence[Job], int], None] | None,
+    keep_old: bool,
 ) -> Outcome:
-    """Run what is missing of a study.
+    """Run the cells of a plan that are missing.
 
     Args:
         plan: the study.
         folder: its folder.
-        executor: makes one; called again where workers died and took the pool with them.
+        executor: makes one; called again if workers die and take the pool with them.
         conditions: how cells run.
         told: called when a cell has ended.
         started: called with the cells to run, and how many there are in all.
@@ -318,11 +179,12 @@ def carry_out(
         LrkitError: something in the plan cannot run, or the folder holds something else. No step is spent then.
     """
     folder = Path(os.path.abspath(folder))
+    cells = folder / "cells"
     steps: dict[tuple[str, str], int] = {}
     tasks = check(plan, steps)
     jobs = [attrs.evolve(job, steps=steps[job.label, job.task]) for job in jobs_of(plan)]
     jobs = with_old(jobs, folder, keep_old)
-    done = {job.key for job in jobs if is_done(folder / "cells" / job.key)}
+    done = {job.key for job in jobs if is_done(cells / job.key)}
     waiting = {job.key: job for job in jobs if job.key not in done}
     total = len({job.key for job in jobs})
     first = executor() if waiting else None  # an executor that cannot be had is told before anything is written
@@ -334,84 +196,46 @@ def carry_out(
         raise
     tell_damaged(folder, list(waiting))
     for key in done:
-        tidy_done(folder / "cells" / key)
+        tidy_done(cells / key)
     if started is not None:
         started(list(waiting.values()), total)
-    answers = {} if first is None else _run_all(waiting, folder, first, executor, conditions, told, total)
-    names = {job.key: f"{job.label}, {job.task}, seed {job.seed}" for job in jobs}
+    answers = {} if first is None else run_jobs(waiting, cells, first, executor, conditions, told, total)
+    names = {job.key: str(job) for job in jobs}
     return Outcome(
         folder=folder,
-        done=sum(has_result(folder / "cells" / job.key) for job in jobs),
+        done=sum(has_result(cells / job.key) for job in jobs),
         ran=sum(answer["status"] == "done" for answer in answers.values()),
         failed=tuple((names[k], str(a["error"])) for k, a in answers.items() if a["status"] == "failed"),
         busy=sum(answer["status"] == "busy" for answer in answers.values()),
     )
 
 
-def _run_all(
-    waiting: dict[str, Job],
-    folder: Path,
-    first: Executor,
-    make: Callable[[], Executor],
-    conditions: Conditions,
-    told: Told | None,
-    total: int,
-) -> dict[str, Mapping[str, Any]]:
-    """Every cell on the executor; a cell whose worker dies is tried again, from its checkpoint."""
-    answers: dict[str, Mapping[str, Any]] = {}
-    tries = dict.fromkeys(waiting, 0)
-    plain = attrs.asdict(conditions)
-    left = dict(waiting)
-    pool, idle = first, 0
-    while left:
-        futures: dict[Future[Any], Job] = {}
-        clean = False
-        begun = {key: _begun(folder / "cells" / key) for key in left}
-        cause: BaseException | None = None
-        try:
-            for key, job in left.items():
-                futures[pool.submit(run_cell, job.cell.to_plain(), str(folder / "cells" / key), plain)] = job
-            open_ = set(futures)
-            while open_:
-                ended, open_ = wait(open_, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    job = futures[future]
-                    key = job.key
-                    error = future.exception()
-                    if error is not None:
-                        cause = error
-                        # A pool whose worker died fails all that it held; what had not begun is not to blame.
-                        innocent = isinstance(error, BrokenExecutor) and _begun(folder / "cells" / key) == begun[key]
-                        tries[key] += not innocent
-                        if tries[key] < _TRIES:
-                            continue
-                        line = f"its worker died {tries[key]} times ({line_of(error)})"
-                        note_failure(folder / "cells" / key, line, line)
-                        answer: Mapping[str, Any] = {"key": key, "status": "failed", "score": None, "error": line}
-                    else:
-                        answer = future.result()
-                    answers[key] = answer
-                    del left[key]
-                    if told is not None:
-                        told(job, answer, total - len(left), total)
-            clean = True
-        except BrokenExecutor as error:
-            cause = error  # it broke while cells were handed in: what came back was told, the rest is tried again
-        finally:
-            pool.shutdown(wait=clean, cancel_futures=True)
-        if left:
-            # Cells that never begin cost no try, so rounds in which none does are counted.
-            idle = 0 if any(_begun(folder / "cells" / key) > at for key, at in begun.items()) else idle + 1
-            if idle == _TRIES:
-                text = "" if cause is None else line_of(cause)
-                raise LrkitError(f"the executor does not run cells: {text}")
-            time.sleep(0.5)
-            pool = make()
-    return answers
+def threads_asked() -> int | None:
+    """Read the CPU threads that ``OMP_NUM_THREADS`` asks for; None if it asks for none."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isascii() and first.isdigit() and 0 < int(first) <= 1024 else None
 
 
-def _begun(place: Path) -> int:
-    try:
-        return (place / "attempts.jsonl").stat().st_size
-    except FileNotFoundError:
-        return 0
+def _check_workers_know(plan: Plan) -> None:
+    """Raise LrkitError for a part that worker processes would not know: they have only the plug-ins that are installed."""
+    from lrkit.registry import current
+
+    used = [pair for row in plan.rows for pair in components_of(to_plain(row.method))]
+    used += [("task", task.name.partition("/")[0]) for task in plan.tasks if task.data is None]
+    for kind, name in used:
+        if not current().is_installed(kind, name):
+            raise LrkitError(
+                f'{kind} "{name}" is registered in this process alone, and worker processes would not know it: give '
+                "workers=0, or install it as a plug-in (lrkit plugins new)"
+            )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raise LrkitError for a tracker that transformers does not know."""
+    if names:
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        known = sorted(INTEGRATION_TO_CALLBACK)
+        for name in names:
+            if name not in known:
+                raise LrkitError(f'there is no tracker "{name}"{nearest(name, known)}; there are {", ".join(known)}')

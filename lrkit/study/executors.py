@@ -1,18 +1,22 @@
-"""Executors: where cells run. Each is a function that gives a `concurrent.futures.Executor`."""
+"""Executors, which run a study's cells: each is a function that returns a `concurrent.futures.Executor`.
+
+`local` is processes on this machine, `ray` is Ray's cluster, and `Here` is this very process.
+"""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from typing import Any
 
 from lrkit.errors import LrkitError
+from lrkit.hookspecs import hookimpl
 
 
 class Here(Executor):
-    """In this process, one cell after the other: for what only this process knows, such as a component under test."""
+    """Run cells in this process, one after the other: for example, with a component that is not installed."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run it now, as a new process would. The caller's seeds, threads and modes are as they were when it returns."""
+        """Run it now, as a new process would. The caller's seeds, threads and modes are restored before it returns."""
         from lrkit.process import as_if_new
 
         future: Future[Any] = Future()
@@ -25,14 +29,14 @@ class Here(Executor):
 
 
 def gpus() -> int:
-    """GPUs that this process may use."""
+    """Count the GPUs that this process may use."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def local(workers: int, threads: int, address: str | None) -> Executor:
-    """Worker processes on this machine (loky), each with its own threads and, where there are GPUs, its own GPU.
+    """Make worker processes on this machine (loky), each with its own threads and, if there are GPUs, its own GPU.
 
     Args:
         workers: how many.
@@ -48,7 +52,7 @@ def local(workers: int, threads: int, address: str | None) -> Executor:
 
     class Local(ProcessPoolExecutor):  # type: ignore[misc]  # loky ships no types
         def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-            # Who does not wait does not want the running cells either; they go on from their checkpoints another time.
+            # A caller that does not wait does not want the running cells either; they go on from their checkpoints later.
             super().shutdown(wait=wait, kill_workers=cancel_futures and not wait)
 
     # At Ctrl-C the tracker of a pool's semaphores would have the last word, and nothing is wrong.
@@ -68,7 +72,7 @@ _leases: list[Any] = []
 
 
 def _begin(parent: int, devices: int) -> None:
-    """In a fresh worker: lease GPUs, and end when the process that wants the results has ended."""
+    """Lease GPUs for a new worker, and end it when the process that wants the results has ended."""
     import threading
     import time
 
@@ -83,31 +87,31 @@ def _begin(parent: int, devices: int) -> None:
 
 
 def _lease(devices: int) -> None:
-    """Hold so many GPUs for as long as this process lives, by a lock on a file for each."""
+    """Lease so many GPUs for as long as this process lives, by a lock on a file per GPU."""
     import fcntl
     import tempfile
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(gpus())]
-    held = []
+    leased = []
     for name in names:
-        file = open(os.path.join(tempfile.gettempdir(), f"lrkit-gpu-{name}.lock"), "ab")  # noqa: SIM115 (held for good)
+        file = open(os.path.join(tempfile.gettempdir(), f"lrkit-gpu-{name}.lock"), "ab")  # noqa: SIM115 (locked for good)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
             continue
         _leases.append(file)
-        held.append(name)
-        if len(held) == devices:
+        leased.append(name)
+        if len(leased) == devices:
             break
-    if not held:
+    if not leased:
         raise LrkitError("every GPU is leased to another cell")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(held)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(leased)
 
 
 class _Ray(Executor):
-    """Ray core behind the interface of `concurrent.futures`."""
+    """Run cells on Ray core, behind the interface of `concurrent.futures`."""
 
     def __init__(self, workers: int, threads: int, address: str | None) -> None:
         try:
@@ -145,7 +149,7 @@ class _Ray(Executor):
 
 
 def _knock(address: str | None) -> None:
-    """Is anybody there? Ray itself waits for minutes where nobody answers."""
+    """Raise LrkitError if nobody answers at an address: Ray itself would wait for minutes."""
     import re
     import socket
 
@@ -158,7 +162,7 @@ def _knock(address: str | None) -> None:
 
 
 def ray(workers: int, threads: int, address: str | None) -> Executor:
-    """Ray core: this machine, or a cluster by its address. All nodes must reach the study's folder under one path.
+    """Join or begin Ray: this machine, or a cluster by its address. All nodes must reach the study's folder by one path.
 
     Args:
         workers: cells at a time on this machine; a cluster runs as many as its CPUs and GPUs allow.
@@ -169,3 +173,9 @@ def ray(workers: int, threads: int, address: str | None) -> Executor:
         LrkitError: Ray is not installed, or no cluster answers.
     """
     return _Ray(workers, threads, address)
+
+
+@hookimpl
+def lrkit_executors() -> Mapping[str, Callable[..., Executor]]:
+    """Offer the built-in executors."""
+    return {"local": local, "ray": ray}

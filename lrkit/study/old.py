@@ -7,39 +7,41 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError, LrkitWarning
-from lrkit.method import from_plain, to_plain
-from lrkit.study.cell import Cell, damaged, has_result, is_done
+from lrkit.study.cell import Cell
+from lrkit.study.cell_folder import damaged, has_result, is_done
 from lrkit.study.store import canonical, read_json
+from lrkit.study.study_file import read_study_file
 
 if TYPE_CHECKING:
-    from lrkit.study.execute import Job
+    from lrkit.study.jobs import Job
 
 
 def with_old(jobs: "list[Job]", folder: Path, keep: bool) -> "list[Job]":
-    """The jobs, with cells of other code that are done in place of those that have not been computed again, if kept.
+    """Return the jobs, with cells of other code that are done in place of those that have not been computed again, if kept.
 
-    Cells of other code are told of in one warning.
+    One warning tells of all cells of other code.
     """
     try:
-        there = read_json(folder / "study.json")
-        labels = {row["label"]: index for index, row in enumerate(there["rows"])} if there else {}
-        held = {(c["row"], c["task"], c["seed"]): c for c in there["cells"]} if there else {}
-    except (LrkitError, KeyError, TypeError):  # told when the plan is written
+        there = read_study_file(folder)
+    except LrkitError:  # told when the plan is written
         return jobs
+    labels = {row.label: index for index, row in enumerate(there.rows)} if there else {}
+    entries = {(c.row, c.task, c.seed): c for c in there.cells} if there else {}
     found, old, kept = [], 0, 0
     for job in jobs:
-        entry = held.get((0 if job.row == 0 else labels.get(job.label), job.task, job.seed))
-        if entry is None or entry["key"] == job.cell.key or entry.get("code") == job.cell.versions["code"]:
+        entry = entries.get((0 if job.row == 0 else labels.get(job.label, -1), job.task, job.seed))
+        if entry is None or entry.key == job.cell.key or entry.code == job.cell.versions["code"]:
             found.append(job)
             continue
-        if is_done(folder / "cells" / job.cell.key) or not is_done(folder / "cells" / entry["key"]):
+        if is_done(folder / "cells" / job.cell.key) or not is_done(folder / "cells" / entry.key):
             found.append(job)
             continue
         old += 1
-        if keep and _differs_in_code_alone(job.cell, folder / "cells" / entry["key"]):
+        if keep and _differs_in_code_alone(job.cell, folder / "cells" / entry.key):
             kept += 1
-            job = attrs.evolve(job, kept=(entry["key"], entry.get("code") or ""))
+            job = attrs.evolve(job, kept=(entry.key, entry.code))
         found.append(job)
     if old:
         rest = f"{old - kept} are computed again" if old > kept else ""
@@ -57,7 +59,7 @@ def with_old(jobs: "list[Job]", folder: Path, keep: bool) -> "list[Job]":
 
 
 def _differs_in_code_alone(cell: Cell, place: Path) -> bool:
-    """Whether a cell that was computed is this one but for the code. A rate that was left open there is whatever it was."""
+    """Tell if a cell that was computed is this one but for the code. A rate that was left open there may be any."""
 
     def plain(config: Mapping[str, Any]) -> tuple[Any, ...]:
         versions = {name: config["versions"].get(name) for name in ("torch", "transformers", "data", "model")}
@@ -81,7 +83,7 @@ def _cells(number: int) -> str:
 
 
 def tell_damaged(folder: Path, waiting: Sequence[str]) -> None:
-    """Warn of cells that have a result and are made again, since a file of theirs is damaged or gone.
+    """Warn of cells that have a result and are made again because one of their files is damaged or gone.
 
     Args:
         folder: the study's.

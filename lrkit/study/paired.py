@@ -1,4 +1,4 @@
-"""A row against the base in pairs: the sign-flip test, the interval that inverts it, and Holm's correction.
+"""Compare a row with the base in pairs: the sign-flip test, the interval that inverts it, and Holm's correction.
 
 A pair is the same task and the same seed, and d_i = score of the row - score of the base in pair i.
 
@@ -11,8 +11,8 @@ A pair is the same task and the same seed, and d_i = score of the row - score of
   rest, lies on the other side of θ. With fewer than six pairs the test rejects nothing, and the interval is unbounded.
 - Holm's correction (Holm, 1979) of p over the rows of one table.
 
-What is random, beyond 16 pairs, has a fixed seed: the same study gives the same table. numpy is
-imported where it is used, since it is slow to import.
+Random sign patterns, beyond 16 pairs, have a fixed seed: the same study gives the same table. numpy is imported when it
+is used, since it is slow to import.
 """
 
 import itertools
@@ -27,7 +27,7 @@ LEVEL = 0.05
 ENOUGH_PAIRS = 6
 """With six pairs the smallest p is 2/2^6 = 0.031; with five it is 0.0625."""
 
-_EXACT = 16  # up to so many pairs all sign patterns are tried
+_ALL_PATTERNS = 16  # up to so many pairs all sign patterns are tried
 _RANDOM = 99_999  # and so many random ones beyond
 _BATCH = 10_000
 _LEVEL_OVER = 20  # 0.05 as a whole number: 1/20
@@ -37,7 +37,7 @@ _TIE = 1e-9
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
-    """The two-sided p of the sign-flip permutation test on the mean.
+    """Compute the two-sided p of the sign-flip permutation test on the mean.
 
     Args:
         differences: paired differences [n], finite, n >= 1.
@@ -49,20 +49,20 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     lower, higher, _ = _splits(differences)
     # Of one sign of the mean no split has both parts on the other side: that share is 1.
     as_far = min(int((lower <= 0.0).sum()), int((higher >= 0.0).sum()))
-    if len(differences) <= _EXACT:
+    if len(differences) <= _ALL_PATTERNS:
         return as_far / len(lower)
     return max((as_far + 1) / (_RANDOM + 1), smallest_p(len(differences)))
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % interval of the mean: every value that the sign-flip test does not reject at 0.05.
+    """Compute the 95 % interval of the mean: every value that the sign-flip test does not reject at 0.05.
 
     Args:
         differences: paired differences [n], finite.
 
     Returns:
-        (low, high), both inside the interval. Where all differences are equal both ends are that value, which says
-        nothing about how they would vary. None for fewer than six: the test rejects nothing, and the interval is unbounded.
+        (low, high), both inside the interval. If all differences are equal, both ends are that value, which says nothing
+        about how they would vary. None for fewer than six: the test rejects nothing, and the interval is unbounded.
     """
     if len(differences) < ENOUGH_PAIRS:
         return None
@@ -70,8 +70,8 @@ def interval(differences: Sequence[float]) -> tuple[float, float] | None:
 
     lower, higher, scale = _splits(differences)
     # Rejected are the θ with p < 1/20; so many splits must be as far out for p to be at least that.
-    exact = len(differences) <= _EXACT
-    needed = -(-len(lower) // _LEVEL_OVER) if exact else (_RANDOM + 1) // _LEVEL_OVER - 1
+    every = len(differences) <= _ALL_PATTERNS
+    needed = -(-len(lower) // _LEVEL_OVER) if every else (_RANDOM + 1) // _LEVEL_OVER - 1
     low = float(np.partition(lower, needed - 1)[needed - 1])
     high = -float(np.partition(-higher, needed - 1)[needed - 1])
     if high - low <= _TIE:
@@ -80,10 +80,10 @@ def interval(differences: Sequence[float]) -> tuple[float, float] | None:
 
 
 def _splits(differences: Sequence[float]) -> "tuple[numpy.typing.NDArray[Any], numpy.typing.NDArray[Any], float]":
-    """Each way to split the pairs in two: the lower and the higher of the two parts' means, over the largest abs(d).
+    """Split the pairs in two in each way: the lower and the higher of the two parts' means, over the largest abs(d).
 
-    A split stands for two sign patterns, which flip one part or the other. Where one part is empty it is as far out as
-    what was seen at any θ: its means are -∞ and ∞.
+    A split stands for two sign patterns, which flip one part or the other. If one part is empty, the split is as far out
+    as the mean that was seen at any θ: its means are -∞ and ∞.
 
     Returns:
         lower [splits], higher [splits], and the largest abs(d). All 2^(n-1) splits up to n = 16, else random ones.
@@ -95,7 +95,7 @@ def _splits(differences: Sequence[float]) -> "tuple[numpy.typing.NDArray[Any], n
     scale = float(np.abs(data).max())
     if scale:
         data = data / scale
-    if n <= _EXACT:
+    if n <= _ALL_PATTERNS:
         # the last pair is in the second part
         batches = iter([(np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1])
     else:
@@ -106,27 +106,27 @@ def _splits(differences: Sequence[float]) -> "tuple[numpy.typing.NDArray[Any], n
     total = float(data.sum())
     lower, higher = [], []
     for first in batches:
-        count = first.sum(axis=1)
+        size = first.sum(axis=1)
         sums = first @ data
         with np.errstate(divide="ignore", invalid="ignore"):
-            # What is zero in exact arithmetic is zero here, so that p and interval agree to the last bit.
+            # A mean that is zero in exact arithmetic is zero here, so that p and interval agree to the last bit.
             means = [
                 np.where(np.abs(part) <= slack, 0.0, part) / many
-                for part, many in ((sums, count), (total - sums, n - count))
+                for part, many in ((sums, size), (total - sums, n - size))
             ]
-        one_empty = (count == 0) | (count == n)
+        one_empty = (size == 0) | (size == n)
         lower.append(np.where(one_empty, -np.inf, np.minimum(*means)))
         higher.append(np.where(one_empty, np.inf, np.maximum(*means)))
     return np.concatenate(lower), np.concatenate(higher), scale
 
 
 def smallest_p(pairs: int) -> float:
-    """The smallest p that so many pairs can give: all differences of one sign, 2 of the 2^n patterns."""
+    """Return the smallest p that so many pairs can give: all differences of one sign, 2 of the 2^n patterns."""
     return 1.0 if pairs < 1 else math.ldexp(2.0, -pairs)
 
 
 def enough_pairs(rows: int) -> int:
-    """The fewest pairs with which p can fall below 0.05 after Holm's correction over so many rows: 2 rows / 2^n < 0.05.
+    """Return the fewest pairs with which p can fall below 0.05 after Holm's correction: 2 rows / 2^n < 0.05.
 
     Args:
         rows: how many are compared with the base, at least 1.
@@ -135,7 +135,7 @@ def enough_pairs(rows: int) -> int:
 
 
 def too_few_seeds(rows: int, seeds: int) -> str | None:
-    """What to say before a study is run if no p in a table of it could fall below 0.05; None if one could.
+    """Say, before a study is run, that no p in a table of it can fall below 0.05; None if one can.
 
     Args:
         rows: how many are compared with the base.
@@ -153,7 +153,7 @@ def too_few_seeds(rows: int, seeds: int) -> str | None:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction, in the order given.
+    """Correct p by Holm's step-down method, in the order given.
 
     The k-th smallest of m (from 0) is multiplied by m - k; none is then below a smaller one's, or above 1.
     """

@@ -1,4 +1,4 @@
-"""Folders for results: tried before anything is spent, and another one where they fail at the end."""
+"""Try a folder for results before anything is spent, and find another one if writing to it fails at the end."""
 
 import contextlib
 import itertools
@@ -12,12 +12,12 @@ from lrkit.foreign import line_of
 
 
 def missing(folder: Path) -> list[Path]:
-    """What must be made for a folder to be there, the deepest first: the folder and its parents that do not exist."""
+    """List the folders that do not exist yet: a folder and its parents, the deepest first."""
     return list(itertools.takewhile(lambda each: not os.path.lexists(each), (folder, *folder.absolute().parents)))
 
 
 def try_folder(folder: Path) -> None:
-    """Make a folder, write a file into it, and take away again what was not there before.
+    """Make a folder, write a file into it, and delete again all that was not there before.
 
     Raises:
         LrkitError: it cannot be made or written to.
@@ -41,14 +41,14 @@ def try_folder(folder: Path) -> None:
 
 
 def written(folder: Path, write: Callable[[Path], None]) -> tuple[Path, str]:
-    """Write what was trained into a folder; if that fails, into a new one elsewhere.
+    """Write a result into a folder; if that fails, into a new one elsewhere.
 
     Args:
-        folder: where it belongs.
+        folder: the folder that it belongs into.
         write: writes all of it into a folder, which exists.
 
     Returns:
-        Where it is now, and why it is not in `folder` (empty if it is).
+        The folder that it is in now, and why that is not `folder` (empty if it is).
 
     Raises:
         OSError: it cannot be written anywhere.

@@ -1,4 +1,4 @@
-"""What `lrkit ablate` says while it runs: each cell that ends, and every so often how far the running ones are."""
+"""Tell on a terminal how a run or a study goes: each cell that ends, and every so often how far the running ones are."""
 
 import json
 import sys
@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrkit.errors import cut
+from lrkit.study.cell_folder import attempts_size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lrkit.study.execute import Job
+    from lrkit.study.jobs import Job
 
 EVERY = 15.0
 """Seconds between two lines about running cells."""
 
 
 def time_left(taken: Sequence[float], elapsed: float, workers: int, missing: int) -> float | None:
-    """Seconds until the last cell ends, to within a cell or so; None where nothing is known, or nothing is left.
+    """Estimate the seconds until the last cell ends, to within a cell or so; None if nothing is known, or nothing is left.
 
     Args:
         taken: seconds of each cell that was run to its end.
@@ -31,7 +32,7 @@ def time_left(taken: Sequence[float], elapsed: float, workers: int, missing: int
     if not taken or not missing:
         return None
     mean, busy = sum(taken) / len(taken), min(workers, missing)
-    # What the cells that are running have behind them.
+    # Time that the running cells have behind them.
     behind = min(max(0.0, elapsed * workers - sum(taken)), busy * mean)
     left = (missing * mean - behind) / busy
     return max(left, mean) if missing >= workers else left
@@ -40,7 +41,7 @@ def time_left(taken: Sequence[float], elapsed: float, workers: int, missing: int
 def steps_left(
     at: Mapping[str, int], steps: Mapping[str, int], taken: int, elapsed: float, workers: int
 ) -> float | None:
-    """Seconds until the last step, from the steps so far; None where there were none.
+    """Estimate the seconds until the last step, from the steps so far; None if there were none.
 
     Args:
         at: of each running cell, the step that it is at.
@@ -57,7 +58,7 @@ def steps_left(
 
 
 def duration(seconds: float) -> str:
-    """In words, two figures or so."""
+    """Write a duration in words, two figures or so."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     hours = seconds / 3600
@@ -65,7 +66,7 @@ def duration(seconds: float) -> str:
 
 
 def step_of(place: Path) -> int:
-    """The last step that a cell's curve has; 0 where there is none yet."""
+    """Read the last step that a cell's curve has; 0 if there is none yet."""
     try:
         with (place / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 4096))
@@ -81,7 +82,7 @@ def step_of(place: Path) -> int:
 
 
 class Phases:
-    """Says on stderr what a run does before its first step.
+    """Tells on stderr of a run before its first step.
 
     A line comes when it has been true for two seconds, or the training begins: an input that is refused at once is answered
     by its refusal alone.
@@ -91,7 +92,7 @@ class Phases:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet, self._held = quiet, list[str]()
+        self._quiet, self._waiting = quiet, list[str]()
         self._lock, self._timer = threading.Lock(), threading.Timer(0.0, self._flush)
 
     def __enter__(self) -> "Phases":
@@ -104,7 +105,7 @@ class Phases:
         """Say it, soon."""
         self._timer.cancel()
         with self._lock:
-            self._held.append(line)
+            self._waiting.append(line)
         if line.startswith("training"):
             self._flush()
         else:
@@ -114,16 +115,16 @@ class Phases:
 
     def _flush(self) -> None:
         with self._lock:
-            held, self._held = self._held, []
-        for line in held if not self._quiet else ():
+            lines, self._waiting = self._waiting, []
+        for line in lines if not self._quiet else ():
             print(f"{line} ...", file=sys.stderr, flush=True)  # noqa: T201
 
 
 class Teller:
-    """Tells of a study on a console; `started`, `told` and `cost_told` are what `lrkit.study.ablate.perform` calls.
+    """Tells of a study on a console; `lrkit.study.execute.execute` calls `started`, `told` and `cost_told`.
 
     Args:
-        console: where to.
+        console: the console.
         folder: the study's.
         every: seconds between two lines about running cells.
     """
@@ -147,7 +148,7 @@ class Teller:
         self._console.print(cut(line), highlight=False, markup=False, soft_wrap=True)
 
     def started(self, jobs: "Sequence[Job]", total: int, at_once: int) -> None:
-        """Say what there is to do, and begin to look at the running cells."""
+        """Say how many cells there are to run, and begin to look at the running ones."""
         self._workers, self._begin = at_once, time.monotonic()
         self._jobs = {job.key: job for job in jobs}
         self._from = {key: (self._attempts(key), step_of(self._place(key))) for key in self._jobs}
@@ -157,7 +158,7 @@ class Teller:
             self._thread.start()
 
     def told(self, job: "Job", answer: Mapping[str, Any], ended: int, total: int) -> None:
-        """Say what came of a cell."""
+        """Say how a cell ended."""
         if answer.get("seconds") is not None:
             self._taken.append(answer["seconds"])
         self._jobs.pop(job.key, None)
@@ -167,15 +168,15 @@ class Teller:
         what = {"done": "nan" if score is None else f"{score:.4f}", "busy": "another process is running it"}
         said = what.get(answer["status"], f"failed: {answer['error']}")
         rest = "" if left is None else f" (about {duration(left)} left)"
-        self._say(f"[{ended}/{total}] {job.label}, {job.task}, seed {job.seed}: {said}{rest}")
+        self._say(f"[{ended}/{total}] {job}: {said}{rest}")
 
     def cost_told(self, label: str) -> None:
-        """Say which row's cost is measured."""
+        """Say that a row's cost is measured."""
         self._end.set()
         self._say(f"measuring {label}")
 
     def running(self) -> dict[str, int]:
-        """The step that each running cell is at, by key."""
+        """Find the step that each running cell is at, by key."""
         begun = [key for key in list(self._jobs) if self._attempts(key) > self._from[key][0]]
         return {key: step_of(self._place(key)) for key in begun}
 
@@ -186,11 +187,7 @@ class Teller:
             known = {key: job.steps for key, job in jobs.items() if job.steps is not None}
             new = sum(max(0, step - self._from[key][1]) for key, step in at.items())
             left = steps_left(at, known, self._steps + new, time.monotonic() - self._begin, self._workers)
-            lines = [
-                f"{job.label}, {job.task}, seed {job.seed}: step {at[key]} of {job.steps or '?'}"
-                for key, job in jobs.items()
-                if key in at
-            ]
+            lines = [f"{job}: step {at[key]} of {job.steps or '?'}" for key, job in jobs.items() if key in at]
             if lines:
                 rest = "" if left is None else f" (about {duration(left)} left)"
                 self._say(f"running: {'; '.join(lines)}{rest}")
@@ -199,7 +196,4 @@ class Teller:
         return self._folder / "cells" / key
 
     def _attempts(self, key: str) -> int:
-        try:
-            return (self._place(key) / "attempts.jsonl").stat().st_size
-        except OSError:
-            return 0
+        return attempts_size(self._place(key))

@@ -2,19 +2,20 @@
 
 from typing import Any
 
-from lrkit.study.plan import Plan, Row, TaskSpec
-from lrkit.study.run import rates
+from lrkit.study.asked import TaskSpec
+from lrkit.study.plan import Plan, Row
+from lrkit.study.run_settings import rates
 
 
 def rates_of(plan: Plan, row: Row, task: TaskSpec) -> dict[str, float]:
-    """A row's rates on a task: ``{"lr", "head_lr"}``."""
+    """Return a row's rates on a task: ``{"lr", "head_lr"}``."""
     settings = plan.settings(row, task, 0)
     lr, head_lr = rates(row.method.parameterization, settings.lr, settings.head_lr)
     return {"lr": lr, "head_lr": head_lr}
 
 
 def implied(plan: Plan, row: Row) -> list[dict[str, Any]]:
-    """What a row changes against the base beside what it names: the rate that its parameterization has by default."""
+    """List what a row changes against the base beside what it names: its parameterization's own rate."""
     found = []
     for key in ("lr", "head_lr"):
         if key in row.run:
@@ -26,5 +27,5 @@ def implied(plan: Plan, row: Row) -> list[dict[str, Any]]:
 
 
 def said(values: set[float]) -> Any:
-    """One rate as a number, several (of several tasks) as a text."""
+    """Return one rate as a number, several (of several tasks) as a text."""
     return next(iter(values)) if len(values) == 1 else " / ".join(f"{value:g}" for value in sorted(values))

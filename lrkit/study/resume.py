@@ -1,4 +1,4 @@
-"""What `lrkit run --out` keeps while it trains, so that the same command goes on with it."""
+"""The folder that `lrkit run --out` keeps while it trains, so that the same command goes on from there."""
 
 import contextlib
 import shutil
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit.compose import to_plain
 from lrkit.errors import LrkitError
-from lrkit.method import to_plain
+from lrkit.study.asked import TaskSpec
 from lrkit.study.cell import make_cell
+from lrkit.study.checkpoints import Record
 from lrkit.study.place import missing
-from lrkit.study.plan import TaskSpec
-from lrkit.study.run import Record, RunSettings
-from lrkit.study.store import read_json, write_json
+from lrkit.study.run_settings import RunSettings
+from lrkit.study.store import FORMAT, read_json, write_json
 
 if TYPE_CHECKING:
     from lrkit.method import Method
@@ -28,7 +29,7 @@ class Unfinished:
 
     Args:
         out: the run's folder.
-        methods: what is trained, by label.
+        methods: the methods that are trained, by label.
         asked: model, targets, train_also, task and data.
         settings: of the run.
 
@@ -40,7 +41,7 @@ class Unfinished:
         self, out: Path, methods: "Mapping[str, Method]", asked: Mapping[str, Any], settings: RunSettings
     ) -> None:
         self._place = out / FOLDER
-        # What is not there yet, and is taken away again if the run is refused.
+        # Folders that are not there yet; they are deleted again if the run is refused.
         self._made = missing(out)
         spec = TaskSpec(task=None if asked["data"] else asked["task"] or "movies", data=asked["data"])
         run = attrs.asdict(settings)
@@ -51,7 +52,7 @@ class Unfinished:
             ).key
             for label, plain in plains.items()
         }
-        self._request: dict[str, Any] = {"format": 1, "cells": cells}
+        self._request: dict[str, Any] = {"format": FORMAT, "cells": cells}
         self.there = self._place.is_dir()
         if self.there and read_json(self._place / "request.json") != self._request:
             raise LrkitError(
@@ -60,28 +61,28 @@ class Unfinished:
             )
 
     def record(self, label: str, stop: Callable[[], bool]) -> Record:
-        """Where the run of a method writes as it goes."""
+        """Return the record that the run of a method writes as it goes."""
         folder = self._folder(label)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(self._place / "request.json", self._request)
         return Record(folder=folder, stop=stop)
 
     def step(self, label: str) -> int:
-        """The step that the run of a method can go on from; 0 where there is none."""
+        """Return the step that the run of a method can go on from; 0 if there is none."""
         return Record(folder=self._folder(label)).step()
 
     def _folder(self, label: str) -> Path:
         return self._place / str(self._request["cells"][label])
 
     def refused(self) -> None:
-        """Leave nothing behind: what was to run cannot."""
+        """Leave nothing behind, since the run cannot begin."""
         if self.there:
-            return  # what an earlier run left stays
+            return  # an earlier run's work stays
         self.end()
         for each in self._made:
             with contextlib.suppress(OSError):
                 each.rmdir()
 
     def end(self) -> None:
-        """Take it away: the run is done."""
+        """Delete the folder, since the run is done."""
         shutil.rmtree(self._place, ignore_errors=True)

@@ -1,56 +1,56 @@
-"""The rows of a run as model inputs: all of them at once, or each when a batch asks for it."""
+"""Encode the rows of a run as model inputs: all at once, or each when a batch asks for it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lrkit.tokens import check_texts
+from lrkit.tasks.tokens import check_texts
 
 if TYPE_CHECKING:
-    from lrkit.models import Pretrained
+    from lrkit.study.pretrained import Pretrained
     from lrkit.tasks import Task
 
 _SAMPLE = 1000
 
 
 class Lazily(torch.utils.data.Dataset[dict[str, Any]]):
-    """Training rows that are encoded when they are asked for: of a run shorter than an epoch most never are.
+    """Training rows that are encoded when they are asked for: in a run shorter than an epoch most never are.
 
     Args:
         task: with the rows.
         tokenizer: the model's.
-        max_length: tokens that a row is cut at.
+        max_length: tokens per row; a longer row is cut.
     """
 
     def __init__(self, task: "Task", tokenizer: Any, max_length: int) -> None:
         self._task, self._tokenizer, self._length = task, tokenizer, max_length
 
     def __len__(self) -> int:
-        """How many rows."""
+        """Count the rows."""
         return len(self._task.train)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One row."""
+        """Encode one row."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows of a batch."""
+        """Encode the rows of a batch."""
         encoded = self._task.encode(self._task.train[list(indices)], self._tokenizer, self._length)
         return [{key: column[i] for key, column in encoded.items()} for i in range(len(indices))]
 
 
 def encoded(task: "Task", pretrained: "Pretrained", max_length: int, wanted: int) -> tuple[Any, Any, dict[str, Any]]:
-    """The rows of a run.
+    """Encode the rows of a run.
 
     Args:
         task: with the rows.
         pretrained: model and tokenizer.
-        max_length: tokens that a row is cut at.
+        max_length: tokens per row; a longer row is cut.
         wanted: training rows that the run takes, repeated ones included.
 
     Returns:
-        Training rows and validation rows; and the training row of median length as a batch of one. Where fewer rows are
+        Training rows and validation rows; and the training row of median length as a batch of one. If fewer rows are
         wanted than there are, the median is that of up to 1,000 rows spread evenly.
 
     Raises:

@@ -16,8 +16,9 @@ import torch
 
 from lrkit import schedulers
 from lrkit.adapt.adapted import load
+from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError
-from lrkit.method import FIELDS, Method, from_plain, to_plain
+from lrkit.method import FIELDS, Method
 from lrkit.tasks import Task
 from lrkit.testing.base import (
     Broken,

@@ -10,8 +10,9 @@ import pytest
 
 import lrkit
 from lrkit.cli import main
+from lrkit.study.catalogue import shipped
 from lrkit.study.paired import enough_pairs, holm, smallest_p, too_few_seeds
-from lrkit.study.plan import lay_out, read_study, shipped
+from lrkit.study.plan import lay_out, read_study
 
 SMALL = ["--set", "run.steps=2", "--set", "run.batch_size=4", "--set", "run.max_length=16", "--set", "rank=2"]
 SMALL += ["--set", "target_rank=1", "--set", "run.validation_rows=8"]
@@ -67,7 +68,7 @@ def test_ablate_says_so_before_the_first_step(
     def stop(*_: Any, **__: Any) -> None:
         raise lrkit.LrkitError("the first step")
 
-    monkeypatch.setattr("lrkit.study.ablate.carry_out", stop)
+    monkeypatch.setattr("lrkit.study.execute.run_missing", stop)
     swap = {"metric": ["magnitude"]}
     with (
         pytest.warns(lrkit.LrkitWarning, match="2 seeds are too few"),

@@ -13,7 +13,7 @@ import pytest
 import lrkit
 from lrkit.cli import main
 from lrkit.study import code
-from lrkit.study.ablate import perform
+from lrkit.study.execute import execute
 from lrkit.study.plan import lay_out, study_from
 from lrkit.study.records import frame, read_study
 
@@ -32,7 +32,7 @@ def study(place, **changes):
 
 
 def go(place, out, keep_old=False, **changes):
-    return perform(lay_out(study(place, **changes)), out, workers=0, costs=False, keep_old=keep_old)
+    return execute(lay_out(study(place, **changes)), out, workers=0, costs=False, keep_old=keep_old)
 
 
 @pytest.fixture
@@ -123,6 +123,20 @@ def test_a_folder_of_the_version_before_is_read(place, tmp_path):
         assert go(place, tmp_path / "out").ran == 1
 
 
+def test_a_study_before_targets_is_joined(place, tmp_path):
+    """A study.json from before targets and heads were written down is gone on with, and nothing runs again."""
+    go(place, tmp_path / "out", swap={"parameterization.alpha": [4.0]})
+    path = tmp_path / "out" / "study.json"
+    plain = json.loads(path.read_text())
+    del plain["train_also"]
+    for row in plain["rows"]:
+        del row["targets"], row["train_also"], row["run"]
+    path.write_text(json.dumps(plain))
+    assert go(place, tmp_path / "out", swap={"parameterization.alpha": [4.0]}).ran == 0
+    with pytest.raises(lrkit.LrkitError, match='train_also is "auto" there'):
+        go(place, tmp_path / "out", train_also=[])
+
+
 def test_what_is_outside_the_digest():
     """Every file of the package counts but for those listed; each that is listed is there."""
     inside = {path.relative_to(PACKAGE).as_posix() for path in code.inside(PACKAGE)}
@@ -132,7 +146,7 @@ def test_what_is_outside_the_digest():
     }
     assert all((PACKAGE / name).exists() for name in code.OUTSIDE)
     assert all(any(name == out or name.startswith(f"{out}/") for out in code.OUTSIDE) for name in left_out)
-    assert {"native.c", "method.py", "study/run.py", "study/loop.py", "metrics/base.py", "tasks/base.py"} <= inside
+    assert {"native.c", "method.py", "study/run.py", "study/trainer.py", "metrics/base.py", "tasks/base.py"} <= inside
 
 
 def test_a_new_module_counts(tmp_path):
@@ -143,7 +157,7 @@ def test_a_new_module_counts(tmp_path):
         return code._hash((p.name, p) for p in code.inside(tmp_path / "lrkit"))
 
     before = digest()
-    (tmp_path / "lrkit" / "cli.py").write_text("")
+    (tmp_path / "lrkit" / "cli" / "app.py").write_text("")
     assert digest() == before
     (tmp_path / "lrkit" / "brand_new.py").write_text("")
     assert digest() != before
@@ -197,14 +211,14 @@ def test_workers_reach_the_executor(place, tmp_path, capsys):
 
 
 def test_options_reach_what_they_name(place, tmp_path, monkeypatch):
-    """Every option of how a study is run arrives at `perform` as it was given."""
+    """Every option of how a study is run arrives at `execute` as it was given."""
     seen = {}
 
     def spy(plan, folder, **given):
         seen.update(given, folder=folder)
         raise lrkit.LrkitError("seen")
 
-    monkeypatch.setattr("lrkit.study.ablate.perform", spy)
+    monkeypatch.setattr("lrkit.study.execute.execute", spy)
     words = "--executor ray --workers 3 --threads 5 --address a:1 --no-costs --checkpoint 7 --keep-old"
     words += " --report-to tensorboard"
     with pytest.raises(SystemExit):
@@ -281,7 +295,7 @@ def test_long_messages_are_cut(place, tmp_path, monkeypatch, capsys):
         Magnitude, "score", lambda *_: 1 / 0 if False else (_ for _ in ()).throw(ValueError("x" * 10**5))
     )
     changes = {"base": "adalora", "set": {"rank": 4, "target_rank": 2}, "swap": {"metric": ["magnitude"]}}
-    outcome = perform(lay_out(study(place, **changes)), tmp_path / "out", workers=0, costs=False)
+    outcome = execute(lay_out(study(place, **changes)), tmp_path / "out", workers=0, costs=False)
     ((_, error),) = outcome.failed
     assert len(error) < 3000
     written = "\n".join(path.read_text() for path in (tmp_path / "out").glob("cells/*/attempts.jsonl"))

@@ -13,11 +13,12 @@ import lrkit
 from lrkit.accounting import count
 from lrkit.actions import Freeze
 from lrkit.cli import main
-from lrkit.models import empty_model
 from lrkit.registry import Registry
+from lrkit.study.catalogue import about, catalogue
 from lrkit.study.execute import check
+from lrkit.study.models import empty_model
 from lrkit.study.plan import lay_out, read_study, study_from
-from lrkit.study.shipped import about, catalogue, with_profile
+from lrkit.study.shipped import with_profile
 
 CORE = Registry(discover=False).names("study")
 SIX = ["cola", "sst2", "mrpc", "qnli", "stsb", "rte"]

@@ -7,7 +7,8 @@ import pytest
 
 import lrkit
 from lrkit import cli
-from lrkit.study.execute import jobs_of, write_plan
+from lrkit.study.jobs import jobs_of
+from lrkit.study.ledger import write_plan
 from lrkit.study.plan import changes, lay_out, study_from
 
 ROWS = [
@@ -32,7 +33,7 @@ def folder(tmp_path):
     """A tiny BERT with MiniLM's tokenizer, as a model folder."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    from lrkit.models import load_model_from
+    from lrkit.study.pretrained import load_model_from
 
     _, tokenizer = load_model_from("minilm", num_labels=2, problem_type="single_label_classification")
     config = models.bert().config.to_dict() | {"vocab_size": len(tokenizer), "max_position_embeddings": 128}

@@ -1,0 +1,219 @@
+"""A study as it is asked for: plain data from TOML, from the command line or from Python becomes one `Study`.
+
+`study_from` takes plain data, `study_named` a file or the name of a study that ships. Nothing is built here yet:
+`lrkit.study.plan.lay_out` does that.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from lrkit.errors import LrkitError, nearest, shown
+from lrkit.reading import TOML_BYTES, check_plain, parse_toml, read_text
+from lrkit.strict import Misfit, strict_converter, structured
+from lrkit.study.catalogue import check_required, names, text_of
+from lrkit.study.shipped import with_profile
+
+if TYPE_CHECKING:
+    import cattrs
+
+    from lrkit.tasks import Task
+
+SEEDS = 6
+"""With fewer seeds no two-sided paired permutation test can reach p < 0.05: with n pairs the least p is 2/2^n."""
+
+
+@attrs.frozen(kw_only=True)
+class RowSpec:
+    """A row that is written out.
+
+    Args:
+        label: its name in tables; None: made from the settings that it changes.
+        base: a method's name, or a method as plain data; None for the study's base.
+        set: settings: of the method (``"metric.beta1"``), or arguments of the method's function (``"rank"``).
+        swap: component or setting to value: ``{"metric": "magnitude"}``.
+        leave_out: of ``"penalty"``, ``"policy"``, ``"also"``.
+        run: settings of the run for this row alone, such as ``lr``.
+        targets: which layers, for this row alone; None for the study's.
+        train_also: which modules train in full, for this row alone; None for the study's. An empty list for none.
+    """
+
+    label: str | None = None
+    base: Any = None
+    set: dict[str, Any] = attrs.field(factory=dict)
+    swap: dict[str, Any] = attrs.field(factory=dict)
+    leave_out: list[str] = attrs.field(factory=list)
+    run: dict[str, Any] = attrs.field(factory=dict)
+    targets: str | list[str] | None = None
+    train_also: str | list[str] | None = None
+
+
+@attrs.frozen(kw_only=True)
+class TaskSpec:
+    """A task of a study: by name, or a folder of data.
+
+    Args:
+        task: a task's name.
+        data: a folder with ``{train,validation}.jsonl[.gz]``.
+        metric: the metric that scores a folder's task.
+        run: settings of the run on this task alone.
+        set: settings of every row's method on this task alone, such as the schedule. A setting that a row changes itself
+            stays, and a row whose parts have no such setting is left as it is.
+    """
+
+    task: str | None = None
+    data: str | None = None
+    metric: str | None = None
+    run: dict[str, Any] = attrs.field(factory=dict)
+    set: dict[str, Any] = attrs.field(factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Return the name that the study calls it by."""
+        return self.task or (Path(self.data).resolve().name if self.data else "movies")
+
+
+@attrs.frozen(kw_only=True)
+class Study:
+    """A study as it is asked for.
+
+    Args:
+        base: a method's name, or a method as plain data.
+        label: the base's name in tables; None for its own.
+        requires: distributions whose components it needs.
+        title: for the report.
+        note: for the report.
+        set: settings of every row, as `RowSpec.set`.
+        swap: component or setting to the values to try, one at a time.
+        leave_out: leave-one-out rows: ``"penalty"`` (its weight zero), ``"policy"`` (no allocation at all), ``"also"``
+            (without the further policies).
+        grid: all combinations of `swap` instead of one at a time.
+        rows: further rows.
+        tasks: tasks' names or `TaskSpec`; ``movies`` if none is given.
+        model: ``"minilm"``, a folder or a hub id.
+        targets: as `lrkit.attach` takes it.
+        train_also: likewise.
+        seeds: how many (0, 1, ...), or which.
+        run: settings of every run.
+    """
+
+    base: Any
+    label: str | None = None
+    requires: list[str] = attrs.field(factory=list)
+    title: str = ""
+    note: str = ""
+    set: dict[str, Any] = attrs.field(factory=dict)
+    swap: dict[str, list[Any]] = attrs.field(factory=dict)
+    leave_out: list[str] = attrs.field(factory=list)
+    grid: bool = False
+    rows: list[RowSpec] = attrs.field(factory=list)
+    tasks: list[TaskSpec] = attrs.field(factory=list)
+    model: str = "minilm"
+    targets: str | list[str] = "all-linear"
+    train_also: str | list[str] = "auto"
+    seeds: int | list[int] = SEEDS
+    run: dict[str, Any] = attrs.field(factory=dict)
+
+
+def study_named(source: str, changes: Mapping[str, Any] | None = None, *, profile: str | None = None) -> Study:
+    """Read a study from a TOML file, or take one that ships.
+
+    Args:
+        source: a path that ends in ``.toml``, or a name in `lrkit.study.catalogue.shipped`.
+        changes: values that replace the file's, by field.
+        profile: one of the file's profiles; None for its first.
+
+    Raises:
+        LrkitError: no such file, no TOML, no such profile, an unknown key (with the nearest right one), a value of the wrong
+            type, or a plug-in that it needs and that is not installed.
+    """
+    path = Path(source)
+    if source in names() and not path.exists():
+        text = text_of(source)
+    else:
+        try:
+            text = read_text(path, TOML_BYTES)
+        except FileNotFoundError:
+            raise LrkitError(
+                f'study "{source}": no such file{nearest(source, names())}; a study is a .toml file or one of '
+                f"{', '.join(names())}"
+            ) from None
+        except LrkitError as error:
+            raise LrkitError(f'study "{source}" cannot be read: {error}') from None
+    plain = with_profile(parse_toml(text, source), profile, source)
+    return study_from(plain | dict(changes or {}), source)
+
+
+def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
+    """Make a study from plain data.
+
+    Args:
+        plain: as in a TOML file. A task may be a name alone.
+        where: the name that errors call it by.
+
+    Raises:
+        LrkitError: an unknown key (with the nearest right one), or a value of the wrong type.
+    """
+    check_plain(plain, where)
+    data = with_profile(plain, None, where)
+    if "task" in data and "tasks" not in data:
+        data["tasks"] = [data.pop("task")]
+    if isinstance(data.get("tasks"), list):
+        data["tasks"] = [{"task": each} if isinstance(each, str) else each for each in data["tasks"]]
+    if "base" not in data:
+        raise LrkitError(f"{where}: base is missing: the method that rows are compared with")
+    try:
+        study = structured(data, Study, _converter())
+    except LrkitError as error:
+        raise LrkitError(f"{where}: {error}") from None
+    check_required(study.requires, where)
+    for spec in study.tasks:
+        if (spec.task is None) == (spec.data is None):
+            raise LrkitError(f"{where}: tasks: each has either task (a name) or data (a folder)")
+    return study
+
+
+@cache
+def _converter() -> "cattrs.Converter":
+    """Make the strict converter with the unions that only a study has, and refuse unknown keys."""
+    converter = strict_converter(forbid_extra_keys=True)
+    converter.register_structure_hook(int | list[int], _seeds)
+    converter.register_structure_hook(str | list[str], _names)
+    converter.register_structure_hook(str | list[str] | None, lambda v, t: None if v is None else _names(v, t))
+    converter.register_structure_hook_func(lambda hint: hint == dict[str, list[Any]], _tried)
+    return converter
+
+
+def _seeds(value: Any, _: Any) -> Any:
+    numbers = value if isinstance(value, list) and value else [value]
+    if any(type(number) is not int or not 0 <= number < 2**32 for number in numbers) or value == 0:
+        raise Misfit(f"must be a number of seeds (6), or a list of seeds ([0, 1, 2]), not {shown(value)}")
+    if len(set(numbers)) < len(numbers) or len(numbers) > 10_000 or (isinstance(value, int) and value > 10_000):
+        raise Misfit("must be different seeds, and at most 10,000")
+    return value
+
+
+def _names(value: Any, _: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        return value
+    raise Misfit(f"must be a text or a list of texts, not {shown(value)}")
+
+
+def _tried(value: Any, _: Any) -> dict[str, list[Any]]:
+    if not isinstance(value, Mapping):
+        raise Misfit(f"must be a table, not {shown(value)}")
+    for key, item in value.items():
+        if not isinstance(item, list) or not item:
+            raise Misfit(f'"{key}" must be a list of values to try, not {shown(item)}')
+    return {str(key): item for key, item in value.items()}
+
+
+def load_task_of(spec: TaskSpec) -> "Task":
+    """Load the task that a spec names, from the registry or a folder. Raise LrkitError if it cannot be had."""
+    from lrkit.registry import registered_tasks
+    from lrkit.tasks import load_task
+
+    return load_task(spec.task, data=spec.data, metric=spec.metric, tasks=registered_tasks())

@@ -1,0 +1,193 @@
+"""Write ``study.json``: the plan, joined with the plan that is in the folder already.
+
+For example, a study that is run again with a further row and two more seeds keeps all its rows, tasks, seeds and cells,
+and gains the new ones. A folder that holds another study is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from lrkit.compose import to_plain
+from lrkit.errors import LrkitError
+from lrkit.study.cell import code_of
+from lrkit.study.jobs import Job
+from lrkit.study.place import try_folder
+from lrkit.study.plan import Plan, changes
+from lrkit.study.rates import implied, rates_of
+from lrkit.study.store import canonical, lock
+from lrkit.study.study_file import (
+    CellEntry,
+    ChangeRecord,
+    RowRecord,
+    StudyFile,
+    TaskRecord,
+    read_study_file,
+    write_study_file,
+)
+
+
+def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], folder: Path) -> None:
+    """Write ``study.json``, keeping rows, tasks, seeds and cells that are there already.
+
+    Args:
+        plan: the study.
+        jobs: its cells.
+        tasks: its tasks by name.
+        folder: its folder, which need not exist.
+
+    Raises:
+        LrkitError: the folder holds another study, or something else.
+    """
+    mine = _planned(plan, jobs, tasks, folder.resolve().name)
+    if folder.exists() and not folder.is_dir():
+        raise LrkitError(f"{folder} is a file: choose another --out")
+    # A process that was killed while it wrote the first study.json left a draft, and nothing else.
+    drafts = (".study.json.", "study.lock")
+    others = [p for p in folder.iterdir() if not p.name.startswith(drafts)] if folder.exists() else []
+    if others and not (folder / "study.json").exists():
+        raise LrkitError(f"{folder} exists and holds no study: nothing is overwritten, choose another --out")
+    try_folder(folder / "cells")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / "study.lock", wait=True):
+        for draft in folder.glob(".study.json.*"):
+            draft.unlink(missing_ok=True)
+        there = read_study_file(folder)
+        write_study_file(folder, mine if there is None else _joined(there, mine, folder))
+
+
+def _planned(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], name: str) -> StudyFile:
+    """Return a plan as ``study.json`` has it, in a folder where there is none yet."""
+    study = plan.study
+    return StudyFile(
+        name=name,
+        title=study.title,
+        note=study.note,
+        base=0,
+        rows=tuple(
+            RowRecord(
+                label=row.label,
+                changes=tuple(ChangeRecord(**c) for c in [*changes(plan.rows[0], row), *implied(plan, row)]),
+                method=to_plain(row.method),
+                run=row.run,
+                rates={spec.name: rates_of(plan, row, spec) for spec in plan.tasks},
+                **row.attach,
+            )
+            for row in plan.rows
+        ),
+        tasks=tuple(tasks[spec.name] for spec in plan.tasks),
+        model=study.model,
+        targets=study.targets,
+        train_also=study.train_also,
+        seeds=plan.seeds,
+        run=dict(study.run),
+        cells=tuple(
+            CellEntry(
+                key=job.key,
+                row=job.row,
+                task=job.task,
+                seed=job.seed,
+                setup=job.cell.setup,
+                code=job.code,
+                old=job.kept is not None,
+            )
+            for job in jobs
+        ),
+    )
+
+
+def _joined(there: StudyFile, mine: StudyFile, folder: Path) -> StudyFile:
+    """Join the plan that is there with this one: the same base, and rows and cells of both.
+
+    Raises:
+        LrkitError: they cannot be compared in one table.
+    """
+    for key in ("model", "targets", "train_also", "run"):
+        was, now = canonical(getattr(there, key)), canonical(getattr(mine, key))
+        if was != now:
+            raise _refusal(folder, f"{key} is {was} there and {now} here")
+    rows, place, cells = _joined_rows(there, mine, folder)
+    asked = set()
+    for c in mine.cells:
+        moved = attrs.evolve(c, row=place[c.row])
+        asked.add(moved.place)
+        cells[moved.place] = moved
+    for at, c in cells.items():
+        if at not in asked:
+            cells[at] = attrs.evolve(c, old=c.code != code_of(rows[c.row].method, _task_of(c)))
+    setups = {c.task: c.setup for c in mine.cells}
+    stale = [c for c in cells.values() if c.setup != setups.get(c.task, c.setup)]
+    if stale:
+        raise _refusal(
+            folder,
+            f'{len(stale)} of its cells, such as row "{rows[stale[0].row].label}" on {stale[0].task}, are of other data, '
+            "another model or other versions of lrkit, torch or transformers, and cannot be compared with these",
+        )
+    return attrs.evolve(
+        mine,
+        title=mine.title or there.title,
+        note=mine.note or there.note,
+        rows=tuple(rows),
+        tasks=tuple({task.name: task for task in [*there.tasks, *mine.tasks]}.values()),
+        seeds=tuple(sorted({*there.seeds, *mine.seeds})),
+        cells=tuple(cells.values()),
+        costs=there.costs,
+    )
+
+
+Place = tuple[int, str, int]
+
+
+def _joined_rows(
+    there: StudyFile, mine: StudyFile, folder: Path
+) -> tuple[list[RowRecord], dict[int, int], dict[Place, CellEntry]]:
+    """Join the rows.
+
+    Returns:
+        All rows; for each of mine its index among them; and the cells that are there and stay.
+    """
+    cells = {c.place: c for c in there.cells}
+    codes = {c.row: c.code for c in mine.cells}
+
+    def gives_way(index: int, now: int) -> bool:
+        """Tell if a row that is there is all of other code than its namesake here: then a default may have changed."""
+        return all(c.code != codes.get(now) for c in cells.values() if c.row == index)
+
+    if canonical(there.rows[0].method) != canonical(mine.rows[0].method) and not gives_way(0, 0):
+        raise _refusal(folder, f'its base is "{there.rows[0].label}" with other settings')
+    rows = list(there.rows)
+    place = {}
+    for index, row in enumerate(mine.rows):
+        # The base is the base, whatever it is called.
+        same = [i for i, r in enumerate(rows) if r.label == row.label] if index else [0]
+        if same and canonical(_trained(rows[same[0]], there)) != canonical(_trained(row, mine)):
+            if not gives_way(same[0], index):
+                raise _refusal(folder, f'row "{row.label}" is another method there')
+            cells = {at: c for at, c in cells.items() if c.row != same[0]}
+        if same:
+            rows[same[0]] = attrs.evolve(row, label=rows[same[0]].label)
+        else:
+            rows.append(row)
+        place[index] = same[0] if same else len(rows) - 1
+    return rows, place, cells
+
+
+def _refusal(folder: Path, reason: str) -> LrkitError:
+    return LrkitError(f"{folder} holds another study: {reason}; choose another --out")
+
+
+def _trained(row: RowRecord, study: StudyFile) -> list[Any]:
+    """Return all that decides what a row trains."""
+    targets = study.targets if row.targets is None else row.targets
+    train_also = study.train_also if row.train_also is None else row.train_also
+    return [row.method, row.run, targets, train_also]
+
+
+def _task_of(cell: CellEntry) -> dict[str, Any]:
+    """Return a task as `code_of` wants it. A folder's name may be a registered task's, but then its plug-in is not used."""
+    from lrkit.registry import current
+
+    known = cell.task.partition("/")[0] in current().names("task")
+    return {"task": cell.task if known else None}

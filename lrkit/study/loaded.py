@@ -1,0 +1,111 @@
+"""The model and the tokenized rows of a run, kept for the next run in the same process.
+
+The result of a run does not depend on what is kept here: a model is set back to its own weights before each run.
+"""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from lrkit.errors import LrkitError
+from lrkit.study.run_settings import RunSettings
+
+if TYPE_CHECKING:
+    from lrkit.study.pretrained import Pretrained
+    from lrkit.tasks import Task
+
+
+@attrs.frozen(eq=False)
+class Tokens:
+    """The rows of a run as model inputs.
+
+    Args:
+        train: training rows.
+        validation: validation rows.
+        sample: the training row of median length, as a batch of one.
+    """
+
+    train: Any
+    validation: Any
+    sample: dict[str, Any]
+
+
+def model_for(model: str, task: "Task") -> "Pretrained":
+    """Load a model with a head for a task, or take the one that is kept.
+
+    Raises:
+        LrkitError: the model cannot be had.
+    """
+    return _pretrained(model, _stamp(model), task.num_labels, task.problem_type, task.labels)
+
+
+def tokens_for(task: "Task", model: str, settings: RunSettings, steps: int) -> Tokens:
+    """Tokenize the rows of a run of so many steps, or take those that are kept.
+
+    Raises:
+        LrkitError: the tokenizer does not know the text, or a row is longer than the model's positions.
+    """
+    rows = (settings.train_rows, settings.validation_rows)
+    used = min(len(task.train), settings.train_rows or len(task.train))
+    asked = steps * settings.batch_size
+    # The seed matters only to a choice of rows, and only a run shorter than an epoch leaves rows out.
+    seed, wanted = settings.seed if any(rows) else 0, asked if asked < used else None
+    tokens = _tokens(task, model, _stamp(model), settings.max_length, rows, seed, wanted)
+    _check_length(model_for(model, task), tokens, settings)
+    return tokens
+
+
+def forget() -> None:
+    """Let go of the model and the rows that are kept."""
+    _pretrained.cache_clear()
+    _tokens.cache_clear()
+
+
+def _stamp(model: str) -> tuple[Any, ...]:
+    """Tell a model folder from one whose files have changed since."""
+    if not Path(model).is_dir():
+        return ()
+    stats = [(path.name, path.stat()) for path in sorted(Path(model).iterdir()) if path.is_file()]
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
+
+
+@lru_cache(maxsize=1)
+def _pretrained(model: str, stamp: tuple[Any, ...], labels: int, problem: str, names: tuple[str, ...]) -> "Pretrained":
+    from lrkit.study.pretrained import load_pretrained
+
+    label_names = dict(enumerate(names)) if names else None
+    return load_pretrained(model, num_labels=labels, problem_type=problem, label_names=label_names)
+
+
+@lru_cache(maxsize=4)
+def _tokens(
+    task: "Task",
+    model: str,
+    stamp: tuple[Any, ...],
+    max_length: int,
+    rows: tuple[int | None, int | None],
+    seed: int,
+    wanted: int | None,
+) -> Tokens:
+    from lrkit.study.rows import encoded
+
+    chosen = task.subset(*rows, seed=seed)
+    enough = len(chosen.train) if wanted is None else wanted
+    return Tokens(*encoded(chosen, model_for(model, task), max_length, enough))
+
+
+def _check_length(pretrained: "Pretrained", tokens: Tokens, settings: RunSettings) -> None:
+    limit = min(
+        getattr(pretrained.model.config, "max_position_embeddings", None) or math.inf,
+        pretrained.tokenizer.model_max_length,
+    )
+    if settings.max_length <= limit:
+        return
+    longest = max(len(row) for rows in (tokens.train, tokens.validation) for row in rows["input_ids"])
+    if longest > limit:
+        raise LrkitError(
+            f"a row of {longest} tokens is longer than the model's {limit} positions: lower run.max_length"
+        )

@@ -1,0 +1,138 @@
+"""Choose an executor, and run cells on it; run a cell whose worker died again, from its last checkpoint."""
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from lrkit.errors import LrkitError
+from lrkit.foreign import line_of, text_of
+from lrkit.study.cell_folder import attempts_size, note_failure
+from lrkit.study.executors import Here
+from lrkit.study.jobs import Job, Told
+from lrkit.study.worker import Conditions, run_cell
+
+_TRIES = 4
+
+
+class _Borrowed(Executor):
+    """Somebody else's executor: used, and left running."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.submit = executor.submit  # type: ignore[method-assign]
+
+
+def chosen(executor: str | Executor, workers: int, threads: int, address: str | None) -> Callable[[], Executor]:
+    """Choose what makes an executor.
+
+    Args:
+        executor: an executor's name, or somebody's own.
+        workers: cells at a time; 0 for in this process.
+        threads: CPU threads of each.
+        address: of a cluster.
+
+    Raises:
+        LrkitError: no executor of that name.
+    """
+    if isinstance(executor, Executor):
+        return lambda: _Borrowed(executor)
+    if workers == 0:
+        return Here
+    from lrkit.registry import current
+
+    current().get("executor", executor)
+    return lambda: _made(executor, workers, threads, address)
+
+
+def _made(name: str, workers: int, threads: int, address: str | None) -> Executor:
+    from lrkit.registry import current
+
+    made = current().made("executor", name, workers, threads, address)
+    if not issubclass(type(made), Executor):
+        raise LrkitError(f'executor "{name}" gives {text_of(made)}, which is no concurrent.futures.Executor')
+    executor: Executor = made
+    return executor
+
+
+def run_jobs(
+    waiting: Mapping[str, Job],
+    cells: Path,
+    first: Executor,
+    make: Callable[[], Executor],
+    conditions: Conditions,
+    told: Told | None,
+    total: int,
+) -> dict[str, Mapping[str, Any]]:
+    """Run every cell on the executor; try a cell whose worker dies again, up to four times.
+
+    Args:
+        waiting: the cells to run, by key.
+        cells: the folder that holds the cells' folders.
+        first: the executor.
+        make: makes another one, after workers died and took the pool with them.
+        conditions: how cells run.
+        told: called when a cell has ended.
+        total: cells in all, those that are done already included.
+
+    Returns:
+        What `run_cell` returned, by key.
+
+    Raises:
+        LrkitError: the executor does not run cells.
+    """
+    answers: dict[str, Mapping[str, Any]] = {}
+    tries = dict.fromkeys(waiting, 0)
+    plain = attrs.asdict(conditions)
+    left = dict(waiting)
+    pool, idle = first, 0
+    while left:
+        futures: dict[Future[Any], Job] = {}
+        clean = False
+        begun = {key: attempts_size(cells / key) for key in left}
+        cause: BaseException | None = None
+        try:
+            for key, job in left.items():
+                futures[pool.submit(run_cell, job.cell.to_plain(), str(cells / key), plain)] = job
+            pending = set(futures)
+            while pending:
+                ended, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    job = futures[future]
+                    key = job.key
+                    error = future.exception()
+                    if error is None:
+                        answer: Mapping[str, Any] = future.result()
+                    else:
+                        cause = error
+                        # A pool whose worker died fails all that it had; a cell that had not begun is not to blame.
+                        innocent = isinstance(error, BrokenExecutor) and attempts_size(cells / key) == begun[key]
+                        tries[key] += not innocent
+                        if tries[key] < _TRIES:
+                            continue
+                        line = f"its worker died {tries[key]} times ({line_of(error)})"
+                        note_failure(cells / key, line, line)
+                        answer = {"key": key, "status": "failed", "score": None, "error": line}
+                    answers[key] = answer
+                    del left[key]
+                    if told is not None:
+                        told(job, answer, total - len(left), total)
+            clean = True
+        except BrokenExecutor as error:
+            cause = (
+                error  # it broke while cells were handed in: those that came back were told, the rest is tried again
+            )
+        finally:
+            pool.shutdown(wait=clean, cancel_futures=True)
+        if left:
+            # Cells that never begin cost no try, so rounds in which none does are counted.
+            idle = 0 if any(attempts_size(cells / key) > at for key, at in begun.items()) else idle + 1
+            if idle == _TRIES:
+                text = "" if cause is None else line_of(cause)
+                raise LrkitError(f"the executor does not run cells: {text}")
+            time.sleep(0.5)
+            pool = make()
+    return answers

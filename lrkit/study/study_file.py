@@ -1,0 +1,161 @@
+"""``study.json``: one class for what is written and for what is read back. No torch here.
+
+Keys that a class does not have are passed over, and a key that an earlier lrkit did not write has a default.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from lrkit.errors import LrkitError, shown
+from lrkit.study.store import FORMAT, read_whole, write_json
+
+
+@attrs.frozen(kw_only=True)
+class ChangeRecord:
+    """One setting in which a row differs from the base: the path, the base's value and the row's, as plain data."""
+
+    path: str
+    base: Any = None
+    value: Any = None
+
+
+@attrs.frozen(kw_only=True)
+class RowRecord:
+    """One row of the ablation table.
+
+    Args:
+        label: its name.
+        changes: the settings in which it differs from the base; empty for the base itself.
+        method: the method as plain data.
+        run: settings of its runs that differ from the study's.
+        rates: the learning rates in force on each task: task to ``{"lr", "head_lr"}``; empty in older studies.
+        targets: as `lrkit.attach` takes it; None for the study's.
+        train_also: likewise.
+    """
+
+    label: str
+    changes: tuple[ChangeRecord, ...] = ()
+    method: dict[str, Any] = attrs.field(factory=dict, repr=False)
+    run: dict[str, Any] = attrs.field(factory=dict, repr=False)
+    rates: dict[str, dict[str, float]] = attrs.field(factory=dict, repr=False)
+    targets: Any = attrs.field(default=None, repr=False)
+    train_also: Any = attrs.field(default=None, repr=False)
+
+    @property
+    def lr(self) -> str:
+        """Show the adapters' learning rate, or those of the tasks; empty if it is not known."""
+        found = sorted({rate["lr"] for rate in self.rates.values() if "lr" in rate})
+        return " / ".join(f"{rate:g}" for rate in found)
+
+
+@attrs.frozen(kw_only=True)
+class TaskRecord:
+    """One task: its name, its metric's name, and the primary score of the best constant guess if it is known."""
+
+    name: str
+    metric: str = ""
+    majority: float | None = None
+
+
+@attrs.frozen(kw_only=True)
+class CellEntry:
+    """One cell in ``study.json``.
+
+    Args:
+        key: the name of its folder.
+        row: index of its row.
+        task: name of its task.
+        seed: its seed.
+        setup: a hash of what all cells of the task share (`Cell.setup`).
+        code: the digest of the code that its result is of; empty in a study from before there was one.
+        old: it is of other code than the study was last run with.
+    """
+
+    key: str
+    row: int
+    task: str
+    seed: int
+    setup: str = ""
+    code: str = ""
+    old: bool = False
+
+    @property
+    def place(self) -> tuple[int, str, int]:
+        """Give row, task and seed: two cells of a study never share all three."""
+        return self.row, self.task, self.seed
+
+
+@attrs.frozen(kw_only=True)
+class CostEntry:
+    """One measured row in ``study.json``: the name of its file in ``costs``, its row's index and its task."""
+
+    key: str
+    row: int
+    task: str
+
+
+@attrs.frozen(kw_only=True)
+class StudyFile:
+    """``study.json``. Arguments as `lrkit.study.results.StudyRecord` has them."""
+
+    name: str
+    title: str = ""
+    note: str = ""
+    base: int = 0
+    rows: tuple[RowRecord, ...]
+    tasks: tuple[TaskRecord, ...]
+    model: str = ""
+    targets: Any = None
+    train_also: Any = "auto"  # it always was, in a study of an earlier lrkit
+    seeds: tuple[int, ...]
+    run: dict[str, Any] = attrs.field(factory=dict)
+    cells: tuple[CellEntry, ...]
+    costs: tuple[CostEntry, ...] = ()
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return it as plain data, with its format."""
+        return {"format": FORMAT, **attrs.asdict(self)}
+
+
+def read_study_file(folder: Path) -> StudyFile | None:
+    """Read ``study.json``; None if there is none.
+
+    Raises:
+        LrkitError: it is something else, of a newer format, or at odds with itself.
+    """
+    path = folder / "study.json"
+    study = read_whole(path, StudyFile, "a study")
+    if study is not None:
+        _check(study, path)
+    return study
+
+
+def write_study_file(folder: Path, study: StudyFile) -> None:
+    """Replace ``study.json`` in one move."""
+    write_json(folder / "study.json", study.to_plain())
+
+
+def _check(study: StudyFile, path: Path) -> None:
+    """Raise LrkitError if what a study lists does not fit together."""
+    rows, tasks = len(study.rows), {task.name for task in study.tasks}
+    if not rows:
+        raise LrkitError(f"{path} has no rows")
+    if not 0 <= study.base < rows:
+        raise LrkitError(f"{path}: base {study.base} is not one of its {rows} rows (0 to {rows - 1})")
+    entries: list[CellEntry | CostEntry] = [*study.cells, *study.costs]
+    for entry in entries:
+        # A key becomes a path below the folder, and a link in the report.
+        if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_.-]*", entry.key):
+            raise LrkitError(f"{path}: {shown(entry.key)} is no key of a cell: letters, digits, -, _ and . make one")
+        if not 0 <= entry.row < rows:
+            raise LrkitError(f"{path}: cell {entry.key} is of row {entry.row}, and there are {rows} (0 to {rows - 1})")
+        if entry.task not in tasks:
+            raise LrkitError(f"{path}: cell {entry.key} is of task {shown(entry.task)}, which is none of its tasks")
+    seen: set[tuple[int, str, int]] = set()
+    for cell in study.cells:
+        if cell.place in seen:
+            raise LrkitError(f"{path}: row {cell.row}, task {shown(cell.task)}, seed {cell.seed} is there twice")
+        seen.add(cell.place)

@@ -1,0 +1,209 @@
+"""The ablation table as text: plain, Markdown, LaTeX, CSV, and a pandas frame. No torch here.
+
+pandas is imported when it is used, since it is slow to import.
+"""
+
+import csv
+import io
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from lrkit.study.comparison import TableRow
+from lrkit.study.latex import latex_table
+from lrkit.study.scores import Scale, scale_of
+from lrkit.study.sheet import safe_csv
+from lrkit.study.texts import compact, latex, markdown, memory, probability, text_tables
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@attrs.frozen(kw_only=True)
+class Table:
+    """The ablation table of a study: one per task, below each other.
+
+    Args:
+        title: the study's title.
+        name: the study's name.
+        base: label of the base row.
+        scores: the primary score's name on each task.
+        tasks: names of the tasks.
+        rows: the tasks in the study's order, and within each its rows in the study's order.
+        limits: sentences on what p cannot show with so few pairs or so many rows.
+        notes: further sentences that belong under the table as a whole.
+    """
+
+    title: str
+    name: str
+    base: str
+    scores: tuple[str, ...]
+    tasks: tuple[str, ...]
+    rows: tuple[TableRow, ...]
+    limits: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def scale(self) -> Scale:
+        """Choose how the scores are written: in percent if they are shares."""
+        return scale_of(self.scores, [row.mean for row in self.rows if row.mean is not None])
+
+    def of(self, task: str) -> "Table":
+        """Return the table of one task."""
+        at = self.tasks.index(task)
+        rows = tuple(row for row in self.rows if row.task == task)
+        return attrs.evolve(self, tasks=(task,), scores=(self.scores[at],), rows=rows)
+
+    def frame(self) -> "pandas.DataFrame":
+        """Return the table with unrounded numbers, one line per task and row."""
+        import pandas
+
+        return pandas.DataFrame(self._plain(), columns=self._plain_columns())
+
+    def to_csv(self) -> str:
+        """Write the same numbers as CSV; an entry without a number is empty."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, self._plain_columns(), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._plain())
+        return safe_csv(out.getvalue())
+
+    def to_markdown(self) -> str:
+        """Write a Markdown document: a table per task, the means side by side if there are several tasks, notes."""
+        blocks = [f"# {markdown(self.title)}"]
+        for name, table, columns in self._tables(SCORES + COSTS):
+            blocks += [f"## {markdown(name)}"] if name else []
+            head = [markdown(column.header) for column in columns]
+            ruler = ["---", *["---:"] * (len(columns) - 1)]
+            lines = [[markdown(row.label), *(column.text(row) or "-" for column in columns[1:])] for row in table.rows]
+            blocks.append("\n".join(f"| {' | '.join(line)} |" for line in [head, ruler, *lines]))
+        blocks.append("\n".join(f"- {markdown(note)}" for note in self.all_notes()))
+        return "\n\n".join(block for block in blocks if block) + "\n"
+
+    def to_latex(self) -> str:
+        r"""Write a LaTeX ``table``: scores, then costs, per task. It needs ``\usepackage{booktabs}``."""
+        return latex_table(self.title, self.name, list(self._tables(SCORES, COSTS)), self.all_notes())
+
+    def __str__(self) -> str:
+        """Write the table as plain text for a terminal of 100 columns."""
+        blocks = [self.title]
+        for name, table, columns in self._tables(SCORES, COSTS):
+            texts = [[column.header for column in columns]]
+            texts += [[column.text(row) or "-" for column in columns] for row in table.rows]
+            blocks += [name] if name else []
+            blocks += text_tables(texts, 100)
+        blocks.append("\n".join(line for note in self.all_notes() for line in textwrap.wrap(note, 100)))
+        return "\n\n".join(block for block in blocks if block)
+
+    def _tables(self, *groups: Sequence[str]) -> "Iterator[tuple[str, Table, list[Column]]]":
+        """List what is printed below each other: a heading, empty with one task; a task's table; its columns.
+
+        Args:
+            groups: keys of the columns of each table of a task. With several tasks their means come last.
+        """
+        for task in self.tasks:
+            table = self.of(task)
+            shown = [columns for columns in (columns_of(table, keys) for keys in groups) if len(columns) > 1]
+            for number, columns in enumerate(shown):
+                yield (task if len(self.tasks) > 1 and number == 0 else ""), table, columns
+        columns = columns_of_tasks(self)
+        if len(columns) > 1:
+            yield "Means by task", self.of(self.tasks[0]), columns
+
+    def all_notes(self) -> list[str]:
+        """List the limits and notes of the table, then the notes of its rows, with row and task named."""
+        several = len(self.tasks) > 1
+        names = [f"{row.label} on {row.task}" if several else row.label for row in self.rows]
+        rows = zip(names, self.rows, strict=True)
+        return [*self.limits, *self.notes, *(f"{name}: {note}" for name, row in rows for note in row.notes)]
+
+    def _plain(self) -> list[dict[str, Any]]:
+        return [
+            attrs.asdict(row, recurse=False) | {"row": row.label, "notes": " ".join(row.notes)} for row in self.rows
+        ]
+
+    def _plain_columns(self) -> list[str]:
+        names = [field.name for field in attrs.fields(TableRow) if field.name not in ("index", "label", "notes")]
+        return ["row", *names, "notes"]
+
+
+@attrs.frozen
+class Column:
+    """One column as text: a key, a header for plain text, one for LaTeX, and a row's entry (empty if there is none).
+
+    `number` is given if the column's highest number is the best.
+    """
+
+    key: str
+    header: str
+    latex: str
+    text: Callable[[TableRow], str]
+    number: Callable[[TableRow], float | None] | None = None
+
+
+SCORES = ("n", "score", "difference", "interval", "effect", "p", "p_holm")
+COSTS = ("lr", "parameters_average", "parameters_final", "flops", "step_ratio", "step_ratio_end", "peak_memory")
+
+
+def columns_of(table: Table, keys: Sequence[str]) -> list[Column]:
+    """List the row's label and the columns asked for, less those in which no row has an entry."""
+    scale = table.scale
+    name = " or ".join(dict.fromkeys(table.scores))
+
+    def score(row: TableRow) -> str:
+        spread = "" if row.sd is None else f" ± {scale.number(row.sd)}"
+        return "" if row.mean is None else f"{scale.number(row.mean)}{spread}{' †' if row.warning else ''}"
+
+    def ends(row: TableRow) -> str:
+        if row.low is None or row.high is None:
+            return "unbounded" if row.pairs else ""
+        return "no width" if row.low == row.high else f"[{scale.number(row.low, '+')}, {scale.number(row.high, '+')}]"
+
+    def number(key: str, show: Callable[[float], str]) -> Callable[[TableRow], str]:
+        return lambda row: "" if getattr(row, key) is None else show(getattr(row, key))
+
+    made = [
+        Column("n", "n", "$n$", lambda row: f"{row.n}" if row.n == row.planned else f"{row.n}/{row.planned}"),
+        Column(
+            "score",
+            scale.heading(name if len(name) < 16 else "score"),
+            latex(scale.heading("Score")),
+            score,
+            lambda row: row.mean,
+        ),
+        Column("difference", "difference", r"$\Delta$", number("difference", lambda x: scale.number(x, "+"))),
+        Column("interval", "95 % interval", r"95\,\% interval", ends),
+        Column("effect", "effect size", r"Effect|size", number("effect", "{:+.2f}".format)),
+        Column("p", "p", "$p$", number("p", probability)),
+        Column("p_holm", "p (Holm)", r"$p$|(Holm)", number("p_holm", probability)),
+        Column("lr", "lr", "Rate", lambda row: row.lr),
+        Column("parameters_average", "params avg", "Param.|average", number("parameters_average", compact)),
+        Column("parameters_final", "params end", "Param.|end", number("parameters_final", compact)),
+        Column("flops", "FLOPs", "FLOPs", number("flops", compact)),
+        Column("step_ratio", "step time", "Step time|start", number("step_ratio", "{:.2f}".format)),
+        Column("step_ratio_end", "at the end", "Step time|end", number("step_ratio_end", "{:.2f}".format)),
+        Column("peak_memory", "peak memory", "Peak|memory", number("peak_memory", memory)),
+    ]
+    label = Column("label", "row", "Row", lambda row: " ".join(row.label.split()))
+    chosen = [column for column in made if column.key in keys and any(column.text(row) for row in table.rows)]
+    return [label, *chosen]
+
+
+def columns_of_tasks(table: Table) -> list[Column]:
+    """List the row's label and, if there are several tasks, one column per task's mean; for a row of any task."""
+    means = {(row.task, row.index): row.mean for row in table.rows}
+    columns = [columns_of(table, ())[0]]
+    for task in table.tasks if len(table.tasks) > 1 else ():
+        columns.append(_means_of(task, means, table.of(task).scale))
+    return columns
+
+
+def _means_of(task: str, means: Mapping[tuple[str, int], float | None], scale: Scale) -> Column:
+    def text(row: TableRow) -> str:
+        value = means[task, row.index]
+        return "" if value is None else scale.number(value)
+
+    name = scale.heading(task)
+    return Column(f"mean.{task}", name, latex(name), text, lambda row: means[task, row.index])

@@ -1,0 +1,166 @@
+"""The Trainer of a run: FLOPs counted on the way, and checkpoints without a copy of the frozen base."""
+
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+
+from lrkit.accounting import flops
+from lrkit.adapt.adapted import Adapted
+from lrkit.settings import in_steps
+from lrkit.study.files import RunFlops
+from lrkit.study.loaded import Tokens
+from lrkit.study.run_settings import RunSettings
+
+_POINTS = 8
+
+
+class RunTrainer(Trainer):
+    """A Trainer for an adapted model.
+
+    A checkpoint does not hold the model's weights: the part that trains is in `AdaptCallback`'s file, and the rest never
+    changes.
+
+    Args:
+        adapted: the handle on the model.
+        sample: a batch of one row, on which FLOPs are counted.
+        **settings: as Trainer takes them.
+    """
+
+    def __init__(self, *, adapted: Adapted, sample: dict[str, Any], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._adapted, self._sample = adapted, sample
+        last = self.args.max_steps - 1
+        self._counted: tuple[int, float] | None = None
+        self._points = {round(i * last / (_POINTS - 1)) for i in range(_POINTS)}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Make the folder, and write nothing into it: see the class."""
+        os.makedirs(output_dir or self.args.output_dir or ".", exist_ok=True)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint, and see its files onto the disk before it is said to be whole."""
+        super()._save_checkpoint(*args, **kwargs)
+        for path in Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}").iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Do nothing: `AdaptCallback` loads."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Take one step; at some of them, first log the FLOPs of a row."""
+        if self.state.global_step in self._points:
+            self._points.remove(self.state.global_step)
+            self._log_flops()
+        return super().training_step(*args, **kwargs)
+
+    def _log_flops(self) -> None:
+        trains = self._adapted.summary().now
+        if self._counted is None or self._counted[0] != trains:
+            self._counted = trains, self._flops()
+        self.log({"flops_of_a_row": self._counted[1]})
+
+    def _flops(self) -> float:
+        model = self._adapted.model
+        sample = {key: value.to(self.args.device) for key, value in self._sample.items()}
+        was = model.training
+        model.eval()  # the penalty is a batch's, not a row's
+        with torch.random.fork_rng(), self.compute_loss_context_manager():
+            counted = flops(model, sample)
+        model.train(was)
+        return float(counted.total)
+
+
+def trainer_for(
+    adapted: Adapted,
+    tokens: Tokens,
+    tokenizer: Any,
+    settings: RunSettings,
+    steps: int,
+    rates: tuple[float, float],
+    *,
+    log_every: int,
+    folder: Path,
+    report_to: Sequence[str],
+    compute_metrics: Any,
+    callbacks: Sequence[TrainerCallback],
+) -> RunTrainer:
+    """Make the Trainer of a run.
+
+    Args:
+        adapted: the handle on the model.
+        tokens: the rows.
+        tokenizer: it pads a batch.
+        settings: how the run trains.
+        steps: optimizer steps.
+        rates: learning rates of the adapters and of the head.
+        log_every: steps between two logged losses.
+        folder: the folder of the checkpoints.
+        report_to: trackers.
+        compute_metrics: scores a prediction.
+        callbacks: in the order in which they are called.
+    """
+    groups = [
+        {"params": adapted.adapter_parameters(), "lr": rates[0]},
+        {"params": adapted.head_parameters(), "lr": rates[1]},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=rates[0], weight_decay=settings.weight_decay)
+    schedule = transformers.get_linear_schedule_with_warmup(  # type: ignore[no-untyped-call]
+        optimizer, in_steps(settings.lr_warmup, steps), steps
+    )
+    trainer = RunTrainer(
+        adapted=adapted,
+        sample=tokens.sample,
+        model=adapted.model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=settings.batch_size // settings.devices,
+            per_device_eval_batch_size=settings.eval_batch_size,
+            max_grad_norm=settings.grad_clip,
+            bf16=settings.bf16,
+            # Without this, transformers takes processes without GPUs for so many runs of one process; and refuses bf16.
+            use_cpu=(settings.devices > 1 or settings.bf16) and not torch.cuda.is_available(),
+            seed=settings.seed,
+            save_strategy="no",
+            eval_strategy="no" if settings.eval_every is None else "steps",
+            eval_steps=None if settings.eval_every is None else max(1, in_steps(settings.eval_every, steps)),
+            logging_strategy="steps",
+            logging_steps=log_every,
+            logging_nan_inf_filter=False,
+            report_to=list(report_to),
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        ),
+        train_dataset=tokens.train,
+        eval_dataset=tokens.validation,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics,
+        optimizers=(optimizer, schedule),
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def run_flops(log: Sequence[dict[str, Any]], settings: RunSettings) -> RunFlops:
+    """Sum up the FLOPs of a whole run from those that were counted at some of its steps.
+
+    Between two of these, half the steps cost as much as each.
+
+    Args:
+        log: the Trainer's.
+        settings: how the run trained.
+    """
+    points = [(line["step"], line["flops_of_a_row"]) for line in log if "flops_of_a_row" in line]
+    last = points[-1][0]
+    total = sum((b - a) * (at_a + at_b) / 2 for (a, at_a), (b, at_b) in pairwise(points))
+    mean = total / (last - points[0][0]) if last > points[0][0] else points[0][1]
+    size = settings.batch_size
+    return RunFlops(run=mean * size * (last + 1), first_step=points[0][1] * size, last_step=points[-1][1] * size)

@@ -1,0 +1,236 @@
+"""Run one cell: `run_cell`, a function of plain data, so that any executor can carry it to any worker.
+
+A cell with several devices is launched by torchrun, as so many processes of this module.
+"""
+
+import io
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+import zlib
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from lrkit.errors import LrkitError, cut
+from lrkit.foreign import line_of
+from lrkit.study.asked import TaskSpec, load_task_of
+from lrkit.study.cell import Cell, code_of
+from lrkit.study.cell_folder import is_done, note_attempt, note_failure, tidy
+from lrkit.study.checkpoints import Record
+from lrkit.study.run_settings import settings_from
+from lrkit.study.store import FORMAT, LIST, canonical, check_sum, json_bytes, lock, read_json, write_bytes, write_json
+
+_training = threading.Lock()
+"""Model and random generators belong to the process: an executor of threads runs one cell at a time in each process."""
+
+
+def _texts(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(values)
+
+
+@attrs.frozen(kw_only=True)
+class Conditions:
+    """The conditions under which a cell runs: they change its speed, and not its result.
+
+    Args:
+        threads: CPU threads; None for torch's own choice.
+        checkpoint_seconds: time between checkpoints.
+        report_to: trackers of transformers' Trainer.
+        keep: keep the trained adapters (``lrkit.safetensors``) of a cell that is done.
+    """
+
+    threads: int | None = None
+    checkpoint_seconds: float = 60.0
+    report_to: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    keep: bool = True
+
+    def record(self, folder: Path) -> Record:
+        """Return the record of a cell in a folder."""
+        return Record(folder=folder, checkpoint_seconds=self.checkpoint_seconds, report_to=self.report_to)
+
+
+def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> dict[str, Any]:
+    """Run a cell to its end, from its last checkpoint if there is one. Every executor calls this.
+
+    A cell that fails raises nothing: its traceback is kept in ``error.txt``.
+
+    Args:
+        plain: `Cell.to_plain`.
+        folder: the cell's folder, which all workers reach under this path.
+        conditions: plain data of `Conditions`.
+
+    Returns:
+        ``{"key", "status": "done" | "failed" | "busy", "score", "error", "seconds"}``. Busy: another process runs it now.
+        Seconds: the time that it took here, None if it did not come to its end.
+    """
+    from lrkit.process import as_it_was
+
+    begin = time.monotonic()
+    cell, place = Cell(**plain), Path(folder)
+    settled = Conditions(**conditions)
+    place.mkdir(parents=True, exist_ok=True)
+    answer: dict[str, Any] = {"key": cell.key, "status": "done", "score": None, "error": None, "seconds": None}
+    with _training, as_it_was(), lock(place / "lock") as mine:
+        if not mine:
+            return answer | {"status": "busy"}
+        if not is_done(place):
+            try:
+                _attempt(cell, place, settled)
+            except (KeyboardInterrupt, GeneratorExit):
+                raise
+            except BaseException as error:
+                line = cut(" ".join(str(error).split())) if isinstance(error, LrkitError) else line_of(error)
+                note_failure(place, line, traceback.format_exc())
+                return answer | {"status": "failed", "error": line}
+        tidy(place)
+        scores = read_json(place / "result.json")["scores"]
+        return answer | {"score": next(iter(scores.values()), None), "seconds": time.monotonic() - begin}
+
+
+def _attempt(cell: Cell, place: Path, conditions: Conditions) -> None:
+    """Write down the cell and the machine, and train it here or in several processes."""
+    now = code_of(cell.method, cell.task)
+    if cell.versions.get("code", now) != now:
+        raise LrkitError(
+            f"this process has other code than the study was begun with ({now}, not {cell.versions['code']}): the same "
+            "sources of lrkit and plug-ins must be everywhere, and not change meanwhile"
+        )
+    write_json(place / "config.json", {"format": FORMAT, "key": cell.key, "seed": cell.seed, **cell.to_plain()})
+    write_json(place / "env.json", _environment(conditions))
+    begin = {"event": "begin", "from_step": conditions.record(place).step()}
+    note_attempt(place, {**begin, "host": socket.gethostname(), "pid": os.getpid()})
+    if cell.run.get("devices", 1) > 1 and "LOCAL_RANK" not in os.environ:
+        _launch(cell, place, conditions)
+    else:
+        _train(cell, place, conditions)
+
+
+def _train(cell: Cell, place: Path, conditions: Conditions) -> None:
+    """Train, and write down the result: ``result.json`` last."""
+    import numpy as np
+
+    from lrkit.compose import from_plain
+    from lrkit.study.run import train
+
+    first = os.environ.get("RANK", "0") == "0"
+    if conditions.report_to:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(place / "runs")
+
+    def keep(adapted: Any) -> None:
+        if conditions.keep and first:
+            adapted.save(place)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = train(
+            from_plain(cell.method),
+            load_kept(canonical(cell.task), cell.versions.get("data")),
+            model=cell.model,
+            targets=cell.targets,
+            train_also=cell.train_also,
+            settings=settings_from({**cell.run, "threads": conditions.threads}),
+            done=keep,
+            record=conditions.record(place),
+        )
+    if not first:
+        return
+    predictions = io.BytesIO()
+    np.savez_compressed(predictions, predictions=result.predictions)
+    write_bytes(place / "predictions.npz", predictions.getvalue())
+    content = json_bytes(result.to_file(cell.key))
+    names = ("config.json", "predictions.npz", *(["lrkit.safetensors"] if conditions.keep else []))
+    sums = {name: check_sum(place / name) for name in names}
+    write_json(place / LIST, {**sums, "result.json": zlib.crc32(content)})
+    write_bytes(place / "result.json", content)
+    took = {"step_seconds": result.step_seconds, "train_seconds": result.train_seconds}
+    note_attempt(place, {"event": "end", "step": result.steps, **took})
+
+
+@lru_cache(maxsize=4)
+def load_kept(plain: str, digest: str | None) -> Any:
+    """Load a cell's task, or take the one that a worker keeps between its cells while its files are the same.
+
+    Args:
+        plain: the task of a cell as canonical JSON.
+        digest: of its files, if it is a folder.
+    """
+    return load_task_of(TaskSpec(**json.loads(plain)))
+
+
+def _environment(conditions: Conditions) -> dict[str, Any]:
+    import torch
+
+    names = ("lrkit", "torch", "transformers", "datasets", "numpy", "attrs", "pluggy")
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "threads": conditions.threads or torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cpu": platform.processor() or platform.machine(),
+        "packages": {name: metadata.version(name) for name in names},
+    }
+
+
+# ---- several devices -------------------------------------------------------------------------------------------------
+
+
+def _launch(cell: Cell, place: Path, conditions: Conditions) -> None:
+    """Run a cell in as many processes as it has devices, by torchrun."""
+    conditions_file = place / "conditions.json"
+    write_json(conditions_file, attrs.asdict(conditions))
+    devices = str(cell.run["devices"])
+    here = [sys.executable, "-m", "lrkit.study.worker", "launch", devices, str(place)]
+    done = subprocess.run(here, capture_output=True, text=True, check=False)
+    conditions_file.unlink(missing_ok=True)
+    if done.returncode or not is_done(place):
+        raise LrkitError(f"torchrun ended with {done.returncode}: {cut(_last_error(done.stderr))}")
+
+
+def _last_error(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if "Error" in line and "ChildFailedError" not in line]
+    return lines[0] if lines else text.strip()[-300:]
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended: nobody would hold the cell's lock any more."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _main(what: str, *rest: str) -> None:
+    """Be the launcher, or one of the processes that it starts."""
+    _end_with_parent()
+    if what == "launch":
+        from torch.distributed.run import main
+
+        devices, folder = rest
+        main(["--standalone", "--nproc-per-node", devices, "-m", "lrkit.study.worker", "rank", folder])
+        return
+    place = Path(rest[0])
+    config = read_json(place / "config.json")
+    cell = Cell(**{field.name: config[field.name] for field in attrs.fields(Cell) if field.name in config})
+    _train(cell, place, Conditions(**read_json(place / "conditions.json")))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

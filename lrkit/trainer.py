@@ -15,7 +15,7 @@ from lrkit.errors import LrkitError, LrkitWarning
 
 
 class AdaptCallback(TrainerCallback):
-    """Runs an adapted model's method in a Trainer: ``Trainer(..., callbacks=[AdaptCallback(adapted)])``.
+    """A callback that runs an adapted model's method: ``Trainer(..., callbacks=[AdaptCallback(adapted)])``.
 
     It binds the method to the Trainer's optimizer, adds the penalty's gradient to the factors' while training, writes
     everything adaptive into each checkpoint folder, and loads it on ``resume_from_checkpoint``.
@@ -27,7 +27,7 @@ class AdaptCallback(TrainerCallback):
     A model whose base is quantized trains in the Trainer once this callback has been made.
 
     Args:
-        adapted: what `lrkit.attach` gave for the Trainer's model.
+        adapted: the handle that `lrkit.attach` returned for the Trainer's model.
         resume_from: the checkpoint folder to load, if it is not ``args.resume_from_checkpoint`` and not in the
             Trainer's ``output_dir``.
     """
@@ -39,14 +39,14 @@ class AdaptCallback(TrainerCallback):
         self._start: dict[str, Any] | None = None
         let_train(adapted)
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let a checkpoint of other ranks be loaded: the Trainer loads the model's weights before it says so."""
+    def on_init_end(self, *_: Any, **kwargs: Any) -> None:
+        """Let a checkpoint of other ranks be loaded: the Trainer loads model weights before it calls `on_train_begin`."""
         self.adapted.take_ranks()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Bind; and load if the Trainer resumes, go back if it begins again, or go on if it trains a second time."""
+        """Bind. Before that load if the Trainer resumes, or go back if it begins again; a second ``train()`` goes on."""
         self.adapted.unbind(quietly=True)
         if state.global_step > 0:
             self.adapted.load_state_dict(checkpoint.read(self._folder(args, state)))
@@ -101,22 +101,13 @@ class AdaptCallback(TrainerCallback):
             f"{' or '.join(str(folder) for folder in tried)}: give AdaptCallback(adapted, resume_from=FOLDER)"
         )
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Make the penalty's gradient ready for this step."""
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
+        """Compute the penalty's gradient for this step."""
         self.adapted.begin_step()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the penalty beside the loss, under a name of its own."""
-        penalty = self.adapted.penalty_added
+        penalty, logs = self.adapted.penalty_added, kwargs.get("logs")
         if logs is not None and "loss" in logs and penalty is not None:
             logs["penalty"] = penalty
             if state.log_history:
@@ -130,7 +121,7 @@ class AdaptCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let go of the optimizer; follow the Trainer to its best checkpoint, if it went there."""
+        """Let go of the optimizer, and load the Trainer's best checkpoint if it did."""
         self._training, self._start = False, None
         self.adapted.unbind()
         best = state.best_model_checkpoint

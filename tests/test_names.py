@@ -5,6 +5,8 @@ import copy
 import models
 import pytest
 import torch
+import torch.multiprocessing as mp
+import zoo
 from safetensors.torch import load_file, save_file
 from test_trainer import trainer
 from torch import nn
@@ -173,6 +175,18 @@ def test_trainer_checkpoints_of_old(tmp_path):
     again.train(resume_from_checkpoint=str(file.parent))
     assert adapted.history == other.history
     assert is_equal(t.model.state_dict(), again.model.state_dict())
+
+
+def test_fsdp_keeps_its_names(tmp_path):
+    """FSDP, whose hooks ask for the modules' own names, gives and takes states; an adapted model loads them."""
+    mp.spawn(zoo.fsdp_rank, (f"file://{tmp_path}/init", tmp_path), nprocs=1)
+    before, after, loaded = torch.load(tmp_path / "states")
+    own = old_state(lrkit.attach(models.make("bert"), lrkit.methods.lora(rank=2)).model)
+    assert before.keys() == own.keys()
+    assert all(torch.equal(after[key], before[key] + 1) for key in own)
+    assert sorted(float(t.double().sum()) for t in loaded.values()) == sorted(
+        float(t.double().sum()) for t in before.values()
+    )
 
 
 def test_saved_folders_hold_the_base(tmp_path):

@@ -150,3 +150,27 @@ def pooler_rank(rank, init, folder, named):
         error = str(told)
     torch.save((error, adapted.step), f"{folder}/{rank}")
     dist.destroy_process_group()
+
+
+def fsdp_rank(_, init, folder):
+    """One process that wraps an adapted BERT in FSDP, and keeps its state dicts before and after one that it loads."""
+    import copy
+
+    import models
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    dist.init_process_group("gloo", init_method=init, rank=0, world_size=1)
+    warnings.simplefilter("ignore")
+    model = models.make("bert")
+    lrkit.attach(model, lrkit.methods.lora(rank=2))
+    plain = copy.deepcopy(model)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
+    wrapped.load_state_dict(
+        {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in before.items()}
+    )
+    after = {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
+    plain.load_state_dict(before, strict=True)
+    torch.save((before, after, plain.state_dict()), folder / "states")
+    dist.destroy_process_group()

@@ -211,10 +211,7 @@ class Adapted:
         return self._archive.state(self.controller)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that `state_dict` returned, before or after `bind`.
-
-        Raise LrkitError, with nothing changed, if it is of another method, other layers or other shapes, or not a state.
-        """
+        """Take over a state, before or after `bind`. Raise LrkitError, with nothing changed, if it does not fit."""
         self._graft.check()
         self._binding.take(self._archive.load(state, self.controller, self._binding.last()))
 
@@ -230,10 +227,7 @@ class Adapted:
         self._binding.take(self._archive.rewind(state, self.controller, self._binding.last()))
 
     def take_ranks(self) -> None:
-        """Let ``model.load_state_dict`` take weights of other ranks, by giving each adapter their rank.
-
-        Call this if model weights are loaded before the adaptive state, as transformers' Trainer does.
-        """
+        """Let ``model.load_state_dict`` take weights of other ranks, for those who load them before the adaptive state."""
         for adapter in self.adapters.values():
             weights.take_ranks(adapter, self.method.parameterization.parts, self._binding.last)
 

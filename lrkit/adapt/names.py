@@ -14,7 +14,7 @@ def keep_names(adapter: nn.Module, layer: nn.Module) -> list[RemovableHandle]:
     """Give the tensors of a layer that lies inside its adapter the names of the plain layer, in every state dict.
 
     For example the model's ``state_dict()`` has ``q_proj.weight`` and ``q_proj.A``, and no ``q_proj.base.weight``. Loading
-    takes both names, since checkpoints were once written with the longer ones.
+    takes both names, since checkpoints were once written with the longer ones. Under FSDP state dicts have the longer names.
 
     Returns:
         Handles that end it. None if the layer does not lie inside the adapter.
@@ -36,6 +36,8 @@ def _is_own(adapter: nn.Module, name: str) -> bool:
 
 
 def _shorten(path: str, adapter: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    if getattr(adapter, "_is_fsdp_managed_module", False):
+        return  # FSDP's own hooks, which run after this one, ask for the longer names
     # The adapter's keys are the last ones: torch has just put them in.
     keys = list(takewhile(lambda key: key.startswith(prefix), reversed(state)))
     for key in reversed(keys):

@@ -80,7 +80,7 @@ class Draft:
             told = kind.__name__ if kind.__module__.startswith("lrkit") else f"{kind.__module__}.{kind.__qualname__}"
             raise LrkitError(
                 f"{self.to} holds low-rank increments, and {name} has a {told}, which is none"
-                + ('; what can be merged goes out as "merged"' if hasattr(adapter, "merge") else "")
+                + ('; what can be merged goes out as "merged"' if getattr(adapter, "merge", None) else "")
             )
         return Factors(*factors())
 

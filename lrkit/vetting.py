@@ -168,16 +168,16 @@ def _offers_of(
     try:
         for kind in KINDS:
             for key, value in _asked(manager, kind):
-                if flaw := _flaw(kind, key, value, bases.get(kind)):
+                base = bases.get(kind)
+                if flaw := _flaw(kind, key, value, base):
                     raise LrkitError(flaw)
                 key = str.__str__(key)  # a subclass of str may compare as it likes
-                if kind in bases and (reason := outdated(kind, value)):
+                if base is not None and (reason := outdated(kind, value)):
                     left_out.append(f'{kind} "{key}" {reason}')
-                elif abstract := sorted(getattr(value, "__abstractmethods__", ())) if kind in bases else []:
-                    missing = ", ".join(abstract)
-                    raise LrkitError(f'{hook_of(kind)}: "{key}": class {value.__name__} does not write {missing}')
-                else:
-                    offers.append(Offer(kind, key, value, distribution, name))
+                    continue
+                if base is not None and (unwritten := ", ".join(sorted(getattr(value, "__abstractmethods__", ())))):
+                    raise LrkitError(f'{hook_of(kind)}: "{key}": class {value.__name__} does not write {unwritten}')
+                offers.append(Offer(kind, key, value, distribution, name))
     except (LrkitError, KeyboardInterrupt):
         raise
     except BaseException as error:

@@ -207,6 +207,17 @@ def test_equal_charts_are_equal() -> None:
     assert not ids[0] & ids[1]
 
 
+def test_own_settings_are_kept_out() -> None:
+    """A matplotlibrc changes no chart, and is in force again afterwards."""
+    import matplotlib
+
+    plain = charts.lines([curve([0.0, 1.0])], y_label="y")
+    with matplotlib.rc_context({"lines.linestyle": ":", "font.size": 30, "axes.grid": True, "svg.fonttype": "path"}):
+        with charts.drawing():
+            assert charts.lines([curve([0.0, 1.0])], y_label="y") == plain
+        assert matplotlib.rcParams["font.size"] == 30
+
+
 def test_files_are_of_three_kinds(tmp_path: Path) -> None:
     """A picture is written as PNG, SVG and PDF, and an SVG reader and PIL open them."""
     from PIL import Image

@@ -47,7 +47,7 @@ class Table:
 
     @property
     def scale(self) -> Scale:
-        """Choose how the scores are written: in percent if they are shares."""
+        """The scale that scores are written on, which is percent if they are shares."""
         return scale_of(self.scores, [row.mean for row in self.rows if row.mean is not None])
 
     def of(self, task: str) -> "Table":

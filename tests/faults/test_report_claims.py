@@ -91,6 +91,7 @@ def test_rows_of_unequal_size(tmp_path: Path) -> None:
     (note,) = unequal_sizes(methods, ["a", "b", "lora", "other"], [334_368, 221_184, 331_776, 50_000])
     assert note.startswith("Rows of one target (4) end with 221,184 (b) to 334,368 (a) trainable parameters")
     assert list(unequal_sizes(methods[:2], ["a", "b"], [110, 100])) == []
+    assert list(unequal_sizes(methods[:2], ["a", "b"], [111, 100])) != []
     assert list(unequal_sizes(methods[:2], ["a", "b"], [110, None])) == []
     assert target_of({"parameterization": {"name": "full"}}) is target_of({}) is None
     folder = studies.write_study(tmp_path / "s", **(SMALL | {"labels": ["base", "lora"]}))

@@ -66,8 +66,10 @@ def drawing() -> Iterator[None]:
         "ytick.labelsize": TICK,
         "ytick.left": False,
     }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
+        matplotlib.rcdefaults()  # a matplotlibrc of somebody's own is for pictures of their own
+        matplotlib.rcParams.update(settings)
         yield
 
 

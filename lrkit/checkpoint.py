@@ -4,8 +4,6 @@ One file, so that it is replaced in one move: a process killed at any moment lea
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import attrs
 from safetensors.torch import save_file
 
 from lrkit.errors import LrkitError
+from lrkit.moves import replacing
 from lrkit.reading import is_folder, parse_json
 from lrkit.tensorfile import TensorFile, open_tensors
 
@@ -33,26 +32,10 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
         The file's path.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{FILE}.")
-    os.close(handle)
-    try:
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in state["tensors"].items()}
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(state["meta"])})
-        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files for their owner alone
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / FILE)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in state["tensors"].items()}
+    with replacing(folder / FILE) as draft:
+        save_file(tensors, draft, metadata={_KEY: json.dumps(state["meta"])})
     return folder / FILE
-
-
-def umask() -> int:
-    """The permissions that new files of this process are made without."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @attrs.frozen(eq=False)

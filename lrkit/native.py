@@ -19,7 +19,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from array import array
 from collections.abc import Sequence
 from importlib import resources
@@ -30,6 +29,8 @@ from typing import ClassVar
 import attrs
 import torch
 from torch import Tensor, nn
+
+from lrkit.moves import replacing
 
 SMALLEST = 1 << 12
 """Entries from which on it is used: below, either way takes a fraction of a millisecond, and no compiler is asked for."""
@@ -89,10 +90,9 @@ def library() -> ctypes.CDLL | None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         target = folder / f"native-{key.hexdigest()[:24]}.so"
         if not target.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as build, resources.as_file(source) as path:
-                made = Path(build) / target.name
-                _compile([compiler, *flags, str(path), "-o", str(made), "-lm"])
-                os.replace(made, target)  # in one move: several processes may do this at once
+            # Several processes may do this at once.
+            with replacing(target) as draft, resources.as_file(source) as path:
+                _compile([compiler, *flags, str(path), "-o", str(draft), "-lm"])
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lrkit import checkpoint
+from lrkit import moves
 from lrkit.adapted import Adapted, check_model
 from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
 from lrkit.foresight import check_fresh, weightless
@@ -113,7 +113,7 @@ def export(
     parent.mkdir(parents=True, exist_ok=True)
     inside = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}."))
     try:
-        inside.chmod(0o777 & ~checkpoint.umask())  # mkdtemp makes folders for their owner alone
+        inside.chmod(0o777 & ~moves.umask())  # mkdtemp makes folders for their owner alone
         # Fresh adapters and heads are drawn on the way: the run that goes on must not notice.
         with torch.random.fork_rng(), _quiet():
             ranks = TARGETS[to].write(adapted, inside, tokenizer, folder.absolute())

@@ -1,6 +1,6 @@
-"""Is a tokenizer the model's own, and does it know the text? A run on unknown tokens trains, and its score is of nothing.
+"""Check that a tokenizer is the model's own and knows the text: a run on unknown tokens trains, and its score says nothing.
 
-Everything here is found from what the tokenizer does, not from its class or the files that it came from.
+A tokenizer is judged by its behaviour, not by its class or the files that it came from.
 """
 
 import warnings
@@ -22,7 +22,7 @@ _LOOKED_AT = 500
 
 
 def knows_words(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether it has any word but special tokens: one that transformers makes up where there are no files has none."""
+    """Tell if it has any word but special tokens: one that transformers makes up without files has none."""
     added = tokenizer.added_tokens_decoder.values()
     # Beside special tokens, the two marks of a blank are no words.
     special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special), "\u2581", "\u0120"}
@@ -33,7 +33,7 @@ def check_tokenizer(spec: str, tokenizer: "PreTrainedTokenizerBase", model: "Pre
     """Check a tokenizer against its model, and let the model pad with the tokenizer's token.
 
     Args:
-        spec: what the user calls the model.
+        spec: the user's name for the model.
         tokenizer: with a pad token.
         model: the model.
 
@@ -80,7 +80,7 @@ def check_tokenizer(spec: str, tokenizer: "PreTrainedTokenizerBase", model: "Pre
 
 
 def _check_special(where: str, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
-    """Special tokens on which model and tokenizer must agree for what the model reads."""
+    """Check the special tokens on which model and tokenizer must agree, since the model reads them."""
     config = model.config
     ours, pad = config.pad_token_id, tokenizer.pad_token_id
     if ours is None:
@@ -107,7 +107,7 @@ def _check_special(where: str, tokenizer: "PreTrainedTokenizerBase", model: "Pre
 
 
 def _reads_padding(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> bool:
-    """Whether a text's outputs change when it stands padded beside a longer one."""
+    """Tell if a text's outputs change when it is padded to the length of a longer one."""
     import torch
 
     texts = ["a text", "a text that is longer than the other one by some words"]
@@ -123,7 +123,7 @@ def _reads_padding(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel
 
 
 def embeddings_of(model: "PreTrainedModel") -> int | None:
-    """Tokens that a model has an embedding for; None if it has no table of them."""
+    """Count the tokens that a model has an embedding for; None if it has no table of them."""
     try:
         table: Any = model.get_input_embeddings()
         return int(table.weight.shape[0])
@@ -171,14 +171,14 @@ def check_texts(task: "Task", tokenizer: "PreTrainedTokenizerBase", model: "PreT
 
 
 def _some(split: Any, fields: Sequence[str]) -> list[str]:
-    """The texts of up to 500 rows, spread evenly."""
+    """List the texts of up to 500 rows, spread evenly."""
     step = max(1, len(split) // _LOOKED_AT)
     rows = split[0 : len(split) : step]
     return [text for field in fields for text in rows[field]]
 
 
 def encoding(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> dict[str, Any]:
-    """Texts encoded, as the tokenizer has it.
+    """Encode texts.
 
     Raises:
         LrkitError: the tokenizer cannot do it, in one line.

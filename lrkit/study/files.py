@@ -9,7 +9,6 @@
 ``result.layers[2].rank must be a whole number, not '8'``.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.history import Decision
-from lrkit.study.store import FORMAT, number, read_object, read_whole, structured_line
+from lrkit.study.store import FORMAT, read_object, read_whole, structured_as, structured_line
 from lrkit.summary import LayerSummary
 
 # ---- result.json -----------------------------------------------------------------------------------------------------
@@ -125,15 +124,7 @@ class Attempt:
 
 def attempt_in(line: Mapping[str, Any]) -> Attempt | None:
     """Read one line of ``attempts.jsonl``; None if it is something else."""
-    step = line.get("step", line.get("from_step"))
-    if not isinstance(line.get("event"), str):
-        return None
-    return Attempt(
-        event=line["event"],
-        time=str(line.get("time") or ""),
-        step=step if type(step) is int else None,
-        error=str(line.get("error") or ""),
-    )
+    return structured_line(_said({"step": line.get("from_step"), **line}), Attempt)
 
 
 _NOT_YET = {"policy": 0, "threshold": None, "lost": (), "returned": (), "fresh": ()}
@@ -142,8 +133,12 @@ _NOT_YET = {"policy": 0, "threshold": None, "lost": (), "returned": (), "fresh":
 
 def decision_in(line: Mapping[str, Any]) -> Decision | None:
     """Read one line of ``history.jsonl``; None if it is something else."""
-    said = {key: value for key, value in line.items() if value is not None}
-    return structured_line({**_NOT_YET, **said}, Decision)
+    return structured_line({**_NOT_YET, **_said(line)}, Decision)
+
+
+def _said(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop nulls, which stand for the default."""
+    return {key: value for key, value in line.items() if value is not None}
 
 
 @attrs.frozen(kw_only=True)
@@ -177,6 +172,10 @@ class Cost:
     error: str = ""
 
 
+_SHORT = {"row_step_ratio": "step_ratio", "row_step_ratio_end": "step_ratio_end"}
+"""Names in the file that the class has without the row."""
+
+
 def read_cost(path: Path, row: int, task: str) -> Cost | None:
     """Read a measured row's file; None if there is none. A file that cannot be read is a cost with an error.
 
@@ -187,27 +186,10 @@ def read_cost(path: Path, row: int, task: str) -> Cost | None:
     """
     try:
         data = read_object(path, "a cost")
+        if data is None:
+            return None
+        values = {_SHORT.get(key, key): value for key, value in _said(data).items()}
+        cost = structured_as({**values, "row": row, "task": task}, Cost, "a cost", path)
     except LrkitError as error:
         return Cost(row=row, task=task, error=str(error))
-    if data is None:
-        return None
-    if data.get("error"):
-        return Cost(row=row, task=task, error=" ".join(str(data["error"]).split()))
-
-    def value(name: str) -> float | None:
-        found = number(data.get(name))
-        return found if math.isfinite(found) else None
-
-    threads = data.get("threads")
-    return Cost(
-        row=row,
-        task=task,
-        step_ratio=value("row_step_ratio"),
-        step_ratio_end=value("row_step_ratio_end"),
-        step_ms=value("step_ms"),
-        base_step_ms=value("base_step_ms"),
-        peak_memory=value("peak_memory"),
-        base_peak_memory=value("base_peak_memory"),
-        device=str(data.get("device") or ""),
-        threads=threads if type(threads) is int else None,
-    )
+    return attrs.evolve(cost, error=" ".join(cost.error.split()))

@@ -13,7 +13,7 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.method import Method, from_plain, to_plain, with_setting
-from lrkit.study.asked import SEEDS, RowSpec, Study, TaskSpec, study_from, study_named
+from lrkit.study.asked import RowSpec, Study, TaskSpec, study_from, study_named
 from lrkit.study.composing import check_path, composed, has
 from lrkit.study.labels import differences, label_of, shown_value
 from lrkit.study.run_settings import RunSettings, settings_from
@@ -181,16 +181,4 @@ def changes(base: Row, row: Row) -> list[dict[str, Any]]:
     return found
 
 
-__all__ = [
-    "SEEDS",
-    "Plan",
-    "Row",
-    "RowSpec",
-    "Study",
-    "TaskSpec",
-    "changes",
-    "lay_out",
-    "read_study",
-    "study_from",
-    "study_named",
-]
+__all__ = ["Plan", "Row", "RowSpec", "Study", "TaskSpec", "changes", "lay_out", "read_study", "study_from"]

@@ -92,7 +92,7 @@ class Phases:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet, self._held = quiet, list[str]()
+        self._quiet, self._waiting = quiet, list[str]()
         self._lock, self._timer = threading.Lock(), threading.Timer(0.0, self._flush)
 
     def __enter__(self) -> "Phases":
@@ -105,7 +105,7 @@ class Phases:
         """Say it, soon."""
         self._timer.cancel()
         with self._lock:
-            self._held.append(line)
+            self._waiting.append(line)
         if line.startswith("training"):
             self._flush()
         else:
@@ -115,8 +115,8 @@ class Phases:
 
     def _flush(self) -> None:
         with self._lock:
-            held, self._held = self._held, []
-        for line in held if not self._quiet else ():
+            lines, self._waiting = self._waiting, []
+        for line in lines if not self._quiet else ():
             print(f"{line} ...", file=sys.stderr, flush=True)  # noqa: T201
 
 

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -11,10 +10,8 @@ from transformers import TrainerCallback
 
 from lrkit.adapted import Adapted
 from lrkit.study.checkpoints import Record, check_sums
+from lrkit.study.run_settings import Progress
 from lrkit.study.store import LIST, Lines, write_json
-
-Progress = Callable[[int, int, float | None], None]
-"""Called after each step with (step, total steps, loss of the step or None)."""
 
 _PATIENCE = 5.0
 """Seconds from being asked to stop to stopping without a checkpoint of that step."""
@@ -86,6 +83,7 @@ class Recorder(TrainerCallback):
             seconds = (now - self._logged) / max(1, state.global_step - self._step)
             self._logged, self._step = now, state.global_step
             line |= {"loss": logs["loss"], "lr": logs.get("learning_rate"), "seconds": seconds}
+            line |= {"penalty": logs["penalty"]} if "penalty" in logs else {}  # beside the loss, and not in it
         scores = {
             key.removeprefix("eval_"): value
             for key, value in logs.items()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrkit.errors import LrkitError, cut
-from lrkit.study.results import STATUSES, CellRecord, Status, StudyRecord
+from lrkit.study.results import CellRecord, Status, StudyRecord
 from lrkit.study.study_file import ChangeRecord, RowRecord, StudyFile, TaskRecord, read_study_file
 
 if TYPE_CHECKING:
@@ -110,14 +110,4 @@ def frame(record: StudyRecord) -> "pandas.DataFrame":
     return pandas.DataFrame(table, columns=columns).astype(whole | real)
 
 
-__all__ = [
-    "STATUSES",
-    "CellRecord",
-    "ChangeRecord",
-    "RowRecord",
-    "Status",
-    "StudyRecord",
-    "TaskRecord",
-    "frame",
-    "read_study",
-]
+__all__ = ["CellRecord", "ChangeRecord", "RowRecord", "Status", "StudyRecord", "TaskRecord", "frame", "read_study"]

@@ -18,12 +18,11 @@ from lrkit.history import Decision
 from lrkit.study.checkpoints import Record
 from lrkit.study.files import CellResult, Parameters, RunFlops
 from lrkit.study.loaded import Tokens, forget, model_for, tokens_for
-from lrkit.study.run_settings import RunSettings, rates, settings_from, total_steps
+from lrkit.study.run_settings import Progress, RunSettings, rates, settings_from, total_steps
 
 if TYPE_CHECKING:
     from lrkit.adapted import Adapted
     from lrkit.method import Method
-    from lrkit.study.recorder import Progress
     from lrkit.summary import Summary
     from lrkit.tasks import Task
 
@@ -84,7 +83,7 @@ def train(
     targets: str | Sequence[str] = "all-linear",
     train_also: str | Sequence[str] = "auto",
     settings: RunSettings | None = None,
-    progress: "Progress | None" = None,
+    progress: Progress | None = None,
     done: "Callable[[Adapted], None] | None" = None,
     record: Record | None = None,
     say: Callable[[str], None] | None = None,
@@ -155,7 +154,7 @@ def _train(
     tokens: Tokens,
     settings: RunSettings,
     steps: int,
-    progress: "Progress | None",
+    progress: Progress | None,
     record: Record | None,
 ) -> Result:
     from lrkit.study.recorder import Recorder, Watch

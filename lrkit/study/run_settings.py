@@ -1,11 +1,15 @@
 """The settings of a run: steps, rates, batches and seed. No torch here."""
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 
 from lrkit.errors import LrkitError, shown
 from lrkit.settings import Time, count_or_share, flag, real, whole
+
+Progress = Callable[[int, int, float | None], None]
+"""Called after each step of a run with (step, total steps, loss of the step or None)."""
 
 
 def _optional(validator: Any) -> Any:

@@ -112,6 +112,11 @@ def read_whole(path: Path, cls: type[T], what: str) -> T | None:
         raise LrkitError(f'{path} is no file of a study: it has no "format" number')
     if version > FORMAT:
         raise LrkitError(f"{path} is of format {version}, and this lrkit reads up to {FORMAT}: a newer lrkit wrote it")
+    return structured_as(data, cls, what, path)
+
+
+def structured_as(data: Mapping[str, Any], cls: type[T], what: str, path: Path) -> T:
+    """Structure the data of a file. Raise LrkitError, with the file's path, if they are not `what` they should be."""
     try:
         return structured(data, cls, _converter(), root=what.split()[-1])
     except LrkitError as error:

@@ -1,11 +1,10 @@
 """Data in: the tasks that a run can learn, by name or from a folder.
 
-A task name is `name` or `name/rest`. What makes a task is a callable `(rest: str | None) -> Task`, and
-`TASKS` maps names to the built-in ones. Other packages offer theirs through the hook `lrkit_tasks`, in the
-same form.
+A task name is `name` or `name/rest`. A loader is a callable `(rest: str | None) -> Task`, and `TASKS` maps names to the
+built-in ones. Other packages offer theirs through the hook `lrkit_tasks`, in the same form. For example:
 
-    >>> task = load_task(data="../shared/data/glue/rte")        # or load_task("movies"),
-    load_task("glue/rte") >>> train, validation = task.tokenize(tokenizer, max_length=128)
+    >>> task = load_task("glue/rte")        # or load_task("movies"), load_task(data="my/folder")
+    >>> train, validation = task.tokenize(tokenizer, max_length=128)
     >>> task.score(logits, labels)
     {'accuracy': 0.53}
 """
@@ -16,10 +15,11 @@ import os
 from collections.abc import Callable, Mapping
 
 from lrkit.errors import LrkitError, nearest
-from lrkit.tasks.base import METRICS, Task
+from lrkit.tasks.base import Task
 from lrkit.tasks.folder import load_folder
 from lrkit.tasks.glue import GLUE, load_glue
 from lrkit.tasks.movies import load_movies
+from lrkit.tasks.scoring import METRICS
 
 TaskLoader = Callable[[str | None], Task]
 
@@ -27,14 +27,14 @@ DEFAULT = "movies"
 
 
 def _movies(rest: str | None) -> Task:
-    """Movie-review sentences with mean human ratings. Source: the distribution vaderSentiment 3.3.2."""
+    """Load movie-review sentences with mean human ratings. Source: the distribution vaderSentiment 3.3.2."""
     if rest is not None:
         raise LrkitError(f'task "movies" has no parts: write "movies", not "movies/{rest}"')
     return load_movies()
 
 
 def _glue(rest: str | None) -> Task:
-    """GLUE's tasks, from the hub. Source: arXiv 1804.07461."""
+    """Load one of GLUE's tasks, from the hub. Source: arXiv 1804.07461."""
     if not rest:
         raise LrkitError(f'task "glue" needs a name, such as "glue/rte"; there are: {", ".join(GLUE)}')
     return load_glue(rest)
@@ -50,12 +50,12 @@ def load_task(
     metric: str | None = None,
     tasks: Mapping[str, TaskLoader] | None = None,
 ) -> Task:
-    """The task that `--task` names, or the one in the folder that `--data` names, or `movies`.
+    """Load the task that `--task` names, or the one in the folder that `--data` names, or `movies`.
 
     Args:
         spec: `name` or `name/rest`.
         data: a folder for `load_folder`.
-        metric: what scores a folder's task, a name in `METRICS`; only with `data`.
+        metric: the metric that scores a folder's task, a name in `METRICS`; only with `data`.
         tasks: loaders by name, those of plug-ins too; None: the built-in ones.
 
     Raises:

@@ -1,82 +1,21 @@
-"""What a run needs to know about its data: a `Task`, and the metrics that score it."""
+"""A `Task`: texts with labels, and everything that a run needs to know about them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from lrkit.errors import LrkitError, nearest
+from lrkit.errors import LrkitError
+from lrkit.tasks.scoring import METRICS, REGRESSION_METRICS, check_metric
 
 if TYPE_CHECKING:
     import datasets
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
 
 Kind = Literal["classification", "regression"]
-
-
-# Metrics. Each takes the predicted and the true values, both [n] (class numbers, or real numbers in
-# regression), and returns its scores by name, the primary score first. Larger is better, in all of them.
-
-
-def accuracy(predicted: NDArray[Any], true: NDArray[Any]) -> dict[str, float]:
-    """The share of rows predicted right, in [0, 1]."""
-    return {"accuracy": float((predicted == true).mean())}
-
-
-def accuracy_f1(predicted: NDArray[Any], true: NDArray[Any]) -> dict[str, float]:
-    """Accuracy, and F1 of class 1: 2 TP / (2 TP + FP + FN), 0 where nothing is or is called class 1."""
-    hits = int(((predicted == 1) & (true == 1)).sum())
-    called = int((predicted == 1).sum()) + int((true == 1).sum())  # = 2 TP + FP + FN
-    return accuracy(predicted, true) | {"f1": 2 * hits / called if called else 0.0}
-
-
-def matthews(predicted: NDArray[Any], true: NDArray[Any]) -> dict[str, float]:
-    """Matthews correlation, in [-1, 1], in float64; 0 where a marginal is empty.
-
-    For two classes this is (TP TN - FP FN) / sqrt((TP+FP)(TP+FN)(TN+FP)(TN+FN)); it is written in Gorodkin's
-    form (R_K, 2004), which is the same number and holds for more classes.
-    """
-    import numpy as np
-
-    size = int(max(predicted.max(), true.max())) + 1
-    pairs = np.bincount(true * size + predicted, minlength=size * size)
-    confusion = pairs.reshape(size, size).astype(np.float64)  # [true, predicted]
-    n, of_true, of_predicted = confusion.sum(), confusion.sum(axis=1), confusion.sum(axis=0)
-    covariance = n * np.trace(confusion) - of_true @ of_predicted
-    # two roots, not one of the product: up to 9e7 rows each variance is then an exact integer in float64
-    spread = math.sqrt(n * n - of_true @ of_true) * math.sqrt(n * n - of_predicted @ of_predicted)
-    return {"matthews": float(covariance / spread) if spread > 0 else 0.0}
-
-
-def pearson(predicted: NDArray[Any], true: NDArray[Any]) -> dict[str, float]:
-    """Pearson's and Spearman's correlation, in [-1, 1]; 0 where one side is constant."""
-    import numpy as np
-    from scipy import stats
-
-    if len(true) < 2 or np.ptp(predicted) == 0 or np.ptp(true) == 0:
-        return {"pearson": 0.0, "spearman": 0.0}
-    return {
-        "pearson": float(stats.pearsonr(predicted, true).statistic),
-        "spearman": float(stats.spearmanr(predicted, true).statistic),
-    }
-
-
-METRICS: Mapping[str, Callable[[NDArray[Any], NDArray[Any]], dict[str, float]]] = {
-    "accuracy": accuracy,
-    "accuracy_f1": accuracy_f1,
-    "matthews": matthews,
-    "pearson": pearson,
-}
-REGRESSION_METRICS = frozenset({"pearson"})
-
-
-def check_metric(metric: str) -> None:
-    """Raise LrkitError unless `metric` is a name in `METRICS`."""
-    if metric not in METRICS:
-        raise LrkitError(f'unknown metric "{metric}"{nearest(metric, METRICS)}; there are: {", ".join(METRICS)}')
 
 
 def _strings(values: Iterable[str]) -> tuple[str, ...]:
@@ -85,17 +24,17 @@ def _strings(values: Iterable[str]) -> tuple[str, ...]:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Task:
-    """Texts with labels, split in two, and how predictions for them are scored.
+    """Texts with labels, split in two, and the metric that scores predictions for them.
 
     Attributes:
-        name: what reports call it: "movies", "glue/rte", a folder's name.
+        name: its name in reports: "movies", "glue/rte", a folder's name.
         train, validation: the rows, each with the columns `fields` (str) and `label` (an int from 0 to
             `num_labels - 1`, or a float in regression).
         fields: the one or two text columns, in the order in which the tokenizer gets them.
         kind: "classification" or "regression".
         labels: the classes' names by number; empty in regression.
         metric: a name in `METRICS`.
-        second: where validation is two sets one after the other: a suffix for the second's scores, and how many rows are the
+        second: if validation is two sets one after the other: a suffix for the second's scores, and how many rows are the
             first's. Each is scored by itself; the first's scores are the primary ones.
 
     Raises:
@@ -137,19 +76,19 @@ class Task:
             raise LrkitError(f"{where}: of its two validation sets one has no rows")
 
     def _first_rows(self, rows: int) -> int:
-        """How many of so many validation rows are of the first set: its share of all, so that a part has both."""
+        """Count how many of so many validation rows are of the first set: its share of all, so that a part has both."""
         if self.second is None or rows < 2:
             return rows
         return min(max(round(rows * self.second[1] / len(self.validation)), 1), rows - 1)
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the model's head, one a class, or 1 in regression."""
+        """Count the outputs of the model's head, one per class, or 1 in regression."""
         return len(self.labels) if self.kind == "classification" else 1
 
     @property
     def problem_type(self) -> str:
-        """What transformers calls `kind`: it picks the model's loss."""
+        """Return transformers' name for `kind`: it picks the model's loss."""
         return "single_label_classification" if self.kind == "classification" else "regression"
 
     def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
@@ -197,11 +136,11 @@ class Task:
 
     @property
     def majority(self) -> float:
-        """The primary score of the best constant guess on validation, the floor any method must beat (see `best_guess`)."""
+        """Compute the primary score of the best constant guess on validation, the floor of any method (see `best_guess`)."""
         return self.best_guess(self.validation["label"])
 
     def best_guess(self, labels: Sequence[Any]) -> float:
-        """The primary score of the best constant guess for some labels; of two validation sets, for the first's.
+        """Compute the primary score of the best constant guess for some labels; of two validation sets, for the first's.
 
         The largest class's share for accuracy, 0 for a correlation.
         """
@@ -213,7 +152,7 @@ class Task:
         return float(counts.max() / counts.sum())
 
     def encode(self, batch: Mapping[str, Sequence[Any]], tokenizer: Any, max_length: int) -> dict[str, Any]:
-        """Some rows, by column, as model inputs with the column `labels`, as `tokenize` has them.
+        """Encode some rows, by column, as model inputs with the column `labels`, as `tokenize` has them.
 
         Raises:
             LrkitError: the tokenizer cannot encode them.
@@ -225,9 +164,9 @@ class Task:
         return encoded | {"labels": list(batch["label"])}
 
     def tokenize(self, tokenizer: Any, max_length: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-        """Both splits as model inputs, with the column `labels`, cut at `max_length` tokens and not padded.
+        """Encode both splits as model inputs, with the column `labels`, cut at `max_length` tokens and not padded.
 
-        Padding is the collator's, batch by batch. Of a pair the longer text is cut first.
+        The collator pads, batch by batch. Of a pair the longer text is cut first.
 
         Args:
             tokenizer: a transformers tokenizer.
@@ -257,10 +196,10 @@ class Task:
         return split(self.train), split(self.validation)
 
     def subset(self, train: int | None = None, validation: int | None = None, seed: int = 0) -> Task:
-        """The first so many rows of each split after a shuffle with `seed`; None keeps all.
+        """Keep the first so many rows of each split after a shuffle with `seed`; None keeps all.
 
-        Asking for more rows than there are gives all of them. A larger subset contains a smaller one of one
-        seed.
+        Asking for more rows than there are gives all of them. A larger subset contains a smaller one of the
+        same seed.
 
         Raises:
             LrkitError: for a size below 1.

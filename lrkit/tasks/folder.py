@@ -1,4 +1,4 @@
-"""A task from local files: `{train,validation}.jsonl[.gz]`, one JSON object a line, in GLUE's fields."""
+"""Load a task from local files: `{train,validation}.jsonl[.gz]`, one JSON object per line, in GLUE's fields."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.reading import LINES_BYTES, MIB, bounded_lines, is_folder, opened
-from lrkit.tasks.base import METRICS, REGRESSION_METRICS, Kind, Task, check_metric
+from lrkit.tasks.base import Kind, Task
 from lrkit.tasks.glue import GLUE
+from lrkit.tasks.scoring import METRICS, REGRESSION_METRICS, check_metric
 
 # Pairs before single texts: a row with `question` and `sentence` is a pair.
 FIELDS: tuple[tuple[str, ...], ...] = (
@@ -41,7 +42,7 @@ class _Row:
 
 
 def load_folder(path: str | os.PathLike[str], metric: str | None = None) -> Task:
-    """The task in a folder.
+    """Load the task in a folder.
 
     The text fields are the first of `FIELDS` that the first training row has. Whole-number labels make it a
     classification, whose classes are 0, 1, ... as they occur in training; any label with a decimal point in
@@ -52,7 +53,7 @@ def load_folder(path: str | os.PathLike[str], metric: str | None = None) -> Task
         metric: a name in `lrkit.tasks.METRICS`; None: GLUE's, or accuracy or Pearson by the labels.
 
     Raises:
-        LrkitError: with file and line, for whatever is not as it should be.
+        LrkitError: a row or a file is not as it should be, with file and line.
     """
     import datasets
 
@@ -114,7 +115,7 @@ def _find(folder: Path, split: str) -> Path:
 
 
 def _read(file: Path) -> list[_Row]:
-    """The rows of a file; blank lines are passed over."""
+    """Read the rows of a file; pass over blank lines."""
     rows: list[_Row] = []
     try:
         with opened(file) as raw:
@@ -158,7 +159,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _check(file: Path, row: _Row, fields: tuple[str, ...]) -> None:
-    """The fields are there, the texts are strings, and the label is a number."""
+    """Raise LrkitError unless the fields are there, the texts are strings, and the label is a number."""
     where = f"{file}:{row.line}"
     for name in fields:
         if name not in row.values:
@@ -172,7 +173,7 @@ def _check(file: Path, row: _Row, fields: tuple[str, ...]) -> None:
     label = row.values.get("label")
     if label is None:
         raise LrkitError(f'{where}: field "label" is missing: every row needs one')
-    # bool is a kind of int in Python, but true is not a label
+    # A bool is a kind of int in Python, but true is not a label.
     if isinstance(label, bool) or not isinstance(label, int | float):
         raise LrkitError(f"{where}: label is {_show(label)}, not a number")
     try:
@@ -184,7 +185,7 @@ def _check(file: Path, row: _Row, fields: tuple[str, ...]) -> None:
 
 
 def _classes(train_file: Path, train: list[_Row], validation_file: Path, validation: list[_Row]) -> tuple[str, ...]:
-    """The classes' names: "0", "1", ... up to the largest label in training."""
+    """Return the classes' names: "0", "1", ... up to the largest label in training."""
     first: dict[int, int] = {}  # label -> the line it is first seen at
     for row in train:
         label = row.values["label"]
@@ -193,14 +194,14 @@ def _classes(train_file: Path, train: list[_Row], validation_file: Path, validat
         if label < 0:
             raise LrkitError(f"{train_file}:{row.line}: label is {label}: GLUE's mark for a row without one")
         first.setdefault(label, row.line)
-    count = len(first)
+    classes = len(first)
     for label, line in first.items():
-        if label >= count:
+        if label >= classes:
             absent = next(n for n in range(label) if n not in first)
             raise LrkitError(
                 f"{train_file}:{line}: label is {label}, but no row has label {absent}: number them from 0"
             )
-    if count < 2:
+    if classes < 2:
         raise LrkitError(f"{train_file}: every row has label 0: there is nothing to tell apart")
     for row in validation:
         label = row.values["label"]
@@ -209,9 +210,9 @@ def _classes(train_file: Path, train: list[_Row], validation_file: Path, validat
         if isinstance(label, float) or label not in first:
             raise LrkitError(
                 f"{validation_file}:{row.line}: label {label} does not occur in {train_file.name}, which has "
-                f"0 to {count - 1}"
+                f"0 to {classes - 1}"
             )
-    return tuple(str(n) for n in range(count))
+    return tuple(str(n) for n in range(classes))
 
 
 def _show(value: object) -> str:

@@ -14,7 +14,7 @@ REPOSITORY = "nyu-mll/glue"
 
 @attrs.frozen
 class Glue:
-    """One row of GLUE's table. No labels: regression."""
+    """One row of GLUE's table. A task without labels is a regression."""
 
     fields: tuple[str, ...]
     labels: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ GLUE: Mapping[str, Glue] = {
 
 
 def load_glue(name: str) -> Task:
-    """A GLUE task from the hub (or from the hub's cache on this machine, if the hub is out of reach).
+    """Load a GLUE task from the hub (or from the hub's cache on this machine, if the hub is out of reach).
 
     Raises:
         LrkitError: for an unknown name, or if the data cannot be had.

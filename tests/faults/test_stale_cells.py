@@ -123,6 +123,20 @@ def test_a_folder_of_the_version_before_is_read(place, tmp_path):
         assert go(place, tmp_path / "out").ran == 1
 
 
+def test_a_study_before_targets_is_joined(place, tmp_path):
+    """A study.json from before targets and heads were written down is gone on with, and nothing runs again."""
+    go(place, tmp_path / "out", swap={"parameterization.alpha": [4.0]})
+    path = tmp_path / "out" / "study.json"
+    plain = json.loads(path.read_text())
+    del plain["train_also"]
+    for row in plain["rows"]:
+        del row["targets"], row["train_also"], row["run"]
+    path.write_text(json.dumps(plain))
+    assert go(place, tmp_path / "out", swap={"parameterization.alpha": [4.0]}).ran == 0
+    with pytest.raises(lrkit.LrkitError, match='train_also is "auto" there'):
+        go(place, tmp_path / "out", train_also=[])
+
+
 def test_what_is_outside_the_digest():
     """Every file of the package counts but for those listed; each that is listed is there."""
     inside = {path.relative_to(PACKAGE).as_posix() for path in code.inside(PACKAGE)}

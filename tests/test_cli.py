@@ -134,7 +134,8 @@ UNKNOWN: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
-def test_an_unknown_name_is_refused_with_the_nearest_right_one(refused: Callable[..., str], case: str) -> None:
+def test_unknown_names_are_refused(refused: Callable[..., str], case: str) -> None:
+    """With the nearest right one, or with all that there are."""
     arguments, hint = UNKNOWN[case]
     assert hint in refused(*arguments)
 
@@ -217,19 +218,21 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_exit_code_2_and_one_line(refused: Callable[..., str], case: str) -> None:
+def test_bad_input_is_refused(refused: Callable[..., str], case: str) -> None:
+    """With exit code 2 and one line that says what is wrong."""
     arguments, message = BAD[case]
     assert message in refused(*arguments)
 
 
-def test_a_setting_of_a_part_that_is_not_there_is_not_answered_with_its_own_name(refused: Callable[..., str]) -> None:
+def test_absent_parts_are_named(refused: Callable[..., str]) -> None:
+    """A setting of a part that the method does not have is not answered with its own name."""
     line = refused("run", "lora", "--set", "scheduler.target=4")
     assert 'did you mean "scheduler"' not in line
     assert "scheduler" in line
 
 
 @pytest.mark.parametrize("value", ["1", "true", "none"])
-def test_no_value_on_the_command_line_becomes_another(refused: Callable[..., str], value: str) -> None:
+def test_values_keep_their_type(refused: Callable[..., str], value: str) -> None:
     """`--set` reads JSON: what is no number is no number, and what is one is no string."""
     assert "parameterization.orthogonality_norm must be" in refused(
         "run", "adalora", "--set", f"parameterization.orthogonality_norm={value}"
@@ -267,21 +270,24 @@ FILES: dict[str, tuple[dict[str, list[str]], str]] = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_malformed_data_file_is_named_with_its_line(refused: Callable[..., str], tmp_path: Path, case: str) -> None:
+def test_malformed_data_is_named(refused: Callable[..., str], tmp_path: Path, case: str) -> None:
+    """The file and the line are in the error."""
     lines, message = FILES[case]
     folder = folders.write_data(tmp_path / "data", lines)
     assert f"{folder}/{message}" in refused("run", "lora", "--data", str(folder))
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_a_missing_data_file_is_named(refused: Callable[..., str], tmp_path: Path, split: str) -> None:
+def test_missing_data_is_named(refused: Callable[..., str], tmp_path: Path, split: str) -> None:
+    """The folder and the file are in the error."""
     folder = folders.write_data(tmp_path / "data")
     (folder / f"{split}.jsonl").unlink()
     line = refused("run", "lora", "--data", str(folder))
     assert str(folder) in line and f"{split}.jsonl" in line
 
 
-def test_a_truncated_archive_is_named_with_its_line(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_truncated_archives_are_named(refused: Callable[..., str], tmp_path: Path) -> None:
+    """A .gz that ends too early is told with the line it ends at."""
     folder = folders.write_data(tmp_path / "data")
     text = (folder / "train.jsonl").read_bytes()
     (folder / "train.jsonl").unlink()
@@ -296,6 +302,8 @@ def test_a_truncated_archive_is_named_with_its_line(refused: Callable[..., str],
 def test_out_is_never_overwritten(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
+    """A folder that holds anything is refused before data are loaded."""
+
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("it went on to load data, or to train")
 
@@ -310,7 +318,8 @@ def test_out_is_never_overwritten(
 
 
 @pytest.mark.parametrize("below", ["", "/deeper", "/deeper/still"])
-def test_out_that_is_a_file_is_left_alone(refused: Callable[..., str], tmp_path: Path, below: str) -> None:
+def test_out_may_be_no_file(refused: Callable[..., str], tmp_path: Path, below: str) -> None:
+    """A file in the folder's place, or above it, is left alone."""
     out = tmp_path / "results"
     out.write_text("precious")
     assert f"{out}{below}" in refused("run", "lora", "--out", f"{out}{below}")
@@ -356,21 +365,22 @@ TRAINED: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", TRAINED)
-def test_what_does_not_fit_the_run_or_the_model_is_one_line(
-    refused: Callable[..., str], model: str, data: str, case: str
-) -> None:
+def test_misfits_are_one_line(refused: Callable[..., str], model: str, data: str, case: str) -> None:
+    """A schedule longer than the run, or targets that match nothing in the model."""
     arguments, message = TRAINED[case]
     line = refused("run", "adalora", "--model", model, "--data", data, *arguments)
     assert message in line
 
 
-def test_a_model_without_layers_is_one_line(refused: Callable[..., str], tmp_path: Path, data: str) -> None:
+def test_models_need_layers(refused: Callable[..., str], tmp_path: Path, data: str) -> None:
+    """A model without blocks has nothing to adapt, and the error says so."""
     model = folders.write_model(tmp_path / "model", layers=0)
     line = refused("run", "lora", "--model", str(model), "--data", data, "--set", "run.steps=2")
     assert 'targets="all-linear" found no linear layer inside transformer blocks' in line
 
 
-def test_a_model_that_is_not_there_is_one_line(refused: Callable[..., str], tmp_path: Path, data: str) -> None:
+def test_missing_models_are_named(refused: Callable[..., str], tmp_path: Path, data: str) -> None:
+    """A misspelt name, an empty folder, no folder, and an endless name."""
     line = refused("run", "lora", "--model", "minilmm", "--data", data)
     assert 'model "minilmm"' in line and 'did you mean "minilm"?' in line
     (tmp_path / "empty").mkdir()
@@ -379,7 +389,8 @@ def test_a_model_that_is_not_there_is_one_line(refused: Callable[..., str], tmp_
     assert "n" * 300 in refused("run", "lora", "--model", "n" * 300, "--data", data)
 
 
-def test_a_model_that_is_broken_is_one_line(refused: Callable[..., str], tmp_path: Path, data: str) -> None:
+def test_broken_models_are_named(refused: Callable[..., str], tmp_path: Path, data: str) -> None:
+    """Weights or a configuration that cannot be read are told with the folder."""
     model = folders.write_model(tmp_path / "model")
     (model / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ")
     assert str(model) in refused("run", "lora", "--model", str(model), "--data", data)
@@ -387,9 +398,9 @@ def test_a_model_that_is_broken_is_one_line(refused: Callable[..., str], tmp_pat
     assert str(model) in refused("run", "lora", "--model", str(model), "--data", data)
 
 
-def test_a_refused_run_says_so_before_the_model_is_loaded(
-    refused: Callable[..., str], data: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_misfits_are_told_first(refused: Callable[..., str], data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule that does not fit is refused before the model is loaded."""
+
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
@@ -402,9 +413,8 @@ def test_a_refused_run_says_so_before_the_model_is_loaded(
 SHORT = ["--set", "run.steps=4", "--set", "run.batch_size=8", "--set", "run.threads=1"]
 
 
-def test_a_run_prints_one_table_and_writes_what_it_is_asked_to(
-    call: Call, model: str, data: str, tmp_path: Path
-) -> None:
+def test_a_run_in_full(call: Call, model: str, data: str, tmp_path: Path) -> None:
+    """It says what it does, prints one table, writes its folder once, and never again."""
     out = tmp_path / "new" / "results"
     code, stdout, stderr = call("run", "adalora", "--model", model, "--data", data, "--out", str(out), *SHORT)
     assert code == 0
@@ -435,7 +445,8 @@ def test_a_run_prints_one_table_and_writes_what_it_is_asked_to(
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "svd-lora", "elora", "adalora", "aflora"])
-def test_every_method_trains_and_json_is_alone_on_stdout(call: Call, model: str, data: str, name: str) -> None:
+def test_every_method_trains(call: Call, model: str, data: str, name: str) -> None:
+    """With --json there is JSON on stdout, and nothing else."""
     code, stdout, stderr = call("run", name, "--model", model, "--data", data, "--json", *SHORT)
     assert (code, stderr) == (0, "")
     result = json.loads(stdout, parse_constant=pytest.fail)
@@ -446,7 +457,8 @@ def test_every_method_trains_and_json_is_alone_on_stdout(call: Call, model: str,
     assert list(Path.cwd().iterdir()) == [], "without --out nothing is written"
 
 
-def test_json_of_a_run_that_diverged_is_json(call: Call, model: str, data: str, tmp_path: Path) -> None:
+def test_diverged_runs_are_json(call: Call, model: str, data: str, tmp_path: Path) -> None:
+    """Scores and losses that are not finite are null."""
     arguments = ["--model", model, "--data", data, *SHORT, "--set", "run.lr=1e30", "--set", "run.grad_clip=0"]
     out = tmp_path / "results"
     code, stdout, stderr = call("run", "adalora", *arguments, "--json", "--out", str(out))
@@ -456,7 +468,8 @@ def test_json_of_a_run_that_diverged_is_json(call: Call, model: str, data: str, 
     json.loads((out / "result.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_settings_and_swaps_reach_the_run(call: Call, model: str, data: str) -> None:
+def test_settings_reach_the_run(call: Call, model: str, data: str) -> None:
+    """Settings of the method, of its parts and of the run, and swaps, are in the result."""
     code, stdout, stderr = call(
         *("run", "adalora", "--model", model, "--data", data, "--json"),
         *("--set", "rank=6", "--set", "target_rank=3", "--set", "scheduler.interval=1"),
@@ -488,19 +501,22 @@ def test_settings_and_swaps_reach_the_run(call: Call, model: str, data: str) -> 
     assert sum(layers) == 3 * len(layers)
 
 
-def test_a_swap_of_none_leaves_a_part_out() -> None:
+def test_none_leaves_parts_out() -> None:
+    """AdaLoRA without its policy is the SVD parameterization alone."""
     swaps = [f"{part}=none" for part in ("metric", "scheduler", "action")]
     method, run = compose("adalora", ["run.steps=3", "parameterization.rank=5"], swaps)
     assert method == methods.svd_lora(rank=5)
     assert run == {"steps": 3}
 
 
-def test_a_setting_of_the_component_swapped_in_can_be_set() -> None:
+def test_swaps_come_first() -> None:
+    """A setting may be one of a component that is swapped in."""
     method, _ = compose("adalora", ["metric.epsilon=0.001", "rank=9"], ["metric=ratio-uncertainty"])
     assert method == attrs.evolve(methods.adalora(rank=9), metric=RatioUncertainty(beta2=0.85, epsilon=0.001))
 
 
-def test_compose_reads_values_as_json() -> None:
+def test_values_are_json() -> None:
+    """Numbers, none and true in any case, and words; a whole number stays one."""
     method, run = compose("adalora", ["alpha=none", "target_rank=1", "warmup=1", "run.lr=1e-3", "run.threads=null"], [])
     assert method == methods.adalora(alpha=None, target_rank=1, warmup=1)
     assert type(method.scheduler.warmup) is int  # type: ignore[union-attr]
@@ -512,7 +528,8 @@ def test_compose_reads_values_as_json() -> None:
 
 
 @pytest.mark.parametrize("targets", ["query,value", "query", r".*\.(query|value|key)"])
-def test_targets_are_suffixes_or_a_regular_expression(call: Call, model: str, data: str, targets: str) -> None:
+def test_targets_choose_layers(call: Call, model: str, data: str, targets: str) -> None:
+    """Names joined by commas are suffixes; anything else is a regular expression."""
     code, stdout, stderr = call("run", "lora", "--model", model, "--data", data, "--targets", targets, "--json", *SHORT)
     assert (code, stderr) == (0, "")
     names = [layer["name"].rpartition(".")[2] for layer in json.loads(stdout)["summary"]["layers"]]
@@ -520,7 +537,8 @@ def test_targets_are_suffixes_or_a_regular_expression(call: Call, model: str, da
     assert names == wanted
 
 
-def test_methods_lists_the_parts_of_each(call: Call) -> None:
+def test_methods_lists_parts(call: Call) -> None:
+    """Each method with its four parts, as a table and as JSON."""
     code, stdout, stderr = call("methods")
     assert (code, stderr) == (0, "")
     rows = {line.split()[0]: line.split()[1:5] for line in stdout.splitlines() if line.split()}
@@ -535,7 +553,8 @@ def test_methods_lists_the_parts_of_each(call: Call) -> None:
         assert from_plain(plain) == lrkit.registry.current().get("method", name)()
 
 
-def test_plugins_lists_who_brought_what(call: Call) -> None:
+def test_plugins_lists_distributions(call: Call) -> None:
+    """Each component with who brought it, as a table and as JSON."""
     code, stdout, stderr = call("plugins")
     assert (code, stderr) == (0, "")
     assert re.search(rf"metric +magnitude +lrkit {re.escape(lrkit.__version__)} +lrkit\.metrics", stdout)
@@ -550,7 +569,8 @@ def test_plugins_lists_who_brought_what(call: Call) -> None:
 
 
 @pytest.mark.parametrize("name", sorted({offer.name for offer in Registry(discover=False).offers()}))
-def test_whatever_is_registered_is_shown_with_its_settings(call: Call, name: str) -> None:
+def test_everything_can_be_shown(call: Call, name: str) -> None:
+    """With its parts, and with each setting, its default and its meaning."""
     code, stdout, stderr = call("plugins", "show", name)
     assert (code, stderr) == (0, "")
     shown = json.loads(call("plugins", "show", name, "--json")[1])
@@ -576,7 +596,8 @@ def test_whatever_is_registered_is_shown_with_its_settings(call: Call, name: str
             assert {s["path"]: s["default"] for s in each["settings"]} == named
 
 
-def test_showing_what_is_not_there_is_refused(refused: Callable[..., str]) -> None:
+def test_nothing_else_is_shown(refused: Callable[..., str]) -> None:
+    """A name that is not registered is refused, with the nearest one or where to look."""
     assert '"sensitivty" (did you mean "sensitivity"?)' in refused("plugins", "show", "sensitivty")
     assert "`lrkit plugins` lists" in refused("run", "adalora", "--swap", "metric=platon")
 
@@ -613,7 +634,8 @@ def with_plugins(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return put
 
 
-def test_plugins_with_a_broken_one_lists_the_rest(call: Call, with_plugins: Callable[..., None]) -> None:
+def test_broken_plugins_are_listed(call: Call, with_plugins: Callable[..., None]) -> None:
+    """The rest is there, the reason is on stderr, and the exit code is 2."""
     put = ("good 1.0", plugin(lrkit_metrics={"mine": Mine})), ("bad 2.0", plugin(lrkit_metrics=[Mine]))
     with_plugins(*put)
     code, stdout, stderr = call("plugins")
@@ -629,9 +651,8 @@ def test_plugins_with_a_broken_one_lists_the_rest(call: Call, with_plugins: Call
     assert "mine" in [component["name"] for component in listed["components"]]
 
 
-def test_a_run_beside_a_broken_plug_in_goes_on(
-    call: Call, with_plugins: Callable[..., None], model: str, data: str
-) -> None:
+def test_broken_plugins_stop_nothing(call: Call, with_plugins: Callable[..., None], model: str, data: str) -> None:
+    """A run that needs nothing of it goes on, after one line."""
     with_plugins(("bad 2.0", plugin(lrkit_metrics=[Mine])))
     code, stdout, stderr = call("run", "lora", "--model", model, "--data", data, "--json", *SHORT)
     assert code == 0
@@ -643,7 +664,8 @@ def claimed(kind: str, value: Any) -> tuple[tuple[str, types.ModuleType], ...]:
     return tuple((f"{who} 1.0", plugin(**{f"lrkit_{kind}s": {"contested": value}})) for who in ("one", "two"))
 
 
-def test_methods_beside_a_name_that_two_claim_lists_the_rest(call: Call, with_plugins: Callable[..., None]) -> None:
+def test_contested_methods_are_left_out(call: Call, with_plugins: Callable[..., None]) -> None:
+    """A method that two claim is not in the list, and both are named."""
     with_plugins(*claimed("method", methods.lora))
     _, stdout, stderr = call("methods", "--json")
     listed = json.loads(stdout)
@@ -651,9 +673,8 @@ def test_methods_beside_a_name_that_two_claim_lists_the_rest(call: Call, with_pl
     assert "one 1.0" in stderr and "two 1.0" in stderr and "Traceback" not in stderr
 
 
-def test_a_run_beside_a_task_that_two_claim_goes_on(
-    call: Call, with_plugins: Callable[..., None], model: str, data: str
-) -> None:
+def test_contested_tasks_stop_nothing(call: Call, with_plugins: Callable[..., None], model: str, data: str) -> None:
+    """Only a run that asks for the task is refused."""
     with_plugins(*claimed("task", lambda rest: None))
     code, stdout, stderr = call("run", "lora", "--model", model, "--data", data, "--json", *SHORT)
     assert code == 0, stderr
@@ -664,7 +685,8 @@ def test_a_run_beside_a_task_that_two_claim_goes_on(
     assert 'task "contested" is offered by one 1.0 and two 1.0' in stderr
 
 
-def test_using_a_name_that_two_claim_names_both(call: Call, with_plugins: Callable[..., None]) -> None:
+def test_contested_names_are_refused(call: Call, with_plugins: Callable[..., None]) -> None:
+    """A metric that two claim cannot be used, and both are named."""
     with_plugins(*claimed("metric", Mine))
     code, _, stderr = call("run", "adalora", "--swap", "metric=contested")
     warning, error = stderr.splitlines()
@@ -686,9 +708,8 @@ def _of_own_part() -> lrkit.Method:
 
 
 @pytest.mark.parametrize("factory", [_needs_an_argument, _raises, _of_own_part, dict], ids=lambda f: f.__name__)
-def test_methods_beside_one_that_cannot_be_made_lists_the_rest(
-    call: Call, with_plugins: Callable[..., None], factory: Any
-) -> None:
+def test_broken_methods_are_left_out(call: Call, with_plugins: Callable[..., None], factory: Any) -> None:
+    """A method that cannot be made is told, and the others are listed."""
     with_plugins(("bad 2.0", plugin(lrkit_methods={"odd": factory})))
     _, stdout, stderr = call("methods", "--json")
     assert {"lora", "adalora", "aflora"} <= set(json.loads(stdout))
@@ -708,7 +729,7 @@ def mine(*, rank: int = 3) -> Method:
 """
 
 
-def test_a_method_whose_annotations_are_for_the_type_checker_alone(with_plugins: Callable[..., None]) -> None:
+def test_postponed_annotations_are_read(with_plugins: Callable[..., None]) -> None:
     """Its return annotation cannot be evaluated at run time, and need not be."""
     made = types.ModuleType("postponed")
     exec(compile(POSTPONED, "postponed", "exec", dont_inherit=True), vars(made))
@@ -734,7 +755,8 @@ finally:
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["run", "--help"], ["plugins", "--help"], ["run"], ["run", "--bogus"], []], ids=" ".join
 )
-def test_help_and_usage_import_nothing_heavy(arguments: list[str]) -> None:
+def test_help_imports_little(arguments: list[str]) -> None:
+    """No torch, and nothing of its size, for help or for wrong usage."""
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, timeout=60)
     assert done.stderr.splitlines()[-1] == "heavy:"
     assert done.returncode == (0 if "--help" in arguments else 2)
@@ -742,7 +764,8 @@ def test_help_and_usage_import_nothing_heavy(arguments: list[str]) -> None:
         assert all(command in done.stdout for command in ("demo", "run", "methods", "plugins"))
 
 
-def test_help_answers_in_under_a_second() -> None:
+def test_help_is_quick() -> None:
+    """In under a second, of four tries."""
     command = [sys.executable, "-c", "from lrkit.cli import main; main(['--help'])"]
     seconds = []
     for _ in range(4):
@@ -754,20 +777,24 @@ def test_help_answers_in_under_a_second() -> None:
     pytest.fail(f"lrkit --help took {min(seconds):.1f} s")
 
 
-def test_import_lrkit_imports_no_torch() -> None:
+def test_lrkit_imports_lazily() -> None:
+    """torch is imported when something of lrkit is used."""
     code = "import sys, lrkit; dir(lrkit); print('torch' in sys.modules); lrkit.methods; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 def test_no_arguments_is_help(call: Call) -> None:
+    """And exit code 2."""
     code, stdout, stderr = call()
     assert code == 2
     assert "Usage: lrkit" in stdout + stderr and "Commands:" in stdout + stderr
     assert "Traceback" not in stderr
 
 
-def test_an_interrupt_is_no_traceback(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupts_are_one_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is exit code 130 and at most one line."""
+
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -777,7 +804,9 @@ def test_an_interrupt_is_no_traceback(call: Call, monkeypatch: pytest.MonkeyPatc
     assert stderr in ("", "lrkit: interrupted\n")
 
 
-def test_a_failure_that_is_not_the_users_stays_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_failures_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake of lrkit's own is not told as bad input."""
+
     def fail(*_: Any) -> None:
         raise RuntimeError("a mistake of lrkit's own")
 
@@ -786,7 +815,9 @@ def test_a_failure_that_is_not_the_users_stays_what_it_was(monkeypatch: pytest.M
         main(["run", "lora"])
 
 
-def test_a_message_of_many_lines_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_are_one_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line breaks and tabs in an error become blanks."""
+
     def fail(*_: Any) -> None:
         raise LrkitError("first\n   second\tthird")
 
@@ -794,7 +825,9 @@ def test_a_message_of_many_lines_is_one_line(call: Call, monkeypatch: pytest.Mon
     assert call("run", "lora") == (2, "", "lrkit: first second third\n")
 
 
-def test_warnings_are_lines_of_lrkits_own_and_nobody_elses(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_own_warnings(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lrkit's warnings are one line each; those of libraries are not shown; filters are put back."""
+
     def warn(*_: Any) -> None:
         warnings.warn("for developers", FutureWarning, stacklevel=1)
         for _ in range(2):
@@ -808,9 +841,7 @@ def test_warnings_are_lines_of_lrkits_own_and_nobody_elses(call: Call, monkeypat
     assert list(warnings.filters) == before and warnings.showwarning is show
 
 
-def test_every_method_in_one_table(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_methods_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Names come from the registry, one that cannot run stops no other, and the exit code says so."""
     from lrkit.registry import current
 

@@ -50,7 +50,8 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_new_package_is_four_files(packages: Path) -> None:
+def test_four_files_are_written(packages: Path) -> None:
+    """None of which says "example" any more."""
     for kind, name in NAMES.items():
         module = name.replace("-", "_")
         files = sorted(str(p.relative_to(packages / name)) for p in (packages / name).rglob("*") if p.is_file())
@@ -60,7 +61,7 @@ def test_a_new_package_is_four_files(packages: Path) -> None:
             assert "example" not in text.lower(), f"{kind}: {path}"
 
 
-def test_each_new_package_passes_its_own_tests(packages: Path) -> None:
+def test_new_packages_pass(packages: Path) -> None:
     """In one process, for time's sake; one of them below as its README has it."""
     folders = [packages / name for name in NAMES.values()]
     done = python(
@@ -72,7 +73,8 @@ def test_each_new_package_passes_its_own_tests(packages: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_new_package_passes_its_own_tests_in_its_folder(packages: Path) -> None:
+def test_one_passes_alone(packages: Path) -> None:
+    """As its README has it."""
     done = python("-m", "pytest", "-p", "no:cacheprovider", cwd=packages / NAMES["scheduler"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "16 passed" in done.stdout
@@ -116,7 +118,8 @@ def lrkit_metrics():
 '''
 
 
-def test_installed_they_are_sound(site: Path, tmp_path: Path) -> None:
+def test_installed_ones_are_sound(site: Path, tmp_path: Path) -> None:
+    """pip installs them, and the doctor finds nothing wrong."""
     for kind in ("metric", "parameterization"):
         done = command("plugins", "doctor", NAMES[kind], "--json", cwd=tmp_path, sites=(site,))
         assert done.returncode == 0
@@ -127,7 +130,8 @@ def test_installed_they_are_sound(site: Path, tmp_path: Path) -> None:
         assert (component["kind"], component["name"], component["kept"]) == (kind, f"acme-{kind}", True)
 
 
-def test_what_is_broken_is_named_with_the_reason(site: Path, tmp_path: Path) -> None:
+def test_broken_ones_are_named(site: Path, tmp_path: Path) -> None:
+    """One that cannot be imported and one that breaks its contract, each with the reason."""
     distribution(tmp_path / "a", "bad-import", "raise RuntimeError('no licence')")
     distribution(tmp_path / "b", "bad-metric", DRIFTING)
     sites = (site, tmp_path / "a", tmp_path / "b")
@@ -173,7 +177,8 @@ def plugin(**offers: object) -> types.ModuleType:
     return made
 
 
-def test_lrkit_itself_is_looked_at_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lrkit_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lrkit's own components are looked at only if it is named."""
     assert examine(registry=Registry(discover=False)) == []
     monkeypatch.setattr("lrkit.testing.check", lambda *_, **__: [])
     (report,) = examine("lrkit", Registry(discover=False))
@@ -182,7 +187,8 @@ def test_lrkit_itself_is_looked_at_when_it_is_named(monkeypatch: pytest.MonkeyPa
     assert notes == {"task", "executor", "study"}
 
 
-def test_a_name_that_two_claim_is_a_problem_of_both() -> None:
+def test_contested_names_are_problems() -> None:
+    """A name that two claim is a problem of both, and neither is checked."""
     with pytest.warns(PluginWarning, match="already offered"):
         registry = Registry(
             [
@@ -198,7 +204,8 @@ def test_a_name_that_two_claim_is_a_problem_of_both() -> None:
     assert [c.kept for r in (one, two) for c in r.components] == [None, None]
 
 
-def test_a_built_in_name_that_is_claimed_is_a_problem() -> None:
+def test_built_in_names_are_taken() -> None:
+    """Who claims one has a problem, and offers nothing."""
     with pytest.warns(PluginWarning, match="already offered"):
         registry = Registry([("one 1.0", "a", plugin(lrkit_metrics={"magnitude": Sound}))], discover=False)
     (report,) = examine(registry=registry)
@@ -206,7 +213,8 @@ def test_a_built_in_name_that_is_claimed_is_a_problem() -> None:
     assert report.components == () and not report.sound
 
 
-def test_a_component_that_ends_the_process_does_not_end_the_doctor() -> None:
+def test_quitting_is_a_finding() -> None:
+    """A component that ends the process does not end the doctor."""
     registry = Registry([("one 1.0", "a", plugin(lrkit_metrics={"quits": Quits}))], discover=False)
     (report,) = examine(registry=registry)
     (component,) = report.components
@@ -214,7 +222,8 @@ def test_a_component_that_ends_the_process_does_not_end_the_doctor() -> None:
     assert "SystemExit: 3" in component.findings[0].message
 
 
-def test_nothing_of_that_name() -> None:
+def test_unknown_plugins_are_refused() -> None:
+    """With the nearest name; names are compared as pip compares them."""
     registry = Registry([("acme-one 1.0", "a", plugin(lrkit_metrics={"mine": Sound}))], discover=False)
     with pytest.raises(lrkit.LrkitError, match=r'no plug-in "acme-on" is installed \(did you mean "acme-one"\?\)'):
         examine("acme-on", registry)
@@ -255,7 +264,8 @@ def call(
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_line_and_writes_nothing(call, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_bad_names_are_refused(call, tmp_path: Path, arguments: list[str], words: str) -> None:
+    """With one line, and nothing is written."""
     code, out, err = call("new", *arguments)
     assert (code, out) == (2, "")
     assert words in err and err.startswith("lrkit: ") and err.count("\n") == 1
@@ -263,6 +273,7 @@ def test_bad_input_is_one_line_and_writes_nothing(call, tmp_path: Path, argument
 
 
 def test_nothing_is_overwritten(call, tmp_path: Path) -> None:
+    """A folder that holds anything is refused; a new one may be deep."""
     folder = tmp_path / "there"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
@@ -274,7 +285,8 @@ def test_nothing_is_overwritten(call, tmp_path: Path) -> None:
     assert 'name = "lrkit-acme-two"' in (tmp_path / "deep/er/pyproject.toml").read_text()
 
 
-def test_every_kind_has_a_template_of_the_name() -> None:
+def test_every_kind_has_a_template() -> None:
+    """Whatever the name, the module compiles and registers it."""
     for kind in KINDS:
         texts = written("some-odd-name", kind)
         assert compile(texts["some_odd_name.py"], "module", "exec")
@@ -282,7 +294,8 @@ def test_every_kind_has_a_template_of_the_name() -> None:
     assert set(KINDS) < set(lrkit.registry.KINDS)
 
 
-def test_the_parts_of_a_method_with_a_further_policy():
+def test_further_policies_are_shown():
+    """Each policy of `also` with its number."""
     prune = lrkit.Policy(
         metric=lrkit.metrics.Magnitude(), scheduler=lrkit.schedulers.Linear(), action=lrkit.actions.Prune()
     )

@@ -246,7 +246,7 @@ def _state(result: "Result") -> str:
     said = []
     if ranks:
         low, high, mean = min(ranks), max(ranks), sum(ranks) / len(ranks)
-        said.append(f"rank {low}" if low == high else f"ranks {low} to {high}, mean {mean:.1f}")
+        said.append(f"rank {low}" if low == high else f"ranks {low} to {high}, {screen.whole(f'mean {mean:.1f}')}")
     if frozen := sum(len(layer.frozen) for layer in layers):
-        said.append(f"{frozen} matrices frozen")
+        said.append(f"{screen.whole(f'{frozen} matrices')} frozen")
     return ", ".join(said) or "-"

@@ -113,8 +113,11 @@ def _table(converter: "cattrs.Converter") -> Callable[[Any, Any], dict[str, Any]
     def structure(value: Any, hint: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             raise Misfit(f"must be a table, not {shown(value)}")
+        odd = next((key for key in value if not isinstance(key, str)), None)
+        if odd is not None:
+            raise Misfit(f"must have texts as keys, not {shown(odd)}")
         inner = (*typing.get_args(hint), Any, Any)[1]
-        return {str(key): _inside(item, inner, f".{key}", converter) for key, item in value.items()}
+        return {key: _inside(item, inner, f".{key}", converter) for key, item in value.items()}
 
     return structure
 

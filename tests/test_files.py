@@ -255,6 +255,7 @@ WRONG = {
     "missing": ({"history": [{}]}, "history[0].kept is missing"),
     "no list": ({"history": "abc"}, "history must be a list, not 'abc'"),
     "no table": ({"history": [3]}, "history[0] must be a table, not 3"),
+    "number for key": ({"rates": {3: {}}}, "rates must have texts as keys, not 3"),
     "inside tables": ({"rates": {"rte": {"lr": "1"}}}, "rates.rte.lr must be a number, not '1'"),
     "number for flag": ({"final": 1}, "final must be true or false, not 1"),
     "nothing at all": ([], "must be a table, not []"),

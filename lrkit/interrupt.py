@@ -12,9 +12,9 @@ _state: dict[str, Any] = {"pressed": 0, "stop": None}
 
 
 def second_ends_at_once() -> None:
-    """Let a second Ctrl-C end this process without a traceback, whatever it is doing, its last clean-up included.
+    """Let a second Ctrl-C end this process without a traceback, even during its last clean-up.
 
-    This does nothing outside of the main thread, or if somebody else handles the signal.
+    Nothing is changed outside of the main thread, or if somebody else handles the signal.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -37,10 +37,13 @@ def _handler(number: int, frame: Any) -> None:
 
 @contextmanager
 def stopping(gently: bool) -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether the user has asked to stop. The first Ctrl-C then raises nothing.
+    """Ask the work in the block to stop at the first Ctrl-C. For example, a run then ends its step and saves it.
 
     Args:
-        gently: if False, a Ctrl-C raises `KeyboardInterrupt` as ever.
+        gently: whether to do so; if not, a Ctrl-C raises `KeyboardInterrupt` as ever.
+
+    Yields:
+        A function that says whether the user has asked to stop.
     """
     asked: list[int] = []
 

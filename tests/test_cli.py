@@ -20,8 +20,8 @@ import folders
 import pytest
 
 import lrkit
-from lrkit import cli, from_plain, hookimpl, methods
-from lrkit.cli import compose, main
+from lrkit import from_plain, hookimpl, methods
+from lrkit.cli import compose, main, words
 from lrkit.compose import to_plain
 from lrkit.errors import LrkitError
 from lrkit.method import FIELDS
@@ -771,7 +771,7 @@ def test_an_interrupt_is_no_traceback(call: Call, monkeypatch: pytest.MonkeyPatc
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "compose", interrupt)
+    monkeypatch.setattr(words, "compose", interrupt)
     code, stdout, stderr = call("run", "lora")
     assert (code, stdout) == (130, "")
     assert stderr in ("", "lrkit: interrupted\n")
@@ -781,7 +781,7 @@ def test_a_failure_that_is_not_the_users_stays_what_it_was(monkeypatch: pytest.M
     def fail(*_: Any) -> None:
         raise RuntimeError("a mistake of lrkit's own")
 
-    monkeypatch.setattr(cli, "compose", fail)
+    monkeypatch.setattr(words, "compose", fail)
     with pytest.raises(RuntimeError, match="a mistake of lrkit's own"):
         main(["run", "lora"])
 
@@ -790,7 +790,7 @@ def test_a_message_of_many_lines_is_one_line(call: Call, monkeypatch: pytest.Mon
     def fail(*_: Any) -> None:
         raise LrkitError("first\n   second\tthird")
 
-    monkeypatch.setattr(cli, "compose", fail)
+    monkeypatch.setattr(words, "compose", fail)
     assert call("run", "lora") == (2, "", "lrkit: first second third\n")
 
 
@@ -801,7 +801,7 @@ def test_warnings_are_lines_of_lrkits_own_and_nobody_elses(call: Call, monkeypat
             warnings.warn("for the\nuser", lrkit.LrkitWarning, stacklevel=1)
         raise LrkitError("enough")
 
-    monkeypatch.setattr(cli, "compose", warn)
+    monkeypatch.setattr(words, "compose", warn)
     monkeypatch.setattr(sys, "warnoptions", [])
     before, show = list(warnings.filters), warnings.showwarning
     assert call("run", "lora") == (2, "", "lrkit: for the user\nlrkit: for the user\nlrkit: enough\n")
@@ -817,7 +817,9 @@ def test_every_method_in_one_table(
     model, data = folders.write_model(tmp_path / "model"), folders.write_data(tmp_path / "data")
     names = ["lora", "adalora", "aflora"]
     monkeypatch.setattr(type(current()), "names", lambda self, kind: names if kind == "method" else [])
-    monkeypatch.setattr("lrkit.cli._task", lambda task, folder: __import__("lrkit.tasks").tasks.load_task(data=data))
+    monkeypatch.setattr(
+        "lrkit.cli.words.task", lambda task, folder: __import__("lrkit.tasks").tasks.load_task(data=data)
+    )
     given = ["run", "--all-methods", "--model", str(model), "--set", "run.max_length=12", "--json"]
     with pytest.raises(SystemExit) as ended:
         main([*given, "--set", "run.steps=8", "--out", str(tmp_path / "out")])

@@ -93,11 +93,11 @@ def test_cutting_at_the_end_leaves_the_run_as_it_was(kind):
 
 @pytest.mark.parametrize("method", CUTTING)
 def test_a_cut_changes_no_output_and_no_score_of_what_is_left(method, monkeypatch):
-    from lrkit.loop.controller import Controller
+    from lrkit.loop.components import Components
 
     model, adapted, optimizer = start(CUTTING[method])
     adapted.bind(optimizer, total_steps=STEPS)
-    resize, cuts = Controller._resize, []
+    resize, cuts = Components.resize, []
 
     def watched(self, resizes, optimizer, *more):
         def seen():
@@ -115,7 +115,7 @@ def test_a_cut_changes_no_output_and_no_score_of_what_is_left(method, monkeypatc
         cuts.append(done)
         return done
 
-    monkeypatch.setattr(Controller, "_resize", watched)
+    monkeypatch.setattr(Components, "resize", watched)
     for number in range(STEPS):
         step(model, adapted, optimizer, number)
     assert any(cuts)

@@ -14,10 +14,11 @@ import attrs
 import pytest
 
 import lrkit
-from lrkit import scaffold
 from lrkit.cli import main
+from lrkit.cli.doctor import examine
+from lrkit.cli.plugins import parts_of
+from lrkit.cli.scaffold import KINDS, written
 from lrkit.registry import PluginWarning, Registry
-from lrkit.scaffold import KINDS, examine, written
 
 NAMES = {kind: f"lrkit-acme-{kind}" for kind in KINDS}
 
@@ -278,19 +279,15 @@ def test_every_kind_has_a_template_of_the_name() -> None:
         texts = written("some-odd-name", kind)
         assert compile(texts["some_odd_name.py"], "module", "exec")
         assert '"some-odd-name"' in texts["some_odd_name.py"]
-    assert set(scaffold.KINDS) < set(lrkit.registry.KINDS)
+    assert set(KINDS) < set(lrkit.registry.KINDS)
 
 
 def test_the_parts_of_a_method_with_a_further_policy():
-    import attrs
-
-    from lrkit.scaffold import _parts
-
     prune = lrkit.Policy(
         metric=lrkit.metrics.Magnitude(), scheduler=lrkit.schedulers.Linear(), action=lrkit.actions.Prune()
     )
     with lrkit.current().lend("method", "both", lambda: attrs.evolve(lrkit.methods.aflora(), also=(prune,))):
-        parts = _parts("both")
+        parts = parts_of("both")
     assert parts["action"] == "freeze"
     assert {kind: part for kind, part in parts.items() if kind.startswith("also")} == {
         "also.0.metric": "magnitude",

@@ -126,7 +126,7 @@ class Adapted:
     def check_schedule(self, total_steps: int) -> None:
         """Raise LrkitError if a schedule of the method does not fit a run of so many steps."""
         self._graft.check()
-        self.controller.check_schedules(total_steps)
+        self.controller.schedule(total_steps, dry=True)
 
     def as_computed(self, p: Tensor) -> Tensor:
         """Return a parameter as the model computes with it: a float32 head beside half precision is rounded."""

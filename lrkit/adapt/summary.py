@@ -110,7 +110,7 @@ class Summary:
 
 def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "Coverage | None" = None) -> Summary:
     """Summarize a run so far. `head`, `beside` and `coverage` are as in `Summary`."""
-    kept = controller.components_kept()
+    kept = controller.components.kept()
     run, tally = controller.run, controller.tally
     average, counts = tally.on_average(controller.step), tally.counts
     axes = [part for part in run.method.parameterization.parts if part.axis is not None]

@@ -4,7 +4,6 @@ At every real optimizer step, each policy's metric observes weights and gradient
 decision is due, entry-wise scores are reduced to unit scores, the action decides who is kept, and it is applied.
 """
 
-import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,17 +13,17 @@ from torch import Tensor
 
 from lrkit.errors import LrkitWarning, listing
 from lrkit.loop import fitting, rules
+from lrkit.loop.components import Components
 from lrkit.loop.gradients import Unclipped
 from lrkit.loop.history import Decision
 from lrkit.loop.layout import GradientOf, own_gradient
 from lrkit.loop.liveness import Liveness
-from lrkit.loop.policy import Decided, PolicyState
-from lrkit.loop.resizing import Ranks, Resize, Resized, resize_layer
+from lrkit.loop.policy import PolicyState
+from lrkit.loop.resizing import Ranks
 from lrkit.loop.run import Run
 from lrkit.loop.state import Saved, SavedPolicy
-from lrkit.loop.statistics import Observed, Statistics
+from lrkit.loop.statistics import Observed
 from lrkit.loop.tally import Tally
-from lrkit.units import Block, present, split
 
 
 class Controller:
@@ -51,20 +50,31 @@ class Controller:
         self.total_steps: int | None = None
         self.history: list[Decision] = []
         self.liveness = Liveness(run.modules, run.trained, run.others, whole=run.penalized)
-        self.tally = Tally(run.modules, run.method.parameterization.parts, run.trained)
+        tally = Tally(run.modules, run.method.parameterization.parts, run.trained)
         if saved is None:
-            self.ranks = Ranks(run.ranks)
-            self.policies = run.policies()
-            # What is drawn when components are added: from here and the step alone, so that a resumed run draws the same.
+            ranks, self.policies = Ranks(run.ranks), run.policies()
+            # Fresh components are drawn from this and the step alone, so that a resumed run draws the same.
             self.seed = int(torch.randint(2**62, ())) if run.grows else 0
         else:
             self._take(saved, tensors or {})
-        self._survey()
+            ranks = Ranks(run.ranks, saved.components, saved.numbered)
+            tally.load(saved.step, saved.sums)
+        self.components = Components(run, self.policies, ranks, tally)
+        self.components.survey(self.step)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The components that each layer stores."""
+        return self.components.ranks
+
+    @property
+    def tally(self) -> Tally:
+        """What trains, layer by layer."""
+        return self.components.tally
 
     def _take(self, saved: Saved, tensors: Mapping[str, Tensor]) -> None:
         self.step, self.total_steps, self.seed = saved.step, saved.total_steps, saved.seed
         self.history = list(saved.history)
-        self.ranks = Ranks(self.run.ranks, saved.components, saved.numbered)
         self.liveness.dead = None if saved.dead is None else list(saved.dead)
         self.policies = fitting.policies_of(self.run, saved, tensors)
         for state in self.policies:
@@ -72,12 +82,7 @@ class Controller:
             # have moved since.
             state.fate.restore(state.blocks, state.kept)
         for state, record in zip(self.policies, saved.policies, strict=True):
-            prefix, device = f"policy.{state.index}", state.kept.device
-            names = () if record.ended else state.policy.metric.buffers
-            buffers = {name: tensors[f"{prefix}.buffer.{name}"].to(device, copy=True) for name in names}
-            still = tensors[f"{prefix}.still"].to(device, copy=True)
-            state.statistics = Statistics(state.policy.metric, state.layout(), buffers, still, record.observations)
-        self.tally.load(self.step, saved.sums)
+            state.remember(tensors, record.observations)
 
     def loaded(self, saved: Saved, tensors: Mapping[str, Tensor]) -> "Controller":
         """Make the controller of a saved run of this method, which `check` has passed.
@@ -85,9 +90,7 @@ class Controller:
         If this one is bound for more steps, all schedules of the saved run have ended, and it goes on for as many.
         """
         made = Controller(self.run, saved, tensors, self._said)
-        total = max(self.total_steps or 0, made.total_steps or 0)
-        if total:
-            made.schedule(total)
+        made.schedule(max(self.total_steps or 0, made.total_steps or 0) or None)
         return made
 
     def check(self, saved: Saved, tensors: Mapping[str, Tensor]) -> None:
@@ -96,47 +99,29 @@ class Controller:
 
     # ---- schedules ----
 
-    def check_schedules(self, total_steps: int) -> None:
-        """Raise LrkitError if a schedule does not fit a run of so many steps; change nothing."""
-        for state in self.policies:
-            if not state.ended:
-                rules.timetable(state.policy, total_steps, state.capacity, state.layers)
+    def schedule(self, total_steps: int | None, *, dry: bool = False) -> None:
+        """Bind every schedule that has not ended to the length of the run.
 
-    def schedule(self, total_steps: int) -> None:
-        """Bind every schedule to the length of the run. Raises LrkitError as `check_schedules`."""
-        self.check_schedules(total_steps)
-        self.total_steps = total_steps
-        for state in self.policies:
-            if not state.ended:
-                state.times = rules.timetable(state.policy, total_steps, state.capacity, state.layers)
+        Args:
+            total_steps: T; None leaves all as it is.
+            dry: look whether they fit, and change nothing.
+
+        Raises:
+            LrkitError: a schedule does not fit.
+        """
+        if total_steps is None:
+            return
+        waiting = [state for state in self.policies if not state.ended]
+        timetables = [rules.timetable(state, total_steps) for state in waiting]
+        if not dry:
+            self.total_steps = total_steps
+            for state, times in zip(waiting, timetables, strict=True):
+                state.times = times
 
     def begin(self, total_steps: int) -> None:
-        """Bind every schedule to the length of the run, and say what it will not reach. Raises as `check_schedules`."""
+        """Bind every schedule to the length of the run, and say what it will not reach. Raises as `schedule`."""
         self.schedule(total_steps)
         self.foretell(total_steps)
-
-    def objection(self, total_steps: int) -> str | None:
-        """Say why a run that has begun cannot go on as one of so many steps; None if it can.
-
-        Once every schedule has ended, nothing depends on the total any more, and the run may be longer.
-        """
-        before = self.total_steps
-        if before is None or not self.step or before == total_steps:
-            return None
-        if total_steps < self.step:
-            return f"total_steps={total_steps}, but {self.step} steps have been taken: it counts the whole run"
-        changes = []
-        for state in self.policies:
-            if not state.ended:
-                sizes = {"units": state.capacity, "layers": state.layers}
-                now, then = (state.policy.scheduler.over(total, **sizes) for total in (before, total_steps))
-                changes.append(rules.change(self.step, now, then))
-        if not changes:
-            return None
-        return (
-            f"total_steps={total_steps}, but this run was begun with {before}, and its schedule has not ended: the schedule "
-            f"would be another one ({'; '.join(changes)}). Go on with {before}, or attach anew"
-        )
 
     def foretell(self, total_steps: int) -> None:
         """Say once what a run of so many steps will not reach by its schedules."""
@@ -146,15 +131,13 @@ class Controller:
                 for key, message in rules.forewarnings(state.policy, times, state.units):
                     self.warn(f"{key} {state.index}", message)
 
+    def objection(self, total_steps: int) -> str | None:
+        """Say why a run that has begun cannot go on as one of so many steps; None if it can."""
+        return rules.objection(self.policies, self.step, self.total_steps, total_steps)
+
     def unfinished(self) -> str | None:
         """Say what training that ends now leaves undone; None if every last decision has been taken."""
-        ends = [s.times.number(s.times.last) for s in self.policies if not s.ended and s.times is not None]
-        if not ends:
-            return None
-        return (
-            f"training ends at step {self.step} of {self.total_steps}, before the last decision at step {max(ends)}: "
-            "the budget was not reached"
-        )
+        return rules.unfinished(self.policies, self.step, self.total_steps)
 
     # ---- the loop ----
 
@@ -226,9 +209,9 @@ class Controller:
             elif state.ended:
                 state.fate.hold(state.blocks, state.kept)
         if moved:
-            self._survey()
+            self.components.survey(self.step)
         elif changed:
-            self.tally.count(self.step, self._components_kept())
+            self.components.count(self.step)
         return moved
 
     def _observe(self, state: PolicyState, step: int, scale: Tensor | None, of: GradientOf = own_gradient) -> None:
@@ -262,7 +245,8 @@ class Controller:
             other.follow()
         if self.step == state.times.last:
             state.end()
-        fresh = self._grow(state, decided, optimizer)
+        generator = torch.Generator().manual_seed((self.seed + 1_000_003 * self.step + state.index) % 2**63)
+        fresh = self.components.renew(state, verdict, optimizer, generator)
         decision = Decision(
             step=self.step,
             policy=state.index,
@@ -277,96 +261,14 @@ class Controller:
         self.history.append(decision)
         return decision, settled or verdict.cut or bool(fresh)
 
-    def _grow(self, state: PolicyState, decided: Decided, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-        """Cut and add the components that a verdict says. Returns the names of the new ones."""
-        verdict = decided.verdict
-        fresh = verdict.fresh or (0,) * len(state.blocks)
-        resizes = {}
-        for block, keep, count in zip(state.blocks, split(verdict.kept, state.blocks), fresh, strict=True):
-            keep = keep if verdict.cut else torch.ones_like(keep)
-            if count or not bool(keep.all()):
-                resizes[block.name] = Resize(keep.nonzero().flatten(), count)
-        if not resizes:
-            return ()
-        generator = torch.Generator().manual_seed((self.seed + 1_000_003 * self.step + state.index) % 2**63)
-        new = self._resize(resizes, optimizer, verdict.core, generator)
-        return tuple(f"{name}[{number}]" for name, numbers in new.items() for number in numbers)
-
     def warn(self, key: str, message: str) -> None:
         """Say something once."""
         if key not in self._said:
             self._said.add(key)
             warnings.warn(message, LrkitWarning, stacklevel=3)
 
-    # ---- components ----
-
-    def _masking(self) -> list[PolicyState]:
-        return [state for state in self.policies if not state.fate.counts]
-
-    def _components_kept(self) -> Tensor | None:
-        """bool [components]: those that no policy masks; None if no policy masks any."""
-        masks = [state.kept for state in self._masking()]
-        return functools.reduce(torch.logical_and, masks) if masks else None
-
-    def components_kept(self) -> dict[str, Tensor]:
-        """Return layer name to bool [rank]: the components that no policy masks. Layers without such units are absent."""
-        kept = self._components_kept()
-        if kept is None:
-            return {}
-        blocks = self._masking()[0].blocks  # the same for every policy on components
-        return dict(zip((block.name for block in blocks), split(kept, blocks), strict=True))
-
-    def _survey(self) -> None:
-        masking = self._masking()
-        self.tally.survey([(block.name, block.count) for block in masking[0].blocks] if masking else None)
-        self.tally.count(self.step, self._components_kept())
-
-    @torch.no_grad()
-    def _resize(
-        self,
-        resizes: Mapping[str, Resize],
-        optimizer: torch.optim.Optimizer | None,
-        core: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, tuple[int, ...]]:
-        """Cut components of layers, and add fresh ones behind them; everything that is kept of them follows.
-
-        Args:
-            resizes: what to do, by layer name. Other layers are left alone.
-            optimizer: whose state follows; None for none.
-            core: the core value of fresh components.
-            generator: what their other parts are drawn from; None if there are none.
-
-        Returns:
-            The numbers of each layer's fresh components.
-        """
-        if not resizes:
-            return {}
-        parts, parameterization = self.run.parts, self.run.method.parameterization
-        tensors: dict[int, Resized] = {}
-        fresh = {}
-        for name, how in resizes.items():
-            module, new = self.run.modules[name], {}
-            for part in parts if how.fresh else ():
-                if part.core:
-                    new[part.name] = part.of(module).new_full((how.fresh,), core)
-                else:
-                    assert generator is not None
-                    drawn = parameterization.fresh(part, module, how.fresh, generator)
-                    new[part.name] = drawn.to(part.of(module))
-            tensors |= resize_layer(module, parts, how, new, optimizer, self.run.trained)
-            fresh[name] = self.ranks.take(name, how)
-        for state in self.policies:
-            # A tensor that was frozen, then cut away whole, and has grown again stays frozen.
-            state.fate.restore(state.blocks, state.kept)
-        numbers = {name: self.ranks.numbers(name) for name in self.run.ranks}
-        for state in self.policies:
-            state.resize(resizes, tensors, numbers)
-        self._survey()
-        return fresh
-
     def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
-        """Cut components that are masked and add nothing (see `lrkit.units.present`). The parameters stay the same objects.
+        """Cut components that are masked and add nothing, once every policy has ended. The parameters stay the same objects.
 
         Args:
             optimizer: its state for these parameters is cut with them.
@@ -374,37 +276,15 @@ class Controller:
         Returns:
             Layer name to its rank now.
         """
-        masking = self._masking()
-        if masking:
-            self.run.check_cuttable()
-        kept = self.components_kept()
-        for state in self.policies:
-            # What is cut cannot come back: every policy has ended.
-            state.end()
-        if masking:
-            self._resize(self._idle(list(kept.values()), masking[0].blocks), optimizer)
+        self.components.compact(optimizer)
+        self.components.survey(self.step)
         return self.ranks.now()
-
-    def _idle(self, masks: Sequence[Tensor], blocks: Sequence[Block]) -> dict[str, Resize]:
-        """Return layer name to what stays of each layer that has masked components which add nothing."""
-        stays = {}
-        for block, mask in zip(blocks, masks, strict=True):
-            there = present(block.module, self.run.parts)
-            stays[block.name] = mask.to(there.device) | there
-        return {name: Resize(keep.nonzero().flatten()) for name, keep in stays.items() if not bool(keep.all())}
 
     # ---- state ----
 
     def tensors(self) -> dict[str, Tensor]:
         """Return copies of all tensors that the loop remembers, by name."""
-        found: dict[str, Tensor] = {}
-        for state in self.policies:
-            prefix = f"policy.{state.index}"
-            found[f"{prefix}.kept"] = state.kept.clone()
-            found[f"{prefix}.still"] = state.statistics.still.clone()
-            for name, flat in state.statistics.buffers.items():
-                found[f"{prefix}.buffer.{name}"] = flat.clone()
-        return found
+        return {name: tensor.clone() for state in self.policies for name, tensor in state.tensors().items()}
 
     def saved(self, method: dict[str, Any], head: Sequence[str], base: Any) -> Saved:
         """Return everything else that the loop remembers. Arguments as in `Saved`."""

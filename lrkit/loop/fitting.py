@@ -89,7 +89,7 @@ def _buffers(state: PolicyState) -> tuple[str, ...]:
 def _check_progress(state: PolicyState, saved: Saved, total: int) -> None:
     """Refuse a decision that should have been taken, and one about units that this run has not."""
     if not state.ended:
-        times = timetable(state.policy, total, state.capacity, state.layers)
+        times = timetable(state, total)
         if saved.step > times.last:
             raise misfit(f"step {saved.step} of {total} is beyond the last decision of policy {state.index}")
     blocks = {block.name for block in state.blocks}

@@ -8,6 +8,7 @@ to stay in the cache while a metric works on it, and is never written to memory 
 operation costs a launch, everything is one piece.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from operator import attrgetter
@@ -137,8 +138,12 @@ class Layout:
         self._unit_of = self._whole(unit_at[p] for p in unit_of)
         absent = torch.tensor([p is None for p in places], dtype=torch.bool, device=self.device)
         self._absent = absent if None in places else absent[:0].clone()
-        self.pieces = list(_pieces(self.live, _PIECE if self.device.type == "cpu" else self.size))
         self.native = Compiled(self.live, shapes)
+
+    @functools.cached_property
+    def pieces(self) -> list[_Piece]:
+        """The live tensors by pieces: small ones on a CPU, one on other devices."""
+        return list(_pieces(self.live, _PIECE if self.device.type == "cpu" else self.size))
 
     def _whole(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.int32, device=self.device)

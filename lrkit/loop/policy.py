@@ -11,7 +11,6 @@ from lrkit.loop.course import Span, course, is_known
 from lrkit.loop.fates import fate_of
 from lrkit.loop.layout import Layout, Look, as_is
 from lrkit.loop.resizing import Resize, Resized
-from lrkit.loop.rules import capacity
 from lrkit.loop.statistics import Statistics
 from lrkit.method import Policy
 from lrkit.schedulers import Timetable
@@ -48,7 +47,9 @@ class PolicyState:
         # Amounts that are given as an average are per layer that has such units: AFLoRA's FFN layers alone, say.
         self.layers = len({id(block.module) for block in blocks})
         self.units = sum(block.count for block in blocks)
-        self.capacity = capacity(policy, self.units, self.layers)
+        # The schedule's amounts are of all units, those still to come included if the action adds some.
+        amounts = (policy.scheduler.start, policy.scheduler.target) if policy.action.grows else ()
+        self.capacity = max([self.units, *(a * self.layers for a in amounts if isinstance(a, int))])
         self.times: Timetable | None = None
         self.ended = False
         self.dead: frozenset[int] = frozenset()
@@ -132,6 +133,20 @@ class PolicyState:
     def bury(self, dead: Collection[int]) -> None:
         """Take over which adapters the loss does not reach, by ``id``."""
         self.dead = frozenset(dead)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return mask and statistics by the names that a state has for them."""
+        prefix, own = f"policy.{self.index}", self.statistics
+        buffers = {f"{prefix}.buffer.{name}": flat for name, flat in own.buffers.items()}
+        return {f"{prefix}.kept": self.kept, f"{prefix}.still": own.still, **buffers}
+
+    def remember(self, tensors: Mapping[str, Tensor], observations: int) -> None:
+        """Take over the statistics of a state, whose tensors `tensors` has named; the mask is there already."""
+        prefix, device, metric = f"policy.{self.index}", self.kept.device, self.policy.metric
+        names = () if self.ended else metric.buffers
+        buffers = {name: tensors[f"{prefix}.buffer.{name}"].to(device, copy=True) for name in names}
+        still = tensors[f"{prefix}.still"].to(device, copy=True)
+        self.statistics = Statistics(metric, self.layout(), buffers, still, observations)
 
     def end(self) -> None:
         """Drop the statistics after the last decision: they have done their work."""

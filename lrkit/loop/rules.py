@@ -1,21 +1,16 @@
 """Questions to a policy before a run: does its schedule fit, what will it miss, what would another length change."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lrkit.errors import LrkitError, shown
 from lrkit.loop.course import course, is_known
+from lrkit.loop.policy import PolicyState
 from lrkit.method import Policy
 from lrkit.schedulers import Timetable
 from lrkit.settings import MOST_STEPS
 
 
-def capacity(policy: Policy, units: int, layers: int) -> int:
-    """Return what a schedule's amounts are of: all units, those still to come included if the action adds some."""
-    amounts = (policy.scheduler.start, policy.scheduler.target) if policy.action.grows else ()
-    return max([units, *(amount * layers for amount in amounts if isinstance(amount, int))])
-
-
-def timetable(policy: Policy, total_steps: int, units: int, layers: int) -> Timetable:
+def timetable(state: PolicyState, total_steps: int) -> Timetable:
     """Bind a policy's schedule to a run.
 
     Raises:
@@ -23,15 +18,55 @@ def timetable(policy: Policy, total_steps: int, units: int, layers: int) -> Time
     """
     if total_steps > MOST_STEPS:
         raise LrkitError(f"total_steps must be at most {MOST_STEPS:,}, not {shown(total_steps)}")
-    scheduler = policy.scheduler
-    times = scheduler.over(total_steps, units=units, layers=layers)
+    scheduler, units = state.policy.scheduler, state.capacity
+    times = scheduler.over(total_steps, units=units, layers=state.layers)
     first, last = times.budget(-1), times.budget(total_steps + 1)
-    if last > first and not policy.action.grows:
+    if last > first and not state.policy.action.grows:
         raise LrkitError(
             f"{type(scheduler).__name__}: target {scheduler.target!r} is {last} of {units} units, "
             f"above start {scheduler.start!r}, which is {first}: a budget never grows"
         )
     return times
+
+
+def objection(policies: Sequence[PolicyState], step: int, before: int | None, total_steps: int) -> str | None:
+    """Say why a run that has begun cannot go on as one of so many steps; None if it can.
+
+    Once every schedule has ended, nothing depends on the total any more, and the run may be longer.
+
+    Args:
+        policies: its policies.
+        step: steps that have been taken.
+        before: its total steps until now; None if it was not bound.
+        total_steps: its total steps from now on.
+    """
+    if before is None or not step or before == total_steps:
+        return None
+    if total_steps < step:
+        return f"total_steps={total_steps}, but {step} steps have been taken: it counts the whole run"
+    changes = []
+    for state in policies:
+        if not state.ended:
+            sizes = {"units": state.capacity, "layers": state.layers}
+            now, then = (state.policy.scheduler.over(total, **sizes) for total in (before, total_steps))
+            changes.append(_change(step, now, then))
+    if not changes:
+        return None
+    return (
+        f"total_steps={total_steps}, but this run was begun with {before}, and its schedule has not ended: the schedule "
+        f"would be another one ({'; '.join(changes)}). Go on with {before}, or attach anew"
+    )
+
+
+def unfinished(policies: Sequence[PolicyState], step: int, total_steps: int | None) -> str | None:
+    """Say what training that ends now leaves undone; None if every last decision has been taken."""
+    ends = [s.times.number(s.times.last) for s in policies if not s.ended and s.times is not None]
+    if not ends:
+        return None
+    return (
+        f"training ends at step {step} of {total_steps}, before the last decision at step {max(ends)}: the budget was not "
+        "reached"
+    )
 
 
 def forewarnings(policy: Policy, times: Timetable, units: int) -> Iterator[tuple[str, str]]:
@@ -68,7 +103,7 @@ def forewarnings(policy: Policy, times: Timetable, units: int) -> Iterator[tuple
         )
 
 
-def change(step: int, before: Timetable, after: Timetable) -> str:
+def _change(step: int, before: Timetable, after: Timetable) -> str:
     """Say what another number of total steps would change after `step` steps."""
     ends = [times.number(times.last) for times in (after, before)]
     budgets = [times.budget(step) for times in (after, before)]

@@ -14,6 +14,7 @@ import attrs
 from lrkit.study.files import Cost
 from lrkit.study.paired import ENOUGH_PAIRS, LEVEL, enough_pairs, holm, interval, sign_flip_p, smallest_p
 from lrkit.study.results import StudyRecord
+from lrkit.study.scores import scale_of
 
 
 @attrs.frozen(kw_only=True)
@@ -50,6 +51,8 @@ class TableRow:
         step_ratio: step time over the base's at the start of training.
         step_ratio_end: the same at the end of training.
         peak_memory: bytes.
+        effect: effect size: `difference` over the standard deviation of the pairs' differences; None if they are equal.
+        guess: the primary score of the best constant guess, mean over the done cells.
         notes: sentences that belong to this row.
         lr: the adapters' learning rate; those of the tasks if they differ.
     """
@@ -82,8 +85,17 @@ class TableRow:
     step_ratio: float | None
     step_ratio_end: float | None
     peak_memory: float | None
+    effect: float | None
+    guess: float | None
     notes: tuple[str, ...]
     lr: str = ""
+
+    @property
+    def warning(self) -> str:
+        """Say in few words that the mean is not above the best constant guess; empty if it is, or if one is not known."""
+        if self.mean is None or self.guess is None or self.mean > self.guess:
+            return ""
+        return "not above the constant guess"
 
 
 def score_name(record: StudyRecord, task: str) -> str:
@@ -148,11 +160,25 @@ def _row(record: StudyRecord, index: int, task: str, base: Mapping[int, float | 
         step_ratio=_mean([cost.step_ratio if cost else None]),
         step_ratio_end=_mean([cost.step_ratio_end if cost else None]),
         peak_memory=_mean([cost.peak_memory if cost else None]),
+        effect=effect_size(differences),
+        guess=_mean([result.majority for result in results]),
         notes=(),
         lr=record.rows[index].lr,
     )
     notes = _row_notes(row, left_out=len(both) - len(differences))
+    if row.warning and row.guess is not None:
+        guess = scale_of([score_name(record, task)], [row.guess]).text(row.guess)
+        notes.append(f"mean not above the best constant guess, {guess} (†).")
     return attrs.evolve(row, notes=(*notes, *([f"cost not measured: {cost.error}."] if cost and cost.error else [])))
+
+
+def effect_size(differences: Sequence[float]) -> float | None:
+    """Return the mean difference over the differences' standard deviation; None for one difference, or if all are equal."""
+    if len(differences) < 2:
+        return None
+    spread = statistics.stdev(differences)
+    # equal but for the last bits, as differences of rounded scores are
+    return statistics.fmean(differences) / spread if spread > 1e-9 * max(map(abs, differences)) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

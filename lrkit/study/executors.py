@@ -17,7 +17,7 @@ class Here(Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run it now, as a new process would. The caller's seeds, threads and modes are restored before it returns."""
-        from lrkit.testing.process import as_if_new
+        from lrkit.process import as_if_new
 
         future: Future[Any] = Future()
         try:

@@ -1,200 +1,145 @@
 """Pictures of runs: final rank by layer and module, when each matrix froze, budget planned and kept over time."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import attrs
+
+from lrkit.study.charts import Canvas, Cell, Curve, Style, drawing, grid_of
+from lrkit.study.charts.axes import limit
+from lrkit.study.charts.curves import draw_curve
+from lrkit.study.charts.maps import draw_cells
+from lrkit.study.charts.palette import LIGHT
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from lrkit.study.run import Result
 
-_INK = "#3d3d3a"
+
+@attrs.frozen
+class _Map:
+    """One heat map of a picture: its title, its cells by layer, and the value of the full colour."""
+
+    title: str
+    cells: Mapping[str, Cell]
+    top: float
 
 
-def grid_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """Layer names to (module, block): the last number in a name is the block, the rest behind it the module."""
-    places = {}
-    for name in names:
-        match = re.match(r"(?:.*\.)?(\d+)\.(.+)$", name)
-        places[name] = (match.group(2), int(match.group(1))) if match else (name, 0)
-    return places
-
-
-def draw(results: Mapping[str, "Result"], folder: Path) -> list[Path]:
-    """Draw what there is to draw.
+def draw(results: "Mapping[str, Result]", folder: Path) -> list[Path]:
+    """Draw whatever the runs have to show.
 
     Args:
         results: runs by label.
-        folder: where the PNG files go; it must exist.
+        folder: for the files; it must exist.
 
     Returns:
-        The files: ``ranks.png`` (runs that ranked components), ``freezing.png`` (runs that froze matrices) and
-        ``budget.png`` (runs with a policy); a file nothing belongs in is left out.
+        The PNG files; an SVG and a PDF stand beside each. ``ranks.png`` if a run ranked components, ``freezing.png`` if one
+        froze matrices, and ``budget.png`` if one has a policy.
     """
-    import matplotlib
-
-    with matplotlib.rc_context(
-        {
-            "figure.dpi": 140,
-            "font.size": 9,
-            "axes.titlesize": 10,
-            "axes.titleweight": "bold",
-            "axes.edgecolor": "#b8b6ad",
-            "axes.labelcolor": _INK,
-            "xtick.color": _INK,
-            "ytick.color": _INK,
-            "text.color": _INK,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
+    with drawing():
+        drawn = {
+            "ranks.png": _maps(_ranks(results), "heat"),
+            "freezing.png": _maps(_freezing(results), "warm"),
+            "budget.png": _budget(results),
         }
-    ):
-        drawn = [_ranks(results, folder), _freezing(results, folder), _budget(results, folder)]
-    return [path for path in drawn if path is not None]
+        return [canvas.save(folder / name)[0] for name, canvas in drawn.items() if canvas is not None]
 
 
-def _figure(rows: int, width: float, height: float) -> tuple[Any, list["Axes"]]:
-    # Not pyplot: it keeps global state, and wants a display's backend.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 1, squeeze=False)
-    return figure, [axes[i][0] for i in range(rows)]
-
-
-def _ranks(results: Mapping[str, "Result"], folder: Path) -> Path | None:
-    pruned = {label: r for label, r in results.items() if any(x.rank != x.initial_rank for x in r.summary.layers)}
-    if not pruned:
-        return None
-    cells = {
-        label: {x.name: (x.rank or 0, x.initial_rank or 0) for x in result.summary.layers}
-        for label, result in pruned.items()
-    }
-    titles = {label: f"{label}: {_ranked(table)}, mean {_mean(table):.1f}" for label, table in cells.items()}
-    return _heat_maps(
-        folder / "ranks.png",
-        {
-            titles[label]: {name: (float(rank), str(rank)) for name, (rank, _) in table.items()}
-            for label, table in cells.items()
-        },
-        # Up to what a method began with, or has grown to: one of rank 1000 would leave all others pale.
-        tops={titles[label]: float(max(max(pair) for pair in table.values())) for label, table in cells.items()},
-        label="rank in the end",
-        colours="YlGnBu",
-    )
-
-
-def _ranked(table: Mapping[str, tuple[int, int]]) -> str:
-    begun = max(initial for _, initial in table.values())
-    grown = any(rank > initial for rank, initial in table.values())
-    return f"rank in the end, begun at {begun}" if grown else f"rank kept of {begun}"
-
-
-def _mean(table: Mapping[str, tuple[int, int]]) -> float:
-    return sum(rank for rank, _ in table.values()) / len(table)
-
-
-def _freezing(results: Mapping[str, "Result"], folder: Path) -> Path | None:
-    tables = {}
+def _ranks(results: "Mapping[str, Result]") -> list[_Map]:
+    maps = []
     for label, result in results.items():
-        frozen = {name for layer in result.summary.layers for name in _matrices(layer.name, layer.frozen)}
+        layers = result.summary.layers
+        if all(layer.rank == layer.initial_rank for layer in layers):
+            continue
+        ranks = {layer.name: (layer.rank or 0, layer.initial_rank or 0) for layer in layers}
+        begun = max(initial for _, initial in ranks.values())
+        grown = any(rank > initial for rank, initial in ranks.values())
+        told = f"rank in the end, begun at {begun}" if grown else f"rank kept of {begun}"
+        mean = sum(rank for rank, _ in ranks.values()) / len(ranks)
+        cells = {name: Cell(float(rank), str(rank)) for name, (rank, _) in ranks.items()}
+        # A scale for each: one of rank 1000 would leave all others pale.
+        maps.append(_Map(f"{label}: {told}, mean {mean:.1f}", cells, float(max(map(max, ranks.values())))))
+    return maps
+
+
+def _freezing(results: "Mapping[str, Result]") -> list[_Map]:
+    maps = []
+    for label, result in results.items():
+        frozen = sorted(f"{layer.name}.{matrix}" for layer in result.summary.layers for matrix in layer.frozen)
         if not frozen:
             continue
-        when = {name: d.step for d in result.history for name in d.lost}
-        table: dict[str, tuple[float, str]] = {}
-        for name in sorted(frozen):
-            # Matrices that froze together stand in the history by their layer's name.
-            step = when.get(name, when.get(name.rpartition(".")[0], 0))
-            table[name] = (float(step), str(step))
-        tables[f"{label}: step at which each matrix froze (of {result.steps})"] = table
-    if not tables:
+        when = {name: decision.step for decision in result.history for name in decision.lost}
+        # Matrices that froze together stand in the history by their layer's name.
+        steps = {name: when.get(name, when.get(name.rpartition(".")[0], 0)) for name in frozen}
+        cells = {name: Cell(float(step), str(step)) for name, step in steps.items()}
+        title = f"{label}: step at which each matrix froze (of {result.steps})"
+        maps.append(_Map(title, cells, float(max(steps.values()))))
+    last = max((each.top for each in maps), default=0.0)
+    return [attrs.evolve(each, top=last) for each in maps]
+
+
+def _maps(maps: list[_Map], colour: str) -> Canvas | None:
+    """Draw heat maps below each other, each with its title."""
+    if not maps:
         return None
-    last = max(value for table in tables.values() for value, _ in table.values())
-    tops = dict.fromkeys(tables, last)
-    return _heat_maps(folder / "freezing.png", tables, tops=tops, label="optimizer step", colours="YlOrBr")
+    places = [grid_of(list(each.cells)) for each in maps]
+    modules = [list(dict.fromkeys(module for module, _ in place.values())) for place in places]
+    blocks = [len({block for _, block in place.values()}) for place in places]
+    margin = 14 + 7 * max(len(name) for names in modules for name in names)
+    wide, tall, head, foot = 40, 22, 30, 22
+    heights = [head + tall * len(names) + foot for names in modules]
+    titles = max(len(each.title) for each in maps) * 8 + 20
+    canvas = Canvas(max(margin + wide * max(blocks) + 10, titles), sum(heights) + 20)
+    top = 0.0
+    for each, columns, height in zip(maps, blocks, heights, strict=True):
+        right = canvas.width - margin - wide * columns
+        axes = canvas.axes(margin, canvas.height - top - height + foot, right, top + head)
+        draw_cells(canvas, axes, each.cells, top=each.top, colour=colour, size=(wide, tall))
+        canvas.label(10, top + 8, each.title, bold=True)
+        top += height
+    canvas.label(margin, -8, "transformer block")
+    return canvas
 
 
-def _matrices(layer: str, frozen: Sequence[str]) -> list[str]:
-    return [f"{layer}.{matrix}" for matrix in frozen]
-
-
-def _heat_maps(
-    path: Path,
-    tables: Mapping[str, Mapping[str, tuple[float, str]]],
-    *,
-    tops: Mapping[str, float],
-    label: str,
-    colours: str,
-) -> Path:
-    """One map for each table, coloured from 0 to its top."""
-    import numpy as np
-
-    places = {title: grid_of(list(table)) for title, table in tables.items()}
-    rows = {title: _in_order(place) for title, place in places.items()}
-    columns = max(block for place in places.values() for _, block in place.values()) + 1
-    height = sum(0.30 * len(r) + 0.75 for r in rows.values()) + 0.3
-    figure, axes = _figure(len(tables), max(7.2, 3.6 + 0.5 * columns), height)
-    for axis, (title, table) in zip(axes, tables.items(), strict=True):
-        top = tops[title] or 1.0
-        values = np.full((len(rows[title]), columns), np.nan)
-        for name, (value, text) in table.items():
-            module, block = places[title][name]
-            row = rows[title].index(module)
-            values[row, block] = value
-            dark = value > 0.6 * top
-            axis.text(block, row, text, ha="center", va="center", fontsize=8, color="white" if dark else _INK)
-        image = axis.imshow(values, aspect="auto", cmap=colours, vmin=0, vmax=top)
-        axis.set_title(title, loc="left")
-        axis.set_yticks(range(len(rows[title])), rows[title])
-        axis.set_xticks(range(columns))
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-        axis.set_xticks(np.arange(-0.5, columns), minor=True)
-        axis.set_yticks(np.arange(-0.5, len(rows[title])), minor=True)
-        axis.grid(which="minor", color="white", linewidth=1.5)
-        axis.tick_params(which="minor", length=0)
-        figure.colorbar(image, ax=axis, label=label, pad=0.02).outline.set_visible(False)
-    axes[-1].set_xlabel("transformer block")
-    figure.savefig(path)
-    return path
-
-
-def _in_order(places: Mapping[str, tuple[str, int]]) -> list[str]:
-    return list(dict.fromkeys(module for module, _ in places.values()))
-
-
-def _budget(results: Mapping[str, "Result"], folder: Path) -> Path | None:
+def _budget(results: "Mapping[str, Result]") -> Canvas | None:
     curves = {}
     for label, result in results.items():
-        indices = sorted({d.policy for d in result.history})
-        for index in indices:
-            name = label if len(indices) == 1 else f"{label}, policy {index}"
-            curves[name] = [d for d in result.history if d.policy == index], result
+        policies = sorted({decision.policy for decision in result.history})
+        for policy in policies:
+            name = label if len(policies) == 1 else f"{label}, policy {policy}"
+            curves[name] = [decision for decision in result.history if decision.policy == policy], result.steps
     if not curves:
         return None
-    figure, axes = _figure(len(curves), 6.4, 1.75 * len(curves) + 0.5)
-    for axis, (label, (decisions, result)) in zip(axes, curves.items(), strict=True):
-        units = decisions[0].units
-        steps = [0, *(d.step for d in decisions), result.steps]
-        before = decisions[0].before
-        planned = [before, *(d.budget for d in decisions), decisions[-1].budget]
-        kept = [before, *(d.kept for d in decisions), decisions[-1].kept]
-        axis.step(steps, planned, where="post", color="#b8b6ad", linewidth=4, label="planned")
-        axis.step(steps, kept, where="post", color="#0b6e99", linewidth=1.5, label="kept")
-        back = [(d.step, d.kept) for d in decisions if d.returned]
+    legend, tall, foot = 34, 150, 30
+    canvas = Canvas(640, legend + tall * len(curves) + foot)
+    for i, (label, (decisions, steps)) in enumerate(curves.items()):
+        top, units = legend + tall * i, decisions[0].units
+        axes = canvas.axes(60, canvas.height - top - tall + 20, 20, top + 30)
+        limit(axes, (0, steps), (0, units * 1.06))
+        x = [0, *(decision.step for decision in decisions), steps]
+        for name, style, width in (("budget", Style("planned"), 5.0), ("kept", Style("h0"), 1.75)):
+            amounts = [float(getattr(decision, name)) for decision in decisions]
+            y = [float(decisions[0].before), *amounts, amounts[-1]]
+            curve = Curve(label="planned" if name == "budget" else name, style=style, x=x, y=y, step=True, width=width)
+            draw_curve(canvas, axes, curve)
+        back = [(decision.step, decision.kept) for decision in decisions if decision.returned]
         if back:
-            axis.plot(
-                [s for s, _ in back], [k for _, k in back], "|", color="#d9730d", markersize=7, label="units came back"
-            )
-        axis.set_title(f"{label}: {units} units", loc="left")
-        axis.set_ylim(0, units * 1.06)
-        axis.set_xlim(0, result.steps)
-        axis.set_ylabel("units kept")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0, ncols=3)
-    axes[-1].set_xlabel("optimizer step")
-    path = folder / "budget.png"
-    figure.savefig(path)
-    return path
+            axes.plot(*zip(*back, strict=True), "|", color=LIGHT["h1"], markersize=8, markeredgewidth=1.5)
+        canvas.label(10, top + 8, f"{label}: {units} units, those kept over the steps", bold=True)
+    _legend(canvas, any(decision.returned for decisions, _ in curves.values() for decision in decisions))
+    canvas.label(-20, -8, "optimizer step")
+    return canvas
+
+
+def _legend(canvas: Canvas, returned: bool) -> None:
+    """Write the key at the picture's upper edge, which is kept free for it, so that it covers no title and no line."""
+    from matplotlib.lines import Line2D
+
+    lines = [
+        Line2D([], [], color=LIGHT["planned"], linewidth=5, label="planned"),
+        Line2D([], [], color=LIGHT["h0"], linewidth=1.75, label="kept"),
+    ]
+    if returned:
+        lines.append(Line2D([], [], color=LIGHT["h1"], linestyle="", marker="|", markersize=8, label="units came back"))
+    place = (10 / canvas.width, 1 - 4 / canvas.height)
+    canvas.figure.legend(handles=lines, loc="upper left", bbox_to_anchor=place, frameon=False, ncols=3, borderpad=0)

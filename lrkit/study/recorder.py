@@ -83,6 +83,7 @@ class Recorder(TrainerCallback):
             seconds = (now - self._logged) / max(1, state.global_step - self._step)
             self._logged, self._step = now, state.global_step
             line |= {"loss": logs["loss"], "lr": logs.get("learning_rate"), "seconds": seconds}
+            line |= {"penalty": logs["penalty"]} if "penalty" in logs else {}  # beside the loss, and not in it
         scores = {
             key.removeprefix("eval_"): value
             for key, value in logs.items()

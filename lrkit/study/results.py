@@ -111,6 +111,15 @@ class CellRecord:
         return tuple((step, number(line["loss"])) for (step, kind), line in self._metrics.items() if kind == "loss")
 
     @cached_property
+    def penalties(self) -> tuple[tuple[int, float], ...]:
+        """List (step, penalty that was added to the loss) by step; empty for a method without one, and in older studies."""
+        return tuple(
+            (step, number(line["penalty"]))
+            for (step, kind), line in self._metrics.items()
+            if kind == "loss" and line.get("penalty") is not None
+        )
+
+    @cached_property
     def evaluations(self) -> tuple[tuple[int, dict[str, float]], ...]:
         """List (step, scores on the validation rows) by step, if the run was evaluated on the way."""
         return tuple(

@@ -1,14 +1,14 @@
-"""CSV that a spreadsheet shows as it is: a text that it would run as a formula has an apostrophe before it."""
+"""Write CSV that a spreadsheet shows as it is: an apostrophe stands before a text that it would run as a formula."""
 
 import csv
 import io
 
 _STARTS = "=+-@|%\uff1d\uff0b\uff0d\uff20\u2212"
-"""What begins a formula, their full-width forms as well."""
+"""Characters that begin a formula, in their full-width forms as well."""
 
 
 def harmless(text: str) -> str:
-    """A text that no spreadsheet takes for a formula. Numbers stay as they are."""
+    """Return a text that no spreadsheet takes for a formula. Numbers stay as they are."""
     inner = text.lstrip("\t\r\n\v\f\0 \u00a0\u3000\ufeff'\"")
     if not inner or inner[0] not in _STARTS or _is_number(text):
         # One that begins with a tab or a line's end is cut off there by some, and read on from there.
@@ -25,7 +25,7 @@ def _is_number(text: str) -> bool:
 
 
 def safe_csv(content: str) -> str:
-    """CSV with every text made `harmless`, headers included."""
+    """Return CSV with every text made `harmless`, headers included."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for row in csv.reader(io.StringIO(content, newline="")):

@@ -3,8 +3,11 @@
 `compare` makes a `Table`. The numbers are made in `lrkit.study.comparison`, and the texts in `lrkit.study.table`.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
+
 from lrkit.study.comparison import TableRow, limits_of, rows_of, score_name
 from lrkit.study.results import StudyRecord
+from lrkit.study.sizes import unequal_sizes
 from lrkit.study.table import Table
 
 _APART = "Each task is tested by itself: p is corrected over the rows of one task's table, not over the tasks."
@@ -35,8 +38,18 @@ def compare(record: StudyRecord) -> Table:
         tasks=tuple(tables),
         rows=tuple(row for rows in tables.values() for row in rows),
         limits=tuple(dict.fromkeys(told)),
-        notes=(_APART,) if len(tables) > 1 and any(row.pairs for rows in tables.values() for row in rows) else (),
+        notes=tuple(_notes(record, tables)),
     )
+
+
+def _notes(record: StudyRecord, tables: Mapping[str, Sequence[TableRow]]) -> Iterator[str]:
+    """Say how several tasks are tested, and which rows of one target are not of one size."""
+    if len(tables) > 1 and any(row.pairs for rows in tables.values() for row in rows):
+        yield _APART
+    methods = [row.method for row in record.rows]
+    for task, rows in tables.items():
+        for note in unequal_sizes(methods, [row.label for row in rows], [row.parameters_final for row in rows]):
+            yield f"On {task}: {note}" if len(tables) > 1 else note
 
 
 __all__ = ["Table", "TableRow", "compare"]

@@ -6,24 +6,16 @@ pandas is imported when it is used, since it is slow to import.
 import csv
 import io
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from lrkit.study.comparison import TableRow
+from lrkit.study.latex import latex_table
+from lrkit.study.scores import Scale, scale_of
 from lrkit.study.sheet import safe_csv
-from lrkit.study.texts import (
-    compact,
-    latex,
-    latex_entry,
-    markdown,
-    memory,
-    probability,
-    sentence,
-    text_tables,
-    two_lines,
-)
+from lrkit.study.texts import compact, latex, markdown, memory, probability, text_tables
 
 if TYPE_CHECKING:
     import pandas
@@ -52,6 +44,11 @@ class Table:
     rows: tuple[TableRow, ...]
     limits: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def scale(self) -> Scale:
+        """Choose how the scores are written: in percent if they are shares."""
+        return scale_of(self.scores, [row.mean for row in self.rows if row.mean is not None])
 
     def of(self, task: str) -> "Table":
         """Return the table of one task."""
@@ -87,28 +84,7 @@ class Table:
 
     def to_latex(self) -> str:
         r"""Write a LaTeX ``table``: scores, then costs, per task. It needs ``\usepackage{booktabs}``."""
-        label = "".join(c for c in self.name if c.isascii() and (c.isalnum() or c in "-."))
-        lines = [
-            r"% needs \usepackage{booktabs}",
-            r"\begin{table}",
-            r"\centering\scriptsize\setlength{\tabcolsep}{3pt}",
-            rf"\caption{{{latex(' '.join([sentence(self.title), *self.all_notes()]))}}}",
-            rf"\label{{tab:{label}}}\par\medskip",
-        ]
-        for name, table, columns in self._tables(SCORES, COSTS):
-            headers = zip(*(two_lines(column.latex) for column in columns), strict=True)
-            lines += [rf"\textbf{{{latex(name)}}}\par\smallskip"] if name else []
-            lines += [
-                rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
-                r"\toprule",
-                *[" & ".join(header) + r" \\" for header in headers if any(header)],
-                r"\midrule",
-            ]
-            for row in table.rows:
-                entries = [latex_entry(column.text(row)) for column in columns[1:]]
-                lines.append(" & ".join([latex(row.label), *entries]) + r" \\")
-            lines += [r"\bottomrule", r"\end{tabular}\par\medskip"]
-        return "\n".join([*lines, r"\end{table}"]) + "\n"
+        return latex_table(self.title, self.name, list(self._tables(SCORES, COSTS)), self.all_notes())
 
     def __str__(self) -> str:
         """Write the table as plain text for a terminal of 100 columns."""
@@ -153,48 +129,53 @@ class Table:
         return ["row", *names, "notes"]
 
 
-def decimals(table: Table) -> int:
-    """Count the decimals that scores are shown with: four below 10, fewer for larger ones."""
-    size = max((abs(row.mean) for row in table.rows if row.mean is not None), default=0.0)
-    return 4 if size < 10 else 2 if size < 1000 else 0
-
-
 @attrs.frozen
 class Column:
-    """One column as text: a key, a header for plain text, one for LaTeX, and a row's entry (empty if there is none)."""
+    """One column as text: a key, a header for plain text, one for LaTeX, and a row's entry (empty if there is none).
+
+    `number` is given if the column's highest number is the best.
+    """
 
     key: str
     header: str
     latex: str
     text: Callable[[TableRow], str]
+    number: Callable[[TableRow], float | None] | None = None
 
 
-SCORES = ("n", "score", "difference", "interval", "p", "p_holm")
+SCORES = ("n", "score", "difference", "interval", "effect", "p", "p_holm")
 COSTS = ("lr", "parameters_average", "parameters_final", "flops", "step_ratio", "step_ratio_end", "peak_memory")
 
 
 def columns_of(table: Table, keys: Sequence[str]) -> list[Column]:
     """List the row's label and the columns asked for, less those in which no row has an entry."""
-    places = decimals(table)
+    scale = table.scale
     name = " or ".join(dict.fromkeys(table.scores))
 
     def score(row: TableRow) -> str:
-        spread = "" if row.sd is None else f" ± {row.sd:.{places}f}"
-        return "" if row.mean is None else f"{row.mean:.{places}f}{spread}"
+        spread = "" if row.sd is None else f" ± {scale.number(row.sd)}"
+        return "" if row.mean is None else f"{scale.number(row.mean)}{spread}{' †' if row.warning else ''}"
 
     def ends(row: TableRow) -> str:
         if row.low is None or row.high is None:
             return "unbounded" if row.pairs else ""
-        return f"[{row.low:+.{places}f}, {row.high:+.{places}f}]"
+        return "no width" if row.low == row.high else f"[{scale.number(row.low, '+')}, {scale.number(row.high, '+')}]"
 
     def number(key: str, show: Callable[[float], str]) -> Callable[[TableRow], str]:
         return lambda row: "" if getattr(row, key) is None else show(getattr(row, key))
 
     made = [
         Column("n", "n", "$n$", lambda row: f"{row.n}" if row.n == row.planned else f"{row.n}/{row.planned}"),
-        Column("score", name if len(name) < 16 else "score", "Score", score),
-        Column("difference", "difference", r"$\Delta$", number("difference", lambda x: f"{x:+.{places}f}")),
+        Column(
+            "score",
+            scale.heading(name if len(name) < 16 else "score"),
+            latex(scale.heading("Score")),
+            score,
+            lambda row: row.mean,
+        ),
+        Column("difference", "difference", r"$\Delta$", number("difference", lambda x: scale.number(x, "+"))),
         Column("interval", "95 % interval", r"95\,\% interval", ends),
+        Column("effect", "effect size", r"Effect|size", number("effect", "{:+.2f}".format)),
         Column("p", "p", "$p$", number("p", probability)),
         Column("p_holm", "p (Holm)", r"$p$|(Holm)", number("p_holm", probability)),
         Column("lr", "lr", "Rate", lambda row: row.lr),
@@ -212,16 +193,17 @@ def columns_of(table: Table, keys: Sequence[str]) -> list[Column]:
 
 def columns_of_tasks(table: Table) -> list[Column]:
     """List the row's label and, if there are several tasks, one column per task's mean; for a row of any task."""
-    places = decimals(table)
     means = {(row.task, row.index): row.mean for row in table.rows}
+    columns = [columns_of(table, ())[0]]
+    for task in table.tasks if len(table.tasks) > 1 else ():
+        columns.append(_means_of(task, means, table.of(task).scale))
+    return columns
 
-    def mean(task: str) -> Callable[[TableRow], str]:
-        def text(row: TableRow) -> str:
-            value = means[task, row.index]
-            return "" if value is None else f"{value:.{places}f}"
 
-        return text
+def _means_of(task: str, means: Mapping[tuple[str, int], float | None], scale: Scale) -> Column:
+    def text(row: TableRow) -> str:
+        value = means[task, row.index]
+        return "" if value is None else scale.number(value)
 
-    label = columns_of(table, ())[0]
-    names = table.tasks if len(table.tasks) > 1 else ()
-    return [label, *(Column(f"mean.{name}", name, latex(name), mean(name)) for name in names)]
+    name = scale.heading(task)
+    return Column(f"mean.{task}", name, latex(name), text, lambda row: means[task, row.index])

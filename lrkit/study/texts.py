@@ -60,11 +60,11 @@ def markdown(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*_[]<>|~&#" else c for c in " ".join(text.split()))
 
 
-_MATH = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ±×÷·→≤≥−<>|"
+_MATH = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ±×÷·→≤≥−<>|†"
 _MATH_NAMES = (
     r"\alpha \beta \gamma \delta \epsilon \zeta \eta \theta \iota \kappa \lambda \mu \nu \xi \pi \rho \sigma \tau "
     r"\upsilon \phi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Pi \Sigma \Phi \Psi \Omega "
-    r"\pm \times \div \cdot \to \le \ge - < > |"
+    r"\pm \times \div \cdot \to \le \ge - < > | \dagger"
 )
 _TEXT = '–—…‘’“”"\\~^'
 _TEXT_NAMES = r"\textendash{} \textemdash{} \dots{} ` ' `` '' '' \textbackslash{} \textasciitilde{} \^{}"
@@ -87,20 +87,3 @@ def latex(text: str) -> str:
 
     out = "".join(one(c) for c in unicodedata.normalize("NFC", " ".join(text.split())))
     return re.sub("-(?=-)", "-{}", out)  # two hyphens would be set as a dash
-
-
-def latex_entry(text: str) -> str:
-    """Write a number of `columns_of` for LaTeX: a sign is a minus, not a hyphen."""
-    signed = text.startswith(("+", "-", "["))
-    return f"${text}$".replace(", ", r",\,") if signed else latex(text or "–")
-
-
-def sentence(text: str) -> str:
-    """End a text with a full stop, unless it has an end."""
-    return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-def two_lines(header: str) -> tuple[str, str]:
-    """Break a header over two lines of a table, at the bar."""
-    over, bar, under = header.partition("|")
-    return (over, under) if bar else ("", header)

@@ -75,7 +75,7 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
         ``{"key", "status": "done" | "failed" | "busy", "score", "error", "seconds"}``. Busy: another process runs it now.
         Seconds: the time that it took here, None if it did not come to its end.
     """
-    from lrkit.testing.process import as_it_was
+    from lrkit.process import as_it_was
 
     begin = time.monotonic()
     cell, place = Cell(**plain), Path(folder)

@@ -14,6 +14,7 @@ from lrkit.adapt.adapted import attach
 from lrkit.loop.fates import fate_of
 from lrkit.method import Method
 from lrkit.parameterizations import Parameterization, Target
+from lrkit.process import as_it_was
 from lrkit.testing.base import (
     POINTS,
     PartContract,
@@ -31,7 +32,6 @@ from lrkit.testing.base import (
     seed_torch,
     tiny,
 )
-from lrkit.testing.process import as_it_was
 from lrkit.units import Block, Part, blocks_of, present, split
 
 

@@ -28,9 +28,9 @@ from lrkit.hookspecs import Kind
 from lrkit.method import Method
 from lrkit.metrics import Metric
 from lrkit.parameterizations import Parameterization
+from lrkit.process import as_it_was, global_state
 from lrkit.registry import current
 from lrkit.schedulers import Scheduler
-from lrkit.testing.process import as_it_was, global_state
 
 
 @attrs.frozen

@@ -15,6 +15,7 @@ from lrkit.adapt.adapted import Adapted, attach, load
 from lrkit.adapt.targets import find_targets
 from lrkit.errors import LrkitError
 from lrkit.method import Method
+from lrkit.process import as_it_was
 from lrkit.testing.base import (
     POINTS,
     Broken,
@@ -39,7 +40,6 @@ from lrkit.testing.base import (
     seed_torch,
     tiny,
 )
-from lrkit.testing.process import as_it_was
 from lrkit.units import Part
 
 

@@ -208,7 +208,7 @@ def test_loaders_that_raise(kind):
 @pytest.mark.parametrize("word", ["nan", "inf", "Infinity", "none", "true"])
 def test_a_name_for_a_value(word):
     """`plugins new` refuses names that the registry would refuse."""
-    from lrkit.scaffold import written
+    from lrkit.cli.scaffold import written
 
     with pytest.raises(LrkitError, match=r"word for a value|no Python name"):
         written(f"lrkit-{word}", "metric")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import lrkit
-from lrkit import scaffold, testing
+from lrkit import testing
+from lrkit.cli import doctor, plugins
 from lrkit.registry import Registry
 
 
@@ -38,7 +39,7 @@ def of(*offers: object) -> Registry:
 def test_each_component_is_told_at_once() -> None:
     """After each component: its state, its time, and how many there are; before the next one is begun."""
     told = []
-    scaffold.examine(
+    doctor.examine(
         registry=of({"one": One}, {"two": Two}),
         told=lambda component, seen, total: told.append((component, seen, total)),
     )
@@ -53,11 +54,11 @@ def test_progress_is_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     """The command shows it beside the table, with --json nothing but JSON."""
     registry = of({"one": One})
     monkeypatch.setattr("lrkit.registry.current", lambda: registry)
-    scaffold.doctor(name=None, as_json=False)
+    plugins.doctor(name=None, as_json=False)
     out, err = capsys.readouterr()
     assert err.startswith("[1/1] metric one: kept (")
     assert "seconds" in out
-    scaffold.doctor(name=None, as_json=True)
+    plugins.doctor(name=None, as_json=True)
     assert capsys.readouterr().err == ""
 
 

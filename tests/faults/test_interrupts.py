@@ -50,6 +50,7 @@ def test_the_same_command_goes_on(place, tmp_path):
     _, said = broken.communicate(timeout=60)
     assert broken.returncode == 130, said
     assert "Traceback" not in said and "the same command goes on from there" in said and "schedule" not in said
+    assert "training ends" not in said, "a pause is no end"
     assert not (tmp_path / "broken" / "result.json").exists()
     again = start(place, "--out", str(tmp_path / "broken"))
     _, said = again.communicate(timeout=120)

@@ -15,8 +15,9 @@ OLD_ACTION = ("reversible", "freezes", "budgeted", "exact", "retains", "select",
 
 @pytest.fixture(autouse=True)
 def _retire_them(monkeypatch):
-    """All members of 0.1.0's actions, whichever of them are retired yet."""
+    """All members of 0.1.0's actions, and the arguments of `adapt`, whichever of them are in the table yet."""
     monkeypatch.setitem(retired.RETIRED, "action", OLD_ACTION)
+    monkeypatch.setitem(retired.CHANGED, "parameterization", {"adapt": ("model", "targets")})
 
 
 @attrs.frozen(kw_only=True)
@@ -38,6 +39,22 @@ class Counting(lrkit.Parameterization):
 
     def units(self, kind):
         return 1
+
+
+@attrs.frozen(kw_only=True)
+class Sharing(lrkit.parameterizations.LoRA):
+    """One that adapts all layers at once, and is not told the model."""
+
+    def adapt(self, layers):
+        return {layer.name: self.build(layer) for layer in layers}
+
+
+@attrs.frozen(kw_only=True)
+class Told(lrkit.parameterizations.LoRA):
+    """One that takes whatever it is given."""
+
+    def adapt(self, *given):
+        return {layer.name: self.build(layer) for layer in given[-1]}
 
 
 @attrs.frozen(kw_only=True)
@@ -91,7 +108,7 @@ class Plugin:
 
     @hookimpl
     def lrkit_parameterizations(self):
-        return {"growing": Growing, "counting": Counting}
+        return {"growing": Growing, "counting": Counting, "sharing": Sharing, "told": Told}
 
     @hookimpl
     def lrkit_actions(self):
@@ -114,6 +131,7 @@ def made():
 LINES = {
     'parameterization "growing"': "`grows` is no longer asked for",
     'parameterization "counting"': "`units` is no longer asked for",
+    'parameterization "sharing"': "`adapt` takes (model, targets)",
     'action "flagged"': "`reversible`, `select` are no longer asked for",
     'action "inherits"': "`reversible`, `select` are no longer asked for",
     'action "settable"': "`exact` is no longer asked for",
@@ -138,9 +156,10 @@ def test_one_line_each(old):
 
 
 def test_the_rest_works(old):
-    """Its schedulers, its methods and its newer actions are registered."""
+    """Its schedulers, its methods and its newer components are registered."""
     assert old.get("scheduler", "square") is Square
     assert old.get("action", "present") is Present
+    assert old.get("parameterization", "told") is Told
     assert old.get("method", "old") is made
 
 

@@ -157,7 +157,7 @@ def test_a_new_module_counts(tmp_path):
         return code._hash((p.name, p) for p in code.inside(tmp_path / "lrkit"))
 
     before = digest()
-    (tmp_path / "lrkit" / "cli.py").write_text("")
+    (tmp_path / "lrkit" / "cli" / "app.py").write_text("")
     assert digest() == before
     (tmp_path / "lrkit" / "brand_new.py").write_text("")
     assert digest() != before

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lrkit.scaffold import KINDS, written
+from lrkit.cli.scaffold import KINDS, written
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Look at the state of a process, such as its random generators, threads and switches, and put it back."""
+"""Look at what belongs to the user's program, and put it back: random generators, threads and switches."""
 
 import os
 import pickle
@@ -15,7 +15,7 @@ from lrkit.precision import without_autocast
 
 
 def global_state() -> dict[str, Any]:
-    """Return the state that belongs to the user's program, by name."""
+    """Return the state of what belongs to the user's program, by name."""
     return {
         "torch's random generator": torch.get_rng_state().tolist(),
         "Python's random generator": random.getstate(),
@@ -35,7 +35,10 @@ def global_state() -> dict[str, Any]:
 
 @contextmanager
 def as_it_was() -> Iterator[None]:
-    """Put all of it back at the end, so that code within may seed, set threads and throw switches as it likes."""
+    """Put everything of `global_state` back after the block, the environment and the warnings' filters too.
+
+    For example, a contract's test may seed, set threads and throw switches as it likes.
+    """
     before, numpy = global_state(), np.random.get_state()
     environment, filters = dict(os.environ), list(warnings.filters)
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
@@ -67,7 +70,7 @@ def as_it_was() -> Iterator[None]:
 
 @contextmanager
 def as_if_new() -> Iterator[None]:
-    """Run as in a process that has just begun, and put this one's modes and global state back at the end."""
+    """Run the block in the modes of a process that has just begun, and put this one's modes and state back."""
     with ExitStack() as modes:
         modes.enter_context(as_it_was())
         modes.enter_context(torch.inference_mode(False))

@@ -1,0 +1,78 @@
+"""``lrkit export``: write a trained run for PEFT, vLLM or transformers."""
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lrkit.cli import screen
+from lrkit.cli.folders import new_folder
+from lrkit.cli.options import Json
+from lrkit.errors import LrkitError, LrkitWarning, nearest
+from lrkit.reading import read_json
+
+
+def export(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="What `lrkit run --out` wrote, or a study's cell: a folder with lrkit.safetensors."
+        ),
+    ],
+    to: Annotated[str, typer.Option(help="peft-lora, peft-adalora, vllm-lora or merged.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    model: Annotated[str | None, typer.Option("--model", help="The base model, if RUN's own is not at hand.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a trained run for PEFT, vLLM or transformers.
+
+    What was written is read back and compared: the same outputs, or nothing is left.
+    """
+    import attrs
+
+    from lrkit import peft
+    from lrkit.adapt import checkpoint
+    from lrkit.adapt.adapted import load
+    from lrkit.loop import state
+    from lrkit.study.pretrained import load_base
+
+    if to not in peft.TARGETS:
+        raise LrkitError(
+            f'there is no export to "{to}"{nearest(to, peft.TARGETS)}; there are {", ".join(peft.TARGETS)}'
+        )
+    new_folder(out)
+    with checkpoint.stored(run) as stored:
+        base = state.read({"meta": stored.meta, "tensors": {}}).base
+        trained = {name.removeprefix("weight.") for name in stored.shapes}
+    if base is None:
+        raise LrkitError(f"{run} does not say which transformers model it was attached to: export it with lrkit.export")
+    net, tokenizer = load_base(base, model or _model_of(run), trained)
+    adapted = load(net, run)
+    if to == "merged" and tokenizer is None:
+        warnings.warn("the base model has no tokenizer, so none is written", LrkitWarning, stacklevel=1)
+    exported = peft.export(adapted, out, to=to, tokenizer=tokenizer)
+    if as_json:
+        screen.say_json(attrs.asdict(exported) | {"tolerance": peft.TOLERANCE})
+        return
+    ranks = exported.ranks.values()
+    low, high = (min(ranks), max(ranks)) if ranks else (0, 0)
+    rank = f"rank {low}" if low == high else f"rank {low} to {high}"
+    out_of = f" of {len(adapted.adapters)}" if len(ranks) < len(adapted.adapters) else ""
+    what = f"{len(ranks)}{out_of} layers, {rank}" if ranks else "a plain model"
+    screen.say(
+        f"{what}; read back, logits are within {exported.difference:.1g} (the largest is {exported.largest:.3g})"
+    )
+    screen.say("written: " + " ".join(str(out / name) for name in exported.files))
+
+
+def _model_of(run: Path) -> str | None:
+    """Return what a run was told as its model; None if it left no word."""
+    for name in ("result.json", "config.json"):
+        try:
+            found = read_json(run / name)
+        except (FileNotFoundError, LrkitError):
+            continue
+        if isinstance(found, dict) and isinstance(found.get("model"), str):
+            return str(found["model"])
+    return None

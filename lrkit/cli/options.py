@@ -1,0 +1,24 @@
+"""Options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable results on stdout.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting: rank=8, scheduler.warmup=0.1, run.steps=200."),
+]
+Swap = Annotated[
+    list[str] | None, typer.Option("--swap", metavar="PART=NAME", help="Swap a component: metric=magnitude.")
+]
+TaskName = Annotated[str | None, typer.Option("--task", help="movies (the default), glue/NAME, or a plug-in's.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="A folder with {train,validation}.jsonl[.gz], instead of --task.")
+]
+Model = Annotated[str, typer.Option("--model", help="minilm, a folder, or a hub id.")]
+TrainAlso = Annotated[
+    str | None,
+    typer.Option("--train-also", help="Modules that train in full, joined by commas; auto (the task head) or none."),
+]

@@ -1,0 +1,252 @@
+"""``lrkit demo`` and ``lrkit run``: train methods, and show what came of it."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lrkit.cli import progress, screen, words
+from lrkit.cli.folders import new_folder, write_into, write_text
+from lrkit.cli.options import Data, Json, Model, Set, Swap, TaskName, TrainAlso
+from lrkit.cli.tables import Column
+from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.interrupt import stopping
+
+if TYPE_CHECKING:
+    from lrkit.adapt.adapted import Adapted
+    from lrkit.method import Method
+    from lrkit.study.resume import Unfinished
+    from lrkit.study.run import Result
+
+
+def demo(
+    out: Annotated[Path | None, typer.Option(help="A new folder for table and pictures.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.", min=20)] = 120,
+    as_json: Json = False,
+) -> None:
+    """Train four methods on movie-review sentences, with pictures.
+
+    Fine-tunes MiniLM with LoRA, AdaLoRA, AdaLoRA with another metric, and AFLoRA, and draws what happened.
+    """
+    import attrs
+
+    from lrkit import methods, metrics
+    from lrkit.study.pictures import draw
+    from lrkit.study.run import RunSettings, train
+    from lrkit.tasks import load_task
+
+    folder = new_folder(out, "lrkit-demo")
+    adalora = methods.adalora(rank=8, target_rank=4, alpha=32.0)  # LoRA's scale, α/r = 4
+    compositions = {
+        "lora": methods.lora(rank=4),
+        "adalora": adalora,
+        "adalora, metric=magnitude": attrs.evolve(adalora, metric=metrics.Magnitude()),
+        "aflora": methods.aflora(rank=4),
+    }
+    task = load_task("movies")
+    settings = RunSettings(steps=steps, max_length=64)
+    results: dict[str, Result] = {}
+    with progress.bars(as_json) as bar:
+        for label, method in compositions.items():
+            results[label] = train(method, task, settings=settings, progress=bar(label, steps))
+    plain = {label: result.to_plain() for label, result in results.items()}
+    pictures: list[Path] = []
+
+    def write(place: Path) -> None:
+        write_text(place / "results.json", json.dumps(plain, indent=1))
+        pictures[:] = draw(results, place)
+
+    folder = write_into(folder, write)
+    if as_json:
+        screen.say_json({"folder": str(folder), "pictures": [str(p) for p in pictures], "runs": plain})
+        return
+    _show(results, f"MiniLM on {len(task.train):,} movie-review sentences, {steps} steps of 32")
+    screen.say("pictures: " + " ".join(str(p) for p in pictures))
+    screen.say(f"every decision, layer by layer: {folder / 'results.json'}")
+
+
+def run(
+    method: Annotated[str | None, typer.Argument(help="A method's name; `lrkit methods` lists them.")] = None,
+    all_methods: Annotated[
+        bool, typer.Option("--all-methods", help="Every registered method, one after another.")
+    ] = False,
+    task: TaskName = None,
+    data: Data = None,
+    model: Model = "minilm",
+    targets: Annotated[
+        str, typer.Option(help="all-linear, names or name suffixes joined by commas, or a regular expression.")
+    ] = "all-linear",
+    train_also: TrainAlso = None,
+    sets: Set = None,
+    swap: Swap = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder for adapters, results and pictures.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train one method, or every one, on one task.
+
+    After Ctrl-C the same command with the same --out goes on where it was.
+    """
+    composed, changes = words.to_run(method, all_methods, sets or [], swap or [])
+    # After the line above, so that a command without a method is answered at once.
+    from lrkit.study.progress import Phases
+    from lrkit.study.resume import FOLDER, Unfinished
+    from lrkit.study.run import settings_from, total_steps, train
+
+    settings = settings_from(changes)
+    if out is not None and not (out / FOLDER).is_dir():
+        new_folder(out)
+    loaded = words.task(task, data)
+    steps = total_steps(settings, min(len(loaded.train), settings.train_rows or len(loaded.train)))
+    asked: dict[str, Any] = {
+        "model": model,
+        "targets": words.targets(targets),
+        "train_also": words.train_also(train_also),
+    }
+    unfinished = None
+    if out is not None:
+        source = {"task": task, "data": str(data) if data else None}
+        unfinished = Unfinished(out, composed, asked | source, settings)
+    with progress.bars(as_json) as bar, stopping(unfinished is not None) as stop, Phases(quiet=as_json) as phases:
+        results, refused = _train_each(
+            composed,
+            steps,
+            partial(train, task=loaded, settings=settings, say=phases.say, **asked),
+            bar,
+            folder_of=lambda label: None if out is None else out / label if all_methods else out,
+            unfinished=unfinished,
+            stop=stop,
+            all_methods=all_methods,
+        )
+    folder = write_into(out, partial(_draw, results)) if out is not None and results else out
+    if unfinished is not None:
+        unfinished.end()
+    if as_json:
+        plain = {label: result.to_plain() for label, result in results.items()}
+        screen.say_json({"runs": plain, "refused": refused} if all_methods else next(iter(plain.values())))
+    elif results:
+        _show(results, f"{model} on {loaded.name}, {steps} steps of {settings.batch_size}")
+        if folder is not None:
+            screen.say("written: " + " ".join(str(p) for p in sorted(folder.iterdir())))
+    for line in refused:
+        screen.complain(line)
+    if refused:
+        raise typer.Exit(1)
+
+
+def _train_each(
+    composed: "Mapping[str, Method]",
+    steps: int,
+    train: "Callable[..., Result]",
+    bar: Callable[[str, int], progress.Told | None],
+    *,
+    folder_of: Callable[[str], Path | None],
+    unfinished: "Unfinished | None",
+    stop: Callable[[], bool],
+    all_methods: bool,
+) -> "tuple[dict[str, Result], list[str]]":
+    """Train methods one after another, and save each as soon as it is trained.
+
+    Args:
+        composed: the methods by label.
+        steps: optimizer steps of each.
+        train: trains a method on the task; `lrkit.study.run.train` with all that the runs have in common.
+        bar: gives what is called after each step of a run.
+        folder_of: gives the folder that a run is saved in; None to save nothing.
+        unfinished: what is kept of a run that does not end; None to keep nothing.
+        stop: says whether the user has asked to stop.
+        all_methods: whether a method that cannot run is left out instead of an error.
+
+    Returns:
+        The results by label, and a line for each method left out.
+    """
+    results: dict[str, Result] = {}
+    refused = []
+    for label, method in composed.items():
+        place = folder_of(label)
+        saved: list[Path] = []
+
+        def save(adapted: "Adapted", place: Path | None = place, saved: list[Path] = saved) -> None:
+            def write(folder: Path) -> None:
+                adapted.save(folder)
+
+            if place is not None:
+                saved.append(write_into(place, write))
+
+        record = None if unfinished is None else unfinished.record(label, lambda: _is_pause(stop))
+        try:
+            results[label] = train(method, progress=bar(label, steps), done=save, record=record)
+        except LrkitError as error:
+            if all_methods:
+                refused.append(f"{label}: {error}")
+                continue
+            if unfinished is not None:
+                unfinished.refused()
+            raise
+        except KeyboardInterrupt:
+            if unfinished is not None and (kept := unfinished.step(label)):
+                screen.complain(f"kept: {label} up to step {kept} of {steps}; the same command goes on from there")
+            raise
+        if saved:
+            write_into(saved[0], partial(_write_result, results[label]))
+    return results, refused
+
+
+def _is_pause(stop: Callable[[], bool]) -> bool:
+    """Ask whether to stop; a pause is no end of the training, so do not warn that the budget was not reached."""
+    if asked := stop():
+        warnings.filterwarnings("ignore", "training ends at step", LrkitWarning)
+    return asked
+
+
+def _write_result(result: "Result", folder: Path) -> None:
+    write_text(folder / "result.json", json.dumps(screen.finite(result.to_plain()), indent=1))
+
+
+def _draw(results: "Mapping[str, Result]", folder: Path) -> None:
+    from lrkit.study.pictures import draw
+
+    draw(results, folder)
+
+
+def _show(results: "Mapping[str, Result]", title: str) -> None:
+    """Print a table of runs."""
+    rows = []
+    for label, result in results.items():
+        summary = result.summary
+        rows.append(
+            [
+                label,
+                f"{result.score:.1%}" if abs(result.score) <= 1 else f"{result.score:.3f}",
+                f"{summary.start:,}",
+                f"{summary.now:,}",
+                f"{summary.average:,.0f}",
+                screen.whole(f"{result.flops.run / 1e12:,.2f} T"),
+                _state(result),
+                screen.whole(f"{result.step_seconds * 1000:,.0f} ms"),
+            ]
+        )
+    first = next(iter(results.values()))
+    numbers = [next(iter(first.scores)), "trainable at start", "at end", "on average", "FLOPs"]
+    columns = [Column("method"), *(Column(name, number=True) for name in numbers)]
+    columns += [Column("state at the end"), Column("a step", number=True, extra=True)]
+    screen.table(columns, rows, title)
+    screen.say(
+        f"constant best guess: {first.majority:.1%}. Trainable parameters are the adapters'; "
+        f"the head's {first.summary.head:,} come on top."
+    )
+
+
+def _state(result: "Result") -> str:
+    layers = result.summary.layers
+    ranks = [layer.rank for layer in layers if layer.rank is not None]
+    said = []
+    if ranks:
+        low, high, mean = min(ranks), max(ranks), sum(ranks) / len(ranks)
+        said.append(f"rank {low}" if low == high else f"ranks {low} to {high}, mean {mean:.1f}")
+    if frozen := sum(len(layer.frozen) for layer in layers):
+        said.append(f"{frozen} matrices frozen")
+    return ", ".join(said) or "-"

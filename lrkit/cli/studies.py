@@ -1,0 +1,220 @@
+"""``lrkit ablate`` and ``lrkit report``: compare methods over many seeds, and show what came of it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lrkit.cli import hints, screen, study_screen, words
+from lrkit.cli.options import Json, Set, TrainAlso
+from lrkit.errors import LrkitError
+
+if TYPE_CHECKING:
+    from lrkit.study.plan import Plan, Study
+    from lrkit.study.statistics import Table
+
+
+def ablate(
+    what: Annotated[
+        str | None, typer.Argument(help="A method's name, a .toml study file, or a study that ships.")
+    ] = None,
+    swap: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--swap", metavar="PATH=A,B,...", help="Values to try, one at a time: metric=sensitivity,magnitude."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The study's folder; the same command again goes on with it.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", help="movies, glue/NAME, ...; may be repeated.")] = None,
+    data: Annotated[list[Path] | None, typer.Option("--data", help="A data folder as a task; may be repeated.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="minilm, a folder, or a hub id.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="How many, or which: 6, or 3,4,5.")] = None,
+    targets: Annotated[str | None, typer.Option(help="As of `lrkit run`.")] = None,
+    train_also: TrainAlso = None,
+    sets: Set = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option("--leave-out", help="penalty, policy, or also: a row without it.")
+    ] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="All combinations of the swaps.")] = False,
+    executor: Annotated[str, typer.Option(help="local, ray, or a plug-in's.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Cells at a time; one per GPU or core (up to 4). 0: in this process.", min=0)
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.", min=1, max=1024)] = None,
+    address: Annotated[str | None, typer.Option(help="Of a cluster, for --executor ray.")] = None,
+    costs: Annotated[bool, typer.Option(help="Measure time and memory of each row after the cells.")] = True,
+    checkpoint: Annotated[float, typer.Option(help="Seconds between checkpoints.", min=0.0)] = 60.0,
+    report_to: Annotated[
+        list[str] | None, typer.Option("--report-to", help="Trackers for the curves, such as tensorboard.")
+    ] = None,
+    keep_old: Annotated[
+        bool, typer.Option("--keep-old", help="Keep cells of other code, instead of computing them again.")
+    ] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="Of a study file: minilm (the first one is the default), paper, ...")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the rows, run nothing.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="The studies that ship.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Swap one part at a time, over many seeds; restartable.
+
+    lrkit ablate adalora --swap metric=sensitivity,magnitude --seeds 7 --out study
+
+    The same command again goes on with what is missing. lrkit ablate --list shows the studies that ship.
+    """
+    from lrkit.study.catalogue import catalogue
+    from lrkit.study.execute import check
+    from lrkit.study.plan import lay_out
+
+    if list_:
+        study_screen.list_studies(catalogue(), as_json)
+        return
+    if what is None:
+        raise LrkitError("say what to ablate: a method's name, a .toml study file, or a study of `lrkit ablate --list`")
+    changes = _changes(swap, task, data, seeds, targets, train_also, sets, leave_out)
+    changes |= {"model": model} if model is not None else {}
+    changes |= {"grid": True} if grid else {}
+    plan = lay_out(_study(what, changes, sets or [], profile))
+    if dry_run:
+        study_screen.show_plan(plan, check(plan), as_json)
+        return
+    if out is None:
+        raise LrkitError("give the study's folder: --out DIR")
+    how: dict[str, Any] = {
+        "executor": executor,
+        "workers": workers,
+        "threads": threads,
+        "address": address,
+        "costs": costs,
+    }
+    how |= {"checkpoint_seconds": checkpoint, "report_to": report_to or [], "keep_old": keep_old}
+    _carry_out(plan, out, how, as_json)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A study's folder; it may still be running.")],
+    as_json: Json = False,
+) -> None:
+    """Write a study's report, in HTML and as tables.
+
+    report.html, table.csv, table.md, table.tex and cells.csv, in the study's folder.
+    """
+    import attrs
+
+    written, table = _report(folder)
+    if as_json:
+        screen.say_json({"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]})
+        return
+    study_screen.show_table(table)
+    screen.say("written: " + " ".join(str(path) for path in written))
+
+
+def _report(folder: Path) -> "tuple[list[Path], Table]":
+    """Write a study's report. Return the files, and its table."""
+    from lrkit.study.records import read_study
+    from lrkit.study.report import write_report
+    from lrkit.study.statistics import compare
+
+    return list(write_report(folder)), compare(read_study(folder))
+
+
+# ---- what is asked for -----------------------------------------------------------------------------------------------
+
+
+def _changes(
+    swap: list[str] | None,
+    task: list[str] | None,
+    data: list[Path] | None,
+    seeds: str | None,
+    targets: str | None,
+    train_also: str | None,
+    sets: list[str] | None,
+    leave_out: list[str] | None,
+) -> dict[str, Any]:
+    """Turn the command line's part of a study into what a study file would have; only what was given."""
+    settings, run = words.divided(sets or [])
+    changes: dict[str, Any] = {"set": settings, "run": run, "swap": {}}
+    tasks = [{"task": name} for text in task or [] for name in text.split(",")]
+    tasks += [{"data": str(folder)} for folder in data or []]
+    given = {
+        "leave_out": [name for text in leave_out or [] for name in text.split(",")] if leave_out else None,
+        "tasks": tasks or None,
+        "targets": None if targets is None else words.targets(targets),
+        "train_also": None if train_also is None else words.train_also(train_also),
+    }
+    changes |= {key: value for key, value in given.items() if value is not None}
+    for text in swap or []:
+        path, _, values = text.partition("=")
+        if not path or not values:
+            raise LrkitError(f'--swap takes PATH=A,B,..., not "{text}"')
+        changes["swap"][path] = [*changes["swap"].get(path, []), *map(words.value, words.names(values))]
+    if seeds is not None:
+        numbers = [words.value(part) for part in seeds.split(",")]
+        changes["seeds"] = numbers if "," in seeds else numbers[0]
+    return changes
+
+
+def _study(what: str, changes: dict[str, Any], sets: Sequence[str], profile: str | None) -> "Study":
+    """Make the study that is asked for: of a method, or of a study file with the command line's changes.
+
+    Raises:
+        LrkitError: there is no such study, or a change does not fit.
+    """
+    import attrs
+
+    from lrkit.compose import arguments_of
+    from lrkit.study.asked import study_from, study_named
+    from lrkit.study.catalogue import names
+
+    if what.endswith(".toml") or what in names():
+        given = study_named(what, profile=profile)
+        # The command line's settings come on top of the file's.
+        for key in ("set", "run", "swap"):
+            changes[key] = {**getattr(given, key), **changes[key]}
+        changes = {**attrs.asdict(given), **changes}
+    elif profile is not None:
+        raise LrkitError(
+            f'--profile is of a study file, and "{what}" is none: `lrkit ablate --list` shows which have any'
+        )
+    else:
+        changes = {"base": what, **changes}
+    study = study_from(changes, what if what.endswith(".toml") or what in names() else "ablate")
+    hints.check_settings(
+        dict(map(words.pair, sets)), arguments_of(study.base) if sets and isinstance(study.base, str) else ()
+    )
+    return study
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def _carry_out(plan: "Plan", out: Path, how: Mapping[str, Any], as_json: bool) -> None:
+    """Run a study, write its report, and show its table; exit code 1 if a cell failed."""
+    import attrs
+    from rich.console import Console
+
+    from lrkit.study.execute import execute
+    from lrkit.study.progress import Teller
+
+    for line in study_screen.limits(plan):
+        screen.complain(line)
+    with Teller(Console(stderr=True, quiet=as_json), out.absolute()) as teller:
+        outcome = execute(plan, out, told=teller.told, started=teller.started, cost_told=teller.cost_told, **how)
+    written, table = _report(outcome.folder)
+    if as_json:
+        failed = [{"cell": name, "error": error} for name, error in outcome.failed]
+        told = {"folder": str(out), "rows": [attrs.asdict(row) for row in table.rows], "failed": failed}
+        screen.say_json(told | {"busy": outcome.busy, "files": [str(path) for path in written]})
+    else:
+        study_screen.show_table(table)
+        screen.say(f"report: {out / 'report.html'}")
+    for name, error in outcome.failed:
+        screen.complain(f"cell {name} failed: {error}")
+    if outcome.busy:
+        screen.complain(f"{outcome.busy} cells are run by another process: the same command later takes them in")
+    if outcome.failed:
+        raise typer.Exit(1)

@@ -1,0 +1,99 @@
+"""Print studies: those that ship, one that is laid out, and the tables of one that has run."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lrkit.cli import screen
+from lrkit.cli.tables import Column
+
+if TYPE_CHECKING:
+    from lrkit.study.plan import Plan
+    from lrkit.study.statistics import Table
+
+
+def list_studies(found: Sequence[Any], as_json: bool) -> None:
+    """Print the studies that ship."""
+    import attrs
+
+    if as_json:
+        screen.say_json({study.name: attrs.asdict(study) for study in found})
+        return
+    rows = [[study.name, study.title, ", ".join(study.profiles), study.distribution] for study in found]
+    screen.table([Column("study"), Column("title"), Column("--profile"), Column("from", extra=True)], rows)
+    screen.say("The first profile is the default: minilm is the embedded model and data, which need no network.")
+
+
+def limits(plan: "Plan") -> list[str]:
+    """Say what a study cannot show, before anything is run."""
+    from lrkit.study.paired import too_few_seeds
+
+    few = too_few_seeds(len(plan.rows) - 1, len(plan.seeds))
+    alone = (
+        f"nothing is swapped, so {plan.rows[0].label} is compared with nothing: it alone is trained, with "
+        f"{_count(len(plan.seeds), 'seed')} (--swap PATH=A,B,... adds rows)"
+    )
+    return [*([alone] if len(plan.rows) == 1 else []), *([few] if few else [])]
+
+
+def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
+    """Print a study that is laid out: each row with its changes and rates, and how many cells there are.
+
+    Args:
+        plan: the study.
+        tasks: names of the tasks.
+        as_json: print plain data instead.
+    """
+    from lrkit.study.paired import too_few_seeds
+    from lrkit.study.plan import changes
+    from lrkit.study.rates import implied, rates_of, said
+
+    rows = {row.label: [*changes(plan.rows[0], row), *implied(plan, row)] for row in plan.rows}
+    rates = {row.label: {task.name: rates_of(plan, row, task) for task in plan.tasks} for row in plan.rows}
+    cells = len(plan.rows) * len(plan.tasks) * len(plan.seeds)
+    if as_json:
+        told = {"rows": rows, "rates": rates, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells}
+        screen.say_json(told | {"too_few_seeds": too_few_seeds(len(plan.rows) - 1, len(plan.seeds))})
+        return
+    shown = [
+        [
+            label,
+            "; ".join(f"{c['path']}: {_said(c['base'])} -> {_said(c['value'])}" for c in row) or "-",
+            *(str(said({each[key] for each in rates[label].values()})) for key in ("lr", "head_lr")),
+        ]
+        for label, row in rows.items()
+    ]
+    columns = [Column("row"), Column("changed against the base"), Column("learning rate"), Column("the head's")]
+    screen.table(columns, shown)
+    counted = (_count(len(plan.rows), "row"), _count(len(plan.seeds), "seed"), _count(cells, "cell"))
+    screen.say(f"{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
+    for line in limits(plan):
+        screen.say(line)
+
+
+def show_table(table: "Table") -> None:
+    """Print a study's tables: per task its scores and its costs, then the tasks side by side; and the notes."""
+    from lrkit.study.table import COSTS, SCORES, columns_of, columns_of_tasks
+
+    first = table.of(table.tasks[0])
+    shown = [(task, columns_of(table.of(task), keys)) for task in table.tasks for keys in (SCORES, COSTS)]
+    shown.append(("means by task", columns_of_tasks(table)))
+    screen.say(f"{table.title}\n")
+    said = ""
+    for name, columns in shown:
+        if len(columns) > 1:
+            rows = (first if name == "means by task" else table.of(name)).rows
+            # A number and its unit, or an interval, stay on one line.
+            texts = [[columns[0].text(row), *(screen.whole(c.text(row) or "-") for c in columns[1:])] for row in rows]
+            heads = [Column(column.header, number=column is not columns[0]) for column in columns]
+            screen.table(heads, texts, name if name != said and len(table.tasks) > 1 else None)
+            said = name
+    for note in table.all_notes():
+        screen.say(note)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)

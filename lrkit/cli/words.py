@@ -1,0 +1,140 @@
+"""Read what is typed after a command: ``KEY=VALUE``, values, lists of names, and a method with its changes."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrkit.cli import hints
+from lrkit.cli.screen import left_out
+from lrkit.errors import LrkitError
+from lrkit.reading import parse_json
+
+if TYPE_CHECKING:
+    from lrkit.method import Method
+    from lrkit.tasks import Task
+
+
+def value(text: str) -> Any:
+    """Read a value as JSON; true, false, none and null in any case; any other text is itself."""
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return parse_json(text.lower() if text.lower() in ("true", "false") else text, "a value")
+    except LrkitError:  # no JSON, a number of thousands of digits, brackets without end
+        return text
+
+
+def pair(text: str, option: str = "--set") -> tuple[str, str]:
+    """Take ``KEY=VALUE`` apart.
+
+    Raises:
+        LrkitError: there is no key, no value, or no sign of equality.
+    """
+    key, equals, said = text.partition("=")
+    if not equals or not key or not said:
+        raise LrkitError(f'{option} takes {"PART=NAME" if option == "--swap" else "KEY=VALUE"}, not "{text}"')
+    return key, said
+
+
+def names(text: str) -> list[str]:
+    """Read names joined by commas."""
+    return [name for name in text.split(",") if name]
+
+
+def targets(text: str) -> str | list[str]:
+    """Read ``--targets``.
+
+    Plain names (letters, digits, dots, commas) are a list of suffixes; anything else is a regular expression.
+    """
+    return text if text == "all-linear" or not re.fullmatch(r"[\w.,]+", text) else names(text)
+
+
+def train_also(text: str | None) -> str | list[str]:
+    """Read ``--train-also``: names joined by commas, "auto", or "none" for an empty list."""
+    if text is None or text == "auto":
+        return "auto"
+    return [] if text == "none" else names(text)
+
+
+def task(name: str | None, data: Path | None) -> "Task":
+    """Load the task that ``--task`` or ``--data`` names. Raises LrkitError if it cannot be had."""
+    from lrkit.registry import registered_tasks
+    from lrkit.tasks import load_task
+
+    return load_task(name, data=data, tasks=registered_tasks())
+
+
+def divided(sets: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide what was typed after ``--set`` into settings of the method and, without "run.", settings of the run."""
+    pairs = {key: value(said) for key, said in map(pair, sets)}
+    run = {key.removeprefix("run."): each for key, each in pairs.items() if key.startswith("run.")}
+    return {key: each for key, each in pairs.items() if not key.startswith("run.")}, run
+
+
+def compose(
+    name: str, sets: Sequence[str], swaps: Sequence[str], *, runs: bool = True
+) -> "tuple[Method, dict[str, Any]]":
+    """Compose a method from a name, with components swapped and settings changed; and collect the run's settings.
+
+    Args:
+        name: a registered method.
+        sets: ``"parameterization.rank=8"``; an argument of the method's function, ``"rank=8"``; or ``"run.steps=200"``.
+        swaps: ``"metric=magnitude"``.
+        runs: False if nothing is trained, so that an error names no setting of a run.
+
+    Raises:
+        LrkitError: an unknown name or setting, or a combination that does not fit.
+    """
+    from lrkit.compose import arguments_of, from_plain
+    from lrkit.compose import compose as composed
+
+    settings, run = divided(sets)
+    texts = dict(map(pair, sets))
+    hints.check_settings(texts, arguments_of(name), runs=runs)
+    swapped = {}
+    for text in swaps:
+        path, said = pair(text, "--swap")
+        swapped[path] = value(said)
+        if isinstance(swapped[path], str) and "," in said:
+            raise LrkitError(f"--swap {text}: a run has one {path}; `lrkit ablate` compares several")
+    try:
+        plain = composed(name, settings, swapped)
+    except LrkitError:
+        hints.check_parts(texts)
+        raise
+    return from_plain(plain), run
+
+
+def to_run(
+    name: str | None, all_methods: bool, sets: Sequence[str], swaps: Sequence[str]
+) -> "tuple[dict[str, Method], dict[str, Any]]":
+    """Compose the methods that ``lrkit run`` is to train, by label, and collect the run's settings.
+
+    Raises:
+        LrkitError: no method is named or too many are, or as `compose`.
+    """
+    if (name is None) != all_methods:
+        raise LrkitError("give a method's name (`lrkit methods` lists them), or --all-methods")
+    if name is not None:
+        method, run = compose(name, sets, swaps)
+        return {" ".join([name, *swaps]): method}, run
+    hints.check_settings(dict(map(pair, sets)), ())
+    own, run = divided(sets)
+    if own or swaps:
+        raise LrkitError(f"--all-methods takes settings of the run alone (run.steps=200), not {[*own, *swaps][0]}")
+    return registered_methods(), run
+
+
+def registered_methods() -> "dict[str, Method]":
+    """Make every registered method by name; warn of each that cannot be made, and leave it out."""
+    from lrkit.registry import current
+
+    registry = current()
+    made: dict[str, Method] = {}
+    for name in registry.names("method"):
+        try:
+            made[name] = registry.method(name)
+        except LrkitError as error:
+            left_out(name, error)
+    return made

@@ -1,0 +1,168 @@
+"""The table of results, with a forest plot beside the intervals."""
+
+from collections.abc import Iterator
+
+import attrs
+from markupsafe import Markup, escape
+
+from lrkit.study.charts import interval, minus
+from lrkit.study.comparison import TableRow
+from lrkit.study.report.view import View
+from lrkit.study.table import COSTS, SCORES, Table, columns_of, columns_of_tasks
+
+_TIPS = {
+    "lr": "learning rate of the adapters",
+    "n": "finite scores, of the cells asked for",
+    "score": "mean ± standard deviation over seeds",
+    "difference": "mean of row minus base over pairs of the same task and seed",
+    "interval": "95 % interval of the mean difference: every value that the permutation test does not reject",
+    "effect": "effect size: mean difference over the standard deviation of the differences",
+    "p": "two-sided sign-flip permutation test",
+    "p_holm": "corrected over the rows of this table (Holm)",
+    "parameters_average": "trainable adapter parameters, averaged over the run",
+    "parameters_final": "trainable adapter parameters at the end of the run",
+    "flops": "floating-point operations counted over the whole run",
+    "step_ratio": "time of a step over the base's, at the start of training",
+    "step_ratio_end": "the same at the end of training",
+    "peak_memory": "peak memory of a step",
+}
+_HEADERS = {
+    "difference": "Δ",
+    "interval": "95 % interval",
+    "effect": "effect<br>size",
+    "p": "<i>p</i>",
+    "n": "<i>n</i>",
+    "p_holm": "<i>p</i> Holm",
+    "parameters_average": "params<br>average",
+    "parameters_final": "params<br>end",
+    "step_ratio": "step time<br>start",
+    "step_ratio_end": "step time<br>end",
+    "peak_memory": "peak<br>memory",
+}
+
+
+@attrs.frozen
+class Heading:
+    """The head of a column: its name, its tooltip, and a second column for the forest plot behind it."""
+
+    name: Markup
+    tip: str
+    forest: bool
+
+
+@attrs.frozen
+class Entry:
+    """One entry: its text, the number that it is sorted by, and the forest plot behind it if there is one."""
+
+    text: str
+    value: str
+    empty: bool = False
+    strong: bool = False
+    forest: Markup | None = None
+
+
+@attrs.frozen
+class Line:
+    """One row of the table, and a word of warning about it."""
+
+    row: int
+    is_base: bool
+    warning: str
+    entries: list[Entry]
+
+
+@attrs.frozen
+class Results:
+    """The tables by task, the means by task, and the texts around them."""
+
+    limits: list[str]
+    tables: list[tuple[str, list[Heading], list[Line]]]
+    tasks: list[str]
+    means: list[tuple[int, list[str]]]
+    caption: list[Markup]
+    notes: list[str]
+
+    @classmethod
+    def of(cls, view: View) -> "Results":
+        """Collect them."""
+        table = view.table
+        columns = columns_of_tasks(table)[1:]
+        means = [
+            (row.index, [minus(column.text(row)) or "–" for column in columns]) for row in table.of(table.tasks[0]).rows
+        ]
+        return cls(
+            limits=list(table.limits),
+            tables=[(name, *found) for name, found in view.by_task(_table)],
+            tasks=[column.header for column in columns],
+            means=means if columns else [],
+            caption=list(_meaning(table)),
+            notes=[note for note in table.all_notes() if note not in table.limits],
+        )
+
+
+def _table(view: View, task: str) -> tuple[list[Heading], list[Line]]:
+    table = view.table.of(task)
+    columns = columns_of(table, SCORES + COSTS)[1:]
+    ends = [v for row in table.rows for v in (row.low, row.high, row.difference) if v is not None]
+    bounds = (min([*ends, 0.0]), max([*ends, 0.0])) if ends else None
+    headings = [
+        Heading(
+            Markup(_HEADERS.get(column.key) or escape(column.header)),
+            _TIPS[column.key],
+            column.key == "interval" and bounds is not None,
+        )
+        for column in columns
+    ]
+    lines = []
+    for row in table.rows:
+        entries = []
+        for column in columns:
+            text = minus(column.text(row))
+            empty = "base" if row.is_base and column.key == "difference" else "–"
+            strong = column.key == "p_holm" and row.p_holm is not None and row.p_holm < 0.05
+            forest = None
+            if column.key == "interval" and bounds is not None:
+                forest = Markup(_forest(view, row, bounds))
+            entries.append(Entry(text or empty, _sort_value(row, column.key), not text, strong, forest))
+        lines.append(Line(row.index, row.is_base, row.warning, entries))
+    return headings, lines
+
+
+def _forest(view: View, row: TableRow, bounds: tuple[float, float]) -> str:
+    if row.difference is None:
+        return ""
+    return interval(row.low, row.difference, row.high, bounds=bounds, style=view.styles[row.index])
+
+
+def _sort_value(row: TableRow, key: str) -> str:
+    if key == "lr":
+        return row.lr.partition(" ")[0]
+    value = getattr(row, {"score": "mean", "interval": "low"}.get(key, key))
+    return "" if value is None else f"{value:.12g}"
+
+
+def _meaning(table: Table) -> Iterator[Markup]:
+    """Explain the columns that there are, a sentence each."""
+    shown = {column.key for column in columns_of(table, SCORES + COSTS)}
+    scales = {score: table.of(task).scale for task, score in zip(table.tasks, table.scores, strict=True)}
+    scores = " or ".join(f"{score} in {scale.unit}" if scale.unit else score for score, scale in scales.items())
+    yield Markup("Score on the validation rows: {}, ± standard deviation over seeds.").format(scores)
+    points = ", in percentage points" if any(scale.unit for scale in scales.values()) else ""
+    if "difference" in shown:
+        yield Markup(
+            "Δ: mean difference to {} over pairs of the same seed{}. <i>p</i>: two-sided sign-flip "
+            "permutation test on those pairs; its 95 % interval is all that this test does not reject; Holm: <i>p</i> "
+            "corrected over the rows of one table."
+        ).format(table.base, points)
+    if "effect" in shown:
+        yield Markup(
+            "Effect size: Δ over the standard deviation of the differences, so that 1 means that rows differ by as much "
+            "as a difference varies from seed to seed."
+        )
+    heads = [row.head for row in table.rows if row.head]
+    if "parameters_average" in shown:
+        head = f" (the task head's {max(heads):,.0f} are left out)" if heads else ""
+        flops = "; FLOPs: counted over a whole run" if "flops" in shown else ""
+        yield Markup("Params: trainable parameters of the adapters{}{}.").format(head, flops)
+    if "step_ratio" in shown:
+        yield Markup("Step time: over the base's, timed interleaved in one process.")

@@ -11,12 +11,12 @@ from typing import Any
 import attrs
 import cattrs
 import torch
-from cattrs.gen import make_dict_structure_fn
 from torch import Tensor
 
 from lrkit.errors import LrkitError, shown
 from lrkit.loop.history import Decision
 from lrkit.settings import MOST_STEPS
+from lrkit.strict import Misfit, strict_converter, structured
 
 FORMAT = 1
 _MOST = 2**62
@@ -166,9 +166,9 @@ def read(state: Any) -> Saved:
         # A state without the word is of a run in which every layer counted, whether a gradient reached it or not.
         meta = {**meta, "dead": []}
     try:
-        return _converter().structure(meta, Saved)
-    except cattrs.BaseValidationError as error:
-        raise misfit(_first(error)) from None
+        return structured(meta, Saved, _converter())
+    except LrkitError as error:
+        raise misfit(str(error)) from None
 
 
 def check_tensors(tensors: Mapping[Any, Any]) -> None:
@@ -183,79 +183,32 @@ def check_tensors(tensors: Mapping[Any, Any]) -> None:
 # ---- plain data to records, strictly ----
 
 
-class _Odd(ValueError):
-    """A value that is not what it must be."""
+def _whole(value: Any, _: Any) -> int:
+    if type(value) is not int or not 0 <= value < _MOST:
+        raise Misfit(f"must be a whole number below 2^62, not {shown(value)}")
+    return value
 
 
-def _must(good: bool, what: str, value: object) -> None:
-    if not good:
-        raise _Odd(f"must be {what}, not {shown(value)}")
-
-
-def _whole(value: Any, _: Any = None) -> int:
-    _must(type(value) is int and 0 <= value < _MOST, "a whole number below 2^62", value)
-    return int(value)
-
-
-def _real(value: Any, _: Any = None) -> float:
-    _must(type(value) is float, "a number with a point", value)
-    return float(value)
-
-
-def _flag(value: Any, _: Any = None) -> bool:
-    _must(type(value) is bool, "true or false", value)
-    return bool(value)
-
-
-def _text(value: Any, _: Any = None) -> str:
-    _must(isinstance(value, str), "a text", value)
-    return str(value)
+def _real(value: Any, _: Any) -> float:
+    if type(value) is not float:
+        raise Misfit(f"must be a number with a point, not {shown(value)}")
+    return value
 
 
 @cache
 def _converter() -> cattrs.Converter:
-    """Make a converter that takes each value for what it is: no number is made of text, no list of a table."""
-    converter = cattrs.Converter(detailed_validation=True)
-    for kind, take in ((int, _whole), (float, _real), (bool, _flag), (str, _text)):
-        converter.register_structure_hook(kind, take)
-
-    def only(kind: Any, what: str, types: tuple[type, ...], take: Any) -> None:
-        def structure(value: Any, as_kind: Any) -> Any:
-            _must(isinstance(value, types), what, value)
-            return take(value, as_kind)
-
-        converter.register_structure_hook_func(lambda each: each == kind, structure)
-
-    only(SavedPolicy, "a table", (dict,), make_dict_structure_fn(SavedPolicy, converter))
-    whole = make_dict_structure_fn(Decision, converter, _cattrs_forbid_extra_keys=True)
+    """Make a converter of whole numbers that an index can be, of floats that are floats, and of whole decisions."""
+    converter = strict_converter()
+    converter.register_structure_hook(int, _whole)
+    converter.register_structure_hook(float, _real)
+    build = converter.get_structure_hook(Decision)
+    known = {field.name for field in attrs.fields(Decision)}
 
     def decision(value: Any, kind: Any) -> Any:
-        _must("fresh" in value, "a decision with the names of fresh units", value)
-        return whole(value, kind)
+        if isinstance(value, Mapping) and set(value) != known:
+            odd = sorted(set(value) ^ known, key=str)[0]
+            raise Misfit(f"has {shown(odd)}, which is not a field of it" if odd in value else f"lacks {shown(odd)}")
+        return build(value, kind)
 
-    only(Decision, "a table", (dict,), decision)
-    for of in (int, str, SavedPolicy, Decision):
-        many = tuple[of, ...]  # type: ignore[valid-type]
-        only(many, "a list", (list, tuple), converter.get_structure_hook(many))
-    for named in (dict[str, int], dict[str, tuple[int, ...]], dict[str, Any]):
-        only(named, "a table", (dict,), converter.get_structure_hook(named))
+    converter.register_structure_hook(Decision, decision)
     return converter
-
-
-def _first(error: BaseException, path: str = "") -> str:
-    """Return the first thing that is wrong, with the path to it: ``history[3].kept must be a whole number ...``."""
-    if isinstance(error, cattrs.IterableValidationError | cattrs.ClassValidationError):
-        inner = error.exceptions[0]
-        for note in getattr(inner, "__notes__", ()):
-            if getattr(note, "name", None):
-                path = f"{path}.{note.name}" if path else note.name
-            elif getattr(note, "index", None) is not None:
-                path = f"{path}[{note.index}]" if isinstance(note.index, int) else f"{path}.{note.index}"
-        return _first(inner, path)
-    if isinstance(error, cattrs.ForbiddenExtraKeysError):
-        return f"{path} has {shown(min(error.extra_fields))}, which is not a field of it"
-    if isinstance(error, KeyError):
-        return f"{path} is missing"
-    if isinstance(error, LrkitError):
-        raise error
-    return f"{path} {error}" if isinstance(error, _Odd) else f"{path} is not what it must be"

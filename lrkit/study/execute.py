@@ -26,7 +26,7 @@ from lrkit.study.worker import Conditions
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """How a study went.
+    """The outcome of a study.
 
     Args:
         folder: the study's.

@@ -1,4 +1,4 @@
-"""What rows are called, and what they change against the base, in words that a table can show."""
+"""Name rows, and say in words that a table can show how they differ from the base."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

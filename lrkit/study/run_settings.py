@@ -18,7 +18,7 @@ def _optional(validator: Any) -> Any:
 
 @attrs.frozen(kw_only=True)
 class RunSettings:
-    """How a run trains. On the command line ``--set run.steps=200``.
+    """The settings of a run. On the command line ``--set run.steps=200``.
 
     Args:
         steps: optimizer steps; None to go by `epochs`.

@@ -163,7 +163,7 @@ class Adapted:
 
     @property
     def controller(self) -> Controller:
-        """Return the loop: policies, ranks and counts. Integrations need it, training scripts do not."""
+        """Return the loop, with policies, ranks and counts. Integrations need it, training scripts do not."""
         return self._binding.controller
 
     @property

@@ -52,7 +52,10 @@ class Parameterization(abc.ABC):
     @property
     @abc.abstractmethod
     def parts(self) -> tuple[Part, ...]:
-        """Declare the tensors of one adapter. All units follow from it: ``Part("A", axis=0)`` has one row per component."""
+        """Declare the tensors of one adapter, from which all units follow.
+
+        For example ``Part("A", axis=0)`` has one row per component.
+        """
 
     @abc.abstractmethod
     def build(self, target: Target) -> nn.Module:
@@ -119,7 +122,7 @@ class Parameterization(abc.ABC):
 
     @property
     def components(self) -> int | None:
-        """Return the initial rank: the rank components of one adapter before anything is pruned.
+        """Return the initial rank, which is how many rank components an adapter has before anything is pruned.
 
         None if it follows from the layer, for example if a component is a row of its weight.
         """

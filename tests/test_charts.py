@@ -235,6 +235,7 @@ def test_files_are_of_three_kinds(tmp_path: Path) -> None:
 @settings(max_examples=60)
 @given(st.integers(0, 500), st.integers(2, 50))
 def test_thinning_keeps_both_ends(count: int, most: int) -> None:
+    """Thinned points are in order, as many as asked for, the first and the last among them."""
     found = thin(count, most)
     assert found == sorted(set(found))
     assert len(found) == min(count, most)
@@ -243,6 +244,7 @@ def test_thinning_keeps_both_ends(count: int, most: int) -> None:
 
 
 def test_smoothing_by_hand() -> None:
+    """A running mean of three is cut off at the ends, and a NaN is in no mean but its own."""
     assert smooth([1, 2, 6, 3], 3) == [1.5, 3, 11 / 3, 4.5]
     smoothed = smooth([1, math.nan, 3], 3)
     assert (smoothed[0], smoothed[2]) == (1, 3)

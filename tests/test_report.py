@@ -80,7 +80,8 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_every_report_is_whole_and_alone(tmp_path: Path, name: str) -> None:
+def test_whole_and_alone(tmp_path: Path, name: str) -> None:
+    """Every report is balanced HTML that asks for nothing, links into its own folder alone and shows no NaN."""
     settings = ODD[name]
     folder = small(tmp_path / "s", **settings)
     page = report_of(folder)
@@ -105,7 +106,8 @@ def test_every_report_is_whole_and_alone(tmp_path: Path, name: str) -> None:
     )
 
 
-def test_the_one_script_is_the_page_s_own(tmp_path: Path) -> None:
+def test_only_its_own_script(tmp_path: Path) -> None:
+    """The one script is the one whose hash the security policy allows; a bad name is text."""
     folder = small(tmp_path / "s", **ODD["bad names"])
     page = report_of(folder)
     text = (folder / "report.html").read_text(encoding="utf-8")
@@ -118,7 +120,8 @@ def test_the_one_script_is_the_page_s_own(tmp_path: Path) -> None:
     assert page.words.count('<script>alert("1")</script>') > 10  # shown as text
 
 
-def test_the_files(tmp_path: Path) -> None:
+def test_five_files(tmp_path: Path) -> None:
+    """The files are those that are told, the same when written again, and nothing else is left behind."""
     folder = small(tmp_path / "s")
     paths = write_report(folder)
     assert [path.name for path in paths] == ["report.html", "table.csv", "table.md", "table.tex", "cells.csv"]
@@ -135,7 +138,8 @@ def test_the_files(tmp_path: Path) -> None:
     ]
 
 
-def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_report_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a report cannot be written the old one stays, and no draft."""
     folder = small(tmp_path / "s")
     write_report(folder)
     before = (folder / "report.html").read_bytes()
@@ -151,12 +155,14 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
 
 
 def test_no_study(tmp_path: Path) -> None:
+    """A folder without a study is refused, and stays empty."""
     with pytest.raises(LrkitError, match="holds no study"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_running_study_says_what_is_missing(tmp_path: Path) -> None:
+def test_missing_is_said(tmp_path: Path) -> None:
+    """A running study says which cells are done, at which step others are, and which have not begun."""
     folder = small(tmp_path / "s", **ODD["running"])
     words = report_of(folder).words
     assert "5 of 8 cells done, 2 running or interrupted, 1 not begun." in words
@@ -166,7 +172,8 @@ def test_a_running_study_says_what_is_missing(tmp_path: Path) -> None:
     assert "What is missing" not in report_of(small(tmp_path / "t")).words
 
 
-def test_failures_stand_folded_with_their_traceback(tmp_path: Path) -> None:
+def test_failures_are_folded(tmp_path: Path) -> None:
+    """A failure shows its last line, and unfolded the whole traceback, escaped."""
     folder = small(tmp_path / "s", **ODD["failed"])
     page = report_of(folder)
     text = (folder / "report.html").read_text(encoding="utf-8")
@@ -179,7 +186,8 @@ def test_failures_stand_folded_with_their_traceback(tmp_path: Path) -> None:
     assert "2 failed" in page.words
 
 
-def test_changes_against_the_base(tmp_path: Path) -> None:
+def test_changes_are_shown(tmp_path: Path) -> None:
+    """Each row's changes are shown, a component by its name with its settings."""
     words = report_of(small(tmp_path / "s")).words
     assert "metricsensitivity-uncertainty→magnitude" in words
     assert "parameterization.rank12→8" in words
@@ -190,7 +198,8 @@ def test_changes_against_the_base(tmp_path: Path) -> None:
     assert "The base, adalora, in fullactionprune" in words
 
 
-def test_heat_maps_hold_the_means(tmp_path: Path) -> None:
+def test_maps_hold_means(tmp_path: Path) -> None:
+    """A cell of a map is the mean over the seeds, which its tooltip lists."""
     from lrkit.study.records import read_study
 
     folder = small(tmp_path / "s", labels=["adalora", "aflora", "lora"])
@@ -207,14 +216,16 @@ def test_heat_maps_hold_the_means(tmp_path: Path) -> None:
     assert "lora keeps rank 8 in every layer." in text
 
 
-def test_matrices_that_freeze_together_are_found_by_their_layer(tmp_path: Path) -> None:
+def test_frozen_together(tmp_path: Path) -> None:
+    """Matrices that freeze together stand in the history by their layer's name, and both are found."""
     folder = small(tmp_path / "s", labels=["base", "together"])
     text = report_of(folder).words
     for matrix in "AB":
         assert re.search(rf"layer.1.output.dense.{matrix}: froze at step [\d.]+ on average \(2 of 2 seeds\)", text)
 
 
-def test_the_pareto_front(tmp_path: Path) -> None:
+def test_pareto_front(tmp_path: Path) -> None:
+    """Full marks are of rows that no other row beats in both score and parameters."""
     # aflora has a third of the parameters of the base, lora more than it. Scores: base .80, aflora .78, lora .79
     folder = small(
         tmp_path / "s", labels=["base", "aflora", "lora"], score=lambda row, task, seed: (0.80, 0.78, 0.79)[row]
@@ -227,7 +238,8 @@ def test_the_pareto_front(tmp_path: Path) -> None:
     assert kinds == {"base": "full", "aflora": "full", "lora": "hollow"}
 
 
-def test_a_row_has_one_colour_everywhere(tmp_path: Path) -> None:
+def test_one_colour_each(tmp_path: Path) -> None:
+    """A row has one mark in the whole page, and no two rows have the same."""
     folder = small(tmp_path / "s", labels=["base", *(f"m{i}" for i in range(19))])
     write_report(folder)
     text = (folder / "report.html").read_text(encoding="utf-8")
@@ -239,7 +251,8 @@ def test_a_row_has_one_colour_everywhere(tmp_path: Path) -> None:
     assert len(every) == 20
 
 
-def test_the_page_stays_small(tmp_path: Path) -> None:
+def test_page_stays_small(tmp_path: Path) -> None:
+    """A study of ten rows, 800 steps and 12 layers is a page below 2 MB."""
     labels = ["adalora", *(f"metric=m{i}" for i in range(7)), "aflora", "lora"]
     folder = studies.write_study(tmp_path / "s", labels=labels, steps=800, interval=4, layers=12)
     write_report(folder)

@@ -109,6 +109,8 @@ CUT = """() => {
     const wide = e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== "inline";
     if (wide && !e.matches("[tabindex='0']")) out.push(`cut off: ${name(e)} ${e.scrollWidth} ${e.clientWidth}`);
   }
+  for (const cell of document.querySelectorAll("th, td"))
+    if (cell.scrollWidth > cell.clientWidth + 1) out.push(`over the next column: ${name(cell)}`);
   for (const text of document.querySelectorAll("svg text")) {
     const box = text.getBoundingClientRect(), picture = text.closest("svg").getBoundingClientRect();
     if (!picture.width) continue;

@@ -1,5 +1,6 @@
 """Sphinx: MyST Markdown, furo, autodoc. No intersphinx: the build needs no network."""
 
+import re
 from importlib.metadata import version as _version
 
 project = "lrkit"
@@ -28,3 +29,13 @@ nitpick_ignore_regex = [
         r"(torch|transformers|attrs?|pluggy|datasets|collections|concurrent|pandas|pathlib|typing|os|numpy)\..*|ArrayLike|PreTrainedTokenizerBase",
     ),
 ]
+
+
+def _toctrees(app, docname, source):
+    """Take a page's `<!-- toctree ... -->` for one: in a comment it is no raw text where the repository is browsed."""
+    source[0] = re.sub(r"<!-- toctree\n(.*?)-->", r"```{toctree}\n:hidden:\n\n\1```", source[0], flags=re.DOTALL)
+
+
+def setup(app):
+    """Connect what this file adds."""
+    app.connect("source-read", _toctrees)

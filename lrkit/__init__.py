@@ -16,11 +16,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lrkit import actions, methods, metrics, parameterizations, peft, schedulers, tasks, testing, trainer
     from lrkit.actions import Action
-    from lrkit.adapted import Adapted, attach, load
+    from lrkit.adapt.adapted import Adapted, attach, load
+    from lrkit.compose import from_plain, to_plain, with_component, with_setting
     from lrkit.errors import LrkitError, LrkitWarning
-    from lrkit.history import Decision
     from lrkit.hookspecs import hookimpl
-    from lrkit.method import Method, Policy, from_plain, to_plain, with_component, with_setting
+    from lrkit.loop.history import Decision
+    from lrkit.method import Method, Policy
     from lrkit.metrics import Metric
     from lrkit.parameterizations import Parameterization
     from lrkit.peft import export, from_peft
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Action": "actions",
-    "Adapted": "adapted",
+    "Adapted": "adapt.adapted",
     "Block": "units",
-    "Decision": "history",
+    "Decision": "loop.history",
     "LrkitError": "errors",
     "LrkitWarning": "errors",
     "Method": "method",
@@ -44,16 +45,16 @@ _HOMES = {
     "Registry": "registry",
     "Scheduler": "schedulers",
     "ablate": "study.ablate",
-    "attach": "adapted",
+    "attach": "adapt.adapted",
     "current": "registry",
     "export": "peft",
     "from_peft": "peft",
-    "from_plain": "method",
+    "from_plain": "compose",
     "hookimpl": "hookspecs",
-    "load": "adapted",
-    "to_plain": "method",
-    "with_component": "method",
-    "with_setting": "method",
+    "load": "adapt.adapted",
+    "to_plain": "compose",
+    "with_component": "compose",
+    "with_setting": "compose",
 }
 _MODULES = ("actions", "methods", "metrics", "parameterizations", "peft", "schedulers", "tasks", "testing", "trainer")
 

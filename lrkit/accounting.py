@@ -1,6 +1,6 @@
-"""Parameters, FLOPs and bytes: counted on the model itself, never guessed.
+"""Count parameters, FLOPs and bytes on the model itself; nothing is estimated.
 
-Counting needs no weights: on the meta device a model of any size is attached to and run in a moment.
+Counting needs no weights. For example, a model of any size can be attached to and run on the meta device in a moment.
 """
 
 import math
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrkit.adapted import Adapted, attach
+from lrkit.adapt.adapted import Adapted, attach
 from lrkit.errors import LrkitError
+from lrkit.loop.course import is_known
+from lrkit.loop.policy import PolicyState
 from lrkit.units import Block
 
 if TYPE_CHECKING:
@@ -31,13 +33,13 @@ class ParameterCount:
         layers: adapted layers.
         start: at the first step, without the head.
         end: at the last step; frozen tensors and masked components do not count. Which units go is not known without
-            training: here each counts at its policy's mean unit size. Where it is not even known how many go (see
-            `Action.budgeted`), none goes here, and the range says the rest.
+            training, so each counts at its policy's mean unit size. If even their number is not known (see
+            `Action.turnover`), none goes here, and the range says the rest.
         average: over all steps, likewise.
         end_range: the least and the most that `end` can be, whichever units go.
         average_range: likewise for `average`.
-        core: core values (λ) that are in `start`; AdaLoRA's paper leaves them out.
-        head: of the task head (classifier, pooler), which the papers leave out.
+        core: core values (λ) that `start` counts and AdaLoRA's paper does not.
+        head: of the task head (classifier, pooler), which the papers do not count.
         model: all parameters of the plain model without its head.
         total_steps: the run that the averages are over.
     """
@@ -59,7 +61,7 @@ def count(method: "Method", model: nn.Module, *, total_steps: int, **attach_sett
 
     Args:
         method: the method.
-        model: any model, on the meta device for one that has no weights. It is given back as it was.
+        model: any model, on the meta device if it has no weights. It is given back as it was.
         total_steps: optimizer steps of the run.
         **attach_settings: ``targets`` and ``train_also`` of `lrkit.attach`.
 
@@ -68,40 +70,31 @@ def count(method: "Method", model: nn.Module, *, total_steps: int, **attach_sett
     """
     adapted = attach(model, method, **attach_settings)
     try:
-        controller = adapted._controller
-        controller.begin(total_steps)
+        adapted.controller.begin(total_steps)
+        layers = adapted.adapters.values()
         head = sum(p.numel() for p in adapted.head_parameters())
-        plain = sum(p.numel() for p in _unique(model) if id(p) not in adapted._fresh_ids) - head
-        core = sum(
-            part.of(module).numel()
-            for part in method.parameterization.parts
-            if part.core
-            for module in _modules(adapted)
-        )
         start = sum(p.numel() for p in adapted.adapter_parameters())
-        series = [_removed(adapted, index, total_steps) for index in range(len(method.policies))]
+        values = [part for part in method.parameterization.parts if part.core]
+        core = sum(part.of(layer).numel() for part in values for layer in layers)
+        series = [_removed(state) for state in adapted.controller.policies]
         times, most, least, mean = _together(adapted, series, total_steps)
-        return ParameterCount(
-            layers=len(adapted.adapters),
-            start=start,
-            end=start - mean[-1],
-            average=start - math.fsum(map(mul, times, mean)) / total_steps,
-            end_range=(start - most[-1], start - least[-1]),
-            average_range=(
-                start - sum(map(mul, times, most)) / total_steps,
-                start - sum(map(mul, times, least)) / total_steps,
-            ),
-            core=core,
-            head=head,
-            model=plain,
-            total_steps=total_steps,
-        )
     finally:
         adapted.detach()
-
-
-def _modules(adapted: Adapted) -> list[nn.Module]:
-    return list(adapted.adapters.values())
+    return ParameterCount(
+        layers=len(layers),
+        start=start,
+        end=start - mean[-1],
+        average=start - math.fsum(map(mul, times, mean)) / total_steps,
+        end_range=(start - most[-1], start - least[-1]),
+        average_range=(
+            start - sum(map(mul, times, most)) / total_steps,
+            start - sum(map(mul, times, least)) / total_steps,
+        ),
+        core=core,
+        head=head,
+        model=sum(p.numel() for p in _unique(model)) - head,
+        total_steps=total_steps,
+    )
 
 
 def _unique(model: nn.Module) -> list[nn.Parameter]:
@@ -110,6 +103,8 @@ def _unique(model: nn.Module) -> list[nn.Parameter]:
 
 @attrs.frozen
 class _Removed:
+    """How many parameters a policy has taken out of training: at least, at most, and as a share of its own on average."""
+
     least: int
     most: int
     share: float
@@ -118,17 +113,20 @@ class _Removed:
 def _together(
     adapted: Adapted, series: Sequence[Sequence[tuple[int, _Removed]]], total_steps: int
 ) -> tuple[list[int], list[int], list[int], list[float]]:
-    """What all policies take out of training, by spans of equal steps: how many steps, the most, the least, and the mean.
+    """Add up what all policies take out of training, by spans of equal steps.
 
-    Policies may take the same entries. The most is then their sum, but no more than there is; the least is the larger
-    one; and in the mean an entry stays with the product of the shares that are kept. What is added counts as taken out
-    below zero.
+    Policies may take the same entries. The most is then the sum of theirs, up to all entries; the least is the largest of
+    theirs; and in the mean an entry stays with the product of the shares that they keep. Added parameters count as
+    negative.
+
+    Returns:
+        Steps per span, the most, the least, and the mean.
     """
     if not series:
         return [total_steps], [0], [0], [0.0]
     sizes: dict[int, int] = {}
     policies: dict[int, tuple[int, ...]] = {}
-    for index, state in enumerate(adapted._controller.policies):
+    for index, state in enumerate(adapted.controller.policies):
         for block in state.blocks:
             for tensor in block.tensors:
                 sizes[id(tensor)] = tensor.numel()
@@ -148,7 +146,7 @@ def _together(
 
 
 def _joined(series: Sequence[Sequence[tuple[int, _Removed]]]) -> tuple[list[int], list[tuple[_Removed, ...]]]:
-    """Spans of several policies cut at the same steps: how many steps each, and what the policies take out."""
+    """Cut the spans of several policies at the same steps; return steps per span, and what each policy takes out."""
     ends = [list(accumulate(times for times, _ in each)) for each in series]
     cuts = sorted({end for each in ends for end in each})
     times = [end - begin for begin, end in pairwise([0, *cuts])]
@@ -156,19 +154,17 @@ def _joined(series: Sequence[Sequence[tuple[int, _Removed]]]) -> tuple[list[int]
     return times, list(zip(*columns, strict=True))
 
 
-def _removed(adapted: Adapted, index: int, total_steps: int) -> list[tuple[int, _Removed]]:
-    """Parameters out of training by one policy, by spans of equal steps; below zero where it adds some."""
-    state = adapted._controller.policies[index]
-    budgeted = state.policy.action.budgeted
+def _removed(state: PolicyState) -> list[tuple[int, _Removed]]:
+    """Count what one policy takes out of training, by spans of equal steps; negative if it adds some."""
     sizes = sorted(size for block in state.blocks for size in _unit_sizes(block))
     below = [0]
     for size in sizes:
         below.append(below[-1] + size)
     removed = []
-    # During a step trains what the decision after the step before has left.
-    for times, there, cut, _ in _but_last(state.course(total_steps)):
-        if not budgeted:
-            # How many go is known only after a run: none, or all of them once the schedule has begun.
+    # Step t trains what the decision after step t - 1 kept.
+    for times, there, cut, _ in _but_last(state.course()):
+        if not is_known(state.policy.action):
+            # Their number is known only after a run: none go, or all if the schedule has begun.
             removed.append((times, _Removed(0, below[-1] if cut else 0, 0.0)))
             continue
         gone = min(cut, state.units)
@@ -179,7 +175,7 @@ def _removed(adapted: Adapted, index: int, total_steps: int) -> list[tuple[int, 
 
 
 def _but_last(spans: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
-    """Spans without the state after the last step."""
+    """Drop the state after the last step, which no step trains in."""
     times, there, cut, added = spans[-1]
     return [*spans[:-1], *([(times - 1, there, cut, added)] if times > 1 else [])]
 
@@ -194,27 +190,27 @@ def _unit_sizes(block: Block) -> list[int]:
 
 @attrs.frozen(kw_only=True)
 class Flops:
-    """Floating-point operations of one batch: a multiply-add is two. Counted by torch as they are dispatched."""
+    """Floating-point operations per batch, counted by torch when they are dispatched; a multiply-add is two."""
 
     forward: int
     backward: int
 
     @property
     def total(self) -> int:
-        """Forward and backward."""
+        """Add forward and backward."""
         return self.forward + self.backward
 
 
 def flops(model: nn.Module, batch: Mapping[str, Tensor], loss: "Callable[[Any], Tensor] | None" = None) -> Flops:
-    """Count one forward and backward pass as the model now is: frozen matrices and cut ranks cost nothing.
+    """Count one forward and backward pass of the model as it is now: frozen matrices and cut ranks cost nothing.
 
     Args:
-        model: any model, on the meta device too (with a batch there).
+        model: any model. If it is on the meta device, so must be the batch.
         batch: keyword arguments of its forward.
         loss: from the model's output to a scalar; None for its ``loss``, or the sum of its first output.
 
     Returns:
-        The counts. Gradients are left as they were found.
+        The counts. The parameters' gradients stay as they were.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     with FlopCounterMode(display=False) as forward:
@@ -226,7 +222,7 @@ def flops(model: nn.Module, batch: Mapping[str, Tensor], loss: "Callable[[Any], 
 
 
 def flops_on(method: "Method", model: nn.Module, tokens: int, **attach_settings: Any) -> Flops:
-    """`flops` of a method's first step on a model for one sequence of so many tokens. The model is given back as it was.
+    """Count the `flops` of a method's first step for one sequence of so many tokens. The model is given back as it was.
 
     Args:
         method: the method.
@@ -242,7 +238,7 @@ def flops_on(method: "Method", model: nn.Module, tokens: int, **attach_settings:
             try:
                 return flops(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
             except RuntimeError:
-                # Some models look into the mask, which has no values on the meta device; others cannot do without it.
+                # Some models read the mask, which has no values on the meta device; others need it.
                 return flops(model, {"input_ids": ids})
         except (RuntimeError, NotImplementedError, IndexError) as error:
             first = " ".join(str(error).split())[:200]
@@ -263,11 +259,11 @@ def _scalar(output: Any) -> Tensor:
 
 @attrs.frozen(kw_only=True)
 class Bytes:
-    """Memory of a run beside activations, in bytes.
+    """Memory that a run holds without its activations, in bytes.
 
     Args:
-        parameters: of the whole model, adapters in.
-        gradients: of what trains.
+        parameters: of the whole model, adapters included.
+        gradients: of all parameters that have one.
         optimizer: the optimizer's state.
         adaptive: lrkit's own: statistics, masks, and indices of units.
     """
@@ -283,13 +279,14 @@ def memory(adapted: Adapted, optimizer: torch.optim.Optimizer | None = None) -> 
 
     Args:
         adapted: the handle.
-        optimizer: whose state is counted; None counts none.
+        optimizer: the one that has state to count; None for none.
     """
     unique = _unique(adapted.model)
     states = optimizer.state.values() if optimizer is not None else ()
-    controller = adapted._controller
-    own = [t for s in controller.policies for t in (s.kept, s.still, *s.buffers.values())]
-    own += [t for s in controller.policies for t in s.layout.index]
+    policies = adapted.controller.policies
+    held = [state.statistics for state in policies]
+    own = [state.kept for state in policies]
+    own += [t for each in held for t in (each.still, *each.buffers.values(), *each.layout.index)]
     return Bytes(
         parameters=_bytes(unique),
         gradients=_bytes([p.grad for p in unique if p.grad is not None]),

@@ -1,16 +1,18 @@
-"""What lrkit raises when its input is wrong."""
+"""Errors and warnings of lrkit, and the words that they are made of."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 _LONGEST_LINE = 900
 _LONGEST_VALUE = 160
 
 
 def cut(text: str, most: int = 2000) -> str:
-    """A text of at most `most` characters: of a longer one the middle is left out."""
+    """Shorten a text to at most `most` characters, leaving out its middle."""
     if len(text) <= most:
         return text
     head = (most - 3) * 2 // 3
@@ -18,7 +20,7 @@ def cut(text: str, most: int = 2000) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as an error quotes it: its ``repr`` in one short line; its type alone if it has none."""
+    """Return a value as an error quotes it: its ``repr`` in one short line, or its type alone if it has none."""
     if isinstance(value, str) and len(value) > 4 * _LONGEST_VALUE:  # the repr of all of it is not needed
         value = value[: 2 * _LONGEST_VALUE] + value[-2 * _LONGEST_VALUE :]
     if isinstance(value, int) and value.bit_length() > 1024:
@@ -30,11 +32,29 @@ def shown(value: object) -> str:
     return cut(" ".join(text.split()) if "\n" in text else text, _LONGEST_VALUE)
 
 
+def quoted(name: object) -> str:
+    """Return a name that was given, in quotes and shortened."""
+    return f'"{cut(str(name), _LONGEST_VALUE)}"'
+
+
+def listing(names: Sequence[str]) -> str:
+    """List names of layers. If there are many, list their patterns, with how many layers each stands for."""
+    if len(names) <= 50 and sum(map(len, names)) < 2000:
+        return ", ".join(names)
+    counts = Counter(pattern(name) for name in names)
+    return ", ".join(f"{name} ({count} layers)" if count > 1 else name for name, count in counts.items())[:2000]
+
+
+def pattern(name: str) -> str:
+    """Leave the numbers in a layer's name open. For example, ``layers.3.query`` becomes ``layers.<i>.query``."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "<i>", name)
+
+
 class LrkitError(ValueError):
     """Bad input, told in one clear line: what was wrong, and what would be right.
 
-    The command line prints it and exits with code 2. A failure that is not the user's stays whatever it was. The line is
-    at most 900 characters long: of a longer one the middle is left out.
+    The command line prints it and exits with code 2. Failures that are not the user's keep their own classes. The line is
+    at most 900 characters long; the middle of a longer one is left out.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -42,7 +62,7 @@ class LrkitError(ValueError):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """The hint that ends an error about an unknown name.
+    """Return the hint that ends an error about an unknown name.
 
     Returns:
         ` (did you mean "x"?)`, with a leading blank, for the choice most like `word` (case set aside), or an
@@ -56,4 +76,4 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 class LrkitWarning(UserWarning):
-    """Something that would otherwise pass in silence: said once, at the moment it can first be known."""
+    """Something that would otherwise pass in silence, said once, as soon as it can be known."""

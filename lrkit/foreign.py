@@ -1,7 +1,7 @@
-"""Calls into plug-ins' code, and looks at their objects: whatever goes wrong in them is one line.
+"""Calling plug-ins' code and looking at their objects, so that whatever goes wrong in them is one line.
 
-A plug-in may raise anything anywhere, `SystemExit` and `KeyboardInterrupt` included. Only a Ctrl-C that the user pressed
-meanwhile stays one.
+A plug-in may raise anything anywhere, `SystemExit` and `KeyboardInterrupt` included. If the user pressed Ctrl-C
+meanwhile, and only then, `KeyboardInterrupt` stays one.
 """
 
 import inspect
@@ -20,7 +20,7 @@ class ForeignError(Exception):
     """A plug-in's code raised.
 
     Args:
-        line: what it raised, in one line.
+        line: the exception, in one line.
         detail: the traceback.
     """
 
@@ -30,11 +30,11 @@ class ForeignError(Exception):
 
 
 def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Call a plug-in's code. What it prints is no part of a command's results and goes to stderr.
+    """Call a plug-in's code. Send its output to stderr, since it is not part of a command's results.
 
     Raises:
-        LrkitError: it raised one: its own line about its input.
-        ForeignError: it raised anything else.
+        LrkitError: the code raised one, which is its own line about its input.
+        ForeignError: the code raised anything else.
         KeyboardInterrupt: the user pressed Ctrl-C meanwhile.
     """
     with _presses() as pressed, redirect_stdout(sys.stderr):
@@ -50,7 +50,7 @@ def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
 @contextmanager
 def _presses() -> Iterator[list[int]]:
-    """A list that is not empty once the user has pressed Ctrl-C; another thread than the main one cannot know."""
+    """Give a list that is not empty once the user has pressed Ctrl-C. Only the main thread can know."""
     pressed: list[int] = []
     before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
     if not callable(before):
@@ -70,7 +70,7 @@ def _presses() -> Iterator[list[int]]:
 
 
 def detail() -> str:
-    """The traceback of the exception that is being handled."""
+    """Return the traceback of the exception that is being handled."""
     try:
         return traceback.format_exc()
     except Exception:  # a traceback prints objects of the plug-in
@@ -78,7 +78,7 @@ def detail() -> str:
 
 
 def line_of(error: BaseException) -> str:
-    """An exception in one line, with its class's name; its own message may raise, and be of any length."""
+    """Return an exception in one line, with its class's name. Its own message may raise, and be of any length."""
     try:
         text = cut(" ".join(str(error).split()), 500)
     except BaseException:  # of a plug-in's own exception class
@@ -87,7 +87,7 @@ def line_of(error: BaseException) -> str:
 
 
 def text_of(value: Any) -> str:
-    """An object's `repr` in one line of at most 200 characters, or its class's name if that raises."""
+    """Return an object's `repr` in one line of at most 200 characters, or its class's name if that raises."""
     try:
         return cut(" ".join(repr(value).split()), 200)
     except BaseException:
@@ -95,7 +95,7 @@ def text_of(value: Any) -> str:
 
 
 def where(value: Any) -> str:
-    """Module and name of a class or function; of anything else its `repr`."""
+    """Return module and name of a class or function; of anything else its `repr`."""
     try:
         return f"{value.__module__}.{value.__qualname__}"
     except BaseException:
@@ -103,7 +103,7 @@ def where(value: Any) -> str:
 
 
 def doc(value: Any) -> str:
-    """The docstring of an object, cleaned of indentation; empty if there is none, or none that can be read."""
+    """Return an object's docstring without its indentation; an empty text if there is none, or none that can be read."""
     try:
         found = inspect.getdoc(value)
     except BaseException:

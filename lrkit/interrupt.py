@@ -1,4 +1,4 @@
-"""Ctrl-C in the command line: the first one ends the work in order, a second one the process at once."""
+"""Handle Ctrl-C in the command line: the first ends the work in order, the second ends the process at once."""
 
 import os
 import signal

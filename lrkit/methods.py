@@ -1,14 +1,16 @@
 """Named compositions: the published methods, each a long docstring over a short body.
 
 Every one returns a frozen `lrkit.Method`; swap a part with ``attrs.evolve(method, metric=...)``. Defaults are the
-paper's text, but for AdaLoRA's and SVD-LoRA's penalty; where released code does otherwise, the setting that reproduces it
+paper's text, but for AdaLoRA's and SVD-LoRA's penalty. If released code does otherwise, the setting that reproduces it
 is named.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from lrkit.actions import Freeze, Prune
 from lrkit.errors import LrkitError
+from lrkit.hookspecs import hookimpl
 from lrkit.method import Method
 from lrkit.metrics import GradientUncertainty, SensitivityUncertainty
 from lrkit.parameterizations import SVD, Full, LoRA, VectorScaled
@@ -105,7 +107,7 @@ def adalora(
         orthogonality: γ (0.1 to 0.5 in the paper).
         variant: ``"paper"``: the text to the letter. ``"default"``: the text but for the penalty, which is the mean of the
             un-squared norms: Eq. 4's sum of squares at a Gaussian start outweighs the task in a short run. ``"released"`` or
-            ``"peft"``: their choices wherever these differ (see the ledger in the documentation): sensitivity after the
+            ``"peft"``: their choices if these differ (see the ledger in the documentation): sensitivity after the
             step, steps numbered from 0, the mean un-squared penalty, ties that lose, and the last decision. The scale
             `alpha` is left to you.
 
@@ -189,3 +191,16 @@ def aflora(
         ),
         action=Freeze(together=together, rule="quantile" if released else "rank"),
     )
+
+
+@hookimpl
+def lrkit_methods() -> Mapping[str, Callable[..., Method]]:
+    """Offer the built-in methods."""
+    return {
+        "full": full,
+        "lora": lora,
+        "svd-lora": svd_lora,
+        "elora": elora,
+        "adalora": adalora,
+        "aflora": aflora,
+    }

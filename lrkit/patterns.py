@@ -1,8 +1,8 @@
-"""Regular expressions that others wrote: those that could be matched for ever are refused before they are tried.
+"""Compile regular expressions of others, and refuse those that could be matched for ever before they are tried.
 
-Python's engine tries every way in which repetitions can share a text out among them. Where a group that repeats holds
-something that can be matched in several ways, the ways double with every letter; where many repetitions stand side by
-side, they are a power of the length. Both are seen in the pattern itself.
+Python's engine tries every way in which repetitions can share a text out among them. If a group that repeats can match
+one text in several ways, as in ``(a|a)*b``, the ways double per letter; if many repetitions stand side by side, as in
+``.*.*.*x``, their number is a power of the length. Both can be seen in the pattern itself.
 """
 
 import functools
@@ -29,11 +29,11 @@ def compiled(pattern: str, name: str, around: str = "{}") -> re.Pattern[str]:
 
     Args:
         pattern: as it was given.
-        name: what errors call it.
-        around: how it is used, with ``{}`` in its place: it is compiled so.
+        name: its name in errors.
+        around: the expression that it is used in, with ``{}`` in its place, such as ``^({})$``.
 
     Raises:
-        LrkitError: it is none where it is used, or one that may take for ever.
+        LrkitError: it is no regular expression, alone or in its place, or may take for ever.
     """
     if not isinstance(pattern, str):
         raise LrkitError(f"{name} must be a regular expression, not {shown(pattern)}")
@@ -42,7 +42,7 @@ def compiled(pattern: str, name: str, around: str = "{}") -> re.Pattern[str]:
         raise LrkitError(f'{name}="{told}" could be matched for ever: a pattern {why}; write it more plainly')
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what later versions of Python will take otherwise
+            warnings.simplefilter("ignore")  # of changes in later versions of Python
             re.compile(pattern)
             return re.compile(around.replace("{}", pattern))
     except (re.error, OverflowError, RecursionError) as error:
@@ -50,7 +50,7 @@ def compiled(pattern: str, name: str, around: str = "{}") -> re.Pattern[str]:
 
 
 def _endless(pattern: str) -> str | None:
-    """Why a pattern may take for ever; None where it does not."""
+    """Say why a pattern may take for ever; None if it does not."""
     if len(pattern) > _LONGEST:
         return f"of {len(pattern):,} characters"
     if _VERBOSE.search(pattern):

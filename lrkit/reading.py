@@ -1,8 +1,8 @@
-"""Reading what others wrote: files and texts with bounds, so that nothing hangs, fills the memory or ends in a traceback.
+"""Read files and texts of others with bounds, so that nothing hangs, fills the memory or ends in a traceback.
 
 Every file that lrkit reads goes through `opened`: it must be a regular file (a FIFO would wait for ever, a device has no
 end), and is read up to a bound. Plain data goes through `check_plain`: nested at most `DEPTH` deep, whole numbers of 64
-bits. What is wrong is one `LrkitError` that names the file.
+bits. Whatever is wrong is one `LrkitError` that names the file.
 """
 
 import json
@@ -37,22 +37,17 @@ AnyPath = str | os.PathLike[str]
 
 
 def is_folder(path: AnyPath) -> bool:
-    """Whether there is a folder; False for a path that cannot be one (too long, linked to itself)."""
+    """Say whether there is a folder; False if the path cannot be one (too long, linked to itself)."""
     return os.path.isdir(path)
-
-
-def is_file(path: AnyPath) -> bool:
-    """Whether there is a regular file; False for a path that cannot be one."""
-    return os.path.isfile(path)
 
 
 @contextmanager
 def opened(path: AnyPath, name: object = None) -> Iterator[BufferedReader]:
-    """Open a regular file for reading. What goes wrong while it is read is told in one line, too.
+    """Open a regular file for reading. An error while it is read becomes one line, too.
 
     Args:
         path: the file.
-        name: what errors call it; None for the path.
+        name: its name in errors; None for the path.
 
     Raises:
         FileNotFoundError: there is none.
@@ -66,10 +61,9 @@ def opened(path: AnyPath, name: object = None) -> Iterator[BufferedReader]:
         raise FileNotFoundError(f"{told}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise LrkitError(f"{told} cannot be read: {_reason(error)}") from None
-    mode = os.fstat(handle).st_mode
-    if not stat.S_ISREG(mode):
+    if kind := irregular(os.fstat(handle).st_mode):
         os.close(handle)
-        raise LrkitError(f"{told} cannot be read: it is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}")
+        raise LrkitError(f"{told} cannot be read: it is {kind}")
     with os.fdopen(handle, "rb") as file:
         try:
             yield file
@@ -77,12 +71,17 @@ def opened(path: AnyPath, name: object = None) -> Iterator[BufferedReader]:
             raise LrkitError(f"{told} cannot be read: {_reason(error)}") from None
 
 
+def irregular(mode: int) -> str | None:
+    """Say what a file is by its mode, such as "a FIFO"; None if it is a regular one."""
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no regular file")
+
+
 def _reason(error: OSError | ValueError) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
 def read_bytes(path: AnyPath, most: int = JSON_BYTES) -> bytes:
-    """What is in a file.
+    """Read a whole file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -96,7 +95,7 @@ def read_bytes(path: AnyPath, most: int = JSON_BYTES) -> bytes:
 
 
 def read_text(path: AnyPath, most: int = JSON_BYTES) -> str:
-    """The UTF-8 text in a file. Raises as `read_bytes`, and LrkitError where it is no UTF-8."""
+    """Read the UTF-8 text in a file. Raises as `read_bytes`, and LrkitError if it is no UTF-8."""
     try:
         return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -104,7 +103,7 @@ def read_text(path: AnyPath, most: int = JSON_BYTES) -> str:
 
 
 def parse_json(text: str | bytes, name: object) -> Any:
-    """The data in a JSON text. Raises LrkitError, with `name`, where it is none or breaks the bounds of `check_plain`."""
+    """Read a JSON text. Raises LrkitError, with `name`, if it is none or breaks the bounds of `check_plain`."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -116,29 +115,24 @@ def parse_json(text: str | bytes, name: object) -> Any:
 
 
 def read_json(path: AnyPath, most: int = JSON_BYTES) -> Any:
-    """The data in a JSON file. Raises as `read_bytes` and `parse_json`."""
+    """Read a JSON file. Raises as `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path, most), f"{path} cannot be read: it")
 
 
 def parse_toml(text: str, name: object) -> dict[str, Any]:
-    """The table in a TOML text. Raises LrkitError, with `name`, where it is none or breaks the bounds of `check_plain`."""
+    """Read a TOML text. Raises LrkitError, with `name`, if it is none or breaks the bounds of `check_plain`."""
     try:
         value = tomllib.loads(text)
     except RecursionError:
         raise LrkitError(f"{name}: no TOML: nested too deeply") from None
-    except (ValueError, OverflowError) as error:  # no TOML, a number with thousands of digits, a date that is none
+    except (ValueError, OverflowError) as error:  # no TOML, a number with thousands of digits, an impossible date
         raise LrkitError(f"{name}: no TOML: {error}") from None
     check_plain(value, name)
     return value
 
 
-def read_toml(path: AnyPath, most: int = TOML_BYTES) -> dict[str, Any]:
-    """The table in a TOML file. Raises as `read_text` and `parse_toml`."""
-    return parse_toml(read_text(path, most), path)
-
-
 def check_plain(value: Any, name: object) -> None:
-    """Raise LrkitError, with `name`, for data that is nested more than `DEPTH` deep, or whole numbers beyond 64 bits."""
+    """Raise LrkitError, with `name`, if data is nested more than `DEPTH` deep, or has whole numbers beyond 64 bits."""
     level, deep = [value], 0
     while level:
         below: list[Any] = []
@@ -155,7 +149,7 @@ def check_plain(value: Any, name: object) -> None:
 
 
 def lines(path: AnyPath, most: int = LINES_BYTES) -> Iterator[bytes]:
-    """The lines of a file.
+    """Yield the lines of a file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -166,7 +160,7 @@ def lines(path: AnyPath, most: int = LINES_BYTES) -> Iterator[bytes]:
 
 
 def bounded_lines(file: BinaryIO, name: object, most: int = LINES_BYTES) -> Iterator[bytes]:
-    """The lines of an open file. Raises LrkitError where one is longer than `LINE_BYTES`, or all are than `most`."""
+    """Yield the lines of an open file. Raises LrkitError if one is longer than `LINE_BYTES`, or all are than `most`."""
     total = 0
     while line := file.readline(LINE_BYTES + 1):
         total += len(line)
@@ -176,38 +170,9 @@ def bounded_lines(file: BinaryIO, name: object, most: int = LINES_BYTES) -> Iter
         yield line
 
 
-def check_folder(folder: AnyPath, name: object) -> None:
-    """Raise LrkitError, with `name`, where a folder that a library is to read holds what that would read for ever.
-
-    Those are what is neither file nor folder, files of the system's own (some have no end), and texts without measure.
-    """
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise LrkitError(f"{name} cannot be read: {_reason(error)}") from None
-    system = {os.stat(root).st_dev for root in ("/proc", "/sys") if os.path.isdir(root)}
-    for entry in entries:
-        try:
-            found_there = entry.stat()
-        except OSError:  # a link to nothing or to itself is no file: who needs it says so
-            continue
-        mode = found_there.st_mode
-        kind = None
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
-        elif stat.S_ISREG(mode) and found_there.st_dev in system:
-            kind = "a file of the system's own"
-        elif entry.name.endswith((".json", ".txt")) and found_there.st_size > 8 * JSON_BYTES:
-            kind = f"a text of {found_there.st_size:,} bytes"
-        if kind is not None:
-            raise LrkitError(f"{name}: {shown(entry.name)} in it is {kind}")
-
-
 __all__ = [
-    "check_folder",
     "check_plain",
-    "is_file",
+    "irregular",
     "is_folder",
     "lines",
     "opened",
@@ -216,5 +181,4 @@ __all__ = [
     "read_bytes",
     "read_json",
     "read_text",
-    "read_toml",
 ]

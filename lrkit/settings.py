@@ -1,28 +1,35 @@
-"""Checks for settings: one clear line for a value that cannot be meant, used as attrs validators.
+"""Settings: checks for attrs fields, and strict conversion from plain data.
 
-Settings that are times follow one rule everywhere: an ``int`` is a number of optimizer steps, a ``float`` in [0, 1] is
-a share of the run's ``total_steps``.
+The checks are attrs validators, which raise one clear line for a value that cannot be meant. The conversion goes by
+annotations: no string becomes a number, and no 4.5 becomes 4.
+
+Times follow one rule everywhere: an ``int`` is a number of optimizer steps, a ``float`` in [0, 1] is a share of the run's
+``total_steps``.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Union
 
 import attrs
 
-from lrkit.errors import LrkitError, nearest, shown
+from lrkit.errors import LrkitError, nearest, quoted, shown
 
 Time = int | float
 """An ``int`` is steps, a ``float`` in [0, 1] is a share of the total steps."""
 
 Amount = int | float
-"""An ``int`` is units for each adapted matrix on average, a ``float`` in [0, 1] is a share of all units."""
+"""An ``int`` is units per adapted matrix on average, a ``float`` in [0, 1] is a share of all units."""
 
 MOST_STEPS = 2**31 - 1
 """The longest run."""
 
 OWN = {"own": True}
-"""Metadata of a setting whose default belongs to the component: a swap does not carry its value over from another."""
+"""Metadata of a setting whose default belongs to its component, so that a swap does not carry over another one's value.
+
+For example, `lrkit.metrics.Magnitude` measures after the step whatever the metric before it did."""
 
 _Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
@@ -32,7 +39,7 @@ def _fail(instance: object, name: str, value: object, expected: str) -> LrkitErr
 
 
 def whole(minimum: int, maximum: int = 2**31 - 1) -> _Validator:
-    """An ``int`` from `minimum` to `maximum` (a ``bool`` is none)."""
+    """Accept an ``int`` from `minimum` to `maximum`, and no ``bool``."""
 
     def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
@@ -44,7 +51,7 @@ def whole(minimum: int, maximum: int = 2**31 - 1) -> _Validator:
 
 
 def real(minimum: float, maximum: float = math.inf, *, above: bool = False, below: bool = False) -> _Validator:
-    """A finite number from `minimum` to `maximum`; `above` and `below` leave the ends out."""
+    """Accept a finite number from `minimum` to `maximum`. If `above` or `below` is set, that end itself is refused."""
     low = f"above {minimum:g}" if above else f"at least {minimum:g}"
     high = "" if maximum == math.inf else f" and {'below' if below else 'at most'} {maximum:g}"
 
@@ -66,7 +73,7 @@ def _is_finite(value: float) -> bool:
 
 
 def count_or_share(minimum: int = 0) -> _Validator:
-    """An ``int`` from `minimum` to 2^31 - 1, or a ``float`` share in [0, 1]. For `Time` and `Amount`."""
+    """Accept a `Time` or an `Amount`: an ``int`` from `minimum` to 2^31 - 1, or a ``float`` share in [0, 1]."""
 
     def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
         good = isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= MOST_STEPS
@@ -79,7 +86,7 @@ def count_or_share(minimum: int = 0) -> _Validator:
 
 
 def one_of(choices: Sequence[object]) -> _Validator:
-    """One of a few values."""
+    """Accept one of a few values, of the same type: 1 is not True."""
 
     def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
         if not any(value == choice and type(value) is type(choice) for choice in choices):
@@ -91,15 +98,108 @@ def one_of(choices: Sequence[object]) -> _Validator:
 
 
 def flag() -> _Validator:
-    """True or False."""
+    """Accept True or False."""
     return one_of((True, False))
 
 
 def in_steps(value: Time, total_steps: int) -> int:
-    """A `Time` in optimizer steps: an ``int`` as it is, a share rounded to the nearest step."""
+    """Return a `Time` in optimizer steps: an ``int`` as it is, a share rounded to the nearest step."""
     return value if isinstance(value, int) else round(value * total_steps)
 
 
 def in_units(value: Amount, *, total: int, layers: int) -> int:
-    """An `Amount` in units: an ``int`` times the number of adapted matrices, a share of `total` rounded."""
+    """Return an `Amount` in units: an ``int`` times the number of adapted matrices, a share of `total` rounded."""
     return value * layers if isinstance(value, int) else round(value * total)
+
+
+def check_settings(cls: type, given: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Convert the settings of an attrs class from plain data, exactly as its fields are annotated.
+
+    Args:
+        cls: the class.
+        given: setting to value.
+        place: what errors call the class, such as ``"also.0.metric"``.
+
+    Raises:
+        LrkitError: a setting that the class does not have (with the nearest one), or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    refuse_others(given, [field.name for field in attrs.fields(cls)], place)
+    return {key: as_annotated(value, hints[key], f"{place}.{key}") for key, value in given.items()}
+
+
+def refuse_others(given: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+    """Raise LrkitError for the first key that is not among the known ones, with the nearest of them."""
+    for key in given:
+        if key not in known:
+            listed = f"; there are {', '.join(known)}" if known else "; it has none"
+            raise LrkitError(f"{place} has no setting {quoted(key)}{nearest(str(key), known)}{listed}")
+
+
+def as_annotated(value: Any, hint: Any, place: str) -> Any:
+    """Return a value of plain data as an annotation has it. For example, a list becomes a tuple, and 16 becomes 16.0.
+
+    Annotations that plain data cannot hold, such as a class, accept any value: the class's own validators check it.
+
+    Args:
+        value: the value.
+        hint: a plain type, a tuple of one, a ``Literal`` or a union of these.
+        place: what the error calls the setting.
+
+    Raises:
+        LrkitError: the value is of another type.
+    """
+    origin, fits = typing.get_origin(hint), False
+    if origin is Literal:
+        fits = any(value == choice and type(value) is type(choice) for choice in typing.get_args(hint))
+    elif origin in (Union, types.UnionType):
+        options = typing.get_args(hint)
+        # An exact type first: 8 must stay an int if int and float mean different things.
+        if type(value) in options or (value is None and type(None) in options):
+            return value
+        for option in options:
+            if annotated_as(value, option):
+                return as_annotated(value, option, place)
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(as_annotated(item, typing.get_args(hint)[0], place) for item in value)
+    elif hint is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        try:
+            value = float(value) if fits else value
+        except OverflowError:
+            fits = False
+    else:
+        fits = type(value) is hint or hint not in (int, str, bool, type(None))
+    if not fits:
+        name = getattr(hint, "__name__", None) if origin is None else str(hint).replace("typing.", "")
+        raise LrkitError(f"{place} must be {name or hint}, not {shown(value)}")
+    return value
+
+
+def annotated_as(value: Any, hint: Any) -> bool:
+    """Return whether `as_annotated` accepts a value."""
+    try:
+        as_annotated(value, hint, "")
+    except LrkitError:
+        return False
+    return True
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Return the settings of an attrs class that have the same default for every instance, as plain data."""
+    found = {}
+    for field in attrs.fields(cls):
+        default: Any = field.default
+        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+            default = attrs.NOTHING if default.takes_self else default.factory()
+        if default is not attrs.NOTHING:
+            found[field.name] = as_plain(default)
+    return found
+
+
+def as_plain(value: Any) -> Any:
+    """Copy a value into what JSON can hold: dicts and lists in place of mappings and tuples, all the way down."""
+    if isinstance(value, Mapping):
+        return {key: as_plain(item) for key, item in value.items()}
+    return [as_plain(item) for item in value] if isinstance(value, list | tuple) else value

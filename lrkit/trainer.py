@@ -8,10 +8,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lrkit import checkpoint
-from lrkit.adapted import Adapted
+from lrkit.adapt import checkpoint
+from lrkit.adapt.adapted import Adapted
+from lrkit.adapt.quantized import let_train
 from lrkit.errors import LrkitError, LrkitWarning
-from lrkit.quantized import let_train
 
 
 class AdaptCallback(TrainerCallback):
@@ -69,7 +69,7 @@ class AdaptCallback(TrainerCallback):
             penalty="gradient",
             scaler=getattr(optimizer, "scaler", None),  # accelerate's
         )
-        self.adapted.hold(self.adapted.expect_saves())  # `on_save` writes the adapters beside the model
+        self.adapted.expect_saves()  # `on_save` writes the adapters beside the model
         self._training = True
 
     def _check_step(self, state: TrainerState) -> None:

@@ -27,10 +27,11 @@ class Part:
 
     Args:
         name: attribute path of the parameter on the adapter, such as ``"A"`` or ``"down.weight"``.
-        axis: the dimension that runs over rank components; None where there is none.
-        core: one scalar for each component (λ, d): zero takes the component out, and its gradient can bring it back.
+        axis: the dimension that runs over rank components; None if there is none.
+        core: one scalar per component (λ, d): zero takes the component out, and its gradient can bring it back.
         matrix: a projection matrix, on which freezing acts as a whole.
-        trains: False where it is fixed at its random start in every layer (ELoRA's A and B).
+        trains: False if it is fixed at its random start in every layer (ELoRA's A and B).
+        shared: whether all layers read one tensor (VeRA's A and B), so that no layer's components can grow alone.
     """
 
     name: str
@@ -38,9 +39,10 @@ class Part:
     core: bool = False
     matrix: bool = False
     trains: bool = True
+    shared: bool = False
 
     def of(self, module: nn.Module) -> nn.Parameter:
-        """The tensor of this part on one adapter."""
+        """Return the tensor of this part on one adapter."""
         return module.get_parameter(self.name)
 
 
@@ -54,8 +56,7 @@ class Block:
         parts: the tensors that make up the units.
         count: how many units: the rank for components, 1 for a matrix or a layer.
         kind: the kind of its units.
-        numbers: by what numbers the components are called, where some have been cut or added since the start; None where
-            none has.
+        numbers: the numbers that name its components, if some have been cut or added since the start; None if none has.
     """
 
     name: str
@@ -66,24 +67,24 @@ class Block:
     numbers: tuple[int, ...] | None = None
 
     def tensor(self, part: Part) -> nn.Parameter:
-        """The parameter behind one of the parts."""
+        """Return the parameter behind one of the parts."""
         return part.of(self.module)
 
     @functools.cached_property
     def tensors(self) -> list[nn.Parameter]:
-        """The parameters behind the parts, in order."""
+        """Return the parameters behind the parts, in order."""
         return [part.of(self.module) for part in self.parts]
 
     @functools.cached_property
     def core(self) -> nn.Parameter:
-        """The core values [count]. Raises LookupError where the block has none."""
+        """Return the core values [count]. Raises LookupError if the block has none."""
         for part, tensor in zip(self.parts, self.tensors, strict=True):
             if part.core:
                 return tensor
         raise LookupError(f"{self.name} has no core")
 
     def unit_names(self) -> list[str]:
-        """One name for each unit: the block's own, with the component's index where units are components."""
+        """Return one name per unit: the block's own, with the component's index if units are components."""
         if self.kind != "component":
             return [self.name]
         return [f"{self.name}[{i}]" for i in (range(self.count) if self.numbers is None else self.numbers)]
@@ -92,7 +93,7 @@ class Block:
 def blocks_of(
     modules: Mapping[str, nn.Module], parts: Sequence[Part], kind: UnitKind, trained: set[int]
 ) -> list[Block]:
-    """The blocks of one kind over all adapted layers, in the model's order.
+    """Return the blocks of one kind over all adapted layers, in the model's order.
 
     Args:
         modules: layer name to the module in its place.
@@ -123,15 +124,15 @@ def resize(p: nn.Parameter, data: Tensor) -> None:
     """Give a parameter values of another shape; it stays the same object, without a gradient."""
     p.grad = None
     # A graph that is still alive (a loss in the caller's hands, DDP's reducer) holds the node that accumulates into p, and
-    # that node remembers the old shape. Torch makes a new one where the dtype changes: change it on the way.
+    # that node remembers the old shape. Torch makes a new one if the dtype changes: change it on the way.
     p.data = torch.empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float32, device=data.device)
     p.data = data
 
 
 def present(module: nn.Module, parts: Sequence[Part]) -> Tensor:
-    """Which components of an adapter may add to its output, bool [rank].
+    """Return which components of an adapter may add to its output, bool [rank].
 
-    Where there is a core value, those whose core is not zero; else those with any entry that is not.
+    They are those whose core value is not zero; if there are no core values, those with any entry that is not zero.
 
     Args:
         module: the adapter.
@@ -143,7 +144,7 @@ def present(module: nn.Module, parts: Sequence[Part]) -> Tensor:
 
 
 def split(kept: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
-    """Cut a tensor over all units [Σ count] into one piece [count] for each block."""
+    """Cut a tensor over all units [Σ count] into one piece [count] per block."""
     counts = [block.count for block in blocks]
     if len(set(counts)) == 1:
         return list(kept.view(len(counts), -1).unbind())  # half the time of a split

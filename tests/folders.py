@@ -15,7 +15,7 @@ def write_model(folder: Path, layers: int = 1) -> Path:
     import torch
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-    from lrkit.hub import quiet_transformers
+    from lrkit.models import quiet_transformers
 
     config = BertConfig(
         vocab_size=len(WORDS),

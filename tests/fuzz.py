@@ -40,7 +40,7 @@ import torch
 from safetensors.torch import save_file
 
 import lrkit
-from lrkit import checkpoint
+from lrkit.adapt import checkpoint
 
 SECONDS = 20
 LINE = 1000
@@ -1006,7 +1006,7 @@ def model_folders(rng, world):
     task = lrkit.tasks.load_task(data=folders_data(world))
     del task
     if rng.random() < 0.5 or kind == 7:
-        from lrkit.models import load_pretrained
+        from lrkit.study.pretrained import load_pretrained
 
         took = not refused(
             lambda: load_pretrained(str(folder), num_labels=2, problem_type="single_label_classification")

@@ -9,7 +9,7 @@ from test_attach import METHODS, fit
 
 import lrkit
 from lrkit import accounting
-from lrkit.models import empty_model
+from lrkit.study.models import empty_model
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,8 @@ PAPERS = {
 
 
 @pytest.mark.parametrize("row", PAPERS)
-def test_the_papers_rows_come_out_exactly(row, deberta):
+def test_papers_rows(row, deberta):
+    """Trainable parameters at start and end are those of the papers' tables."""
     method, start, end = PAPERS[row]
     counted = accounting.count(method, deberta, total_steps=1000)
     # AdaLoRA's paper leaves the λ out of its count.
@@ -44,7 +45,8 @@ def test_the_papers_rows_come_out_exactly(row, deberta):
 
 
 @pytest.mark.parametrize("epochs", [10, 20])
-def test_aflora_s_average_is_the_schedule_s_to_the_step(epochs, deberta):
+def test_aflora_average(epochs, deberta):
+    """The average is the schedule's, summed step by step."""
     steps = 1230
     method = lrkit.methods.aflora(rank=4, warmup=1 / epochs)
     warmup, end = round(steps / epochs), steps - round(0.7 * steps)
@@ -66,7 +68,8 @@ def test_aflora_s_average_is_the_schedule_s_to_the_step(epochs, deberta):
     assert low < counted.average < high
 
 
-def test_adalora_s_average_is_the_schedule_s_to_the_step(deberta):
+def test_adalora_average(deberta):
+    """The average is the schedule's, summed step by step."""
     method = lrkit.methods.adalora(rank=6, target_rank=4, warmup=100, final=300, interval=10)
     kept, total = 6 * 72, 0
     for step in range(1, 1001):
@@ -79,7 +82,8 @@ def test_adalora_s_average_is_the_schedule_s_to_the_step(deberta):
 
 
 @pytest.mark.parametrize("method", ["adalora", "aflora", "hybrid", "lora"])
-def test_a_real_run_stays_within_what_was_counted(method):
+def test_run_within_count(method):
+    """A real run's parameters lie in the ranges counted beforehand."""
     counted = accounting.count(METHODS[method], models.make("bert"), total_steps=20)
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS[method])
@@ -90,7 +94,8 @@ def test_a_real_run_stays_within_what_was_counted(method):
     assert counted.average_range[0] - 1e-9 <= summary.average <= counted.average_range[1] + 1e-9
 
 
-def test_counting_leaves_the_model_as_it_was():
+def test_counting_changes_nothing():
+    """The model has the same names and weights as before."""
     model = models.make("bert")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     accounting.count(lrkit.methods.adalora(), model, total_steps=10)
@@ -112,7 +117,8 @@ def mlp_flops(n, layers, frozen_a=False, frozen_b=False):
     return forward, backward
 
 
-def test_flops_fall_as_matrices_freeze():
+def test_flops_fall():
+    """Forward and backward are those of arithmetic, before and after a matrix freezes."""
     net = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.Linear(20, 5))
     adapted = lrkit.attach(net, lrkit.methods.lora(rank=3), targets=["0", "1"], train_also=[])
 
@@ -133,7 +139,7 @@ def test_flops_fall_as_matrices_freeze():
     assert accounting.flops(model, data).backward == mlp_flops(7, layers, frozen_b=True)[1]
 
 
-def test_aflora_against_elora_is_the_papers_2_96(deberta):
+def test_aflora_against_elora(deberta):
     """Forward work in the adapted matrices: (84.9 + 169.9) / (84.9 + 0.66), printed 2.96x in AFLoRA's Figure 3."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -153,7 +159,8 @@ def test_aflora_against_elora_is_the_papers_2_96(deberta):
     assert elora / aflora == pytest.approx(2.98, abs=0.005)
 
 
-def test_bytes_are_given_back_as_matrices_freeze():
+def test_bytes_fall():
+    """Frozen matrices give their optimizer state and statistics back."""
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["aflora"])
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
@@ -168,3 +175,44 @@ def test_bytes_are_given_back_as_matrices_freeze():
     assert last.optimizer == first.optimizer - 8 * ranked - 4 * 8
     assert last.adaptive < 256
     assert last.parameters == first.parameters
+
+
+def test_trainable_parameters_like_peft(capsys):
+    """The first line is PEFT's own for the same LoRA, to the letter."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"])
+    peft.get_peft_model(models.make("bert"), config).print_trainable_parameters()
+    theirs = capsys.readouterr().out
+    adapted = lrkit.attach(models.make("bert"), lrkit.methods.lora(rank=4), targets=["query", "value"], train_also=[])
+    adapted.print_trainable_parameters()
+    mine = capsys.readouterr().out
+    assert mine.startswith(theirs) and len(mine.splitlines()) == 2
+    size = sum(p.numel() for p in adapted.parameters())
+    assert mine.splitlines()[1] == f"adapters: {size:,} now, {size:,} at start, {size:,} on average || head: 0"
+
+
+def test_masked_components_are_not_now(capsys):
+    """After a whole run the second line has the budget's parameters, and the head's beside them."""
+    model = models.make("bert")
+    adapted = lrkit.attach(model, METHODS["adalora"])
+    fit(model, adapted)
+    adapted.print_trainable_parameters()
+    first, second = capsys.readouterr().out.splitlines()
+    summary = adapted.summary()
+    assert summary.now < summary.average < summary.start
+    assert f"adapters: {summary.now:,} now, {summary.start:,} at start" in second
+    assert f"trainable params: {summary.start + summary.head:,} || " in first
+
+
+def test_a_handle_in_one_line():
+    """Model, parts, layers and step, short for any method; a handle that was detached has one, too."""
+    model = models.make("bert")
+    adapted = lrkit.attach(model, METHODS["hybrid"])
+    layers = len(adapted.adapters)
+    assert (
+        repr(adapted) == f"<Adapted {type(model).__name__}: VectorScaled + Freeze + Prune in {layers} layers, step 0>"
+    )
+    fit(model, adapted, steps=1)
+    assert ", step 1 of 20>" in repr(adapted)
+    adapted.detach()
+    assert ", step 1 of 20>" in repr(adapted)

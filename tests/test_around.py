@@ -49,17 +49,20 @@ class Loud(lrkit.Parameterization):
     def build(self, target: Target) -> nn.Module:
         raise AssertionError("it has no layers")
 
-    def adapt_model(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
+    def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
         assert not targets
-        return {"": Louder()}
+        return {}
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return Louder()
 
 
 @attrs.frozen(kw_only=True)
 class LoudLoRA(lrkit.parameterizations.LoRA):
     """Layers, and something around them."""
 
-    def adapt_model(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
-        return {**self.adapt(targets), "": Louder()}
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return Louder()
 
 
 class Plugin:

@@ -94,9 +94,9 @@ def test_the_whole_life_of_an_adapted_model(name, method, tmp_path):
 
 
 def adapted_summary(adapted, again):
-    from lrkit.summary import summarize
+    from lrkit.adapt.summary import summarize
 
-    return summarize(adapted._controller, again.summary().head, again.summary().beside)
+    return summarize(adapted.controller, again.summary().head, again.summary().beside)
 
 
 def test_parameters_in_no_adapted_layer_are_counted_too():

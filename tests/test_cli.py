@@ -22,8 +22,9 @@ import pytest
 import lrkit
 from lrkit import from_plain, hookimpl, methods
 from lrkit.cli import compose, main, words
+from lrkit.compose import to_plain
 from lrkit.errors import LrkitError
-from lrkit.method import FIELDS, to_plain
+from lrkit.method import FIELDS
 from lrkit.metrics import Magnitude, RatioUncertainty
 from lrkit.registry import Registry
 from lrkit.schedulers import Linear
@@ -403,7 +404,7 @@ def test_misfits_are_told_first(refused: Callable[..., str], data: str, monkeypa
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("lrkit.models.load_model", never)
+    monkeypatch.setattr("lrkit.study.pretrained.load_model", never)
     refused("run", "adalora", "--data", data, "--set", "warmup=8", "--set", "final=7", "--set", "run.steps=10")
 
 
@@ -429,7 +430,7 @@ def test_a_run_in_full(call: Call, model: str, data: str, tmp_path: Path) -> Non
     assert result["steps"] == 4
     from transformers import AutoModelForSequenceClassification
 
-    from lrkit.hub import quiet_transformers
+    from lrkit.models import quiet_transformers
 
     with quiet_transformers():
         net = AutoModelForSequenceClassification.from_pretrained(model)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import lrkit
 import lrkit.testing.base
 from lrkit import testing
-from lrkit.actions import Ballot
+from lrkit.actions import Ballot, Verdict
+from lrkit.schedulers import Timetable
 from lrkit.testing import check
 
 frozen = attrs.frozen(kw_only=True)
@@ -113,8 +114,7 @@ class Cosine(lrkit.Scheduler):
 class Shrink(lrkit.Action):
     """λ of a loser times `factor`. Source: this test."""
 
-    reversible: ClassVar[bool] = True
-    retains: ClassVar[bool] = True
+    fate: ClassVar[Any] = "dimmed"
     factor: float = 0.1
 
     @property
@@ -546,78 +546,81 @@ def scheduler_that_bounces():
     return variant(Cosine, decay=lambda self, progress: abs(math.cos(4.5 * math.pi * progress)))
 
 
+def timed(**methods):
+    """Make a scheduler whose timetables have other methods, which take the timetable first."""
+    times = attrs.frozen(type("Times", (Timetable,), methods))
+
+    def over(self, total_steps, *, units, layers):
+        return times(self, total_steps, units, layers)
+
+    return variant(Cosine, over=over)
+
+
 @fault(FALLS, BUDGET, SHARE, DUE)
 def scheduler_above_all_units():
-    def budget(self, step, *, total_steps, units, layers):
-        return Cosine.budget(self, step, total_steps=total_steps, units=units, layers=layers) + 1
-
-    return variant(Cosine, budget=budget)
+    return timed(budget=lambda times, step: Timetable.budget(times, step) + 1)
 
 
 @fault(FALLS, RUN)
 def scheduler_with_half_units():
-    def budget(self, step, *, total_steps, units, layers):
-        return float(Cosine.budget(self, step, total_steps=total_steps, units=units, layers=layers))
-
-    return variant(Cosine, budget=budget)
+    return timed(budget=lambda times, step: float(Timetable.budget(times, step)))
 
 
 @fault(BUDGET, SHARE)
 def scheduler_that_forgets_the_warm_up():
-    def budget(self, step, *, total_steps, units, layers):
-        plain = attrs.evolve(self, warmup=0)
-        return Cosine.budget(plain, step, total_steps=total_steps, units=units, layers=layers)
+    def budget(times, step):
+        plain = attrs.evolve(times.scheduler, warmup=0)
+        return Cosine.over(plain, times.total_steps, units=times.units, layers=times.layers).budget(step)
 
-    return variant(Cosine, budget=budget)
+    return timed(budget=budget)
 
 
 @fault(BUDGET, SHARE, DUE, TIMES)
 def scheduler_that_never_arrives():
-    def budget(self, step, *, total_steps, units, layers):
-        usual = Cosine.budget(self, step, total_steps=total_steps, units=units, layers=layers)
-        return max(usual, math.ceil(0.7 * units)) if self.target == 0.5 and self.start == 1.0 else usual
+    def budget(times, step):
+        usual, scheduler = Timetable.budget(times, step), times.scheduler
+        early = scheduler.target == 0.5 and scheduler.start == 1.0
+        return max(usual, math.ceil(0.7 * times.units)) if early else usual
 
-    return variant(Cosine, budget=budget)
+    return timed(budget=budget)
 
 
 @fault(FALLS, BUDGET, SHARE, DUE, PURE)
 def scheduler_that_cannot_have_phases_of_no_length():
-    def budget(self, step, *, total_steps, units, layers):
-        begin, end = self.bounds(total_steps)
-        progress = min(max((step - begin) / (end - begin), 0), 1)
-        return int(units * (1 - progress / 2))
+    def budget(times, step):
+        begin, end = times.bounds
+        progress = min(max((times.number(step) - begin) / (end - begin), 0), 1)
+        return int(times.units * (1 - progress / 2))
 
-    return variant(Cosine, budget=budget)
+    return timed(budget=budget)
 
 
 @fault(SHARE)
 def scheduler_whose_share_is_of_something_else():
-    return variant(Cosine, share=lambda self, step, *, total_steps, units, layers: 0.5)
+    return timed(share=lambda times, step: 0.5)
 
 
 @fault(DUE, RUN)
 def scheduler_whose_last_decision_is_never_due():
-    def due(self, step, *, total_steps):
-        return Cosine.due(self, step, total_steps=total_steps) and step != self.end(total_steps)
-
-    return variant(Cosine, due=due)
+    return timed(due=lambda times, step: Timetable.due(times, step) and step != times.last)
 
 
 @fault(DUE)
 def scheduler_that_never_observes():
-    return variant(Cosine, observes=lambda self, step, *, total_steps: False)
+    return timed(observes=lambda times, step: False)
 
 
 @fault(TIMES)
 def scheduler_that_takes_every_time_for_steps():
-    def due(self, step, *, total_steps):
-        begin, end = self.bounds(total_steps)
-        return step == end or (begin < step <= end and step % max(1, int(self.interval)) == 0)
+    def due(times, step):
+        (begin, end), number = times.bounds, times.number(step)
+        every = max(1, int(times.scheduler.interval))
+        return number == end or (begin < number <= end and number % every == 0)
 
-    def end(self, total_steps):
-        return self.bounds(total_steps)[1]
+    def last(times):
+        return times.bounds[1] + 1 - times.scheduler.first_step
 
-    return variant(Cosine, due=due, end=end)
+    return timed(due=due, last=property(last))
 
 
 @fault(PURE, FALLS, SHARE, TIMES, RUN)
@@ -633,20 +636,20 @@ def scheduler_that_counts_calls():
 
 @fault("leaves global state alone")
 def scheduler_that_draws():
-    def due(self, step, *, total_steps):
+    def due(times, step):
         random.random()
-        return Cosine.due(self, step, total_steps=total_steps)
+        return Timetable.due(times, step)
 
-    return variant(Cosine, due=due)
+    return timed(due=due)
 
 
 # Actions
 
-SELECT = "select keeps the best of the budget"
+SELECT = "decide keeps the best of the budget"
 LOST = "losers stay lost where that is final"
 ALONE = "acts on what loses alone"
 STAY = "parameters stay what they are"
-RESTORE = "restore makes again what tensors do not hold"
+RESTORE = "a load makes again what tensors do not hold"
 REFUSAL = "refusal names both sides"
 TAKES = "trains with all it takes"
 RESUME = "resumes exactly"
@@ -668,60 +671,60 @@ def action_on_what_there_is_not():
 
 @fault("says what it acts on")
 def action_that_does_not_say_whether_it_is_final():
-    return variant(Shrink, reversible=1)
+    return variant(Shrink, final=1)
 
 
 @fault(SELECT, TAKES)
 def action_that_keeps_one_too_many():
-    def select(self, ballot: Ballot):
-        return Shrink.select(self, attrs.evolve(ballot, budget=ballot.budget + 1))
+    def decide(self, ballot: Ballot):
+        return Shrink.decide(self, attrs.evolve(ballot, budget=ballot.budget + 1))
 
-    return variant(Shrink, select=select)
+    return variant(Shrink, decide=decide)
 
 
 @fault(SELECT)
 def action_that_keeps_the_worst():
-    def select(self, ballot: Ballot):
-        return Shrink.select(self, attrs.evolve(ballot, scores=-ballot.scores))
+    def decide(self, ballot: Ballot):
+        return Shrink.decide(self, attrs.evolve(ballot, scores=-ballot.scores))
 
-    return variant(Shrink, select=select)
+    return variant(Shrink, decide=decide)
 
 
 @fault(SELECT)
 def action_that_counts_ties_twice():
-    def select(self, ballot: Ballot):
+    def decide(self, ballot: Ballot):
         if ballot.budget == 0:
-            return torch.zeros_like(ballot.candidates)
-        return ballot.scores >= ballot.scores.sort(descending=True).values[ballot.budget - 1]
+            return Verdict(torch.zeros_like(ballot.candidates))
+        return Verdict(ballot.scores >= ballot.scores.sort(descending=True).values[ballot.budget - 1])
 
-    return variant(Shrink, select=select)
+    return variant(Shrink, decide=decide)
 
 
 @fault(SELECT)
 def action_that_writes_to_the_ballot():
-    def select(self, ballot: Ballot):
-        kept = Shrink.select(self, ballot)
-        ballot.scores[~kept] = -torch.inf
-        return kept
+    def decide(self, ballot: Ballot):
+        verdict = Shrink.decide(self, ballot)
+        ballot.scores[~verdict.kept] = -torch.inf
+        return verdict
 
-    return variant(Shrink, select=select)
+    return variant(Shrink, decide=decide)
 
 
 @fault(SELECT, TAKES, RESUME)
 def action_that_gives_indices():
-    def select(self, ballot: Ballot):
-        return Shrink.select(self, ballot).nonzero().flatten()
+    def decide(self, ballot: Ballot):
+        return Verdict(Shrink.decide(self, ballot).kept.nonzero().flatten())
 
-    return variant(Shrink, select=select)
+    return variant(Shrink, decide=decide)
 
 
 @fault(LOST, SELECT, TAKES)
 def action_that_is_final_and_takes_back():
-    def select(self, ballot: Ballot):
+    def decide(self, ballot: Ballot):
         everybody = attrs.evolve(ballot, candidates=torch.ones_like(ballot.candidates))
-        return Shrink.select(self, everybody).roll(1)
+        return Verdict(Shrink.decide(self, everybody).kept.roll(1))
 
-    return variant(Shrink, reversible=False, select=select)
+    return variant(Shrink, final=True, decide=decide)
 
 
 @fault(ALONE)
@@ -735,12 +738,11 @@ def action_that_scales_what_is_kept():
 
 @fault(ALONE)
 def action_that_holds_what_is_kept():
-    @torch.no_grad()
-    def hold(self, blocks, kept):
-        for block in blocks:
+    def more(blocks, kept, optimizer):
+        for block in blocks if optimizer is None else ():
             block.tensors[-1].clamp_(-1e-3, 1e-3)
 
-    return variant(Shrink, hold=hold)
+    return variant(Shrink, apply=applies(more))
 
 
 @fault(ALONE, RESTORE)
@@ -815,22 +817,27 @@ def action_whose_proximal_step_moves_everything():
 
 @fault("what has lost is out")
 def action_that_does_not_hold():
-    return variant(lrkit.actions.Prune, doc="cut, ties. Source: this test.", hold=lambda self, blocks, kept: None)
+    def apply(self, blocks, kept, optimizer):
+        if optimizer is not None:
+            lrkit.actions.Prune.apply(self, blocks, kept, optimizer)
+
+    return variant(lrkit.actions.Prune, doc="cut, ties. Source: this test.", apply=apply)
 
 
 @fault("what has lost is out")
 def action_that_counts_what_it_halves_as_gone():
-    return variant(Shrink, retains=False)
+    return variant(Shrink, fate="masked")
 
 
 @fault(RESTORE, RESUME)
 def action_that_masks_again_on_load():
-    return variant(Shrink, restore=lambda self, blocks, kept: self.apply(blocks, kept, None))
+    # As if it froze: its values are then applied a second time.
+    return variant(Shrink, fate="frozen")
 
 
 @fault(RESTORE, RESUME)
 def action_that_does_not_freeze_again_on_load():
-    return variant(lrkit.actions.Freeze, doc="together, rule. Source: this test.", restore=lambda self, blocks, kept: None)  # fmt: skip  # noqa: E501
+    return variant(lrkit.actions.Freeze, doc="together, rule. Source: this test.", fate="dimmed")
 
 
 @fault(REFUSAL)
@@ -859,11 +866,11 @@ def action_that_cannot_do_all_that_it_takes():
 
 @fault("leaves global state alone")
 def action_that_draws():
-    def select(self, ballot: Ballot):
+    def decide(self, ballot: Ballot):
         torch.rand(1)
-        return Shrink.select(self, ballot)
+        return Shrink.decide(self, ballot)
 
-    return variant(Shrink, select=select)
+    return variant(Shrink, decide=decide)
 
 
 @fault("leaves global state alone", RESUME, ALONE)

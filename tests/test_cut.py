@@ -93,19 +93,19 @@ def test_cutting_at_the_end_leaves_the_run_as_it_was(kind):
 
 @pytest.mark.parametrize("method", CUTTING)
 def test_a_cut_changes_no_output_and_no_score_of_what_is_left(method, monkeypatch):
-    from lrkit.controller import Controller
+    from lrkit.loop.components import Components
 
     model, adapted, optimizer = start(CUTTING[method])
     adapted.bind(optimizer, total_steps=STEPS)
-    resize, cuts = Controller._resize, []
+    resize, cuts = Components.resize, []
 
-    def watched(self, resizes, optimizer):
+    def watched(self, resizes, optimizer, *more):
         def seen():
             waiting = [s.index for s in self.policies if not s.ended]
             return logits(model), [adapted.scores(i) for i in waiting]
 
         before, scores = seen()
-        done = resize(self, resizes, optimizer)
+        done = resize(self, resizes, optimizer, *more)
         after, left = seen()
         torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-6)
         for one, two in zip(scores, left, strict=True):
@@ -115,7 +115,7 @@ def test_a_cut_changes_no_output_and_no_score_of_what_is_left(method, monkeypatc
         cuts.append(done)
         return done
 
-    monkeypatch.setattr(Controller, "_resize", watched)
+    monkeypatch.setattr(Components, "resize", watched)
     for number in range(STEPS):
         step(model, adapted, optimizer, number)
     assert any(cuts)
@@ -139,10 +139,10 @@ def test_what_is_cut_costs_nothing_and_never_returns():
         assert accounting.memory(adapted, optimizer).optimizer == 8 * trained + 4 * live
         for p, state in optimizer.state.items():
             assert all(v.shape == p.shape for k, v in state.items() if k != "step")
-        policy = adapted._controller.policies[0]
+        policy = adapted.controller.policies[0]
         if not policy.ended:
             adapters = sum(p.numel() for m in adapted.adapters.values() for p in (m.A, m.B, m.core))
-            assert policy.buffers["importance"].numel() == adapters
+            assert policy.statistics.buffers["importance"].numel() == adapters
             assert set(adapted.scores()).isdisjoint(gone)
     assert len(gone) == 24
     assert accounting.memory(adapted, optimizer).adaptive < first.adaptive / 100

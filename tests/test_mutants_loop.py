@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import attrs
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import lrkit
-from lrkit import layout, native
-from lrkit.actions import Ballot, Growth
+from lrkit.actions import Ballot, Fate, Verdict
 from lrkit.errors import LrkitWarning
+from lrkit.loop import layout, native
+from lrkit.loop.statistics import Statistics
 from lrkit.metrics import GradientUncertainty, Magnitude, SensitivityUncertainty
 from lrkit.parameterizations import SVD, LoRA
 from lrkit.schedulers import Constant, Cubic, Linear
@@ -176,11 +176,14 @@ def test_statistics_that_move_to_another_order_stay_with_their_entries() -> None
     late.requires_grad_(True)
     blocks[2].tensors[1].requires_grad_(False)
     new = layout.Layout(blocks, [True, True, True], "all")
-    moved = new.move(flat, old)
-    where, was = new.slices(), old.slices()
+    metric = lrkit.metrics.Sensitivity(smoothed=True)
+    moved = Statistics(metric, old, {"sensitivity": flat}).follow(new).buffers["sensitivity"]
+    where = {key: span for key, span in new.spans.items() if not span.still}
+    was = {key: span for key, span in old.spans.items() if not span.still}
     assert set(where) - set(was) == {id(late)}
-    for each, place in where.items():
-        assert torch.equal(moved[place], flat[was[each]] if each in was else torch.zeros(late.numel()))
+    for each, span in where.items():
+        had = was[each].of(flat, flat[:0]) if each in was else torch.zeros(late.shape)
+        assert torch.equal(span.of(moved, moved[:0]), had)
 
 
 def test_a_metric_of_whole_components_reads_every_part() -> None:
@@ -229,7 +232,7 @@ def test_compiled_means_are_the_formulas_for_any_smoothing(
     laid = layout.Layout([units], [True], "all")
     mean, deviation = torch.zeros(laid.size), torch.zeros(laid.size)
     oracle = oracles.Statistics(kind, (4, 7), beta1, beta2)
-    kernel = metric(beta1=beta1, beta2=beta2).kernel()
+    kernel = native.kernel_of(metric(beta1=beta1, beta2=beta2))
     assert kernel is not None
     for step in range(4):
         p.grad = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))
@@ -250,7 +253,7 @@ def test_no_entry_that_is_not_finite_is_overlooked(value: float, monkeypatch: py
     units = block([((5, 41), 0)], 0, "matrix")
     (p,) = units.tensors
     laid = layout.Layout([units], [True], "all")
-    kernel = GradientUncertainty().kernel()
+    kernel = native.kernel_of(GradientUncertainty())
     assert kernel is not None
     for place in range(5 * 41):
         p.grad = torch.ones(5, 41)
@@ -269,14 +272,19 @@ class Away(str):
 
     type = "away"
 
+    def __eq__(self, other: object) -> bool:
+        return str(other) == "cpu"
+
+    __hash__ = str.__hash__
+
 
 @pytest.fixture(params=["cpu", "away"])
 def place(request: Any) -> Any:
     """Puts the statistics of a run on the CPU, or on a device that is none."""
 
     def put(adapted: Any) -> None:
-        for state in adapted._controller.policies:
-            state.layout.device = torch.device("cpu") if request.param == "cpu" else Away("cpu")
+        for state in adapted.controller.policies:
+            state.statistics.layout.device = torch.device("cpu") if request.param == "cpu" else Away("cpu")
 
     return put
 
@@ -307,7 +315,7 @@ def test_one_gradient_that_is_not_finite_leaves_all_statistics_alone(
         ]
         before = buffers(adapted)
         if step == 2:
-            live = adapted._controller.policies[0].layout.live
+            live = adapted.controller.policies[0].statistics.layout.live
             assert len(live) == 9
             live[where].grad.view(-1)[-1] = bad
             with torch.no_grad(), warnings.catch_warnings():
@@ -329,7 +337,7 @@ def test_one_gradient_that_is_not_finite_leaves_all_statistics_alone(
 def test_a_device_that_is_not_waited_for_tells_at_the_decision(bad_step: int | None) -> None:
     """A gradient that was not finite at any step since the last decision is told of at the next one, and only then."""
     _, adapted = rigs.toy(prune(SensitivityUncertainty(), Cubic(target=1, interval=3)))
-    adapted._controller.policies[0].layout.device = Away("cpu")
+    adapted.controller.policies[0].statistics.layout.device = Away("cpu")
     optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
     adapted.bind(optimizer, total_steps=12)
     told: list[int] = []
@@ -353,8 +361,6 @@ def test_a_device_that_is_not_waited_for_tells_at_the_decision(bad_step: int | N
 @attrs.frozen(kw_only=True)
 class Out(lrkit.actions.Prune):
     """Components whose λ is above 10 are out at a decision, however they score."""
-
-    exact: ClassVar[bool] = False
 
     def proximal(self, blocks: Any, share: float, optimizer: Any) -> Tensor:
         return torch.cat([block.core.detach() for block in blocks]) <= 10
@@ -382,19 +388,16 @@ def test_what_a_proximal_step_takes_out_is_not_kept() -> None:
 class OneMore(lrkit.Action):
     """Every layer gets one component more at each decision."""
 
-    reversible: ClassVar[bool] = False
+    fate: ClassVar[Fate] = "removed"
+    final: ClassVar[bool] = True
     grows: ClassVar[bool] = True
-    exact: ClassVar[bool] = False
     unit = "component"  # type: ignore[assignment]
 
-    def select(self, ballot: Ballot) -> Tensor:
-        return ballot.candidates
+    def decide(self, ballot: Ballot) -> Verdict:
+        return Verdict(ballot.candidates, cut=True, fresh=(1,) * ballot.layers, core=0.25)
 
     def apply(self, blocks: Any, kept: Tensor, optimizer: Any) -> None:
         return
-
-    def grow(self, blocks: Sequence[lrkit.Block], kept: Tensor, ballot: Ballot) -> Growth:
-        return Growth(fresh=(1,) * len(blocks), core=0.25)
 
     def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int]:
         return 0, layers
@@ -469,9 +472,9 @@ def test_what_is_fresh_begins_as_it_should_and_what_was_there_stays() -> None:
     for name, adapter in adapted.adapters.items():
         assert adapter.core.tolist() == [3.0, 4.0, 0.25]
         assert scores[f"{name}[2]"] == 0 < min(scores[f"{name}[0]"], scores[f"{name}[1]"])
-    assert bool(adapted._controller.policies[0].kept.all())
+    assert bool(adapted.controller.policies[0].kept.all())
     known = sum(2 * (1 + m.d_out + m.d_in) for m in adapted.adapters.values())
-    assert {int(flat.count_nonzero()) for flat in adapted._controller.policies[0].buffers.values()} == {known}
+    assert {int(flat.count_nonzero()) for flat in adapted.controller.policies[0].statistics.buffers.values()} == {known}
     give(adapted, seed=1)
     optimizer.step()
     assert adapted.history[-1].before == 9

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lrkit
-from lrkit import native
-from lrkit.layout import Layout
+from lrkit.loop import native
+from lrkit.loop.layout import Layout
 from lrkit.metrics import GradientUncertainty, RatioUncertainty, SensitivityUncertainty, UncertaintyMetric
 from lrkit.units import Block, Part
 
@@ -71,7 +71,7 @@ def test_statistics_and_scores_are_the_formulas(index, threads, r, d_in, d_out, 
     torch.set_num_threads(threads)
     try:
         for _ in range(3):
-            done = layout.native.observe(metric.kernel(), layout.grads(), mean, deviation, scoring=True)
+            done = layout.native.observe(native.kernel_of(metric), layout.grads(), mean, deviation, scoring=True)
             assert done is not None and done[0]
             for block, statistics in zip(blocks, truth, strict=True):
                 for p, one in zip(block.tensors, statistics, strict=True):
@@ -90,10 +90,10 @@ def test_statistics_and_scores_are_the_formulas(index, threads, r, d_in, d_out, 
             else:
                 want.append(sum(oracles.matrix_score(s) for s in scores))
         torch.testing.assert_close(got.double(), torch.tensor(want, dtype=torch.float64), rtol=2e-5, atol=1e-12)
-    where = layout.slices()
+    where = layout.spans
     for block, statistics in zip(blocks, truth, strict=True):
         for p, one in zip(block.tensors, statistics, strict=True):
-            got = mean[where[id(p)]].double().view(p.shape)
+            got = where[id(p)].of(mean, mean[:0]).double()
             torch.testing.assert_close(got, torch.from_numpy(one.mean), rtol=1e-5, atol=1e-9)
 
 
@@ -121,7 +121,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value, place):
     layout = Layout(blocks, [True, True], "all")
     layout.live[place].grad.view(-1)[-1] = value
     mean, deviation = torch.ones(layout.size), torch.ones(layout.size)
-    kernel = SensitivityUncertainty().kernel()
+    kernel = native.kernel_of(SensitivityUncertainty())
     done = layout.native.observe(kernel, layout.grads(), mean, deviation, scoring=True)
     assert done is not None and not done[0]
     assert bool((mean == 1).all()) and bool((deviation == 1).all())
@@ -146,7 +146,7 @@ def test_what_the_library_does_not_take_is_left_to_tensor_operations(odd):
         p.grad = None
         p.data = torch.randn(2, 6)
         p.grad = torch.randn(2, 6)
-    kernel = SensitivityUncertainty().kernel()
+    kernel = native.kernel_of(SensitivityUncertainty())
     buffers = torch.zeros(layout.size), torch.zeros(layout.size)
     assert layout.native.observe(kernel, layout.grads(), *buffers, scoring=False) is None
 
@@ -157,9 +157,14 @@ def test_a_subclass_is_not_taken_for_its_parent():
         def importance(self, weight, grad):
             return (weight * grad).square_()
 
-    assert Squared().kernel() is None
-    assert GradientUncertainty(window=10).kernel() is None
-    assert UncertaintyMetric.kernel is lrkit.Metric.kernel
+    @attrs.frozen(kw_only=True)
+    class Plain(UncertaintyMetric):
+        def importance(self, weight, grad):
+            return grad.abs()
+
+    assert native.kernel_of(Squared()) is None
+    assert native.kernel_of(GradientUncertainty(window=10)) is None
+    assert native.kernel_of(Plain()) is None
 
 
 @needs_compiler
@@ -195,7 +200,7 @@ def test_runs_decide_alike_with_and_without(method, monkeypatch):
 
 
 def test_without_a_compiler_the_tensor_operations_run(tmp_path):
-    code = "from lrkit import native; print(native.library())"
+    code = "from lrkit.loop import native; print(native.library())"
     for setting in (
         {"LRKIT_NATIVE": "0"},
         {"CC": "no-such-compiler"},
@@ -211,7 +216,7 @@ def test_without_a_compiler_the_tensor_operations_run(tmp_path):
 def test_a_forked_process_does_not_wait_for_threads_that_stayed_behind():
     code = """
 import os, signal, torch, lrkit
-from lrkit import native
+from lrkit.loop import native
 native._SHARE = 1
 torch.set_num_threads(4)
 model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
@@ -219,7 +224,7 @@ method = lrkit.methods.adalora(rank=32, target_rank=2, warmup=1, final=1, interv
 adapted = lrkit.attach(model, method, targets=["0", "1"])
 for p in adapted.parameters():
     if p.requires_grad: p.grad = torch.ones_like(p)
-controller = adapted._controller
+controller = adapted.controller
 controller.begin(100)
 def step():
     controller.before_step()
@@ -251,7 +256,7 @@ def test_a_compiler_without_openmp_compiles_all_the_same(tmp_path):
 
 @pytest.mark.parametrize("pieces", [1, 7, 1 << 16])
 def test_the_cut_into_pieces_changes_nothing(pieces, monkeypatch):
-    from lrkit import layout
+    from lrkit.loop import layout
 
     monkeypatch.setattr(layout, "_PIECE", pieces)
     _, adapted = rigs.toy(lrkit.methods.adalora(rank=3, target_rank=2, warmup=1, final=2, interval=1))

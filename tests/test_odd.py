@@ -13,7 +13,8 @@ from test_trainer import trainer
 from torch import nn
 
 import lrkit
-from lrkit import accounting, checkpoint
+from lrkit import accounting
+from lrkit.adapt import checkpoint
 
 
 class Net(nn.Module):
@@ -204,7 +205,7 @@ def test_state_in_any_order_with_an_optimizer_whose_state_has_other_shapes(order
 
     model, adapted, optimizer = begin()
     fit(model, adapted, optimizer=optimizer, steps=12, total=20)
-    assert len(set(adapted._controller.ranks().values())) > 1
+    assert len(set(adapted.controller.ranks.now().values())) > 1
     ours, theirs = copy.deepcopy(adapted.state_dict()), copy.deepcopy(optimizer.state_dict())
     torch.manual_seed(5)
     fit(model, adapted, optimizer=optimizer, steps=3, bind=False)
@@ -329,10 +330,10 @@ def test_statistics_follow_the_model_to_another_device():
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["hybrid"])
     model.to("meta")
-    for state in adapted._controller.policies:
+    for state in adapted.controller.policies:
         state.follow_device()
-        assert state.layout.device.type == "meta"
-        assert {b.device.type for b in state.buffers.values()} == {"meta"}
+        assert state.statistics.layout.device.type == "meta"
+        assert {b.device.type for b in state.statistics.buffers.values()} == {"meta"}
         assert state.kept.device.type == "meta"
 
 
@@ -340,8 +341,7 @@ def test_statistics_follow_the_model_to_another_device():
 class Halve(lrkit.Action):
     """λ of a loser is halved."""
 
-    reversible = True
-    retains = True
+    fate = "dimmed"
     unit = "component"
 
     @torch.no_grad()
@@ -357,9 +357,9 @@ def test_what_an_action_retains_is_trained_and_counted():
     now = adapted.summary()
     assert adapted.history[-1].lost
     assert now.now == now.start == now.average == sum(p.numel() for p in adapted.adapter_parameters())
-    ranks = adapted._controller.ranks()
+    ranks = adapted.controller.ranks.now()
     adapted.compact()
-    assert adapted._controller.ranks() == ranks
+    assert adapted.controller.ranks.now() == ranks
     counted = accounting.count(attrs.evolve(METHODS["adalora"], action=Halve()), models.make("bert"), total_steps=20)
     assert counted.end == counted.average == counted.start == now.start
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrkit.orthogonality import orthogonality
+from lrkit.parameterizations.orthogonality import orthogonality
 
 QUICK = settings(max_examples=60)
 ORACLES = {"squared": oracles.orthogonality_squared, "mean": oracles.orthogonality_mean}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import lrkit
+
 ROOT = Path(__file__).parent.parent
 PROJECTS = [ROOT / "pyproject.toml", *sorted((ROOT / "plugins").glob("*/pyproject.toml"))]
 
@@ -65,3 +67,27 @@ def test_lower_ends_are_tested(path: Path) -> None:
 def test_pins_do_not_overlap() -> None:
     """What `make test-integrations` adds is not in constraints.txt already."""
     assert not pins("constraints-integrations.txt").keys() & pins("constraints.txt").keys()
+
+
+def test_citation_names_version() -> None:
+    """The file and the page that say how to cite lrkit name the version that this is."""
+    assert f"\nversion: {lrkit.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"version = {{{lrkit.__version__}}}" in (ROOT / "docs" / "index.md").read_text("utf-8")
+
+
+def test_pages_read_plain() -> None:
+    """Browsed as files, pages show no directive, role or empty link, and from the index links lead to each of them."""
+    docs = ROOT / "docs"
+    pages = {path: re.sub(r"<!--.*?-->", "", path.read_text("utf-8"), flags=re.DOTALL) for path in docs.rglob("*.md")}
+    for path, text in pages.items():
+        raw = re.findall(r"```\{\w+\}|\{[a-z:]+\}`|\[\]\(", text)
+        assert not raw or path.name == "api.md", f"{path}: {raw}"
+    seen, coming = set(), [docs / "index.md"]
+    while coming:
+        page = coming.pop()
+        seen.add(page)
+        linked = (
+            (page.parent / link).resolve() for link in re.findall(r"\]\(([\w./-]+\.md)(?:#[\w-]+)?\)", pages[page])
+        )
+        coming += [path for path in linked if path in pages and path not in seen]
+    assert seen == set(pages)

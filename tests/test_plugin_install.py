@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -15,8 +16,8 @@ import folders
 import pytest
 
 import lrkit
-from lrkit import builtin_plugin
-from lrkit.registry import KINDS, hook_of
+from lrkit.hookspecs import KINDS, hook_of
+from lrkit.registry import BUILT_IN
 
 BACKEND = (
     ("setuptools>=61", "setuptools.build_meta")
@@ -125,7 +126,8 @@ def listed(stdout: str) -> dict[tuple[str, str], str]:
 OURS = {
     (kind, name): f"lrkit {lrkit.__version__}"
     for kind in KINDS
-    for name in getattr(builtin_plugin, hook_of(kind), dict)()
+    for module in map(importlib.import_module, BUILT_IN)
+    for name in getattr(module, hook_of(kind), dict)()
 }
 
 
@@ -176,7 +178,7 @@ def test_a_run_trains_with_the_metric_of_a_plug_in_beside_a_broken_one(
     # Taken up again where the plug-in is not installed, it says which part is missing.
     from transformers import AutoModelForSequenceClassification
 
-    from lrkit.hub import quiet_transformers
+    from lrkit.models import quiet_transformers
 
     with quiet_transformers():
         net = AutoModelForSequenceClassification.from_pretrained(model)

@@ -451,7 +451,7 @@ def test_state_of_prune_lives_in_the_core_alone() -> None:
         optimizer.zero_grad()
         (loss_of(model, t) + adapted.penalty()).backward()
         optimizer.step()
-    assert Prune.reversible
+    assert not Prune.final
     for adapter in adapted.adapters.values():
         for p in (adapter.A, adapter.B, adapter.core):
             assert p.requires_grad and p in optimizer.state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
 import re
@@ -18,18 +19,23 @@ import pytest
 from torch import Tensor, nn
 
 import lrkit
-from lrkit import builtin_plugin, from_plain, hookimpl, hookspecs, to_plain
-from lrkit.actions import Action, Freeze, Prune
+from lrkit import from_plain, hookimpl, hookspecs, to_plain
+from lrkit.actions import Action, Fate, Freeze, Prune
 from lrkit.errors import LrkitError
+from lrkit.hookspecs import KINDS, hook_of
 from lrkit.metrics import GradientUncertainty, Magnitude, Metric
 from lrkit.parameterizations import LoRA, Parameterization
-from lrkit.registry import KINDS, PluginWarning, Registry, hook_of
+from lrkit.registry import BUILT_IN as MODULES
+from lrkit.registry import PluginWarning, Registry
 from lrkit.schedulers import Linear, Scheduler
 from lrkit.tasks import Task
 
 HOOKS = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("lrkit_")]
 BUILT_IN = {
-    (kind, name): value for kind in KINDS for name, value in getattr(builtin_plugin, hook_of(kind), dict)().items()
+    (kind, name): value
+    for kind in KINDS
+    for module in map(importlib.import_module, MODULES)
+    for name, value in getattr(module, hook_of(kind), dict)().items()
 }
 
 
@@ -89,7 +95,7 @@ class Square(Scheduler):
 class Null(Action):
     """Sets the core of losers to zero."""
 
-    reversible: ClassVar[bool] = True
+    fate: ClassVar[Fate] = "masked"
 
     @property
     def unit(self) -> Any:
@@ -699,7 +705,7 @@ def test_the_registry_of_the_process_is_made_once(monkeypatch: pytest.MonkeyPatc
     assert lrkit.current() is lrkit.current()
     asked: list[str] = []
     original = importlib.metadata.entry_points
-    monkeypatch.setattr("lrkit.registry._entry_points", lambda **how: asked.append(how["group"]) or original(**how))
+    monkeypatch.setattr("lrkit.vetting._entry_points", lambda **how: asked.append(how["group"]) or original(**how))
     lrkit.current()
     assert asked == []
     discover()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_attach import METHODS
 
 import lrkit
-from lrkit import checkpoint
+from lrkit.adapt import checkpoint
 
 HERE = Path(__file__).parent
 STEPS = 14
@@ -116,7 +116,7 @@ model, adapted, optimizer = t.start(t.DRAWN[sys.argv[2]])
 adapted.bind(optimizer, total_steps=t.STEPS)
 saved = sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]))
 if saved:
-    adapted.load_state_dict(lrkit.checkpoint.read(saved[-1]))
+    adapted.load_state_dict(lrkit.adapt.checkpoint.read(saved[-1]))
     optimizer.load_state_dict(torch.load(saved[-1] / "optimizer.pt"))
 print("from", adapted.step, flush=True)
 while adapted.step < t.STEPS:
@@ -132,7 +132,7 @@ while adapted.step < t.STEPS:
 @pytest.mark.parametrize("name", ["adalora", "hybrid on SVD"])
 def test_a_killed_process_goes_on_where_it_was(name, tmp_path):
     script = tmp_path / "worker.py"
-    script.write_text("import lrkit.checkpoint\n" + WORKER.format(here=str(HERE)))
+    script.write_text("import lrkit.adapt.checkpoint\n" + WORKER.format(here=str(HERE)))
     runs = tmp_path / "runs"
     runs.mkdir()
 

@@ -23,9 +23,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
-from lrkit import hub
 from lrkit.errors import LrkitError, nearest
-from lrkit.tasks import GLUE, METRICS, TASKS, Task, load_folder, load_task, movies
+from lrkit.tasks import GLUE, METRICS, TASKS, Task, hub, load_folder, load_task, movies
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data" / "glue"
@@ -455,7 +454,7 @@ def test_nearest_or_nothing() -> None:
 def test_import_is_light() -> None:
     """Importing the tasks loads nothing heavy."""
     heavy = "{'torch', 'datasets', 'transformers', 'pyarrow', 'scipy', 'numpy'}"
-    code = f"import sys, lrkit.tasks, lrkit.models; print(*({heavy} & set(sys.modules)))"
+    code = f"import sys, lrkit.tasks, lrkit.models, lrkit.study.models; print(*({heavy} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert ran.stdout.split() == []
 

@@ -151,7 +151,7 @@ def test_what_may_add_to_an_output() -> None:
 
 
 def test_what_an_action_says_of_itself() -> None:
-    assert [a.reversible for a in (Zero(), Zero(once=True), Prune(), Freeze())] == [True, False, True, False]
-    assert [a.freezes for a in (Zero(), Zero(once=True), Prune(), Freeze())] == [False, False, False, True]
+    assert [a.final for a in (Zero(), Zero(once=True), Prune(), Freeze())] == [False, True, False, True]
+    assert [a.fate for a in (Zero(), Zero(once=True), Prune(), Freeze())] == ["masked", "masked", "masked", "frozen"]
     with pytest.raises(lrkit.LrkitError, match=r"Zero.*does not fit parameterization Full\(\).*'component'"):
         pruned(Zero(), lrkit.parameterizations.Full())

@@ -3,7 +3,7 @@
 import abc
 import functools
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import attrs
 import torch
@@ -12,25 +12,36 @@ from torch import Tensor
 from lrkit.parameterizations.base import Parameterization
 from lrkit.units import Block, UnitKind
 
+Fate = Literal["masked", "dimmed", "frozen", "removed"]
+"""What becomes of a unit that loses.
+
+- ``"masked"``: it adds nothing to the output (a λ that is zero), but stays, and goes on training.
+- ``"dimmed"``: it goes on adding to the output, if less (a λ that is halved). It counts as trained.
+- ``"frozen"``: it stops training and stays as it is.
+- ``"removed"``: as masked, and its components leave the tensors when a verdict says so (`Verdict.cut`).
+"""
+
 _Lazy = Tensor | Callable[[], Tensor]
 
 
 @attrs.frozen(eq=False)
 class Ballot:
-    """What a decision goes by.
+    """The facts that a decision goes by.
 
     Args:
         scores: unit scores [n], never NaN.
-        candidates: bool [n], the units that may be kept: all, or where losing is final those kept so far; without those
-            that the action's `Action.proximal` has just taken out.
+        candidates: bool [n], the units that may be kept: all, or those kept so far if losing is final; without those that
+            the action's `Action.proximal` has just taken out.
         budget: how many units may be kept.
-        share: the budget as a share of all units, before it was cut to an integer.
+        share: the budget as a share of all units, before it was made a whole number.
         entries: the entry-wise scores [N] behind the candidates' scores.
         parts: how many tensors each unit's score is a sum over [n].
         blocks: the number of the block that each unit belongs to [n]: 0, 1, ..., in the order of `Action.apply`'s blocks.
-        sizes: how many entries each unit has in all of its tensors [n]; None where nobody has said.
+        sizes: how many entries each unit has in all of its tensors [n]; None if nobody has said.
+        last: whether it is the last decision.
+        layers: how many blocks there are; one without units is never named in `blocks`.
 
-    The last four may be given as what makes them when they are first read: most actions go by the units' scores alone.
+    Entries, parts, blocks and sizes may be given as functions, called when first read: most actions go by the units' scores.
     """
 
     scores: Tensor
@@ -41,6 +52,8 @@ class Ballot:
     _parts: _Lazy
     _blocks: _Lazy
     _sizes: _Lazy | None = None
+    last: bool = False
+    layers: int = 0
 
     @functools.cached_property
     def entries(self) -> Tensor:
@@ -59,7 +72,7 @@ class Ballot:
 
     @functools.cached_property
     def sizes(self) -> Tensor | None:
-        """How many entries each unit has in all of its tensors [n]; None where nobody has said."""
+        """How many entries each unit has in all of its tensors [n]; None if nobody has said."""
         return None if self._sizes is None else _made(self._sizes)
 
 
@@ -67,130 +80,110 @@ def _made(value: _Lazy) -> Tensor:
     return value if isinstance(value, Tensor) else value()
 
 
-@attrs.frozen(kw_only=True)
-class Growth:
-    """What a decision adds.
+@attrs.frozen(eq=False)
+class Verdict:
+    """The answer of `Action.decide`.
 
     Args:
-        fresh: how many new components each block gets.
+        kept: bool [n], the units that are kept.
+        cut: whether components that are not kept leave the tensors, the statistics and the optimizer's state now, for good.
+        fresh: how many new components each block gets; empty for none.
         core: the core value that each of them begins with; 0 leaves every output as it is.
+        budget: the number of units that it went by, for the history; None for the ballot's.
     """
 
-    fresh: tuple[int, ...]
+    kept: Tensor
+    cut: bool = False
+    fresh: tuple[int, ...] = ()
     core: float = 0.0
+    budget: int | None = None
+
+
+def best(ballot: Ballot) -> Tensor:
+    """Return the best `budget` of the candidates, exactly, bool [n]; ties go to the earlier unit.
+
+    A threshold alone keeps too many if scores equal it: the room that is left is for the first of those.
+    """
+    scores = ballot.scores.masked_fill(~ballot.candidates, -torch.inf)
+    count = min(ballot.budget, int(ballot.candidates.sum()))
+    if count == 0:
+        return torch.zeros_like(ballot.candidates)
+    lowest = torch.kthvalue(scores, len(scores) - count + 1).values
+    kept = (scores >= lowest) & ballot.candidates
+    if int(kept.sum()) > count:
+        above = scores > lowest
+        equal = kept & ~above
+        kept = above | (equal & (equal.cumsum(0) <= count - above.sum()))
+    return kept
 
 
 @attrs.frozen(kw_only=True)
 class Action(abc.ABC):
     """What happens to the units that lose. Subclass with ``@attrs.frozen(kw_only=True)``.
 
-    Effects that lie in tensors (a zeroed λ) are saved with them; effects that do not (a frozen flag) are made again by
-    `restore`. Nothing is ever applied a second time on load: λ may have changed since the last decision.
+    Effects that lie in tensors (a zeroed λ) are saved with them. Nothing is ever applied a second time to what a state
+    holds: λ may have changed since the last decision. Whatever else has to be done about units that lost follows from
+    `fate`: a masked λ is held at zero after the last decision, and a frozen tensor is frozen again after a load.
     """
 
-    reversible: ClassVar[bool]
-    """Whether a unit that lost may win again. Where not, only units still kept are ranked."""
-    freezes: ClassVar[bool] = False
-    """Whether a unit that loses stops training; `apply` and `restore` take ``requires_grad`` from its tensors."""
-    budgeted: ClassVar[bool] = True
-    """Whether the scheduler's budget is the number of units that are kept. Where not, how many is known only after a run,
-    and the scheduler's share stands for something else, such as the height of a threshold."""
-    exact: ClassVar[bool] = True
-    """Whether `select` keeps exactly the budget, ties and all. False for a rule that, as its source has it, does not."""
-    retains: ClassVar[bool] = False
-    """Whether a unit that lost goes on adding to the output, if less (a λ that is halved). It then counts as trained. Where
-    not, what has lost is out after the last decision, and `hold` keeps it out."""
+    fate: ClassVar[Fate]
+    """What becomes of a unit that loses."""
+    final: ClassVar[bool] = False
+    """Whether that is for good: only units still kept are ranked then. A frozen unit that is not final may train
+    again."""
     grows: ClassVar[bool] = False
-    """Whether it changes how many rank components there are; those not kept are cut for good, and `grow` adds new ones. The
-    budget may then rise above its start."""
+    """Whether `decide` may add components. The budget may then rise above its start."""
 
     @property
     @abc.abstractmethod
     def unit(self) -> UnitKind:
-        """The kind of unit it acts on."""
+        """The kind of unit it acts on. For example ``"component"`` for a mask on λ."""
 
     def refusal(self, parameterization: Parameterization) -> str | None:
-        """Why it cannot act on this parameterization, in words that follow "because"; None where it can."""
+        """Say why it cannot act on this parameterization, in words that follow "because"; None if it can."""
         return None
 
     def proximal(self, blocks: Sequence[Block], share: float, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """Move all units at a decision, before any is ranked: a proximal step, such as a soft threshold.
 
-        For methods in which losing is no comparison, but what a step does: a penalty's proximal operator shrinks the units
-        that stay as well, and those that it takes to zero are out.
+        For methods in which losing is not a comparison, but follows from a step: a penalty's proximal operator shrinks the
+        units that stay as well, and those that it takes to zero are out.
 
         Args:
             blocks: the policy's units, n in all.
             share: the scheduler's share at this step, 1 before the schedule begins and its target at the end.
-            optimizer: the one that has just stepped, for its learning rates; it is not to be changed.
+            optimizer: the one that has just stepped, for its learning rates; it must not be changed.
 
         Returns:
-            bool [n], False for the units that are out; or None where there is no such step.
+            bool [n], False for the units that are out; or None if there is no such step.
         """
         return None
 
-    def select(self, ballot: Ballot) -> Tensor:
-        """Who is kept: exactly the best `budget` of the candidates, ties to the earlier unit.
-
-        A threshold alone keeps too many where scores equal it: the room that is left is for the first of those.
-
-        Returns:
-            bool [n].
-        """
-        scores = ballot.scores.masked_fill(~ballot.candidates, -torch.inf)
-        count = min(ballot.budget, int(ballot.candidates.sum()))
-        if count == 0:
-            return torch.zeros_like(ballot.candidates)
-        lowest = torch.kthvalue(scores, len(scores) - count + 1).values
-        kept = (scores >= lowest) & ballot.candidates
-        if int(kept.sum()) > count:
-            above = scores > lowest
-            equal = kept & ~above
-            kept = above | (equal & (equal.cumsum(0) <= count - above.sum()))
-        return kept
+    def decide(self, ballot: Ballot) -> Verdict:
+        """Choose who is kept, and what is new: by default exactly the best `budget` of the candidates (`best`)."""
+        return Verdict(best(ballot))
 
     @abc.abstractmethod
     def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
-        """Carry out a decision.
+        """Carry out a decision. For example a mask multiplies each λ by 1 or 0.
+
+        It must come to the same if it is called twice with one `kept`.
 
         Args:
             blocks: the policy's units, n in all.
             kept: bool [n], True for units that are kept.
-            optimizer: the one that is bound; its state may be dropped, its ``param_groups`` are never edited.
+            optimizer: the one that is bound; its state may be dropped, its ``param_groups`` are never edited. None after a
+                load and after the last decision.
         """
 
-    def cuts(self, *, last: bool) -> bool:
-        """Whether components that have just lost are cut out of their tensors: only where they can never come back.
+    def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int] | None:
+        """Return how many units a decision removes and adds; None if that is known only after a run.
 
-        Args:
-            last: whether it was the last decision.
-        """
-        return False
-
-    def grow(self, blocks: Sequence[Block], kept: Tensor, ballot: Ballot) -> Growth:
-        """What is added after `apply`. Asked only where `grows` is True.
-
-        Args:
-            blocks: the policy's units as they were ranked, n in all.
-            kept: bool [n]; what is not kept is cut in the same move.
-            ballot: what the decision went by.
-        """
-        return Growth(fresh=(0,) * len(blocks))
-
-    def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int]:
-        """How many units a decision takes away, and how many it adds: what a run is counted by before it is trained.
+        Used to count a run's parameters before training.
 
         Args:
             units: units that there are.
             budget: the scheduler's.
             layers: layers that have such units.
         """
-        return 0 if self.retains else max(0, units - budget), 0
-
-    def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
-        """After every optimizer step once the last decision is taken: keep its effect up."""
-        return
-
-    def restore(self, blocks: Sequence[Block], kept: Tensor) -> None:
-        """After a state was loaded: make again what the loaded tensors do not hold."""
-        return
+        return 0 if self.fate == "dimmed" else max(0, units - budget), 0

@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from lrkit.actions.base import Action, Ballot
+from lrkit.actions.base import Action, Ballot, Fate, Verdict
 from lrkit.parameterizations.base import Parameterization
 from lrkit.settings import flag, one_of
 from lrkit.units import Block, UnitKind
@@ -28,23 +28,23 @@ class Freeze(Action):
             it: the fraction compounds.
     """
 
-    reversible: ClassVar[bool] = False
-    freezes: ClassVar[bool] = True
+    fate: ClassVar[Fate] = "frozen"
+    final: ClassVar[bool] = True
 
     together: bool = attrs.field(default=False, validator=flag())
     rule: Literal["rank", "quantile"] = attrs.field(default="rank", validator=one_of(("rank", "quantile")))
 
-    def select(self, ballot: Ballot) -> Tensor:
-        """Who stays trainable, by the rule that `rule` names."""
+    def decide(self, ballot: Ballot) -> Verdict:
+        """Choose who stays trainable, by the rule that `rule` names."""
         if self.rule == "rank":
-            return super().select(ballot)
+            return super().decide(ballot)
         count = ballot.entries.numel()
         low = int(count * (1 - ballot.share))
         if low == 0:
-            return ballot.candidates
+            return Verdict(ballot.candidates)
         # A unit of several matrices scores by the sum of their means; the quantile is one of single entries.
         threshold = torch.kthvalue(ballot.entries, low).values
-        return ballot.candidates & (ballot.scores / ballot.parts >= threshold)
+        return Verdict(ballot.candidates & (ballot.scores / ballot.parts >= threshold))
 
     @property
     def unit(self) -> UnitKind:
@@ -52,8 +52,8 @@ class Freeze(Action):
         return "layer" if self.together else "matrix"
 
     def refusal(self, parameterization: Parameterization) -> str | None:
-        """There must be matrices that train."""
-        if parameterization.units("matrix") == 0:
+        """Ask for matrices that train."""
+        if not any(part.matrix and part.trains for part in parameterization.parts):
             return "freezing acts on projection matrices that train, and this parameterization has none"
         return None
 
@@ -68,7 +68,3 @@ class Freeze(Action):
                 tensor.grad = None
                 if optimizer is not None:
                     optimizer.state.pop(tensor, None)
-
-    def restore(self, blocks: Sequence[Block], kept: Tensor) -> None:
-        """``requires_grad`` is in no state dict: freeze again what was frozen."""
-        self.apply(blocks, kept, None)

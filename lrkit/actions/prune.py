@@ -1,13 +1,13 @@
 """Prune: a mask on the core value, reversible or final (AdaLoRA, arXiv 2303.10512, Eq. 5 and 6)."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import attrs
 import torch
 from torch import Tensor
 
-from lrkit.actions.base import Action, Ballot
+from lrkit.actions.base import Action, Ballot, Fate, Verdict, best
 from lrkit.parameterizations.base import Parameterization
 from lrkit.settings import one_of
 from lrkit.units import Block, UnitKind, split
@@ -31,17 +31,21 @@ class Prune(Action):
             (n - b)-th smallest score, as the released code and PEFT have it: ties at the threshold all lose.
     """
 
-    reversible: ClassVar[bool] = True
-
     cut: Literal["never", "end", "always"] = attrs.field(default="never", validator=one_of(("never", "end", "always")))
     ties: Literal["budget", "threshold"] = attrs.field(default="budget", validator=one_of(("budget", "threshold")))
 
-    def select(self, ballot: Ballot) -> Tensor:
-        """Who is kept, by the rule that `ties` names."""
+    @property
+    def fate(self) -> Fate:  # type: ignore[override]
+        """Masked; removed if anything is cut."""
+        return "masked" if self.cut == "never" else "removed"
+
+    def decide(self, ballot: Ballot) -> Verdict:
+        """Choose who is kept, by the rule that `ties` names."""
+        cut = self.cut == "always" or (self.cut == "end" and ballot.last)
         dropped = ballot.scores.numel() - ballot.budget
         if self.ties == "budget" or dropped <= 0:
-            return super().select(ballot)
-        return ballot.scores > torch.kthvalue(ballot.scores, dropped).values
+            return Verdict(best(ballot), cut)
+        return Verdict(ballot.scores > torch.kthvalue(ballot.scores, dropped).values, cut)
 
     @property
     def unit(self) -> UnitKind:
@@ -49,21 +53,13 @@ class Prune(Action):
         return "component"
 
     def refusal(self, parameterization: Parameterization) -> str | None:
-        """A mask needs a core value to lie on."""
+        """Ask for a core value, on which the mask lies."""
         if not any(part.core and part.trains for part in parameterization.parts):
             return "pruning zeroes a component's core value (λ), and this parameterization has none"
         return None
-
-    def cuts(self, *, last: bool) -> bool:
-        """At the end, or always."""
-        return self.cut == "always" or (self.cut == "end" and last)
 
     @torch.no_grad()
     def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         """Zero the core value of every component that is not kept."""
         cores: list[Tensor] = [block.core for block in blocks]
         torch._foreach_mul_(cores, split(kept.to(cores[0]), blocks))
-
-    def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
-        """The same again: the optimizer moves a masked λ, and it may no longer come back."""
-        self.apply(blocks, kept, None)

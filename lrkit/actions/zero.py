@@ -1,12 +1,13 @@
 """Zero: every entry of a component that loses becomes zero (Prune-LoRA, arXiv 2303.10512, section 4.4)."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 import torch
 from torch import Tensor
 
-from lrkit.actions.base import Action
+from lrkit.actions.base import Action, Fate
 from lrkit.settings import flag
 from lrkit.units import Block, UnitKind, split
 
@@ -25,12 +26,14 @@ class Zero(Action):
             good, and the budget goes to those that are left: right where nothing can grow again.
     """
 
+    fate: ClassVar[Fate] = "masked"
+
     once: bool = attrs.field(default=False, validator=flag())
 
     @property
-    def reversible(self) -> bool:  # type: ignore[override]
-        """Unless losing `once` is enough."""
-        return not self.once
+    def final(self) -> bool:  # type: ignore[override]
+        """If losing `once` is enough."""
+        return self.once
 
     @property
     def unit(self) -> UnitKind:
@@ -50,7 +53,3 @@ class Zero(Action):
                 for values in (tensor, *state.values()):
                     if isinstance(values, Tensor) and values.shape == tensor.shape:
                         values.masked_fill_(lost, 0)
-
-    def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
-        """The same again: what has a gradient grows, and it may no longer come back."""
-        self.apply(blocks, kept, None)

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             second_ends_at_once()
             if not {"-h", "--help", "--version"} & set(words):
-                from lrkit.registry import spare_others
+                from lrkit.vetting import spare_others
 
                 spare_others()
             code = app(args=words, prog_name="lrkit", standalone_mode=False)

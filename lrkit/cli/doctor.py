@@ -87,7 +87,8 @@ def examine(name: str | None = None, registry: "Registry | None" = None, told: T
     Raises:
         LrkitError: nothing of that name is installed.
     """
-    from lrkit.registry import current, installed
+    from lrkit.registry import current
+    from lrkit.vetting import installed
 
     registry = registry or current()
     modules = {(distribution, point.name): point.value for distribution, point in installed()[0]}

@@ -31,10 +31,11 @@ def export(
     """
     import attrs
 
-    from lrkit import checkpoint, peft
-    from lrkit.adapted import load
-    from lrkit.models import load_base
-    from lrkit.states import meta_of
+    from lrkit import peft
+    from lrkit.adapt import checkpoint
+    from lrkit.adapt.adapted import load
+    from lrkit.loop import state
+    from lrkit.study.pretrained import load_base
 
     if to not in peft.TARGETS:
         raise LrkitError(
@@ -42,7 +43,7 @@ def export(
         )
     new_folder(out)
     with checkpoint.stored(run) as stored:
-        base = meta_of({"meta": stored.meta, "tensors": {}}).get("base")
+        base = state.read({"meta": stored.meta, "tensors": {}}).base
         trained = {name.removeprefix("weight.") for name in stored.shapes}
     if base is None:
         raise LrkitError(f"{run} does not say which transformers model it was attached to: export it with lrkit.export")

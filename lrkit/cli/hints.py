@@ -279,7 +279,7 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
 
 def _settings(words: Sequence[str]) -> dict[str, str]:
     """Find the settings of the method that a command line names: the last part of each path, and the path."""
-    from lrkit.method import arguments_of, to_plain
+    from lrkit.compose import arguments_of, to_plain
     from lrkit.registry import current
 
     registry = current()

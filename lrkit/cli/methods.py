@@ -19,7 +19,8 @@ _ALL_PARTS = 140  # columns in which a description fits beside four parts
 
 def list_methods(as_json: Json = False) -> None:
     """List the named methods and their four parts."""
-    from lrkit.method import FIELDS, to_plain
+    from lrkit.compose import to_plain
+    from lrkit.method import FIELDS
     from lrkit.registry import current
 
     plain = {}
@@ -61,7 +62,7 @@ def params(
     import attrs
 
     from lrkit.accounting import count, flops_on
-    from lrkit.models import empty_model
+    from lrkit.study.models import empty_model
 
     composed = _composed(method or [], sets or [], swap or [])
     net = empty_model(model)
@@ -128,7 +129,7 @@ def _is_broken(name: str) -> bool:
 
 def _counts(method: "Method", counted: Any) -> list[str]:
     end, average = f"{counted.end:,.0f}", f"{counted.average:,.0f}"
-    if not all(policy.action.budgeted for policy in method.policies):
+    if any(policy.action.turnover(1, 1, 1) is None for policy in method.policies):
         # The number of units that go is known only after a run: any number would be a guess.
         end, average = (f"{low:,.0f} to {high:,.0f}" for low, high in (counted.end_range, counted.average_range))
     return [f"{counted.start:,}", end, average, f"{counted.core:,}", str(counted.layers)]

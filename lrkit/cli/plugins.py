@@ -211,7 +211,8 @@ def _arguments(text: str) -> dict[str, str]:
 
 def parts_of(name: str) -> dict[str, str]:
     """Name a registered method's parts, by kind; none, with a warning, if it cannot be made."""
-    from lrkit.method import FIELDS, to_plain
+    from lrkit.compose import to_plain
+    from lrkit.method import FIELDS
     from lrkit.registry import current
 
     try:

@@ -17,7 +17,7 @@ from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.interrupt import stopping
 
 if TYPE_CHECKING:
-    from lrkit.adapted import Adapted
+    from lrkit.adapt.adapted import Adapted
     from lrkit.method import Method
     from lrkit.study.resume import Unfinished
     from lrkit.study.run import Result

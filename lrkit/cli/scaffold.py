@@ -81,7 +81,8 @@ def written(name: str, kind: str) -> dict[str, str]:
 
 def _check_free(name: str, offered: str, kind: str) -> None:
     """Refuse a name that nothing can be registered under, or under which something is. Raises LrkitError."""
-    from lrkit.registry import current, is_name
+    from lrkit.hookspecs import is_name
+    from lrkit.registry import current
 
     if not is_name(offered):
         raise LrkitError(f'"{name}" would offer "{offered}", which is a word for a value: choose another name')

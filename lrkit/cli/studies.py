@@ -166,7 +166,7 @@ def _study(what: str, changes: dict[str, Any], sets: Sequence[str], profile: str
     """
     import attrs
 
-    from lrkit.method import arguments_of
+    from lrkit.compose import arguments_of
     from lrkit.study.asked import study_from, study_named
     from lrkit.study.catalogue import names
 

@@ -86,8 +86,8 @@ def compose(
     Raises:
         LrkitError: an unknown name or setting, or a combination that does not fit.
     """
-    from lrkit.method import arguments_of, from_plain
-    from lrkit.study.composing import composed
+    from lrkit.compose import arguments_of, from_plain
+    from lrkit.compose import compose as composed
 
     settings, run = divided(sets)
     texts = dict(map(pair, sets))

@@ -1,9 +1,25 @@
 """Importance metrics: how much each entry matters, from weights and gradients."""
 
+from collections.abc import Mapping
+
+from lrkit.hookspecs import hookimpl
 from lrkit.metrics.base import Metric
 from lrkit.metrics.gradient import GradientUncertainty, RatioUncertainty
 from lrkit.metrics.magnitude import Magnitude
 from lrkit.metrics.sensitivity import Sensitivity, SensitivityUncertainty, UncertaintyMetric
+
+
+@hookimpl
+def lrkit_metrics() -> Mapping[str, type[Metric]]:
+    """Offer the built-in metrics."""
+    return {
+        "magnitude": Magnitude,
+        "sensitivity": Sensitivity,
+        "sensitivity-uncertainty": SensitivityUncertainty,
+        "gradient-uncertainty": GradientUncertainty,
+        "ratio-uncertainty": RatioUncertainty,
+    }
+
 
 __all__ = [
     "GradientUncertainty",

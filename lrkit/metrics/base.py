@@ -2,16 +2,13 @@
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import attrs
 import torch
 from torch import Tensor
 
 from lrkit.settings import one_of
-
-if TYPE_CHECKING:
-    from lrkit.native import Kernel
 
 
 @attrs.frozen(kw_only=True)
@@ -52,10 +49,6 @@ class Metric(abc.ABC):
                 counts, and `state` stays as it was.)
         """
         return
-
-    def kernel(self) -> "Kernel | None":
-        """What `lrkit.native` may compute in this metric's place, `observe`, `score` and `reduce` together; mostly None."""
-        return None
 
     @abc.abstractmethod
     def score(self, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:

@@ -4,7 +4,6 @@ import attrs
 from torch import Tensor
 
 from lrkit.metrics.sensitivity import UncertaintyMetric
-from lrkit.native import Kernel
 from lrkit.settings import real
 
 
@@ -23,10 +22,6 @@ class GradientUncertainty(UncertaintyMetric):
     def importance(self, weight: Tensor, grad: Tensor) -> Tensor:
         """abs(∂L/∂w) [N]."""
         return grad.abs()
-
-    def kernel(self) -> Kernel | None:
-        """abs(∂L/∂w), compiled; a subclass speaks for itself."""
-        return Kernel("gradient", self.beta1, self.beta2) if self.compiles(GradientUncertainty) else None
 
 
 @attrs.frozen(kw_only=True)
@@ -49,8 +44,3 @@ class RatioUncertainty(UncertaintyMetric):
     def importance(self, weight: Tensor, grad: Tensor) -> Tensor:
         """abs(∂L/∂w) / (abs(w) + ε) [N]."""
         return grad.abs().div_(weight.abs().add_(self.epsilon))
-
-    def kernel(self) -> Kernel | None:
-        """abs(∂L/∂w) / (abs(w) + ε), compiled; a subclass speaks for itself."""
-        known = self.compiles(RatioUncertainty)
-        return Kernel("ratio", self.beta1, self.beta2, self.epsilon) if known else None

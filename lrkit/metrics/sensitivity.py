@@ -7,7 +7,6 @@ import attrs
 from torch import Tensor
 
 from lrkit.metrics.base import Metric, smooth
-from lrkit.native import Kernel
 from lrkit.settings import flag, real, whole
 
 
@@ -84,10 +83,6 @@ class UncertaintyMetric(Metric):
         """Ī · Ū [N]."""
         return state["importance"] * state["uncertainty"]
 
-    def compiles(self, known: type["UncertaintyMetric"]) -> bool:
-        """Whether `lrkit.native` knows it: a metric of exactly this class, without a window."""
-        return type(self) is known and self.window == 1
-
 
 @attrs.frozen(kw_only=True)
 class SensitivityUncertainty(UncertaintyMetric):
@@ -102,7 +97,3 @@ class SensitivityUncertainty(UncertaintyMetric):
     def importance(self, weight: Tensor, grad: Tensor) -> Tensor:
         """abs(w · ∂L/∂w) [N]."""
         return (weight * grad).abs_()
-
-    def kernel(self) -> Kernel | None:
-        """abs(w · ∂L/∂w), compiled; a subclass speaks for itself."""
-        return Kernel("sensitivity", self.beta1, self.beta2) if self.compiles(SensitivityUncertainty) else None

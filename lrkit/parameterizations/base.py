@@ -1,19 +1,17 @@
 """The protocol of a parameterization: how an increment ΔW is written in trainable tensors."""
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit.units import Part, UnitKind
-
-_MANY = 2**31 - 1
+from lrkit.units import Part
 
 Role = Literal["attention", "ffn", "other"]
-"""Where in a transformer block a linear map stands."""
+"""The place of a linear map in a transformer block."""
 
 
 @attrs.frozen(eq=False)
@@ -26,7 +24,7 @@ class Target:
         d_in: size of its input.
         d_out: size of its output.
         role: ``"attention"``, ``"ffn"`` or ``"other"``, found by name.
-        output: whether it is the last map of attention or FFN, whose output goes to the residual sum; found by name.
+        output: whether it is the last map of attention or FFN, whose output is added to the residual; found by name.
     """
 
     name: str
@@ -41,99 +39,88 @@ class Target:
 class Parameterization(abc.ABC):
     """How ΔW is written in trainable tensors. Subclass with ``@attrs.frozen(kw_only=True)``.
 
-    A subclass says of which `parts` an adapter consists, and builds the module that takes a layer's place.
+    A subclass declares the `parts` of one adapter, and builds the module that takes a layer's place. For example
+    ``lrkit.parameterizations.LoRA`` has the parts A and B, and builds a ``LowRank``.
     """
 
     learning_rate: ClassVar[float] = 1e-3
-    """A peak rate for AdamW at which it is known to train, used by ``lrkit run`` where none is given."""
+    """A peak rate at which AdamW is known to train it. ``lrkit run`` uses it if none is given."""
 
     penalty_weight: ClassVar[str | None] = None
-    """The setting that weighs the penalty, which zero turns off; None where there is no penalty."""
+    """The setting that weighs the penalty, and turns it off at zero; None if there is no penalty."""
 
     @property
     @abc.abstractmethod
     def parts(self) -> tuple[Part, ...]:
-        """The tensors of one adapter; from this declaration all units follow."""
+        """Declare the tensors of one adapter. All units follow from it: ``Part("A", axis=0)`` has one row per component."""
 
     @abc.abstractmethod
     def build(self, target: Target) -> nn.Module:
-        """The module that takes the layer's place, with fresh parameters and ΔW = 0; or the layer itself.
+        """Return the module that takes the layer's place, with fresh parameters and ΔW = 0; or the layer itself.
 
-        What trains has ``requires_grad`` set. The layer's own parameters are left as they are.
+        Parameters that train have ``requires_grad`` set. The layer's own parameters are left as they are.
         """
 
     @property
     def takes_targets(self) -> bool:
-        """Whether it adapts the linear maps that `targets` names. False for a method with places of its own (prompts)."""
+        """Return whether it adapts the linear maps that `targets` names. False if it finds its own places (prompts)."""
         return True
 
     def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
-        """Which layers ``targets="all-linear"`` means: all that there are.
+        """Choose the layers that ``targets="all-linear"`` means: all of them, unless overridden.
 
-        Override it where the method has places of its own, such as a bottleneck after FFN. Layers that are named are
-        adapted as they are named.
+        Override it if the method adapts certain places only, for example the last map of each FFN. It is not asked about
+        layers that the user names.
         """
         return targets
 
-    def adapt(self, targets: Sequence[Target]) -> dict[str, nn.Module]:
-        """All adapters of a model, by layer name. Override it where layers share tensors."""
-        return {target.name: self.build(target) for target in targets}
+    def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
+        """Return the adapters of a whole model, by the name of the module whose place each takes.
 
-    def adapt_model(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
-        """What takes which module's place: `adapt` for a method of layers. Override it where that is not enough.
-
-        The modules replaced need not be linear maps. Under the empty name, which is the model's own in
-        ``named_modules()``, stands a module that the model's calls go through: ``forward(call, *args, **kwargs)``, where
-        ``call`` is the model's forward as it was. Its parameters train and are saved; it has no `parts`, so no units.
+        Override it if layers share tensors, or if other modules than linear maps are replaced (layer norms, for example).
 
         Args:
             model: the plain model, which must be left as it is.
-            targets: the layers; none where `takes_targets` is False.
+            targets: the layers to adapt; none if `takes_targets` is False.
         """
-        return self.adapt(targets)
+        return {target.name: self.build(target) for target in targets}
+
+    def wrap(self, model: nn.Module) -> nn.Module | None:
+        """Return a module that the model's own calls go through, or None. For example prompts, before the model's input.
+
+        Its forward is ``forward(call, *args, **kwargs)``; ``call`` is the model's forward as it was. Its parameters train,
+        and are saved. It has no `parts`, and so no units. The model must be left as it is.
+        """
+        return None
 
     def own_parameters(self, model: nn.Module) -> Iterable[str]:
-        """Names of the model's own parameters that train as well (all of them in full fine-tuning)."""
+        """Name the model's own parameters that train as well. In full fine-tuning they are all of them."""
         return ()
 
     def penalty(self, modules: Sequence[nn.Module]) -> Tensor | None:
-        """A scalar that is added to the loss while training, or None."""
+        """Return a scalar that is added to the loss while training, or None."""
         return None
 
-    @property
-    def grows(self) -> bool:
-        """Whether a layer can be given further components; `fresh` says how they begin."""
-        return False
-
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
-        """How new components begin, in one tensor: as they do in `build`. Core values are the action's, and not asked for.
+        """Draw the start of further components in one tensor, as `build` does. An action gives the core values itself.
+
+        A parameterization that does not override it cannot grow: an action that adds components is refused.
 
         Args:
-            part: one with an `axis`, and no core.
+            part: one that has an `axis` and is not the core.
             module: the adapter.
             count: how many components.
-            generator: where to draw from, on the CPU: a resumed run must draw the same.
+            generator: on the CPU. Draw from it alone, so that a resumed run draws the same.
 
         Returns:
             The tensor's further slices, of its shape, with `count` along `axis`.
         """
         raise NotImplementedError
 
-    def units(self, kind: UnitKind) -> int:
-        """The largest number of trainable units of this kind that one layer may have; 0 where it has none."""
-        matrices = sum(part.matrix and part.trains for part in self.parts)
-        if kind == "component":
-            there = any(p.axis is not None and p.trains for p in self.parts)
-            return (_MANY if self.components is None else self.components) if there else 0
-        return matrices if kind == "matrix" else min(matrices, 1)
-
     @property
     def components(self) -> int | None:
-        """The initial rank, that is the rank components of one adapter before anything is pruned.
+        """Return the initial rank: the rank components of one adapter before anything is pruned.
 
-        None where it follows from the layer: a component may be a row of its weight.
+        None if it follows from the layer, for example if a component is a row of its weight.
         """
         return 0
-
-
-ModuleMap = Mapping[str, nn.Module]

@@ -12,7 +12,7 @@ from lrkit.units import Part
 
 @attrs.frozen(kw_only=True)
 class Full(Parameterization):
-    """All parameters of the model train. No layer is replaced; each adapted layer's weight is a matrix unit.
+    """All parameters of the model train. No layer is replaced, and each adapted layer's weight is a matrix unit.
 
     Source: the baseline of every table, such as arXiv 2106.09685, Table 2. The targets say which weights an action may
     act on, so that freezing whole layers adaptively is
@@ -23,13 +23,13 @@ class Full(Parameterization):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The layer's own weight."""
+        """Declare the layer's own weight."""
         return (Part("weight", matrix=True),)
 
     def build(self, target: Target) -> nn.Module:
-        """The layer itself."""
+        """Return the layer itself."""
         return target.layer
 
     def own_parameters(self, model: nn.Module) -> Iterable[str]:
-        """All of them."""
+        """Name all of them."""
         return (name for name, _ in model.named_parameters())

@@ -7,8 +7,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from lrkit.parameterizations.adapter import further, new_factor
 from lrkit.parameterizations.base import Parameterization, Target
-from lrkit.parameterizations.lowrank import LowRank, further, new_factor
+from lrkit.parameterizations.lowrank import LowRank
 from lrkit.settings import real, whole
 from lrkit.units import Part
 
@@ -34,21 +35,19 @@ class LoRA(Parameterization):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """A and B."""
+        """Declare A and B."""
         return (Part("A", axis=0, matrix=True), Part("B", axis=1, matrix=True))
 
     @property
     def components(self) -> int:
-        """r."""
+        """Return r."""
         return self.rank
 
-    @property
-    def grows(self) -> bool:
-        """Yes. The scale stays α/r with the initial r."""
-        return True
-
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
-        """Further rows of A, Kaiming-uniform, or columns of B, zero, as at the start."""
+        """Draw further rows of A, Kaiming-uniform, or make columns of B, zero, as at the start.
+
+        The scale stays α/r with the initial r.
+        """
         new = further(module, part, count)
         return (
             nn.init.zeros_(new)
@@ -57,7 +56,7 @@ class LoRA(Parameterization):
         )
 
     def build(self, target: Target) -> nn.Module:
-        """The layer with A and B beside it."""
+        """Return the layer with A and B beside it."""
         a = new_factor(target.layer, self.rank, target.d_in)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         b = new_factor(target.layer, target.d_out, self.rank)

@@ -1,240 +1,36 @@
 """One low-rank adapter for every low-rank parameterization: y = W x + s · b ∘ B (c ∘ (A x)).
 
-LoRA, SVD (P = B, Λ = c, Q = A) and vector-scaled LoRA (Λ_b = b, Λ_d = c) differ in which factors exist, how they
-start, and which of them train. `LowRank.reference` is the formula as it is read; `low_rank_linear` is the same in one
-autograd function: the scale is folded into the r-wide side, the sum is done in place, and only the gradients that are
-needed are computed.
+LoRA, SVD (P = B, Λ = c, Q = A) and vector-scaled LoRA (Λ_b = b, Λ_d = c) differ in which factors exist, how they start, and
+which of them train. `LowRank.reference` is the formula as it is read; `lowrank_kernel` is the same in one autograd function.
 """
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import flop_registry
 
 from lrkit.errors import LrkitError
-from lrkit.precision import is_autocast_on, is_plain, without_autocast
-from lrkit.units import Part
+from lrkit.parameterizations.adapter import Adapter, further, is_conv1d, layer_shape, new_factor, oriented_weight
+from lrkit.parameterizations.lowrank_kernel import low_rank_linear
+from lrkit.precision import is_autocast_on, is_plain
+
+__all__ = ["LowRank", "further", "layer_shape", "low_rank_linear", "new_factor", "oriented_weight"]
 
 
-def _is_conv1d(layer: nn.Module) -> bool:
-    # Who has a Conv1D has imported this module; importing it here would double the time of `import lrkit`.
-    module = sys.modules.get("transformers.pytorch_utils")
-    return module is not None and type(layer) is module.Conv1D
-
-
-def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear map that can be adapted; None for any other module.
-
-    ``nn.MultiheadAttention`` reads its projection's weight without calling the layer, so an adapter there would be
-    passed by in silence: that subclass of ``nn.Linear`` is left out.
-    """
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    if _is_conv1d(layer):
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        return weight.shape[0], weight.shape[1]
-    return None
-
-
-def oriented_weight(layer: nn.Module) -> Tensor:
-    """The weight as [d_out, d_in]: a transposed view where the layer is a ``Conv1D``."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight if type(layer) is nn.Linear or not _is_conv1d(layer) else weight.t()
-
-
-# torch's FLOP counter knows addmm, but not addmm_: what is done in place would not be counted.
-flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])
-
-
-_unsafe_view = torch.ops.aten._unsafe_view.default
-
-
-class _LowRankLinear(torch.autograd.Function):
-    # Shapes: n tokens, i = d_in, o = d_out, r = rank. x_ni, w_oi, a_ri, b_or, c_r, s_o.
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        w_oi: Tensor,
-        bias_o: Tensor | None,
-        a_ri: Tensor,
-        b_or: Tensor,
-        c_r: Tensor | None,
-        s_o: Tensor | None,
-        scaling: float,
-        tracked: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        _, need_w, _, need_a, need_b, need_c, need_s, *_ = ctx.needs_input_grad
-        x_ni = _rows(x)
-        u_or = _scaled(b_or, c_r, s_o, scaling)
-        h_nr = None
-        ctx.merged = _merging_pays(x_ni, w_oi, need_a)
-        # Only the gradients of A and W need x itself. Without them A x stands for it, which is d_in / r times smaller.
-        ctx.keeps_x = need_a or need_w
-        if not ctx.merged or (tracked and not ctx.keeps_x and (need_b or need_c or need_s)):
-            h_nr = _down(x_ni, a_ri)
-        if ctx.merged:
-            y_no = F.linear(x_ni, torch.addmm(w_oi, u_or, a_ri), bias_o)
-        else:
-            assert h_nr is not None
-            y_no = F.linear(x_ni, w_oi, bias_o).addmm_(h_nr, u_or.t())
-        ctx.save_for_backward(x if ctx.keeps_x else None, w_oi, a_ri, u_or, b_or, c_r, s_o, h_nr)
-        ctx.scaling, ctx.shape, ctx.device = scaling, x.shape, x.device.type
-        ctx.set_materialize_grads(False)  # the second output mostly has none
-        # Not y_no.view(): what a function returns as a view may not be modified in place, as by nn.ReLU(inplace=True).
-        y: Tensor = _unsafe_view(y_no, (*x.shape[:-1], y_no.shape[1]))
-        # Where A x stands for x, second derivatives reach x through it: as an output it is part of the graph.
-        return y, None if ctx.keeps_x else h_nr
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        with without_autocast(ctx.device):
-            return _backward(ctx, *grads)
-
-
-def _backward(ctx: Any, g: Tensor | None, further_gh_nr: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, w_oi, a_ri, u_or, b_or, c_r, s_o, h_nr = ctx.saved_tensors
-    need_x, need_w, need_bias, need_a, need_b, need_c, need_s, *_ = ctx.needs_input_grad
-    if g is None:
-        gx = None if further_gh_nr is None else (further_gh_nr @ a_ri).view(ctx.shape)
-        return gx, *[None] * 8
-    g_no = _rows(g)
-    x_ni = None if x is None else _rows(x)
-    out = None
-    if torch.is_grad_enabled():
-        # create_graph=True: what forward made without a graph is made again with one.
-        u_or, h_nr = _scaled(b_or, c_r, s_o, ctx.scaling), h_nr if x_ni is None else None
-    elif need_b:
-        out = torch.empty_like(u_or)  # laid out like B, or the gradient would be copied once more
-    gx = gw = gbias = ga = gb = gc = gs = None
-    if need_b or need_c or need_s:
-        if h_nr is None:
-            assert x_ni is not None
-            h_nr = _down(x_ni, a_ri)
-        # What all three gradients are made of. The transpose of g.t() @ h is the same numbers, three times as fast on
-        # CPU, where r columns are too few.
-        p_or = (h_nr.t() @ g_no).t()
-        if need_b:
-            gb = _scaled(p_or, c_r, s_o, ctx.scaling, out)
-        if need_c or need_s:
-            p_or = p_or * b_or if ctx.scaling == 1.0 else p_or * b_or * ctx.scaling
-            if need_c:
-                gc = p_or.sum(0) if s_o is None else p_or.t().mv(s_o)
-            if need_s:
-                gs = p_or.sum(1) if c_r is None else p_or.mv(c_r)
-    if need_a or (need_x and not ctx.merged):
-        gh_nr = g_no @ u_or
-        if need_a:
-            ga = gh_nr.t() @ x_ni
-    if need_x:
-        if ctx.merged:
-            # Merged a second time rather than kept: kept, every layer would hold a copy of its weight.
-            gx = g_no @ torch.addmm(w_oi, u_or, a_ri)
-        else:
-            gx = (g_no @ w_oi).addmm_(gh_nr, a_ri)
-        if further_gh_nr is not None:
-            gx = gx + further_gh_nr @ a_ri
-        gx = gx.view(ctx.shape)
-    if need_w:
-        assert x_ni is not None
-        gw = g_no.t() @ x_ni
-    if need_bias:
-        gbias = g_no.sum(0)
-    return gx, gw, gbias, ga, gb, gc, gs, None, None
-
-
-_MERGING_PAYS_FROM = {True: 6.0, False: 2.5}
-"""By whether A trains: merge from this many times d_in d_out entries of x and y on. See docs/performance.md."""
-
-
-def _merging_pays(x_ni: Tensor, w_oi: Tensor, need_a: bool) -> bool:
-    """Whether W + ΔW, made once in forward and once in backward, costs less than thin products for each token.
-
-    What it saves grows with the entries of x and y, what it costs with those of W; the rank is in both. It saves two
-    products, and a third where A is frozen: nothing else then asks for the gradient of A x. A weight of half precision is
-    never merged into: it would round ΔW away.
-    """
-    (n, d_in), d_out = x_ni.shape, w_oi.shape[0]
-    wide = w_oi.dtype in (torch.float32, torch.float64)
-    return wide and n * (d_in + d_out) >= _MERGING_PAYS_FROM[need_a] * d_in * d_out
-
-
-def _rows(x: Tensor) -> Tensor:
-    """One row a token [n, width]."""
-    return x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _down(x_ni: Tensor, a_ri: Tensor) -> Tensor:
-    """A x for each token [n, r]."""
-    # As its transpose the product takes two thirds of the time on a CPU, up to four rows.
-    return (a_ri @ x_ni.t()).t() if len(a_ri) <= 4 else x_ni @ a_ri.t()
-
-
-def _scaled(b_or: Tensor, c_r: Tensor | None, s_o: Tensor | None, scaling: float, out: Tensor | None = None) -> Tensor:
-    """scaling · s ∘ B diag(c)."""
-    if c_r is not None:
-        b_or = torch.mul(b_or, c_r if scaling == 1.0 else c_r * scaling, out=out)
-    elif scaling != 1.0:
-        b_or = torch.mul(b_or, scaling, out=out)
-    return b_or if s_o is None else torch.mul(b_or, s_o[:, None], out=out)
-
-
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-
-
-def low_rank_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    core: Tensor | None = None,
-    out_scale: Tensor | None = None,
-    scaling: float = 1.0,
-) -> Tensor:
-    """y = W x + bias + scaling · out_scale ∘ B (core ∘ (A x)), as one autograd function.
-
-    Args:
-        x: input [..., d_in].
-        weight: W [d_out, d_in].
-        bias: [d_out] or None.
-        a: A [r, d_in].
-        b: B [d_out, r].
-        core: c [r] or None.
-        out_scale: b [d_out] or None.
-        scaling: a fixed factor, such as LoRA's α/r.
-
-    Returns:
-        y [..., d_out]. All tensors must share one dtype.
-    """
-    y: Tensor
-    tracked = torch.is_grad_enabled()  # inside of the function it is always off
-    y, _ = _LowRankLinear.apply(x, weight, bias, a, b, core, out_scale, scaling, tracked)  # type: ignore[no-untyped-call]
-    return y
-
-
-class LowRank(nn.Module):
+class LowRank(Adapter):
     """A linear map with a low-rank increment: y = W x + s · b ∘ B (c ∘ (A x)).
 
     Args:
-        base: the layer whose place it takes; its parameters stay where they are.
-        a: A [r, d_in], or wider where it is shared between layers (the first d_in columns are read).
-        b: B [d_out, r], or taller where it is shared (the first d_out rows are read).
+        base: the layer whose place it takes.
+        a: A [r, d_in], or wider if layers share it (the first d_in columns are read).
+        b: B [d_out, r], or taller if layers share it (the first d_out rows are read).
         core: c [r] or None.
         out_scale: b [d_out] or None.
         scaling: a fixed factor.
         dropout: probability with which an entry of the adapter's input is dropped while training.
-        owner: the adapter whose A and B this one reads, where layers share them (`a` and `b` are then None). They are
-            registered on the owner alone: a tensor under many names is refused by ``save_pretrained``.
+        owner: the adapter whose A and B this one reads, if layers share them (`a` and `b` are then None). They are
+            registered on the owner alone, since ``save_pretrained`` refuses a tensor under several names.
     """
 
     A: nn.Parameter
@@ -242,7 +38,7 @@ class LowRank(nn.Module):
     core: nn.Parameter | None
     out_scale: nn.Parameter | None
     fused = True
-    """False sends every adapter along the readable path (a class attribute, for tests and for comparing)."""
+    """Set to False on the class to compute every adapter by `reference`, for tests and comparisons."""
 
     def __init__(
         self,
@@ -256,11 +52,10 @@ class LowRank(nn.Module):
         dropout: float = 0.0,
         owner: "LowRank | None" = None,
     ) -> None:
-        super().__init__()
+        super().__init__(base)
         shape = layer_shape(base)
         if shape is None:
             raise LrkitError(f"a low-rank adapter takes an nn.Linear or a Conv1D, not {type(base).__name__}")
-        self.base = base
         self.d_in, self.d_out = shape
         if owner is not None:
             self._owner = (owner,)  # in a tuple, so that it is no submodule
@@ -279,25 +74,11 @@ class LowRank(nn.Module):
 
     @property
     def rank(self) -> int:
-        """Rank components that are stored (masked ones included)."""
+        """Return how many rank components are stored, masked ones included."""
         return self.A.shape[0]
 
-    @property
-    def weight(self) -> Tensor:
-        """The base weight, so that code that looks at ``layer.weight.dtype`` goes on working."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base bias."""
-        bias = self.base.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
-
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [r, d_in] and B [d_out, r], cut to this layer where they are shared."""
+        """Return A [r, d_in] and B [d_out, r], cut to this layer if they are shared."""
         a, b = self.A, self.B
         return (
             a if a.shape[1] == self.d_in else a[:, : self.d_in],
@@ -305,7 +86,7 @@ class LowRank(nn.Module):
         )
 
     def delta(self) -> Tensor:
-        """ΔW [d_out, d_in] in the factors' dtype."""
+        """Return ΔW [d_out, d_in] in the factors' dtype."""
         a, b = self.factors()
         if self.core is not None:
             b = b * self.core
@@ -313,10 +94,10 @@ class LowRank(nn.Module):
         return delta if self.out_scale is None else delta * self.out_scale[:, None]
 
     def reference(self, x: Tensor) -> Tensor:
-        """The formula as it is read; `forward` does the same, fused where that is possible."""
+        """Compute the output by the formula as it is read. `forward` does the same, fused if possible."""
         y: Tensor = self.base(x)
         a, b = self.factors()
-        # The factors may be kept in float32 beside a half-precision base: they compute in the input's dtype.
+        # Beside a half-precision base the factors are float32, and compute in the output's dtype.
         z = F.dropout(x, self.dropout, self.training).to(y.dtype)
         h = F.linear(z, a.to(y.dtype)) * self.scaling
         if self.core is not None:
@@ -327,7 +108,7 @@ class LowRank(nn.Module):
         return y + out
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., d_out] of x [..., d_in]."""
+        """Return y [..., d_out] for x [..., d_in]."""
         base = self.base
         a, b = self.factors()
         if not len(a):
@@ -337,11 +118,11 @@ class LowRank(nn.Module):
             return self.reference(x)
         weight, bias = oriented_weight(base), self.bias
         device = x.device.type
-        # Autocast does not see into an autograd function: cast as it would, which leaves float64 alone.
+        # Autocast does not reach into an autograd function: cast as it would, which leaves float64 as it is.
         cast = is_autocast_on(device) and torch.float64 not in (x.dtype, weight.dtype)
         dtype = torch.get_autocast_dtype(device) if cast else x.dtype
         if dtype == torch.float16:
-            return self.reference(x)  # a small core value that is folded into B would underflow
+            return self.reference(x)  # a small core value folded into B would underflow
         if cast:
             x, weight, bias = _cast(dtype, x, weight, bias)
         core, out_scale = self.core, self.out_scale
@@ -350,11 +131,11 @@ class LowRank(nn.Module):
         return low_rank_linear(x, weight, bias, a, b, core, out_scale, self.scaling)
 
     def _fusible(self, base: nn.Module) -> bool:
-        # A forward of its own (quantized layers; accelerate's, on the instance), a hook on the base, or dropout on the
-        # adapter's input only: each needs the base to be called.
+        # The base itself must be called if it has a forward of its own (quantized layers; accelerate's, on the instance) or
+        # hooks, or if dropout acts on the adapter's input alone.
         return (
             self.fused
-            and (type(base) is nn.Linear or _is_conv1d(base))
+            and (type(base) is nn.Linear or is_conv1d(base))
             and is_plain(base.weight)
             and (base.bias is None or is_plain(base.bias))
             and not (self.dropout and self.training)
@@ -366,17 +147,14 @@ class LowRank(nn.Module):
         )
 
     def merge(self) -> nn.Module:
-        """Add ΔW to the base weight, in place, and give the base back."""
-        weight = oriented_weight(self.base)
+        """Add ΔW to the base weight, in place, and return the base."""
         with torch.no_grad():
             # One rounding, from the wider dtype: a bf16 weight is not rounded twice.
-            merged = weight.to(self.A.dtype) + self.delta()
-            weight.copy_(merged)
-        return self.base
+            return self.base_with(oriented_weight(self.base).to(self.A.dtype) + self.delta())
 
     @torch.no_grad()
     def export_factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        """A [r, d_in], B [d_out, r], c [r] and s with ΔW = s · B diag(c) A; components whose c is zero are left out."""
+        """Return A [r, d_in], B [d_out, r], c [r] and s with ΔW = s · B diag(c) A, without components whose c is zero."""
         a, b = self.factors()
         core = a.new_ones(len(a)) if self.core is None else self.core
         if self.out_scale is not None:
@@ -386,10 +164,10 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def import_factors(self, a: Tensor, b: Tensor, core: Tensor | None, scaling: float) -> None:
-        """Take over ΔW = s · B diag(c) A as it is. Components beyond those given add nothing at first.
+        """Take over ΔW = s · B diag(c) A exactly. Components beyond those given add nothing at first.
 
-        Where this adapter has core values and none are given, they are ΔW's singular values: an SVD of the product
-        gives at most r components, so that nothing is lost.
+        If this adapter has core values and none are given, they become ΔW's singular values. An SVD of the product has at
+        most r components, so nothing is lost.
 
         Args:
             a: A [r, d_in].
@@ -398,7 +176,7 @@ class LowRank(nn.Module):
             scaling: s.
 
         Raises:
-            LrkitError: it is of another size, has fewer than r components, or other layers read its matrices.
+            LrkitError: the sizes differ, this adapter has fewer than r components, or layers share its matrices.
         """
         if (
             "_owner" in self.__dict__
@@ -434,31 +212,17 @@ class LowRank(nn.Module):
         self.B[:, :rank] = b.to(self.B)
 
     def extra_repr(self) -> str:
-        """Sizes, for ``print(model)``."""
+        """Return the sizes for ``print(model)``."""
         return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}, scaling={self.scaling:g}"
 
 
 def _singular(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """B A = U diag(σ) Vᵀ as (Vᵀ, U, σ), by way of the two r x r triangles: no d_out x d_in matrix is made."""
+    """Return (Vᵀ, U, σ) with B A = U diag(σ) Vᵀ, by two r x r triangles and without a d_out x d_in matrix."""
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.t())
     u, sigma, v = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
     return v @ q_a.t(), q_b @ u, sigma
 
 
-def further(module: nn.Module, part: Part, count: int) -> Tensor:
-    """An uninitialised float32 tensor on the CPU for `count` further components of a part."""
-    shape = list(part.of(module).shape)
-    assert part.axis is not None
-    shape[part.axis] = count
-    return torch.empty(shape, dtype=torch.float32)
-
-
-def new_factor(layer: nn.Module, *shape: int) -> nn.Parameter:
-    """An uninitialised parameter beside a layer, on its device.
-
-    At least float32: beside a half-precision base, small updates would be lost in the base's dtype.
-    """
-    weight = oriented_weight(layer)
-    dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-    return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]

@@ -7,9 +7,10 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit.orthogonality import orthogonality
+from lrkit.parameterizations.adapter import further, new_factor
 from lrkit.parameterizations.base import Parameterization, Target
-from lrkit.parameterizations.lowrank import LowRank, further, new_factor
+from lrkit.parameterizations.lowrank import LowRank
+from lrkit.parameterizations.orthogonality import orthogonality
 from lrkit.settings import one_of, real, whole
 from lrkit.units import Part
 
@@ -43,7 +44,7 @@ class SVD(Parameterization):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Core values λ, and the matrices P and Q."""
+        """Declare core values λ, and the matrices P and Q."""
         return (
             Part("core", axis=0, core=True),
             Part("B", axis=1, matrix=True),
@@ -52,11 +53,11 @@ class SVD(Parameterization):
 
     @property
     def components(self) -> int:
-        """r."""
+        """Return r."""
         return self.rank
 
     def build(self, target: Target) -> nn.Module:
-        """The layer with P, Λ and Q beside it."""
+        """Return the layer with P, Λ and Q beside it."""
         q = new_factor(target.layer, self.rank, target.d_in)
         nn.init.normal_(q, std=self.init_std)
         p = new_factor(target.layer, target.d_out, self.rank)
@@ -66,17 +67,12 @@ class SVD(Parameterization):
         scaling = 1.0 if self.alpha is None else self.alpha / (self.rank + 1e-5)
         return LowRank(target.layer, q, p, core=core, scaling=scaling)
 
-    @property
-    def grows(self) -> bool:
-        """Yes."""
-        return True
-
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
-        """Further columns of P or rows of Q: Gaussian, as at the start."""
+        """Draw further columns of P or rows of Q: Gaussian, as at the start."""
         return nn.init.normal_(further(module, part, count), std=self.init_std, generator=generator)
 
     def penalty(self, modules: Sequence[nn.Module]) -> Tensor | None:
-        """γ R(P, Q), a scalar; None when γ is 0."""
+        """Return γ R(P, Q), a scalar; None if γ is 0."""
         if self.orthogonality == 0:
             return None
         factors = [m.get_parameter("B").t() for m in modules] + [m.get_parameter("A") for m in modules]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.parameterizations.adapter import further, new_factor
 from lrkit.parameterizations.base import Parameterization, Role, Target
-from lrkit.parameterizations.lowrank import LowRank, further, new_factor
+from lrkit.parameterizations.lowrank import LowRank
 from lrkit.settings import flag, one_of, real, whole
 from lrkit.units import Part
 
@@ -25,15 +26,15 @@ _WHERE: dict[str, tuple[Role, ...]] = {
 
 @attrs.frozen(kw_only=True)
 class VectorScaled(Parameterization):
-    """ΔW = Λ_b B Λ_d A: vectors d [r] and b [d_out] train throughout, the projection matrices where `train` says so.
+    """ΔW = Λ_b B Λ_d A: vectors d [r] and b [d_out] train throughout, the matrices A and B in the layers that `train` names.
 
     A [r, d_in] and B [d_out, r] are Kaiming-uniform (a = 0), d = `d_init`, b = 0, no scale. On the adapter Λ_d is
     ``core`` and Λ_b is ``out_scale``. Sources: arXiv 2310.11454, Eq. 2 and section 3.2; arXiv 2403.13269, Eq. 1.
 
     Args:
         rank: r.
-        train: whose A and B train: ``"ffn"`` (AFLoRA's choice, its Table 3), ``"attention"``, ``"both"``, or ``"none"``
-            (ELoRA and VeRA: frozen at their random start). Layers are told apart by name.
+        train: the layers whose A and B train: ``"ffn"`` (AFLoRA's choice, its Table 3), ``"attention"``, ``"both"``, or
+            ``"none"`` (ELoRA and VeRA: frozen at their random start). Layers are told apart by name.
         shared: one pair A, B for all layers, cut to each layer's size (VeRA). Only with ``train="none"``.
         d_init: first value of d.
     """
@@ -56,35 +57,30 @@ class VectorScaled(Parameterization):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """d, B, A and b; d is the core."""
+        """Declare d, which is the core, B, A and b."""
         trains = self.train != "none"
         return (
             Part("core", axis=0, core=True),
-            Part("B", axis=1, matrix=True, trains=trains),
-            Part("A", axis=0, matrix=True, trains=trains),
+            Part("B", axis=1, matrix=True, trains=trains, shared=self.shared),
+            Part("A", axis=0, matrix=True, trains=trains, shared=self.shared),
             Part("out_scale"),
         )
 
     @property
     def components(self) -> int:
-        """r."""
+        """Return r."""
         return self.rank
 
-    @property
-    def grows(self) -> bool:
-        """Yes, but for matrices that layers share."""
-        return not self.shared
-
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
-        """Further rows of A or columns of B, drawn from the range that they were drawn from at the start."""
+        """Draw further rows of A or columns of B from the same range as at the start."""
         new = further(module, part, count)
         if part.name == "A":
             return nn.init.kaiming_uniform_(new, generator=generator)
         bound = math.sqrt(6 / self.rank)  # Kaiming's, whose fan-in is the initial rank for B
         return nn.init.uniform_(new, -bound, bound, generator=generator)
 
-    def adapt(self, targets: Sequence[Target]) -> dict[str, nn.Module]:
-        """All adapters; with `shared` they hold the same two tensors, as wide as the widest layer."""
+    def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
+        """Return all adapters. If `shared`, they hold the same two tensors, as wide as the widest layer."""
         if self.train in ("ffn", "attention"):
             unknown = [target.name for target in targets if target.role == "other"]
             how = f'VectorScaled(train="{self.train}") tells attention from FFN by name, and cannot place'
@@ -95,7 +91,7 @@ class VectorScaled(Parameterization):
                     f"{how} {', '.join(unknown[:10])}{f' and {len(unknown) - 10} more' if unknown[10:] else ''}: left out. "
                     'Use train="both" or "none" to adapt them too',
                     LrkitWarning,
-                    stacklevel=6,
+                    stacklevel=5,
                 )
             targets = [target for target in targets if target.role != "other"]
         if not self.shared:
@@ -110,7 +106,7 @@ class VectorScaled(Parameterization):
         return adapters
 
     def build(self, target: Target) -> nn.Module:
-        """The layer with A, B, d and b beside it."""
+        """Return the layer with A, B, d and b beside it."""
         return self._adapter(target, target.d_in, target.d_out, None)
 
     def _adapter(self, target: Target, d_in: int, d_out: int, owner: LowRank | None) -> LowRank:

@@ -1,6 +1,17 @@
 """Schedulers: how much may be kept at a step."""
 
+from collections.abc import Mapping
+
+from lrkit.hookspecs import hookimpl
 from lrkit.schedulers.base import Scheduler
 from lrkit.schedulers.shapes import Constant, Cubic, Linear
+from lrkit.schedulers.timetable import Timetable
 
-__all__ = ["Constant", "Cubic", "Linear", "Scheduler"]
+
+@hookimpl
+def lrkit_schedulers() -> Mapping[str, type[Scheduler]]:
+    """Offer the built-in schedulers."""
+    return {"constant": Constant, "linear": Linear, "cubic": Cubic}
+
+
+__all__ = ["Constant", "Cubic", "Linear", "Scheduler", "Timetable"]

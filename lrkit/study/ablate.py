@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit.compose import component_to_plain, to_plain
 from lrkit.errors import LrkitError, LrkitWarning, shown
-from lrkit.method import FIELDS, Method, to_plain
+from lrkit.method import FIELDS, Method
 from lrkit.study.asked import SEEDS, Study, study_from, study_named
 from lrkit.study.catalogue import names
 from lrkit.study.execute import execute
@@ -181,11 +182,7 @@ def _plain(path: str, value: Any) -> Any:
     kind = path.rpartition(".")[2] if isinstance(path, str) else ""
     if kind not in FIELDS or not attrs.has(type(value)):
         return value
-    from lrkit.registry import current
-
-    settings = ((field.name, getattr(value, field.name)) for field in attrs.fields(type(value)))
-    listed = {name: list(item) if isinstance(item, tuple) else item for name, item in settings}
-    return {"name": current().name_of(kind, type(value)), **listed}
+    return component_to_plain(kind, value)
 
 
 __all__ = ["ablate"]

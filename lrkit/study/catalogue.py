@@ -84,7 +84,8 @@ def about(name: str) -> str:
 
 def check_required(required: list[str], where: str) -> None:
     """Raise LrkitError if a distribution that a study names is not installed."""
-    from lrkit.registry import current, normalized
+    from lrkit.registry import current
+    from lrkit.vetting import normalized
 
     there = {normalized(offer.distribution.partition(" ")[0]) for offer in current().offers()}
     missing = [name for name in required if normalized(name) not in there]

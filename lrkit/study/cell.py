@@ -115,7 +115,7 @@ def make_cell(
 
 
 def _rates(method: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[float, float]:
-    from lrkit.method import from_plain
+    from lrkit.compose import from_plain
 
     return rates(from_plain(method).parameterization, run.get("lr"), run.get("head_lr"))
 

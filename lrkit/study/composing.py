@@ -8,17 +8,9 @@ move several settings together; then swaps; then settings, since one may be of a
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lrkit.compose import arguments_of, compose, from_plain, to_plain, with_setting, with_setting_of
 from lrkit.errors import LrkitError, nearest, shown
-from lrkit.method import (
-    FIELDS,
-    arguments_of,
-    from_plain,
-    swapped,
-    to_plain,
-    with_arguments,
-    with_setting,
-    with_setting_of,
-)
+from lrkit.method import FIELDS
 
 LEAVE_OUT = ("penalty", "policy", "also")
 
@@ -47,31 +39,18 @@ def composed(
         LrkitError: an unknown name, argument or setting (with the nearest right one).
     """
     settings, swaps = settings or {}, swaps or {}
-    known = arguments_of(base) if isinstance(base, str) else []
+    if not isinstance(base, str | Mapping):
+        raise LrkitError(f"base must be a method's name, or a table with a parameterization, not {shown(base)}")
+    base = base if isinstance(base, str) else to_plain(from_plain(base))
+    known = arguments_of(base)
     arguments = {key: value for key, value in {**swaps, **settings}.items() if key in known}
-    plain = _begun(base, {**(beneath or {}), **arguments})
-    for path, value in swaps.items():
-        if path not in arguments:
-            plain = swapped(plain, path, value)
+    plain = compose(base, {**(beneath or {}), **arguments})
+    plain = compose(plain, swaps={key: value for key, value in swaps.items() if key not in arguments})
     for name in leave_out:
         plain = without(plain, name)
     for path, value in settings.items():
         if path not in arguments:
-            plain = (
-                with_setting_of(base, plain, path, value) if isinstance(base, str) else with_setting(plain, path, value)
-            )
-    return plain
-
-
-def _begun(base: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a base with settings, and all others written out."""
-    if isinstance(base, str):
-        return with_arguments(base, settings)
-    if not isinstance(base, Mapping):
-        raise LrkitError(f"base must be a method's name, or a table with a parameterization, not {shown(base)}")
-    plain = to_plain(from_plain(base))
-    for path, value in settings.items():
-        plain = with_setting(plain, path, value)
+            plain = with_setting_of(base, plain, path, value)
     return plain
 
 
@@ -114,13 +93,12 @@ def check_path(base: Any, plain: Mapping[str, Any], path: str) -> None:
         path: of a component, a setting or an argument.
     """
     kind = path.rpartition(".")[2]
-    known = arguments_of(base) if isinstance(base, str) else []
-    if kind in FIELDS or path in known:
+    if kind in FIELDS or path in arguments_of(base):
         return
     if isinstance(base, str) and not nearest(kind, FIELDS):
         with_setting_of(base, plain, path, None)
     else:
-        swapped(plain, path, None)
+        compose(plain, swaps={path: None})
 
 
 def has(plain: Any, path: str) -> bool:

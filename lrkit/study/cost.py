@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit.compose import from_plain
 from lrkit.errors import LrkitError
-from lrkit.method import from_plain
 from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.jobs import cell_of
 from lrkit.study.plan import Plan
@@ -30,7 +30,7 @@ from lrkit.study.store import canonical, lock, read_json, write_json
 from lrkit.study.study_file import CostEntry, StudyFile, read_study_file, write_study_file
 
 if TYPE_CHECKING:
-    from lrkit.adapted import Adapted
+    from lrkit.adapt.adapted import Adapted
 
 WARM, PAIRS = 2, 7
 
@@ -126,8 +126,8 @@ class _Side:
     def __init__(self, net: Any, cell: Mapping[str, Any], steps: int, state: Path | None, device: Any) -> None:
         import torch
 
-        from lrkit import checkpoint
-        from lrkit.adapted import attach
+        from lrkit.adapt import checkpoint
+        from lrkit.adapt.adapted import attach
 
         torch.manual_seed(0)
         self.net = net.to(device)
@@ -168,7 +168,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     import torch
     from transformers import DataCollatorWithPadding
 
-    from lrkit.models import load_model
+    from lrkit.study.pretrained import load_model
 
     torch.set_num_threads(asked["threads"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

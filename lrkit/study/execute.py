@@ -8,8 +8,8 @@ from typing import Any
 
 import attrs
 
+from lrkit.compose import to_plain
 from lrkit.errors import LrkitError, nearest, shown
-from lrkit.method import to_plain
 from lrkit.study.asked import load_task_of
 from lrkit.study.cell import components_of
 from lrkit.study.cell_folder import has_result, is_done, tidy_done
@@ -26,7 +26,7 @@ from lrkit.study.worker import Conditions
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """How a study went.
+    """The outcome of a study.
 
     Args:
         folder: the study's.
@@ -56,8 +56,8 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
     Raises:
         LrkitError: a row that cannot run on a task, with both named.
     """
-    from lrkit.adapted import attach
-    from lrkit.models import empty_model
+    from lrkit.adapt.adapted import attach
+    from lrkit.study.models import empty_model
 
     tasks = {}
     for spec in plan.tasks:

@@ -4,11 +4,12 @@
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from typing import Any
 
 from lrkit.errors import LrkitError
+from lrkit.hookspecs import hookimpl
 
 
 class Here(Executor):
@@ -172,3 +173,9 @@ def ray(workers: int, threads: int, address: str | None) -> Executor:
         LrkitError: Ray is not installed, or no cluster answers.
     """
     return _Ray(workers, threads, address)
+
+
+@hookimpl
+def lrkit_executors() -> Mapping[str, Callable[..., Executor]]:
+    """Offer the built-in executors."""
+    return {"local": local, "ray": ray}

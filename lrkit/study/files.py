@@ -15,17 +15,17 @@ from typing import Any
 
 import attrs
 
+from lrkit.adapt.summary import LayerSummary
 from lrkit.errors import LrkitError
-from lrkit.history import Decision
+from lrkit.loop.history import Decision
 from lrkit.study.store import FORMAT, read_object, read_whole, structured_as, structured_line
-from lrkit.summary import LayerSummary
 
 # ---- result.json -----------------------------------------------------------------------------------------------------
 
 
 @attrs.frozen(kw_only=True)
 class Parameters:
-    """Trainable parameters of a run, as `lrkit.summary.Summary` counts them.
+    """Trainable parameters of a run, as `lrkit.adapt.summary.Summary` counts them.
 
     Args:
         start: the adapters' at first.

@@ -5,7 +5,7 @@ from typing import Any
 
 import attrs
 
-from lrkit.method import to_plain
+from lrkit.compose import to_plain
 from lrkit.study.asked import TaskSpec
 from lrkit.study.cell import Cell, make_cell
 from lrkit.study.plan import Plan, Row

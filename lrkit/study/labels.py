@@ -1,11 +1,12 @@
-"""What rows are called, and what they change against the base, in words that a table can show."""
+"""Name rows, and say in words that a table can show how they differ from the base."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 
-from lrkit.method import FIELDS, defaults
+from lrkit.method import FIELDS
+from lrkit.settings import defaults
 from lrkit.study.asked import RowSpec
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import attrs
 
+from lrkit.compose import to_plain
 from lrkit.errors import LrkitError
-from lrkit.method import to_plain
 from lrkit.study.cell import code_of
 from lrkit.study.jobs import Job
 from lrkit.study.place import try_folder

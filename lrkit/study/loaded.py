@@ -14,7 +14,7 @@ from lrkit.errors import LrkitError
 from lrkit.study.run_settings import RunSettings
 
 if TYPE_CHECKING:
-    from lrkit.models import Pretrained
+    from lrkit.study.pretrained import Pretrained
     from lrkit.tasks import Task
 
 
@@ -74,7 +74,7 @@ def _stamp(model: str) -> tuple[Any, ...]:
 
 @lru_cache(maxsize=1)
 def _pretrained(model: str, stamp: tuple[Any, ...], labels: int, problem: str, names: tuple[str, ...]) -> "Pretrained":
-    from lrkit.models import load_pretrained
+    from lrkit.study.pretrained import load_pretrained
 
     label_names = dict(enumerate(names)) if names else None
     return load_pretrained(model, num_labels=labels, problem_type=problem, label_names=label_names)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError, LrkitWarning
-from lrkit.method import from_plain, to_plain
 from lrkit.study.cell import Cell
 from lrkit.study.cell_folder import damaged, has_result, is_done
 from lrkit.study.store import canonical, read_json

@@ -11,8 +11,9 @@ from typing import Any
 
 import attrs
 
+from lrkit.compose import from_plain, to_plain, with_setting
 from lrkit.errors import LrkitError
-from lrkit.method import Method, from_plain, to_plain, with_setting
+from lrkit.method import Method
 from lrkit.study.asked import RowSpec, Study, TaskSpec, study_from, study_named
 from lrkit.study.composing import check_path, composed, has
 from lrkit.study.labels import differences, label_of, shown_value

@@ -8,7 +8,7 @@ import attrs
 import torch
 from transformers import TrainerCallback
 
-from lrkit.adapted import Adapted
+from lrkit.adapt.adapted import Adapted
 from lrkit.study.checkpoints import Record, check_sums
 from lrkit.study.run_settings import Progress
 from lrkit.study.store import LIST, Lines, write_json

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import attrs
 
-from lrkit.history import Decision
+from lrkit.loop.history import Decision
 from lrkit.study.files import Attempt, CellResult, Cost, attempt_in, decision_in, read_cost, read_result
 from lrkit.study.store import number, read_lines, read_object, read_text
 from lrkit.study.study_file import CostEntry, RowRecord, TaskRecord

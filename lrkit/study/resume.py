@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit.compose import to_plain
 from lrkit.errors import LrkitError
-from lrkit.method import to_plain
 from lrkit.study.asked import TaskSpec
 from lrkit.study.cell import make_cell
 from lrkit.study.checkpoints import Record

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lrkit.tokens import check_texts
+from lrkit.tasks.tokens import check_texts
 
 if TYPE_CHECKING:
-    from lrkit.models import Pretrained
+    from lrkit.study.pretrained import Pretrained
     from lrkit.tasks import Task
 
 _SAMPLE = 1000

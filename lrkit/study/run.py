@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.history import Decision
+from lrkit.loop.history import Decision
 from lrkit.study.checkpoints import Record
 from lrkit.study.files import CellResult, Parameters, RunFlops
 from lrkit.study.loaded import Tokens, forget, model_for, tokens_for
 from lrkit.study.run_settings import Progress, RunSettings, rates, settings_from, total_steps
 
 if TYPE_CHECKING:
-    from lrkit.adapted import Adapted
+    from lrkit.adapt.adapted import Adapted
+    from lrkit.adapt.summary import Summary
     from lrkit.method import Method
-    from lrkit.summary import Summary
     from lrkit.tasks import Task
 
 
@@ -111,14 +111,14 @@ def train(
     """
     import torch
 
-    from lrkit.adapted import attach
+    from lrkit.adapt.adapted import attach
 
     settings = settings or RunSettings()
     there = len(task.train)
     used = min(there, settings.train_rows or there)
     steps = total_steps(settings, used)
     for policy in method.policies:
-        policy.scheduler.bounds(steps)
+        policy.scheduler.over(steps, units=1, layers=1)  # refuses one that does not fit
     tell = say or (lambda _: None)
     tell(f"loading {model}")
     pretrained = model_for(model, task)
@@ -213,7 +213,7 @@ def _train(
 
 def _result(adapted: "Adapted", **found: Any) -> Result:
     """Put together a result: what was found, and what the handle knows."""
-    from lrkit.method import to_plain
+    from lrkit.compose import to_plain
 
     summary = adapted.summary()
     plain = summary.to_plain()

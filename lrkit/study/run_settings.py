@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 
 from lrkit.errors import LrkitError, shown
-from lrkit.settings import Time, count_or_share, flag, real, whole
+from lrkit.settings import Time, check_settings, count_or_share, flag, real, whole
 
 Progress = Callable[[int, int, float | None], None]
 """Called after each step of a run with (step, total steps, loss of the step or None)."""
@@ -18,7 +18,7 @@ def _optional(validator: Any) -> Any:
 
 @attrs.frozen(kw_only=True)
 class RunSettings:
-    """How a run trains. On the command line ``--set run.steps=200``.
+    """The settings of a run. On the command line ``--set run.steps=200``.
 
     Args:
         steps: optimizer steps; None to go by `epochs`.
@@ -76,8 +76,6 @@ def settings_from(changes: dict[str, Any]) -> RunSettings:
     Raises:
         LrkitError: an unknown setting (with the nearest right one), or a wrong type or range.
     """
-    from lrkit.method import check_settings
-
     try:
         return RunSettings(**check_settings(RunSettings, changes, "run"))
     except LrkitError as error:

@@ -10,6 +10,7 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 from lrkit.errors import LrkitError, nearest
+from lrkit.hookspecs import hookimpl
 
 
 def files_in(package: str) -> dict[str, Traversable]:
@@ -20,6 +21,12 @@ def files_in(package: str) -> dict[str, Traversable]:
     """
     files = sorted((resources.files(package) / "studies").iterdir(), key=lambda file: file.name)
     return {file.name.removesuffix(".toml"): file for file in files if file.name.endswith(".toml")}
+
+
+@hookimpl
+def lrkit_studies() -> Mapping[str, Traversable]:
+    """Offer the studies that need lrkit's own methods alone."""
+    return files_in("lrkit")
 
 
 def profiles_of(plain: Mapping[str, Any], where: str) -> Mapping[str, Mapping[str, Any]]:

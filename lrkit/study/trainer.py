@@ -11,7 +11,7 @@ import transformers
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
 from lrkit.accounting import flops
-from lrkit.adapted import Adapted
+from lrkit.adapt.adapted import Adapted
 from lrkit.settings import in_steps
 from lrkit.study.files import RunFlops
 from lrkit.study.loaded import Tokens

@@ -121,7 +121,7 @@ def _train(cell: Cell, place: Path, conditions: Conditions) -> None:
     """Train, and write down the result: ``result.json`` last."""
     import numpy as np
 
-    from lrkit.method import from_plain
+    from lrkit.compose import from_plain
     from lrkit.study.run import train
 
     first = os.environ.get("RANK", "0") == "0"

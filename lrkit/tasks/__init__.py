@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from lrkit.errors import LrkitError, nearest
+from lrkit.hookspecs import hookimpl
 from lrkit.tasks.base import Task
 from lrkit.tasks.folder import load_folder
 from lrkit.tasks.glue import GLUE, load_glue
@@ -41,6 +42,12 @@ def _glue(rest: str | None) -> Task:
 
 
 TASKS: Mapping[str, TaskLoader] = {"movies": _movies, "glue": _glue}
+
+
+@hookimpl
+def lrkit_tasks() -> Mapping[str, TaskLoader]:
+    """Offer the built-in tasks."""
+    return TASKS
 
 
 def load_task(

@@ -157,7 +157,7 @@ class Task:
         Raises:
             LrkitError: the tokenizer cannot encode them.
         """
-        from lrkit.tokens import encoding
+        from lrkit.tasks.tokens import encoding
 
         texts = [list(batch[field]) for field in self.fields]
         encoded = encoding(tokenizer, *texts, truncation=True, max_length=max_length, padding=False)
@@ -174,7 +174,7 @@ class Task:
         """
         import datasets
 
-        from lrkit.hub import quiet_datasets
+        from lrkit.tasks.hub import quiet_datasets
 
         label = datasets.Value("float32" if self.kind == "regression" else "int64")
 

@@ -59,7 +59,7 @@ def load_glue(name: str) -> Task:
         raise LrkitError(f'unknown GLUE task "{name}"{nearest(name, GLUE)}; there are: {", ".join(GLUE)}')
     import datasets
 
-    from lrkit import hub
+    from lrkit.tasks import hub
 
     there = hub.reachable()
     try:

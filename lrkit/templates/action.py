@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import lrkit
+from lrkit.actions import Fate
 from lrkit.settings import real
 from lrkit.units import UnitKind, split
 
@@ -22,8 +23,7 @@ class ExampleName(lrkit.Action):
         factor: what a loser's λ is multiplied by.
     """
 
-    reversible: ClassVar[bool] = True
-    retains: ClassVar[bool] = True  # a smaller λ still adds to the output: its component counts as trained
+    fate: ClassVar[Fate] = "dimmed"  # a smaller λ still adds to the output: its component counts as trained
 
     factor: float = attrs.field(default=0.5, validator=real(0.0, 1.0, above=True, below=True))
 

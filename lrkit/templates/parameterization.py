@@ -32,7 +32,7 @@ class ExampleName(lrkit.Parameterization):
 
     @property
     def parts(self) -> tuple[lrkit.Part, ...]:
-        """The gates, and the matrices B and A. From this declaration all units follow."""
+        """Declare the gates, and the matrices B and A. All units follow from this declaration."""
         return (
             lrkit.Part("core", axis=0, core=True),
             lrkit.Part("B", axis=1, matrix=True),
@@ -41,11 +41,11 @@ class ExampleName(lrkit.Parameterization):
 
     @property
     def components(self) -> int:
-        """r."""
+        """Return r."""
         return self.rank
 
     def build(self, target: Target) -> nn.Module:
-        """The layer with A, g and B beside it."""
+        """Return the layer with A, g and B beside it."""
         a = new_factor(target.layer, self.rank, target.d_in)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         gates = new_factor(target.layer, self.rank)
@@ -57,5 +57,5 @@ class ExampleName(lrkit.Parameterization):
 
 @lrkit.hookimpl
 def lrkit_parameterizations() -> Mapping[str, type[lrkit.Parameterization]]:
-    """What this package offers."""
+    """Offer the parameterization of this package."""
     return {"example-name": ExampleName}

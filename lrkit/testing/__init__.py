@@ -14,9 +14,9 @@ from typing import Any
 import attrs
 
 from lrkit.errors import LrkitError
+from lrkit.hookspecs import Kind
 from lrkit.method import Method
 from lrkit.parameterizations import Parameterization
-from lrkit.registry import Kind
 from lrkit.testing.action import ActionContract
 from lrkit.testing.base import BASES, Broken, Contract, Finding, TinyModel, raised, title
 from lrkit.testing.method import MethodContract, TaskContract

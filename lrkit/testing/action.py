@@ -1,7 +1,7 @@
 """The contract of an action."""
 
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import attrs
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrkit import metrics
-from lrkit.actions import Action, Ballot
-from lrkit.adapted import attach
+from lrkit.actions import Action, Ballot, Fate, Verdict
+from lrkit.adapt.adapted import attach
+from lrkit.loop.fates import fate_of
 from lrkit.method import Method
 from lrkit.parameterizations import Parameterization, Target
 from lrkit.process import as_it_was
@@ -115,7 +116,11 @@ class ActionContract(PartContract):
     parameterizations: ClassVar[tuple[Parameterization, ...]] = ()
     """Parameterizations beside lrkit's own that it is to be tried on."""
     exact: ClassVar[bool] = True
-    """False for a rule of `select` that keeps another number than the budget, as its source has it."""
+    """False for a rule of `decide` that keeps another number than the budget, as its source has it. An action's class may
+    say so itself, by an attribute `exact`, for a check that does not know this class."""
+
+    def _is_exact(self, component: Action) -> bool:
+        return self.exact and bool(getattr(component, "exact", True))
 
     def _fitting(self, component: Action) -> list[Parameterization]:
         fitting = []
@@ -138,8 +143,9 @@ class ActionContract(PartContract):
             stage = _Stage(component, self._fitting(component)[0])
         component.proximal(stage.blocks, 0.5, stage.optimizer)
         for which in ("all", "half", "none"):
-            component.select(self._ballot(20, 8))
-            for call in (component.hold, component.restore):
+            component.decide(self._ballot(20, 8))
+            fate = fate_of(component)
+            for call in (fate.hold, fate.restore):
                 call(stage.blocks, stage.kept(which))
             component.apply(stage.blocks, stage.kept(which), stage.optimizer)
 
@@ -156,54 +162,66 @@ class ActionContract(PartContract):
             scores[candidates].repeat_interleave(3),
             torch.ones(units, dtype=torch.long),
             torch.zeros(units, dtype=torch.long),
+            layers=1,
         )
 
     @clause
     def test_says_what_it_acts_on(self, component: Any) -> None:
-        """`unit` is ``"component"``, ``"matrix"`` or ``"layer"``; the flags, such as `reversible`, are True or False."""
+        """`unit` and `fate` are words that lrkit knows; `final` and `grows` are True or False."""
         kinds = ("component", "matrix", "layer")
         expect(component.unit in kinds, f"unit must be one of {', '.join(kinds)}, not {component.unit!r}")
-        for name in ("reversible", "freezes", "budgeted", "exact", "retains", "grows"):
+        fates = get_args(Fate)
+        says = getattr(component, "fate", None)
+        expect(says in fates, f"fate must be one of {', '.join(fates)}, not {says!r}")
+        for name in ("final", "grows"):
             says = getattr(component, name, None)
             expect(isinstance(says, bool), f"{name} must be True or False, not {says!r}")
 
     @clause
-    def test_select_keeps_the_best_of_the_budget(self, component: Any) -> None:
-        """`select` keeps exactly the budget, ties and all, and nobody with a lower score than one that loses."""
+    def test_decide_keeps_the_best_of_the_budget(self, component: Any) -> None:
+        """`decide` keeps exactly the budget, ties and all, and nobody with a lower score than one that loses."""
         for units, budget in ((20, 8), (20, 0), (20, 20), (1, 1), (1, 0)):
-            # Where losing is final, some are out already; the budget has never been above those that are left.
-            for out, ties in ((0, False), (0, True), (0 if component.reversible else min(units - budget, 5), False)):
-                ballot = self._ballot(units, budget, ties=ties and self.exact and component.exact, out=out)
+            # If losing is final, some are out already; the budget has never been above those that are left.
+            for out, ties in ((0, False), (0, True), (min(units - budget, 5) if component.final else 0, False)):
+                ballot = self._ballot(units, budget, ties=ties and self._is_exact(component), out=out)
                 before = attrs.asdict(ballot, recurse=False)
                 copies = {key: v.clone() if isinstance(v, Tensor) else v for key, v in before.items()}
-                with torch.no_grad(), calling("select"):
-                    kept = component.select(ballot)
+                with torch.no_grad(), calling("decide"):
+                    kept = self._kept(component, ballot)
                 name = f"{budget} of {units - out}"
-                expect(
-                    isinstance(kept, Tensor) and kept.dtype == torch.bool and kept.shape == (units,),
-                    f"select must return bool [{units}], not {getattr(kept, 'dtype', type(kept))} "
-                    f"{list(getattr(kept, 'shape', ()))}",
-                )
-                expect(_same(copies, before), "select writes to the ballot it was given")
+                expect(_same(copies, before), "decide writes to the ballot it was given")
                 lost = ballot.scores[~kept & ballot.candidates]
                 expect(
                     not kept.any() or not len(lost) or bool(ballot.scores[kept].min() >= lost.max()),
                     f"{name}: it keeps a unit whose score is below that of one that loses",
                 )
-                if self.exact and component.exact:
+                if self._is_exact(component):
                     expect(int(kept.sum()) == budget, f"{name}: it keeps {int(kept.sum())}, the budget is {budget}")
                 with torch.no_grad():
-                    expect(torch.equal(kept, component.select(ballot)), f"{name}: asked again, it keeps others")
+                    expect(torch.equal(kept, component.decide(ballot).kept), f"{name}: asked again, it keeps others")
 
     @clause
     def test_losers_stay_lost_where_that_is_final(self, component: Any) -> None:
-        """Where it is not `reversible`, `select` never keeps a unit that is no candidate any more."""
-        for budget in (3, 10) if not component.reversible else ():
+        """If it is `final`, `decide` never keeps a unit that is not a candidate any more."""
+        for budget in (3, 10) if component.final else ():
             ballot = self._ballot(20, budget, ties=budget == 3, out=8)
-            with torch.no_grad(), calling("select"):
-                kept = component.select(ballot)
+            with torch.no_grad(), calling("decide"):
+                kept = self._kept(component, ballot)
             back = int((kept & ~ballot.candidates).sum())
-            expect(not back, f"reversible is False, and select keeps {back} units that had lost for good")
+            expect(not back, f"final is True, and decide keeps {back} units that had lost for good")
+
+    def _kept(self, component: Action, ballot: Ballot) -> Tensor:
+        """Return who is kept. Raises Broken for a verdict that is not one."""
+        verdict, units = component.decide(ballot), len(ballot.scores)
+        expect(
+            isinstance(verdict, Verdict), f"decide must return a lrkit.actions.Verdict, not {type(verdict).__name__}"
+        )
+        kept = verdict.kept
+        expect(
+            isinstance(kept, Tensor) and kept.dtype == torch.bool and kept.shape == (units,),
+            f"decide must keep bool [{units}], not {getattr(kept, 'dtype', type(kept))} {list(getattr(kept, 'shape', ()))}",
+        )
+        return kept
 
     @clause
     def test_proximal_moves_its_units_alone(self, component: Any) -> None:
@@ -235,16 +253,14 @@ class ActionContract(PartContract):
 
     @clause
     def test_acts_on_what_loses_alone(self, component: Any) -> None:
-        """`apply` and `hold` leave kept units, and whatever is not in their blocks, as they are, flags and gradients too."""
+        """`apply`, also without an optimizer, leaves kept units, and all outside of its blocks, flags and gradients too."""
         for parameterization in self._fitting(component):
             for which in ("all", "half", "none"):
                 stage = _Stage(component, parameterization)
                 kept, before = stage.kept(which), stage.look()
-                for name in ("apply", "hold"):
+                for name, optimizer in (("apply", stage.optimizer), ("apply without an optimizer", None)):
                     with calling(f"{name} on {parameterization!r}, {which} kept,"):
-                        component.apply(stage.blocks, kept, stage.optimizer) if name == "apply" else component.hold(
-                            stage.blocks, kept
-                        )
+                        component.apply(stage.blocks, kept, optimizer)
                     self._compare(stage, kept, before, f"{name} on {parameterization!r}, {which} of the units kept:")
 
     def _compare(self, stage: _Stage, kept: Tensor, before: dict[str, Any], name: str) -> None:
@@ -294,8 +310,8 @@ class ActionContract(PartContract):
                     )
 
     @clause
-    def test_restore_makes_again_what_tensors_do_not_hold(self, component: Any) -> None:
-        """`restore` makes the flags again that `apply` made (`freezes` says so), and changes no value."""
+    def test_a_load_makes_again_what_tensors_do_not_hold(self, component: Any) -> None:
+        """`apply` makes flags if the fate is "frozen", and none otherwise; a load makes them again, and changes no value."""
         for parameterization in self._fitting(component):
             stage, fresh = (_Stage(component, parameterization) for _ in range(2))
             with calling("apply"):
@@ -308,20 +324,20 @@ class ActionContract(PartContract):
             wanted = {name: (p.detach().clone(), p.requires_grad) for name, p in stage.parameters.items()}
             froze = any(p.requires_grad != wanted[name][1] for name, p in fresh.parameters.items())
             expect(
-                froze == component.freezes,
-                f"freezes is {component.freezes}, and apply does{'' if froze else ' not'} freeze",
+                froze == (component.fate == "frozen"),
+                f'fate is "{component.fate}", and apply does{"" if froze else " not"} freeze',
             )
             for times in ("", " a second time"):
-                with calling("restore"):
-                    component.restore(fresh.blocks, fresh.kept("half"))
+                with calling("a load"):
+                    fate_of(component).restore(fresh.blocks, fresh.kept("half"))
                 for name, p in fresh.parameters.items():
                     value, flag = wanted[name]
                     expect(
-                        torch.equal(p, value), f"restore{times} changes the value of {name}: tensors are loaded already"
+                        torch.equal(p, value), f"a load{times} changes the value of {name}: tensors are loaded already"
                     )
                     expect(
                         p.requires_grad == flag,
-                        f"after restore{times} {name}.requires_grad is {p.requires_grad}; after apply it was {flag}",
+                        f"after a load{times} {name}.requires_grad is {p.requires_grad}; after apply it was {flag}",
                     )
 
     @clause
@@ -342,22 +358,22 @@ class ActionContract(PartContract):
 
     @clause
     def test_what_has_lost_is_out(self, component: Any) -> None:
-        """After the last decision a component that lost adds nothing, whatever the optimizer does, unless it `retains`."""
-        if component.unit != "component" or component.retains or component.freezes:
+        """After the last decision a masked or removed component adds nothing, whatever the optimizer does."""
+        if component.unit != "component" or component.fate not in ("masked", "removed"):
             return
         for parameterization in self._fitting(component):
             method = method_with(component, parameterization=parameterization, metric=metrics.GradientUncertainty())
             with calling(f"a run with {parameterization!r}"):
                 run = Run(method, 10)
                 run.to(10)  # the last decision was after step 8
-            (state,) = run.adapted._controller.policies
+            (state,) = run.adapted.controller.policies
             for block, keep in zip(state.blocks, split(state.kept, state.blocks), strict=True):
                 there = present(block.module, block.parts)
                 back = int((there & ~keep).sum())
                 expect(
                     not back,
                     f"on {parameterization!r}: {back} components of {block.name} that lost are not zero two steps after the "
-                    "last decision, and are counted as gone: write `hold`, or say retains = True",
+                    'last decision, and are counted as gone: `apply` must take them out, or fate be "dimmed"',
                 )
 
     @clause
@@ -375,7 +391,7 @@ class ActionContract(PartContract):
                     if component.unit == "component":
                         run.adapted.compact()
                     run.to(10)
-                    decides(run, self.exact and component.exact)
+                    decides(run, self._is_exact(component))
 
     @clause
     def test_resumes_exactly(self, component: Any) -> None:

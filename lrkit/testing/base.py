@@ -21,13 +21,15 @@ from torch.nn import functional as F
 
 from lrkit import actions, metrics, parameterizations, schedulers
 from lrkit.actions import Action
-from lrkit.adapted import attach
+from lrkit.adapt.adapted import attach
+from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError, LrkitWarning
-from lrkit.method import Method, from_plain, to_plain
+from lrkit.hookspecs import Kind
+from lrkit.method import Method
 from lrkit.metrics import Metric
 from lrkit.parameterizations import Parameterization
 from lrkit.process import as_it_was, global_state
-from lrkit.registry import Kind, current
+from lrkit.registry import current
 from lrkit.schedulers import Scheduler
 
 
@@ -312,29 +314,27 @@ def or_refused(build: Callable[[], Method], *sides: object) -> Method | None:
 
 def decides(run: Run, exact: bool = True) -> None:
     """Each decision took the scheduler's budget, and the last one has been taken."""
-    method, layers = run.adapted.method, run.adapted._controller.policies[0].layers
+    method, layers = run.adapted.method, run.adapted.controller.policies[0].layers
     scheduler = method.policies[0].scheduler
     total = run.adapted.total_steps or 0
     taken = [d for d in run.adapted.history if d.policy == 0]
-    due = [s + 1 for s in range(total) if scheduler.due(s + scheduler.first_step, total_steps=total)]
-    end = scheduler.end(total) + 1 - scheduler.first_step
-    expect(
-        [d.step for d in taken] == [s for s in due if s <= end], f"decisions at {[d.step for d in taken]}, due {due}"
-    )
+    times = scheduler.over(total, units=1, layers=1)
+    due = [step for step in range(1, total + 1) if times.due(step) and step <= times.last]
+    expect([d.step for d in taken] == due, f"decisions at {[d.step for d in taken]}, due {due}")
     for earlier, later in itertools.pairwise(taken):
         expect(
             later.before == earlier.kept,
             f"step {earlier.step} leaves {earlier.kept} units, and step {later.step} finds {later.before}",
         )
     for d in taken:
-        number = d.step - 1 + scheduler.first_step
-        # An action that asks for no number may keep all.
-        budget = d.units
-        if method.policies[0].action.budgeted:
-            budget = scheduler.budget(number, total_steps=total, units=d.units, layers=layers)
-        expect(d.budget == budget, f"the decision at step {d.step} has budget {d.budget}, the scheduler {budget}")
+        budget = scheduler.over(total, units=d.units, layers=layers).budget(d.step)
+        # An action that asks for no number goes by all.
+        expect(
+            d.budget == budget or (not exact and d.budget == d.units),
+            f"the decision at step {d.step} has budget {d.budget}, the scheduler {budget}",
+        )
         expect(not exact or d.kept == d.budget, f"the decision at step {d.step} keeps {d.kept} of a budget {d.budget}")
-        if not method.policies[0].action.reversible:
+        if method.policies[0].action.final:
             expect(not d.returned, f"losing is final, and at step {d.step} {d.returned[0:1]} came back")
 
 

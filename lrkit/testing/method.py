@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from lrkit import schedulers
-from lrkit.adapted import load
+from lrkit.adapt.adapted import load
+from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError
-from lrkit.method import FIELDS, Method, from_plain, to_plain
+from lrkit.method import FIELDS, Method
 from lrkit.tasks import Task
 from lrkit.testing.base import (
     Broken,
@@ -106,7 +107,7 @@ class MethodContract(Contract):
         expect(
             min(losses[-5:]) < losses[0], f"the loss is {losses[0]:.4f} at first and {min(losses[-5:]):.4f} at the end"
         )
-        for state in run.adapted._controller.policies:
+        for state in run.adapted.controller.policies:
             taken = [d for d in run.adapted.history if d.policy == state.index]
             expect(taken, f"policy {state.index} has taken no decision")
             expect(state.ended, f"policy {state.index} has not taken its last decision")

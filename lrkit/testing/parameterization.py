@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrkit import actions, metrics
-from lrkit.adapted import Adapted, attach, load
+from lrkit.adapt.adapted import Adapted, attach, load
+from lrkit.adapt.targets import find_targets
 from lrkit.errors import LrkitError
 from lrkit.method import Method
 from lrkit.process import as_it_was
-from lrkit.targets import find_targets
 from lrkit.testing.base import (
     POINTS,
     Broken,

@@ -8,7 +8,7 @@ import attrs
 from lrkit import parameterizations
 from lrkit.errors import LrkitError
 from lrkit.method import Method
-from lrkit.schedulers import Scheduler
+from lrkit.schedulers import Scheduler, Timetable
 from lrkit.settings import in_units
 from lrkit.testing.base import PartContract, calling, clause, decides, expect, method_with, resumes
 
@@ -21,11 +21,13 @@ class SchedulerContract(PartContract):
 
     def _exercise(self, component: Any) -> None:
         for total in self._totals(component):
-            for step in range(-1, total + 2):
-                component.budget(step, total_steps=total, units=72, layers=6)
-                component.due(step, total_steps=total)
-                component.observes(step, total_steps=total)
-                component.end(total)
+            times = component.over(total, units=72, layers=6)
+            for step in range(total + 2):
+                times.budget(step)
+                times.share(step)
+                times.due(step)
+                times.observes(step)
+            times.decisions()
 
     def _host(self, component: Any) -> Method:
         amounts = [a for a in (component.start, component.target) if isinstance(a, int)]
@@ -36,7 +38,7 @@ class SchedulerContract(PartContract):
         fitting = []
         for total in _TOTALS:
             try:
-                component.bounds(total)
+                component.over(total, units=1, layers=1)
             except LrkitError:
                 continue
             fitting.append(total)
@@ -62,8 +64,8 @@ class SchedulerContract(PartContract):
             except LrkitError:
                 continue
 
-    def _cases(self, component: Scheduler) -> Iterator[tuple[Scheduler, int, dict[str, int], int, int, str]]:
-        """Scheduler, steps, the arguments of `budget`, b_0, b_T, and a name for what is told."""
+    def _cases(self, component: Scheduler) -> Iterator[tuple[Timetable, int, int, str]]:
+        """Yield a timetable, b_0, b_T, and a name for messages."""
         for scheduler in self._variants(component):
             name = "" if scheduler == component else f"{scheduler!r}, "
             for total in self._totals(scheduler):
@@ -71,78 +73,76 @@ class SchedulerContract(PartContract):
                     high = min(in_units(scheduler.start, total=units, layers=layers), units)
                     low = min(in_units(scheduler.target, total=units, layers=layers), units)
                     if low <= high:
-                        amounts = {"total_steps": total, "units": units, "layers": layers}
-                        yield scheduler, total, amounts, high, low, f"{name}{total} steps, {units} units"
+                        times = scheduler.over(total, units=units, layers=layers)
+                        yield times, high, low, f"{name}{total} steps, {units} units"
 
     @clause
     def test_budget_never_grows(self, component: Any) -> None:
         """The budget is an int from 0 to all units, and at each step at most what it was before."""
-        for scheduler, total, amounts, _, _, name in self._cases(component):
-            before = amounts["units"]
-            for step in range(-1, total + 3):
+        for times, _, _, name in self._cases(component):
+            before = times.units
+            for step in range(times.total_steps + 3):
                 with calling(f"{name}: budget({step})"):
-                    budget = scheduler.budget(step, **amounts)
+                    budget = times.budget(step)
                 expect(
                     isinstance(budget, int) and not isinstance(budget, bool),
                     f"{name}: budget({step}) must be an int, not {budget!r}",
                 )
-                expect(0 <= budget <= amounts["units"], f"{name}: budget({step}) = {budget} is no number of units")
+                expect(0 <= budget <= times.units, f"{name}: budget({step}) = {budget} is not a number of units")
                 expect(budget <= before, f"{name}: the budget grows from {before} to {budget} at step {step}")
                 before = budget
 
     @clause
     def test_budget_goes_from_start_to_target(self, component: Any) -> None:
         """All of `start` until t_i; `target`, exactly, from T - t_f on; between the two in between."""
-        for scheduler, total, amounts, high, low, name in self._cases(component):
-            begin, end = scheduler.bounds(total)
-            for step in range(-1, total + 3):
-                budget = scheduler.budget(step, **amounts)
-                if step >= end:
+        for times, high, low, name in self._cases(component):
+            begin, end = times.bounds
+            for step in range(times.total_steps + 3):
+                budget, number = times.budget(step), times.number(step)
+                if number >= end:
                     expect(budget == low, f"{name}: after T - t_f, at step {step}, it is {budget}; target is {low}")
-                elif step <= begin:
+                elif number <= begin:
                     expect(budget == high, f"{name}: in the warm-up, at step {step}, it is {budget}; start is {high}")
                 expect(low <= budget <= high, f"{name}: at step {step} it is {budget}, not within {low} to {high}")
 
     @clause
     def test_share_is_the_budget_before_it_was_cut(self, component: Any) -> None:
         """`share` is the budget over all units, in [0, 1], before it was cut to an integer."""
-        for scheduler, total, amounts, _, _, name in self._cases(component):
-            for step in range(-1, total + 3):
+        for times, _, _, name in self._cases(component):
+            for step in range(times.total_steps + 3):
                 with calling(f"{name}: share({step})"):
-                    share = scheduler.share(step, **amounts)
-                budget = scheduler.budget(step, **amounts)
+                    share = times.share(step)
+                budget = times.budget(step)
                 expect(-1e-9 <= share <= 1 + 1e-9, f"{name}: share({step}) = {share!r} is not in [0, 1]")
                 expect(
-                    abs(share * amounts["units"] - budget) <= 1 + 1e-6,
-                    f"{name}: share({step}) = {share} of {amounts['units']} units is not the budget {budget}",
+                    abs(share * times.units - budget) <= 1 + 1e-6,
+                    f"{name}: share({step}) = {share} of {times.units} units is not the budget {budget}",
                 )
 
     @clause
     def test_last_decision_is_due(self, component: Any) -> None:
-        """A decision is due at `end`, where the budget is the target; scores are observed at some step up to there."""
-        for scheduler, total, amounts, _, low, name in self._cases(component):
+        """A decision is due at `last`, where the budget is the target; scores are observed at some step up to there."""
+        for times, _, low, name in self._cases(component):
+            total, ending, first = times.total_steps, times.scheduler.ending, times.scheduler.first_step
             if total < 7:
                 continue
-            with calling(f"{name}: end, due, observes or decisions"):
-                end = scheduler.end(total)
-                due = [step for step in range(-1, end + 1) if scheduler.due(step, total_steps=total)]
-                seen = [step for step in range(-1, end + 1) if scheduler.observes(step, total_steps=total)]
-                told = [step for span in scheduler.decisions(total) for step in span]
-            first = scheduler.first_step
-            within = [step for step in due if first <= step < first + total]
+            with calling(f"{name}: last, due, observes or decisions"):
+                last = times.last
+                due = [step for step in range(last + 1) if times.due(step)]
+                seen = [step for step in range(last + 1) if times.observes(step)]
+                told = [step for span in times.decisions() for step in span]
+            within = [step for step in due if 1 <= step <= total]
             expect(told == within, f"{name}: decisions() says {told[:9]}..., and due() is True at {within[:9]}...")
-            expect(
-                end in due, f"{name}: end() is step {end}, and due({end}) is False: the last decision is never taken"
-            )
-            # Numbered from 0, the last step of an open run is T - 1, where a budget may still be falling.
-            early = scheduler.ending in ("open", "every-step") and scheduler.first_step == 0
-            at_target = early or scheduler.budget(end, **amounts) == low
-            expect(at_target, f"{name}: the last decision, at step {end}, is not at target")
+            expect(last in due, f"{name}: last is step {last}, and due({last}) is False: it is never taken")
+            # Numbered from 0, the last step of an open run is T - 1, when a budget may still be falling.
+            early = ending in ("open", "every-step") and first == 0
+            at_target = early or times.budget(last) == low
+            expect(at_target, f"{name}: the last decision, at step {last}, is not at target")
             expect(seen, f"{name}: no step is observed before the last decision: all scores would be zero")
 
     @clause
     def test_times_are_steps_or_shares(self, component: Any) -> None:
-        """A time as an int is steps, as a float a share of T; an amount as an int is for each layer, as a float a share."""
+        """A time as an int is steps, as a float a share of T; an amount as an int is per layer, as a float a share."""
         for steps, shares in (
             ({"warmup": 5, "final": 5}, {"warmup": 0.25, "final": 0.25}),
             ({"warmup": 4, "final": 4, "interval": 2}, {"warmup": 0.2, "final": 0.2, "interval": 0.1}),
@@ -153,10 +153,10 @@ class SchedulerContract(PartContract):
                 two = attrs.evolve(component, start=1.0, **shares)
             except LrkitError:
                 continue
+            bound = [each.over(20, units=72, layers=6) for each in (one, two)]
             for step in range(22):
                 for name in ("budget", "due"):
-                    amounts = {"units": 72, "layers": 6} if name == "budget" else {}
-                    a, b = (getattr(s, name)(step, total_steps=20, **amounts) for s in (one, two))
+                    a, b = (getattr(times, name)(step) for times in bound)
                     expect(
                         a == b,
                         f"{name}({step}) of 20 steps is {a} with {steps} and {b} with {shares}, which are the same",
@@ -165,21 +165,15 @@ class SchedulerContract(PartContract):
     @clause
     def test_is_a_function_of_the_step(self, component: Any) -> None:
         """The same answers in whatever order it is asked: it remembers nothing."""
-        for scheduler, total, amounts, _, _, name in self._cases(component):
+        for times, _, _, name in self._cases(component):
 
-            def answers(step: int, scheduler: Any = scheduler, amounts: Any = amounts) -> tuple[Any, ...]:
-                total = amounts["total_steps"]
-                return (
-                    scheduler.budget(step, **amounts),
-                    scheduler.share(step, **amounts),
-                    scheduler.due(step, total_steps=total),
-                    scheduler.observes(step, total_steps=total),
-                    scheduler.end(total),
-                )
+            def answers(step: int, times: Any = times) -> tuple[Any, ...]:
+                return times.budget(step), times.share(step), times.due(step), times.observes(step), times.last
 
-            forth = [answers(step) for step in range(-1, total + 3)]
-            scheduler.budget(total // 2, **amounts)  # one more, for what alternates
-            back = [answers(step) for step in reversed(range(-1, total + 3))]
+            total = times.total_steps
+            forth = [answers(step) for step in range(total + 3)]
+            times.budget(total // 2)  # one more, for a schedule that alternates
+            back = [answers(step) for step in reversed(range(total + 3))]
             expect(
                 forth == back[::-1],
                 f"{name}: asked a second time, from the last step to the first, it says something else",
@@ -195,13 +189,13 @@ class SchedulerContract(PartContract):
         decides(run)
         decisions = run.adapted.history
         expect(decisions, "no decision was taken")
-        expect(run.adapted._controller.policies[0].ended, "the last decision was not taken")
+        expect(run.adapted.controller.policies[0].ended, "the last decision was not taken")
 
     def _fits(self, component: Scheduler) -> list[int]:
         fitting = []
         for total in (10, 16, 24, 40, 100, 200):
             try:
-                component.bounds(total)
+                component.over(total, units=1, layers=1)
             except LrkitError:
                 continue
             fitting.append(total)

@@ -40,7 +40,7 @@ def ours(layers, shrink=1, rank=12):
     model = Model(layers, shrink)
     adapted = lrkit.attach(model, lrkit.methods.adalora(rank=rank, target_rank=8, warmup=1, final=1, interval=1))
     with_gradients(model)
-    controller = adapted._controller
+    controller = adapted.controller
     controller.begin(100_000)
 
     def step():

@@ -23,7 +23,7 @@ def steps(layers, rank, tokens):
     adapted = lrkit.attach(model, method, targets=r"layers\.\d+")
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-4, fused=True)
     adapted.bind(optimizer, total_steps=subjects.LONG)
-    controller = adapted._controller
+    controller = adapted.controller
 
     def floor():
         plain(x).sum().backward()

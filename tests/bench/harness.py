@@ -92,7 +92,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     import lrkit
-    from lrkit import native
+    from lrkit.loop import native
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 import lrkit
 import lrkit.accounting
-from lrkit.models import load_pretrained
+from lrkit.study.pretrained import load_pretrained
 from lrkit.tasks import load_task
 
 ROWS = models.batch(seed=7, rows=48)

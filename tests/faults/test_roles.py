@@ -7,7 +7,7 @@ import zoo
 from zoo import said
 
 import lrkit
-from lrkit.roles import is_output, role_of
+from lrkit.adapt.roles import is_output, role_of
 
 ROLES = {
     "modernbert": {"attn.Wqkv": "attention", "attn.Wo": "attention!", "mlp.Wi": "ffn", "mlp.Wo": "ffn!"},

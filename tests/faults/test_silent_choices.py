@@ -9,6 +9,7 @@ import attrs
 import models
 import oracles
 import pytest
+import schedules
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,5 +103,5 @@ def test_shares_stay_exact(units, target, step):
     place = min(max((step - 4) / 26, 0.0), 1.0)
     wanted = target + (1.0 - target) * (1.0 - place) ** 3
     amounts = {"total_steps": 40, "units": units, "layers": 1}
-    assert scheduler.share(step, **amounts) == wanted
+    assert schedules.share(scheduler, step, **amounts) == wanted
     assert abs(scheduler.budget(step, **amounts) - wanted * units) <= 1

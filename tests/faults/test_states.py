@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import schedules
 import torch
 from safetensors.torch import save_file
 
@@ -15,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import models
 
 import lrkit
-from lrkit import checkpoint
+from lrkit.adapt import checkpoint
+from lrkit.loop.course import course
 from lrkit.schedulers import Cubic
 
 TOTAL = 14
@@ -196,7 +198,7 @@ def walked(state, total):
     course = [(there, cut, added)]
     for step in range(total):
         number = step + scheduler.first_step
-        if number <= scheduler.end(total) and scheduler.due(number, total_steps=total):
+        if number <= schedules.end(scheduler, total) and schedules.due(scheduler, number, total_steps=total):
             budget = scheduler.budget(number, total_steps=total, units=state.capacity, layers=state.layers)
             goes, comes = state.policy.action.turnover(there, budget, state.layers)
             there, cut, added = there - goes + comes, cut + goes, added + comes
@@ -214,9 +216,11 @@ def test_a_course_is_what_walking_gives(ending, interval, first_step):
     method = METHODS["adalora"]()
     scheduler = Cubic(target=1, warmup=3, final=2, interval=interval, ending=ending, first_step=first_step)
     adapted = lrkit.attach(models.make("bert"), attrs.evolve(method, scheduler=scheduler))
-    state = adapted._controller.policies[0]
+    state = adapted.controller.policies[0]
     for total in (5, 6, 40, 131):
-        spans = [tuple(rest) for times, *rest in state.course(total) for _ in range(times)]
+        times = scheduler.over(total, units=state.capacity, layers=state.layers)
+        found = course(times, state.policy.action, state.units)
+        spans = [tuple(rest) for steps, *rest in found for _ in range(steps)]
         assert spans == walked(state, total)
 
 

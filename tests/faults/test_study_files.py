@@ -13,10 +13,10 @@ import lrkit
 from lrkit.accounting import count
 from lrkit.actions import Freeze
 from lrkit.cli import main
-from lrkit.models import empty_model
 from lrkit.registry import Registry
 from lrkit.study.catalogue import about, catalogue
 from lrkit.study.execute import check
+from lrkit.study.models import empty_model
 from lrkit.study.plan import lay_out, read_study, study_from
 from lrkit.study.shipped import with_profile
 

@@ -9,10 +9,10 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lrkit import LrkitError
-from lrkit.hub import quiet_transformers
-from lrkit.models import load_base, load_pretrained
+from lrkit.models import quiet_transformers
+from lrkit.study.pretrained import load_base, load_pretrained
 from lrkit.tasks import load_task
-from lrkit.tokens import check_texts
+from lrkit.tasks.tokens import check_texts
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", "good", "bad", "film", "plot", "the", "was", "fine", "dull", "a"]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

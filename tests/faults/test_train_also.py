@@ -33,7 +33,7 @@ def folder(tmp_path):
     """A tiny BERT with MiniLM's tokenizer, as a model folder."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    from lrkit.models import load_model_from
+    from lrkit.study.pretrained import load_model_from
 
     _, tokenizer = load_model_from("minilm", num_labels=2, problem_type="single_label_classification")
     config = models.bert().config.to_dict() | {"vocab_size": len(tokenizer), "max_position_embeddings": 128}

@@ -12,7 +12,7 @@ datasets = pytest.importorskip("datasets")
 
 
 def tokenizer():
-    from lrkit.models import load_model_from
+    from lrkit.study.pretrained import load_model_from
 
     _, found = load_model_from("minilm", num_labels=2, problem_type="single_label_classification")
     return found

@@ -21,19 +21,19 @@ class BitFit(lrkit.Parameterization):
 
     @property
     def parts(self) -> tuple[lrkit.Part, ...]:
-        """The layer's own bias."""
+        """Declare the layer's own bias."""
         return (lrkit.Part("bias", matrix=True),)
 
     def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
-        """The layers that have a bias."""
+        """Choose the layers that have a bias."""
         return [target for target in targets if target.layer.bias is not None]
 
     def build(self, target: Target) -> nn.Module:
-        """The layer itself."""
+        """Return the layer itself."""
         if target.layer.bias is None:
             raise lrkit.LrkitError(f"BitFit trains biases, and {target.name} has none: leave it out of targets")
         return target.layer
 
     def own_parameters(self, model: nn.Module) -> Iterable[str]:
-        """Every parameter called bias; those of the head are the head's."""
+        """Name every parameter called bias; those of the head are the head's."""
         return [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lrkit
-from lrkit.parameterizations import Target
+from lrkit.adapt.targets import find_targets
+from lrkit.parameterizations import Adapter, Target
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.settings import flag, one_of, whole
-from lrkit.targets import find_targets
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -27,20 +27,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Adapter):
     """A module with a bottleneck after it: y = h + A(h) with h = base(x).
 
     Args:
-        base: the module whose place it takes: a linear map, or the dropout behind one.
+        base: the module whose place it takes: a linear map, or the dropout or layer norm after one.
         size: d, the length of its output.
         width: m.
         activation: f by its name in `ACTIVATIONS`.
-        like: where new parameters lie, and in which precision; None for the base's weight.
+        like: a tensor on the device and in the precision of the new parameters; None for the base's weight.
     """
 
     def __init__(self, base: nn.Module, size: int, width: int, activation: str, like: Tensor | None = None) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         like = base.get_parameter("weight") if like is None else like
         # At least float32: beside a half-precision base, small updates would be lost in the base's type.
         dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
@@ -51,26 +50,14 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(p)
         self.activation = activation
 
-    @property
-    def weight(self) -> Tensor:
-        """The base weight, so that code that looks at ``layer.weight.dtype`` goes on working."""
-        return self.base.get_parameter("weight")
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base bias."""
-        bias = self.base.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
-
     def added(self, z: Tensor) -> Tensor:
-        """A(z) [..., d] of z [..., d]."""
+        """Return A(z) [..., d] for z [..., d]."""
         down, up = self.down, self.up
         inner = ACTIVATIONS[self.activation](F.linear(z, down.weight.to(z.dtype), down.bias.to(z.dtype)))
         return F.linear(inner, up.weight.to(z.dtype), up.bias.to(z.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., d] of x [..., d_in]."""
+        """Return y [..., d] for x [..., d_in]."""
         h: Tensor = self.base(x)
         return h + self.added(h)
 
@@ -79,16 +66,16 @@ class BottleneckAfterNorm(Bottleneck):
     """A layer norm with a bottleneck after it, and the norm once more: y = LN(s + A(LN(s))), s the residual sum."""
 
     def forward(self, s: Tensor) -> Tensor:
-        """y [..., d] of s [..., d]."""
+        """Return y [..., d] for s [..., d]."""
         y: Tensor = self.base(s + self.added(self.base(s)))
         return y
 
 
 def _sibling(model: nn.Module, target: Target, fits: Callable[[nn.Module], bool]) -> str | None:
-    """The name of the one module beside a linear map that fits; None where there is none, or where it may be another's.
+    """Return the name of the one module beside a linear map that fits; None if there is none, or it may be another map's.
 
-    BERT's way: a module of its own has the map, the dropout and the norm, so that both are this map's. Where further linear
-    maps stand beside it, a dropout may be attention's, and a norm one that comes first.
+    In BERT a module of its own has the map, the dropout and the norm, so that both are this map's. If there are further
+    linear maps beside it, a dropout may be attention's, and a norm may come first.
     """
     path = target.name.rpartition(".")[0]
     children = dict(model.get_submodule(path).named_children())
@@ -98,7 +85,7 @@ def _sibling(model: nn.Module, target: Target, fits: Callable[[nn.Module], bool]
 
 
 def _is_norm(size: int) -> Callable[[nn.Module], bool]:
-    """Whether a module has one weight for each of `size` features, and none that mixes them."""
+    """Return a test for a module that has one weight per each of `size` features, and none that mixes them."""
 
     def fits(module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
@@ -118,12 +105,12 @@ class _Bottlenecks(lrkit.Parameterization):
 
     @property
     def takes_targets(self) -> bool:
-        """Only directly after a linear map: elsewhere a bottleneck stands in another module's place."""
+        """Return True if bottlenecks stand directly after a linear map. Elsewhere they take another module's place."""
         return self.after == "linear"
 
     @property
     def parts(self) -> tuple[lrkit.Part, ...]:
-        """W_down and W_up, matrices that can be frozen; neuron i is row i of one and column i of the other."""
+        """Declare W_down and W_up, matrices that can be frozen. Neuron i is row i of the one and column i of the other."""
         return (
             lrkit.Part("down.weight", axis=0, matrix=True),
             lrkit.Part("down.bias", axis=0),
@@ -133,25 +120,25 @@ class _Bottlenecks(lrkit.Parameterization):
 
     @property
     def components(self) -> int:
-        """m, the neurons of one bottleneck."""
+        """Return m, the neurons of one bottleneck."""
         return self.width
 
     def build(self, target: Target) -> nn.Module:
-        """The layer with a bottleneck after it. W_up is zero, so that at first nothing changes."""
+        """Return the layer with a bottleneck after it. W_up is zero, so that at first nothing changes."""
         return Bottleneck(target.layer, target.d_out, self.width, self.activation)
 
-    def adapt_model(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
-        """What takes which module's place. Raises LrkitError where that module cannot be told."""
+    def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
+        """Return the bottlenecks by the modules that they replace. Raise LrkitError if one cannot be told."""
         if self.takes_targets:
-            return super().adapt_model(model, targets)
+            return super().adapt(model, targets)
         return dict(self._beside(model, target) for target in self._places(model))
 
     def _beside(self, model: nn.Module, target: Target) -> tuple[str, nn.Module]:
-        """The module after a linear map that a bottleneck stands in for, by name, and the bottleneck."""
+        """Return the name of the module after a linear map that a bottleneck replaces, and the bottleneck."""
         raise NotImplementedError
 
     def own_parameters(self, model: nn.Module) -> Iterable[str]:
-        """The layer norms', where these train."""
+        """Name the layer norms' parameters, if these train."""
         if not self.layer_norms:
             return ()
         norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
@@ -160,7 +147,7 @@ class _Bottlenecks(lrkit.Parameterization):
         return [f"{norm}.{name}" for norm in norms for name, _ in model.get_submodule(norm).named_parameters()]
 
     def _places(self, model: nn.Module) -> list[Target]:
-        """The linear maps that a bottleneck belongs to, for a method that finds its places itself."""
+        """Return the linear maps that a bottleneck belongs to, for a method that finds its places itself."""
         targets = list(self.choose(find_targets(model, "all-linear")))
         if not targets:
             raise lrkit.LrkitError(
@@ -186,7 +173,7 @@ class Houlsby(_Bottlenecks):
     after: Literal["linear", "dropout"] = attrs.field(default="linear", validator=one_of(("linear", "dropout")))
 
     def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
-        """The last maps of attention and of FFN."""
+        """Choose the last maps of attention and of FFN."""
         return [target for target in targets if target.output and target.role in ("attention", "ffn")]
 
     def _beside(self, model: nn.Module, target: Target) -> tuple[str, nn.Module]:
@@ -218,7 +205,7 @@ class Pfeiffer(_Bottlenecks):
     after: Literal["norm", "linear"] = attrs.field(default="norm", validator=one_of(("norm", "linear")))
 
     def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
-        """The last maps of FFN."""
+        """Choose the last maps of FFN."""
         return [target for target in targets if target.output and target.role == "ffn"]
 
     def _beside(self, model: nn.Module, target: Target) -> tuple[str, nn.Module]:

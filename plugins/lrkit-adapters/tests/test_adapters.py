@@ -21,9 +21,9 @@ from torch import nn
 import lrkit
 from lrkit.accounting import count
 from lrkit.cli import main
-from lrkit.models import empty_model
 from lrkit.registry import Registry
 from lrkit.study.execute import check
+from lrkit.study.models import empty_model
 from lrkit.study.plan import lay_out, read_study
 
 METHODS: dict[str, lrkit.Method] = {

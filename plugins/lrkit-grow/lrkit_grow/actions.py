@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 import lrkit
-from lrkit.actions import Ballot, Growth
+from lrkit.actions import Ballot, Fate, Verdict
 from lrkit.settings import one_of, real, whole
 from lrkit.units import UnitKind
 
 
 @attrs.frozen(kw_only=True)
 class _Elastic(lrkit.Action):
-    reversible: ClassVar[bool] = False
+    fate: ClassVar[Fate] = "removed"
+    final: ClassVar[bool] = True
     grows: ClassVar[bool] = True
-    exact: ClassVar[bool] = False
+    exact = False  # for its contract: a layer's last component stays, whatever the budget
 
     core: float = attrs.field(default=1e-5, validator=real(0.0))
     by: Literal["mean", "sum"] = attrs.field(default="mean", validator=one_of(("mean", "sum")))
@@ -44,8 +45,8 @@ class _Elastic(lrkit.Action):
         goes = min(self.goes(units, budget), max(0, units - layers))
         return goes, self.comes(max(0, budget - (units - goes)), layers)
 
-    def select(self, ballot: Ballot) -> Tensor:
-        """All but the lowest `goes`, where a layer's best component always stays."""
+    def decide(self, ballot: Ballot) -> Verdict:
+        """Cut the lowest `goes`, but never a layer's best; then fresh components go to the best layers, in turn."""
         goes = self.goes(int(ballot.candidates.sum()), ballot.budget)
         # Candidates alone, from the lowest score; of equals the later one first, as everywhere.
         order = torch.sort(ballot.scores, descending=True, stable=True).indices.tolist()
@@ -56,26 +57,28 @@ class _Elastic(lrkit.Action):
                 kept[i] = False
                 left[where[i]] -= 1
                 goes -= 1
-        return torch.tensor(kept, dtype=torch.bool, device=ballot.scores.device)
+        stays = torch.tensor(kept, dtype=torch.bool, device=ballot.scores.device)
+        return Verdict(stays, cut=True, fresh=self.fresh(ballot, stays), core=self.core)
 
-    def apply(self, blocks: Sequence[lrkit.Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
-        """Nothing: lrkit cuts what is not kept, and adds what `grow` says."""
-        return
-
-    def grow(self, blocks: Sequence[lrkit.Block], kept: Tensor, ballot: Ballot) -> Growth:
-        """To the layers with the best scores, in turn; of equals to the earlier one."""
-        count = self.comes(max(0, ballot.budget - int(kept.sum())), len(blocks))
-        total = torch.zeros(len(blocks), dtype=torch.float64, device=ballot.scores.device)
+    def fresh(self, ballot: Ballot, kept: Tensor) -> tuple[int, ...]:
+        """Return the new components of each block: to the blocks with the best scores, in turn; of equals to the earlier."""
+        blocks = ballot.layers
+        count = self.comes(max(0, ballot.budget - int(kept.sum())), blocks)
+        total = torch.zeros(blocks, dtype=torch.float64, device=ballot.scores.device)
         total.index_add_(0, ballot.blocks[kept], ballot.scores[kept].double())
         if self.by == "mean":
-            total /= torch.bincount(ballot.blocks[kept], minlength=len(blocks)).clamp(min=1)
+            total /= torch.bincount(ballot.blocks[kept], minlength=blocks).clamp(min=1)
         order = torch.sort(total, descending=True, stable=True).indices.tolist()
-        fresh = [0] * len(blocks)
+        fresh = [0] * blocks
         while count:
             for block in order:
                 fresh[block] += min(self.each(), count)
                 count -= min(self.each(), count)
-        return Growth(fresh=tuple(fresh), core=self.core)
+        return tuple(fresh)
+
+    def apply(self, blocks: Sequence[lrkit.Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        """Leave it to the verdict: lrkit cuts the losers, and adds the fresh components."""
+        return
 
 
 @attrs.frozen(kw_only=True)

@@ -134,21 +134,22 @@ def test_who_goes_and_who_grows(
     scores: list[list[float]], budget: int, most: int | None, each: int, cut: int | None
 ) -> None:
     action = Grow(modules=most, rank=each) if cut is None else Exchange(count=cut)
-    ballot, blocks = ballot_of(scores, budget)
-    kept = action.select(ballot)
-    growth = action.grow(blocks, kept, ballot)
+    ballot, _ = ballot_of(scores, budget)
+    verdict = action.decide(ballot)
+    kept = verdict.kept
     stays, fresh = oracle(scores, budget, cut or 0, most if cut is None else None, each if cut is None else 1)
     got = [piece.nonzero().flatten().tolist() for piece in torch.split(kept, [len(layer) for layer in scores])]
-    assert (got, list(growth.fresh)) == (stays, fresh)
+    assert (got, list(verdict.fresh)) == (stays, fresh)
     units, layers = int(ballot.candidates.sum()), len(scores)
-    assert action.turnover(units, budget, layers) == (units - int(kept.sum()), sum(growth.fresh))
+    assert action.turnover(units, budget, layers) == (units - int(kept.sum()), sum(verdict.fresh))
 
 
 def test_the_mean_and_the_sum_differ() -> None:
-    ballot, blocks = ballot_of([[3.0], [2.0, 2.0]], budget=4)
-    kept = torch.ones(3, dtype=torch.bool)
-    assert Grow().grow(blocks, kept, ballot).fresh == (1, 0)
-    assert Grow(by="sum").grow(blocks, kept, ballot).fresh == (0, 1)
+    ballot, _ = ballot_of([[3.0], [2.0, 2.0]], budget=4)
+    for action, fresh in ((Grow(), (1, 0)), (Grow(by="sum"), (0, 1))):
+        verdict = action.decide(ballot)
+        assert verdict.kept.all()
+        assert verdict.fresh == fresh
 
 
 @settings(max_examples=15)
@@ -173,7 +174,7 @@ def test_there_are_never_more_than_the_budget(
     _, adapted = rigs.toy(method)
     optimizer = torch.optim.Adam(adapted.parameters(), lr=0.01)
     adapted.bind(optimizer, total_steps=total)
-    spans, before = adapted._controller.policies[0].course(total), adapted._controller.ranks()
+    spans, before = adapted.controller.policies[0].course(), adapted.controller.ranks.now()
     course = [there for times, there, _, _ in spans for _ in range(times)]
     there_are = set(adapted.scores())
     given = set(there_are)
@@ -181,7 +182,7 @@ def test_there_are_never_more_than_the_budget(
         (rigs.loss_of(adapted.model, step) + adapted.penalty()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        there = sum(adapted._controller.ranks().values())
+        there = sum(adapted.controller.ranks.now().values())
         assert there == course[step + 1], "as it was forecast"
         if adapted.history and adapted.history[-1].step == step + 1:
             decision = adapted.history[-1]
@@ -190,8 +191,8 @@ def test_there_are_never_more_than_the_budget(
             assert not given & set(decision.fresh), "no name is given twice"
             given |= set(decision.fresh)
             there_are = there_are - set(decision.lost) | set(decision.fresh)
-            assert set(adapted._controller.policies[0].unit_names) == there_are
-        before = adapted._controller.ranks()
+            assert set(adapted.controller.policies[0].unit_names) == there_are
+        before = adapted.controller.ranks.now()
 
 
 # ---- what it leaves alone ----
@@ -207,7 +208,7 @@ def grown(core: float, optimizer_class: Any = torch.optim.AdamW) -> Any:
         (rigs.loss_of(model, step) + adapted.penalty()).backward()
         if step == 3:
             # The same step without lrkit's part, on copies.
-            adapted._binding._handles[1].remove()
+            adapted._binding._steps._handles[1].remove()
             optimizer.step()
             x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
             before = {
@@ -215,11 +216,11 @@ def grown(core: float, optimizer_class: Any = torch.optim.AdamW) -> Any:
                 "data": {n: p.detach().clone() for n, p in adapted.named_parameters()},
                 "state": {n: copy.deepcopy(optimizer.state[p]) for n, p in adapted.named_parameters()},
                 "ids": [id(p) for p in adapted.parameters()],
-                "buffers": [b.clone() for b in adapted._controller.policies[0].buffers.values()],
+                "buffers": [b.clone() for b in adapted.controller.policies[0].statistics.buffers.values()],
                 "scores": adapted.scores(),
                 "x": x,
             }
-            adapted._after_step(optimizer)
+            adapted._binding._after_step(optimizer)
             return model, adapted, optimizer, before
         optimizer.step()
         optimizer.zero_grad()
@@ -317,14 +318,14 @@ def test_a_growing_run_resumes_to_the_bit(name: str, bound: bool, tmp_path: Path
     end = adapted.state_dict()
     assert any(decision.fresh for decision in adapted.history)
     fresh = [unit for decision in adapted.history for unit in decision.fresh]
-    first = {f"{layer}[{i}]" for layer, rank in adapted._controller.initial_ranks.items() for i in range(rank)}
+    first = {f"{layer}[{i}]" for layer, rank in adapted.controller.run.ranks.items() for i in range(rank)}
     assert len(first | set(fresh)) == len(first) + len(fresh), "no name is given twice"
     for at, state in saved.items():
         again, other, second = run(METHODS[name], seed=7)
         if bound:
             other.bind(second, total_steps=STEPS)
             steps(again, other, second, 5)  # somewhere else, and of other shapes
-        other.load_state_dict(lrkit.checkpoint.read(tmp_path / str(at)))
+        other.load_state_dict(lrkit.adapt.checkpoint.read(tmp_path / str(at)))
         if not bound:
             other.bind(second, total_steps=STEPS)
         second.load_state_dict(copy.deepcopy(state))
@@ -372,14 +373,14 @@ def test_it_trains_is_counted_saved_and_merged(name: str, tmp_path: Path) -> Non
 
     untrained = mean_loss()
     for step in range(120):
-        seen.append(sum(sizes[n] * r for n, r in adapted._controller.ranks().items()))
+        seen.append(sum(sizes[n] * r for n, r in adapted.controller.ranks.now().items()))
         steps(model, adapted, optimizer, step + 1)
     summary = adapted.summary()
     assert mean_loss() < 0.95 * untrained
     assert summary.now == sum(p.numel() for p in adapted.adapter_parameters())
     assert summary.average == pytest.approx(np.mean(seen))
     assert (summary.now > 2 * start) == (name == "increlora")
-    assert {x.name: x.rank for x in summary.layers} == adapted._controller.ranks()
+    assert {x.name: x.rank for x in summary.layers} == adapted.controller.ranks.now()
     assert sum(x.rank or 0 for x in summary.layers) == (12 if name == "increlora" else 9)
     x = torch.randn(5, 6)
     out = model(x)
@@ -427,9 +428,9 @@ def test_a_budget_that_will_not_be_reached_is_said() -> None:
 def test_ddp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _, adapted, optimizer = run(METHODS["increlora"])
     adapted.bind(optimizer, total_steps=20)
-    monkeypatch.setattr("lrkit.parallel.wrapper", lambda: object())
+    monkeypatch.setattr("lrkit.adapt.parallel.wrapper", lambda: object())
     with pytest.raises(lrkit.LrkitError, match="DDP cannot follow"):
-        adapted._outer()
+        adapted._binding._outer()
 
 
 # ---- norm share ----
@@ -468,9 +469,9 @@ def test_a_ballot_that_is_read_after_the_run_is_that_of_its_decision():
 
     @attrs.frozen(kw_only=True)
     class Keeps(type(lrkit_grow.increlora().action)):
-        def select(self, ballot):
+        def decide(self, ballot):
             kept.append(ballot)
-            return super().select(ballot)
+            return super().decide(ballot)
 
     method = lrkit_grow.increlora(rank=1, target_rank=3)
     settings = {f.name: getattr(method.action, f.name) for f in attrs.fields(type(method.action))}

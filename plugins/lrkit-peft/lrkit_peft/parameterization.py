@@ -77,9 +77,9 @@ class Peft(lrkit.Parameterization):
 
     Args:
         config: the PEFT method, by the name of its ``PeftType``: ``"LORA"``, ``"VERA"``, ``"PREFIX_TUNING"``, ...
-        settings: fields of its PEFT config, as plain data: ``{"r": 8, "use_dora": True}``. Where ``target_modules`` is
-            not among them, methods of layers adapt what lrkit's `targets` name. But some have places of their own: LN
-            tuning takes every ``nn.LayerNorm``; IA3 and BEFT go by PEFT's table for the type of model.
+        settings: fields of its PEFT config, as plain data: ``{"r": 8, "use_dora": True}``. If ``target_modules`` is not
+            among them, methods of layers adapt what lrkit's `targets` name. But some have places of their own: LN tuning
+            takes every ``nn.LayerNorm``; IA3 and BEFT go by PEFT's table for the type of model.
     """
 
     config: str = attrs.field(default="LORA", validator=_is_known)
@@ -87,28 +87,28 @@ class Peft(lrkit.Parameterization):
 
     @property
     def learning_rate(self) -> float:  # type: ignore[override]  # of each method, where others have one for their class
-        """1e-3; more for vectors and prompts."""
+        """Return 1e-3; more for vectors and prompts."""
         return _RATES.get(self.config, 1e-3)
 
     @property
     def parts(self) -> tuple[lrkit.Part, ...]:
-        """None: a baseline has no units."""
+        """Declare none: a baseline has no units."""
         return ()
 
     @property
     def takes_targets(self) -> bool:
-        """False for prompts, for IA3 and LN tuning, and where ``target_modules`` is among the settings."""
+        """Return False for prompts, IA3 and LN tuning, and if ``target_modules`` is among the settings."""
         return self.config in LAYERS and self.config not in _OWN_PLACES and "target_modules" not in self.settings
 
     def build(self, target: Target) -> nn.Module:
-        """PEFT's layer in the place of one layer."""
+        """Return PEFT's layer in the place of one layer."""
         holder = nn.ModuleDict({"layer": target.layer})
         return self._layers(holder, ["layer"])["layer"]
 
-    def adapt_model(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
-        """PEFT's layers by the names of the modules they replace; or PEFT's forward around the whole model."""
+    def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
+        """Return PEFT's layers by the names of the modules that they replace."""
         if self.config in PROMPTS:
-            return {"": self._prompts(model)}
+            return {}
         names = [target.name for target in targets] if self.takes_targets else None
         if self.config == "LN_TUNING" and "target_modules" not in self.settings:
             names = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
@@ -154,7 +154,10 @@ class Peft(lrkit.Parameterization):
         with _peft_s_words(self):
             return cls(**copy.deepcopy(dict(self.settings)), **more)
 
-    def _prompts(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.Module | None:
+        """Return PEFT's forward of a prompt method around the whole model."""
+        if self.config not in PROMPTS:
+            return None
         kind = type(model).__name__
         task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
         if task is None and "task_type" not in self.settings:
@@ -175,8 +178,8 @@ class Around(nn.Module):
     """PEFT's forward of a prompt method around the plain model.
 
     Args:
-        tuner: a ``PeftModel`` over a copy of the model's skeleton. What it has done to the skeleton (a second classifier)
-            is left behind: it computes with the plain model.
+        tuner: a ``PeftModel`` over a copy of the model's skeleton. Its changes to the skeleton (a second classifier) have no
+            effect, since it computes with the plain model.
         model: the plain model.
     """
 
@@ -188,7 +191,7 @@ class Around(nn.Module):
         self._inside = False
 
     def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's output with PEFT's prompts before its input."""
+        """Return the model's output with PEFT's prompts before its input."""
         if self._inside:
             return call(*args, **kwargs)
         named = dict(zip(inspect.signature(call).parameters, args, strict=False))
@@ -207,7 +210,7 @@ def _takes_a_past(model: nn.Module) -> bool:
 
 
 def _skeleton(model: nn.Module) -> tuple[nn.Module, dict[int, nn.Module]]:
-    """A copy of the tree of modules with the same leaves, tensors and settings, for PEFT to change.
+    """Copy the tree of modules with the same leaves, tensors and settings, for PEFT to change.
 
     Returns:
         The copy, and for the ``id`` of each of the model's modules what stands for it there.
@@ -231,7 +234,7 @@ def _skeleton(model: nn.Module) -> tuple[nn.Module, dict[int, nn.Module]]:
 
 
 def _register_once(layers: Iterable[nn.Module]) -> None:
-    """A module that many layers share (VeRA's matrices) is a part of the first alone: else it were saved many times."""
+    """Make a module that layers share (VeRA's matrices) a part of the first alone, so that it is saved once."""
     seen: set[int] = set()
 
     def look(module: nn.Module) -> None:
@@ -249,7 +252,7 @@ def _register_once(layers: Iterable[nn.Module]) -> None:
 
 @contextmanager
 def _flags_kept(model: nn.Module) -> Iterator[None]:
-    """PEFT freezes what it does not train; which of the model's own parameters train is lrkit's to say."""
+    """Keep the model's own flags: PEFT freezes all that it does not train, but lrkit decides which parameters train."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     for p, _ in flags:
         p.requires_grad_(False)
@@ -262,7 +265,7 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _peft_s_words(parameterization: Peft) -> Iterator[None]:
-    """What PEFT cannot do is told in one line; what it warns of, in none."""
+    """Turn PEFT's errors into one line, and its warnings into none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -92,13 +92,14 @@ def copy_over(adapted: Any, other: nn.Module) -> None:
     there = dict(other.named_parameters())
     prefix = "base_model." if adapted.around is not None else "base_model.model."
     head = tuple(f"{name}." for name in adapted.head)
+    added = set(map(id, adapted.added_parameters()))
     with torch.no_grad():
         for name, p in mine.items():
             if name.startswith(head):
                 first, _, rest = name.partition(".")
                 wrapped = f"{prefix}{first}.modules_to_save.default.{rest}"
                 there[wrapped if wrapped in there else prefix + name].copy_(p)
-            elif id(p) in adapted._fresh_ids:
+            elif id(p) in added:
                 there[their_name(name)].copy_(p)
 
 

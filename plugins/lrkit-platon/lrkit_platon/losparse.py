@@ -9,16 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lrkit
-from lrkit.parameterizations import Target
+from lrkit.parameterizations import Adapter, Target
 from lrkit.parameterizations.lowrank import new_factor, oriented_weight
 from lrkit.settings import real
 
 
-class LowRankPlusRows(nn.Module):
+class LowRankPlusRows(Adapter):
     """y = U (V x) + S x + bias, with S stored as the rows that are left of it.
 
-    The layer whose place it takes stays inside with its weight as it was, but the weight takes no part: U V + S stands for
-    it.
+    The layer stays inside with its weight as it was, but computes nothing: U V + S is used instead of its weight.
 
     Args:
         base: the layer whose place it takes.
@@ -26,14 +25,13 @@ class LowRankPlusRows(nn.Module):
     """
 
     def __init__(self, base: nn.Module, rank: int) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         d_out, d_in = oriented_weight(base).shape
         self.d_out = d_out
         self.U = new_factor(base, d_out, rank)
         self.V = new_factor(base, rank, d_in)
         self.S = new_factor(base, d_out, d_in)
-        # Which row of the output each row of S is: a parameter, so that whoever cuts rows of S cuts it alike.
+        # The row of the output that each row of S belongs to: a parameter, so that it is cut together with S.
         self.rows = nn.Parameter(torch.arange(d_out, device=self.S.device), requires_grad=False)
         with torch.no_grad():
             # In float64, so that U V + S is the weight again but for the rounding of S.
@@ -44,20 +42,8 @@ class LowRankPlusRows(nn.Module):
             self.V.copy_(root[:, None] * v[:rank])
             self.S.copy_(weight - self.U.double() @ self.V.double())
 
-    @property
-    def weight(self) -> Tensor:
-        """The base weight, so that code that looks at ``layer.weight.dtype`` goes on working."""
-        return self.base.get_parameter("weight")
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base bias."""
-        bias = self.base.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
-
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., d_out] of x [..., d_in]."""
+        """Return y [..., d_out] for x [..., d_in]."""
         u, v, s = (p.to(x.dtype) for p in (self.U, self.V, self.S))
         y = F.linear(F.linear(x, v), u, self.bias)
         rows = F.linear(x, s)
@@ -65,15 +51,13 @@ class LowRankPlusRows(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Put U V + S in the base weight's place, and give the base back."""
-        weight = (self.U @ self.V).index_add_(0, self.rows, self.S)
-        oriented_weight(self.base).copy_(weight)
-        return self.base
+        """Write U V + S into the base's weight, and return the base."""
+        return self.base_with((self.U @ self.V).index_add_(0, self.rows, self.S))
 
 
 @attrs.frozen(kw_only=True)
 class LoSparse(lrkit.Parameterization):
-    """W = U V + S: the weight's best approximation of rank r, and what is left of it, row by row.
+    """W = U V + S: the weight's best approximation of rank r, and the rest of it, row by row.
 
     Source: arXiv 2306.11222, section 3.1. U = P √Σ and V = √Σ Q from the weight's SVD P Σ Q, cut to the r largest; S is the
     rest. The model's own weight is not trained: U, V and S are copies, so that `detach` gives it back. Its components are
@@ -89,7 +73,7 @@ class LoSparse(lrkit.Parameterization):
 
     @property
     def parts(self) -> tuple[lrkit.Part, ...]:
-        """S by its rows, with their numbers; and U and V."""
+        """Declare S by its rows, with their numbers; and U and V."""
         return (
             lrkit.Part("S", axis=0, matrix=True),
             lrkit.Part("rows", axis=0, trains=False),
@@ -99,11 +83,11 @@ class LoSparse(lrkit.Parameterization):
 
     @property
     def components(self) -> None:
-        """As many as the layer has outputs."""
+        """Return None: there are as many as the layer has outputs."""
         return None
 
     def build(self, target: Target) -> nn.Module:
-        """The layer's weight taken apart."""
+        """Return the layer with its weight taken apart."""
         weight = target.layer.weight
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise lrkit.LrkitError(f"{target.name}: the weight is quantized, and LoSparse takes it apart")

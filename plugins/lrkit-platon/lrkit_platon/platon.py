@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import attrs
 import torch
 from torch import Tensor
 
 import lrkit
-from lrkit.actions import Ballot
+from lrkit.actions import Ballot, Verdict
 from lrkit.settings import flag, real, whole
 
 
@@ -45,12 +44,12 @@ class ZeroBelow(lrkit.actions.Zero):
             moves on with what it had. False: zero it as well.
     """
 
-    exact: ClassVar[bool] = False
+    exact = False  # for its contract: the k-th itself and all ties are kept
 
     keep_momentum: bool = attrs.field(default=True, validator=flag())
 
-    def select(self, ballot: Ballot) -> Tensor:
-        """Who scores no less than the threshold."""
+    def decide(self, ballot: Ballot) -> Verdict:
+        """Keep what scores no less than the threshold."""
         scores, sizes = torch.sort(ballot.scores, stable=True), ballot.sizes
         if sizes is None:
             below = math.ceil(len(ballot.scores) * (1 - ballot.share))
@@ -58,7 +57,8 @@ class ZeroBelow(lrkit.actions.Zero):
             entries = sizes[scores.indices].cumsum(0)
             smallest = int(int(entries[-1]) * (1 - ballot.share))
             below = int((entries < smallest).sum()) + 1 if smallest else 0
-        return ballot.candidates & (ballot.scores >= scores.values[below - 1]) if below else ballot.candidates
+        high = ballot.scores >= scores.values[below - 1]
+        return Verdict(ballot.candidates & high if below else ballot.candidates)
 
     def apply(self, blocks: Sequence[lrkit.Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         """Zero what is not kept."""

@@ -21,6 +21,7 @@ from lrkit_platon import LoSparse, LowRankPlusRows, Platon, ZeroBelow
 import lrkit
 from lrkit.actions import Ballot
 from lrkit.cli import main
+from lrkit.loop.native import kernel_of
 from lrkit.registry import Registry
 from lrkit.testing import ActionContract, MethodContract, MetricContract, ParameterizationContract
 from lrkit.testing.base import resumes
@@ -92,7 +93,7 @@ def test_the_score_of_one_entry(values: list[tuple[float, float]], window: int, 
 
 def test_defaults_are_platon_s() -> None:
     assert attrs.asdict(Platon()) == {"measure": "before-step", "beta1": 0.85, "beta2": 0.95, "window": 10}
-    assert Platon().kernel() is None and Platon(window=1).kernel() is None, "compiled for lrkit's own alone"
+    assert kernel_of(Platon()) is None and kernel_of(Platon(window=1)) is None, "compiled for lrkit's own alone"
 
 
 def kept(scores: list[float], share: float, sizes: list[int] | None = None) -> list[bool]:
@@ -100,7 +101,7 @@ def kept(scores: list[float], share: float, sizes: list[int] | None = None) -> l
     ones = torch.ones(len(scores), dtype=torch.bool)
     told = None if sizes is None else torch.tensor(sizes)
     ballot = Ballot(each, ones, int(len(scores) * share), share, each, ones.long(), ones.long() * 0, told)
-    found: list[bool] = ZeroBelow().select(ballot).tolist()
+    found: list[bool] = ZeroBelow().decide(ballot).kept.tolist()
     return found
 
 

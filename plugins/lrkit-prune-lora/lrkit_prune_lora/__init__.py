@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import lrkit
-from lrkit.orthogonality import orthogonality as eq4
 from lrkit.parameterizations import LoRA
+from lrkit.parameterizations.orthogonality import orthogonality as eq4
 from lrkit.settings import Time, one_of, real
 from lrkit.study.shipped import files_in
 

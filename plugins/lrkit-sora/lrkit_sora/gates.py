@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lrkit
+from lrkit.actions import Ballot, Fate, Verdict
 from lrkit.parameterizations import LowRank, Target
 from lrkit.parameterizations.lowrank import new_factor
 from lrkit.settings import one_of, real, whole
@@ -100,9 +101,8 @@ class SoftThreshold(lrkit.Action):
             since the code compares what it has shrunk already with ξ again.
     """
 
-    reversible: ClassVar[bool] = True
-    budgeted: ClassVar[bool] = False
-    exact: ClassVar[bool] = False
+    fate: ClassVar[Fate] = "masked"
+    exact = False  # for its contract: who is kept follows from the values, and no number is asked for
 
     strength: float = attrs.field(default=0.6, validator=real(0.0))
     variant: Literal["paper", "released"] = attrs.field(default="paper", validator=one_of(("paper", "released")))
@@ -146,6 +146,10 @@ class SoftThreshold(lrkit.Action):
         cores: list[Tensor] = [block.core for block in blocks]
         torch._foreach_mul_(cores, split(kept.to(cores[0]), blocks))
 
-    def hold(self, blocks: Sequence[lrkit.Block], kept: Tensor) -> None:
-        """The same again: after the last decision nothing comes back."""
-        self.apply(blocks, kept, None)
+    def decide(self, ballot: Ballot) -> Verdict:
+        """Keep all that the proximal step has left: no number is asked for."""
+        return Verdict(ballot.candidates, budget=len(ballot.scores))
+
+    def turnover(self, units: int, budget: int, layers: int) -> None:
+        """Return None: how many gates go is known only after the run."""
+        return

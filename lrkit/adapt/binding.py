@@ -1,0 +1,203 @@
+"""A method's tie to optimizers: the loop runs at their steps, and the penalty's gradient goes into their tensors."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrkit.adapt import parallel
+from lrkit.adapt.heads import head_parameters
+from lrkit.adapt.optimizers import Steps, as_long_as_alive, held_by, unwrapped
+from lrkit.adapt.penalty import Penalty, looks
+from lrkit.adapt.weights import Weights
+from lrkit.errors import LrkitError, listing
+from lrkit.loop import liveness
+from lrkit.loop.controller import Controller
+from lrkit.loop.gradients import Unclipped
+
+
+class Binding:
+    """A method's tie to optimizers, for as long as its adapters are in a model.
+
+    From the beginning it watches every optimizer, and warns if one trains the adapters while the method is not bound to it,
+    or if the loss does not reach them. From `bind` on it runs the loop.
+
+    Args:
+        model: the adapted model.
+        head: names of its modules that train in full.
+        weights: what trains.
+        controller: the loop.
+    """
+
+    def __init__(self, model: nn.Module, head: Sequence[str], weights: Weights, controller: Controller) -> None:
+        self._model, self._head, self._weights, self.controller = model, head, weights, controller
+        self.penalty = Penalty(
+            controller.run.method.parameterization, controller.run.modules, weights.adapter(), controller.warn
+        )
+        self.last: Callable[[], Optimizer | None] = lambda: None
+        """Returns the optimizers that are or were bound last, as one, if they still live."""
+        self._steps: Steps | None = None
+        self._scale: Callable[[], float] | None = None
+        self._unclipped: Unclipped | None = None
+        self._looked = False
+        self._outer = parallel.Outer(self._check_growth)
+        self._outer.hang_on(model)
+        liveness.watch(self, Binding._watch)
+
+    # ---- bound and let go ----
+
+    @property
+    def bound(self) -> bool:
+        """Return whether the loop runs."""
+        return self._steps is not None
+
+    def bind(self, optimizer: Optimizer | Sequence[Optimizer], total_steps: int, penalty: str, scaler: Any) -> None:
+        """Run the loop from here on, at every step of the optimizers. The arguments are those of `Adapted.bind`."""
+        optimizers = unwrapped(optimizer)
+        if self.bound:
+            raise LrkitError("already bound to an optimizer: call unbind() first")
+        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+            raise LrkitError(f"total_steps must be an int of at least 1, not {total_steps!r}")
+        if penalty not in ("loss", "gradient"):
+            raise LrkitError(f'penalty must be "loss" or "gradient", not {penalty!r}')
+        for each in optimizers:
+            if reason := parallel.refusal(self._model, each, adaptive=bool(self.controller.policies)):
+                raise LrkitError(reason)
+        if reason := self._weights.refusal(set().union(*map(held_by, optimizers))):
+            raise LrkitError(reason)
+        if reason := self.controller.objection(total_steps):
+            raise LrkitError(reason)
+        self.controller.begin(total_steps)
+        self._steps = Steps(
+            optimizers,
+            self._weights.parameters(),
+            self._before_step,
+            self._after_step,
+            self.controller.warn,
+            adaptive=bool(self.controller.policies) or self.penalty.exists,
+        )
+        self.last = as_long_as_alive(optimizers)
+        liveness.watch(self, Binding._watch)
+        self._scale = None if scaler is None else scaler.get_scale
+        if self.penalty.exists and penalty == "gradient":
+            for handle in self.penalty.add_in_backward(self._scale or (lambda: 1.0)):
+                self._steps.hold(handle)
+        self._keep_gradients()
+        self._outer.hang_on(self._model)
+
+    def hold(self, handle: Any) -> None:
+        """Keep the handle of another hook, and remove it when the optimizers are let go of."""
+        if self._steps is not None:
+            self._steps.hold(handle)
+
+    def unbind(self) -> None:
+        """Let go of the optimizers. `bind` goes on from here."""
+        if self._steps is not None:
+            self._steps.release()
+        if self._unclipped is not None:
+            self._unclipped.remove()
+        self.penalty.end()
+        self._steps = self._unclipped = self._outer.ddp = None
+        liveness.watch(self, Binding._watch)
+
+    def leave(self) -> None:
+        """Let go of the optimizers and the model for good."""
+        self.unbind()
+        liveness.leave(self)
+        self._outer.remove()
+
+    def take(self, controller: Controller) -> None:
+        """Go on with the loop of a loaded state."""
+        self.controller = controller
+        self.follow()
+
+    def follow(self) -> None:
+        """Let DDP follow tensors that have stopped training, or train again."""
+        if self._outer.ddp is not None:
+            parallel.follow(self._outer.ddp)
+
+    # ---- at each step ----
+
+    def _before_step(self, scale: Tensor | None) -> None:
+        self._weights.put_back()
+        unclipped, step = self._unclipped, self.controller.step + 1
+        if self.penalty.exists:
+            self.penalty.check_arrival()
+            window = looks(self.controller.total_steps or 1)
+            if unclipped is not None and step in window:
+                self.penalty.compare(unclipped, last=step == window[-1])
+        # On a GPU, reading the loss's scale waits for all that runs there: read it only if a metric needs it.
+        loss_scale = self._scale() if self._scale is not None and self.controller.wants_unclipped else None
+        self.controller.before_step(scale, unclipped, loss_scale)
+        self.penalty.stepped()
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if self.controller.after_step(optimizer):
+            self.follow()
+        self._keep_gradients()
+
+    def _keep_gradients(self) -> None:
+        """Keep gradients as backward leaves them in the next step, if they are going to be read there."""
+        looking = self.penalty.exists and self.controller.step + 1 in looks(self.controller.total_steps or 1)
+        if not (looking or self.controller.wants_unclipped):
+            if self._unclipped is not None:
+                self._unclipped.remove()
+            self._unclipped = None
+        elif self._unclipped is None:
+            self._unclipped = Unclipped(self._weights.adapter())
+        else:
+            self._unclipped.clear()
+
+    # ---- watching ----
+
+    def _watch(self, optimizer: Optimizer) -> None:
+        """Look at any optimizer before its step, as long as there may be something to say of it."""
+        if not self._looked and held_by(optimizer) & self._weights.trained:
+            self._first_look()
+        # An optimizer that steps inside the bound one's step is one that it wraps.
+        if self._steps is None or not (optimizer in self._steps.optimizers or self._steps.stepping):
+            self._notice(optimizer)
+
+    def _notice(self, optimizer: Optimizer) -> None:
+        """Say that the method is not bound to an optimizer that steps the adapters' parameters."""
+        if held_by(optimizer).isdisjoint(map(id, self._weights.adapter())):
+            return
+        if reason := parallel.refusal(self._model, optimizer, adaptive=False):
+            raise LrkitError(reason)
+        if self.controller.policies or self.penalty.exists:
+            self.controller.warn(
+                "unbound",
+                "an optimizer steps the adapters' parameters, but the method is not bound to it: nothing is adaptive. "
+                "Call adapted.bind(optimizer, total_steps=...) before training",
+            )
+        elif self._looked:
+            liveness.leave(self)  # nothing more to notice
+
+    def _first_look(self) -> None:
+        """Name the modules that train and have no gradient, before the first step that has any."""
+        self.controller.look()
+        dead = self.controller.liveness.dead
+        if dead is None and self.controller.run.modules:
+            return
+        self._looked = True
+        if cast := self._weights.cast():
+            self.controller.warn("cast", cast)
+        silent = liveness.unreached({name: list(head_parameters(self._model, [name])) for name in self._head})
+        if silent:
+            self.controller.warn(
+                "head",
+                f"no gradient reaches {listing(silent)}, which trains in full: the loss does not depend on it. Leave it out "
+                "with train_also",
+            )
+        ddp = self._outer.ddp
+        if ddp is not None and (dead or silent) and not (ddp.find_unused_parameters or ddp.static_graph):
+            raise LrkitError(
+                f"no gradient reaches {listing([*(dead or []), *silent])}, and DDP waits for it, so that others are not "
+                "averaged: leave it out (targets, train_also), or use DistributedDataParallel(..., "
+                "find_unused_parameters=True)"
+            )
+
+    def _check_growth(self) -> None:
+        if self.bound and self.controller.run.grows:
+            raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")

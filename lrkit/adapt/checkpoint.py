@@ -1,0 +1,83 @@
+"""One file for a run's state: safetensors, with the JSON data in its metadata. Never pickle.
+
+Being one file, it is replaced in one move: if a process is killed, the old state is there or the new one.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+from safetensors.torch import save_file
+
+from lrkit.adapt.tensorfile import TensorFile, open_tensors
+from lrkit.errors import LrkitError
+from lrkit.moves import replacing
+from lrkit.reading import is_folder, parse_json
+
+FILE = "lrkit.safetensors"
+_KEY = "lrkit"
+
+
+def write(folder: Path, state: Mapping[str, Any]) -> Path:
+    """Write a state into a folder in one move. The folder is made if it is not there.
+
+    Args:
+        folder: the folder.
+        state: ``{"meta": JSON data, "tensors": name to tensor}``.
+
+    Returns:
+        The file's path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in state["tensors"].items()}
+    with replacing(folder / FILE) as draft:
+        save_file(tensors, draft, metadata={_KEY: json.dumps(state["meta"])})
+    return folder / FILE
+
+
+@attrs.frozen(eq=False)
+class Stored:
+    """A state in an open file: its data and its tensors' shapes, before any tensor is read.
+
+    Args:
+        meta: its JSON data.
+    """
+
+    meta: Any
+    _file: TensorFile
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, by name."""
+        return self._file.shapes
+
+    def state(self) -> dict[str, Any]:
+        """Read all of it, tensors included."""
+        return {"meta": self.meta, "tensors": self._file.tensors()}
+
+
+@contextmanager
+def stored(folder: Path) -> Iterator[Stored]:
+    """Open a state that `write` wrote, in a folder or as a file.
+
+    Raises:
+        LrkitError: no such file, a truncated one, or one that lrkit did not write.
+    """
+    path = folder / FILE if is_folder(folder) else folder
+    study = ": this is a study's folder, and a run's is one of its cells/*" if is_folder(folder / "cells") else ""
+    try:
+        with open_tensors(path) as file:
+            if _KEY not in file.metadata:
+                raise LrkitError(f"{path} is a safetensors file, but not one of lrkit's")
+            yield Stored(parse_json(file.metadata[_KEY], f"{path} is truncated, or no lrkit state: its metadata"), file)
+    except FileNotFoundError:
+        raise LrkitError(f"no lrkit state at {path}{study}") from None
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Read a state that `write` wrote. Raises as `stored`."""
+    with stored(folder) as found:
+        return found.state()

@@ -1,0 +1,242 @@
+"""Modules and their places: adapters are put into a model, taken out for a while or for good, and merged into it."""
+
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrkit.adapt import parallel, pretrained
+from lrkit.adapt.behaviour import is_exact
+from lrkit.adapt.choice import Choice
+from lrkit.adapt.masters import Masters
+from lrkit.adapt.names import keep_names
+from lrkit.adapt.reference import without
+from lrkit.errors import LrkitError
+from lrkit.precision import is_plain
+
+_MARK = "_lrkit_adapted"
+_AROUND = "lrkit_around"
+_ASIDE = "_lrkit_aside"
+_OURS = f"{__package__}."
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise LrkitError if it is not a model, has its weights elsewhere, or carries adapters already."""
+    if not isinstance(model, nn.Module):
+        raise LrkitError(f"a model is an nn.Module, not {model!r}")
+    for name, module in model.named_modules():
+        # accelerate keeps such weights on the CPU or disk, and has them on the device for the length of a call.
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
+            raise LrkitError(f"{name or 'the model'} is offloaded by accelerate: load the model without offloading")
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            raise LrkitError(
+                f"{name or 'the model'} is PEFT's own ({type(module).__name__}): take PEFT's adapters out first "
+                "(merge_and_unload() or unload()), or let lrkit.from_peft read the folder that PEFT saved"
+            )
+    if any(getattr(module, _MARK, False) for module in model.modules()):
+        raise LrkitError(
+            "this model already carries adapters: detach() or merge() them first (and copy a model before attach, not after)"
+        )
+
+
+class Graft:
+    """A model with other modules in some of its places. Making one changes the model.
+
+    Args:
+        model: the plain model.
+        choice: the modules that take places, and the parameters that train.
+    """
+
+    def __init__(self, model: nn.Module, choice: Choice) -> None:
+        self.model, self.adapters, self.around = model, choice.adapters, choice.around
+        self.masters = Masters(model, choice.own)
+        self.originals = {name: model.get_submodule(name) for name in self.adapters}
+        self._places = _places(model, {n: m for n, m in self.originals.items() if self.adapters[n] is not m})
+        self._flags = choice.flags
+        for p, _ in self._flags:
+            p.requires_grad_(False)
+        for p in choice.own.values():
+            p.requires_grad_(True)
+        for name, parent, attribute in self._places:
+            self.adapters[name].train(self.originals[name].training)
+            setattr(self.adapters[name], _MARK, True)
+            setattr(parent, attribute, self.adapters[name])
+        replaced = {name for name, _, _ in self._places}
+        self._handles = [handle for n in replaced for handle in keep_names(self.adapters[n], self.originals[n])]
+        if self.around is not None:
+            _surround(model, self.around)
+        self.saves = pretrained.SaveNotice(model, replaced)
+        self._depth = 0
+        self.alive = True
+        setattr(model, _MARK, True)
+
+    def check(self, *, within: bool = False) -> None:
+        """Raise LrkitError if the adapters are not in the model.
+
+        Args:
+            within: whether they may be out for a while, by `disabled`.
+        """
+        if not self.alive:
+            raise LrkitError("these adapters were merged or detached: attach again")
+        if self._depth and not within:
+            raise LrkitError("the adapters are out of the model within adapted.disabled(): do this outside of it")
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Put the layers and values from before attach in their places for a while. It can be nested."""
+        self.check(within=True)
+        self._depth += 1
+        try:
+            if self._depth > 1:
+                yield
+                return
+            if self.around is not None:
+                self.around.__dict__[_ASIDE] = True
+            places = [(parent, attribute, self.originals[name]) for name, parent, attribute in self._places]
+            values = [(kept.tensor, self.masters.original(kept)) for kept in self.masters.kept]
+            with without(places, values, self.model):
+                yield
+        finally:
+            self._depth -= 1
+            if self.around is not None and not self._depth:
+                self.around.__dict__.pop(_ASIDE, None)
+
+    def original(self, trained: set[int]) -> nn.Module:
+        """Return a copy of the model as it was before attach.
+
+        Args:
+            trained: ``id`` of every parameter that trains. Quantized and sharded ones that do not are shared with the copy.
+        """
+        # Not every quantized tensor can be copied; none of them changes.
+        frozen = (p for p in self.model.parameters() if id(p) not in trained and not is_plain(p))
+        memo: dict[int, Any] = {id(p): p for p in frozen}
+        for name, _, _ in self._places:
+            memo[id(self.adapters[name])] = copy.deepcopy(self.originals[name], memo)
+        if self.around is not None:
+            memo[id(self.around)] = None
+        model = copy.deepcopy(self.model, memo)
+        _leave_alone(model)
+        delattr(model, _MARK)
+        self.masters.restore_copies(memo)
+        pretrained.strip(model)
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in hooks.items() if type(hook).__module__.startswith(_OURS)]:
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+        for p, flag in self._flags:
+            memo[id(p)].requires_grad_(flag)
+        return model
+
+    def merge(self) -> None:
+        """Add every adapter to its layer's weight, and leave the model.
+
+        Raises:
+            LrkitError: an adapter that cannot be merged, or a weight that cannot be added to. Nothing is changed then.
+        """
+        if self.around is not None:
+            raise LrkitError(
+                f"{type(self.around).__name__} stands around the whole model, and cannot be merged into it"
+            )
+        merges: dict[str, Any] = {}
+        for name, _, _ in self._places:
+            merges[name] = getattr(self.adapters[name], "merge", None)
+            if merges[name] is None:
+                kind = type(self.adapters[name]).__name__
+                raise LrkitError(f"{name}: {kind} cannot be merged into the layer's weight")
+        owners: dict[int, int] = {}
+        for module in self.model.modules():
+            for p in module._parameters.values():
+                owners[id(p)] = owners.get(id(p), 0) + 1
+        for name, _, _ in self._places:
+            _check_weight(name, self.originals[name], owners)
+        for merge in merges.values():
+            merge()
+        self.masters.settle()
+        self._leave()
+
+    def detach(self) -> None:
+        """Put all values back as they were before attach, and leave the model."""
+        self.masters.restore()
+        self._leave()
+
+    def _leave(self) -> None:
+        self.alive = False
+        self.masters.put_back()
+        self.saves.remove()
+        for handle in self._handles:
+            handle.remove()
+        for name, parent, attribute in self._places:
+            setattr(parent, attribute, self.originals[name].train(self.adapters[name].training))
+        _leave_alone(self.model)
+        for p, flag in self._flags:
+            p.requires_grad_(flag)
+            p.grad = None
+        delattr(self.model, _MARK)
+        for name, _, _ in self._places:
+            self.adapters[name].__dict__.pop(_MARK, None)
+
+
+def _places(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module, str]]:
+    """Return every place (layer name, parent, attribute) of the layers; a layer that is used twice has two."""
+    names = {id(layer): name for name, layer in layers.items()}
+    return [
+        (names[id(child)], parent, attribute)
+        for parent in list(model.modules())
+        for attribute, child in parent._modules.items()
+        if child is not None and id(child) in names
+    ]
+
+
+def _surround(model: nn.Module, around: nn.Module) -> None:
+    """Let the model's calls go through a module, which becomes a part of it."""
+    call = model.forward
+
+    @functools.wraps(call)  # the Trainer looks at the signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs) if _ASIDE in around.__dict__ else around(call, *args, **kwargs)
+
+    model.add_module(_AROUND, around)
+    model.__dict__["forward"] = forward
+
+
+def _leave_alone(model: nn.Module) -> None:
+    """Undo `_surround`, if it was done."""
+    if _AROUND in model._modules:
+        del model._modules[_AROUND]
+        call = model.__dict__.pop("forward").__wrapped__
+        if getattr(call, "__func__", None) is not type(model).forward:
+            model.__dict__["forward"] = call  # somebody else had replaced it before
+
+
+def _check_weight(name: str, layer: nn.Module, owners: Mapping[int, int]) -> None:
+    """Raise LrkitError if nothing can be added to a layer's weight.
+
+    Args:
+        name: the layer's name.
+        layer: the layer.
+        owners: how many modules have a parameter, by its ``id``.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise LrkitError(
+            f"{name}: the base weight is computed (a parametrization, weight norm): nothing can be added to it"
+        )
+    if parallel.is_sharded(weight):
+        raise LrkitError(f"{name}: the base weight is sharded (DTensor): merge the unsharded model")
+    if not is_plain(weight):
+        plain = weight.is_floating_point() and weight.dtype.itemsize > 1
+        kind: str | torch.dtype = type(weight).__name__ if plain else weight.dtype
+        raise LrkitError(f"{name}: the base weight is quantized ({kind}), and nothing can be added to it exactly")
+    if isinstance(layer, nn.Linear) and not is_exact(layer, layer.in_features):
+        raise LrkitError(
+            f"{name}: {type(layer).__name__} does not compute with its weight as it is: what is added to the weight "
+            "would not be what is added to the output"
+        )
+    if owners[id(weight)] > 1:
+        raise LrkitError(f"{name}: the base weight is tied to another layer's, which must not change with it")

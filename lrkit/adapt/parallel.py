@@ -1,0 +1,114 @@
+"""Distributed training: follow DDP when a matrix freezes, and refuse what cannot work.
+
+DDP averages gradients before the optimizer steps, so that every rank decides alike. But its reducer waits for the
+gradient of every parameter that trained when the model was wrapped; after a freeze it must be made anew, or the next
+step ends in "Expected to have finished reduction". (``find_unused_parameters=True`` would hide that, at a cost in every
+step, and only if the user knew of it.)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def refusal(model: nn.Module, optimizer: object, *, adaptive: bool) -> str | None:
+    """Say why a method cannot run under this way of training in parallel; None if it can.
+
+    Args:
+        model: the adapted model, wrapped or sharded as it is now.
+        optimizer: the one that trains the adapters.
+        adaptive: whether the method decides anything.
+    """
+    if any(is_sharded(p) for p in model.parameters()):
+        return (
+            "FSDP2 shards the adapters' parameters, of which scores need whole ones, and does not reduce the gradients of "
+            "those that it is told to ignore, so that each process would train adapters of its own: use DDP (or one process)"
+        )
+    if not adaptive:
+        return None
+    if any(cls.__module__.split(".")[0] == "deepspeed" for cls in type(optimizer).__mro__):
+        return "DeepSpeed's engine steps inside backward(), where no hook can see whole gradients: use DDP (or one process)"
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        return "FSDP1 flattens the adapters' parameters, and scores need whole ones: use DDP"
+    return None
+
+
+def is_sharded(p: Tensor) -> bool:
+    """Return whether several processes hold pieces of a tensor."""
+    return type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor"
+
+
+def wrapper() -> DistributedDataParallel | None:
+    """Return the DDP module whose forward is running."""
+    return DistributedDataParallel._active_ddp_module
+
+
+class Outer:
+    """The DDP module that an adapted model is in, found at its calls by a forward pre-hook.
+
+    A copy of the model is in no DDP module, and neither is the copy of this hook.
+
+    Args:
+        met: called each time, before the model runs in DDP.
+    """
+
+    def __init__(self, met: Callable[[], None] = lambda: None) -> None:
+        self.ddp: DistributedDataParallel | None = None
+        self._met = met
+        self._handle: Any = None
+
+    def hang_on(self, model: nn.Module) -> None:
+        """Hang on a model, once, if there are several processes."""
+        if self._handle is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._handle = model.register_forward_pre_hook(self)
+
+    def remove(self) -> None:
+        """Take the hook away."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+    def __call__(self, *_: Any) -> None:
+        """Look if the model runs in DDP."""
+        # Nothing is met while torch.compile traces: the wrapper's own forward is not traced with the model.
+        if not torch.compiler.is_compiling() and (ddp := wrapper()) is not None:
+            self._met()
+            self.ddp = ddp
+
+    def __deepcopy__(self, memo: object) -> "Outer":
+        return Outer()
+
+
+def follow(ddp: Any) -> None:
+    """Make DDP's reducer anew over the parameters that still train. Call it on every rank alike.
+
+    torch has no public call for this; these are the steps by which DDP itself makes a reducer when it is unpickled.
+
+    Args:
+        ddp: a ``DistributedDataParallel``; its private methods have no types.
+    """
+    distributed: Any = torch.distributed
+    parameters, sparse = ddp._build_params_for_reducer()
+    names = ddp._build_debug_param_to_name_mapping(parameters)
+    ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
+    ddp._has_rebuilt_buckets = False
+    for hook, state in ddp._comm_hooks:
+        distributed._register_comm_hook(ddp.reducer, state, hook)
+    if ddp.static_graph:
+        ddp.reducer._set_static_graph()
+        ddp.logger._set_static_graph()
+        # The first backward pass of a static graph reduces at its end: the new reducer must be asked for that as well.
+        ddp._static_graph_delay_allreduce_enqueued = False
+
+
+def scaled_by(optimizer: torch.optim.Optimizer) -> tuple[torch.Tensor | None, bool]:
+    """Read how a GradScaler has left the gradients of an optimizer that unscales them itself (fused Adam, for example).
+
+    Returns:
+        The factor they still carry (None for none), and whether the optimizer is about to skip this step.
+    """
+    scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    return scale, found is not None and bool(found.item())

@@ -1,0 +1,157 @@
+"""The summary of a run so far: each layer's rank or frozen state, and its trainable parameters."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lrkit.adapt.coverage import Coverage
+    from lrkit.loop.controller import Controller
+    from lrkit.method import Method
+
+
+@attrs.frozen
+class LayerSummary:
+    """One adapted layer.
+
+    Args:
+        name: the layer's name.
+        rank: components kept now; None for an adapter without components.
+        initial_rank: components at first.
+        frozen: names of its matrices that have been frozen on the way.
+        start: trainable parameters at first.
+        now: trainable parameters now in effect (frozen tensors and masked components do not count).
+        average: the same, averaged over the steps so far.
+    """
+
+    name: str
+    rank: int | None
+    initial_rank: int | None
+    frozen: tuple[str, ...]
+    start: int
+    now: int
+    average: float
+
+    @property
+    def state(self) -> str:
+        """Return rank and frozen matrices in a few characters."""
+        words = []
+        if self.rank is not None:
+            words.append(
+                f"rank {self.rank}/{self.initial_rank}" if self.rank != self.initial_rank else f"rank {self.rank}"
+            )
+        if self.frozen:
+            words.append(f"{'+'.join(self.frozen)} frozen")
+        return ", ".join(words) or "-"
+
+
+@attrs.frozen
+class Summary:
+    """All adapted layers, and the head apart.
+
+    Args:
+        layers: one record per layer.
+        head: parameters of the head.
+        step: optimizer steps taken.
+        beside: parameters of the method that are in none of the layers, such as all others in full fine-tuning.
+        coverage: the share of the blocks' weights that is adapted, and the kinds that are not; None for a model without
+            blocks.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    head: int
+    step: int
+    beside: int = 0
+    coverage: "Coverage | None" = attrs.field(default=None, eq=False)
+
+    @property
+    def start(self) -> int:
+        """Return trainable parameters at first, without the head."""
+        return self.beside + sum(layer.start for layer in self.layers)
+
+    @property
+    def now(self) -> int:
+        """Return trainable parameters now, without the head."""
+        return self.beside + sum(layer.now for layer in self.layers)
+
+    @property
+    def average(self) -> float:
+        """Return trainable parameters averaged over the steps so far, without the head."""
+        return self.beside + sum(layer.average for layer in self.layers)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the same as plain data."""
+        totals = {"start": self.start, "now": self.now, "average": self.average}
+        rest: dict[str, Any] = {"beside": self.beside, "head": self.head, "step": self.step}
+        rest["coverage"] = None if self.coverage is None else self.coverage.to_plain()
+        return {"layers": [attrs.asdict(layer) for layer in self.layers], **totals, **rest}
+
+    def __str__(self) -> str:
+        """Return a table."""
+        rows: list[Sequence[str]] = [("layer", "state", "at start", "now", "on average")]
+        rows += [
+            (layer.name, layer.state, f"{layer.start:,}", f"{layer.now:,}", f"{layer.average:,.0f}")
+            for layer in self.layers
+        ]
+        if self.beside:
+            rows.append(("in no layer", "", *[f"{self.beside:,}"] * 3))
+        rows.append(("adapters", "", f"{self.start:,}", f"{self.now:,}", f"{self.average:,.0f}"))
+        rows.append(("head", "", f"{self.head:,}", f"{self.head:,}", f"{self.head:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        table = "\n".join(
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        )
+        return table if self.coverage is None else f"{table}\n{self.coverage}"
+
+
+def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "Coverage | None" = None) -> Summary:
+    """Summarize a run so far. `head`, `beside` and `coverage` are as in `Summary`."""
+    kept = controller.components.kept()
+    run, tally = controller.run, controller.tally
+    average, counts = tally.on_average(controller.step), tally.counts
+    axes = [part for part in run.method.parameterization.parts if part.axis is not None]
+    layers = []
+    for name, module in run.modules.items():
+        rank = initial = None
+        if axes:
+            axis = axes[0].axis
+            assert axis is not None
+            initial = run.ranks[name]
+            rank = int(kept[name].sum()) if name in kept else axes[0].of(module).shape[axis]
+        frozen = tuple(
+            part.name for part in run.method.parameterization.parts if part.matrix and run.froze(part.of(module))
+        )
+        layers.append(LayerSummary(name, rank, initial, frozen, run.starts[name], counts[name], average[name]))
+    return Summary(tuple(layers), head, controller.step, beside, coverage)
+
+
+def trainable(model: "nn.Module", summary: Summary) -> str:
+    """Tell in PEFT's words how many parameters train, and below that how they divide into adapters and head.
+
+    For example::
+
+        trainable params: 1,234 || all params: 5,678 || trainable%: 21.7330
+        adapters: 1,200 now, 1,200 at start, 1,200 on average || head: 34
+
+    The first line counts whole tensors, as PEFT does. The second does not count masked components, and averages over the
+    steps so far.
+    """
+    parameters = list(dict.fromkeys(model.parameters()))
+    trains, everything = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    return (
+        f"trainable params: {trains:,} || all params: {everything:,} || trainable%: {100 * trains / everything:.4f}\n"
+        f"adapters: {summary.now:,} now, {summary.start:,} at start, {summary.average:,.0f} on average || "
+        f"head: {summary.head:,}"
+    )
+
+
+def brief(model: "nn.Module", method: "Method", layers: int, step: int, total_steps: int | None) -> str:
+    """Name what is attached to what, and how far the run is, in one line."""
+    parts = [method.parameterization, *(policy.action for policy in method.policies)]
+    words = " + ".join(type(part).__name__ for part in parts)
+    of = "" if total_steps is None else f" of {total_steps:,}"
+    return f"<Adapted {type(model).__name__}: {words} in {layers} layers, step {step:,}{of}>"

@@ -1,0 +1,208 @@
+"""Which parameters of an adapted model train, and which of its tensors a state holds: names, precision, and other ranks."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrkit.adapt.choice import Choice
+from lrkit.adapt.heads import head_parameters
+from lrkit.adapt.masters import Masters
+from lrkit.errors import shown
+from lrkit.loop.state import misfit
+from lrkit.units import Part, resize
+
+LastOptimizer = Callable[[], torch.optim.Optimizer | None]
+"""Returns the optimizer that is or was bound last, if it still lives."""
+
+
+class Weights:
+    """The tensors of an adapted model that a method trains or saves.
+
+    Args:
+        model: the model, with the adapters in it.
+        choice: what was put into it.
+        masters: keeps the model's own trained parameters in float32.
+    """
+
+    def __init__(self, model: nn.Module, choice: Choice, masters: Masters) -> None:
+        self._model, self._masters = model, masters
+        self._head = {id(p) for p in head_parameters(model, choice.head)}
+        self.added = choice.added
+        self.trained = {id(p) for p in model.parameters() if p.requires_grad}
+        self._saved = self.added | {id(p) for p in choice.own.values()}
+        self._buffers = [n for n, b in model.named_buffers() if id(b) not in choice.buffers and _lasts(model, n)]
+        self._dtypes = {id(p): p.dtype for p in self.parameters()}
+
+    def put_back(self) -> None:
+        """Put float32 parameters back in their places, if a call of the model was broken off (Ctrl-C)."""
+        self._masters.put_back()
+
+    # ---- what trains ----
+
+    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield names and tensors of all that trains or has been frozen on the way, in the model's order."""
+        self.put_back()
+        for name, p in self._model.named_parameters():
+            if id(p) in self.trained:
+                yield name, p
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all that trains or has been frozen on the way."""
+        return [p for _, p in self.named()]
+
+    def adapter(self) -> list[nn.Parameter]:
+        """Return the same without the head."""
+        return [p for p in self.parameters() if id(p) not in self._head]
+
+    def head(self) -> list[nn.Parameter]:
+        """Return the head's."""
+        return [p for p in self.parameters() if id(p) in self._head]
+
+    def refusal(self, held: set[int]) -> str | None:
+        """Say why an optimizer cannot train them; None if it can.
+
+        Args:
+            held: ``id`` of every tensor that the optimizer holds.
+        """
+        named = list(self.named())
+        if len(named) != len(self.trained):
+            return (
+                "the model's parameters are no longer those that were attached: something (FSDP, quantization, a cast that "
+                "makes new ones) has replaced them"
+            )
+        missing = [name for name, p in named if p.requires_grad and id(p) not in held]
+        if missing:
+            return (
+                f"the optimizer does not hold {len(missing)} of the parameters that the method trains, such as "
+                f'"{missing[0]}": make it from adapted.parameters()'
+            )
+        return None
+
+    def cast(self) -> str | None:
+        """Say that parameters are no longer in the precision that attach gave them; None if they are."""
+        now = [p.dtype for p in self.parameters() if p.dtype != self._dtypes[id(p)]]
+        if not now:
+            return None
+        loss = ": small updates round away" if now[0].itemsize < 4 else ""
+        return f"what trains was cast to {now[0]} after attach, and trains in it{loss}"
+
+    # ---- what a state holds ----
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return the tensors that a state holds, by name: all that trains, and what the adapters keep beside it."""
+        self.put_back()
+        parameters = {name: p for name, p in self._model.named_parameters() if id(p) in self._saved}
+        return {**parameters, **{name: self._model.get_buffer(name) for name in self._buffers}}
+
+    def check(self, given: Mapping[str, Tensor], shapes: Mapping[int, tuple[int, ...]]) -> None:
+        """Raise LrkitError if tensors of a state cannot be taken over.
+
+        Args:
+            given: tensors by name.
+            shapes: those that `saved` has at the state's ranks, by ``id``, if they may differ from the present ones.
+        """
+        saved = self.saved()
+        if set(saved) != set(given):
+            raise misfit(f"{_listed(set(saved) ^ set(given))} missing or not expected")
+        for name, tensor in given.items():
+            mine = saved[name]
+            if tensor.shape != shapes.get(id(mine), mine.shape):
+                raise misfit(f"{name} is {list(tensor.shape)}, here {list(mine.shape)}")
+            if tensor.dtype != mine.dtype and not (tensor.is_floating_point() and mine.is_floating_point()):
+                raise misfit(f"{name} is {tensor.dtype}, here {mine.dtype}")
+
+    @torch.no_grad()
+    def take(self, given: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None) -> str | None:
+        """Take over tensors that `check` has passed.
+
+        A state in another precision is followed, unless these parameters were cast since attach.
+
+        Args:
+            given: tensors by name.
+            optimizer: its state for a tensor of another rank goes.
+
+        Returns:
+            A warning about the precision, or None.
+        """
+        saved = self.saved()
+        odd = [name for name, tensor in given.items() if tensor.dtype != saved[name].dtype]
+        follow = [name for name in odd if self._dtypes.get(id(saved[name]), saved[name].dtype) == saved[name].dtype]
+        told = None
+        if odd:
+            told = (
+                f"the state was saved in {given[odd[0]].dtype} ({odd[0]}), and is loaded in {saved[odd[0]].dtype}"
+                + (": it goes on as it was" if follow else ", to which the model was cast")
+            )
+        for name in follow:
+            saved[name].grad = None
+            saved[name].data = saved[name].data.to(given[name].dtype)
+        for name, tensor in given.items():
+            p = saved[name]
+            if tensor.shape != p.shape:
+                assert isinstance(p, nn.Parameter)  # `check` was given other shapes for components alone
+                _make_room(p, tensor.shape, optimizer)
+            p.copy_(tensor)
+        for p in self.parameters():
+            p.requires_grad_(p.numel() > 0)  # the state may be of an earlier step, when less was frozen
+        return told
+
+
+def _lasts(model: nn.Module, buffer: str) -> bool:
+    """Return whether a buffer is part of the model's state dict."""
+    path, _, name = buffer.rpartition(".")
+    return name not in model.get_submodule(path)._non_persistent_buffers_set
+
+
+def _listed(names: set[str]) -> str:
+    """Return the first names for a message."""
+    return ", ".join(map(shown, sorted(names)[:3]))
+
+
+def take_ranks(adapter: nn.Module, parts: Sequence[Part], optimizer: LastOptimizer) -> None:
+    """Let ``load_state_dict`` of an adapter give it the rank of the tensors that it is given, if they are all of one.
+
+    Args:
+        adapter: a module with components.
+        parts: its tensors.
+        optimizer: its state for a tensor of another rank goes.
+    """
+
+    def hook(module: nn.Module, given: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        found = [
+            (part.of(module), given[prefix + part.name], part.axis)
+            for part in parts
+            if part.axis is not None and prefix + part.name in given
+        ]
+        # Tensors of another layer are left to torch, which refuses them.
+        alike = all(_across(p, axis) == _across(tensor, axis) for p, tensor, axis in found)
+        if alike and len({tensor.shape[axis] for _, tensor, axis in found}) == 1:
+            for p, tensor, _axis in found:
+                if tensor.shape != p.shape:
+                    _make_room(p, tensor.shape, optimizer())
+
+    adapter.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def _across(tensor: Tensor, axis: int) -> torch.Size | None:
+    """Return the sizes of one component."""
+    return tensor.movedim(axis, 0).shape[1:] if -tensor.ndim <= axis < tensor.ndim else None
+
+
+def _make_room(p: nn.Parameter, shape: torch.Size, optimizer: torch.optim.Optimizer | None) -> None:
+    """Resize a tensor for a load. An optimizer's state for it goes, unless it has the new shape already."""
+    state = optimizer.state.get(p, {}) if optimizer is not None else {}
+    values = [value for value in state.values() if isinstance(value, Tensor)]
+    # State of the tensor's present shape is one entry per entry, even if rank 1 makes it look like Adafactor's.
+    odd = any(value.shape == p.shape != shape or not _belongs(value.shape, shape) for value in values)
+    if optimizer is not None and odd:
+        del optimizer.state[p]
+    resize(p, p.new_empty(shape))
+
+
+def _belongs(state: torch.Size, shape: torch.Size) -> bool:
+    """Return whether an optimizer's state can be of a tensor of this shape: its sizes, or some of them (Adafactor)."""
+    if len(state) == len(shape):
+        return all(a in (b, 1) for a, b in zip(state, shape, strict=True))
+    return set(state) <= {*shape, 1}

@@ -1,0 +1,114 @@
+"""Rules for what fits what: one for each way in which four parts cannot work together.
+
+A rule takes the parts that it compares, and gives the reason why they do not fit, with both sides named, or None. For
+example, `no_units` refuses `Freeze` on a parameterization that has no matrix which trains.
+"""
+
+from lrkit.actions import Action
+from lrkit.metrics import Metric
+from lrkit.parameterizations import Parameterization
+from lrkit.schedulers import Scheduler
+from lrkit.units import UnitKind
+
+_ANY = 2**31 - 1
+"""More units than any layer has."""
+
+
+def refusal(parameterization: Parameterization, metric: Metric, scheduler: Scheduler, action: Action) -> str | None:
+    """Return why these four cannot work together, by the first rule that refuses; None if they can."""
+    return (
+        refused_by_action(action, parameterization)
+        or no_start_for_growth(action, parameterization)
+        or no_units(action, parameterization)
+        or other_units_read(metric, action)
+        or no_core_read(metric, parameterization)
+        or budget_that_rises(scheduler, action)
+        or budget_above_units(scheduler, action, parameterization)
+    )
+
+
+def refused_by_action(action: Action, parameterization: Parameterization) -> str | None:
+    """Ask the action itself."""
+    reason = action.refusal(parameterization)
+    return None if reason is None else f"{_apart(action, parameterization)}: {reason}"
+
+
+def no_start_for_growth(action: Action, parameterization: Parameterization) -> str | None:
+    """Refuse to add components if nothing says how they begin, or if layers would have to grow together."""
+    begins = action.unit == "component" and type(parameterization).fresh is not Parameterization.fresh
+    shares = any(part.shared for part in parameterization.parts)
+    if not action.grows or (begins and not shares):
+        return None
+    return (
+        f"{_apart(action, parameterization)}: the action adds rank components, and this parameterization does not say how "
+        f"a new one begins{': its layers share tensors, so that none can grow alone' if shares else ''}"
+    )
+
+
+def no_units(action: Action, parameterization: Parameterization) -> str | None:
+    """Refuse an action whose units do not exist, or never train."""
+    if most_units(parameterization, action.unit):
+        return None
+    return (
+        f"{_apart(action, parameterization)}: it acts on units of kind {action.unit!r}, and there are none that train"
+    )
+
+
+def other_units_read(metric: Metric, action: Action) -> str | None:
+    """Refuse to score matrices or layers by a metric of components."""
+    if metric.reads not in ("core", "component") or action.unit == "component":
+        return None
+    what = "the core value of a component" if metric.reads == "core" else "whole components"
+    return (
+        f"metric {metric!r} does not fit action {action!r}: the metric reads {what}, and the action's units are of kind "
+        f"{action.unit!r}"
+    )
+
+
+def no_core_read(metric: Metric, parameterization: Parameterization) -> str | None:
+    """Refuse to read core values if none train."""
+    if metric.reads != "core" or any(part.core and part.trains for part in parameterization.parts):
+        return None
+    return (
+        f"metric {metric!r} does not fit parameterization {parameterization!r}: the metric reads core values, and there "
+        "are none"
+    )
+
+
+def budget_that_rises(scheduler: Scheduler, action: Action) -> str | None:
+    """Refuse a target above the start, unless the action adds units."""
+    start, target = scheduler.start, scheduler.target
+    if action.grows or type(target) is not type(start) or target <= start:
+        return None
+    return (
+        f"{type(scheduler).__name__}.target = {target!r} is above start = {start!r}, and {action!r} adds no units: such a "
+        "budget never grows"
+    )
+
+
+def budget_above_units(scheduler: Scheduler, action: Action, parameterization: Parameterization) -> str | None:
+    """Refuse to keep more units per layer than a layer has, unless the action adds some."""
+    most = most_units(parameterization, action.unit)
+    for name in ("start", "target"):
+        amount = getattr(scheduler, name)
+        if isinstance(amount, int) and amount > most and not action.grows:
+            what = "initial rank" if action.unit == "component" else f"number of units ({action.unit})"
+            return (
+                f"{type(scheduler).__name__}.{name} = {amount} is above the {what} {most} of {parameterization!r}: it must "
+                f"be at most {most}, or a share such as 0.5"
+            )
+    return None
+
+
+def most_units(parameterization: Parameterization, kind: UnitKind) -> int:
+    """Return the largest number of units of a kind that one layer may have and that train; 0 if there are none."""
+    live = [part for part in parameterization.parts if part.trains]
+    matrices = sum(part.matrix for part in live)
+    if kind == "component":
+        rank = _ANY if parameterization.components is None else parameterization.components
+        return rank if any(part.axis is not None for part in live) else 0
+    return matrices if kind == "matrix" else min(matrices, 1)
+
+
+def _apart(action: Action, parameterization: Parameterization) -> str:
+    return f"action {action!r} does not fit parameterization {parameterization!r}"

@@ -1,0 +1,131 @@
+"""The components of all layers: which of them a mask holds down, how they are cut and added, and what trains meanwhile."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from lrkit.actions import Verdict
+from lrkit.loop.policy import PolicyState
+from lrkit.loop.resizing import Ranks, Resize, Resized, resize_layer
+from lrkit.loop.run import Run
+from lrkit.loop.tally import Tally
+from lrkit.units import present, split
+
+
+@attrs.frozen(eq=False)
+class Components:
+    """The components of a run.
+
+    Args:
+        run: the run.
+        policies: the state of each policy.
+        ranks: the components that each layer stores.
+        tally: counts what trains.
+    """
+
+    run: Run
+    policies: Sequence[PolicyState]
+    ranks: Ranks
+    tally: Tally
+
+    @property
+    def _masking(self) -> list[PolicyState]:
+        return [state for state in self.policies if not state.fate.counts]
+
+    @property
+    def _kept(self) -> Tensor | None:
+        masks = [state.kept for state in self._masking]
+        return functools.reduce(torch.logical_and, masks) if masks else None
+
+    def kept(self) -> dict[str, Tensor]:
+        """Return layer name to bool [rank]: the components that no policy masks. Layers without such units are absent."""
+        kept = self._kept
+        if kept is None:
+            return {}
+        blocks = self._masking[0].blocks  # the same for every policy on components
+        return dict(zip((block.name for block in blocks), split(kept, blocks), strict=True))
+
+    def count(self, step: int) -> None:
+        """Count what trains from the step after `step` on, after units were masked or came back."""
+        self.tally.count(step, self._kept)
+
+    def survey(self, step: int) -> None:
+        """Count anew, after a freeze, a resize or a load."""
+        masking = self._masking
+        self.tally.survey([(block.name, block.count) for block in masking[0].blocks] if masking else None)
+        self.count(step)
+
+    def renew(
+        self, state: PolicyState, verdict: Verdict, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    ) -> tuple[str, ...]:
+        """Cut and add the components that a policy's verdict says. Returns the names of the new ones."""
+        fresh = verdict.fresh or (0,) * len(state.blocks)
+        resizes = {}
+        for block, keep, count in zip(state.blocks, split(verdict.kept, state.blocks), fresh, strict=True):
+            keep = keep if verdict.cut else torch.ones_like(keep)
+            if count or not bool(keep.all()):
+                resizes[block.name] = Resize(keep.nonzero().flatten(), count)
+        new = self.resize(resizes, optimizer, verdict.core, generator)
+        return tuple(f"{name}[{number}]" for name, numbers in new.items() for number in numbers)
+
+    def compact(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Cut components that are masked and add nothing (see `lrkit.units.present`). Every policy must have ended."""
+        kept = self.kept()
+        if kept:
+            self.run.check_cuttable()
+        stays = {}
+        for name, mask in kept.items():
+            there = present(self.run.modules[name], self.run.parts)
+            stays[name] = mask.to(there.device) | there
+        resizes = {name: Resize(keep.nonzero().flatten()) for name, keep in stays.items() if not bool(keep.all())}
+        self.resize(resizes, optimizer)
+
+    @torch.no_grad()
+    def resize(
+        self,
+        resizes: Mapping[str, Resize],
+        optimizer: torch.optim.Optimizer | None,
+        core: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, tuple[int, ...]]:
+        """Cut components of layers, and add fresh ones behind them; masks, statistics and the optimizer's state follow.
+
+        Args:
+            resizes: what to do, by layer name. Other layers are left alone.
+            optimizer: whose state follows; None for none.
+            core: the core value of fresh components.
+            generator: what their other parts are drawn from; None if there are none.
+
+        Returns:
+            The numbers of each layer's fresh components.
+        """
+        if not resizes:
+            return {}
+        tensors: dict[int, Resized] = {}
+        fresh = {}
+        for name, how in resizes.items():
+            new = self._drawn(name, how.fresh, core, generator) if how.fresh else {}
+            tensors |= resize_layer(self.run.modules[name], self.run.parts, how, new, optimizer, self.run.trained)
+            fresh[name] = self.ranks.take(name, how)
+        for state in self.policies:
+            # A tensor that was frozen, then cut away whole, and has grown again stays frozen.
+            state.fate.restore(state.blocks, state.kept)
+        numbers = {name: self.ranks.numbers(name) for name in self.run.ranks}
+        for state in self.policies:
+            state.resize(resizes, tensors, numbers)
+        return fresh
+
+    def _drawn(self, name: str, count: int, core: float, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Return the slices of a layer's fresh components, by the part's name."""
+        module, new = self.run.modules[name], {}
+        for part in self.run.parts:
+            tensor = part.of(module)
+            if part.core:
+                new[part.name] = tensor.new_full((count,), core)
+            else:
+                assert generator is not None
+                new[part.name] = self.run.method.parameterization.fresh(part, module, count, generator).to(tensor)
+        return new

@@ -1,0 +1,309 @@
+"""The loop of an adaptive method: observe, score, decide, apply.
+
+At every real optimizer step, each policy's metric observes weights and gradients. When the scheduler says that a
+decision is due, entry-wise scores are reduced to unit scores, the action decides who is kept, and it is applied.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrkit.errors import LrkitWarning, listing
+from lrkit.loop import fitting, rules
+from lrkit.loop.components import Components
+from lrkit.loop.gradients import Unclipped
+from lrkit.loop.history import Decision
+from lrkit.loop.layout import GradientOf, own_gradient
+from lrkit.loop.liveness import Liveness
+from lrkit.loop.policy import PolicyState
+from lrkit.loop.resizing import Ranks
+from lrkit.loop.run import Run
+from lrkit.loop.state import Saved, SavedPolicy
+from lrkit.loop.statistics import Observed
+from lrkit.loop.tally import Tally
+
+
+class Controller:
+    """All policies of one run and their state. Without a saved one it is the state before the first step.
+
+    Args:
+        run: the method and the adapters.
+        saved: a saved run that `check` has passed; the adapters' tensors must hold its weights.
+        tensors: its tensors.
+        said: keys of the warnings that have been said.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        saved: Saved | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        said: set[str] | None = None,
+    ) -> None:
+        self.run = run
+        self._said: set[str] = set() if said is None else said
+        self._scale: Tensor | None = None
+        self.step = 0
+        self.total_steps: int | None = None
+        self.history: list[Decision] = []
+        self.liveness = Liveness(run.modules, run.trained, run.others, whole=run.penalized)
+        tally = Tally(run.modules, run.method.parameterization.parts, run.trained)
+        if saved is None:
+            ranks, self.policies = Ranks(run.ranks), run.policies()
+            # Fresh components are drawn from this and the step alone, so that a resumed run draws the same.
+            self.seed = int(torch.randint(2**62, ())) if run.grows else 0
+        else:
+            self._take(saved, tensors or {})
+            ranks = Ranks(run.ranks, saved.components, saved.numbered)
+            tally.load(saved.step, saved.sums)
+        self.components = Components(run, self.policies, ranks, tally)
+        self.components.survey(self.step)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The components that each layer stores."""
+        return self.components.ranks
+
+    @property
+    def tally(self) -> Tally:
+        """What trains, layer by layer."""
+        return self.components.tally
+
+    def _take(self, saved: Saved, tensors: Mapping[str, Tensor]) -> None:
+        self.step, self.total_steps, self.seed = saved.step, saved.total_steps, saved.seed
+        self.history = list(saved.history)
+        self.liveness.dead = None if saved.dead is None else list(saved.dead)
+        self.policies = fitting.policies_of(self.run, saved, tensors)
+        for state in self.policies:
+            # Only what the loaded tensors do not hold is made again; a mask is never applied a second time, since λ may
+            # have moved since.
+            state.fate.restore(state.blocks, state.kept)
+        for state, record in zip(self.policies, saved.policies, strict=True):
+            state.remember(tensors, record.observations)
+
+    def loaded(self, saved: Saved, tensors: Mapping[str, Tensor]) -> "Controller":
+        """Make the controller of a saved run of this method, which `check` has passed.
+
+        If this one is bound for more steps, all schedules of the saved run have ended, and it goes on for as many.
+        """
+        made = Controller(self.run, saved, tensors, self._said)
+        made.schedule(max(self.total_steps or 0, made.total_steps or 0) or None)
+        return made
+
+    def check(self, saved: Saved, tensors: Mapping[str, Tensor]) -> None:
+        """Raise LrkitError if a state is not one of this run; change nothing."""
+        fitting.check(self.run, saved, tensors, self.total_steps)
+
+    # ---- schedules ----
+
+    def schedule(self, total_steps: int | None, *, dry: bool = False) -> None:
+        """Bind every schedule that has not ended to the length of the run.
+
+        Args:
+            total_steps: T; None leaves all as it is.
+            dry: look whether they fit, and change nothing.
+
+        Raises:
+            LrkitError: a schedule does not fit.
+        """
+        if total_steps is None:
+            return
+        waiting = [state for state in self.policies if not state.ended]
+        timetables = [rules.timetable(state, total_steps) for state in waiting]
+        if not dry:
+            self.total_steps = total_steps
+            for state, times in zip(waiting, timetables, strict=True):
+                state.times = times
+
+    def begin(self, total_steps: int) -> None:
+        """Bind every schedule to the length of the run, and say what it will not reach. Raises as `schedule`."""
+        self.schedule(total_steps)
+        self.foretell(total_steps)
+
+    def foretell(self, total_steps: int) -> None:
+        """Say once what a run of so many steps will not reach by its schedules."""
+        for state in self.policies:
+            if not state.ended:
+                times = state.policy.scheduler.over(total_steps, units=state.capacity, layers=state.layers)
+                for key, message in rules.forewarnings(state.policy, times, state.units):
+                    self.warn(f"{key} {state.index}", message)
+
+    def objection(self, total_steps: int) -> str | None:
+        """Say why a run that has begun cannot go on as one of so many steps; None if it can."""
+        return rules.objection(self.policies, self.step, self.total_steps, total_steps)
+
+    def unfinished(self) -> str | None:
+        """Say what training that ends now leaves undone; None if every last decision has been taken."""
+        return rules.unfinished(self.policies, self.step, self.total_steps)
+
+    # ---- the loop ----
+
+    def look(self) -> None:
+        """See which adapters have gradients, name those that have none, and leave them out of the rankings."""
+        if not self.liveness.look():
+            return
+        dead, modules = self.liveness.dead or [], self.run.modules
+        for state in self.policies:
+            state.bury({id(modules[name]) for name in dead})
+            state.follow()
+        if dead:
+            self.warn(
+                "dead",
+                f"no gradient reaches {len(dead)} of {len(modules)} adapted layers, because the loss does not depend "
+                "on them or the model reads their weight without a call: they take no part in any ranking until one does. "
+                f"They are {listing(dead)}",
+            )
+
+    @property
+    def wants_unclipped(self) -> bool:
+        """Whether a metric measures gradients as they were before clipping."""
+        return any(state.policy.metric.measure == "before-clipping" for state in self.policies)
+
+    def before_step(
+        self, scale: Tensor | None = None, unclipped: Unclipped | None = None, loss_scale: float | None = None
+    ) -> None:
+        """Observe, when the optimizer is about to step.
+
+        Args:
+            scale: a factor that the gradients still carry; None for none.
+            unclipped: the gradients as backward left them, if a metric wants them.
+            loss_scale: the factor that those carry; None for none.
+        """
+        self._scale = scale
+        self.look()
+        for state in self.policies:
+            state.follow_device()
+            measure = state.policy.metric.measure
+            if measure == "before-step":
+                self._observe(state, self.step + 1, scale)
+            elif measure == "before-clipping" and unclipped is not None:
+                whole = None if loss_scale is None else torch.tensor(loss_scale)
+                self._observe(state, self.step + 1, whole, unclipped.of)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Observe and decide, when the optimizer has stepped.
+
+        Returns:
+            Whether tensors have stopped training, or are of another size: DDP has to follow then.
+        """
+        assert self.total_steps is not None
+        self.step += 1
+        if self.step == self.total_steps + 1:
+            self.warn(
+                "over",
+                f"step {self.step} of a run that was bound for total_steps={self.total_steps}: every schedule has ended",
+            )
+        changed = moved = False
+        # All observe before any decides: a matrix that one policy freezes has no gradient for the next.
+        for state in self.policies:
+            if state.policy.metric.measure == "after-step":
+                self._observe(state, self.step, self._scale)
+        for state in self.policies:
+            if state.due(self.step):
+                decision, settled = self._decide(state, optimizer)
+                changed |= bool(decision.lost or decision.returned)
+                moved |= settled
+            elif state.ended:
+                state.fate.hold(state.blocks, state.kept)
+        if moved:
+            self.components.survey(self.step)
+        elif changed:
+            self.components.count(self.step)
+        return moved
+
+    def _observe(self, state: PolicyState, step: int, scale: Tensor | None, of: GradientOf = own_gradient) -> None:
+        if state.ended or state.times is None or not state.times.observes(step):
+            return
+        seen: Observed = state.statistics.observe(scale, of, scoring=state.due(step))
+        if seen.missing:
+            self.warn(
+                "none",
+                f"{seen.missing} of {seen.of} adapter tensors have no gradient at step {step}: they count as zero. Were "
+                "they left out of the graph, or the gradients cleared before the step?",
+            )
+        if not seen.finite:
+            self.warn("finite", f"gradients are not finite at step {step}: the statistics skip this step")
+
+    def _decide(self, state: PolicyState, optimizer: torch.optim.Optimizer) -> tuple[Decision, bool]:
+        """Take one policy's decision, and carry it out. Returns its record, and whether tensors stopped or were resized."""
+        assert state.times is not None
+        action = state.policy.action
+        standing = action.proximal(state.blocks, state.times.share(self.step), optimizer)
+        decided = state.decide(self.step, standing)
+        if decided.skipped:
+            self.warn("finite", f"gradients are not finite before step {self.step}: the statistics skip this step")
+        verdict, before, names = decided.verdict, state.kept, state.unit_names
+        state.kept = verdict.kept
+        action.apply(state.blocks, verdict.kept, optimizer)
+        lost = [names[i] for i in (before & ~verdict.kept).nonzero().flatten().tolist()]
+        returned = [names[i] for i in (verdict.kept & ~before).nonzero().flatten().tolist()]
+        settled = state.fate.settles(bool(lost), bool(returned))
+        for other in self.policies if settled else ():
+            other.follow()
+        if self.step == state.times.last:
+            state.end()
+        generator = torch.Generator().manual_seed((self.seed + 1_000_003 * self.step + state.index) % 2**63)
+        fresh = self.components.renew(state, verdict, optimizer, generator)
+        decision = Decision(
+            step=self.step,
+            policy=state.index,
+            budget=state.times.budget(self.step) if verdict.budget is None else verdict.budget,
+            kept=int(state.kept.sum()),
+            units=state.capacity,
+            threshold=decided.threshold,
+            lost=tuple(lost),
+            returned=tuple(returned),
+            fresh=fresh,
+        )
+        self.history.append(decision)
+        return decision, settled or verdict.cut or bool(fresh)
+
+    def warn(self, key: str, message: str) -> None:
+        """Say something once."""
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(message, LrkitWarning, stacklevel=3)
+
+    def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
+        """Cut components that are masked and add nothing, once every policy has ended. The parameters stay the same objects.
+
+        Args:
+            optimizer: its state for these parameters is cut with them.
+
+        Returns:
+            Layer name to its rank now.
+        """
+        self.components.compact(optimizer)
+        self.components.survey(self.step)
+        return self.ranks.now()
+
+    # ---- state ----
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return copies of all tensors that the loop remembers, by name."""
+        return {name: tensor.clone() for state in self.policies for name, tensor in state.tensors().items()}
+
+    def saved(self, method: dict[str, Any], head: Sequence[str], base: Any) -> Saved:
+        """Return everything else that the loop remembers. Arguments as in `Saved`."""
+        self.tally.settle(self.step)
+        return Saved(
+            method=method,
+            targets=tuple(self.run.modules),
+            head=tuple(head),
+            ranks=self.ranks.now(),
+            step=self.step,
+            total_steps=self.total_steps,
+            seed=self.seed,
+            policies=tuple(
+                SavedPolicy(observations=state.statistics.observations, ended=state.ended) for state in self.policies
+            ),
+            history=tuple(self.history),
+            components=dict(self.ranks.components),
+            numbered=dict(self.ranks.numbered),
+            sums=self.tally.totals,
+            dead=None if self.liveness.dead is None else tuple(self.liveness.dead),
+            base=base,
+        )

@@ -1,0 +1,97 @@
+"""What the loop does about units that lost, beyond what an action does at a decision: one class per fate.
+
+The loop asks these and never an action's class or settings.
+"""
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from lrkit.actions import Action
+from lrkit.units import Block, split
+
+
+@attrs.frozen(eq=False)
+class Fate:
+    """Units that lost go on as they are, but less: they count as trained, and nothing has to be kept up ("dimmed").
+
+    Args:
+        action: whose units.
+    """
+
+    action: Action
+
+    def candidates(self, kept: Tensor) -> Tensor:
+        """Return who may be kept at a decision, bool [n]: all, or those kept so far if losing is final."""
+        return kept if self.action.final else torch.ones_like(kept)
+
+    def ranked(self, kept: Tensor, blocks: Sequence[Block]) -> list[bool]:
+        """Return for each block whether it has scores: those of which all units lost for good have none."""
+        return [not self.action.final or bool(mask.any()) for mask in split(kept, blocks)]
+
+    @property
+    def counts(self) -> bool:
+        """Say whether units that lost count as trained."""
+        return True
+
+    def settles(self, lost: bool, returned: bool) -> bool:
+        """Say whether entries stop, or begin again, to have statistics after a decision that changed units."""
+        return lost and self.action.final
+
+    def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
+        """Keep the last decision up after each further step."""
+
+    def restore(self, blocks: Sequence[Block], kept: Tensor) -> None:
+        """Make again what loaded tensors do not hold."""
+
+    def frozen(self, blocks: Sequence[Block], kept: Tensor) -> set[int]:
+        """Return the ``id`` of each tensor that does not train because its units lost."""
+        return set()
+
+
+class Masked(Fate):
+    """Units that lost add nothing. The optimizer moves them all the same, so that after the end they are held down."""
+
+    @property
+    def counts(self) -> bool:
+        """They do not: they add nothing."""
+        return self.action.unit != "component"
+
+    def hold(self, blocks: Sequence[Block], kept: Tensor) -> None:
+        """Apply the last decision again."""
+        self.action.apply(blocks, kept, None)
+
+
+class Removed(Masked):
+    """Units that lost leave the tensors as soon as a verdict says so; until then they are masked."""
+
+    def settles(self, lost: bool, returned: bool) -> bool:
+        """Never by itself: statistics follow when the tensors are resized."""
+        return False
+
+
+class Frozen(Fate):
+    """Units that lost stop training; ``requires_grad`` is in no state dict."""
+
+    def settles(self, lost: bool, returned: bool) -> bool:
+        """Whenever a tensor stops training, or trains again."""
+        return lost or returned
+
+    def restore(self, blocks: Sequence[Block], kept: Tensor) -> None:
+        """Freeze again what was frozen."""
+        self.action.apply(blocks, kept, None)
+
+    def frozen(self, blocks: Sequence[Block], kept: Tensor) -> set[int]:
+        """Return the tensors of blocks that lost."""
+        masks = zip(blocks, split(kept, blocks), strict=True)
+        return {id(tensor) for block, mask in masks if not bool(mask.any()) for tensor in block.tensors}
+
+
+_FATES = {"masked": Masked, "dimmed": Fate, "frozen": Frozen, "removed": Removed}
+
+
+def fate_of(action: Action) -> Fate:
+    """Return what the loop does about units that lose by this action."""
+    return _FATES[action.fate](action)

@@ -1,0 +1,122 @@
+"""Does a saved run fit this one? It is built at the saved ranks, and sizes are compared; nothing is changed."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lrkit.errors import LrkitError, shown
+from lrkit.loop.policy import PolicyState
+from lrkit.loop.rules import timetable
+from lrkit.loop.run import Run
+from lrkit.loop.state import Saved, misfit
+from lrkit.loop.tally import Tally
+from lrkit.units import split
+
+
+def check(run: Run, saved: Saved, tensors: Mapping[str, Tensor], bound_for: int | None) -> None:
+    """Raise LrkitError if a state is not one of this run.
+
+    Args:
+        run: this run.
+        saved: the state's data.
+        tensors: its tensors: ``weight.*`` and ``policy.*``.
+        bound_for: total steps that this run is bound for; None if it is not bound.
+    """
+    total = bound_for if saved.total_steps is None else saved.total_steps
+    # Once every schedule has ended, nothing depends on the total any more.
+    ended = bool(saved.policies) and all(policy.ended for policy in saved.policies)
+    if run.method.policies and bound_for not in (None, total) and not ended:
+        raise LrkitError(
+            f"the state is of a run of {total} steps, this one is bound for {bound_for}: "
+            "the schedule would be another one"
+        )
+    if len(saved.policies) != len(run.method.policies):
+        raise misfit(f"policies must be a list of {len(run.method.policies)}")
+    saved.check_ranks(run.ranks, run.grows)
+    policies = policies_of(run, saved, tensors)
+    if total is not None:
+        for state in policies:
+            _check_progress(state, saved, total)
+    shapes = run.shapes(saved.ranks)
+    frozen = set().union(*(state.fate.frozen(state.blocks, state.kept) for state in policies))
+
+    def look(p: nn.Parameter) -> tuple[tuple[int, ...], bool]:
+        shape = shapes.get(id(p), tuple(p.shape))
+        return shape, id(p) not in frozen
+
+    for state in policies:
+        layout = state.layout(look)
+        sizes = {f"policy.{state.index}.buffer.{n}": layout.size for n in _buffers(state)}
+        for name, size in (sizes | {f"policy.{state.index}.still": layout.still_size}).items():
+            if tensors[name].dtype != torch.float32 or tensors[name].shape != (size,):
+                raise misfit(f"{name} is not float32 [{size}]")
+    known = {"weight", *(f"policy.{state.index}" for state in policies)}
+    if odd := [n for n in tensors if ".".join(n.split(".", 2)[: 1 if n.startswith("weight.") else 2]) not in known]:
+        raise misfit(f"{shown(odd[0])} is not expected")
+    _check_sums(run, saved, policies, frozen)
+
+
+def policies_of(run: Run, saved: Saved, tensors: Mapping[str, Tensor]) -> list[PolicyState]:
+    """Make each policy's state at the saved ranks, with its mask, and without statistics.
+
+    Raises:
+        LrkitError: tensors are missing or not expected, or a mask is not one of so many units.
+    """
+    numbers = {name: saved.numbers(name) for name in run.ranks}
+    policies = run.policies()
+    for state, record in zip(policies, saved.policies, strict=True):
+        state.ended = record.ended
+        prefix = f"policy.{state.index}"
+        expected = {f"{prefix}.kept", f"{prefix}.still", *(f"{prefix}.buffer.{name}" for name in _buffers(state))}
+        given = {name for name in tensors if name.startswith(f"{prefix}.")}
+        if given != expected:
+            raise misfit(f"{', '.join(sorted(given ^ expected))} missing or not expected")
+        kept = tensors[f"{prefix}.kept"]
+        state.take(numbers, state.kept)
+        count = sum(block.count for block in state.blocks)
+        if kept.dtype != torch.bool or kept.shape != (count,):
+            raise misfit(f"{prefix}.kept is not bool [{count}]")
+        state.take(numbers, kept.to(state.kept.device, copy=True))
+        state.bury({id(run.modules[name]) for name in saved.dead or ()})
+    return policies
+
+
+def _buffers(state: PolicyState) -> tuple[str, ...]:
+    return () if state.ended else tuple(state.policy.metric.buffers)
+
+
+def _check_progress(state: PolicyState, saved: Saved, total: int) -> None:
+    """Refuse a decision that should have been taken, and one about units that this run has not."""
+    if not state.ended:
+        times = timetable(state, total)
+        if saved.step > times.last:
+            raise misfit(f"step {saved.step} of {total} is beyond the last decision of policy {state.index}")
+    blocks = {block.name for block in state.blocks}
+    mine = [d for d in saved.history if d.policy == state.index]
+    names = {name.partition("[")[0] for d in mine for name in (*d.lost, *d.returned, *d.fresh)}
+    if not names <= blocks:
+        raise misfit(f"history names {shown(min(names - blocks))}, which is no unit of this run")
+
+
+def _check_sums(run: Run, saved: Saved, policies: list[PolicyState], frozen: set[int]) -> None:
+    """Refuse sums of more parameters than there were, or of too few for a run beyond its end."""
+    step, sums = saved.step, saved.sums
+    for name, first in run.ranks.items():
+        most = run.starts[name] * max(1, saved.numbered[name]) // max(1, first)
+        if sums[name] > step * most:
+            raise misfit(f"sums has {sums[name]} for {name}: more than {most} parameters at each of {step} steps")
+    if saved.total_steps is None or step <= saved.total_steps:
+        return
+    masks: dict[str, Tensor] = {}
+    for state in policies:
+        if not state.fate.counts:
+            for block, mask in zip(state.blocks, split(state.kept, state.blocks), strict=True):
+                masks[block.name] = masks.get(block.name, mask) & mask
+    tally = Tally(run.modules, run.method.parameterization.parts, run.trained)
+    kept = {name: int(mask.sum()) for name, mask in masks.items()}
+    now = sum(tally.would_be(run.shapes(saved.ranks), frozen, kept).values())
+    last = max((d.step for d in saved.history), default=0)
+    # Half: a layer without a gradient may have been left out of the count on the way.
+    if 2 * sum(sums.values()) < now * (step - last):
+        raise misfit(f"step {step} is beyond the run of {saved.total_steps} steps, and sums are of fewer")

@@ -1,0 +1,35 @@
+"""What a policy decided, one record per decision. Nothing here needs torch: the records are read back without it."""
+
+import attrs
+
+
+@attrs.frozen
+class Decision:
+    """What one policy decided after one optimizer step.
+
+    Args:
+        step: how many optimizer steps had been taken: 1, 2, ...
+        policy: index into ``method.policies``.
+        budget: units that may be kept; all of them if the action goes by no number (`lrkit.actions.Verdict.budget`).
+        kept: units that are kept.
+        units: all units of the policy; if its action adds units, those that the schedule has room for.
+        threshold: the lowest score among the kept units; None if none is kept.
+        lost: names of the units that were kept before and are not now.
+        returned: names of the units that were not kept before and are now.
+        fresh: names of the units that were added. No number is given twice.
+    """
+
+    step: int
+    policy: int
+    budget: int
+    kept: int
+    units: int
+    threshold: float | None
+    lost: tuple[str, ...]
+    returned: tuple[str, ...]
+    fresh: tuple[str, ...] = ()
+
+    @property
+    def before(self) -> int:
+        """Units that were in effect before it."""
+        return self.kept + len(self.lost) - len(self.returned) - len(self.fresh)

@@ -1,0 +1,196 @@
+"""One policy of a run and its state: which units are kept, its schedule, and its metric's statistics."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from lrkit.actions import Ballot, Verdict
+from lrkit.loop.course import Span, course, is_known
+from lrkit.loop.fates import fate_of
+from lrkit.loop.layout import Layout, Look, as_is
+from lrkit.loop.resizing import Resize, Resized
+from lrkit.loop.statistics import Statistics
+from lrkit.method import Policy
+from lrkit.schedulers import Timetable
+from lrkit.units import Block, split
+
+
+@attrs.frozen(eq=False)
+class Decided:
+    """A decision that has not been carried out.
+
+    Args:
+        verdict: the action's.
+        threshold: the lowest score among the kept units; None if none is kept.
+        skipped: whether gradients were not finite at some step since the last decision (on a device).
+    """
+
+    verdict: Verdict
+    threshold: float | None
+    skipped: bool
+
+
+class PolicyState:
+    """One policy of a run.
+
+    Args:
+        index: its place in ``method.policies``.
+        policy: the policy.
+        blocks: its units at first.
+    """
+
+    def __init__(self, index: int, policy: Policy, blocks: Sequence[Block]) -> None:
+        self.index, self.policy, self.blocks = index, policy, list(blocks)
+        self.fate = fate_of(policy.action)
+        # Amounts that are given as an average are per layer that has such units: AFLoRA's FFN layers alone, say.
+        self.layers = len({id(block.module) for block in blocks})
+        self.units = sum(block.count for block in blocks)
+        # The schedule's amounts are of all units, those still to come included if the action adds some.
+        amounts = (policy.scheduler.start, policy.scheduler.target) if policy.action.grows else ()
+        self.capacity = max([self.units, *(a * self.layers for a in amounts if isinstance(a, int))])
+        self.times: Timetable | None = None
+        self.ended = False
+        self.dead: frozenset[int] = frozenset()
+        """``id`` of each adapter that the loss does not reach: it has no entries, and ranks last."""
+        device = blocks[0].tensors[0].device
+        # A model without weights is there to be counted: what is kept must be a number all the same.
+        device = torch.device("cpu") if device.type == "meta" else device
+        self.kept = torch.ones(self.units, dtype=torch.bool, device=device)
+        self.statistics = Statistics(policy.metric, self.layout())
+
+    @property
+    def unit_names(self) -> list[str]:
+        """Names of all units, in order."""
+        return [name for block in self.blocks for name in block.unit_names()]
+
+    def layout(self, look: Look = as_is) -> Layout:
+        """Lay out the entries of all units that are still ranked."""
+        if self.ended:
+            return Layout([], [], self.policy.metric.reads)
+        # Units that were cut away whole have no score, nor have those that the loss does not reach.
+        present = [
+            there and id(block.module) not in self.dead and any(0 not in look(p)[0] for p in block.tensors)
+            for there, block in zip(self.fate.ranked(self.kept, self.blocks), self.blocks, strict=True)
+        ]
+        return Layout(self.blocks, present, self.policy.metric.reads, look)
+
+    def due(self, step: int) -> bool:
+        """Say whether a decision is taken after optimizer step `step` (1, 2, ...)."""
+        return not self.ended and self.times is not None and self.times.due(step)
+
+    def course(self) -> list[Span]:
+        """Return the run's spans of equal states, as the schedule alone has them. See `lrkit.loop.course`."""
+        assert self.times is not None
+        return course(self.times, self.policy.action, self.units)
+
+    def follow_device(self) -> None:
+        """Move mask and statistics to the device that the model has gone to since attach."""
+        first = self.blocks[0]
+        device = first.tensor(first.parts[0]).device
+        if device == (self.kept.device if self.ended else self.statistics.layout.device):
+            return
+        # If a tensor cannot move in place, the module has a new one: look them up again.
+        self.blocks = [attrs.evolve(block) for block in self.blocks]
+        self.kept = self.kept.to(device)
+        self.statistics = self.statistics.moved(self.layout())
+
+    def follow(self) -> None:
+        """Follow tensors that stopped training, or train again: they lose their statistics, or begin anew."""
+        if not self.ended:
+            self.statistics = self.statistics.follow(self.layout())
+
+    def resize(
+        self,
+        layers: Mapping[str, Resize],
+        tensors: Mapping[int, Resized],
+        numbers: Mapping[str, Sequence[int]],
+    ) -> None:
+        """Follow tensors that were resized: masks and statistics of what stays stay; fresh components are kept, at zero.
+
+        Args:
+            layers: what was done, by layer name.
+            tensors: the same by the tensor's ``id``.
+            numbers: by layer name the numbers of its components now.
+        """
+        if self.policy.action.unit == "component":
+            masks = zip(split(self.kept, self.blocks), self.blocks, strict=True)
+            self.kept = torch.cat([layers[b.name].of(m, 0, True) if b.name in layers else m for m, b in masks])
+            self.take(numbers, self.kept)
+        if not self.ended:
+            self.statistics = self.statistics.follow(self.layout(), tensors)
+
+    def take(self, numbers: Mapping[str, Sequence[int]], kept: Tensor) -> None:
+        """Take over which components there are, by layer name, and which units are kept, bool [units]."""
+        if self.policy.action.unit == "component":
+            self.blocks = [
+                attrs.evolve(block, count=len(numbers[block.name]), numbers=tuple(numbers[block.name]))
+                for block in self.blocks
+            ]
+        self.kept = kept
+
+    def bury(self, dead: Collection[int]) -> None:
+        """Take over which adapters the loss does not reach, by ``id``."""
+        self.dead = frozenset(dead)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return mask and statistics by the names that a state has for them."""
+        prefix, own = f"policy.{self.index}", self.statistics
+        buffers = {f"{prefix}.buffer.{name}": flat for name, flat in own.buffers.items()}
+        return {f"{prefix}.kept": self.kept, f"{prefix}.still": own.still, **buffers}
+
+    def remember(self, tensors: Mapping[str, Tensor], observations: int) -> None:
+        """Take over the statistics of a state, whose tensors `tensors` has named; the mask is there already."""
+        prefix, device, metric = f"policy.{self.index}", self.kept.device, self.policy.metric
+        names = () if self.ended else metric.buffers
+        buffers = {name: tensors[f"{prefix}.buffer.{name}"].to(device, copy=True) for name in names}
+        still = tensors[f"{prefix}.still"].to(device, copy=True)
+        self.statistics = Statistics(metric, self.layout(), buffers, still, observations)
+
+    def end(self) -> None:
+        """Drop the statistics after the last decision: they have done their work."""
+        self.ended = True
+        self.statistics = Statistics(self.policy.metric, self.layout(), {}, None, self.statistics.observations)
+
+    @torch.no_grad()
+    def decide(self, step: int, standing: Tensor | None) -> Decided:
+        """Decide which units to keep after a step; nothing is carried out.
+
+        Args:
+            step: the optimizer step just taken.
+            standing: bool [units], False for those that a proximal step has taken out; None for no such step.
+        """
+        assert self.times is not None
+        skipped = self.statistics.skipped()
+        # A score that is not a number (diverged weights) ranks last.
+        scores = torch.nan_to_num(self.statistics.scores(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        candidates = self.fate.candidates(self.kept)
+        candidates = candidates if standing is None else candidates & standing
+        blocks, budget = self.blocks, self.times.budget(step)  # as they are now, whenever the ballot is read
+        if self.dead:
+            live = self._by_unit(blocks, [id(block.module) not in self.dead for block in blocks]).bool()
+            scores = torch.where(live, scores.clamp_min(torch.finfo(scores.dtype).min), -torch.inf)
+            if is_known(self.policy.action) and int((candidates & live).sum()) >= budget:
+                candidates = candidates & live
+        ballot = Ballot(
+            scores,
+            candidates,
+            budget,
+            self.times.share(step),
+            self.statistics.entries,
+            lambda: self._by_unit(blocks, [len(block.parts) for block in blocks]),
+            lambda: self._by_unit(blocks, range(len(blocks))),
+            lambda: self._by_unit(blocks, [sum(t.numel() for t in b.tensors) // max(1, b.count) for b in blocks]),
+            last=step == self.times.last,
+            layers=len(blocks),
+        )
+        verdict = self.policy.action.decide(ballot)
+        self.statistics.decided()
+        kept = verdict.kept
+        return Decided(verdict, float(scores[kept].min()) if bool(kept.any()) else None, skipped)
+
+    def _by_unit(self, blocks: Sequence[Block], values: Sequence[int]) -> Tensor:
+        """Return a number per block as one per unit [units]."""
+        each = [value for value, block in zip(values, blocks, strict=True) for _ in range(block.count)]
+        return torch.tensor(each, dtype=torch.long, device=self.kept.device)

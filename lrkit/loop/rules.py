@@ -1,0 +1,113 @@
+"""Questions to a policy before a run: does its schedule fit, what will it miss, what would another length change."""
+
+from collections.abc import Iterator, Sequence
+
+from lrkit.errors import LrkitError, shown
+from lrkit.loop.course import course, is_known
+from lrkit.loop.policy import PolicyState
+from lrkit.method import Policy
+from lrkit.schedulers import Timetable
+from lrkit.settings import MOST_STEPS
+
+
+def timetable(state: PolicyState, total_steps: int) -> Timetable:
+    """Bind a policy's schedule to a run.
+
+    Raises:
+        LrkitError: more steps than any run has, phases that do not fit, or a budget that would grow.
+    """
+    if total_steps > MOST_STEPS:
+        raise LrkitError(f"total_steps must be at most {MOST_STEPS:,}, not {shown(total_steps)}")
+    scheduler, units = state.policy.scheduler, state.capacity
+    times = scheduler.over(total_steps, units=units, layers=state.layers)
+    first, last = times.budget(-1), times.budget(total_steps + 1)
+    if last > first and not state.policy.action.grows:
+        raise LrkitError(
+            f"{type(scheduler).__name__}: target {scheduler.target!r} is {last} of {units} units, "
+            f"above start {scheduler.start!r}, which is {first}: a budget never grows"
+        )
+    return times
+
+
+def objection(policies: Sequence[PolicyState], step: int, before: int | None, total_steps: int) -> str | None:
+    """Say why a run that has begun cannot go on as one of so many steps; None if it can.
+
+    Once every schedule has ended, nothing depends on the total any more, and the run may be longer.
+
+    Args:
+        policies: its policies.
+        step: steps that have been taken.
+        before: its total steps until now; None if it was not bound.
+        total_steps: its total steps from now on.
+    """
+    if before is None or not step or before == total_steps:
+        return None
+    if total_steps < step:
+        return f"total_steps={total_steps}, but {step} steps have been taken: it counts the whole run"
+    changes = []
+    for state in policies:
+        if not state.ended:
+            sizes = {"units": state.capacity, "layers": state.layers}
+            now, then = (state.policy.scheduler.over(total, **sizes) for total in (before, total_steps))
+            changes.append(_change(step, now, then))
+    if not changes:
+        return None
+    return (
+        f"total_steps={total_steps}, but this run was begun with {before}, and its schedule has not ended: the schedule "
+        f"would be another one ({'; '.join(changes)}). Go on with {before}, or attach anew"
+    )
+
+
+def unfinished(policies: Sequence[PolicyState], step: int, total_steps: int | None) -> str | None:
+    """Say what training that ends now leaves undone; None if every last decision has been taken."""
+    ends = [s.times.number(s.times.last) for s in policies if not s.ended and s.times is not None]
+    if not ends:
+        return None
+    return (
+        f"training ends at step {step} of {total_steps}, before the last decision at step {max(ends)}: the budget was not "
+        "reached"
+    )
+
+
+def forewarnings(policy: Policy, times: Timetable, units: int) -> Iterator[tuple[str, str]]:
+    """Yield a key and a message for each thing that a run will not reach by its schedule.
+
+    Args:
+        policy: the policy.
+        times: its schedule, bound to the run.
+        units: its units at first.
+    """
+    scheduler, action = policy.scheduler, policy.action
+    name, end = type(scheduler).__name__, times.number(times.last)
+    if not 1 <= times.last <= times.total_steps:
+        first = times.number(1)
+        yield (
+            "end",
+            f"{name}: the last decision is due at step {end}, and the run's steps are numbered {first} to "
+            f"{times.number(times.total_steps)}: the budget will not be reached",
+        )
+        return
+    budget = times.budget(times.last)
+    if action.unit == "component" and action.fate in ("masked", "removed") and is_known(action) and not budget:
+        yield (
+            "nothing",
+            f"{name}.target = {scheduler.target!r}: after the last decision, at step {end}, no component is left, and the "
+            "model is the one before fine-tuning but for its head",
+        )
+    there = course(times, action, units)[-1][1] if action.grows else budget
+    if there != budget:
+        yield (
+            "short",
+            f"{action!r}: after the last decision, at step {end}, there will be {there} components of a budget of {budget}: "
+            "give it more decisions, or more at each",
+        )
+
+
+def _change(step: int, before: Timetable, after: Timetable) -> str:
+    """Say what another number of total steps would change after `step` steps."""
+    ends = [times.number(times.last) for times in (after, before)]
+    budgets = [times.budget(step) for times in (after, before)]
+    return (
+        f"last decision at step {ends[0]} instead of {ends[1]}, budget at step {before.number(step)} {budgets[0]} instead "
+        f"of {budgets[1]} of {before.units} units"
+    )

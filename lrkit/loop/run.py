@@ -1,0 +1,110 @@
+"""What does not change while a run is trained: the method, the adapters, and what they were at first."""
+
+from collections.abc import Mapping, Sequence
+
+import attrs
+from torch import Tensor, nn
+
+from lrkit.errors import LrkitError
+from lrkit.loop.policy import PolicyState
+from lrkit.loop.tally import Tally
+from lrkit.method import Method
+from lrkit.units import Block, Part, blocks_of
+
+
+@attrs.frozen(eq=False)
+class Run:
+    """A method on the adapters of one model.
+
+    Args:
+        method: the method.
+        modules: layer name to adapter.
+        trained: ``id`` of every parameter that trains when the run begins.
+        others: what trains beside the adapters.
+        ranks: layer name to the components that it stores at first; 0 for an adapter without any.
+        blocks: the units of each policy at first.
+        starts: layer name to trainable parameters at first.
+    """
+
+    method: Method
+    modules: Mapping[str, nn.Module]
+    trained: set[int]
+    others: Sequence[nn.Parameter]
+    ranks: Mapping[str, int]
+    blocks: Sequence[Sequence[Block]]
+    starts: Mapping[str, int]
+
+    @classmethod
+    def of(
+        cls, method: Method, modules: Mapping[str, nn.Module], trained: set[int], others: Sequence[nn.Parameter] = ()
+    ) -> "Run":
+        """Look at adapters as they are at first.
+
+        Raises:
+            LrkitError: a policy has no unit to act on, or layers that share matrices would have to be cut.
+        """
+        parts = method.parameterization.parts
+        blocks = []
+        for policy in method.policies:
+            found = blocks_of(modules, parts, policy.action.unit, trained)
+            if not found:
+                raise LrkitError(
+                    f"{type(policy.action).__name__} has nothing to act on: no unit of kind {policy.action.unit!r} trains "
+                    "in the layers that were chosen"
+                )
+            blocks.append(found)
+        ranks = {name: _rank(module, parts) for name, module in modules.items()}
+        starts = Tally(modules, parts, trained).counts
+        run = cls(method, modules, trained, others, ranks, blocks, starts)
+        if any(policy.action.fate == "removed" for policy in method.policies):
+            run.check_cuttable()
+        return run
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts that run over rank components."""
+        return [part for part in self.method.parameterization.parts if part.axis is not None]
+
+    @property
+    def grows(self) -> bool:
+        """Whether a policy adds components."""
+        return any(policy.action.grows for policy in self.method.policies)
+
+    @property
+    def penalized(self) -> bool:
+        """Whether a penalty can reach adapters that the loss does not."""
+        return self.method.parameterization.penalty_weight is not None
+
+    def check_cuttable(self) -> None:
+        """Raise LrkitError if layers share matrices: each has a mask of its own, and they cannot be cut."""
+        tensors = [id(part.of(module)) for module in self.modules.values() for part in self.parts]
+        if len(set(tensors)) < len(tensors):
+            raise LrkitError("layers share their matrices, and each has a mask of its own: they cannot be cut")
+
+    def policies(self) -> list[PolicyState]:
+        """Make the state of each policy as it is at first."""
+        each = enumerate(zip(self.method.policies, self.blocks, strict=True))
+        return [PolicyState(index, policy, blocks) for index, (policy, blocks) in each]
+
+    def froze(self, tensor: Tensor) -> bool:
+        """Say whether a tensor trained when the run began and was frozen on the way."""
+        return id(tensor) in self.trained and not tensor.requires_grad and tensor.numel() > 0
+
+    def places(self) -> dict[int, tuple[str, int]]:
+        """Return layer name and axis of each tensor that has one slice per component, by the tensor's ``id``."""
+        return {id(part.of(m)): (name, part.axis or 0) for name, m in self.modules.items() for part in self.parts}
+
+    def shapes(self, ranks: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
+        """Return the shapes that component-wise tensors have at other ranks, by the tensor's ``id``."""
+        shapes: dict[int, tuple[int, ...]] = {}
+        for name, module in self.modules.items():
+            for part in self.parts if name in ranks else ():
+                sizes = list(part.of(module).shape)
+                sizes[part.axis or 0] = ranks[name]
+                shapes[id(part.of(module))] = tuple(sizes)
+        return shapes
+
+
+def _rank(module: nn.Module, parts: Sequence[Part]) -> int:
+    """Return the components that an adapter stores; 0 for one without any."""
+    return next((part.of(module).shape[part.axis] for part in parts if part.axis is not None), 0)

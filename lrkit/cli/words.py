@@ -91,13 +91,16 @@ def compose(
 
     settings, run = divided(sets)
     texts = dict(map(pair, sets))
-    hints.check_settings(texts, arguments_of(name), runs=runs)
+    arguments = arguments_of(name)
+    hints.check_settings(texts, arguments, runs=runs)
     swapped = {}
     for text in swaps:
         path, said = pair(text, "--swap")
         swapped[path] = value(said)
         if isinstance(swapped[path], str) and "," in said:
             raise LrkitError(f"--swap {text}: a run has one {path}; `lrkit ablate` compares several")
+    # As in a study, a swap may be of an argument of the method's function.
+    settings = {path: swapped.pop(path) for path in arguments if path in swapped} | settings
     try:
         plain = composed(name, settings, swapped)
     except LrkitError:

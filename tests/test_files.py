@@ -1,5 +1,7 @@
 """A study's files: one class for what is written and what is read back, and each file replaced in one move."""
 
+import csv
+import io
 import json
 import math
 import os
@@ -192,8 +194,13 @@ def test_old_studies_read_the_same() -> None:
         for place, c in record.costs.items()
         for machine in [(c.device, c.threads, c.error)]
     ]
-    found |= {"csv": compare(record).to_csv(), "frame": frame(record).to_csv(index=False)}
+    found["frame"] = frame(record).to_csv(index=False)
+    table = expected.pop("csv")
     assert as_plain(found) == expected
+    # The table may have gained columns and sentences since; no number in it is another one.
+    was, now = (list(csv.DictReader(io.StringIO(text))) for text in (table, compare(record).to_csv()))
+    numbers = [name for name in was[0] if name != "notes"]
+    assert [[row[name] for name in numbers] for row in now] == [[row[name] for name in numbers] for row in was]
 
 
 def test_old_files_are_written_the_same(tmp_path: Path) -> None:

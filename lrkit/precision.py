@@ -1,4 +1,4 @@
-"""What autocast may touch."""
+"""Questions about precision: autocast, and plain tensors."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -119,7 +119,7 @@ def best(ballot: Ballot) -> Tensor:
 
 @attrs.frozen(kw_only=True)
 class Action(abc.ABC):
-    """What happens to the units that lose. Subclass with ``@attrs.frozen(kw_only=True)``.
+    """The fate of units that lose. Subclass with ``@attrs.frozen(kw_only=True)``.
 
     Effects that lie in tensors (a zeroed λ) are saved with them. Nothing is ever applied a second time to what a state
     holds: λ may have changed since the last decision. Whatever else has to be done about units that lost follows from

@@ -27,7 +27,7 @@ def export(
 ) -> None:
     """Write a trained run for PEFT, vLLM or transformers.
 
-    What was written is read back and compared: the same outputs, or nothing is left.
+    The files are read back and compared: the same outputs, or nothing is left.
     """
     import attrs
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def plugins(context: typer.Context, as_json: Json = False) -> None:
     """List what is registered, by which distribution.
 
-    What is wrong with a plug-in, if anything, is told on stderr, and is exit code 2.
+    If something is wrong with a plug-in, it is told on stderr, and is exit code 2.
     """
     if context.invoked_subcommand is not None:
         return

@@ -69,7 +69,7 @@ class Controller:
 
     @property
     def tally(self) -> Tally:
-        """What trains, layer by layer."""
+        """The count of all that trains, layer by layer."""
         return self.components.tally
 
     def _take(self, saved: Saved, tensors: Mapping[str, Tensor]) -> None:
@@ -182,7 +182,7 @@ class Controller:
         """Observe and decide, when the optimizer has stepped.
 
         Returns:
-            Whether tensors have stopped training, or are of another size: DDP has to follow then.
+            True if tensors have stopped training, or are of another size: DDP has to follow then.
         """
         assert self.total_steps is not None
         self.step += 1

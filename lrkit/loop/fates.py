@@ -1,4 +1,4 @@
-"""What the loop does about units that lost, beyond what an action does at a decision: one class per fate.
+"""The loop's part in the fate of units that lost, beyond what an action does at a decision: one class per fate.
 
 The loop asks these and never an action's class or settings.
 """

@@ -1,11 +1,11 @@
-"""What a policy decided, one record per decision. Nothing here needs torch: the records are read back without it."""
+"""Decisions of policies, one record each. Nothing here needs torch: the records are read back without it."""
 
 import attrs
 
 
 @attrs.frozen
 class Decision:
-    """What one policy decided after one optimizer step.
+    """A decision of one policy, after one optimizer step.
 
     Args:
         step: how many optimizer steps had been taken: 1, 2, ...

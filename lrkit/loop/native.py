@@ -101,7 +101,7 @@ def library() -> ctypes.CDLL | None:
         return None
     source = resources.files("lrkit.loop") / "native.c"
     flags = ("-O3", "-fPIC", "-shared", *_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
-    # What the processor can do is among the flags: machines that share a home folder have a library each.
+    # The processor's abilities are among the flags: machines that share a home folder have a library each.
     key = hashlib.sha256("\0".join((source.read_text("utf-8"), compiler, *flags, platform.machine())).encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrkit"
     try:
@@ -178,7 +178,7 @@ class Compiled:
             scoring: whether scores are wanted too.
 
         Returns:
-            Whether all gradients were finite (where not, nothing was changed), and the scores as `score` gives them, or
+            True if all gradients were finite (if not, nothing was changed), and the scores as `score` gives them, or
             none. None where it cannot be done this way.
         """
         plain = all(map(Tensor.is_contiguous, grads)) and set(map(attrgetter("dtype"), grads)) == {torch.float32}

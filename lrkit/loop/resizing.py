@@ -33,7 +33,7 @@ class Resize:
 
 @attrs.frozen(eq=False)
 class Resized:
-    """What was done to one tensor: a resize along one axis."""
+    """A resize that was done to one tensor, along one axis."""
 
     how: Resize
     axis: int
@@ -100,7 +100,7 @@ def resize_layer(
         trained: ``id`` of every parameter that trains when the run begins.
 
     Returns:
-        What was done, by the tensor's ``id``.
+        The resize of each tensor, by its ``id``.
     """
     done = {}
     for part in parts:

@@ -1,4 +1,4 @@
-"""What does not change while a run is trained: the method, the adapters, and what they were at first."""
+"""The things that do not change while a run is trained: the method, the adapters, and what they were at first."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""What a metric remembers of a policy's entries, and the scores that follow from it.
+"""A metric's memory of a policy's entries, and the scores that follow from it.
 
 This is the one seam for the compiled path (`lrkit.loop.native`): metrics know nothing of it, and neither does the loop.
 """
@@ -17,7 +17,7 @@ from lrkit.metrics import Metric
 
 @attrs.frozen
 class Observed:
-    """What came of one observation.
+    """The outcome of one observation.
 
     Args:
         finite: False if a gradient was not finite; nothing was changed then.
@@ -135,7 +135,7 @@ class Statistics:
 
         def carried(p: nn.Parameter, flat: Tensor, *, still: bool) -> Tensor:
             span = old.spans.get(id(p))
-            # What trains again begins anew; and a tensor's scores as it stops are not those of its fresh components.
+            # A tensor that trains again begins anew; and a tensor's scores as it stops are not those of its fresh components.
             if span is None or (span.still and not still) or (still and not span.still and id(p) in resized):
                 return self._zeros(p.numel())
             piece = span.of(flat, self.still)

@@ -16,7 +16,7 @@ class Metric(abc.ABC):
     """How much each entry matters. Subclass with ``@attrs.frozen(kw_only=True)``.
 
     lrkit hands a metric the entries of all units as flat float32 tensors [N], so a metric is a few elementwise lines, and
-    its cost does not grow with the number of layers. What it remembers lies in `buffers`: one tensor [N] each, zero at
+    its cost does not grow with the number of layers. Its memory lies in `buffers`: one tensor [N] each, zero at
     first, saved and restored by lrkit. A metric itself is frozen configuration.
 
     A step may be handed over in pieces, in any cut: entries must not depend on one another, and N is no size to go by.
@@ -55,8 +55,8 @@ class Metric(abc.ABC):
         """The entry-wise score [N], higher for what matters more. Must change nothing.
 
         Args:
-            weight: all entries [N] as they are at the decision, after the optimizer's step. What is to be read before the
-                step must be taken in by `observe`.
+            weight: all entries [N] as they are at the decision, after the optimizer's step. Whatever must be read before the
+                step is taken in by `observe`.
             state: the tensors [N] that `buffers` names.
         """
 

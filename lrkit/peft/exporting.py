@@ -69,7 +69,7 @@ def export(
         batch: keyword arguments of the model's forward for the check; None for random tokens.
 
     Returns:
-        What was written.
+        The folder, and how well its outputs agree.
 
     Raises:
         LrkitError: an unknown target, a folder that is not empty, a method that the format cannot hold, or an export that

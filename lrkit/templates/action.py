@@ -47,5 +47,5 @@ class ExampleName(lrkit.Action):
 
 @lrkit.hookimpl
 def lrkit_actions() -> Mapping[str, type[lrkit.Action]]:
-    """What this package offers."""
+    """Offer this package's components."""
     return {"example-name": ExampleName}

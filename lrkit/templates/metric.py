@@ -35,5 +35,5 @@ class ExampleName(lrkit.Metric):
 
 @lrkit.hookimpl
 def lrkit_metrics() -> Mapping[str, type[lrkit.Metric]]:
-    """What this package offers."""
+    """Offer this package's components."""
     return {"example-name": ExampleName}

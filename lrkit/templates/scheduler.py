@@ -19,5 +19,5 @@ class ExampleName(lrkit.Scheduler):
 
 @lrkit.hookimpl
 def lrkit_schedulers() -> Mapping[str, type[lrkit.Scheduler]]:
-    """What this package offers."""
+    """Offer this package's components."""
     return {"example-name": ExampleName}

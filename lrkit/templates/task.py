@@ -31,5 +31,5 @@ def load(rest: str | None) -> lrkit.tasks.Task:
 
 @lrkit.hookimpl
 def lrkit_tasks() -> Mapping[str, Callable[[str | None], lrkit.tasks.Task]]:
-    """What this package offers."""
+    """Offer this package's components."""
     return {"example-name": load}

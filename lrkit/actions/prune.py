@@ -21,8 +21,8 @@ class Prune(Action):
     score rises comes back. After the last decision the masked λ are held at zero.
 
     A component that cannot come back can be cut: out of the tensors, the statistics and the optimizer's state, so that
-    from then on it costs nothing. The outputs do not change. The steps after it do, a little: masked vectors still take part in
-    an orthogonality penalty and in the norm that gradients are clipped to; those that are cut do not.
+    from then on it costs nothing. The outputs do not change. Later steps do, a little: masked vectors still take part in an
+    orthogonality penalty and in the norm that gradients are clipped to; those that are cut do not.
 
     Args:
         cut: ``"never"``, as the paper has it. ``"end"``: what is masked by the last decision is cut. ``"always"``: what

@@ -17,9 +17,9 @@ class Zero(Action):
     """Every entry of a component that is not kept is set to zero, in all of its tensors. It needs no core value.
 
     Source: structured pruning as in Prune-LoRA, arXiv 2303.10512, section 4.4 (doublets), and LoSparse, arXiv 2306.11222,
-    section 3 (rows). The optimizer's state for these entries is zeroed with them, so that no momentum moves them on. A component
-    then comes back only if it has a gradient. A row of a plain weight has one, and grows again. A doublet of
-    LoRA has none: each vector's gradient is a multiple of the other, and both are zero.
+    section 3 (rows). The optimizer's state for these entries is zeroed with them, so that no momentum moves them on. A
+    component then comes back only if it has a gradient. A row of a plain weight has one, and grows again. A doublet of LoRA
+    has none: each vector's gradient is a multiple of the other, and both are zero.
 
     Args:
         once: False: all components are ranked at each decision, as the smoothed scores have it. True: what lost is out for

@@ -135,7 +135,7 @@ class Statistics:
 
         def carried(p: nn.Parameter, flat: Tensor, *, still: bool) -> Tensor:
             span = old.spans.get(id(p))
-            # A tensor that trains again begins anew; and a tensor's scores as it stops are not those of its fresh components.
+            # A tensor that trains again begins anew; one that stops while it is resized has no scores for fresh components.
             if span is None or (span.still and not still) or (still and not span.still and id(p) in resized):
                 return self._zeros(p.numel())
             piece = span.of(flat, self.still)

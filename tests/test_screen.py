@@ -113,6 +113,9 @@ COMMANDS = {
 }
 PROGRAM = """
 import contextlib, json, sys, types
+import lrkit.registry
+registry = lrkit.registry.Registry(discover=False)  # no other plug-in is part of this test
+lrkit.registry.current = lambda: registry
 import attrs, lrkit, lrkit.study.run as run, lrkit.tasks as tasks
 from lrkit.cli import main
 
@@ -123,7 +126,7 @@ class Mine(lrkit.metrics.Magnitude):
 acme = types.ModuleType("acme")
 acme.lrkit_metrics = lrkit.hookimpl(lambda: {"a-metric-with-a-long-name": Mine})
 acme.lrkit_studies = lrkit.hookimpl(lambda: {"a-study-with-a-long-name": "base = 'lora'"})
-lrkit.current().add("acme-with-a-long-name 1.0", "acme", acme)
+registry.add("acme-with-a-long-name 1.0", "acme", acme)
 # The demo, of a small model.
 train, load_task = run.train, tasks.load_task
 run.train = lambda *a, **k: train(*a, **{"model": "model"} | k | {"settings": run.RunSettings(steps=4, max_length=8)})

@@ -206,8 +206,10 @@ def test_folded_and_scrolled_by_keyboard(opened) -> None:
         active = page.evaluate("[document.activeElement.tagName, document.activeElement.closest('section')?.id]")
         if active == ["DIV", "results"] and not moving:
             page.keyboard.press("ArrowRight")
-            page.wait_for_function("document.activeElement.scrollLeft > 0")
-            moving = True
+            for _ in range(100):  # scrolling is smooth, and the page's policy forbids Playwright's own waiting
+                page.wait_for_timeout(50)
+                if moving := page.evaluate("document.activeElement.scrollLeft > 0"):
+                    break
         if active == ["SUMMARY", "failures"]:
             page.keyboard.press("Enter")
             opening = page.evaluate("document.activeElement.parentNode.open")

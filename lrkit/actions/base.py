@@ -129,7 +129,7 @@ class Action(abc.ABC):
     fate: ClassVar[Fate]
     """What becomes of a unit that loses."""
     final: ClassVar[bool] = False
-    """Whether that is for good: only units still kept are ranked then. A frozen unit that is not final may train
+    """True if that is for good, so that only units still kept are ranked. A frozen unit that is not final may train
     again."""
     grows: ClassVar[bool] = False
     """Whether `decide` may add components. The budget may then rise above its start."""

@@ -1,6 +1,7 @@
 """Actions: what happens to the units that lose."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from lrkit.actions.base import Action, Ballot, Fate, Verdict, best
 from lrkit.actions.freeze import Freeze
@@ -13,6 +14,14 @@ from lrkit.hookspecs import hookimpl
 def lrkit_actions() -> Mapping[str, type[Action]]:
     """Offer the built-in actions."""
     return {"prune": Prune, "freeze": Freeze, "zero": Zero}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Growth":
+        raise ImportError(
+            "lrkit.actions.Growth is a Verdict now; CHANGELOG.md has a table of what takes the place of old members"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = ["Action", "Ballot", "Fate", "Freeze", "Prune", "Verdict", "Zero", "best"]

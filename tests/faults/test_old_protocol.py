@@ -10,15 +10,6 @@ import lrkit
 from lrkit import LrkitError, Registry, hookimpl, retired
 from lrkit.settings import whole
 
-OLD_ACTION = ("reversible", "freezes", "budgeted", "exact", "retains", "select", "cuts", "grow", "hold", "restore")
-
-
-@pytest.fixture(autouse=True)
-def _retire_them(monkeypatch):
-    """All members of 0.1.0's actions, and the arguments of `adapt`, whichever of them are in the table yet."""
-    monkeypatch.setitem(retired.RETIRED, "action", OLD_ACTION)
-    monkeypatch.setitem(retired.CHANGED, "parameterization", {"adapt": ("model", "targets")})
-
 
 @attrs.frozen(kw_only=True)
 class Growing(lrkit.parameterizations.LoRA):
@@ -83,7 +74,7 @@ class Inherits(Flagged):
 class Settable(lrkit.actions.Zero):
     """A flag that is a setting, since it depends on the instance."""
 
-    exact: bool = True
+    retains: bool = True
 
 
 @attrs.frozen(kw_only=True)
@@ -134,7 +125,7 @@ LINES = {
     'parameterization "sharing"': "`adapt` takes (model, targets)",
     'action "flagged"': "`reversible`, `select` are no longer asked for",
     'action "inherits"': "`reversible`, `select` are no longer asked for",
-    'action "settable"': "`exact` is no longer asked for",
+    'action "settable"': "`retains` is no longer asked for",
 }
 
 
@@ -193,3 +184,10 @@ def test_lrkits_own_classes():
     assert retired.outdated("action", Present) is None
     assert retired.outdated("action", lrkit.actions.Freeze) is None
     assert not issubclass(nn.Module, lrkit.Action)
+
+
+def test_growth_is_a_verdict_now():
+    """A plug-in's module that imports what an old action gave is told where to look."""
+    with pytest.raises(ImportError, match=r"Growth is a Verdict now; CHANGELOG\.md has a table"):
+        from lrkit.actions import Growth  # noqa: F401
+    assert not hasattr(lrkit.actions, "Grwoth")

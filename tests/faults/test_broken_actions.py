@@ -16,7 +16,6 @@ from lrkit.actions import Ballot, Verdict
 
 fault = Specimens("action")
 
-# Actions
 
 SELECT = "decide keeps the best of the budget"
 LOST = "losers stay lost where that is final"

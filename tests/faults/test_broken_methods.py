@@ -11,9 +11,6 @@ import lrkit
 fault = Specimens("method")
 
 
-# Methods
-
-
 @fault("arguments are keywords with defaults")
 def method_with_positions():
     def made(rank: int = 4) -> lrkit.Method:

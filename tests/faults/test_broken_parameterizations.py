@@ -15,7 +15,6 @@ import lrkit
 
 fault = Specimens("parameterization")
 
-# Parameterizations
 
 PARTS = "parts are what is there"
 START = "starts at the model"

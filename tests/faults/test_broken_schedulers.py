@@ -13,7 +13,6 @@ from lrkit.schedulers import Timetable
 
 fault = Specimens("scheduler")
 
-# Schedulers
 
 BUDGET = "budget goes from start to target"
 FALLS = "budget never grows"

@@ -129,7 +129,7 @@ def test_plain_copy():
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_all_linear(name):
-    """ "all-linear" takes every linear layer of the blocks, and nothing else."""
+    """The targets "all-linear" are every linear layer of the blocks, and nothing else."""
     model = models.make(name)
     adapted = lrkit.attach(model, lrkit.methods.lora())
     per_block = {"gpt2": 4, "llama": 7}.get(name, 6)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import types
+
 import attrs
 import pytest
 from faulty import Cosine, Gates, Peak, Shrink, mine, sums
 
 import lrkit
+import lrkit.registry
 from lrkit import testing
+from lrkit.registry import PluginWarning
 from lrkit.testing import check
 
 # Plug-ins' components are for `lrkit plugins doctor`, and for the plug-ins' own tests.
@@ -117,3 +123,45 @@ def test_clauses_have_sentences():
     for contract in testing.CONTRACTS.values():
         for name, says in testing.clauses(contract).items():
             assert says.endswith("."), (contract, name)
+
+
+def plugin(**metrics: type[lrkit.Metric]) -> types.ModuleType:
+    """Return a module that offers metrics."""
+    module = types.ModuleType("acme")
+    module.lrkit_metrics = lrkit.hookimpl(lambda: metrics)
+    return module
+
+
+def test_only_one_plugin():
+    """Within `only` lrkit's components and one plug-in's are known, and afterwards what was known before."""
+    before = lrkit.current()
+    with testing.only(plugin(peak=Peak), distribution="acme 1.0") as registry:
+        assert lrkit.current() is lrkit.registry.current() is registry
+        assert registry.get("metric", "peak") is Peak
+        assert {offer.distribution for offer in registry.offers()} == {OURS, "acme 1.0"}
+    assert lrkit.current() is lrkit.registry.current() is before
+
+
+def test_only_in_a_new_process():
+    """`only` leaves the true registry behind, even if `lrkit.current` was never asked for before."""
+    code = """
+import types, lrkit
+from lrkit import testing
+module = types.ModuleType("acme")
+module.lrkit_metrics = lrkit.hookimpl(lambda: {})
+with testing.only(module) as registry:
+    print(lrkit.current() is registry)
+print(lrkit.current() is registry, lrkit.current() is lrkit.registry.current())
+"""
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["True", "False", "True"]
+
+
+def test_only_sound_plugins():
+    """`only` fails if the plug-in, or a part of it, is refused."""
+    with (
+        pytest.warns(PluginWarning, match="already offered"),
+        pytest.raises(testing.Broken, match="already offered"),
+        testing.only(plugin(magnitude=Peak)),
+    ):
+        pass

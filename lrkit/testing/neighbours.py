@@ -95,5 +95,6 @@ def only(plugin: object, *, distribution: str = "plug-in under test") -> Iterato
     """
     made = Registry([(distribution, getattr(plugin, "__name__", "plugin"), plugin)], discover=False)
     expect(not made.problems, "; ".join(map(str, made.problems)))
-    with mock.patch.object(registry, "current", return_value=made):
+    # The package's name first: it keeps the function that it has once found, and finds the true one again at the end.
+    with mock.patch("lrkit.current", return_value=made), mock.patch.object(registry, "current", return_value=made):
         yield made

@@ -63,7 +63,8 @@ def weights(model):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", models.MODELS)
-def test_the_whole_life_of_an_adapted_model(name, method, tmp_path):
+def test_whole_life(name, method, tmp_path):
+    """Every model is attached, trained, saved, taken back, loaded and merged, by every method."""
     model = models.make(name)
     original, flags = weights(model), [p.requires_grad for p in model.parameters()]
     before = logits(model)
@@ -99,7 +100,8 @@ def adapted_summary(adapted, again):
     return summarize(adapted.controller, again.summary().head, again.summary().beside)
 
 
-def test_parameters_in_no_adapted_layer_are_counted_too():
+def test_all_parameters_counted():
+    """Parameters outside of adapted layers are counted too."""
     model = models.make("bert")
     adapted = lrkit.attach(model, lrkit.methods.full())
     everything = sum(p.numel() for p in model.parameters())
@@ -109,7 +111,8 @@ def test_parameters_in_no_adapted_layer_are_counted_too():
     assert "in no layer" in str(summary)
 
 
-def test_a_copy_of_the_model_as_it_was():
+def test_plain_copy():
+    """`original` gives a copy of the model as it was, and leaves the adapted one alone."""
     model = models.make("bert")
     model.bert.embeddings.requires_grad_(False)
     before = weights(model)
@@ -125,7 +128,8 @@ def test_a_copy_of_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_all_linear_takes_every_linear_map_of_the_blocks_and_nothing_else(name):
+def test_all_linear(name):
+    """The targets "all-linear" are every linear layer of the blocks, and nothing else."""
     model = models.make(name)
     adapted = lrkit.attach(model, lrkit.methods.lora())
     per_block = {"gpt2": 4, "llama": 7}.get(name, 6)
@@ -139,8 +143,8 @@ def test_all_linear_takes_every_linear_map_of_the_blocks_and_nothing_else(name):
 
 @pytest.mark.parametrize(("where", "count"), [("ffn", (2, 3)), ("attention", (4, 4)), ("both", (6, 7))])
 @pytest.mark.parametrize("name", models.MODELS)
-def test_aflora_chooses_whose_matrices_train_by_name(name, where, count):
-    """Square FFNs and grouped-query attention cannot mislead it, as they mislead a choice by shape."""
+def test_aflora_chooses_by_name(name, where, count):
+    """AFLoRA chooses by name which matrices train: square FFNs and grouped-query attention cannot mislead it."""
     adapted = lrkit.attach(models.make(name), lrkit.methods.aflora(rank=3, train=where))
     training = [n for n, m in adapted.adapters.items() if m.A.requires_grad]
     expected = {"gpt2": {"ffn": 2, "attention": 2, "both": 4}, "llama": {"ffn": 3, "attention": 4, "both": 7}}
@@ -151,7 +155,8 @@ def test_aflora_chooses_whose_matrices_train_by_name(name, where, count):
     assert len(attention) == (0 if where == "ffn" else 2 * {"gpt2": 2}.get(name, 4))
 
 
-def test_freezing_and_pruning_leave_what_the_history_says():
+def test_history_is_true():
+    """After freezing and pruning the model is what the history says."""
     model = models.make("bert")
     adapted = lrkit.attach(model, HYBRID)
     fit(model, adapted)
@@ -169,7 +174,7 @@ def test_freezing_and_pruning_leave_what_the_history_says():
     assert {layer.frozen for layer in summary.layers} == {(), ("B", "A")}
 
 
-def test_parameters_are_counted_as_the_papers_count_them():
+def test_paper_counts():
     """Σ rank · (d_in + d_out + 1) for kept triplets, and the average over steps from the history alone."""
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["adalora"])
@@ -190,7 +195,8 @@ def test_parameters_are_counted_as_the_papers_count_them():
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_compact_cuts_masked_ranks_and_keeps_the_outputs(name, tmp_path):
+def test_compact_keeps_outputs(name, tmp_path):
+    """`compact` cuts masked components and keeps the outputs."""
     model = models.make(name)
     adapted = lrkit.attach(model, METHODS["adalora"])
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
@@ -212,7 +218,8 @@ def test_compact_cuts_masked_ranks_and_keeps_the_outputs(name, tmp_path):
     assert torch.equal(logits(model), after)
 
 
-def test_compact_is_refused_while_components_can_come_back():
+def test_compact_too_early():
+    """`compact` is refused while components can still come back."""
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["adalora"])
     fit(model, adapted, steps=6)
@@ -222,7 +229,9 @@ def test_compact_is_refused_while_components_can_come_back():
 
 @pytest.mark.parametrize("method", ["adalora", "aflora", "hybrid", "lora"])
 @pytest.mark.parametrize("order", ["state first", "bind first"])
-def test_a_resumed_run_is_bitwise_the_run(method, order):
+def test_resume_is_exact(method, order):
+    """A resumed run is bitwise the run, in any order of loading."""
+
     def start():
         model = models.make("bert", seed=3)
         adapted = lrkit.attach(model, METHODS[method])
@@ -272,7 +281,8 @@ def refused(model, method, match, **kwargs):
     lrkit.attach(model, method, targets=[n for n, m in model.named_modules() if isinstance(m, nn.Linear)][:1])
 
 
-def test_refusals_at_attach_leave_the_model_alone():
+def test_refusals_change_nothing():
+    """If `attach` refuses, the model stays as it was."""
     lora = lrkit.methods.lora()
     refused(models.make("bert"), lora, "matches no linear layer.*query", targets="qeury")
     refused(models.make("bert"), lora, 'did you mean "query"', targets=["qeury"])
@@ -286,7 +296,8 @@ def test_refusals_at_attach_leave_the_model_alone():
     refused(net, lora, "NonDynamicallyQuantizableLinear", targets=["out_proj"])
 
 
-def test_attention_only_targets_leave_nothing_to_freeze_in_the_ffn():
+def test_nothing_to_freeze():
+    """If only attention is adapted, freezing in the FFN is refused."""
     model = models.make("bert")
     with pytest.raises(lrkit.LrkitError, match="nothing to act on"):
         lrkit.attach(model, lrkit.methods.aflora(), targets=["query", "value"])
@@ -294,7 +305,8 @@ def test_attention_only_targets_leave_nothing_to_freeze_in_the_ffn():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_model_is_adapted_once():
+def test_adapted_once():
+    """A model that carries adapters is refused, and a handle is of no use after `detach`."""
     model = models.make("bert")
     adapted = lrkit.attach(model, lrkit.methods.lora())
     with pytest.raises(lrkit.LrkitError, match="already carries"):
@@ -304,7 +316,8 @@ def test_a_model_is_adapted_once():
         adapted.penalty()
 
 
-def test_bind_refuses_what_would_do_nothing():
+def test_bind_refuses():
+    """`bind` refuses a wrong optimizer or length, and a second optimizer."""
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["adalora"])
     with pytest.raises(lrkit.LrkitError, match="does not hold"):
@@ -321,7 +334,8 @@ def test_bind_refuses_what_would_do_nothing():
         adapted.bind(good, total_steps=20)
 
 
-def test_a_state_that_does_not_fit_changes_nothing(tmp_path):
+def test_unfitting_state(tmp_path):
+    """A state that does not fit is refused and changes nothing."""
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["adalora"])
     fit(model, adapted, steps=7)
@@ -352,7 +366,8 @@ def test_a_state_that_does_not_fit_changes_nothing(tmp_path):
     assert isinstance(plain.bert.encoder.layer[0].attention.self.query, nn.Linear)
 
 
-def test_a_forgotten_penalty_is_said_once():
+def test_forgotten_penalty():
+    """A forgotten penalty gives one warning."""
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["adalora"])
     optimizer = torch.optim.SGD(adapted.parameters(), lr=0.1)
@@ -363,7 +378,8 @@ def test_a_forgotten_penalty_is_said_once():
     optimizer.step()  # a second warning would be an error here
 
 
-def test_missing_and_broken_gradients_are_said_once_and_skipped():
+def test_broken_gradients():
+    """Missing gradients, and gradients that are not finite, give one warning and are skipped."""
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["aflora"])
     optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
@@ -378,7 +394,8 @@ def test_missing_and_broken_gradients_are_said_once_and_skipped():
     assert torch.equal(adapted.state_dict()["tensors"]["policy.0.buffer.importance"], before)
 
 
-def test_a_layer_that_stands_in_two_places_is_adapted_in_both():
+def test_layer_in_two_places():
+    """A layer that stands in two places is adapted in both."""
     shared = nn.Linear(6, 6)
     model = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(6, 2))
     x = torch.randn(3, 6)
@@ -393,7 +410,8 @@ def test_a_layer_that_stands_in_two_places_is_adapted_in_both():
     assert model[0] is model[2] is shared
 
 
-def test_half_precision_bases_keep_float32_adapters():
+def test_half_precision_base():
+    """Adapters of a half precision model are float32."""
     model = models.make("bert").to(torch.bfloat16)
     adapted = lrkit.attach(model, lrkit.methods.lora(rank=4))
     assert {p.dtype for p in adapted.adapter_parameters()} == {torch.float32}
@@ -401,7 +419,8 @@ def test_half_precision_bases_keep_float32_adapters():
     assert min(losses[-3:]) < losses[0]
 
 
-def test_a_score_that_is_no_number_ranks_last():
+def test_nan_ranks_last():
+    """A score that is not a number ranks last."""
     model = models.make("bert")
     adapted = lrkit.attach(model, attrs.evolve(METHODS["adalora"], metric=lrkit.metrics.Magnitude()))
     optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)

@@ -68,8 +68,8 @@ def ranks(adapted):
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
-def test_cutting_at_the_end_leaves_the_run_as_it_was(kind):
-    """Without a penalty and without clipping masked components touch nothing: the whole run is the same."""
+def test_cut_at_end(kind):
+    """Without a penalty and without clipping, a run that is cut at the end is the run that is not."""
     runs = []
     for cut in ("never", "end"):
         model, adapted, optimizer = start(adalora(cut, gamma=0.0), kind)
@@ -92,7 +92,8 @@ def test_cutting_at_the_end_leaves_the_run_as_it_was(kind):
 
 
 @pytest.mark.parametrize("method", CUTTING)
-def test_a_cut_changes_no_output_and_no_score_of_what_is_left(method, monkeypatch):
+def test_cut_changes_nothing_left(method, monkeypatch):
+    """A cut changes no output, and no score of the components that are left."""
     from lrkit.loop.components import Components
 
     model, adapted, optimizer = start(CUTTING[method])
@@ -121,7 +122,8 @@ def test_a_cut_changes_no_output_and_no_score_of_what_is_left(method, monkeypatc
     assert any(cuts)
 
 
-def test_what_is_cut_costs_nothing_and_never_returns():
+def test_cut_never_returns():
+    """Components that were cut leave tensors and optimizer state, and never come back."""
     model, adapted, optimizer = start(CUTTING["always"])
     adapted.bind(optimizer, total_steps=STEPS)
     first, gone = None, set()
@@ -170,6 +172,7 @@ def whole(name):
     order=st.sampled_from(["load", "bind", "optimizer"]),
 )
 def test_resume_is_exact(name, at, order):
+    """A run with cuts, resumed at any step and in any order of loading, is bitwise the run."""
     states = whole(name)
     model, adapted, optimizer = start(CUTTING[name])
     state, optimizer_state = copy.deepcopy(states[at])
@@ -195,7 +198,8 @@ def test_resume_is_exact(name, at, order):
         assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_a_run_that_was_cut_goes_back_to_a_state_that_was_not():
+def test_back_before_the_cut():
+    """A run that was cut can load a state from before the cut."""
     states = whole("always")
     model, adapted, optimizer = start(CUTTING["always"])
     adapted.load_state_dict(states[-1][0])
@@ -208,7 +212,8 @@ def test_a_run_that_was_cut_goes_back_to_a_state_that_was_not():
 
 
 @pytest.mark.parametrize("numbers", [[0, 0], [1, 0], [0, 9], [0], "01", None])
-def test_numbers_that_cannot_be_are_refused(numbers):
+def test_impossible_numbers_refused(numbers):
+    """Component numbers that cannot be right are refused when a state is loaded."""
     state = copy.deepcopy(whole("end")[-1][0])
     name = next(n for n, left in state["meta"]["components"].items() if len(left) == 2)
     state["meta"]["components"][name] = numbers
@@ -218,7 +223,8 @@ def test_numbers_that_cannot_be_are_refused(numbers):
 
 
 @pytest.mark.parametrize("method", ["end", "always", "vectors"])
-def test_the_trainer_resumes_a_cut_run(method, tmp_path):
+def test_trainer_resumes_cut(method, tmp_path):
+    """transformers' Trainer resumes a run that was cut."""
     settings = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 5}
     t, adapted = trainer("bert", CUTTING[method], tmp_path, **settings)
     t.train()
@@ -230,7 +236,8 @@ def test_the_trainer_resumes_a_cut_run(method, tmp_path):
             assert torch.equal(value, again.model.state_dict()[key])
 
 
-def test_shared_matrices_cannot_be_cut():
+def test_shared_matrices_refused():
+    """A method that cuts is refused if layers share their matrices."""
     method = lrkit.Method(
         parameterization=VectorScaled(rank=4, train="none", shared=True),
         metric=lrkit.metrics.Magnitude(),
@@ -245,7 +252,8 @@ def test_shared_matrices_cannot_be_cut():
 
 
 @pytest.mark.parametrize("method", ["end", "always"])
-def test_ddp_follows_a_cut(method, tmp_path):
+def test_ddp_follows(method, tmp_path):
+    """Under DDP both processes cut alike, and train on."""
     results = processes(f"ddp:cut {method}", 2, tmp_path)
     assert results[0]["history"] == results[1]["history"]
     assert all(torch.equal(v, results[1]["weights"][k]) for k, v in results[0]["weights"].items())

@@ -128,7 +128,8 @@ def train(
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_frozen_for_good_with_every_optimizer(optimizer: str) -> None:
+def test_frozen_per_optimizer(optimizer: str) -> None:
+    """With every optimizer matrices freeze when the oracle says so, and never move again."""
     _, seen, want = train(bert, aflora((16, 2, 6, 1)), 16, optimizer)
     assert seen == want
     assert len(seen) == 24
@@ -136,7 +137,8 @@ def test_frozen_for_good_with_every_optimizer(optimizer: str) -> None:
 
 @pytest.mark.parametrize("times", SETTINGS, ids=str)
 @pytest.mark.parametrize("together", [False, True], ids=["independent", "together"])
-def test_order_is_the_oracle_s(together: bool, times: tuple[int, int, int, int]) -> None:
+def test_oracle_order(together: bool, times: tuple[int, int, int, int]) -> None:
+    """Matrices freeze in the oracle's order."""
     adapted, seen, want = train(bert, aflora(times, together=together), times[0])
     assert seen == want
     total, warmup, final, interval = times
@@ -153,7 +155,7 @@ def test_order_is_the_oracle_s(together: bool, times: tuple[int, int, int, int])
 
 @pytest.mark.parametrize("times", [(40, 4, 10, 3), (50, 6, 9, 5), (36, 0, 12, 2)], ids=str)
 @pytest.mark.parametrize("together", [False, True], ids=["independent", "together"])
-def test_order_is_the_released_code_s(together: bool, times: tuple[int, int, int, int]) -> None:
+def test_released_order(together: bool, times: tuple[int, int, int, int]) -> None:
     """Windows of gradients, steps from 0, an element-wise quantile over what still trains."""
     total, warmup, final, window = times
     method = lrkit.Method(
@@ -183,7 +185,8 @@ def test_order_is_the_released_code_s(together: bool, times: tuple[int, int, int
     assert len(set(oracle.frozen_at.values())) > 2, "all at once says nothing about the order"
 
 
-def test_together_means_the_same_step() -> None:
+def test_together_in_one_step() -> None:
+    """With `together` both matrices of a layer freeze in the same step."""
     _, seen, _ = train(bert, aflora((20, 2, 4, 1), together=True), 20)
     for name, step in seen.items():
         if name.endswith(".A"):
@@ -192,19 +195,22 @@ def test_together_means_the_same_step() -> None:
     assert any(seen[name] != seen[name[:-1] + "B"] for name in seen if name.endswith(".A"))
 
 
-def test_under_gradient_accumulation() -> None:
+def test_gradient_accumulation() -> None:
+    """Under gradient accumulation the order is the oracle's per optimizer step."""
     _, seen, want = train(bert, aflora((14, 2, 4, 1)), 14, "adamw", accumulate=3)
     assert seen == want
 
 
 @pytest.mark.parametrize("parameterization", [LoRA(rank=3), SVD(rank=3)], ids=lambda p: type(p).__name__)
-def test_matrices_of_other_parameterizations_freeze_too(parameterization: Any) -> None:
+def test_other_parameterizations(parameterization: Any) -> None:
+    """Matrices of other parameterizations freeze in the oracle's order too."""
     _, seen, want = train(bert, aflora((16, 2, 6, 2), parameterization=parameterization), 16)
     assert seen == want and len(seen) == 24
 
 
 @pytest.mark.parametrize("part", ["ffn", "attention", "both", "none"])
-def test_only_the_chosen_modules_matrices_train(part: Any) -> None:
+def test_chosen_modules_train(part: Any) -> None:
+    """Only matrices in the chosen modules train."""
     method = lrkit.Method(parameterization=VectorScaled(rank=3, train=part))
     _, adapted = bert(method)
     names = {name.rpartition(".")[0] for name in matrices(adapted, method)}
@@ -214,7 +220,8 @@ def test_only_the_chosen_modules_matrices_train(part: Any) -> None:
     assert names == {"ffn": ffn, "attention": attention, "both": ffn | attention, "none": set()}[part]
 
 
-def test_untrained_matrices_never_move_and_are_no_units() -> None:
+def test_untrained_are_no_units() -> None:
+    """Matrices that do not train never move, and are not counted as units."""
     model, adapted = bert(aflora((12, 2, 4, 1), train="ffn"))
     still = {
         f"{name}.{part}": getattr(adapter, part)
@@ -237,8 +244,8 @@ def test_untrained_matrices_never_move_and_are_no_units() -> None:
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["independent", "together"])
-def test_ties_freeze_exactly_the_share(together: bool) -> None:
-    """All gradients zero: every score is equal; the lower index stays longer."""
+def test_ties_freeze_share(together: bool) -> None:
+    """If all gradients are zero every score is equal, and the lower index trains longer."""
     total, warmup, final = 20, 2, 5
     method = aflora((total, warmup, final, 1), together=together, parameterization=LoRA(rank=3))
     _, adapted = toy(method)
@@ -257,8 +264,8 @@ def test_ties_freeze_exactly_the_share(together: bool) -> None:
         assert trains == [True] * share + [False] * (6 - share), t
 
 
-def test_a_frozen_matrix_stays_frozen_though_the_others_fall_below_it() -> None:
-    """Its old score would rank high; it must neither come back nor take up the budget of one that trains."""
+def test_frozen_stays_frozen() -> None:
+    """A frozen matrix with a high old score neither comes back nor uses up the budget of one that trains."""
     method = attrs.evolve(
         aflora(parameterization=LoRA(rank=2)), scheduler=Cubic(target=0.0, warmup=0, final=5, interval=1)
     )
@@ -290,8 +297,8 @@ class LaterNotANumber(Metric):
         return torch.where(state["steps"] > 5, torch.nan, rising)
 
 
-def test_scores_that_are_not_numbers_neither_thaw_nor_pass_the_budget() -> None:
-    """What is frozen does not count as kept, not even where what trains scores no better than it."""
+def test_nan_scores_thaw_nothing() -> None:
+    """A frozen matrix does not count as kept, even if the scores of all that train are not numbers."""
     total = 20
     method = attrs.evolve(aflora((total, 0, 4, 1), parameterization=LoRA(rank=2)), metric=LaterNotANumber())
     _, adapted = toy(method)
@@ -311,7 +318,8 @@ def test_scores_that_are_not_numbers_neither_thaw_nor_pass_the_budget() -> None:
         assert 6 - len(frozen) == budget == adapted.history[-1].kept, t
 
 
-def test_a_graph_from_before_it_froze_brings_no_gradient_back() -> None:
+def test_graph_before_freezing() -> None:
+    """A graph from before a matrix froze gives it no gradient."""
     total = 6
     method = aflora((total, 0, 4, 1))
     model, adapted = bert(method)
@@ -331,8 +339,8 @@ def test_a_graph_from_before_it_froze_brings_no_gradient_back() -> None:
     assert all(torch.equal(p, before[name]) for name, p in tensors.items())
 
 
-def test_prune_and_freeze_in_one_run() -> None:
-    """AFLoRA's §8: a second policy. Both schedules hold, each by its own oracle."""
+def test_prune_and_freeze() -> None:
+    """In one run with both policies, as in AFLoRA's §8, each schedule holds by its own oracle."""
     total = 24
     method = attrs.evolve(
         aflora((total, 3, 6, 1), parameterization=SVD(rank=4)),
@@ -361,7 +369,8 @@ def test_prune_and_freeze_in_one_run() -> None:
     assert len({record.policy for record in adapted.history}) == 2
 
 
-def test_freeze_is_not_reversible() -> None:
+def test_freeze_is_final() -> None:
+    """Freezing is final, and acts on matrices or on layers."""
     assert Freeze.final
     assert Freeze().unit == "matrix" and Freeze(together=True).unit == "layer"
 
@@ -379,12 +388,13 @@ def ballot(scores: list[float], candidates: list[bool], budget: int, share: floa
     )
 
 
-def test_a_budget_above_what_still_trains_thaws_nothing() -> None:
+def test_budget_thaws_nothing() -> None:
+    """A budget above the number of matrices that still train thaws none."""
     kept = Freeze().decide(ballot([5.0, 1.0, 2.0], [False, True, True], 3, 1.0)).kept
     assert kept.tolist() == [False, True, True]
 
 
-def test_a_mean_at_the_quantile_is_not_under_it() -> None:
+def test_mean_at_quantile() -> None:
     """The released code freezes what is strictly under: of four equal means none, of 1 2 3 4 at one half the first."""
     freeze = Freeze(rule="quantile")
     assert freeze.decide(ballot([2.0] * 4, [True] * 4, 2, 0.5)).kept.tolist() == [True] * 4

@@ -87,7 +87,8 @@ def oracle(kind: str, values: list[tuple[Tensor, Tensor]], **settings_: float) -
 @pytest.mark.parametrize("kind", PAPERS)
 @given(st.integers(0, 10_000), st.integers(1, 25), st.integers(1, 12))
 @QUICK
-def test_default_settings_are_the_papers(kind: str, seed: int, steps: int, n: int) -> None:
+def test_paper_defaults(kind: str, seed: int, steps: int, n: int) -> None:
+    """With default settings every metric is the paper's formula."""
     values = sequence(seed, steps, n)
     metric = build(kind)
     betas = dict(zip(("beta1", "beta2"), PAPER_BETAS.get(kind, (0.85, 0.85)), strict=True))
@@ -99,7 +100,8 @@ def test_default_settings_are_the_papers(kind: str, seed: int, steps: int, n: in
 @pytest.mark.parametrize("kind", [k for k in PAPERS if k.endswith("-uncertainty")])
 @given(st.integers(0, 10_000), st.floats(0, 0.999), st.floats(0, 0.999), st.integers(1, 15))
 @QUICK
-def test_any_betas(kind: str, seed: int, beta1: float, beta2: float, steps: int) -> None:
+def test_other_betas(kind: str, seed: int, beta1: float, beta2: float, steps: int) -> None:
+    """With any β₁ and β₂ a metric is its formula."""
     values = sequence(seed, steps, 6)
     metric = build(kind, beta1=beta1, beta2=beta2)
     epsilon = {"epsilon": metric.epsilon} if isinstance(metric, RatioUncertainty) else {}
@@ -111,7 +113,8 @@ def test_any_betas(kind: str, seed: int, beta1: float, beta2: float, steps: int)
 
 @given(st.integers(0, 10_000), st.floats(0, 0.999), st.integers(1, 15))
 @QUICK
-def test_smoothed_sensitivity_with_any_beta(seed: int, beta1: float, steps: int) -> None:
+def test_smoothed_sensitivity(seed: int, beta1: float, steps: int) -> None:
+    """Smoothed sensitivity is its formula for any β₁."""
     values = sequence(seed, steps, 6)
     got = run(Sensitivity(smoothed=True, beta1=beta1), values)
     want = oracle("sensitivity-smoothed", values, beta1=beta1)
@@ -123,7 +126,7 @@ def test_smoothed_sensitivity_with_any_beta(seed: int, beta1: float, steps: int)
 @pytest.mark.parametrize("kind", [k for k in PAPERS if k.endswith("-uncertainty")])
 @given(st.integers(0, 10_000), st.integers(2, 5), st.integers(1, 25))
 @QUICK
-def test_a_window(kind: str, seed: int, window: int, steps: int) -> None:
+def test_window(kind: str, seed: int, window: int, steps: int) -> None:
     """I is the mean over full windows of one step's; Ī and Ū move when the next window begins."""
     values = sequence(seed, steps, 6)
     statistics = oracles.Statistics("gradient-uncertainty", (6,), 0.85, 0.95)
@@ -138,7 +141,8 @@ def test_a_window(kind: str, seed: int, window: int, steps: int) -> None:
     np.testing.assert_allclose(got.numpy(), statistics.score(), rtol=3e-5, atol=1e-6 * scale)
 
 
-def test_a_window_is_not_compiled() -> None:
+def test_window_not_compiled() -> None:
+    """A metric with a window is not compiled."""
     for metric in (SensitivityUncertainty, GradientUncertainty, RatioUncertainty):
         assert kernel_of(metric()) is not None
         assert kernel_of(metric(window=2)) is None
@@ -157,7 +161,8 @@ def test_by_hand() -> None:
     assert run(GradientUncertainty(), values).item() == pytest.approx(mean[1] * spread)
 
 
-def test_ratio_is_finite_at_a_zero_weight() -> None:
+def test_ratio_at_zero() -> None:
+    """The ratio is finite if a weight is zero."""
     values = [(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 1.0]))] * 3
     score = run(RatioUncertainty(), values)
     assert torch.isfinite(score).all()
@@ -165,7 +170,8 @@ def test_ratio_is_finite_at_a_zero_weight() -> None:
     assert score[0] > score[2] > 0
 
 
-def test_ratio_s_epsilon_is_a_setting() -> None:
+def test_ratio_epsilon() -> None:
+    """The ratio's ε is a setting."""
     values = [(torch.tensor([0.0, 0.5, -0.7]), torch.tensor([1.0, -1.0, 2.0]))] * 2
     for epsilon in (1e-3, 0.5):
         got = run(RatioUncertainty(epsilon=epsilon), values)
@@ -173,14 +179,16 @@ def test_ratio_s_epsilon_is_a_setting() -> None:
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-5)
 
 
-def test_magnitude_before_the_step_is_what_was_observed_there() -> None:
+def test_magnitude_before_step() -> None:
+    """Magnitude measured before the step is the weight that was observed then."""
     metric = Magnitude(measure="before-step")
     state = fresh(metric, 3)
     metric.observe(torch.tensor([-2.0, 0.0, 1.5]), torch.ones(3), state, 1)
     assert torch.equal(metric.score(torch.ones(3), state), torch.tensor([2.0, 0.0, 1.5]))
 
 
-def test_magnitude_is_the_core_value_now() -> None:
+def test_magnitude_now() -> None:
+    """By default magnitude is the core value at the decision."""
     weight = torch.tensor([-2.0, 0.0, 1.5])
     metric = Magnitude()
     assert metric.reads == "core"
@@ -192,7 +200,7 @@ def test_magnitude_is_the_core_value_now() -> None:
 @pytest.mark.parametrize("kind", registered(), ids=lambda kind: kind.__name__)
 @given(st.integers(0, 10_000), st.integers(1, 10), st.integers(1, 9))
 @QUICK
-def test_contract_of_every_metric(kind: type[Metric], seed: int, steps: int, n: int) -> None:
+def test_metric_contract(kind: type[Metric], seed: int, steps: int, n: int) -> None:
     """Scores are [N], finite, never negative; observe writes to `state` alone, in place, and reads it alone."""
     metric = kind()
     values = sequence(seed, steps, n)
@@ -230,7 +238,8 @@ def test_entries_do_not_mix(kind: type[Metric]) -> None:
     st.lists(st.integers(1, 9), min_size=1, max_size=4),
 )
 @QUICK
-def test_reduce_is_the_sum_over_parts_of_means(seed: int, modules: int, units: int, slices: list[int]) -> None:
+def test_reduce_sums_means(seed: int, modules: int, units: int, slices: list[int]) -> None:
+    """`reduce` is the sum over parts of the mean over entries."""
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.rand(modules, units, size, generator=generator) for size in slices]
     got = SensitivityUncertainty().reduce(parts)
@@ -241,14 +250,16 @@ def test_reduce_is_the_sum_over_parts_of_means(seed: int, modules: int, units: i
 
 
 @pytest.mark.parametrize("kind", registered(), ids=lambda kind: kind.__name__)
-def test_default_reduce_everywhere(kind: type[Metric]) -> None:
+def test_default_reduce(kind: type[Metric]) -> None:
+    """Every metric has the default `reduce`."""
     parts = [torch.rand(2, 3, 1), torch.rand(2, 3, 5), torch.rand(2, 3, 7)]
     want = sum(part.mean(-1) for part in parts)
     assert torch.allclose(kind().reduce(parts), want)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", registered(), ids=lambda kind: kind.__name__)
-def test_metrics_are_frozen_and_say_when_they_measure(kind: type[Metric]) -> None:
+def test_metrics_are_frozen(kind: type[Metric]) -> None:
+    """Metrics are frozen, and say which entries they read and when."""
     metric = kind()
     assert metric.reads in ("all", "core")
     assert isinstance(metric.buffers, tuple)

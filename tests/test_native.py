@@ -59,7 +59,8 @@ def one_block(shapes, kind, seed):
     kind=st.sampled_from(["component", "layer"]),
     seed=st.integers(0, 999),
 )
-def test_statistics_and_scores_are_the_formulas(index, threads, r, d_in, d_out, kind, seed):
+def test_formulas(index, threads, r, d_in, d_out, kind, seed):
+    """Statistics and scores of the library are those of the formulas, whatever the shapes and threads."""
     metric = METRICS[index]
     blocks = [one_block([((r,), 0), ((d_out, r), 1), ((r, d_in), 0)], kind, seed + i) for i in range(3)]
     layout = Layout(blocks, [True, True, True], "all")
@@ -100,8 +101,8 @@ def test_statistics_and_scores_are_the_formulas(index, threads, r, d_in, d_out, 
 @needs_compiler
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("rows", [1, 700, 3000])
-def test_long_sums_stay_exact(rows):
-    """More rows than there are lanes, more entries than one float sum takes."""
+def test_long_sums(rows):
+    """Sums stay exact with more rows than lanes, and more entries than one float sum takes."""
     block = one_block([((rows, 12), 1), ((12, rows), 0)], "component", 0)
     layout = Layout([block], [True], "all")
     g = torch.Generator().manual_seed(1)
@@ -116,7 +117,8 @@ def test_long_sums_stay_exact(rows):
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, -1])
-def test_a_gradient_that_is_not_finite_changes_nothing(value, place):
+def test_gradient_not_finite(value, place):
+    """A gradient that is not finite changes no statistics."""
     blocks = [one_block([((3,), 0), ((3, 37), 0)], "component", i) for i in range(2)]
     layout = Layout(blocks, [True, True], "all")
     layout.live[place].grad.view(-1)[-1] = value
@@ -130,7 +132,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value, place):
 @needs_compiler
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("odd", ["strided gradient", "float64", "strided weight", "resized"])
-def test_what_the_library_does_not_take_is_left_to_tensor_operations(odd):
+def test_falls_back_to_tensors(odd):
+    """Layouts that the library cannot take are left to tensor operations."""
     block = one_block([((4,), 0), ((4, 6), 0)], "component", 0)
     layout = Layout([block], [True], "all")
     p = layout.live[-1]
@@ -151,7 +154,9 @@ def test_what_the_library_does_not_take_is_left_to_tensor_operations(odd):
     assert layout.native.observe(kernel, layout.grads(), *buffers, scoring=False) is None
 
 
-def test_a_subclass_is_not_taken_for_its_parent():
+def test_subclass_is_not_compiled():
+    """A subclass of a compiled metric is not taken for its parent."""
+
     @attrs.frozen(kw_only=True)
     class Squared(SensitivityUncertainty):
         def importance(self, weight, grad):
@@ -169,7 +174,8 @@ def test_a_subclass_is_not_taken_for_its_parent():
 
 @needs_compiler
 @pytest.mark.parametrize("method", ["adalora", "released", "aflora", "hybrid"])
-def test_runs_decide_alike_with_and_without(method, monkeypatch):
+def test_decides_alike(method, monkeypatch):
+    """Runs decide alike with and without the library."""
     prune = lrkit.Policy(
         metric=SensitivityUncertainty(),
         scheduler=lrkit.schedulers.Cubic(target=2, warmup=2, final=4, interval=2),
@@ -199,7 +205,8 @@ def test_runs_decide_alike_with_and_without(method, monkeypatch):
     assert histories[0] == histories[1]
 
 
-def test_without_a_compiler_the_tensor_operations_run(tmp_path):
+def test_without_compiler(tmp_path):
+    """Without a compiler tensor operations run instead."""
     code = "from lrkit.loop import native; print(native.library())"
     for setting in (
         {"LRKIT_NATIVE": "0"},
@@ -213,7 +220,8 @@ def test_without_a_compiler_the_tensor_operations_run(tmp_path):
 
 @needs_compiler
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_process_does_not_wait_for_threads_that_stayed_behind():
+def test_fork_does_not_wait():
+    """A forked process does not wait for threads that stayed in its parent."""
     code = """
 import os, signal, torch, lrkit
 from lrkit.loop import native
@@ -242,11 +250,12 @@ print(os.waitpid(child, 0)[1], native.SMALLEST < 2 * 32 * 128)
 
 
 @needs_compiler
-def test_a_compiler_without_openmp_compiles_all_the_same(tmp_path):
+def test_compiler_without_openmp(tmp_path):
+    """A compiler without OpenMP still compiles the library."""
     compiler = tmp_path / "cc"
     compiler.write_text('#!/bin/sh\nfor a; do [ "$a" = -fopenmp ] && exit 1; done\nexec cc "$@"\n')
     compiler.chmod(0o755)
-    test = f"{__file__}::test_long_sums_stay_exact[700]"
+    test = f"{__file__}::test_long_sums[700]"
     environment = os.environ | {"CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -255,7 +264,8 @@ def test_a_compiler_without_openmp_compiles_all_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 1 << 16])
-def test_the_cut_into_pieces_changes_nothing(pieces, monkeypatch):
+def test_pieces_change_nothing(pieces, monkeypatch):
+    """Statistics do not depend on the pieces that entries are observed in."""
     from lrkit.loop import layout
 
     monkeypatch.setattr(layout, "_PIECE", pieces)

@@ -35,7 +35,8 @@ def random_factors(adapted):
             nn.init.normal_(p, std=0.5)
 
 
-def test_torch_s_own_encoder_layer_is_refused_since_its_fast_path_passes_adapters_by():
+def test_encoder_layer_refused():
+    """torch's own encoder layer is refused, since its fast path bypasses adapters."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)
     with pytest.raises(lrkit.LrkitError, match="all-linear"):
         lrkit.attach(model, lrkit.methods.lora())
@@ -44,7 +45,8 @@ def test_torch_s_own_encoder_layer_is_refused_since_its_fast_path_passes_adapter
 
 
 @pytest.mark.parametrize("computed", ["spectral_norm", "weight_norm"])
-def test_a_computed_weight_cannot_be_merged_into(computed):
+def test_computed_weight_not_merged(computed):
+    """Merging into a weight that is computed at each forward is refused."""
     model = Net()
     getattr(nn.utils.parametrizations, computed)(model.layers[1])
     adapted = lrkit.attach(model, lrkit.methods.lora(rank=2), targets=["layers.0", "layers.1"])
@@ -57,7 +59,8 @@ def test_a_computed_weight_cannot_be_merged_into(computed):
     assert torch.equal(model(x), before)
 
 
-def test_a_tied_weight_cannot_be_merged_into():
+def test_tied_weight_not_merged():
+    """Merging into a weight that two layers share is refused."""
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel(models.gpt2().config)
@@ -67,7 +70,8 @@ def test_a_tied_weight_cannot_be_merged_into():
     adapted.detach()
 
 
-def test_layers_that_share_matrices_cannot_be_cut():
+def test_shared_matrices_not_cut():
+    """Cutting is refused if layers share their matrices."""
     method = attrs.evolve(
         lrkit.methods.elora(rank=4, shared=True),
         metric=lrkit.metrics.Magnitude(),
@@ -83,7 +87,8 @@ def test_layers_that_share_matrices_cannot_be_cut():
     assert torch.equal(logits(model), before)
 
 
-def test_a_step_with_a_closure_is_refused_for_an_adaptive_method():
+def test_closure_refused():
+    """An optimizer's step with a closure is refused if the method is adaptive."""
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["aflora"])
     optimizer = torch.optim.LBFGS(adapted.parameters(), lr=0.1)
@@ -92,7 +97,8 @@ def test_a_step_with_a_closure_is_refused_for_an_adaptive_method():
         optimizer.step(lambda: model(**models.batch()).loss)
 
 
-def test_overlapping_policies_are_not_subtracted_twice():
+def test_overlapping_policies():
+    """If two policies take out the same parameters, they are subtracted once."""
     also = lrkit.Policy(
         metric=lrkit.metrics.SensitivityUncertainty(),
         scheduler=lrkit.schedulers.Cubic(target=2),
@@ -110,7 +116,7 @@ def test_overlapping_policies_are_not_subtracted_twice():
     assert counted.end == pytest.approx(now) == sum(m.d_out + 2 for m in adapted.adapters.values())
 
 
-def test_the_trainer_s_penalty_is_added_once_after_a_run_that_broke_off(tmp_path):
+def test_penalty_added_once(tmp_path):
     """The hooks of a run that ended in an error are gone with its adapters: the next one adds γ ∇R once."""
     method = lrkit.methods.svd_lora(rank=4, orthogonality=1.0, variant="paper")
     t, adapted = trainer("bert", method, tmp_path, max_steps=1, learning_rate=0.0, max_grad_norm=0.0)
@@ -140,7 +146,8 @@ def test_the_trainer_s_penalty_is_added_once_after_a_run_that_broke_off(tmp_path
     torch.testing.assert_close(seen["grad"], gradient)  # Λ = 0: the loss itself has none for P
 
 
-def test_load_best_model_at_end_takes_the_adaptive_state_along(tmp_path):
+def test_best_model_loaded(tmp_path):
+    """`load_best_model_at_end` loads the adaptive state too."""
     from test_trainer import Rows
 
     t, adapted = trainer(
@@ -170,21 +177,24 @@ def test_load_best_model_at_end_takes_the_adaptive_state_along(tmp_path):
         assert torch.equal(p, saved[f"weight.{name}"])
 
 
-def test_adapters_inside_adapters_are_refused():
+def test_nested_adapters_refused():
+    """Adapters inside of adapters are refused."""
     model = models.make("bert")
     lrkit.attach(model.bert, lrkit.methods.lora(), train_also=())
     with pytest.raises(lrkit.LrkitError, match="already carries"):
         lrkit.attach(model, lrkit.methods.lora())
 
 
-def test_a_handle_is_not_copied():
+def test_handle_not_copied():
+    """A handle cannot be copied; its model can."""
     adapted = lrkit.attach(models.make("bert"), lrkit.methods.lora())
     with pytest.raises(lrkit.LrkitError, match="cannot be copied"):
         copy.deepcopy(adapted)
     copy.deepcopy(adapted.model)  # the model can
 
 
-def test_compact_goes_with_any_optimizer_s_state():
+def test_compact_with_adafactor():
+    """`compact`, and steps after it, work with Adafactor, whose state has other shapes."""
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["adalora"])
     optimizer = torch.optim.Adafactor(adapted.parameters(), lr=1e-2)
@@ -194,8 +204,8 @@ def test_compact_goes_with_any_optimizer_s_state():
 
 
 @pytest.mark.parametrize("order", ["lrkit first", "optimizer first"])
-def test_state_in_any_order_with_an_optimizer_whose_state_has_other_shapes(order):
-    """Adafactor's row and column factors are of no tensor's shape, and of the cut tensors all the same."""
+def test_other_state_shapes(order):
+    """States load in any order, though Adafactor's row and column factors have the shape of no tensor."""
     method = attrs.evolve(METHODS["adalora"], action=lrkit.actions.Prune(cut="always"))
 
     def begin():
@@ -221,7 +231,8 @@ def test_state_in_any_order_with_an_optimizer_whose_state_has_other_shapes(order
     assert all(torch.equal(a, b) for a, b in zip(adapted.parameters(), again.parameters(), strict=True))
 
 
-def test_compact_after_unbind_cuts_the_optimizer_s_state_too():
+def test_compact_after_unbind():
+    """`compact` cuts the optimizer's state even after `unbind`."""
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["adalora"])
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
@@ -231,13 +242,15 @@ def test_compact_after_unbind_cuts_the_optimizer_s_state_too():
     fit(model, adapted, steps=2, optimizer=optimizer, total=22)
 
 
-def test_compact_before_training_is_refused():
+def test_compact_too_early():
+    """`compact` is refused before training."""
     adapted = lrkit.attach(models.make("bert"), METHODS["adalora"])
     with pytest.raises(lrkit.LrkitError, match="can still come back"):
         adapted.compact()
 
 
-def test_an_empty_batch_goes_through():
+def test_empty_batch():
+    """An empty batch goes through forward and backward."""
     model = Net()
     adapted = lrkit.attach(model, lrkit.methods.lora(rank=2))
     out = model(torch.zeros(0, 8))
@@ -246,7 +259,8 @@ def test_an_empty_batch_goes_through():
     assert all(p.grad is not None for p in adapted.adapter_parameters())
 
 
-def test_a_state_compacted_otherwise_is_taken_over(tmp_path):
+def test_state_compacted_otherwise(tmp_path):
+    """A model can load a state that was compacted to other ranks than its own."""
     states = []
     for seed in (0, 1):
         model = models.make("bert", seed=seed)
@@ -262,7 +276,9 @@ def test_a_state_compacted_otherwise_is_taken_over(tmp_path):
     assert adapted.summary().layers == states[1][1].summary().layers
 
 
-def test_what_was_saved_is_loaded_where_a_name_is_another_s_suffix(tmp_path):
+def test_name_is_a_suffix(tmp_path):
+    """A save is loaded even if one module's name is the suffix of another's."""
+
     class Deep(nn.Module):
         def __init__(self):
             super().__init__()
@@ -279,7 +295,8 @@ def test_what_was_saved_is_loaded_where_a_name_is_another_s_suffix(tmp_path):
     assert list(lrkit.load(model, tmp_path).adapters) == ["fc"]
 
 
-def test_a_saved_file_is_as_readable_as_any_other(tmp_path):
+def test_file_mode(tmp_path):
+    """A saved file has the mode of any other new file."""
     adapted = lrkit.attach(Net(), lrkit.methods.lora(rank=2))
     old = os.umask(0o022)
     try:
@@ -289,7 +306,8 @@ def test_a_saved_file_is_as_readable_as_any_other(tmp_path):
     assert mode == 0o644
 
 
-def test_a_budget_that_grows_is_refused_when_the_units_are_known():
+def test_growing_budget_refused():
+    """A budget that grows is refused as soon as the number of units is known."""
     model = models.make("bert")
     method = attrs.evolve(METHODS["adalora"], scheduler=lrkit.schedulers.Cubic(target=3, start=0.1))
     adapted = lrkit.attach(model, method)
@@ -300,18 +318,21 @@ def test_a_budget_that_grows_is_refused_when_the_units_are_known():
 @pytest.mark.parametrize(
     "arguments", [{"targets": 3}, {"targets": [None]}, {"train_also": 3}, {"train_also": [3]}], ids=str
 )
-def test_wrong_types_are_one_line(arguments):
+def test_wrong_types(arguments):
+    """Arguments of a wrong type are refused in one line."""
     with pytest.raises(lrkit.LrkitError, match="must be"):
         lrkit.attach(Net(), lrkit.methods.lora(), **arguments)
 
 
-def test_no_model_is_one_line():
+def test_not_a_model():
+    """A model's name in the place of a model is refused in one line."""
     with pytest.raises(lrkit.LrkitError, match=r"nn\.Module"):
         lrkit.attach("bert-base-uncased", lrkit.methods.lora())
 
 
 @pytest.mark.parametrize("how", ["cpu", "disk"])
-def test_an_offloaded_model_is_one_line(how, tmp_path):
+def test_offloaded_model(how, tmp_path):
+    """An offloaded model is refused in one line."""
     import accelerate
 
     model = models.make("bert")
@@ -325,8 +346,8 @@ def test_an_offloaded_model_is_one_line(how, tmp_path):
     assert [type(module) for module in model.modules()] == before
 
 
-def test_statistics_follow_the_model_to_another_device():
-    """No GPU here: the meta device stands for one. The layout must be on it, and nothing of the old one be left."""
+def test_statistics_follow_device():
+    """Statistics follow the model to another device, for which the meta device stands; none stay on the old one."""
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["hybrid"])
     model.to("meta")
@@ -350,7 +371,8 @@ class Halve(lrkit.Action):
             block.core.mul_(torch.where(keep, 1.0, 0.5))
 
 
-def test_what_an_action_retains_is_trained_and_counted():
+def test_retained_units_counted():
+    """Units that an action dims are trained and counted."""
     model = models.make("bert")
     adapted = lrkit.attach(model, attrs.evolve(METHODS["adalora"], action=Halve()))
     fit(model, adapted)
@@ -364,7 +386,8 @@ def test_what_an_action_retains_is_trained_and_counted():
     assert counted.end == counted.average == counted.start == now.start
 
 
-def test_a_schedule_that_leaves_nothing_is_said():
+def test_nothing_left():
+    """A schedule that leaves no component gives a warning."""
     method = attrs.evolve(METHODS["adalora"], scheduler=attrs.evolve(METHODS["adalora"].scheduler, target=0.0))
     adapted = lrkit.attach(models.make("bert"), method)
     with pytest.warns(lrkit.LrkitWarning, match=r"Cubic.target = 0.0: after the last decision.* no component is left"):

@@ -110,7 +110,8 @@ def run_against_oracle(
 
 
 @pytest.mark.parametrize("times", SETTINGS, ids=str)
-def test_masks_are_the_oracle_s_in_bert(times: tuple[int, int, int, int]) -> None:
+def test_oracle_in_bert(times: tuple[int, int, int, int]) -> None:
+    """In BERT the masks at every step are the oracle's."""
     total, warmup, final, interval = times
     oracle = oracles.AdaLoRARun([4] * 12, 2, total=total, warmup=warmup, final=final, interval=interval)
     run_against_oracle(bert, adalora(4, 2, times=times), oracle, total, "adamw")
@@ -118,34 +119,38 @@ def test_masks_are_the_oracle_s_in_bert(times: tuple[int, int, int, int]) -> Non
 
 @pytest.mark.parametrize("times", SETTINGS, ids=str)
 @pytest.mark.parametrize("kind", [kind for kind in METRICS if kind != "magnitude"])
-def test_masks_are_the_oracle_s_for_every_metric(kind: str, times: tuple[int, int, int, int]) -> None:
+def test_oracle_per_metric(kind: str, times: tuple[int, int, int, int]) -> None:
+    """With every metric the masks are the oracle's."""
     total, warmup, final, interval = times
     oracle = oracles.AdaLoRARun([4] * 3, 2, total=total, warmup=warmup, final=final, interval=interval, kind=kind)
     run_against_oracle(toy, adalora(4, 2, times=times, metric=METRICS[kind]), oracle, total, "adam")
 
 
-def test_magnitude_before_the_step_is_the_magnitude_before_the_step() -> None:
+def test_magnitude_before_step() -> None:
     """S_i = abs(λ_i) of the weights as Algorithm 1 has them: before the update."""
     oracle = oracles.AdaLoRARun([4] * 3, 2, total=33, warmup=7, final=9, interval=4, kind="magnitude")
     run_against_oracle(toy, adalora(4, 2, times=(33, 7, 9, 4), metric=Magnitude()), oracle, 33, "adam")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_masks_are_the_oracle_s_for_every_optimizer(optimizer: str) -> None:
+def test_oracle_per_optimizer(optimizer: str) -> None:
+    """With every optimizer the masks are the oracle's."""
     times = (40, 4, 10, 3)
     oracle = oracles.AdaLoRARun([4] * 3, 2, total=40, warmup=4, final=10, interval=3)
     run_against_oracle(toy, adalora(4, 2, times=times), oracle, 40, optimizer)
 
 
 @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.5, 0.9), (0.9, 0.3)], ids=str)
-def test_masks_are_the_oracle_s_for_other_betas(betas: tuple[float, float]) -> None:
+def test_oracle_with_other_betas(betas: tuple[float, float]) -> None:
+    """With other β₁ and β₂ the masks are the oracle's."""
     metric = SensitivityUncertainty(beta1=betas[0], beta2=betas[1])
     oracle = oracles.AdaLoRARun([4] * 3, 1, total=30, warmup=5, final=10, interval=1, beta1=betas[0], beta2=betas[1])
     run_against_oracle(toy, adalora(4, 1, metric=metric), oracle, 30, "adam")
 
 
 @pytest.mark.parametrize("kind", METRICS)
-def test_measured_after_the_step_as_the_released_code_does(kind: str) -> None:
+def test_measured_after_step(kind: str) -> None:
+    """Scores measured after the step, as in the released code, give the oracle's masks."""
     metric = attrs.evolve(METRICS[kind], measure="after-step")
     for interval in (1, 4):
         oracle = oracles.AdaLoRARun([4] * 3, 2, total=30, warmup=5, final=10, interval=interval, kind=kind)
@@ -154,7 +159,8 @@ def test_measured_after_the_step_as_the_released_code_does(kind: str) -> None:
 
 @pytest.mark.parametrize("times", [(30, 5, 10, 1), (33, 7, 9, 4), (40, 8, 12, 5)], ids=str)
 @pytest.mark.parametrize("ending", ["fixed", "peft", "released", "open"])
-def test_every_ending_is_the_oracle_s(ending: Any, times: tuple[int, int, int, int]) -> None:
+def test_oracle_per_ending(ending: Any, times: tuple[int, int, int, int]) -> None:
+    """With every ending the masks are the oracle's, up to the last step."""
     total, warmup, final, interval = times
     method = adalora(4, 2, times=times)
     assert method.scheduler is not None
@@ -163,8 +169,8 @@ def test_every_ending_is_the_oracle_s(ending: Any, times: tuple[int, int, int, i
     run_against_oracle(toy, method, oracle, total, "adam")
 
 
-def test_ties_as_the_released_code_has_them_all_lose() -> None:
-    """score <= kthvalue: where all scores are equal nothing is kept; where none are, the best b."""
+def test_released_ties_lose() -> None:
+    """With score <= kthvalue nothing is kept if all scores are equal, and the best b if none are."""
     method = attrs.evolve(adalora(4, 2, times=(12, 2, 2, 1), gamma=0.0), action=Prune(ties="threshold"))
     _, adapted = toy(method)
     optimizer = torch.optim.SGD(adapted.parameters(), lr=0.1)
@@ -178,7 +184,7 @@ def test_ties_as_the_released_code_has_them_all_lose() -> None:
 
 
 @pytest.mark.parametrize("final", [0, 1, 6])
-def test_steps_numbered_from_zero_as_the_released_code_does(final: int) -> None:
+def test_steps_from_zero(final: int) -> None:
     """The n-th step is number n - 1: the same choices by number, and the budget is reached or said to be out of reach."""
     total, warmup, interval = 20, 3, 4
     method = adalora(4, 1, times=(total, warmup, final, interval))
@@ -202,8 +208,8 @@ def test_steps_numbered_from_zero_as_the_released_code_does(final: int) -> None:
     assert (cores(adapted) != 0).sum() == 3, "the run ended above its target, and nothing was said"
 
 
-def test_a_final_phase_as_long_as_the_run_has_the_target_from_the_start() -> None:
-    """T - t_f = 0: the budget is b_T at every step, or the schedule is refused."""
+def test_final_phase_only() -> None:
+    """If T - t_f = 0 the budget is b_T at every step, or the schedule is refused."""
     model, adapted = toy(adalora(4, 1, times=(10, 0, 10, 1)))
     optimizer = torch.optim.Adam(adapted.parameters(), lr=0.01)
     if not binds(adapted, optimizer, 10):
@@ -226,7 +232,8 @@ def binds(adapted: Any, optimizer: torch.optim.Optimizer, total: int) -> bool:
     return True
 
 
-def test_gradients_that_are_not_finite_leave_the_statistics_alone() -> None:
+def test_gradients_not_finite() -> None:
+    """A gradient that is not finite leaves the statistics as they were."""
     _, adapted = toy(adalora(4, 2, times=(20, 10, 2, 1), gamma=0.0))
     optimizer = torch.optim.SGD(adapted.parameters(), lr=0.01)
     adapted.bind(optimizer, total_steps=20)
@@ -248,7 +255,7 @@ def test_gradients_that_are_not_finite_leave_the_statistics_alone() -> None:
 
 @pytest.mark.parametrize("measure", ["before-step", "after-step"])
 @pytest.mark.parametrize("first", ["prune", "freeze"])
-def test_masks_are_the_oracle_s_while_matrices_freeze(first: str, measure: Any) -> None:
+def test_oracle_while_freezing(first: str, measure: Any) -> None:
     """AFLoRA's §8, prune and freeze in one run: a matrix that froze keeps the score of its last gradient."""
     total = 40
     freeze = lrkit.Policy(
@@ -271,8 +278,8 @@ def test_masks_are_the_oracle_s_while_matrices_freeze(first: str, measure: Any) 
     run_against_oracle(toy, method, oracle, total, "adam", policy=method.policies.index(prune))
 
 
-def test_triplets_do_come_back_in_a_real_run() -> None:
-    """Otherwise the runs above say nothing about re-activation."""
+def test_triplets_come_back() -> None:
+    """In a real run some triplets come back; otherwise the tests above say nothing about it."""
     times = (60, 5, 10, 4)
     oracle = oracles.AdaLoRARun([4] * 3, 2, total=60, warmup=5, final=10, interval=4)
     assert run_against_oracle(toy, adalora(4, 2, times=times, gamma=0.5), oracle, 60, "adam") > 0
@@ -293,7 +300,8 @@ def step_with(adapted: Any, optimizer: torch.optim.Optimizer, size: Any) -> None
 
 
 @pytest.mark.parametrize("interval", [1, 3])
-def test_a_masked_triplet_whose_score_rises_comes_back(interval: int) -> None:
+def test_rising_score_comes_back(interval: int) -> None:
+    """A masked triplet comes back when its score rises above the others'."""
     method = lrkit.Method(
         parameterization=SVD(rank=4, orthogonality=0.0),
         metric=SensitivityUncertainty(),
@@ -325,7 +333,7 @@ def test_a_masked_triplet_whose_score_rises_comes_back(interval: int) -> None:
     assert (cores(adapted) != 0).sum() == 6
 
 
-def test_lambda_moves_between_masks_and_is_ranked_again() -> None:
+def test_lambda_regrows() -> None:
     """Magnitude sees nothing but λ: with ΔT = 1 a masked λ has one step to regrow, and a large gradient is enough."""
     method = lrkit.Method(
         parameterization=SVD(rank=3, orthogonality=0.0),
@@ -348,8 +356,8 @@ def test_lambda_moves_between_masks_and_is_ranked_again() -> None:
 
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("gradient", [0.0, 1.0], ids=["all zero", "all one"])
-def test_ties_keep_exactly_the_budget(interval: int, gradient: float) -> None:
-    """All scores equal: λ at 5, P and Q at 1. (score <= kthvalue would keep none.)"""
+def test_ties_keep_budget(interval: int, gradient: float) -> None:
+    """If all scores are equal, exactly the budget is kept. (score <= kthvalue would keep none.)"""
     total, warmup, final = 24, 4, 6
     method = adalora(4, 1, times=(total, warmup, final, interval), gamma=0.0)
     _, adapted = toy(method)
@@ -388,7 +396,8 @@ def test_ties_keep_exactly_the_budget(interval: int, gradient: float) -> None:
     st.data(),
 )
 @settings(max_examples=40)
-def test_never_more_active_than_the_budget(seed: int, rank: int, total: int, kind: str, data: st.DataObject) -> None:
+def test_budget_is_the_most(seed: int, rank: int, total: int, kind: str, data: st.DataObject) -> None:
+    """Whatever the schedule, never more components are active than the budget allows."""
     end = data.draw(st.integers(1, total))
     warmup, interval = data.draw(st.integers(0, end - 1)), data.draw(st.integers(1, 6))
     target = data.draw(st.integers(0, rank))
@@ -424,7 +433,8 @@ def test_never_more_active_than_the_budget(seed: int, rank: int, total: int, kin
     assert adapted.history[-1].step == end
 
 
-def test_masked_components_do_not_reach_the_output() -> None:
+def test_masked_components_are_silent() -> None:
+    """P and Q of a masked component change no output, however large they are."""
     _, adapted = toy(adalora(4, 1, times=(10, 0, 0, 1)))
     model, optimizer = adapted.model, torch.optim.Adam(adapted.parameters(), lr=0.01)
     adapted.bind(optimizer, total_steps=10)
@@ -442,8 +452,8 @@ def test_masked_components_do_not_reach_the_output() -> None:
     assert torch.equal(model(x), out)
 
 
-def test_state_of_prune_lives_in_the_core_alone() -> None:
-    """Prune drops no optimizer state and freezes nothing: what is masked goes on training."""
+def test_prune_drops_no_state() -> None:
+    """Prune drops no optimizer state and freezes nothing: masked components go on training."""
     model, adapted = toy(adalora(4, 1, times=(12, 0, 2, 1)))
     optimizer = torch.optim.Adam(adapted.parameters(), lr=0.01)
     adapted.bind(optimizer, total_steps=12)
@@ -457,7 +467,8 @@ def test_state_of_prune_lives_in_the_core_alone() -> None:
             assert p.requires_grad and p in optimizer.state
 
 
-def test_penalty_is_gamma_times_equation_four() -> None:
+def test_penalty_is_equation_four() -> None:
+    """The penalty is γ times Eq. 4, or γ times the mean norm."""
     for norm, oracle in (("squared", oracles.orthogonality_squared), ("mean", oracles.orthogonality_mean)):
         method = lrkit.Method(parameterization=SVD(rank=3, orthogonality=0.3, orthogonality_norm=norm))
         _, adapted = toy(method)
@@ -469,8 +480,8 @@ def test_penalty_is_gamma_times_equation_four() -> None:
     assert float(adapted.penalty().detach()) == 0
 
 
-def test_other_schedules_and_vector_scaled_gates() -> None:
-    """The mask is on whatever the core is: AFLoRA's d as well."""
+def test_other_cores() -> None:
+    """Prune masks any core, under any schedule: AFLoRA's d too."""
     total = 20
     method = lrkit.Method(
         parameterization=VectorScaled(rank=4, train="both"),

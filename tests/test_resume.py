@@ -93,7 +93,8 @@ def whole(name):
 
 @settings(max_examples=40)
 @given(name=st.sampled_from(sorted(DRAWN)), at=st.integers(0, STEPS))
-def test_resume_is_exact_for_any_method_at_any_step(name, at):
+def test_resume_is_exact(name, at):
+    """Any method, resumed at any step, is bitwise the run."""
     states = whole(name)
     model, adapted, optimizer = start(DRAWN[name])
     adapted.load_state_dict(states[at][0])
@@ -130,7 +131,8 @@ while adapted.step < t.STEPS:
 
 
 @pytest.mark.parametrize("name", ["adalora", "hybrid on SVD"])
-def test_a_killed_process_goes_on_where_it_was(name, tmp_path):
+def test_killed_process_resumes(name, tmp_path):
+    """A process that is killed while it saves goes on from its last whole state."""
     script = tmp_path / "worker.py"
     script.write_text("import lrkit.adapt.checkpoint\n" + WORKER.format(here=str(HERE)))
     runs = tmp_path / "runs"
@@ -228,21 +230,24 @@ META = {
 
 
 @pytest.mark.parametrize("case", TENSORS)
-def test_wrong_tensors_are_refused(run, case):
+def test_wrong_tensors_refused(run, case):
+    """A file with wrong tensors is refused, and changes nothing."""
     adapted, path, folder = run
     change, match = TENSORS[case]
     refused(adapted, rewrite(path, folder / "bad", tensors=change), match)
 
 
 @pytest.mark.parametrize("case", META)
-def test_wrong_data_is_refused(run, case):
+def test_wrong_data_refused(run, case):
+    """A file with wrong data beside its tensors is refused, and changes nothing."""
     adapted, path, folder = run
     change, match = META[case]
     refused(adapted, rewrite(path, folder / "bad", meta=change), match, anywhere=case != "a longer run")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
-def test_a_truncated_file_is_refused(run, share):
+def test_truncated_file_refused(run, share):
+    """A truncated file is refused in one line."""
     adapted, path, folder = run
     (folder / "bad").mkdir()
     data = path.read_bytes()
@@ -250,7 +255,8 @@ def test_a_truncated_file_is_refused(run, share):
     refused(adapted, folder / "bad", "truncated")
 
 
-def test_a_pickle_and_a_foreign_file_are_refused(run):
+def test_foreign_files_refused(run):
+    """A pickle, and a file of another program, are refused."""
     adapted, path, folder = run
     (folder / "pickle").mkdir()
     (folder / "pickle" / checkpoint.FILE).write_bytes(pickle.dumps({"meta": {}, "tensors": {}}))
@@ -262,7 +268,8 @@ def test_a_pickle_and_a_foreign_file_are_refused(run):
     refused(adapted, folder / "none", "no lrkit state")
 
 
-def test_a_save_that_fails_leaves_the_old_state(run, monkeypatch):
+def test_failed_save(run, monkeypatch):
+    """A save that fails leaves the old file as it was."""
     adapted, path, _ = run
     before = path.read_bytes()
 

@@ -14,8 +14,7 @@ from lrkit.actions import Freeze, Prune, Zero
 from lrkit.metrics import GradientUncertainty, SensitivityUncertainty
 from lrkit.parameterizations import SVD, LoRA
 from lrkit.schedulers import Cubic
-from lrkit.testing import ActionContract
-from lrkit.testing.base import resumes
+from lrkit.testing import ActionContract, resumes
 from lrkit.units import blocks_of, present
 
 STEPS = 16

@@ -101,8 +101,8 @@ class PolicyState:
             return
         # If a tensor cannot move in place, the module has a new one: look them up again.
         self.blocks = [attrs.evolve(block) for block in self.blocks]
-        self.kept = self.kept.to(device)
         self.statistics = self.statistics.moved(self.layout())
+        self.kept = self.kept.to(device)
 
     def follow(self) -> None:
         """Follow tensors that stopped training, or train again: they lose their statistics, or begin anew."""

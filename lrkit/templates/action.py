@@ -15,12 +15,12 @@ from lrkit.units import UnitKind, split
 
 @attrs.frozen(kw_only=True)
 class ExampleName(lrkit.Action):
-    """λ_i shrinks at each decision that component i loses, and can grow again in between.
+    """Shrink λ_i at each decision that component i loses; it can grow again in between.
 
-    Source: this package; the mask of arXiv 2303.10512, Eq. 5, is what it comes to as ``factor`` goes to zero.
+    Source: this package; the mask of arXiv 2303.10512, Eq. 5, is its limit as ``factor`` goes to zero.
 
     Args:
-        factor: what a loser's λ is multiplied by.
+        factor: a loser's λ is multiplied by this.
     """
 
     fate: ClassVar[Fate] = "dimmed"  # a smaller λ still adds to the output: its component counts as trained
@@ -29,11 +29,11 @@ class ExampleName(lrkit.Action):
 
     @property
     def unit(self) -> UnitKind:
-        """Rank components."""
+        """Act on components of the rank."""
         return "component"
 
     def refusal(self, parameterization: lrkit.Parameterization) -> str | None:
-        """There must be a λ to shrink."""
+        """Refuse a parameterization that has no λ to shrink."""
         if not any(part.core and part.trains for part in parameterization.parts):
             return "it shrinks a component's core value (λ), and this parameterization has none"
         return None
@@ -47,5 +47,5 @@ class ExampleName(lrkit.Action):
 
 @lrkit.hookimpl
 def lrkit_actions() -> Mapping[str, type[lrkit.Action]]:
-    """Offer this package's components."""
+    """Offer the action of this package."""
     return {"example-name": ExampleName}

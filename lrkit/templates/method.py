@@ -24,5 +24,5 @@ def example_name(*, rank: int = 8, target_rank: int = 4) -> lrkit.Method:
 
 @lrkit.hookimpl
 def lrkit_methods() -> Mapping[str, Callable[..., lrkit.Method]]:
-    """Offer this package's components."""
+    """Offer the method of this package."""
     return {"example-name": example_name}

@@ -25,15 +25,15 @@ class ExampleName(lrkit.Metric):
     beta: float = attrs.field(default=0.9, validator=real(0.0, 1.0, below=True))
 
     def observe(self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int) -> None:
-        """F = β F + (1 - β) g², in place."""
+        """Update F = β F + (1 - β) g², in place."""
         state["fisher"].lerp_(grad.square(), 1 - self.beta)
 
     def score(self, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """F [N]."""
+        """Return F [N]."""
         return state["fisher"]
 
 
 @lrkit.hookimpl
 def lrkit_metrics() -> Mapping[str, type[lrkit.Metric]]:
-    """Offer this package's components."""
+    """Offer the metric of this package."""
     return {"example-name": ExampleName}

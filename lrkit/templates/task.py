@@ -10,10 +10,10 @@ WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 
 
 def load(rest: str | None) -> lrkit.tasks.Task:
-    """Which of two numbers, written as words, is larger. Source: this package.
+    """Ask which of two numbers, written as words, is larger. Source: this package.
 
     Args:
-        rest: what follows ``example-name/``; there are no parts, so None.
+        rest: the part after ``example-name/``; this task has no parts, so it must be None.
     """
     if rest is not None:
         raise lrkit.LrkitError(f'task "example-name" has no parts: write "example-name", not "example-name/{rest}"')
@@ -31,5 +31,5 @@ def load(rest: str | None) -> lrkit.tasks.Task:
 
 @lrkit.hookimpl
 def lrkit_tasks() -> Mapping[str, Callable[[str | None], lrkit.tasks.Task]]:
-    """Offer this package's components."""
+    """Offer the task of this package."""
     return {"example-name": load}

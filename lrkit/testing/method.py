@@ -1,9 +1,8 @@
-"""The contracts of a named method and of a task."""
+"""Ask what every named method must keep: it is plain data, its parts can be swapped, and it trains."""
 
 import functools
 import inspect
 import json
-import math
 import tempfile
 import typing
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from itertools import chain
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 
 from lrkit import schedulers
@@ -19,24 +17,12 @@ from lrkit.adapt.adapted import load
 from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError
 from lrkit.method import FIELDS, Method
-from lrkit.tasks import Task
-from lrkit.testing.base import (
-    Broken,
-    Contract,
-    Run,
-    batch,
-    builtin_actions,
-    builtin_metrics,
-    builtin_parameterizations,
-    calling,
-    clause,
-    expect,
-    near,
-    or_refused,
-    raised,
-    resumes,
-    tiny,
-)
+from lrkit.testing.base import Contract, clause
+from lrkit.testing.comparisons import near
+from lrkit.testing.findings import calling, expect, expect_one_line
+from lrkit.testing.neighbours import builtin_actions, builtin_metrics, builtin_parameterizations, or_refused
+from lrkit.testing.runs import Run, resumes
+from lrkit.testing.tiny import batch, tiny
 
 
 class MethodContract(Contract):
@@ -114,7 +100,7 @@ class MethodContract(Contract):
 
     @clause
     def test_saved_and_taken_out(self, component: Any) -> None:
-        """What was trained can be saved and loaded, merged or refused in one line, and taken out again."""
+        """After training it can be saved and loaded, merged or refused in one line, and taken out again."""
         run = Run(self._method(component), 10)
         run.to(10)
         x, _ = batch()
@@ -127,7 +113,7 @@ class MethodContract(Contract):
         try:
             expect(near(loaded.merge()(x), outputs), "after merge outputs differ")
         except LrkitError as error:
-            expect("\n" not in str(error), f"merge is refused in more than one line: {error}")
+            expect_one_line(error, "merge is refused")
         with calling("detach"):
             back = run.adapted.detach()
         expect(torch.equal(back(x), tiny().eval()(x)), "after detach outputs are not what they were")
@@ -136,65 +122,3 @@ class MethodContract(Contract):
     def test_resumes_exactly(self, component: Any) -> None:
         """A run that is saved and resumed at several points is bitwise the run."""
         resumes(self._method(component), 20, (1, 5, 10, 19))
-
-
-class TaskContract(Contract):
-    """The contract of a task's loader: `component` is the function of what follows the task's name and a slash."""
-
-    rest: str | None = None
-    """The argument it is called with; ``--task mine/part`` gives ``"part"``, and ``--task mine`` None."""
-
-    def _task(self, component: Any) -> Task:
-        with calling(f"called with {self.rest!r} it"):
-            task = component(self.rest)
-        expect(isinstance(task, Task), f"it must return a lrkit.tasks.Task, not {type(task).__name__}")
-        return typing.cast(Task, task)
-
-    def _settings(self, component: Any) -> list[str]:
-        return []
-
-    def _exercise(self, component: Any) -> None:
-        self._task(component)
-
-    @clause
-    def test_rows_have_texts_and_labels(self, component: Any) -> None:
-        """Every row has strings in its fields, and a label that there is: a class's number, or a finite float."""
-        task = self._task(component)
-        for split_name, rows in (("train", task.train), ("validation", task.validation)):
-            for field in task.fields:
-                odd = [i for i, text in enumerate(rows[field]) if not isinstance(text, str)]
-                expect(not odd, f"{split_name} row {odd[:1]}: {field} is not a string")
-            labels = np.asarray(rows["label"])
-            if task.kind == "classification":
-                good = labels.dtype.kind == "i" and labels.min() >= 0 and labels.max() < task.num_labels
-                expect(good, f"{split_name}: labels must be ints from 0 to {task.num_labels - 1}")
-            else:
-                expect(np.isfinite(labels.astype(float)).all(), f"{split_name}: labels must be finite numbers")
-
-    @clause
-    def test_is_the_same_each_time(self, component: Any) -> None:
-        """Asked twice, it gives the same rows in the same order: seeds are compared on one set of data."""
-        one, two = self._task(component), self._task(component)
-        for name in ("train", "validation"):
-            columns = (*one.fields, "label")
-            same = all(list(getattr(one, name)[c]) == list(getattr(two, name)[c]) for c in columns)
-            expect(same, f"asked a second time, {name} has other rows, or another order")
-
-    @clause
-    def test_truth_scores_best(self, component: Any) -> None:
-        """Predicting the labels themselves gives the highest score, and a finite one; larger is better."""
-        task = self._task(component)
-        truth = np.asarray(task.validation["label"])
-        best = next(iter(task.score(truth, truth).values()))
-        other = next(iter(task.score(np.roll(truth, 1), truth).values()))
-        expect(math.isfinite(best) and best >= other, f"the true labels score {best}, shifted ones {other}")
-
-    @clause
-    def test_unknown_part_is_refused(self, component: Any) -> None:
-        """A part that there is not is a `LrkitError` in one line."""
-        try:
-            component("no-such-part")
-        except LrkitError as error:
-            expect("\n" not in str(error), f"refused in more than one line: {error}")
-        except Exception as error:
-            raise Broken(f'called with "no-such-part" it {raised(error)}; expected a LrkitError in one line') from error

@@ -1,4 +1,4 @@
-"""The contract of an importance metric."""
+"""Ask what every metric must keep: finite scores per entry, from buffers that it declares, and nothing else."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,27 +9,15 @@ import torch
 from torch import Tensor
 
 from lrkit.metrics import Metric
-from lrkit.testing.base import (
-    POINTS,
-    Broken,
-    PartContract,
-    Run,
-    builtin_actions,
-    builtin_parameterizations,
-    calling,
-    clause,
-    close,
-    decides,
-    equal,
-    expect,
-    method_with,
-    or_refused,
-    resumes,
-)
+from lrkit.testing.base import PartContract, clause
+from lrkit.testing.comparisons import close, equal
+from lrkit.testing.findings import Broken, calling, expect
+from lrkit.testing.neighbours import builtin_actions, builtin_parameterizations, method_with, or_refused
+from lrkit.testing.runs import POINTS, Run, decides, resumes
 
 
 class _Loose(dict[str, Tensor]):
-    """State that makes what is not there: buffers are one clause's matter, and not every clause's."""
+    """State that makes a buffer when it is asked for: only one clause asks whether buffers are declared."""
 
     def __init__(self, metric: Metric, size: int) -> None:
         super().__init__((name, torch.zeros(size)) for name in metric.buffers)
@@ -41,7 +29,7 @@ class _Loose(dict[str, Tensor]):
 
 
 class _Strict(Mapping[str, Tensor]):
-    """State that says what is read of it, and takes nothing new."""
+    """State that records which buffers are read, and takes no new ones."""
 
     def __init__(self, metric: Metric, size: int) -> None:
         self.tensors = {name: torch.zeros(size) for name in metric.buffers}
@@ -67,7 +55,7 @@ class _Strict(Mapping[str, Tensor]):
 
 
 def _stream(size: int = 257, steps: int = 5) -> list[tuple[Tensor, Tensor]]:
-    """Weights and gradients [size] of a few steps, some of them zero."""
+    """Return weights and gradients [size] of a few steps, some of them zero."""
     generator = torch.Generator().manual_seed(2)
     pairs = []
     for _ in range(steps):
@@ -119,7 +107,7 @@ class MetricContract(PartContract):
 
     @clause
     def test_score_is_finite_float32_for_each_entry(self, component: Any) -> None:
-        """A score [N] in float32 for weights [N], finite where weights and gradients are, zeros included; also for N = 0."""
+        """`score` gives float32 [N] for weights [N], finite if weights and gradients are, zeros included; also for N = 0."""
         for name, pairs in (
             ("random weights and gradients", _stream()),
             ("zero gradients", [(weight, torch.zeros_like(grad)) for weight, grad in _stream()]),

@@ -1,4 +1,4 @@
-"""The contract of a scheduler."""
+"""Ask what every scheduler must keep: a budget that falls from start to target, at times that follow from the step."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,10 @@ from lrkit.errors import LrkitError
 from lrkit.method import Method
 from lrkit.schedulers import Scheduler, Timetable
 from lrkit.settings import in_units
-from lrkit.testing.base import PartContract, calling, clause, decides, expect, method_with, resumes
+from lrkit.testing.base import PartContract, clause
+from lrkit.testing.findings import calling, expect
+from lrkit.testing.neighbours import method_with
+from lrkit.testing.runs import decides, resumes
 
 _SIZES = ((1, 1), (6, 6), (72, 6), (100_000, 72))  # units, layers
 _TOTALS = (1, 2, 7, 20, 100, 1000)
@@ -34,7 +37,7 @@ class SchedulerContract(PartContract):
         return method_with(component, parameterization=parameterizations.SVD(rank=max([4, *amounts])))
 
     def _totals(self, component: Scheduler) -> list[int]:
-        """Lengths of runs that its warm-up and final phase fit into."""
+        """List lengths of runs that its warm-up and final phase fit into."""
         fitting = []
         for total in _TOTALS:
             try:
@@ -46,7 +49,7 @@ class SchedulerContract(PartContract):
         return fitting
 
     def _variants(self, component: Scheduler) -> Iterator[Scheduler]:
-        """Itself, and itself with other phases, as far as it takes them."""
+        """Yield it, and it with other phases if it takes them. For example, one without a warm-up."""
         yield component
         for changes in (
             {"warmup": 0, "final": 0},
@@ -94,7 +97,7 @@ class SchedulerContract(PartContract):
 
     @clause
     def test_budget_goes_from_start_to_target(self, component: Any) -> None:
-        """All of `start` until t_i; `target`, exactly, from T - t_f on; between the two in between."""
+        """The budget is `start` until t_i, exactly `target` from T - t_f on, and between the two in between."""
         for times, high, low, name in self._cases(component):
             begin, end = times.bounds
             for step in range(times.total_steps + 3):
@@ -121,7 +124,7 @@ class SchedulerContract(PartContract):
 
     @clause
     def test_last_decision_is_due(self, component: Any) -> None:
-        """A decision is due at `last`, where the budget is the target; scores are observed at some step up to there."""
+        """A decision is due at step `last`, with the target as its budget; scores are observed at some step up to it."""
         for times, _, low, name in self._cases(component):
             total, ending, first = times.total_steps, times.scheduler.ending, times.scheduler.first_step
             if total < 7:
@@ -164,7 +167,7 @@ class SchedulerContract(PartContract):
 
     @clause
     def test_is_a_function_of_the_step(self, component: Any) -> None:
-        """The same answers in whatever order it is asked: it remembers nothing."""
+        """It gives the same answers in whatever order it is asked, so it remembers nothing."""
         for times, _, _, name in self._cases(component):
 
             def answers(step: int, times: Any = times) -> tuple[Any, ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ import models
 import paper_settings
 import pytest
 import torch
+from command_line import ask
 from lrkit_adapters import BitFit, Bottleneck, Houlsby, Pfeiffer
 from torch import nn
 
 import lrkit
 from lrkit.accounting import count
-from lrkit.cli import main
 from lrkit.registry import Registry
 from lrkit.study.execute import check
 from lrkit.study.models import empty_model
 from lrkit.study.plan import lay_out, read_study
+from lrkit.testing import only
 
 METHODS: dict[str, lrkit.Method] = {
     "houlsby": lrkit_adapters.houlsby(width=6),
@@ -42,11 +43,9 @@ FREEZE: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    made = Registry([("lrkit-adapters 0.1.0", "adapters", lrkit_adapters)], discover=False)
-    assert not made.problems
-    monkeypatch.setattr("lrkit.registry.current", lambda: made)
-    return made
+def registry() -> Iterator[Registry]:
+    with only(lrkit_adapters, distribution="lrkit-adapters 0.1.0") as made:
+        yield made
 
 
 Call = Callable[..., dict[str, Any]]
@@ -55,17 +54,7 @@ Call = Callable[..., dict[str, Any]]
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """The command line with --json."""
-
-    def run(*arguments: object) -> dict[str, Any]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([*map(str, arguments), "--json"])
-        out, err = capsys.readouterr()
-        assert caught.value.code == 0, err
-        told: dict[str, Any] = json.loads(out)
-        return told
-
-    return run
+    return functools.partial(ask, capsys)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import rigs
 import torch
+from command_line import ask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lrkit_grow import Exchange, Grow, LateCubic, NormShare
@@ -21,9 +22,8 @@ from torch import nn
 
 import lrkit
 from lrkit.actions import Ballot
-from lrkit.cli import main
 from lrkit.registry import Registry
-from lrkit.testing import ActionContract, MethodContract, MetricContract, SchedulerContract
+from lrkit.testing import ActionContract, MethodContract, MetricContract, SchedulerContract, only
 
 RISING = lrkit.schedulers.Linear(start=1, target=4, warmup=2, final=3, interval=2)
 METHODS: dict[str, lrkit.Method] = {
@@ -50,12 +50,9 @@ STEPS = 14
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    made = Registry([("lrkit-grow 0.1.0", "grow", lrkit_grow)], discover=False)
-    assert not made.problems
-    monkeypatch.setattr("lrkit.registry.current", lambda: made)
-    monkeypatch.setattr("lrkit.testing.base.current", lambda: made)
-    return made
+def registry() -> Iterator[Registry]:
+    with only(lrkit_grow, distribution="lrkit-grow 0.1.0") as made:
+        yield made
 
 
 class TestGrow(ActionContract):
@@ -392,11 +389,7 @@ def test_it_trains_is_counted_saved_and_merged(name: str, tmp_path: Path) -> Non
 
 
 def test_the_command_line_counts_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["params", "increlora", "--model", "deberta-v3-base", "--json"])
-    out, err = capsys.readouterr()
-    assert caught.value.code == 0, err
-    told = json.loads(out)["methods"]["increlora"]
+    told = ask(capsys, "params", "increlora", "--model", "deberta-v3-base")["methods"]["increlora"]
     # 72 matrices, one component 165,888 parameters over all of them, and 72 core values.
     assert told["start"] == 165_888 + 72
     assert told["end"] == pytest.approx(8 * (165_888 + 72))

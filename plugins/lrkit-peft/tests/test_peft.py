@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 import lrkit
 from lrkit.cli import main
 from lrkit.registry import Registry
+from lrkit.testing import only
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -30,11 +31,9 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    made = Registry([("lrkit-peft 0.1.0", "peft", lrkit_peft)], discover=False)
-    assert not made.problems
-    monkeypatch.setattr("lrkit.registry.current", lambda: made)
-    return made
+def registry() -> Iterator[Registry]:
+    with only(lrkit_peft, distribution="lrkit-peft 0.1.0") as made:
+        yield made
 
 
 # What a model of width 32 needs where PEFT's defaults are for wider ones.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,22 @@ import models
 import numpy as np
 import pytest
 import torch
+from command_line import ask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lrkit_platon import LoSparse, LowRankPlusRows, Platon, ZeroBelow
 
 import lrkit
 from lrkit.actions import Ballot
-from lrkit.cli import main
 from lrkit.loop.native import kernel_of
 from lrkit.registry import Registry
-from lrkit.testing import ActionContract, MethodContract, MetricContract, ParameterizationContract
-from lrkit.testing.base import resumes
+from lrkit.testing import ActionContract, MethodContract, MetricContract, ParameterizationContract, only, resumes
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    made = Registry([("lrkit-platon 0.1.0", "platon", lrkit_platon)], discover=False)
-    assert not made.problems
-    for place in ("lrkit.registry.current", "lrkit.testing.base.current"):
-        monkeypatch.setattr(place, lambda: made)
-    return made
+def registry() -> Iterator[Registry]:
+    with only(lrkit_platon, distribution="lrkit-platon 0.1.0") as made:
+        yield made
 
 
 # In the second the rows of FFN's output are wider than all others.
@@ -309,15 +306,7 @@ def test_the_command_line_counts_and_trains(capsys: pytest.CaptureFixture[str], 
     model, data = folders.write_model(tmp_path / "model"), folders.write_data(tmp_path / "data")
     short = ("--model", model, "--data", data, "--set", "run.steps=20", "--set", "run.batch_size=8")
 
-    def call(*arguments: object) -> dict[str, Any]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([*map(str, arguments), "--json"])
-        out, err = capsys.readouterr()
-        assert caught.value.code == 0, err
-        told: dict[str, Any] = json.loads(out)
-        return told
-
+    call = functools.partial(ask, capsys)
     counted = call("params", "losparse", "--model", "deberta-v3-base")["methods"]["losparse"]
     square, ffn = 768 * 768 + 20 * 2 * 768, 768 * 3072 + 31 * (768 + 3072)
     assert counted["start"] == 12 * (4 * square + 2 * ffn)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,22 @@ import oracles
 import paper_settings
 import pytest
 import torch
+from command_line import ask
 from hypothesis import given
 from hypothesis import strategies as st
 from lrkit_prune_lora import RegularisedLoRA, mean_cosine
 
 import lrkit
-from lrkit.cli import main
 from lrkit.registry import Registry
 from lrkit.study.execute import check
 from lrkit.study.plan import lay_out, read_study
-from lrkit.testing import MethodContract, ParameterizationContract
-from lrkit.testing.base import resumes
+from lrkit.testing import MethodContract, ParameterizationContract, only, resumes
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    made = Registry([("lrkit-prune-lora 0.1.0", "prune-lora", lrkit_prune_lora)], discover=False)
-    assert not made.problems
-    for place in ("lrkit.registry.current", "lrkit.testing.base.current"):
-        monkeypatch.setattr(place, lambda: made)
-    return made
+def registry() -> Iterator[Registry]:
+    with only(lrkit_prune_lora, distribution="lrkit-prune-lora 0.1.0") as made:
+        yield made
 
 
 SHORT = lrkit_prune_lora.prune_lora(rank=4, target_rank=2, warmup=2, final=4, interval=1)
@@ -176,15 +173,7 @@ def test_the_command_line_counts_and_trains_them(capsys: pytest.CaptureFixture[s
     model, data = folders.write_model(tmp_path / "model"), folders.write_data(tmp_path / "data")
     short = ("--model", model, "--data", data, "--set", "run.steps=12", "--set", "run.batch_size=8", "--set", "rank=4")
 
-    def call(*arguments: object) -> dict[str, Any]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([*map(str, arguments), "--json"])
-        out, err = capsys.readouterr()
-        assert caught.value.code == 0, err
-        told: dict[str, Any] = json.loads(out)
-        return told
-
+    call = functools.partial(ask, capsys)
     counted = call("params", "prune-lora", "lora-regu", "--model", "deberta-v3-base")["methods"]
     assert counted["prune-lora"]["start"] == 12 * 165_888
     assert counted["prune-lora"]["end"] == pytest.approx(8 * 165_888)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import paper_settings
 import pytest
 import torch
+from command_line import ask
 from hypothesis import given
 from hypothesis import strategies as st
 from lrkit_sora import GatedLoRA, SoftThreshold, Staged
@@ -22,21 +23,16 @@ from lrkit_sora.gates import soft_threshold
 from torch import nn
 
 import lrkit
-from lrkit.cli import main
 from lrkit.registry import Registry
 from lrkit.study.execute import check
 from lrkit.study.plan import lay_out, read_study
-from lrkit.testing import ActionContract, MethodContract, ParameterizationContract, SchedulerContract
-from lrkit.testing.base import resumes
+from lrkit.testing import ActionContract, MethodContract, ParameterizationContract, SchedulerContract, only, resumes
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    made = Registry([("lrkit-sora 0.1.0", "sora", lrkit_sora)], discover=False)
-    assert not made.problems
-    for place in ("lrkit.registry.current", "lrkit.testing.base.current"):
-        monkeypatch.setattr(place, lambda: made)
-    return made
+def registry() -> Iterator[Registry]:
+    with only(lrkit_sora, distribution="lrkit-sora 0.1.0") as made:
+        yield made
 
 
 class TestGatedLoRA(ParameterizationContract):
@@ -184,18 +180,8 @@ def test_a_resumed_run_is_the_run() -> None:
     assert any(layer.rank < 3 for layer in ended.adapted.summary().layers)
 
 
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main([*map(str, arguments), "--json"])
-    out, err = capsys.readouterr()
-    assert caught.value.code == 0, err
-    told: dict[str, Any] = json.loads(out)
-    return told
-
-
 def test_the_command_line_counts_it(capsys: pytest.CaptureFixture[str]) -> None:
-    told = call(capsys, "params", "sora", "--model", "deberta-v3-base")["methods"]["sora"]
+    told = ask(capsys, "params", "sora", "--model", "deberta-v3-base")["methods"]["sora"]
     assert told["start"] == 663_552 + 72 * 4 and told["core"] == 72 * 4
     assert told["end"] == told["start"], "how many go is known only after a run"
     assert told["end_range"] == [0, told["start"]]
@@ -204,7 +190,7 @@ def test_the_command_line_counts_it(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_command_line_trains_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model, data = folders.write_model(tmp_path / "model"), folders.write_data(tmp_path / "data")
     short = ("--model", model, "--data", data, "--set", "run.steps=20", "--set", "run.batch_size=12")
-    told = call(capsys, "run", "sora", "--set", "strength=10.0", "--set", "run.lr=0.01", *short)
+    told = ask(capsys, "run", "sora", "--set", "strength=10.0", "--set", "run.lr=0.01", *short)
     assert told["steps"] == 20 and told["summary"]["now"] < told["summary"]["start"]
 
 

@@ -1,0 +1,100 @@
+"""Compose a component under test with lrkit's own parts, or with a plug-in that is known to this process alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from lrkit import actions, metrics, parameterizations, registry, schedulers
+from lrkit.actions import Action
+from lrkit.errors import LrkitError
+from lrkit.hookspecs import Kind
+from lrkit.method import Method
+from lrkit.metrics import Metric
+from lrkit.parameterizations import Parameterization
+from lrkit.registry import BASES, Registry
+from lrkit.testing.findings import expect
+
+_CUBIC = schedulers.Cubic(target=0.5, warmup=2, final=2, interval=2)
+
+
+def kind_of(component: object) -> Kind:
+    """Return which part of a method a component is."""
+    return next(kind for kind, base in BASES.items() if isinstance(component, base))
+
+
+def method_with(component: Any, **others: Any) -> Method:
+    """Compose the component with lrkit's own in the other places, or with those that `others` names."""
+    parts: dict[str, Any] = {
+        "parameterization": parameterizations.SVD(rank=4),
+        "metric": metrics.SensitivityUncertainty(),
+        "scheduler": _CUBIC,
+        "action": actions.Prune(),
+    }
+    return Method(**{**parts, kind_of(component): component, **others})
+
+
+def builtin_parameterizations() -> list[Parameterization]:
+    """List lrkit's own, at a rank that fits the tiny model."""
+    return [
+        parameterizations.SVD(rank=4),
+        parameterizations.VectorScaled(rank=4),
+        parameterizations.LoRA(rank=4),
+        parameterizations.Full(),
+    ]
+
+
+def builtin_metrics() -> list[Metric]:
+    """List lrkit's own."""
+    return [
+        metrics.Magnitude(),
+        metrics.Sensitivity(),
+        metrics.SensitivityUncertainty(),
+        metrics.GradientUncertainty(),
+        metrics.RatioUncertainty(),
+    ]
+
+
+def builtin_actions() -> list[Action]:
+    """List lrkit's own."""
+    return [actions.Prune(), actions.Freeze(), actions.Zero()]
+
+
+def or_refused(build: Callable[[], Method], *sides: object) -> Method | None:
+    """Return what it builds, or None if it is refused.
+
+    Raises:
+        Broken: a refusal that has several lines, or does not name both sides.
+    """
+    try:
+        return build()
+    except LrkitError as error:
+        names = [type(side).__name__ for side in sides]
+        expect(
+            "\n" not in str(error) and sum(name in str(error) for name in names) >= 2,
+            f"a refusal must be one line that names both sides ({' and '.join(names)}), not: {error}",
+        )
+        return None
+
+
+@contextmanager
+def only(plugin: object, *, distribution: str = "plug-in under test") -> Iterator[Registry]:
+    """Let this process know lrkit's own components and those of one plug-in, and none that is installed.
+
+    For example, in a fixture of a plug-in's tests: ``with lrkit.testing.only(my_module) as registry: yield registry``.
+
+    Args:
+        plugin: a module, or an object, with hook implementations.
+        distribution: who it comes from, as errors and tables name it.
+
+    Yields:
+        The registry that `lrkit.current` returns until the block ends.
+
+    Raises:
+        Broken: the plug-in, or a part of it, is refused.
+    """
+    made = Registry([(distribution, getattr(plugin, "__name__", "plugin"), plugin)], discover=False)
+    expect(not made.problems, "; ".join(map(str, made.problems)))
+    # The package's name first: it keeps the function that it has once found, and finds the true one again at the end.
+    with mock.patch("lrkit.current", return_value=made), mock.patch.object(registry, "current", return_value=made):
+        yield made

@@ -17,10 +17,11 @@ import lrkit
 from lrkit.actions import Ballot, Fate, Verdict
 from lrkit.errors import LrkitWarning
 from lrkit.loop import layout, native
+from lrkit.loop.resizing import Resize, Resized
 from lrkit.loop.statistics import Statistics
 from lrkit.metrics import GradientUncertainty, Magnitude, SensitivityUncertainty
 from lrkit.parameterizations import SVD, LoRA
-from lrkit.schedulers import Constant, Cubic, Linear
+from lrkit.schedulers import Constant, Cubic, Linear, Timetable
 
 
 def prune(metric: Any, scheduler: Any, rank: int = 3) -> lrkit.Method:
@@ -484,12 +485,20 @@ def test_what_is_fresh_begins_as_it_should_and_what_was_there_stays() -> None:
 # ---------------------------------------------------------------- when it is over
 
 
+@attrs.frozen
+class EveryStep(Timetable):
+    """A decision is due at every step, after its own end as well."""
+
+    def due(self, step: int) -> bool:
+        return True
+
+
 @attrs.frozen(kw_only=True)
 class Always(Cubic):
     """Says that a decision is due at every step, after its own end as well."""
 
-    def due(self, step: int, *, total_steps: int) -> bool:
-        return True
+    def over(self, total_steps: int, *, units: int, layers: int) -> Timetable:  # type: ignore[override]
+        return EveryStep(self, total_steps, units, layers)
 
 
 def test_nothing_is_decided_after_a_schedule_s_end() -> None:
@@ -584,3 +593,333 @@ def test_a_masked_component_that_adds_to_the_output_is_not_cut() -> None:
     before = model(x)
     assert adapted.compact() == {"first": 1, "second": 2, "third": 1}
     torch.testing.assert_close(model(x), before)
+
+
+# ---------------------------------------------------------------- statistics that follow
+
+
+def two_of_three() -> tuple[list[lrkit.Block], Statistics]:
+    """Three blocks, and statistics of which each entry has another value; all train."""
+    blocks = [block([((3, 4), 0), ((5, 3), 1)], seed) for seed in range(3)]
+    laid = layout.Layout(blocks, [True] * 3, "all")
+    metric = lrkit.metrics.Sensitivity(smoothed=True)
+    return blocks, Statistics(metric, laid, {"sensitivity": torch.arange(1.0, laid.size + 1)}, observations=7)
+
+
+def test_thawed_tensors_begin_anew() -> None:
+    """Last scores of a tensor that stood still are no statistics: once it trains again, it begins at zero."""
+    blocks, statistics = two_of_three()
+    p = blocks[1].tensors[0]
+    p.requires_grad_(False)
+    frozen = statistics.follow(layout.Layout(blocks, [True] * 3, "all"))
+    assert bool((frozen.still > 0).all()) and frozen.still.numel() == 12
+    p.requires_grad_(True)
+    thawed = frozen.follow(layout.Layout(blocks, [True] * 3, "all"))
+    flat = thawed.buffers["sensitivity"]
+    assert thawed.still.numel() == 0 and thawed.observations == 7
+    assert not thawed.layout.spans[id(p)].of(flat, flat).any()
+    assert int(flat.count_nonzero()) == flat.numel() - 12
+
+
+def test_stopping_while_resized() -> None:
+    """A tensor that is resized and stops at once has no last scores; another one that stops then has its own."""
+    blocks, statistics = two_of_three()
+    one, other = blocks[0].tensors[0], blocks[1].tensors[1]
+    want = statistics.layout.spans[id(other)].of(statistics.entries(), statistics.still).clone()
+    how = Resized(Resize(torch.tensor([0, 2]), 1), 0)
+    for p in (one, other):
+        p.requires_grad_(False)
+    after = statistics.follow(layout.Layout(blocks, [True] * 3, "all"), {id(one): how})
+    assert not after.layout.spans[id(one)].of(after.still, after.still).any()
+    assert torch.equal(after.layout.spans[id(other)].of(after.still, after.still), want)
+
+
+def test_moving_changes_no_number() -> None:
+    """Buffers, last scores, the count of steps and what was not finite go along to another device."""
+    blocks, statistics = two_of_three()
+    blocks[1].tensors[0].requires_grad_(False)
+    frozen = statistics.follow(layout.Layout(blocks, [True] * 3, "all"))
+    frozen.layout.device = Away("cpu")  # type: ignore[assignment]
+    for p in frozen.layout.live:
+        p.grad = torch.full_like(p, torch.nan)
+    frozen.observe(None)
+    moved = frozen.moved(layout.Layout(blocks, [True] * 3, "all"))
+    assert torch.equal(moved.still, frozen.still) and bool(moved.still.any())
+    assert torch.equal(moved.buffers["sensitivity"], frozen.buffers["sensitivity"])
+    assert moved.observations == 8
+    assert moved.skipped() and not moved.skipped()
+
+
+@needs_compiler
+def test_scores_made_once_serve_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C library's scores are of one decision; the next goes by its own, though C does not observe its step."""
+    monkeypatch.setattr(native, "SMALLEST", 0)
+    runs = []
+    for smallest in (0, 1 << 60):
+        monkeypatch.setattr(native, "SMALLEST", smallest)
+        _, adapted = rigs.toy(prune(SensitivityUncertainty(), Constant(target=1, interval=1)))
+        optimizer = torch.optim.SGD(adapted.parameters(), lr=0.01)
+        adapted.bind(optimizer, total_steps=4)
+        for step in range(3):
+            give(adapted, size=lambda m, step=step: 10.0 ** (m if step else -m), seed=step)
+            if step:
+                adapted.adapters["first"].A.grad = None  # left to tensor operations
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", LrkitWarning)
+                optimizer.step()
+        runs.append(adapted.history)
+    assert [d.threshold for d in runs[0]] == [pytest.approx(d.threshold) for d in runs[1]]
+    assert [d.lost for d in runs[0]] == [d.lost for d in runs[1]]
+
+
+# ---------------------------------------------------------------- who loses for good, and who comes back
+
+
+@attrs.frozen(kw_only=True)
+class Rest(lrkit.actions.Freeze):
+    """A matrix that loses rests until it wins again."""
+
+    final: ClassVar[bool] = False
+
+    def apply(self, blocks: Any, kept: Tensor, optimizer: Any) -> None:
+        for b, keep in zip(blocks, kept.tolist(), strict=True):
+            for p in b.tensors:
+                p.requires_grad_(keep)
+                p.grad = None
+
+
+@attrs.frozen(kw_only=True)
+class Turns(lrkit.Scheduler):
+    """Half of all units, at every step."""
+
+    def decay(self, progress: float) -> float:
+        return 0.0 if progress > 0 else 1.0
+
+
+@attrs.frozen(kw_only=True)
+class Elsewhere(Rest):
+    """Of the matrices the A rest after odd steps, and the B after even ones."""
+
+    def decide(self, ballot: Ballot) -> Verdict:
+        resting = [not p.requires_grad for p in _seen[-1]]
+        return Verdict(torch.tensor(resting) if any(resting) else torch.tensor([i % 2 == 1 for i in range(6)]))
+
+
+_seen: list[list[Tensor]] = []
+
+
+def test_matrices_that_take_turns() -> None:
+    """Each that trains again begins with zero statistics and moves on; each is counted while it trains."""
+    method = lrkit.Method(
+        parameterization=LoRA(rank=2),
+        metric=lrkit.metrics.Sensitivity(smoothed=True),
+        scheduler=Turns(target=0.5),
+        action=Elsewhere(),
+    )
+    _, adapted = rigs.toy(method)
+    pairs = [(m.A, m.B) for m in adapted.adapters.values()]
+    state = adapted.controller.policies[0]
+    _seen.append([block.tensors[0] for block in state.blocks])
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
+    adapted.bind(optimizer, total_steps=6)
+    counts = []
+    for step in range(5):
+        give(adapted, seed=step)
+        optimizer.step()
+        live = [p for pair in pairs for p in pair if p.requires_grad]
+        assert len(live) == 3 and len({id(p) for p in live} & {id(p) for p in state.statistics.layout.live}) == 3
+        assert {id(p) for p in state.statistics.layout.still} == {id(p) for pair in pairs for p in pair} - {
+            id(p) for p in live
+        }
+        if step:
+            assert not state.statistics.buffers["sensitivity"].any()
+        counts.append(sum(p.numel() for p in live))
+        assert adapted.summary().now == counts[-1]
+    assert counts[0] == counts[2] != counts[1] == counts[3]
+    assert [len(d.returned) for d in adapted.history] == [0, 3, 3, 3, 3]
+
+
+def test_a_layer_without_any_is_ranked() -> None:
+    """A layer whose components have all lost has scores, and comes back once they are the best."""
+    _, adapted = rigs.toy(prune(lrkit.metrics.Sensitivity(), Constant(target=1 / 3)))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
+    adapted.bind(optimizer, total_steps=6)
+    for step in range(4):
+        with torch.no_grad():
+            for adapter in adapted.adapters.values():
+                adapter.core.fill_(1.0)
+        give(adapted, size=lambda m, step=step: 100.0 if m == step % 2 else 0.01, seed=step)
+        optimizer.step()
+        assert all(score > -torch.inf for score in adapted.scores().values())
+    best = [set(d.returned) for d in adapted.history]
+    assert best == [set(), *({f"{name}[{i}]" for i in range(3)} for name in ("second", "first", "second"))]
+
+
+def test_what_is_left_of_a_layer_is_ranked() -> None:
+    """If losing is for good, a layer that has lost some of its components still has scores for the others."""
+    method = attrs.evolve(prune(Magnitude(), Constant(target=2)), action=lrkit.actions.Zero(once=True))
+    _, adapted = rigs.toy(method)
+    with torch.no_grad():
+        for adapter in adapted.adapters.values():
+            adapter.core.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
+    adapted.bind(optimizer, total_steps=4)
+    for step in range(2):
+        give(adapted, seed=step)
+        optimizer.step()
+    state = adapted.controller.policies[0]
+    assert state.statistics.layout.size > 0
+    assert {name for name, score in adapted.scores().items() if score > 0} == {
+        f"{name}[{i}]" for name in rigs.TOY_TARGETS for i in (1, 2)
+    }
+
+
+@pytest.mark.parametrize("kind", ["never", "end", "always", "freeze"])
+def test_changed_tensors_are_told(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step says that tensors have changed (DDP follows then) exactly when one has another size or stops training."""
+    action = lrkit.actions.Freeze() if kind == "freeze" else lrkit.actions.Prune(cut=kind)
+    method = attrs.evolve(prune(SensitivityUncertainty(), Linear(target=0.5, final=2, interval=2)), action=action)
+    _, adapted = rigs.toy(method)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.01)
+    adapted.bind(optimizer, total_steps=8)
+    told: list[bool] = []
+    after_step = type(adapted.controller).after_step
+    monkeypatch.setattr(
+        type(adapted.controller), "after_step", lambda self, by: told.append(after_step(self, by)) or told[-1]
+    )
+
+    def look() -> list[Any]:
+        return [(p.shape, p.requires_grad) for p in adapted.parameters()]
+
+    changes = []
+    for step in range(8):
+        give(adapted, seed=step)
+        before = look()
+        optimizer.step()
+        changes.append(look() != before)
+    assert told == changes
+    assert any(told) is (kind != "never")
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+@attrs.frozen(kw_only=True)
+class Told(lrkit.Action):
+    """Carries out a list of verdicts, in order, on components that it masks."""
+
+    fate: ClassVar[Fate] = "removed"
+    grows: ClassVar[bool] = True
+    unit = "component"  # type: ignore[assignment]
+
+    def decide(self, ballot: Ballot) -> Verdict:
+        return _verdicts.pop(0)(ballot)
+
+    def apply(self, blocks: Any, kept: Tensor, optimizer: Any) -> None:
+        with torch.no_grad():
+            for b, keep in zip(blocks, torch.split(kept, [b.count for b in blocks]), strict=True):
+                b.core.mul_(keep)
+
+    def turnover(self, units: int, budget: int, layers: int) -> None:  # type: ignore[override]
+        return
+
+
+_verdicts: list[Any] = []
+
+
+def told(verdicts: list[Any], *also: lrkit.Policy, rank: int = 2) -> tuple[Any, Any]:
+    """A run whose components go by a list of verdicts, one per step."""
+    _verdicts[:] = verdicts
+    method = lrkit.Method(
+        parameterization=SVD(rank=rank, orthogonality=0.0),
+        metric=GradientUncertainty(),
+        scheduler=Linear(start=rank, target=12),
+        action=Told(),
+        also=also,
+    )
+    _, adapted = rigs.toy(method)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LrkitWarning)
+        adapted.bind(optimizer, total_steps=len(verdicts))
+    return adapted, optimizer
+
+
+def test_a_verdict_without_a_cut() -> None:
+    """What loses stays stored, masked, though the layer grows; and history has the number that the verdict went by."""
+    first = torch.tensor([False, True] * 3)
+    adapted, optimizer = told([lambda _: Verdict(first, fresh=(1, 0, 2), budget=7), lambda b: Verdict(b.candidates)])
+    rows = {name: m.A.detach().clone() for name, m in adapted.adapters.items()}
+    give(adapted)
+    optimizer.step()
+    (decision,) = adapted.history
+    assert decision.budget == 7 and decision.fresh == ("first[2]", "third[2]", "third[3]")
+    assert set(decision.lost) == {f"{name}[0]" for name in rigs.TOY_TARGETS}
+    assert [m.rank for m in adapted.adapters.values()] == [3, 2, 4]
+    assert all(torch.equal(m.A[:2], rows[name]) for name, m in adapted.adapters.items())
+    assert adapted.controller.policies[0].kept.tolist() == [False, True, True, False, True, False, True, True, True]
+    sizes = {name: 1 + m.d_in + m.d_out for name, m in adapted.adapters.items()}
+    assert adapted.summary().now == 2 * sizes["first"] + sizes["second"] + 3 * sizes["third"]
+
+
+def test_a_verdict_that_only_cuts() -> None:
+    """What loses leaves the tensors and the count, and nothing is fresh."""
+    first = torch.tensor([False, True] * 3)
+    adapted, optimizer = told([lambda _: Verdict(first, cut=True), lambda b: Verdict(b.candidates)])
+    give(adapted)
+    optimizer.step()
+    assert adapted.history[0].fresh == ()
+    assert {n: s.tolist() for n, s in adapted.controller.components.kept().items()} == {
+        name: [True] for name in rigs.TOY_TARGETS
+    }
+    sizes = [1 + m.d_in + m.d_out for m in adapted.adapters.values()]
+    assert adapted.summary().now == sum(sizes) == sum(p.numel() for p in adapted.parameters())
+
+
+def test_frozen_matrices_that_grow_again() -> None:
+    """A layer that was cut away whole trains again once it grows, but for its matrices that were frozen before."""
+    freeze = lrkit.Policy(
+        metric=GradientUncertainty(), scheduler=Constant(target=0.5, final=3), action=lrkit.actions.Freeze()
+    )
+    none = torch.zeros(6, dtype=torch.bool)
+    adapted, optimizer = told(
+        [
+            lambda b: Verdict(b.candidates),
+            lambda _: Verdict(none, cut=True),
+            lambda b: Verdict(b.candidates, fresh=(2, 2, 2)),
+            lambda b: Verdict(b.candidates),
+        ],
+        freeze,
+    )
+    give(adapted)
+    optimizer.step()
+    frozen = [[not p.requires_grad for p in (m.A, m.B)] for m in adapted.adapters.values()]
+    assert sum(map(sum, frozen)) == 3
+    for rank in (0, 2, 2):
+        give(adapted)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LrkitWarning)
+            optimizer.step()
+        assert [m.rank for m in adapted.adapters.values()] == [rank] * 3
+        assert [[bool(p.numel()) and p.requires_grad for p in (m.A, m.B)] for m in adapted.adapters.values()] == [
+            [bool(rank) and not stopped for stopped in each] for each in frozen
+        ]
+
+
+def test_growth_at_the_end_is_believed() -> None:
+    """Sums of a run that was small but for its last steps are not too few; sums of none are."""
+    adapted, optimizer = told(
+        [*[lambda b: Verdict(b.candidates)] * 3, lambda b: Verdict(b.candidates, fresh=(10, 10, 10))]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LrkitWarning)
+        for step in range(5):
+            give(adapted, seed=step)
+            optimizer.step()
+    controller = adapted.controller
+    saved = controller.saved({}, (), None)
+    sizes = {name: 1 + m.d_in + m.d_out for name, m in adapted.adapters.items()}
+    assert saved.sums == {name: (4 * 2 + 12) * size for name, size in sizes.items()}
+    controller.check(saved, controller.tensors())
+    with pytest.raises(lrkit.LrkitError, match="sums are of fewer"):
+        controller.check(attrs.evolve(saved, sums=dict.fromkeys(sizes, 0)), controller.tensors())

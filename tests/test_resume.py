@@ -211,6 +211,10 @@ TENSORS = {
         lambda t: t | {"policy.0.buffer.uncertainty": t["policy.0.buffer.uncertainty"][:7]},
         "policy.0.buffer.uncertainty",
     ),
+    "statistics of doubles": (
+        lambda t: t | {"policy.0.buffer.uncertainty": t["policy.0.buffer.uncertainty"].double()},
+        "policy.0.buffer.uncertainty is not float32",
+    ),
     "a weight of integers": (lambda t: {k: v.int() if k.endswith("query.A") else v for k, v in t.items()}, "int32"),
     "something more": (lambda t: t | {"policy.0.extra": torch.zeros(1)}, "policy.0.extra"),
 }

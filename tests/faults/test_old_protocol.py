@@ -191,3 +191,36 @@ def test_growth_is_a_verdict_now():
     with pytest.raises(ImportError, match=r"Growth is a Verdict now; CHANGELOG\.md has a table"):
         from lrkit.actions import Growth  # noqa: F401
     assert not hasattr(lrkit.actions, "Grwoth")
+
+
+@attrs.frozen(kw_only=True)
+class Held(Square):
+    """A scheduler with a setting of a retired name."""
+
+    end: float = 0.5
+
+
+@attrs.frozen(kw_only=True)
+class Sooner(Square):
+    """A scheduler with a retired method."""
+
+    def end(self, total_steps):
+        return total_steps - 1
+
+
+@attrs.frozen(kw_only=True)
+class Later(Sooner):
+    """One that inherits it."""
+
+
+@attrs.frozen(kw_only=True)
+class Shared(Sharing):
+    """A parameterization whose base has old arguments."""
+
+
+def test_settings_of_old_names():
+    """A scheduler's setting may be called as a retired method; a method may not, nor may a base's."""
+    assert retired.outdated("scheduler", Held) is None
+    for cls in (Sooner, Later):
+        assert "`end` is no longer asked for" in retired.outdated("scheduler", cls)
+    assert "`adapt` takes (model, targets)" in retired.outdated("parameterization", Shared)

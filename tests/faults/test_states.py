@@ -6,6 +6,7 @@ import resource
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 import schedules
 import torch
@@ -18,6 +19,7 @@ import models
 import lrkit
 from lrkit.adapt import checkpoint
 from lrkit.loop.course import course
+from lrkit.loop.state import read
 from lrkit.schedulers import Cubic
 
 TOTAL = 14
@@ -69,6 +71,8 @@ CHANGES = {
     "sums of more than there was": entry("sums", 10**9),
     "a step beyond the run": change("step", 10**6),
     "a step beyond the last decision": change("step", 12),
+    "a step just beyond the last decision": change("step", 11),
+    "sums of one parameter too many": entry("sums", 8 * 4 * (32 + 32 + 1) + 1),
     "a step of 2^70": change("step", 2**70),
     "a run of 10^15 steps": change("total_steps", 10**15),
     "no run at all": change("total_steps", None),
@@ -126,6 +130,72 @@ def test_a_run_that_went_on_loads(name):
     again = fresh[1].state_dict()
     assert again["meta"] == state["meta"]
     assert all(torch.equal(t, again["tensors"][n]) for n, t in state["tensors"].items())
+
+
+def layer(key, value):
+    return lambda s: attrs.evolve(s, **{key: getattr(s, key) | {LAYER: value}})
+
+
+def decided(**changes):
+    return lambda s: attrs.evolve(s, history=(*s.history[:-1], attrs.evolve(s.history[-1], **changes)))
+
+
+SAYS = {
+    "a layer twice": (lambda s: attrs.evolve(s, targets=(*s.targets, LAYER)), "names a layer twice"),
+    "another layer dead": (lambda s: attrs.evolve(s, dead=("elsewhere",)), "dead must name"),
+    "a layer dead twice": (lambda s: attrs.evolve(s, dead=(LAYER, LAYER)), "dead must name"),
+    "a run of no steps": (lambda s: attrs.evolve(s, total_steps=0), "total_steps is 0"),
+    "steps of no run": (lambda s: attrs.evolve(s, total_steps=None), "total_steps is missing"),
+    "a number not given": (layer("components", (0, 1, 2, 4)), "components"),
+    "a number twice": (layer("components", (0, 1, 1, 3)), "components"),
+    "a number too few": (layer("components", (0, 1, 3)), "components"),
+    "components untold": (layer("numbered", 5), "do not say which are left"),
+    "a policy that is none": (decided(policy=1), "there are 1"),
+    "two decisions of one step": (lambda s: attrs.evolve(s, history=(*s.history, s.history[-1])), "cannot be there"),
+    "a decision to come": (decided(step=9), "cannot be there"),
+    "too many kept": (decided(kept=10**6), "more units than there are"),
+    "too large a budget": (decided(budget=10**6), "more units than there are"),
+}
+
+
+@pytest.mark.parametrize("case", SAYS)
+def test_records_that_disagree(case, states):
+    """A record that agrees with itself passes; with one change it is refused, for that reason."""
+    record = read(states[8])
+    record.check()
+    assert record.step == record.history[-1].step == 8
+    wrong, reason = SAYS[case]
+    with pytest.raises(lrkit.LrkitError, match=reason):
+        wrong(record).check()
+
+
+def test_records_that_agree(states):
+    """A run that is not bound, dead layers, and the last number that was given are no faults."""
+    record = read(states[8])
+    attrs.evolve(record, dead=(LAYER,)).check()
+    attrs.evolve(record, step=0, total_steps=None, history=()).check()
+    layer("numbered", 5)(layer("components", (0, 1, 2, 4))(record)).check()
+
+
+def test_ranks_that_cannot_be(states):
+    """A layer has been given more numbers only in a run that grows, and then says which are left."""
+    record = read(states[8])
+    initial = dict.fromkeys(record.targets, 4)
+    record.check_ranks(initial, grows=False)
+    grown = layer("numbered", 5)(layer("components", (0, 1, 2, 4))(record))
+    grown.check_ranks(initial, grows=True)
+    for wrong, grows in ((grown, False), (layer("numbered", 5)(record), True)):
+        with pytest.raises(lrkit.LrkitError, match="began with rank 4 by its method, and with 5"):
+            wrong.check_ranks(initial, grows)
+
+
+def test_a_finished_run_in_a_longer_one(states):
+    """Once every schedule has ended its state is taken over by a run that is bound for more steps."""
+    run = begun("adalora", 3, total=TOTAL + 6)
+    run[1].load_state_dict(states[TOTAL])
+    assert (run[1].step, run[1].total_steps) == (TOTAL, TOTAL + 6)
+    with pytest.raises(lrkit.LrkitError, match="run of 14 steps, this one is bound for 20"):
+        begun("adalora", 3, total=TOTAL + 6)[1].load_state_dict(states[8])
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(4, 32, device="meta"), torch.zeros(4, 32).to_sparse()])
@@ -211,8 +281,6 @@ def walked(state, total):
 @pytest.mark.parametrize("first_step", [0, 1])
 def test_a_course_is_what_walking_gives(ending, interval, first_step):
     """The spans of a run, counted from its decisions alone, are those of a walk through all steps."""
-    import attrs
-
     method = METHODS["adalora"]()
     scheduler = Cubic(target=1, warmup=3, final=2, interval=interval, ending=ending, first_step=first_step)
     adapted = lrkit.attach(models.make("bert"), attrs.evolve(method, scheduler=scheduler))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -73,6 +74,19 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     by_lower = {choice.lower(): choice for choice in choices}
     found = difflib.get_close_matches(word.lower(), by_lower, n=1)
     return f' (did you mean "{by_lower[found[0]]}"?)' if found else ""
+
+
+class Once:
+    """Says each warning once, by its key."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, key: str, message: str) -> None:
+        """Warn, unless this key has been said. A warning that a filter makes an error counts as not said."""
+        if key not in self._said:
+            warnings.warn(message, LrkitWarning, stacklevel=3)
+            self._said.add(key)
 
 
 class LrkitWarning(UserWarning):

@@ -46,6 +46,10 @@ class Freeze(Action):
         threshold = torch.kthvalue(ballot.entries, low).values
         return Verdict(ballot.candidates & (ballot.scores / ballot.parts >= threshold))
 
+    def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int] | None:
+        """Return how many matrices a decision freezes; None for the quantile rule, whose number follows from the scores."""
+        return super().turnover(units, budget, layers) if self.rule == "rank" else None
+
     @property
     def unit(self) -> UnitKind:
         """Single matrices, or all matrices of a layer."""

@@ -10,6 +10,7 @@ from lrkit.adapt import parallel
 from lrkit.adapt.heads import head_parameters
 from lrkit.adapt.optimizers import Steps, as_long_as_alive, held_by, unwrapped
 from lrkit.adapt.penalty import Penalty, looks
+from lrkit.adapt.saved import Loaded
 from lrkit.adapt.weights import Weights
 from lrkit.errors import LrkitError, listing
 from lrkit.loop import liveness
@@ -107,10 +108,12 @@ class Binding:
         liveness.leave(self)
         self._outer.remove()
 
-    def take(self, controller: Controller) -> None:
-        """Go on with the loop of a loaded state."""
-        self.controller = controller
+    def take(self, loaded: Loaded) -> None:
+        """Go on with the loop of a loaded state, and say what is to be said of it, since nothing can fail any more."""
+        self.controller = loaded.controller
         self.follow()
+        if loaded.cast:
+            self.controller.warn("cast state", loaded.cast)
 
     def follow(self) -> None:
         """Let DDP follow tensors that have stopped training, or train again."""

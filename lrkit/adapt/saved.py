@@ -21,6 +21,14 @@ WEIGHT = "weight."
 
 
 @attrs.frozen(eq=False)
+class Loaded:
+    """A state that was taken over: the loop as it was then, and a warning about the weights' precision or None."""
+
+    controller: Controller
+    cast: str | None
+
+
+@attrs.frozen(eq=False)
 class Archive:
     """Writes and reads the states of one run.
 
@@ -46,8 +54,8 @@ class Archive:
         saved = controller.saved(to_plain(self.method), self.head, copy.deepcopy(self.base))
         return {"meta": saved.to_plain(), "tensors": {**controller.tensors(), **weights}}
 
-    def load(self, state: Mapping[str, Any], controller: Controller, optimizer: Optimizer | None) -> Controller:
-        """Take over a state that `state` returned. Returns the loop as it was then.
+    def load(self, state: Mapping[str, Any], controller: Controller, optimizer: Optimizer | None) -> "Loaded":
+        """Take over a state that `state` returned.
 
         Raises:
             LrkitError: it is of another run, or not a state. Nothing is changed then.
@@ -62,11 +70,9 @@ class Archive:
             controller.foretell(saved.total_steps)
         # All was checked above, and nothing below can fail.
         cast = self.weights.take(given, optimizer)
-        if cast:
-            controller.warn("cast state", cast)
-        return controller.loaded(saved, tensors)
+        return Loaded(controller.loaded(saved, tensors), cast)
 
-    def rewind(self, state: Mapping[str, Any], controller: Controller, optimizer: Optimizer | None) -> Controller:
+    def rewind(self, state: Mapping[str, Any], controller: Controller, optimizer: Optimizer | None) -> "Loaded":
         """Go back to an earlier state in all but the weights. Returns and raises as `load`."""
         mixed = _rewound(state, self.weights.saved(), controller)
         total, controller.total_steps = controller.total_steps, None

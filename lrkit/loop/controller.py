@@ -4,14 +4,13 @@ At every real optimizer step, each policy's metric observes weights and gradient
 decision is due, entry-wise scores are reduced to unit scores, the action decides who is kept, and it is applied.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrkit.errors import LrkitWarning, listing
+from lrkit.errors import Once, listing
 from lrkit.loop import fitting, rules
 from lrkit.loop.components import Components
 from lrkit.loop.gradients import Unclipped
@@ -33,7 +32,7 @@ class Controller:
         run: the method and the adapters.
         saved: a saved run that `check` has passed; the adapters' tensors must hold its weights.
         tensors: its tensors.
-        said: keys of the warnings that have been said.
+        warn: says warnings once; a new one by default.
     """
 
     def __init__(
@@ -41,10 +40,10 @@ class Controller:
         run: Run,
         saved: Saved | None = None,
         tensors: Mapping[str, Tensor] | None = None,
-        said: set[str] | None = None,
+        warn: Once | None = None,
     ) -> None:
         self.run = run
-        self._said: set[str] = set() if said is None else said
+        self.warn = Once() if warn is None else warn
         self._scale: Tensor | None = None
         self.step = 0
         self.total_steps: int | None = None
@@ -89,7 +88,7 @@ class Controller:
 
         If this one is bound for more steps, all schedules of the saved run have ended, and it goes on for as many.
         """
-        made = Controller(self.run, saved, tensors, self._said)
+        made = Controller(self.run, saved, tensors, self.warn)
         made.schedule(max(self.total_steps or 0, made.total_steps or 0) or None)
         return made
 
@@ -246,7 +245,7 @@ class Controller:
             policy=state.index,
             budget=state.times.budget(self.step) if verdict.budget is None else verdict.budget,
             kept=int(state.kept.sum()),
-            units=state.capacity,
+            units=max(state.capacity, len(state.kept)),  # another policy may have added some
             threshold=decided.threshold,
             lost=lost,
             returned=returned,
@@ -254,12 +253,6 @@ class Controller:
         )
         self.history.append(decision)
         return decision, settled or verdict.cut or bool(fresh)
-
-    def warn(self, key: str, message: str) -> None:
-        """Say something once."""
-        if key not in self._said:
-            self._said.add(key)
-            warnings.warn(message, LrkitWarning, stacklevel=3)
 
     def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
         """Cut components that are masked and add nothing, once every policy has ended. The parameters stay the same objects.

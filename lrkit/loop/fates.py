@@ -27,6 +27,10 @@ class Fate:
         """Return who may be kept at a decision, bool [n]: all, or those kept so far if losing is final."""
         return kept if self.action.final else torch.ones_like(kept)
 
+    def without(self, candidates: Tensor, live: Tensor) -> Tensor:
+        """Return the candidates without the units that the loss does not reach, if there are live ones enough, bool [n]."""
+        return candidates & live
+
     def ranked(self, kept: Tensor, blocks: Sequence[Block]) -> list[bool]:
         """Return for each block whether it has scores: those of which all units lost for good have none."""
         return [not self.action.final or bool(mask.any()) for mask in split(kept, blocks)]
@@ -66,6 +70,14 @@ class Masked(Fate):
 
 class Removed(Masked):
     """Units that lost leave the tensors as soon as a verdict says so; until then they are masked."""
+
+    def without(self, candidates: Tensor, live: Tensor) -> Tensor:
+        """Keep all: a layer without its last component could never come back. Units that are not reached rank last anyway."""
+        return candidates
+
+    def ranked(self, kept: Tensor, blocks: Sequence[Block]) -> list[bool]:
+        """Return True for every block: units that are there are ranked, and those that are not have left."""
+        return [True] * len(blocks)
 
     def settles(self, lost: bool, returned: bool) -> bool:
         """Never by itself: statistics follow when the tensors are resized."""

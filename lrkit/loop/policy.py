@@ -180,7 +180,7 @@ class PolicyState:
             live = self._by_unit(blocks, [id(block.module) not in self.dead for block in blocks]).bool()
             scores = torch.where(live, scores.clamp_min(torch.finfo(scores.dtype).min), -torch.inf)
             if is_known(self.policy.action) and int((candidates & live).sum()) >= budget:
-                candidates = candidates & live
+                candidates = self.fate.without(candidates, live)
         ballot = Ballot(
             scores,
             candidates,

@@ -72,7 +72,7 @@ class Removed(Masked):
     """Units that lost leave the tensors as soon as a verdict says so; until then they are masked."""
 
     def without(self, candidates: Tensor, live: Tensor) -> Tensor:
-        """Keep all: a layer without its last component could never come back. Units that are not reached rank last anyway."""
+        """Keep all: a layer without its last component could never come back, and units not reached rank last anyway."""
         return candidates
 
     def ranked(self, kept: Tensor, blocks: Sequence[Block]) -> list[bool]:

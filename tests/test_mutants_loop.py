@@ -912,3 +912,54 @@ def test_growth_at_the_end_is_believed() -> None:
     controller.check(saved, controller.tensors())
     with pytest.raises(lrkit.LrkitError, match="sums are of fewer"):
         controller.check(attrs.evolve(saved, sums=dict.fromkeys(sizes, 0)), controller.tensors())
+
+
+# ---------------------------------------------------------------- which steps are observed, and who may win
+
+
+@pytest.mark.parametrize("measure", ["before-step", "after-step", "before-clipping"])
+@pytest.mark.parametrize(("ending", "seen"), [("fixed", 6), ("peft", 5), ("released", 5)])
+def test_steps_that_are_observed(measure: Any, ending: Any, seen: int) -> None:
+    """Of 8 steps, the last two final: up to the sixth by the paper, and one less in released code; by any measure."""
+    _, adapted = rigs.toy(prune(SensitivityUncertainty(measure=measure), Cubic(target=1, final=2, ending=ending)))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.01)
+    adapted.bind(optimizer, total_steps=8)
+    for step in range(8):
+        give(adapted, seed=step)
+        optimizer.step()
+    assert adapted.controller.policies[0].statistics.observations == seen
+
+
+@attrs.frozen(kw_only=True)
+class Open(lrkit.actions.Prune):
+    """Nobody knows beforehand how many lose."""
+
+    def turnover(self, units: int, budget: int, layers: int) -> None:  # type: ignore[override]
+        return
+
+
+@pytest.mark.parametrize("kind", [lrkit.actions.Prune, Open])
+def test_who_may_win_beside_the_dead(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer without gradients has no entries, and its units lose; they are candidates where no number is known."""
+    ballots: list[Ballot] = []
+    decide = lrkit.actions.Prune.decide
+    monkeypatch.setattr(kind, "decide", lambda self, ballot: (ballots.append(ballot), decide(self, ballot))[1])
+    _, adapted = rigs.toy(attrs.evolve(prune(SensitivityUncertainty(), Constant(target=2 / 3)), action=kind()))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.01)
+    adapted.bind(optimizer, total_steps=2)
+    dead = list(adapted.adapters["second"].parameters())
+    give(adapted)
+    for p in dead:
+        p.grad = None
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", LrkitWarning)
+        optimizer.step()
+    assert [str(w.message)[:21] for w in seen] == ["no gradient reaches 1"]
+    (ballot,) = ballots
+    live = [True] * 3 + [False] * 3 + [True] * 3
+    assert ballot.budget == 6
+    assert ballot.candidates.tolist() == ([True] * 9 if kind is Open else live)
+    assert torch.isfinite(ballot.scores).tolist() == live
+    assert set(adapted.history[0].lost) == {f"second[{i}]" for i in range(3)}
+    layout_ = adapted.controller.policies[0].statistics.layout
+    assert {id(p) for p in dead}.isdisjoint(id(p) for p in (*layout_.live, *layout_.still))

@@ -688,55 +688,42 @@ class Rest(lrkit.actions.Freeze):
                 p.grad = None
 
 
-@attrs.frozen(kw_only=True)
-class Turns(lrkit.Scheduler):
-    """Half of all units, at every step."""
-
-    def decay(self, progress: float) -> float:
-        return 0.0 if progress > 0 else 1.0
-
-
-@attrs.frozen(kw_only=True)
-class Elsewhere(Rest):
-    """Of the matrices the A rest after odd steps, and the B after even ones."""
-
-    def decide(self, ballot: Ballot) -> Verdict:
-        resting = [not p.requires_grad for p in _seen[-1]]
-        return Verdict(torch.tensor(resting) if any(resting) else torch.tensor([i % 2 == 1 for i in range(6)]))
-
-
-_seen: list[list[Tensor]] = []
-
-
 def test_matrices_that_take_turns() -> None:
     """Each that trains again begins with zero statistics and moves on; each is counted while it trains."""
+    turns = [[True, False] * 3, [False, True] * 3, [True, True] * 3, [False, True] * 3]
+
+    @attrs.frozen(kw_only=True)
+    class Turns(Rest):
+        def decide(self, ballot: Ballot) -> Verdict:
+            return Verdict(torch.tensor(turns[adapted.step - 1]))
+
     method = lrkit.Method(
         parameterization=LoRA(rank=2),
         metric=lrkit.metrics.Sensitivity(smoothed=True),
-        scheduler=Turns(target=0.5),
-        action=Elsewhere(),
+        scheduler=Constant(target=0.5),
+        action=Turns(),
     )
     _, adapted = rigs.toy(method)
-    pairs = [(m.A, m.B) for m in adapted.adapters.values()]
+    with torch.no_grad():
+        for adapter in adapted.adapters.values():
+            adapter.B.fill_(1.0)
     state = adapted.controller.policies[0]
-    _seen.append([block.tensors[0] for block in state.blocks])
+    matrices = [block.tensors[0] for block in state.blocks]
     optimizer = torch.optim.SGD(adapted.parameters(), lr=0.0)
     adapted.bind(optimizer, total_steps=6)
-    counts = []
-    for step in range(5):
+    before = [True] * 6
+    for step, train in enumerate(turns):
         give(adapted, seed=step)
         optimizer.step()
-        live = [p for pair in pairs for p in pair if p.requires_grad]
-        assert len(live) == 3 and len({id(p) for p in live} & {id(p) for p in state.statistics.layout.live}) == 3
-        assert {id(p) for p in state.statistics.layout.still} == {id(p) for pair in pairs for p in pair} - {
-            id(p) for p in live
-        }
-        if step:
-            assert not state.statistics.buffers["sensitivity"].any()
-        counts.append(sum(p.numel() for p in live))
-        assert adapted.summary().now == counts[-1]
-    assert counts[0] == counts[2] != counts[1] == counts[3]
-    assert [len(d.returned) for d in adapted.history] == [0, 3, 3, 3, 3]
+        assert [p.requires_grad for p in matrices] == train
+        laid, flat = state.statistics.layout, state.statistics.buffers["sensitivity"]
+        assert {id(p) for p in laid.live} == {id(p) for p, on in zip(matrices, train, strict=True) if on}
+        assert {id(p) for p in laid.still} == {id(p) for p, on in zip(matrices, train, strict=True) if not on}
+        went_on = [p.numel() for p, was, on in zip(matrices, before, train, strict=True) if was and on]
+        assert int(flat.count_nonzero()) == sum(went_on)
+        assert adapted.summary().now == sum(p.numel() for p in matrices if p.requires_grad)
+        before = train
+    assert [(len(d.lost), len(d.returned)) for d in adapted.history] == [(3, 0), (3, 3), (0, 3), (3, 0)]
 
 
 def test_a_layer_without_any_is_ranked() -> None:
@@ -783,10 +770,13 @@ def test_changed_tensors_are_told(kind: Any, monkeypatch: pytest.MonkeyPatch) ->
     optimizer = torch.optim.SGD(adapted.parameters(), lr=0.01)
     adapted.bind(optimizer, total_steps=8)
     told: list[bool] = []
-    after_step = type(adapted.controller).after_step
-    monkeypatch.setattr(
-        type(adapted.controller), "after_step", lambda self, by: told.append(after_step(self, by)) or told[-1]
-    )
+    after_step = adapted.controller.after_step
+
+    def watched(by: torch.optim.Optimizer) -> bool:
+        told.append(after_step(by))
+        return told[-1]
+
+    monkeypatch.setattr(adapted.controller, "after_step", watched)
 
     def look() -> list[Any]:
         return [(p.shape, p.requires_grad) for p in adapted.parameters()]
@@ -869,9 +859,8 @@ def test_a_verdict_that_only_cuts() -> None:
     give(adapted)
     optimizer.step()
     assert adapted.history[0].fresh == ()
-    assert {n: s.tolist() for n, s in adapted.controller.components.kept().items()} == {
-        name: [True] for name in rigs.TOY_TARGETS
-    }
+    stored = adapted.controller.components.kept()
+    assert {name: mask.tolist() for name, mask in stored.items()} == {name: [True] for name in rigs.TOY_TARGETS}
     sizes = [1 + m.d_in + m.d_out for m in adapted.adapters.values()]
     assert adapted.summary().now == sum(sizes) == sum(p.numel() for p in adapted.parameters())
 
@@ -923,3 +912,54 @@ def test_growth_at_the_end_is_believed() -> None:
     controller.check(saved, controller.tensors())
     with pytest.raises(lrkit.LrkitError, match="sums are of fewer"):
         controller.check(attrs.evolve(saved, sums=dict.fromkeys(sizes, 0)), controller.tensors())
+
+
+# ---------------------------------------------------------------- which steps are observed, and who may win
+
+
+@pytest.mark.parametrize("measure", ["before-step", "after-step", "before-clipping"])
+@pytest.mark.parametrize(("ending", "seen"), [("fixed", 6), ("peft", 5), ("released", 5)])
+def test_steps_that_are_observed(measure: Any, ending: Any, seen: int) -> None:
+    """Of 8 steps, the last two final: up to the sixth by the paper, and one less in released code; by any measure."""
+    _, adapted = rigs.toy(prune(SensitivityUncertainty(measure=measure), Cubic(target=1, final=2, ending=ending)))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.01)
+    adapted.bind(optimizer, total_steps=8)
+    for step in range(8):
+        give(adapted, seed=step)
+        optimizer.step()
+    assert adapted.controller.policies[0].statistics.observations == seen
+
+
+@attrs.frozen(kw_only=True)
+class Open(lrkit.actions.Prune):
+    """Nobody knows beforehand how many lose."""
+
+    def turnover(self, units: int, budget: int, layers: int) -> None:  # type: ignore[override]
+        return
+
+
+@pytest.mark.parametrize("kind", [lrkit.actions.Prune, Open])
+def test_who_may_win_beside_the_dead(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer without gradients has no entries, and its units lose; they are candidates where no number is known."""
+    ballots: list[Ballot] = []
+    decide = lrkit.actions.Prune.decide
+    monkeypatch.setattr(kind, "decide", lambda self, ballot: (ballots.append(ballot), decide(self, ballot))[1])
+    _, adapted = rigs.toy(attrs.evolve(prune(SensitivityUncertainty(), Constant(target=2 / 3)), action=kind()))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.01)
+    adapted.bind(optimizer, total_steps=2)
+    dead = list(adapted.adapters["second"].parameters())
+    give(adapted)
+    for p in dead:
+        p.grad = None
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", LrkitWarning)
+        optimizer.step()
+    assert [str(w.message)[:21] for w in seen] == ["no gradient reaches 1"]
+    (ballot,) = ballots
+    live = [True] * 3 + [False] * 3 + [True] * 3
+    assert ballot.budget == 6
+    assert ballot.candidates.tolist() == ([True] * 9 if kind is Open else live)
+    assert torch.isfinite(ballot.scores).tolist() == live
+    assert set(adapted.history[0].lost) == {f"second[{i}]" for i in range(3)}
+    layout_ = adapted.controller.policies[0].statistics.layout
+    assert {id(p) for p in dead}.isdisjoint(id(p) for p in (*layout_.live, *layout_.still))

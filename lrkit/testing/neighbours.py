@@ -64,7 +64,7 @@ def or_refused(build: Callable[[], Method], *sides: object) -> Method | None:
     """Return what it builds, or None if it is refused.
 
     Raises:
-        Broken: a refusal that has several lines, or does not name both sides.
+        lrkit.testing.findings.Broken: a refusal that has several lines, or does not name both sides.
     """
     try:
         return build()
@@ -91,7 +91,7 @@ def only(plugin: object, *, distribution: str = "plug-in under test") -> Iterato
         The registry that `lrkit.current` returns until the block ends.
 
     Raises:
-        Broken: the plug-in, or a part of it, is refused.
+        lrkit.testing.findings.Broken: the plug-in, or a part of it, is refused.
     """
     made = Registry([(distribution, getattr(plugin, "__name__", "plugin"), plugin)], discover=False)
     expect(not made.problems, "; ".join(map(str, made.problems)))

@@ -74,7 +74,7 @@ def resumes(method: Method, total_steps: int, points: Sequence[int]) -> Run:
         The run that was not interrupted.
 
     Raises:
-        Broken: a resumed run ends with another tensor, or takes another decision.
+        lrkit.testing.findings.Broken: a resumed run ends with another tensor, or takes another decision.
     """
     run, states = Run(method, total_steps), {}
     for step in range(total_steps):
@@ -107,7 +107,7 @@ def decides(run: Run, exact: bool = True) -> None:
         exact: whether the action keeps just as many units as the budget.
 
     Raises:
-        Broken: a decision is missing, or has another budget, or keeps another number.
+        lrkit.testing.findings.Broken: a decision is missing, or has another budget, or keeps another number.
     """
     method, layers = run.adapted.method, run.adapted.controller.policies[0].layers
     scheduler = method.policies[0].scheduler

@@ -124,7 +124,7 @@ class Controller:
         for state in self.policies:
             if not state.ended:
                 times = state.policy.scheduler.over(total_steps, units=state.capacity, layers=state.layers)
-                for key, message in rules.forewarnings(state.policy, times, state.units):
+                for key, message in rules.forewarnings(state, times):
                     self.warn(f"{key} {state.index}", message)
 
     def objection(self, total_steps: int) -> str | None:

@@ -122,7 +122,7 @@ class PolicyState:
             tensors: the same by the tensor's ``id``.
             numbers: by layer name the numbers of its components now.
         """
-        if self.policy.action.unit == "component":
+        if self.blocks[0].kind == "component":
             masks = zip(split(self.kept, self.blocks), self.blocks, strict=True)
             self.kept = torch.cat([layers[b.name].of(m, 0, True) if b.name in layers else m for m, b in masks])
             self.take(numbers, self.kept)
@@ -131,7 +131,7 @@ class PolicyState:
 
     def take(self, numbers: Mapping[str, Sequence[int]], kept: Tensor) -> None:
         """Take over which components there are, by layer name, and which units are kept, bool [units]."""
-        if self.policy.action.unit == "component":
+        if self.blocks[0].kind == "component":
             self.blocks = [
                 attrs.evolve(block, count=len(numbers[block.name]), numbers=tuple(numbers[block.name]))
                 for block in self.blocks

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from lrkit.errors import LrkitError, shown
 from lrkit.loop.course import course, is_known
 from lrkit.loop.policy import PolicyState
-from lrkit.method import Policy
 from lrkit.schedulers import Timetable
 from lrkit.settings import MOST_STEPS
 
@@ -69,15 +68,14 @@ def unfinished(policies: Sequence[PolicyState], step: int, total_steps: int | No
     )
 
 
-def forewarnings(policy: Policy, times: Timetable, units: int) -> Iterator[tuple[str, str]]:
+def forewarnings(state: PolicyState, times: Timetable) -> Iterator[tuple[str, str]]:
     """Yield a key and a message for each thing that a run will not reach by its schedule.
 
     Args:
-        policy: the policy.
+        state: the policy.
         times: its schedule, bound to the run.
-        units: its units at first.
     """
-    scheduler, action = policy.scheduler, policy.action
+    scheduler, action = state.policy.scheduler, state.policy.action
     name, end = type(scheduler).__name__, times.number(times.last)
     if not 1 <= times.last <= times.total_steps:
         first = times.number(1)
@@ -88,13 +86,13 @@ def forewarnings(policy: Policy, times: Timetable, units: int) -> Iterator[tuple
         )
         return
     budget = times.budget(times.last)
-    if action.unit == "component" and action.fate in ("masked", "removed") and is_known(action) and not budget:
+    if not state.fate.counts and is_known(action) and not budget:
         yield (
             "nothing",
             f"{name}.target = {scheduler.target!r}: after the last decision, at step {end}, no component is left, and the "
             "model is the one before fine-tuning but for its head",
         )
-    there = course(times, action, units)[-1][1] if action.grows else budget
+    there = course(times, action, state.units)[-1][1] if action.grows else budget
     if there != budget:
         yield (
             "short",

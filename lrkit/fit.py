@@ -4,7 +4,9 @@ A rule takes the parts that it compares, and gives the reason why they do not fi
 example, `no_units` refuses `Freeze` on a parameterization that has no matrix which trains.
 """
 
-from lrkit.actions import Action
+from typing import get_args
+
+from lrkit.actions import Action, Fate
 from lrkit.metrics import Metric
 from lrkit.parameterizations import Parameterization
 from lrkit.schedulers import Scheduler
@@ -17,7 +19,8 @@ _ANY = 2**31 - 1
 def refusal(parameterization: Parameterization, metric: Metric, scheduler: Scheduler, action: Action) -> str | None:
     """Return why these four cannot work together, by the first rule that refuses; None if they can."""
     return (
-        refused_by_action(action, parameterization)
+        unknown_fate(action)
+        or refused_by_action(action, parameterization)
         or no_start_for_growth(action, parameterization)
         or no_units(action, parameterization)
         or other_units_read(metric, action)
@@ -25,6 +28,12 @@ def refusal(parameterization: Parameterization, metric: Metric, scheduler: Sched
         or budget_that_rises(scheduler, action)
         or budget_above_units(scheduler, action, parameterization)
     )
+
+
+def unknown_fate(action: Action) -> str | None:
+    """Refuse an action that does not say what becomes of a unit that loses."""
+    fate, words = getattr(action, "fate", None), get_args(Fate)
+    return None if fate in words else f"action {action!r}: fate must be one of {', '.join(words)}, not {fate!r}"
 
 
 def refused_by_action(action: Action, parameterization: Parameterization) -> str | None:

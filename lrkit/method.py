@@ -33,7 +33,8 @@ def _is_a(base: type, *, optional: bool = False) -> Any:
         if not isinstance(value, base) and not (optional and value is None):
             hint = f" (an instance: write {value.__name__}())" if isinstance(value, type) else ""
             field = f"{type(instance).__name__}.{attribute.name}"
-            raise LrkitError(f"{field} must be a {base.__name__}, not {shown(value)}{hint}")
+            article = "an" if base.__name__[0] in "AEIOU" else "a"
+            raise LrkitError(f"{field} must be {article} {base.__name__}, not {shown(value)}{hint}")
         if reason := outdated(attribute.name, type(value)):
             raise LrkitError(f"{attribute.name} {type(value).__name__} {reason}")
 

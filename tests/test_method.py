@@ -1193,3 +1193,16 @@ def test_nothing_that_cannot_be_meant(settings: dict[str, Any], swaps: dict[str,
     with pytest.raises(LrkitError, match=message) as caught:
         compose("adalora", settings, swaps)
     assert "\n" not in str(caught.value)
+
+
+def test_unknown_fates_are_refused() -> None:
+    """An action that says no fate, or one that there is not, is refused when the method is built."""
+
+    @attrs.frozen(kw_only=True)
+    class Gone(Prune):
+        fate = "gone"
+
+    with pytest.raises(
+        LrkitError, match=r"^action .*Gone\(.*fate must be one of masked, dimmed, frozen, removed, not 'gone'"
+    ):
+        attrs.evolve(methods.adalora(), action=Gone())

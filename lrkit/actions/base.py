@@ -99,6 +99,28 @@ class Verdict:
     budget: int | None = None
 
 
+def unsound(action: "Action", verdict: object, ballot: Ballot) -> str | None:
+    """Return why an action's answer is not one that can be carried out; None if it is."""
+    units, kept = len(ballot.scores), getattr(verdict, "kept", None)
+    if not isinstance(verdict, Verdict):
+        return f"decide must return a lrkit.actions.Verdict, not {type(verdict).__name__}"
+    if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != (units,):
+        given = f"{getattr(kept, 'dtype', type(kept).__name__)} {list(getattr(kept, 'shape', ()))}"
+        return f"kept must be bool [{units}], not {given}"
+    fresh = verdict.fresh
+    if fresh and not (len(fresh) == ballot.layers and all(type(n) is int and n >= 0 for n in fresh)):
+        return f"fresh must be a whole number for each of {ballot.layers} blocks, not {fresh}"
+    if any(fresh) and not action.grows:
+        return f"fresh is {fresh}, and grows is False"
+    if verdict.cut and (action.fate != "removed" or action.unit != "component"):
+        return (
+            f'cut is for components of the fate "removed", not for units of kind "{action.unit}" that are {action.fate}'
+        )
+    if verdict.budget is not None and not (type(verdict.budget) is int and 0 <= verdict.budget <= units):
+        return f"budget must be a whole number of units, from 0 to {units}, not {verdict.budget!r}"
+    return None
+
+
 def best(ballot: Ballot) -> Tensor:
     """Return the best `budget` of the candidates, exactly, bool [n]; ties go to the earlier unit.
 

@@ -53,38 +53,46 @@ def _listed(optimizers: Sequence[Optimizer]) -> str:
 
 
 class _States(MutableMapping[Tensor, Any]):
-    """The state of several optimizers as one mapping. A tensor's state lies with the optimizer that holds the tensor."""
+    """The state of several optimizers as one mapping. A tensor's state lies with the optimizer that holds the tensor.
+
+    An optimizer's ``state`` is looked up at each use: ``load_state_dict`` puts another dict in its place.
+    """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self._of = {each: optimizer.state for optimizer in optimizers for each in held_by(optimizer)}
-        self._all = [optimizer.state for optimizer in optimizers]
+        self._of = {each: optimizer for optimizer in optimizers for each in held_by(optimizer)}
+        self._all = list(optimizers)
 
     def __getitem__(self, p: Tensor) -> Any:
-        states: MutableMapping[Tensor, Any] = self._of[id(p)]
+        states: MutableMapping[Tensor, Any] = self._of[id(p)].state
         if p not in states:
             raise KeyError(p)
         return states[p]
 
     def __setitem__(self, p: Tensor, value: Any) -> None:
-        self._of[id(p)][p] = value
+        self._of[id(p)].state[p] = value
 
     def __delitem__(self, p: Tensor) -> None:
-        del self._of[id(p)][p]
+        del self._of[id(p)].state[p]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (p for state in self._all for p in state)
+        return (p for optimizer in self._all for p in optimizer.state)
 
     def __len__(self) -> int:
-        return sum(map(len, self._all))
+        return sum(len(optimizer.state) for optimizer in self._all)
 
 
 class _Together(Optimizer):
     """Several optimizers as one, to read states and learning rates from. It never steps."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        # Optimizer.__init__ would make groups of its own. Actions read these two attributes and no others.
-        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        # Optimizer.__init__ would make groups of its own. Actions read state and groups, and nothing else.
+        self._all = list(optimizers)
         self.state: Any = _States(optimizers)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Return the groups of all of them as they are now: ``load_state_dict`` makes new ones."""
+        return [group for optimizer in self._all for group in optimizer.param_groups]
 
     def step(self, closure: Any = None) -> Any:
         """Refuse."""

@@ -90,7 +90,7 @@ def _check_progress(state: PolicyState, saved: Saved, total: int) -> None:
     """Refuse a decision that should have been taken, and one about units that this run has not."""
     if not state.ended:
         times = timetable(state, total)
-        if saved.step > times.last:
+        if 1 <= times.last < saved.step:  # a schedule that ends before the first step decides nothing, and never ends
             raise misfit(f"step {saved.step} of {total} is beyond the last decision of policy {state.index}")
     blocks = {block.name for block in state.blocks}
     mine = [d for d in saved.history if d.policy == state.index]

@@ -8,7 +8,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from lrkit.actions import Ballot, Verdict
+from lrkit.actions import Ballot, Verdict, unsound
+from lrkit.errors import LrkitError
 from lrkit.loop.course import Span, course, is_known
 from lrkit.loop.fates import fate_of
 from lrkit.loop.layout import Layout, Look, as_is
@@ -193,7 +194,10 @@ class PolicyState:
             last=step == self.times.last,
             layers=len(blocks),
         )
-        verdict = self.policy.action.decide(ballot)
+        action = self.policy.action
+        verdict = action.decide(ballot)
+        if reason := unsound(action, verdict, ballot):
+            raise LrkitError(f"{action!r} at step {step}: {reason}")
         self.statistics.decided()
         kept = verdict.kept
         return Decided(verdict, float(scores[kept].min()) if bool(kept.any()) else None, skipped)

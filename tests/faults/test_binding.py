@@ -1,5 +1,7 @@
 """Loops that bind in other ways: closures, several optimizers, runs that go on, begin again, or are told too late."""
 
+import copy
+
 import attrs
 import models
 import pytest
@@ -146,6 +148,48 @@ def test_two_optimizers_are_one(method, turned):
     equal(one, two)
     assert states.keys() == other.keys()
     assert all(torch.equal(a, b) for name, values in states.items() for a, b in zip(values, other[name], strict=True))
+
+
+@pytest.mark.parametrize("action", [lrkit.actions.Prune(cut="always"), lrkit.actions.Zero()], ids=["cut", "zero"])
+def test_states_are_loaded_after_bind(action):
+    """Two optimizers whose states are loaded after `bind`, as documented: the run that goes on is bitwise the run."""
+    form = lrkit.parameterizations.SVD(rank=4)
+    method = lrkit.Method(
+        parameterization=form,
+        metric=lrkit.metrics.SensitivityUncertainty(),
+        scheduler=lrkit.schedulers.Linear(target=1, interval=3),
+        action=action,
+    )
+
+    def begin():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+        adapted = lrkit.attach(model, method, targets=["0"])
+        tensors = list(adapted.parameters())
+        both = [torch.optim.AdamW(half, lr=1e-2) for half in (tensors[::2], tensors[1::2])]
+        adapted.bind(both, total_steps=12)
+        return model, adapted, both
+
+    def run(model, adapted, both, steps):
+        for step in steps:
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+            (model(x).square().sum() + adapted.penalty()).backward()
+            for optimizer in both:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    model, adapted, both = begin()
+    run(model, adapted, both, range(4))
+    state, theirs = copy.deepcopy((adapted.state_dict(), [each.state_dict() for each in both]))
+    run(model, adapted, both, range(4, 12))
+    other, again, both = begin()
+    again.load_state_dict(state)
+    for optimizer, own in zip(both, theirs, strict=True):
+        optimizer.load_state_dict(own)
+    run(other, again, both, range(4, 12))
+    assert again.history == adapted.history
+    one, two = (each.state_dict()["tensors"] for each in (adapted, again))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_muon_beside_adamw():

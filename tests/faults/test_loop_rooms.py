@@ -3,7 +3,7 @@
 import gc
 import warnings
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import pytest
@@ -17,6 +17,7 @@ from lrkit.errors import Once
 from lrkit.loop.controller import Controller
 from lrkit.metrics import GradientUncertainty, SensitivityUncertainty
 from lrkit.parameterizations import SVD, VectorScaled
+from lrkit.registry import current
 from lrkit.schedulers import Constant, Cubic
 
 
@@ -154,7 +155,7 @@ STATES: dict[str, Callable[[], lrkit.Method]] = {
 @pytest.mark.parametrize("name", STATES)
 def test_own_states_are_taken(name: str) -> None:
     """A run takes the state that it gave, whatever its policies did to each other's units."""
-    method, registry = STATES[name](), lrkit.current()
+    method, registry = STATES[name](), current()
     adapted = trained(method, 6, 12)
     again = lrkit.attach(Net(), method)
     with warnings.catch_warnings(), registry.lend("action", "add", Add), registry.lend("action", "last", CutAtLast):
@@ -201,3 +202,49 @@ def test_warned_loads_are_whole() -> None:
             adapted.load_state_dict({"meta": state["meta"], "tensors": tensors})
     assert adapted.step == 4
     assert adapted.history == trained(method, 4, 12).history
+
+
+def says(**changes: Any) -> lrkit.Action:
+    """Make an action whose verdicts are the default ones but for some fields."""
+
+    @attrs.frozen(kw_only=True)
+    class Says(Prune):
+        """A mask with odd verdicts. Source: this test."""
+
+        def decide(self, ballot: Ballot) -> Any:
+            verdict = super().decide(ballot)
+            return changes["whole"] if "whole" in changes else attrs.evolve(verdict, **changes)
+
+    return Says()
+
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "no verdict": ({"whole": torch.ones(9, dtype=torch.bool)}, "must return a lrkit.actions.Verdict, not Tensor"),
+    "another length": ({"kept": torch.ones(3, dtype=torch.bool)}, r"kept must be bool \[9\]"),
+    "no mask": ({"kept": torch.ones(9)}, r"kept must be bool \[9\], not torch.float32"),
+    "too few": ({"fresh": (1,)}, "fresh must be a whole number for each of 3 blocks"),
+    "fewer than none": ({"fresh": (-1, 0, 1)}, "fresh must be a whole number"),
+    "growth that is not said": ({"fresh": (1, 0, 0)}, "grows is False"),
+    "a cut of what is masked": ({"cut": True}, 'cut is for components of the fate "removed"'),
+    "a budget above all": ({"budget": 99}, "budget must be a whole number of units, from 0 to 9, not 99"),
+    "a budget of parts": ({"budget": 2.5}, "budget must be a whole number"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_verdicts_are_told(name: str) -> None:
+    """A verdict that cannot be carried out is told at the decision, in one line that names the action."""
+    changes, words = ODD[name]
+    with pytest.raises(lrkit.LrkitError, match=rf"^Says\(.*at step 1: .*{words}"):
+        trained(svd(Constant(target=0.5), says(**changes)), 1, 4)
+
+
+def test_schedules_without_a_decision_are_saved() -> None:
+    """A run whose last decision would be before its first step takes its own states."""
+    method = svd(Constant(target=0.5, final=1.0), Prune())
+    state = trained(method, 2, 4).state_dict()
+    again = lrkit.attach(Net(), method)
+    with pytest.warns(lrkit.LrkitWarning, match="the budget will not be reached"):
+        again.load_state_dict(state)
+    assert again.step == 2
+    assert again.history == []

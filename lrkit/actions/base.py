@@ -99,8 +99,15 @@ class Verdict:
     budget: int | None = None
 
 
-def unsound(action: "Action", verdict: object, ballot: Ballot) -> str | None:
-    """Return why an action's answer is not one that can be carried out; None if it is."""
+def unsound(action: "Action", verdict: object, ballot: Ballot, most: int) -> str | None:
+    """Return why an action's answer is not one that can be carried out; None if it is.
+
+    Args:
+        action: the action.
+        verdict: its answer.
+        ballot: what it was asked.
+        most: units that there are, or that the schedule has room for.
+    """
     units, kept = len(ballot.scores), getattr(verdict, "kept", None)
     if not isinstance(verdict, Verdict):
         return f"decide must return a lrkit.actions.Verdict, not {type(verdict).__name__}"
@@ -116,8 +123,8 @@ def unsound(action: "Action", verdict: object, ballot: Ballot) -> str | None:
         return (
             f'cut is for components of the fate "removed", not for units of kind "{action.unit}" that are {action.fate}'
         )
-    if verdict.budget is not None and not (type(verdict.budget) is int and 0 <= verdict.budget <= units):
-        return f"budget must be a whole number of units, from 0 to {units}, not {verdict.budget!r}"
+    if verdict.budget is not None and not (type(verdict.budget) is int and 0 <= verdict.budget <= most):
+        return f"budget must be a whole number of units, from 0 to {most}, not {verdict.budget!r}"
     return None
 
 

@@ -196,7 +196,7 @@ class PolicyState:
         )
         action = self.policy.action
         verdict = action.decide(ballot)
-        if reason := unsound(action, verdict, ballot):
+        if reason := unsound(action, verdict, ballot, max(self.capacity, len(scores))):
             raise LrkitError(f"{action!r} at step {step}: {reason}")
         self.statistics.decided()
         kept = verdict.kept

@@ -74,5 +74,6 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> Adapted:
             given = sum(math.prod(shape) for name, shape in stored.shapes.items() if name.startswith(WEIGHT))
             grows = any(policy.action.grows for policy in method.policies)
             foresight.check_fresh(twin, found, method.parameterization, given, saved, grows)
-        state = stored.state()
-    return Adapted(model, method, saved.targets, saved.head, exact=True, state=state)
+        tensors = stored.state()["tensors"]
+        states.check_tensors(tensors)
+    return Adapted(model, method, saved.targets, saved.head, exact=True, state=(saved, tensors))

@@ -17,6 +17,7 @@ from lrkit.adapt.reference import Reference
 from lrkit.adapt.saved import Archive, describe
 from lrkit.adapt.summary import Summary, brief, summarize, trainable
 from lrkit.errors import LrkitError
+from lrkit.loop import state as states
 from lrkit.loop.controller import Controller
 from lrkit.loop.history import Decision
 from lrkit.loop.run import Run
@@ -44,7 +45,7 @@ class Adapted:
         train_also: str | Sequence[str],
         *,
         exact: bool = False,
-        state: Mapping[str, Any] | None = None,
+        state: tuple[states.Saved, Mapping[str, Tensor]] | None = None,
     ) -> None:
         base = describe(model)  # now: a forward pass writes into its config
         choice = choose(model, method.parameterization, targets, train_also, exact=exact)
@@ -66,7 +67,7 @@ class Adapted:
         self._binding = Binding(model, self.head, self._weights, controller)
         if state is not None:
             try:
-                self.load_state_dict(state)
+                self._take(*state)
             except BaseException:
                 self.detach()
                 raise
@@ -213,7 +214,10 @@ class Adapted:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state, before or after `bind`. Raise LrkitError, with nothing changed, if it does not fit."""
         self._graft.check()
-        self._binding.take(self._archive.load(state, self.controller, self._binding.last()))
+        self._take(states.read(state), state["tensors"])
+
+    def _take(self, saved: states.Saved, tensors: Mapping[str, Tensor]) -> None:
+        self._binding.take(self._archive.load(saved, tensors, self.controller, self._binding.last()))
 
     def rewind(self, state: Mapping[str, Any]) -> None:
         """Go back to an earlier state of this run in all but the weights: schedule, statistics, masks, ranks, history.
@@ -224,7 +228,8 @@ class Adapted:
         self._graft.check()
         if self._binding.bound:
             raise LrkitError("call unbind() before rewind()")
-        self._binding.take(self._archive.rewind(state, self.controller, self._binding.last()))
+        earlier = states.read(state)
+        self._binding.take(self._archive.rewind(earlier, state["tensors"], self.controller, self._binding.last()))
 
     def take_ranks(self) -> None:
         """Let ``model.load_state_dict`` take weights of other ranks, for those who load them before the adaptive state."""

@@ -54,13 +54,18 @@ class Archive:
         saved = controller.saved(to_plain(self.method), self.head, copy.deepcopy(self.base))
         return {"meta": saved.to_plain(), "tensors": {**controller.tensors(), **weights}}
 
-    def load(self, state: Mapping[str, Any], controller: Controller, optimizer: Optimizer | None) -> "Loaded":
-        """Take over a state that `state` returned.
+    def load(
+        self,
+        saved: states.Saved,
+        tensors: Mapping[str, Tensor],
+        controller: Controller,
+        optimizer: Optimizer | None,
+    ) -> "Loaded":
+        """Take over a state that `state` returned and `lrkit.loop.state.read` has structured.
 
         Raises:
-            LrkitError: it is of another run, or not a state. Nothing is changed then.
+            LrkitError: it is of another run. Nothing is changed then.
         """
-        saved, tensors = states.read(state), state["tensors"]
         self._check(saved)
         saved.check()
         given = {name.removeprefix(WEIGHT): tensor for name, tensor in tensors.items() if name.startswith(WEIGHT)}
@@ -72,12 +77,18 @@ class Archive:
         cast = self.weights.take(given, optimizer)
         return Loaded(controller.loaded(saved, tensors), cast)
 
-    def rewind(self, state: Mapping[str, Any], controller: Controller, optimizer: Optimizer | None) -> "Loaded":
+    def rewind(
+        self,
+        saved: states.Saved,
+        tensors: Mapping[str, Tensor],
+        controller: Controller,
+        optimizer: Optimizer | None,
+    ) -> "Loaded":
         """Go back to an earlier state in all but the weights. Returns and raises as `load`."""
-        mixed = _rewound(state, self.weights.saved(), controller)
+        mixed = _rewound(saved, tensors, self.weights.saved(), controller)
         total, controller.total_steps = controller.total_steps, None
         try:
-            return self.load(mixed, controller, optimizer)
+            return self.load(saved, mixed, controller, optimizer)
         except BaseException:
             controller.total_steps = total
             raise
@@ -109,17 +120,19 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def _rewound(state: Mapping[str, Any], saved: Mapping[str, Tensor], controller: Controller) -> dict[str, Any]:
-    """Return an earlier state of a run with the weights of now, at the ranks of then.
+def _rewound(
+    earlier: states.Saved, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], controller: Controller
+) -> dict[str, Tensor]:
+    """Return the tensors of an earlier state with the weights of now, at the ranks of then.
 
     Args:
-        state: the earlier state.
-        saved: the model's tensors now, by name. A component that was cut since then is as it was in `state`.
+        earlier: the earlier state's data.
+        tensors: its tensors.
+        weights: the model's tensors now, by name. A component that was cut since then is as it was in `tensors`.
         controller: the loop now.
     """
-    earlier, tensors = states.read(state), dict(state["tensors"])
-    places = controller.run.places()
-    for name, p in saved.items():
+    tensors, places = dict(tensors), controller.run.places()
+    for name, p in weights.items():
         layer, axis = places.get(id(p), (None, 0))
         key = WEIGHT + name
         now, then = ((), ()) if layer is None else (controller.ranks.numbers(layer), earlier.numbers(layer))
@@ -130,7 +143,7 @@ def _rewound(state: Mapping[str, Any], saved: Mapping[str, Tensor], controller: 
         for number in set(then) & set(now):
             present = p.detach().select(axis, now.index(number))
             tensors[key].select(axis, then.index(number)).copy_(present)
-    return {"meta": state["meta"], "tensors": tensors}
+    return tensors
 
 
 def _difference(theirs: Any, mine: Any, path: str = "") -> str:

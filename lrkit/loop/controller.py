@@ -52,6 +52,8 @@ class Controller:
         tally = Tally(run.modules, run.method.parameterization.parts, run.trained)
         if saved is None:
             ranks, self.policies = Ranks(run.ranks), run.policies()
+            for state in self.policies:
+                state.begin()
             # Fresh components are drawn from this and the step alone, so that a resumed run draws the same.
             self.seed = int(torch.randint(2**62, ())) if run.grows else 0
         else:

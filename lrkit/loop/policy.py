@@ -61,7 +61,11 @@ class PolicyState:
         # A model without weights is there to be counted: what is kept must be a number all the same.
         device = torch.device("cpu") if device.type == "meta" else device
         self.kept = torch.ones(self.units, dtype=torch.bool, device=device)
-        self.statistics = Statistics(policy.metric, self.layout())
+        self.statistics = Statistics(policy.metric, Layout([], [], policy.metric.reads), {})
+
+    def begin(self) -> None:
+        """Lay out all entries and begin their statistics at zero. A loaded policy remembers its own instead."""
+        self.statistics = Statistics(self.policy.metric, self.layout())
 
     @property
     def unit_names(self) -> list[str]:

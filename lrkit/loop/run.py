@@ -82,7 +82,7 @@ class Run:
             raise LrkitError("layers share their matrices, and each has a mask of its own: they cannot be cut")
 
     def policies(self) -> list[PolicyState]:
-        """Make the state of each policy as it is at first."""
+        """Make the state of each policy as it is at first, without statistics."""
         each = enumerate(zip(self.method.policies, self.blocks, strict=True))
         return [PolicyState(index, policy, blocks) for index, (policy, blocks) in each]
 

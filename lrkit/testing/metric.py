@@ -1,6 +1,5 @@
 """Ask what every metric must keep: finite scores per entry, from buffers that it declares, and nothing else."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from lrkit.metrics import Metric
 from lrkit.testing.base import PartContract, clause
 from lrkit.testing.comparisons import close, equal
 from lrkit.testing.findings import Broken, calling, expect
-from lrkit.testing.neighbours import builtin_actions, builtin_parameterizations, method_with, or_refused
+from lrkit.testing.neighbours import builtin_actions, builtin_parameterizations, method_with, taken
 from lrkit.testing.runs import POINTS, Run, decides, resumes
 
 
@@ -223,15 +222,11 @@ class MetricContract(PartContract):
     @clause
     def test_trains_or_is_refused_everywhere(self, component: Any) -> None:
         """With each of lrkit's parameterizations and actions it trains and decides, or is refused with both sides named."""
-        for parameterization in builtin_parameterizations():
-            for action in builtin_actions():
-                sides = {"parameterization": parameterization, "action": action}
-                method = or_refused(functools.partial(method_with, component, **sides), component, *sides.values())
-                if method is not None:
-                    with calling(f"a run with {parameterization!r} and {action!r}"):
-                        run = Run(method, 10)
-                        run.to(10)
-                        decides(run)
+        for name, method in taken(component, parameterization=builtin_parameterizations(), action=builtin_actions()):
+            with calling(name):
+                run = Run(method, 10)
+                run.to(10)
+                decides(run)
 
     @clause
     def test_resumes_exactly(self, component: Any) -> None:

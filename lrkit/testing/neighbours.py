@@ -1,6 +1,8 @@
 """Compose a component under test with lrkit's own parts, or with a plug-in that is known to this process alone."""
 
-from collections.abc import Callable, Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -75,6 +77,22 @@ def or_refused(build: Callable[[], Method], *sides: object) -> Method | None:
             f"a refusal must be one line that names both sides ({' and '.join(names)}), not: {error}",
         )
         return None
+
+
+def taken(component: Any, **sides: Sequence[Any]) -> Iterator[tuple[str, Method]]:
+    """Yield what a run is called and its method, for each choice of other parts that is not refused.
+
+    For example ``taken(metric, parameterization=builtin_parameterizations(), action=builtin_actions())``.
+
+    Args:
+        component: the component under test.
+        sides: candidates for other places, by the place's name.
+    """
+    for chosen in itertools.product(*sides.values()):
+        build = functools.partial(method_with, component, **dict(zip(sides, chosen, strict=True)))
+        method = or_refused(build, component, *chosen)
+        if method is not None:
+            yield f"a run with {' and '.join(map(repr, chosen))}", method
 
 
 @contextmanager

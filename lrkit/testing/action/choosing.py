@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from lrkit.actions import Action, Ballot, Fate, Verdict
+from lrkit.actions import Action, Ballot, Fate, unsound
 from lrkit.testing.action.clauses import ActionClauses
 from lrkit.testing.action.stage import ballot_of
 from lrkit.testing.base import clause
@@ -64,13 +64,7 @@ class Choosing(ActionClauses):
 
     def _kept(self, component: Action, ballot: Ballot) -> Tensor:
         """Return bool [units] of who is kept, or break the clause if the verdict has another form."""
-        verdict, units = component.decide(ballot), len(ballot.scores)
-        expect(
-            isinstance(verdict, Verdict), f"decide must return a lrkit.actions.Verdict, not {type(verdict).__name__}"
-        )
-        kept = verdict.kept
-        expect(
-            isinstance(kept, Tensor) and kept.dtype == torch.bool and kept.shape == (units,),
-            f"decide must keep bool [{units}], not {getattr(kept, 'dtype', type(kept))} {list(getattr(kept, 'shape', ()))}",
-        )
-        return kept
+        verdict = component.decide(ballot)
+        reason = unsound(component, verdict, ballot, len(ballot.scores))
+        expect(reason is None, str(reason))
+        return verdict.kept

@@ -7,7 +7,7 @@ from lrkit.testing.action.clauses import ActionClauses
 from lrkit.testing.action.stage import Nothing, on
 from lrkit.testing.base import clause
 from lrkit.testing.findings import calling, expect
-from lrkit.testing.neighbours import builtin_metrics, builtin_parameterizations, method_with, or_refused
+from lrkit.testing.neighbours import builtin_metrics, builtin_parameterizations, or_refused, taken
 from lrkit.testing.runs import POINTS, Run, decides, resumes
 from lrkit.units import present, split
 
@@ -50,19 +50,14 @@ class Running(ActionClauses):
     @clause
     def test_trains_with_all_it_takes(self, component: Any) -> None:
         """With every parameterization and metric that is not refused it trains, decides, and can be cut if it prunes."""
-        for parameterization in self._fitting(component):
-            for metric in builtin_metrics():
-                sides = {"parameterization": parameterization, "metric": metric}
-                method = or_refused(functools.partial(method_with, component, **sides), component, *sides.values())
-                if method is None:
-                    continue
-                with calling(f"a run with {parameterization!r} and {metric!r}"):
-                    run = Run(method, 10)
-                    run.to(8)
-                    if component.unit == "component":
-                        run.adapted.compact()
-                    run.to(10)
-                    decides(run, self._is_exact(component))
+        for name, method in taken(component, parameterization=self._fitting(component), metric=builtin_metrics()):
+            with calling(name):
+                run = Run(method, 10)
+                run.to(8)
+                if component.unit == "component":
+                    run.adapted.compact()
+                run.to(10)
+                decides(run, self._is_exact(component))
 
     @clause
     def test_resumes_exactly(self, component: Any) -> None:

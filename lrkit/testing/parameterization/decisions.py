@@ -12,7 +12,7 @@ from lrkit.method import Method
 from lrkit.testing.base import clause
 from lrkit.testing.comparisons import gap, near
 from lrkit.testing.findings import calling, expect, expect_one_line
-from lrkit.testing.neighbours import builtin_actions, builtin_metrics, method_with, or_refused
+from lrkit.testing.neighbours import builtin_actions, builtin_metrics, method_with, or_refused, taken
 from lrkit.testing.parameterization.clauses import ParameterizationClauses
 from lrkit.testing.parameterization.subjects import stirred
 from lrkit.testing.runs import POINTS, Run, decides, resumes
@@ -81,15 +81,11 @@ class Decisions(ParameterizationClauses):
     @clause
     def test_trains_or_is_refused_everywhere(self, component: Any) -> None:
         """With each of lrkit's metrics and actions it trains and decides, or is refused with both sides named."""
-        for metric in builtin_metrics():
-            for action in builtin_actions():
-                sides = {"metric": metric, "action": action}
-                method = or_refused(functools.partial(method_with, component, **sides), component, *sides.values())
-                if method is not None:
-                    with calling(f"a run with {metric!r} and {action!r}"):
-                        run = Run(method, 10)
-                        run.to(10)
-                        decides(run)
+        for name, method in taken(component, metric=builtin_metrics(), action=builtin_actions()):
+            with calling(name):
+                run = Run(method, 10)
+                run.to(10)
+                decides(run)
 
     @clause
     def test_resumes_exactly(self, component: Any) -> None:

@@ -39,6 +39,10 @@ class RowSpec:
         run: settings of the run for this row alone, such as ``lr``.
         targets: which layers, for this row alone; None for the study's.
         train_also: which modules train in full, for this row alone; None for the study's. An empty list for none.
+        source: the label of an earlier row that this one begins with, instead of a base; ``from`` in a study file.
+        control: makes it a control of that row (`lrkit.study.controls`): ``"found"``, ``"transplanted"``, ``"shuffled"``,
+            ``"random"``, ``"uniform"``, ``"oracle"`` or ``"cut-at-end"``.
+        from_task: the task whose ranks are transplanted; None for those of the next seed.
     """
 
     label: str | None = None
@@ -49,6 +53,9 @@ class RowSpec:
     run: dict[str, Any] = attrs.field(factory=dict)
     targets: str | list[str] | None = None
     train_also: str | list[str] | None = None
+    source: str | None = None
+    control: str | None = None
+    from_task: str | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -163,6 +170,8 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
         data["tasks"] = [data.pop("task")]
     if isinstance(data.get("tasks"), list):
         data["tasks"] = [{"task": each} if isinstance(each, str) else each for each in data["tasks"]]
+    if isinstance(data.get("rows"), list):
+        data["rows"] = [_row(each) if isinstance(each, Mapping) else each for each in data["rows"]]
     if "base" not in data:
         raise LrkitError(f"{where}: base is missing: the method that rows are compared with")
     try:
@@ -174,6 +183,11 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
         if (spec.task is None) == (spec.data is None):
             raise LrkitError(f"{where}: tasks: each has either task (a name) or data (a folder)")
     return study
+
+
+def _row(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with ``from``, which Python keeps for itself, as ``source``."""
+    return {"source" if key == "from" else key: value for key, value in plain.items()}
 
 
 @cache

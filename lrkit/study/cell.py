@@ -16,6 +16,7 @@ import attrs
 
 from lrkit.reading import opened
 from lrkit.study.asked import TaskSpec
+from lrkit.study.needs import Need, needs_from
 from lrkit.study.run_settings import rates
 from lrkit.study.store import canonical
 
@@ -34,6 +35,11 @@ class Cell:
         run: plain data of `RunSettings` with the learning rates in force; seed included, threads left out.
         versions: of whatever can change the result; file digests of a data or model folder, and of the code.
         train_also: as `lrkit.attach` takes it.
+        needs: what it takes from other cells, in the order in which it is filled in.
+        selection: the seed of the split that sets rows of the training data aside, and scores the run on them instead of
+            on the validation rows; None for the validation rows. See `lrkit.tasks.Task.selection`.
+        stop: the step after which the run ends and is scored, its schedules being bound to all of its steps; None for
+            the last one.
     """
 
     task: dict[str, Any]
@@ -43,6 +49,9 @@ class Cell:
     run: dict[str, Any]
     versions: dict[str, str]
     train_also: Any = "auto"
+    needs: tuple[Need, ...] = attrs.field(default=(), converter=needs_from)
+    selection: int | None = None
+    stop: int | None = None
 
     @property
     def key(self) -> str:
@@ -51,8 +60,9 @@ class Cell:
         A folder of data or of a model counts by its content, not by its path.
         """
         plain = self.to_plain()
-        if self.train_also == "auto":
-            del plain["train_also"]  # as it was named before there was a choice
+        for name, default in (("train_also", "auto"), ("needs", ()), ("selection", None), ("stop", None)):
+            if getattr(self, name) == default:
+                del plain[name]  # as it was named before there was a choice
         if "data" in self.versions:
             plain["task"]["data"] = self.versions["data"]
         if "model" in self.versions:
@@ -74,6 +84,20 @@ class Cell:
     def to_plain(self) -> dict[str, Any]:
         """Return plain data; `Cell(**plain)` is an equal cell."""
         return attrs.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, planned: bool = False) -> "Cell":
+        """Make a cell from a ``config.json``: as it was trained, or as it was planned before its needs were settled."""
+        plain = {**config, **config.get("planned", {})} if planned else {**config, "needs": ()}
+        return cls(**{field.name: plain[field.name] for field in attrs.fields(cls) if field.name in plain})
+
+    def to_config(self, planned: "Cell") -> dict[str, Any]:
+        """Return the content of ``config.json`` for this cell, which was planned as another one if that has needs."""
+        plain = {"key": planned.key, "seed": self.seed, **self.to_plain()}
+        if not planned.needs:
+            return plain
+        before = planned.to_plain()
+        return plain | {"planned": {name: before[name] for name in before if name not in ("task", "model", "versions")}}
 
 
 def make_cell(

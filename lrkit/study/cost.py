@@ -23,7 +23,8 @@ import attrs
 from lrkit.compose import from_plain
 from lrkit.errors import LrkitError
 from lrkit.study.asked import TaskSpec, load_task_of
-from lrkit.study.jobs import cell_of
+from lrkit.study.cell import Cell
+from lrkit.study.jobs import jobs_of
 from lrkit.study.plan import Plan
 from lrkit.study.run_settings import settings_from, total_steps
 from lrkit.study.store import canonical, lock, read_json, write_json
@@ -54,11 +55,18 @@ def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], N
     study = _study_in(folder)
     labels = [row.label for row in study.rows]
     known = {(cost.row, cost.task): cost.key for cost in study.costs}
-    trained = {(c.row, c.task): c.key for c in reversed(study.cells)}
+    tuned = study.tune is not None
+    trained = {(c.row, c.task): c.key for c in reversed(study.cells) if c.tuned == tuned}
+    cells = {
+        (job.row, job.task): job.cell for job in reversed(jobs_of(plan)) if job.trial is None and job.tuned == tuned
+    }
     mine: dict[tuple[str, str], str] = {}
     for number, (spec, row) in enumerate(itertools.product(plan.tasks, plan.rows), start=1):
         index = 0 if row is plan.rows[0] else labels.index(row.label)
-        base_cell, own_cell = (cell_of(plan, each, spec, plan.seeds[0]).to_plain() for each in (plan.rows[0], row))
+        base_cell, own_cell = (
+            _settled(cells[at, spec.name], trained.get((there, spec.name)), folder)
+            for at, there in ((0, 0), (plan.rows.index(row), index))
+        )
         key = hashlib.sha256(canonical([base_cell, own_cell, threads]).encode()).hexdigest()[:16]
         mine[row.label, spec.name] = known[index, spec.name] = key
         path = folder / "costs" / f"{key}.json"
@@ -78,6 +86,12 @@ def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], N
             place = 0 if label == plan.rows[0].label else labels.index(label)
             costs[place, task] = CostEntry(key=key, row=place, task=task)
         write_study_file(folder, attrs.evolve(study, costs=tuple(costs.values())))
+
+
+def _settled(cell: Cell, trained: str | None, folder: Path) -> dict[str, Any]:
+    """Return a cell as it was trained, as plain data; as it was planned if it needs no other cell, or was not trained."""
+    config = read_json(folder / "cells" / trained / "config.json") if cell.needs and trained else None
+    return (Cell.from_config(config) if config else cell).to_plain()
 
 
 def _study_in(folder: Path) -> StudyFile:

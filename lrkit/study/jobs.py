@@ -1,6 +1,6 @@
-"""The cells of a plan, in the order in which they run."""
+"""The cells of a plan as one graph, in an order in which each comes after the cells that it needs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -8,7 +8,26 @@ import attrs
 from lrkit.compose import to_plain
 from lrkit.study.asked import TaskSpec
 from lrkit.study.cell import Cell, make_cell
+from lrkit.study.needs import Need
 from lrkit.study.plan import Plan, Row
+from lrkit.study.study_file import CellEntry, TrialEntry
+
+
+@attrs.frozen(kw_only=True)
+class Trial:
+    """The place of a cell that tries settings of a row.
+
+    Args:
+        number: which settings it tries, counted from 0.
+        rung: how many times these settings have been taken further.
+    """
+
+    number: int
+    rung: int = 0
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        return f"trial {self.number}" + (f" (rung {self.rung})" if self.rung else "")
 
 
 @attrs.frozen(kw_only=True)
@@ -21,6 +40,8 @@ class Job:
         label: its row's label.
         task: its task's name.
         seed: its seed.
+        trial: which trial of its row it is; None for a cell of the row itself.
+        tuned: its settings were chosen by trials.
         steps: optimizer steps, if known.
         kept: key and code of the cell of other code that stands for it; None for its own.
     """
@@ -30,6 +51,8 @@ class Job:
     label: str
     task: str
     seed: int
+    trial: Trial | None = None
+    tuned: bool = False
     steps: int | None = None
     kept: tuple[str, str] | None = None
 
@@ -43,9 +66,36 @@ class Job:
         """Return the digest of the code that its result is of."""
         return self.cell.versions["code"] if self.kept is None else self.kept[1]
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Return the keys of the cells that it needs."""
+        return tuple(dict.fromkeys(key for need in self.cell.needs for key in need.cells))
+
+    def entry(self, row: int | None = None) -> CellEntry:
+        """Return its entry in ``study.json``, in which its row may have another index."""
+        common: dict[str, Any] = {
+            "key": self.key,
+            "row": self.row if row is None else row,
+            "task": self.task,
+            "seed": self.seed,
+            "setup": self.cell.setup,
+            "code": self.code,
+            "old": self.kept is not None,
+        }
+        if self.trial is not None:
+            return TrialEntry(**common, number=self.trial.number, rung=self.trial.rung)
+        return CellEntry(**common, tuned=self.tuned)
+
+    def moved(self, keys: Mapping[str, str]) -> "Job":
+        """Return it with the keys of cells that it needs replaced, if others stand for these."""
+        if not any(key in keys for key in self.sources):
+            return self
+        needs = [attrs.evolve(each, cells=[keys.get(key, key) for key in each.cells]) for each in self.cell.needs]
+        return attrs.evolve(self, cell=attrs.evolve(self.cell, needs=needs))
+
     def __str__(self) -> str:
         """Return its place in words: row, task and seed."""
-        return f"{self.label}, {self.task}, seed {self.seed}"
+        return f"{self.label}, {self.task}, " + (f"{self.trial}, " if self.trial else "") + f"seed {self.seed}"
 
 
 Told = Callable[[Job, Mapping[str, Any], int, int], None]
@@ -53,19 +103,42 @@ Told = Callable[[Job, Mapping[str, Any], int, int], None]
 
 
 def jobs_of(plan: Plan) -> list[Job]:
-    """List all cells, seed by seed, so that a study that is stopped early has every row."""
-    return [
-        Job(cell=cell_of(plan, row, spec, seed), row=index, label=row.label, task=spec.name, seed=seed)
-        for seed in plan.seeds
-        for spec in plan.tasks
-        for index, row in enumerate(plan.rows)
-    ]
+    """List all cells, seed by seed, so that a study that is stopped early has every row; those that others need first."""
+    found: dict[tuple[int, str, int], Job] = {}
+    for seed in plan.seeds:
+        for spec in plan.tasks:
+            for index in range(len(plan.rows)):
+                _add(plan, index, spec, seed, found)
+    return list(found.values())
 
 
-def cell_of(plan: Plan, row: Row, spec: TaskSpec, seed: int) -> Cell:
-    """Make the cell of a row on a task with a seed."""
+def _add(plan: Plan, index: int, spec: TaskSpec, seed: int, found: dict[tuple[int, str, int], Job]) -> Job:
+    """Add a row's cell on a task with a seed to those found, after the cell that it controls; return it."""
+    place = (index, spec.name, seed)
+    if place in found:
+        return found[place]
+    row, needs = plan.rows[index], list[Need]()
+    if row.control is not None:
+        at = row.control.reads(plan.tasks, plan.seeds, spec, seed)
+        needs = list(row.control.needs(None if at is None else _add(plan, row.control.row, *at, found).key))
+    cell = cell_of(plan, row, spec, seed, needs)
+    found[place] = Job(cell=cell, row=index, label=row.label, task=spec.name, seed=seed)
+    return found[place]
+
+
+def cell_of(plan: Plan, row: Row, spec: TaskSpec, seed: int, needs: Sequence[Need] = ()) -> Cell:
+    """Make the cell of a row on a task with a seed.
+
+    Args:
+        plan: the study.
+        row: the row.
+        spec: the task.
+        seed: the seed.
+        needs: what it takes from other cells.
+    """
     run = attrs.asdict(plan.settings(row, spec, seed))
-    return make_cell(to_plain(plan.method(row, spec)), spec, plan.study.model, run=run, **row.attach)
+    made = make_cell(to_plain(plan.method(row, spec)), spec, plan.study.model, run=run, **row.attach)
+    return attrs.evolve(made, needs=tuple(needs)) if needs else made
 
 
 def row_devices(plan: Plan) -> list[int]:

@@ -13,6 +13,7 @@ from lrkit.study.asked import RowSpec
 def label_of(spec: RowSpec) -> str:
     """Make a row's label from the settings that it changes: ``"metric=magnitude, run.lr=0.001"``."""
     words = [f"{path}={_value(path, value)}" for path, value in {**spec.swap, **spec.set}.items()]
+    words = [name for name in (spec.source, spec.control) if name] + words
     if isinstance(spec.base, str):
         words.insert(0, spec.base)
     words += [f"without {name}" for name in spec.leave_out]

@@ -4,9 +4,9 @@ For example, a study that is run again with a further row and two more seeds kee
 and gains the new ones. A folder that holds another study is refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 
@@ -24,6 +24,7 @@ from lrkit.study.study_file import (
     RowRecord,
     StudyFile,
     TaskRecord,
+    TrialEntry,
     read_study_file,
     write_study_file,
 )
@@ -73,6 +74,8 @@ def _planned(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], n
                 method=to_plain(row.method),
                 run=row.run,
                 rates={spec.name: rates_of(plan, row, spec) for spec in plan.tasks},
+                control="" if row.control is None else row.control.kind,
+                source="" if row.control is None else plan.rows[row.control.row].label,
                 **row.attach,
             )
             for row in plan.rows
@@ -83,18 +86,8 @@ def _planned(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], n
         train_also=study.train_also,
         seeds=plan.seeds,
         run=dict(study.run),
-        cells=tuple(
-            CellEntry(
-                key=job.key,
-                row=job.row,
-                task=job.task,
-                seed=job.seed,
-                setup=job.cell.setup,
-                code=job.code,
-                old=job.kept is not None,
-            )
-            for job in jobs
-        ),
+        cells=tuple(job.entry() for job in jobs if job.trial is None),
+        trials=tuple(entry for job in jobs if isinstance(entry := job.entry(), TrialEntry)),
     )
 
 
@@ -108,17 +101,11 @@ def _joined(there: StudyFile, mine: StudyFile, folder: Path) -> StudyFile:
         was, now = canonical(getattr(there, key)), canonical(getattr(mine, key))
         if was != now:
             raise _refusal(folder, f"{key} is {was} there and {now} here")
-    rows, place, cells = _joined_rows(there, mine, folder)
-    asked = set()
-    for c in mine.cells:
-        moved = attrs.evolve(c, row=place[c.row])
-        asked.add(moved.place)
-        cells[moved.place] = moved
-    for at, c in cells.items():
-        if at not in asked:
-            cells[at] = attrs.evolve(c, old=c.code != code_of(rows[c.row].method, _task_of(c)))
+    rows, place, stays = _joined_rows(there, mine, folder)
+    cells = _joined_cells([c for c in there.cells if stays(c)], mine.cells, place, rows)
+    trials = _joined_cells([c for c in there.trials if stays(c)], mine.trials, place, rows)
     setups = {c.task: c.setup for c in mine.cells}
-    stale = [c for c in cells.values() if c.setup != setups.get(c.task, c.setup)]
+    stale = [c for c in cells if c.setup != setups.get(c.task, c.setup)]
     if stale:
         raise _refusal(
             folder,
@@ -132,28 +119,42 @@ def _joined(there: StudyFile, mine: StudyFile, folder: Path) -> StudyFile:
         rows=tuple(rows),
         tasks=tuple({task.name: task for task in [*there.tasks, *mine.tasks]}.values()),
         seeds=tuple(sorted({*there.seeds, *mine.seeds})),
-        cells=tuple(cells.values()),
+        cells=cells,
+        trials=trials,
+        tune=mine.tune or there.tune,
         costs=there.costs,
     )
 
 
-Place = tuple[int, str, int]
+Entry = TypeVar("Entry", bound=CellEntry)
+
+
+def _joined_cells(
+    there: Sequence[Entry], mine: Sequence[Entry], place: Mapping[int, int], rows: Sequence[RowRecord]
+) -> tuple[Entry, ...]:
+    """Join the cells that are there and stay with mine, whose rows have other indices; note which are of other code."""
+    moved = {entry.place: entry for entry in (attrs.evolve(c, row=place[c.row]) for c in mine)}
+    joined = {c.place: c for c in there} | moved
+    return tuple(
+        c if at in moved else attrs.evolve(c, old=c.code != code_of(rows[c.row].method, _task_of(c)))
+        for at, c in joined.items()
+    )
 
 
 def _joined_rows(
     there: StudyFile, mine: StudyFile, folder: Path
-) -> tuple[list[RowRecord], dict[int, int], dict[Place, CellEntry]]:
+) -> tuple[list[RowRecord], dict[int, int], Callable[[CellEntry], bool]]:
     """Join the rows.
 
     Returns:
-        All rows; for each of mine its index among them; and the cells that are there and stay.
+        All rows; for each of mine its index among them; and a function that tells if a cell that is there stays.
     """
-    cells = {c.place: c for c in there.cells}
+    gone: set[int] = set()
     codes = {c.row: c.code for c in mine.cells}
 
     def gives_way(index: int, now: int) -> bool:
         """Tell if a row that is there is all of other code than its namesake here: then a default may have changed."""
-        return all(c.code != codes.get(now) for c in cells.values() if c.row == index)
+        return all(c.code != codes.get(now) for c in there.cells if c.row == index and index not in gone)
 
     if canonical(there.rows[0].method) != canonical(mine.rows[0].method) and not gives_way(0, 0):
         raise _refusal(folder, f'its base is "{there.rows[0].label}" with other settings')
@@ -165,13 +166,13 @@ def _joined_rows(
         if same and canonical(_trained(rows[same[0]], there)) != canonical(_trained(row, mine)):
             if not gives_way(same[0], index):
                 raise _refusal(folder, f'row "{row.label}" is another method there')
-            cells = {at: c for at, c in cells.items() if c.row != same[0]}
+            gone.add(same[0])
         if same:
             rows[same[0]] = attrs.evolve(row, label=rows[same[0]].label)
         else:
             rows.append(row)
         place[index] = same[0] if same else len(rows) - 1
-    return rows, place, cells
+    return rows, place, lambda cell: cell.row not in gone
 
 
 def _refusal(folder: Path, reason: str) -> LrkitError:
@@ -182,7 +183,8 @@ def _trained(row: RowRecord, study: StudyFile) -> list[Any]:
     """Return all that decides what a row trains."""
     targets = study.targets if row.targets is None else row.targets
     train_also = study.train_also if row.train_also is None else row.train_also
-    return [row.method, row.run, targets, train_also]
+    control = [row.control, row.source] if row.control else []
+    return [row.method, row.run, targets, train_also, *control]
 
 
 def _task_of(cell: CellEntry) -> dict[str, Any]:

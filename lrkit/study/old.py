@@ -21,27 +21,39 @@ if TYPE_CHECKING:
 def with_old(jobs: "list[Job]", folder: Path, keep: bool) -> "list[Job]":
     """Return the jobs, with cells of other code that are done in place of those that have not been computed again, if kept.
 
-    One warning tells of all cells of other code.
+    A cell that needs one that is kept needs it under its old name. One warning tells of all cells of other code.
     """
     try:
         there = read_study_file(folder)
     except LrkitError:  # told when the plan is written
         return jobs
-    labels = {row.label: index for index, row in enumerate(there.rows)} if there else {}
-    entries = {(c.row, c.task, c.seed): c for c in there.cells} if there else {}
-    found, old, kept = [], 0, 0
+    if there is None:
+        return jobs
+    labels = {row.label: index for index, row in enumerate(there.rows)}
+    entries = {c.place: c for c in (*there.cells, *there.trials)}
+    cells = folder / "cells"
+    found: list[Job] = []
+    moved: dict[str, str] = {}
+    planned: dict[str, Cell] = {}
+    old, kept = 0, 0
     for job in jobs:
-        entry = entries.get((0 if job.row == 0 else labels.get(job.label, -1), job.task, job.seed))
-        if entry is None or entry.key == job.cell.key or entry.code == job.cell.versions["code"]:
-            found.append(job)
-            continue
-        if is_done(folder / "cells" / job.cell.key) or not is_done(folder / "cells" / entry.key):
-            found.append(job)
-            continue
-        old += 1
-        if keep and _differs_in_code_alone(job.cell, folder / "cells" / entry.key):
-            kept += 1
-            job = attrs.evolve(job, kept=(entry.key, entry.code))
+        named = job.key
+        job = job.moved(moved)
+        planned[job.key] = job.cell
+        entry = entries.get(job.entry(0 if job.row == 0 else labels.get(job.label, -1)).place)
+        if not (
+            entry is None
+            or entry.key == job.key
+            or entry.code == job.cell.versions["code"]
+            or is_done(cells / job.key)
+            or not is_done(cells / entry.key)
+        ):
+            old += 1
+            if keep and _differs_in_code_alone(job.cell, entry.key, cells, planned):
+                kept += 1
+                job = attrs.evolve(job, kept=(entry.key, entry.code))
+        if job.key != named:
+            moved[named] = job.key
         found.append(job)
     if old:
         rest = f"{old - kept} are computed again" if old > kept else ""
@@ -58,24 +70,42 @@ def with_old(jobs: "list[Job]", folder: Path, keep: bool) -> "list[Job]":
     return found
 
 
-def _differs_in_code_alone(cell: Cell, place: Path) -> bool:
-    """Tell if a cell that was computed is this one but for the code. A rate that was left open there may be any."""
+def _differs_in_code_alone(cell: Cell, key: str, cells: Path, planned: Mapping[str, Cell]) -> bool:
+    """Tell if a cell that was computed is this one but for the code, and so are the cells that it needed.
+
+    Args:
+        cell: this one.
+        key: of the one that was computed.
+        cells: the folder that holds the cells' folders.
+        planned: the cells that this one may need, by key.
+    """
 
     def plain(config: Mapping[str, Any]) -> tuple[Any, ...]:
         versions = {name: config["versions"].get(name) for name in ("torch", "transformers", "data", "model")}
         task = {**config["task"], "data": versions["data"]}
         model = versions["model"] or config["model"]
-        attached = [config["targets"], config.get("train_also", "auto")]  # it always was, in cells of an earlier lrkit
+        attached = [config["targets"], config.get("train_also", "auto"), config.get("selection"), config.get("stop")]
         # Settings that there were not yet are at their defaults.
         method = to_plain(from_plain(config["method"]))
         return canonical([task, model, attached, method, versions]), dict(config["run"])
 
     try:
-        (was, settings), (now, wanted) = plain(read_json(place / "config.json")), plain(cell.to_plain())
+        computed = Cell.from_config(read_json(cells / key / "config.json"), planned=True)
+        (was, settings), (now, wanted) = plain(computed.to_plain()), plain(cell.to_plain())
     except (LrkitError, KeyError, TypeError):
         return False
+    # A rate that was left open there may be any.
     open_ = {name: wanted.get(name) for name in ("lr", "head_lr") if settings.get(name) is None}
-    return bool(was == now and {**settings, **open_} == wanted)
+    if was != now or {**settings, **open_} != wanted or len(computed.needs) != len(cell.needs):
+        return False
+    return all(
+        (before.rule, before.settings, len(before.cells)) == (here.rule, here.settings, len(here.cells))
+        and all(
+            one == other or (other in planned and _differs_in_code_alone(planned[other], one, cells, planned))
+            for one, other in zip(before.cells, here.cells, strict=True)
+        )
+        for before, here in zip(computed.needs, cell.needs, strict=True)
+    )
 
 
 def _cells(number: int) -> str:

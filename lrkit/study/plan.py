@@ -6,16 +6,17 @@ on two tasks and with six seeds, is three rows and 36 cells.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from lrkit.compose import from_plain, to_plain, with_setting
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, nearest
 from lrkit.method import Method
 from lrkit.study.asked import RowSpec, Study, TaskSpec, study_from, study_named
 from lrkit.study.composing import check_path, composed, has
+from lrkit.study.controls import Control, check_control, check_kind, controlled
 from lrkit.study.labels import differences, label_of, shown_value
 from lrkit.study.run_settings import RunSettings, settings_from
 
@@ -36,6 +37,7 @@ class Row:
         run: settings of its runs that differ from the study's.
         attach: arguments of `lrkit.attach` beside the method: ``targets`` and ``train_also``.
         own: paths of the method's settings that the row itself changes.
+        control: the control of another row that it is; None for none.
     """
 
     label: str
@@ -43,6 +45,7 @@ class Row:
     run: dict[str, Any]
     attach: dict[str, Any]
     own: frozenset[str] = frozenset()
+    control: Control | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -96,7 +99,7 @@ def lay_out(study: Study) -> Plan:
     for spec in _specs(study):
         label = spec.label or label_of(spec)
         try:
-            row = _row(label, base, spec, study)
+            row = _row(label, base, spec, study, rows)
         except LrkitError as error:
             raise LrkitError(f"row {label}: {error}") from None
         if spec.label is None and _identity(row) in seen:
@@ -123,24 +126,56 @@ def _specs(study: Study) -> Iterator[RowSpec]:
     yield from study.rows
 
 
-def _row(label: str, base: Mapping[str, Any], spec: RowSpec, study: Study) -> Row:
+def _row(label: str, base: Mapping[str, Any], spec: RowSpec, study: Study, rows: Sequence[Row]) -> Row:
     """Build a row, and note the paths that the row itself changes in its base."""
+    settings_from(spec.run)
+    given = {"targets": spec.targets, "train_also": spec.train_also}
+    if spec.source is not None:
+        return _derived(label, spec, given, rows)
+    if spec.control is not None or spec.from_task is not None:
+        raise LrkitError('a control is of another row: say of which, from = "LABEL"')
     source, beneath = (study.base, study.set) if spec.base is None else (spec.base, {})
     before = base if spec.base is None else composed(spec.base)
     method = from_plain(composed(source, spec.set, spec.swap, spec.leave_out, beneath=beneath))
+    attach = {key: getattr(study, key) if value is None else value for key, value in given.items()}
+    return Row(label=label, method=method, run=dict(spec.run), attach=attach, own=_own(before, method, spec))
+
+
+def _derived(label: str, spec: RowSpec, given: Mapping[str, Any], rows: Sequence[Row]) -> Row:
+    """Build a row that begins with an earlier one, or is its control."""
+    known = [row.label for row in rows]
+    if spec.base is not None:
+        raise LrkitError("it begins with a base or with another row (from), not with both")
+    if spec.source not in known:
+        raise LrkitError(f'from: there is no row "{spec.source}" before it{nearest(str(spec.source), known)}')
+    index = known.index(spec.source)
+    row = rows[index]
+    if row.control is not None and spec.control is not None:
+        raise LrkitError(f'row "{row.label}" is a control itself: a control is of a row that finds ranks')
+    before = to_plain(row.method)
+    plain = composed(before, spec.set, spec.swap, spec.leave_out)
+    control = row.control
+    if spec.control is not None:
+        kind = check_kind(spec.control)
+        plain = controlled(plain, kind)
+        control = Control(kind=kind, row=index, task=spec.from_task)
+    method = from_plain(plain)
+    attach = {key: row.attach[key] if value is None else value for key, value in given.items()}
+    own = row.own | _own(before, method, spec)
+    return Row(label=label, method=method, run=row.run | spec.run, attach=attach, own=own, control=control)
+
+
+def _own(before: Mapping[str, Any], method: Method, spec: RowSpec) -> frozenset[str]:
     own = {change["path"] for change in differences(before, to_plain(method))}
     own |= {path for path in spec.set if "." in path}
     own |= {f"{path}.{key}" for path, value in spec.swap.items() if isinstance(value, Mapping) for key in value}
-    settings_from(spec.run)
-    given = {"targets": spec.targets, "train_also": spec.train_also}
-    attach = {key: getattr(study, key) if value is None else value for key, value in given.items()}
-    return Row(label=label, method=method, run=dict(spec.run), attach=attach, own=frozenset(own))
+    return frozenset(own)
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
     """Return what tells two rows apart. As text: a target of 1 is a count, one of 1.0 a share, and Python has them equal."""
     run = tuple(sorted((key, repr(value)) for key, value in row.run.items()))
-    return repr(to_plain(row.method)), run, repr(row.attach)
+    return repr(to_plain(row.method)), run, repr(row.attach), row.control
 
 
 def _check_size(study: Study) -> None:
@@ -163,8 +198,13 @@ def _check_settings(plan: Plan) -> None:
         for name, instead in (("seed", "seeds"), ("threads", "--threads")):
             if name in given:
                 raise LrkitError(f"run.{name} is not a cell's own: use {instead}")
-    for task in plan.tasks:
-        for row in plan.rows:
+    for row in plan.rows:
+        if row.control is not None:
+            try:
+                check_control(row.control, [task.name for task in plan.tasks], len(plan.seeds))
+            except LrkitError as error:
+                raise LrkitError(f"row {row.label}: {error}") from None
+        for task in plan.tasks:
             plan.settings(row, task, 0)
             plan.method(row, task)
 
@@ -175,6 +215,8 @@ def changes(base: Row, row: Row) -> list[dict[str, Any]]:
     A component that was swapped is one change; the settings of a component that stayed are one each.
     """
     found = list(differences(to_plain(base.method), to_plain(row.method)))
+    if row.control is not None:
+        found.insert(0, {"path": "control", "base": None, "value": row.control.kind})
     found += [{"path": f"run.{key}", "base": base.run.get(key), "value": value} for key, value in row.run.items()]
     for key, value in row.attach.items():
         if value != base.attach[key]:

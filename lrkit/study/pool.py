@@ -1,4 +1,7 @@
-"""Choose an executor, and run cells on it; run a cell whose worker died again, from its last checkpoint."""
+"""Choose an executor, and run cells on it, each after those that it needs; run a cell whose worker died again.
+
+A cell goes on from its last checkpoint.
+"""
 
 import time
 from collections.abc import Callable, Mapping
@@ -67,7 +70,9 @@ def run_jobs(
     told: Told | None,
     total: int,
 ) -> dict[str, Mapping[str, Any]]:
-    """Run every cell on the executor; try a cell whose worker dies again, up to four times.
+    """Run every cell on the executor, after the cells that it needs; try one whose worker dies again, up to four times.
+
+    A cell that needs one that failed fails in one line, and is not begun.
 
     Args:
         waiting: the cells to run, by key.
@@ -89,15 +94,34 @@ def run_jobs(
     plain = attrs.asdict(conditions)
     left = dict(waiting)
     pool, idle = first, 0
+
+    def end(job: Job, answer: Mapping[str, Any]) -> None:
+        answers[job.key] = answer
+        del left[job.key]
+        if told is not None:
+            told(job, answer, total - len(left), total)
+        if answer["status"] != "done":
+            for other in [each for each in left.values() if job.key in each.sources]:
+                end(other, _without_source(other, job, answer["status"], cells))
+
     while left:
         futures: dict[Future[Any], Job] = {}
         clean = False
         begun = {key: attempts_size(cells / key) for key in left}
         cause: BaseException | None = None
-        try:
+
+        def submit() -> set[Future[Any]]:
+            """Hand in the cells that wait for no other any more."""
+            running = {job.key for job in futures.values()}  # noqa: B023 (called in this round alone)
+            new = {}
             for key, job in left.items():
-                futures[pool.submit(run_cell, job.cell.to_plain(), str(cells / key), plain)] = job
-            pending = set(futures)
+                if key not in running and not any(source in left for source in job.sources):
+                    new[pool.submit(run_cell, job.cell.to_plain(), str(cells / key), plain)] = job  # noqa: B023
+            futures.update(new)  # noqa: B023
+            return set(new)
+
+        try:
+            pending = submit()
             while pending:
                 ended, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in ended:
@@ -116,10 +140,9 @@ def run_jobs(
                         line = f"its worker died {tries[key]} times ({line_of(error)})"
                         note_failure(cells / key, line, line)
                         answer = {"key": key, "status": "failed", "score": None, "error": line}
-                    answers[key] = answer
-                    del left[key]
-                    if told is not None:
-                        told(job, answer, total - len(left), total)
+                    end(job, answer)
+                if not isinstance(cause, BrokenExecutor):
+                    pending |= submit()
             clean = True
         except BrokenExecutor as error:
             cause = (
@@ -136,3 +159,14 @@ def run_jobs(
             time.sleep(0.5)
             pool = make()
     return answers
+
+
+def _without_source(job: Job, source: Job, status: str, cells: Path) -> dict[str, Any]:
+    """Answer for a cell that cannot be run, since one that it needs failed or is run by another process."""
+    answer = {"key": job.key, "status": status, "score": None, "error": None, "seconds": None}
+    if status == "busy":
+        return answer
+    line = f"it needs the cell of {source}, which failed"
+    (cells / job.key).mkdir(parents=True, exist_ok=True)
+    note_failure(cells / job.key, line, line)
+    return answer | {"error": line}

@@ -45,6 +45,21 @@ class Watch(TrainerCallback):
             self._progress(state.global_step, state.max_steps, float(logs["loss"]))
 
 
+class Ending(TrainerCallback):
+    """Ends training after a step before the last one.
+
+    Args:
+        step: the step.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End training once the step has been taken."""
+        control.should_training_stop |= state.global_step >= self._step
+
+
 class Recorder(TrainerCallback):
     """Writes curves and decisions as they come, and asks for a checkpoint every so often.
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 from lrkit.errors import LrkitError, cut
 from lrkit.study.results import CellRecord, Status, StudyRecord
-from lrkit.study.study_file import ChangeRecord, RowRecord, StudyFile, TaskRecord, read_study_file
+from lrkit.study.study_file import (
+    CellEntry,
+    ChangeRecord,
+    RowRecord,
+    StudyFile,
+    TaskRecord,
+    TrialEntry,
+    read_study_file,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -32,6 +40,7 @@ def read_study(folder: str | Path) -> StudyRecord:
     study = read_study_file(folder)
     if study is None:
         raise LrkitError(f"{folder} holds no study.json: a study's folder is what `lrkit ablate` writes")
+    tuned = study.tune is not None
     return StudyRecord(
         folder=folder,
         name=study.name,
@@ -44,18 +53,24 @@ def read_study(folder: str | Path) -> StudyRecord:
         targets=study.targets,
         seeds=study.seeds,
         run=study.run,
-        cells=tuple(
-            CellRecord(
-                key=cell.key,
-                row=cell.row,
-                task=cell.task,
-                seed=cell.seed,
-                folder=folder / "cells" / cell.key,
-                old=cell.old or not cell.code,  # a study from before code was written down is of other code
-            )
-            for cell in study.cells
-        ),
+        cells=tuple(_cell(folder, cell) for cell in study.cells if cell.tuned == tuned),
         measured=study.costs,
+        tune=study.tune,
+        trials=tuple(_cell(folder, trial) for trial in study.trials),
+        untuned=tuple(_cell(folder, cell) for cell in study.cells if cell.tuned != tuned),
+    )
+
+
+def _cell(folder: Path, entry: CellEntry) -> CellRecord:
+    return CellRecord(
+        key=entry.key,
+        row=entry.row,
+        task=entry.task,
+        seed=entry.seed,
+        folder=folder / "cells" / entry.key,
+        old=entry.old or not entry.code,  # a study from before code was written down is of other code
+        number=entry.number if isinstance(entry, TrialEntry) else None,
+        rung=entry.rung if isinstance(entry, TrialEntry) else 0,
     )
 
 

@@ -33,6 +33,8 @@ class CellRecord:
         seed: the seed.
         folder: the folder of its files, which may not be there yet.
         old: it is of other code than the study was last run with.
+        number: of a trial: which settings it tries, counted from 0 in each row and task; None for a row's own cell.
+        rung: of a trial: how many times these settings have been taken further.
     """
 
     key: str
@@ -41,6 +43,8 @@ class CellRecord:
     seed: int
     folder: Path = attrs.field(repr=False)
     old: bool = False
+    number: int | None = None
+    rung: int = 0
 
     @cached_property
     def status(self) -> Status:
@@ -167,8 +171,11 @@ class StudyRecord:
         targets: the layers that are adapted, as `lrkit.attach` takes it.
         seeds: the seeds.
         run: the run's settings.
-        cells: every cell that was asked for, by row, task and seed as the study lists them.
+        cells: every cell that was asked for, by row, task and seed as the study lists them: tuned ones if it is tuned.
         measured: the rows whose cost was measured, or tried in vain.
+        tune: how settings are chosen, as it was asked for; None if they are given.
+        trials: the cells that settings were tried in.
+        untuned: of a tuned study, the cells that ran with the settings that were given.
     """
 
     folder: Path
@@ -184,6 +191,9 @@ class StudyRecord:
     run: dict[str, Any] = attrs.field(repr=False)
     cells: tuple[CellRecord, ...] = attrs.field(repr=False)
     measured: tuple[CostEntry, ...] = attrs.field(repr=False)
+    tune: dict[str, Any] | None = None
+    trials: tuple[CellRecord, ...] = attrs.field(default=(), repr=False)
+    untuned: tuple[CellRecord, ...] = attrs.field(default=(), repr=False)
 
     @cached_property
     def costs(self) -> dict[tuple[int, str], Cost]:

@@ -18,7 +18,7 @@ from lrkit.loop.history import Decision
 from lrkit.study.checkpoints import Record
 from lrkit.study.files import CellResult, Parameters, RunFlops
 from lrkit.study.loaded import Tokens, forget, model_for, tokens_for
-from lrkit.study.run_settings import Progress, RunSettings, rates, settings_from, total_steps
+from lrkit.study.run_settings import Progress, RunSettings, rates, settings_from, steps_of, total_steps
 
 if TYPE_CHECKING:
     from lrkit.adapt.adapted import Adapted
@@ -87,6 +87,7 @@ def train(
     done: "Callable[[Adapted], None] | None" = None,
     record: Record | None = None,
     say: Callable[[str], None] | None = None,
+    stop: int | None = None,
 ) -> Result:
     """Fine-tune a pretrained model with a method on a task, and score it.
 
@@ -105,6 +106,8 @@ def train(
         record: write the run down as it goes, and go on with what was written there before: bit for bit the run that
             was never interrupted.
         say: told in a few words what is done before the first step.
+        stop: the step after which training ends and the model is scored, with rates and schedules bound to all steps;
+            None for the last one.
 
     Raises:
         LrkitError: the model cannot be had, or the method does not fit it or the length of the run.
@@ -116,7 +119,7 @@ def train(
     settings = settings or RunSettings()
     there = len(task.train)
     used = min(there, settings.train_rows or there)
-    steps = total_steps(settings, used)
+    steps = steps_of(settings, there)
     for policy in method.policies:
         policy.scheduler.over(steps, units=1, layers=1)  # refuses one that does not fit
     tell = say or (lambda _: None)
@@ -134,7 +137,7 @@ def train(
     try:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        result = _train(adapted, task, model, pretrained.tokenizer, tokens, settings, steps, progress, record)
+        result = _train(adapted, task, model, pretrained.tokenizer, tokens, settings, steps, progress, record, stop)
         if done is not None:
             done(adapted)
         adapted.detach()
@@ -156,8 +159,9 @@ def _train(
     steps: int,
     progress: Progress | None,
     record: Record | None,
+    stop: int | None,
 ) -> Result:
-    from lrkit.study.recorder import Recorder, Watch
+    from lrkit.study.recorder import Ending, Recorder, Watch
     from lrkit.study.trainer import run_flops, trainer_for
     from lrkit.trainer import AdaptCallback
 
@@ -179,12 +183,17 @@ def _train(
             folder=Path(empty) if record is None else record.checkpoints,
             report_to=() if record is None else record.report_to,
             compute_metrics=lambda p: task.score(p.predictions, p.label_ids),
-            callbacks=[AdaptCallback(adapted), watch, *([] if recorder is None else [recorder])],
+            callbacks=[
+                AdaptCallback(adapted),
+                watch,
+                *([] if recorder is None else [recorder]),
+                *([] if stop is None else [Ending(stop)]),
+            ],
         )
         latest = None if record is None else record.latest()
         try:
             trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
-            if trainer.state.global_step < steps:
+            if trainer.state.global_step < min(steps, stop or steps):
                 raise KeyboardInterrupt  # the record was asked to stop
             predictions = trainer.predict(tokens.validation).predictions
         except BaseException:

@@ -102,3 +102,8 @@ def total_steps(settings: RunSettings, rows: int) -> int:
     if settings.steps is not None:
         return settings.steps
     return max(1, round(settings.epochs * -(-rows // settings.batch_size)))
+
+
+def steps_of(settings: RunSettings, rows: int) -> int:
+    """Count the optimizer steps of a run on a task of so many training rows, of which it may take a part."""
+    return total_steps(settings, min(rows, settings.train_rows or rows))

@@ -34,6 +34,8 @@ class RowRecord:
         rates: the learning rates in force on each task: task to ``{"lr", "head_lr"}``; empty in older studies.
         targets: as `lrkit.attach` takes it; None for the study's.
         train_also: likewise.
+        control: the control of another row that it is; empty for none.
+        source: label of the row that it controls; empty for none.
     """
 
     label: str
@@ -43,6 +45,8 @@ class RowRecord:
     rates: dict[str, dict[str, float]] = attrs.field(factory=dict, repr=False)
     targets: Any = attrs.field(default=None, repr=False)
     train_also: Any = attrs.field(default=None, repr=False)
+    control: str = ""
+    source: str = ""
 
     @property
     def lr(self) -> str:
@@ -72,6 +76,7 @@ class CellEntry:
         setup: a hash of what all cells of the task share (`Cell.setup`).
         code: the digest of the code that its result is of; empty in a study from before there was one.
         old: it is of other code than the study was last run with.
+        tuned: its settings were chosen by trials.
     """
 
     key: str
@@ -81,11 +86,30 @@ class CellEntry:
     setup: str = ""
     code: str = ""
     old: bool = False
+    tuned: bool = False
 
     @property
-    def place(self) -> tuple[int, str, int]:
-        """Give row, task and seed: two cells of a study never share all three."""
-        return self.row, self.task, self.seed
+    def place(self) -> tuple[Any, ...]:
+        """Return row, task, seed and whether it is tuned: two cells of a study never share all of them."""
+        return self.row, self.task, self.seed, self.tuned
+
+
+@attrs.frozen(kw_only=True)
+class TrialEntry(CellEntry):
+    """A cell that tries settings of a row, in ``study.json``.
+
+    Args:
+        number: which settings it tries, counted from 0 in each row and task.
+        rung: how many times these settings have been taken further.
+    """
+
+    number: int
+    rung: int = 0
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Return row, task, seed, number and rung."""
+        return self.row, self.task, self.seed, self.number, self.rung
 
 
 @attrs.frozen(kw_only=True)
@@ -114,6 +138,8 @@ class StudyFile:
     run: dict[str, Any] = attrs.field(factory=dict)
     cells: tuple[CellEntry, ...]
     costs: tuple[CostEntry, ...] = ()
+    tune: dict[str, Any] | None = None
+    trials: tuple[TrialEntry, ...] = ()
 
     def to_plain(self) -> dict[str, Any]:
         """Return it as plain data, with its format."""
@@ -145,7 +171,7 @@ def _check(study: StudyFile, path: Path) -> None:
         raise LrkitError(f"{path} has no rows")
     if not 0 <= study.base < rows:
         raise LrkitError(f"{path}: base {study.base} is not one of its {rows} rows (0 to {rows - 1})")
-    entries: list[CellEntry | CostEntry] = [*study.cells, *study.costs]
+    entries: list[CellEntry | CostEntry] = [*study.cells, *study.trials, *study.costs]
     for entry in entries:
         # A key becomes a path below the folder, and a link in the report.
         if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_.-]*", entry.key):
@@ -154,8 +180,8 @@ def _check(study: StudyFile, path: Path) -> None:
             raise LrkitError(f"{path}: cell {entry.key} is of row {entry.row}, and there are {rows} (0 to {rows - 1})")
         if entry.task not in tasks:
             raise LrkitError(f"{path}: cell {entry.key} is of task {shown(entry.task)}, which is none of its tasks")
-    seen: set[tuple[int, str, int]] = set()
-    for cell in study.cells:
+    seen: set[tuple[Any, ...]] = set()
+    for cell in (*study.cells, *study.trials):
         if cell.place in seen:
             raise LrkitError(f"{path}: row {cell.row}, task {shown(cell.task)}, seed {cell.seed} is there twice")
         seen.add(cell.place)

@@ -29,7 +29,8 @@ from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell, code_of
 from lrkit.study.cell_folder import is_done, note_attempt, note_failure, tidy
 from lrkit.study.checkpoints import Record
-from lrkit.study.run_settings import settings_from
+from lrkit.study.needs import settle
+from lrkit.study.run_settings import settings_from, steps_of
 from lrkit.study.store import FORMAT, LIST, canonical, check_sum, json_bytes, lock, read_json, write_bytes, write_json
 
 _training = threading.Lock()
@@ -107,7 +108,8 @@ def _attempt(cell: Cell, place: Path, conditions: Conditions) -> None:
             f"this process has other code than the study was begun with ({now}, not {cell.versions['code']}): the same "
             "sources of lrkit and plug-ins must be everywhere, and not change meanwhile"
         )
-    write_json(place / "config.json", {"format": FORMAT, "key": cell.key, "seed": cell.seed, **cell.to_plain()})
+    planned, cell = cell, settle(cell, place.parent)
+    write_json(place / "config.json", {"format": FORMAT, **cell.to_config(planned)})
     write_json(place / "env.json", _environment(conditions))
     begin = {"event": "begin", "from_step": conditions.record(place).step()}
     note_attempt(place, {**begin, "host": socket.gethostname(), "pid": os.getpid()})
@@ -118,12 +120,18 @@ def _attempt(cell: Cell, place: Path, conditions: Conditions) -> None:
 
 
 def _train(cell: Cell, place: Path, conditions: Conditions) -> None:
-    """Train, and write down the result: ``result.json`` last."""
+    """Train a cell that is settled, and write down the result in its folder: ``result.json`` last."""
     import numpy as np
 
     from lrkit.compose import from_plain
     from lrkit.study.run import train
 
+    settings = settings_from({**cell.run, "threads": conditions.threads})
+    task = load_kept(canonical(cell.task), cell.versions.get("data"))
+    if cell.selection is not None:
+        # As many steps as with all training rows, since it is for those that rates and schedules are chosen.
+        settings = attrs.evolve(settings, steps=steps_of(settings, len(task.train)))
+        task = selection_kept(canonical(cell.task), cell.versions.get("data"), cell.selection)
     first = os.environ.get("RANK", "0") == "0"
     if conditions.report_to:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(place / "runs")
@@ -136,20 +144,21 @@ def _train(cell: Cell, place: Path, conditions: Conditions) -> None:
         warnings.simplefilter("ignore")
         result = train(
             from_plain(cell.method),
-            load_kept(canonical(cell.task), cell.versions.get("data")),
+            task,
             model=cell.model,
             targets=cell.targets,
             train_also=cell.train_also,
-            settings=settings_from({**cell.run, "threads": conditions.threads}),
+            settings=settings,
             done=keep,
             record=conditions.record(place),
+            stop=cell.stop,
         )
     if not first:
         return
     predictions = io.BytesIO()
     np.savez_compressed(predictions, predictions=result.predictions)
     write_bytes(place / "predictions.npz", predictions.getvalue())
-    content = json_bytes(result.to_file(cell.key))
+    content = json_bytes(result.to_file(place.name))
     names = ("config.json", "predictions.npz", *(["lrkit.safetensors"] if conditions.keep else []))
     sums = {name: check_sum(place / name) for name in names}
     write_json(place / LIST, {**sums, "result.json": zlib.crc32(content)})
@@ -167,6 +176,12 @@ def load_kept(plain: str, digest: str | None) -> Any:
         digest: of its files, if it is a folder.
     """
     return load_task_of(TaskSpec(**json.loads(plain)))
+
+
+@lru_cache(maxsize=4)
+def selection_kept(plain: str, digest: str | None, seed: int) -> Any:
+    """Split the training rows of a cell's task for selection, or take the split that a worker keeps. See `load_kept`."""
+    return load_kept(plain, digest).selection(seed)
 
 
 def _environment(conditions: Conditions) -> dict[str, Any]:
@@ -227,8 +242,7 @@ def _main(what: str, *rest: str) -> None:
         main(["--standalone", "--nproc-per-node", devices, "-m", "lrkit.study.worker", "rank", folder])
         return
     place = Path(rest[0])
-    config = read_json(place / "config.json")
-    cell = Cell(**{field.name: config[field.name] for field in attrs.fields(Cell) if field.name in config})
+    cell = Cell.from_config(read_json(place / "config.json"))
     _train(cell, place, Conditions(**read_json(place / "conditions.json")))
 
 

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 Kind = Literal["classification", "regression"]
 
+_FEWEST, _MOST = 200, 2_000
+"""Rows that are set aside for selection, if a tenth is less or more."""
+_SELECTION = 0x5E1EC7
+"""Tells the generator of this split from that of `Task.subset`, which has the same seeds."""
+
 
 def _strings(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(values)
@@ -194,6 +199,34 @@ class Task:
                 return done.cast_column("labels", label)
 
         return split(self.train), split(self.validation)
+
+    def selection(self, seed: int = 0) -> Task:
+        """Set a part of the training rows aside, and score on them instead of on the validation rows.
+
+        For choosing settings: what is chosen must never have seen the validation rows. A tenth of the rows is set aside, but
+        200 at least and 2,000 at most, and never more than half.
+
+        Args:
+            seed: of the split.
+
+        Returns:
+            The task with the other rows for training, and those set aside in place of the validation rows.
+
+        Raises:
+            LrkitError: there is a single row.
+        """
+        rows = len(self.train)
+        aside = min(max(round(rows / 10), _FEWEST), _MOST, rows // 2)
+        if not aside:
+            raise LrkitError(f'task "{self.name}": of {rows} training row none can be set aside to select settings by')
+        import numpy as np
+
+        order = np.random.default_rng([_SELECTION, seed]).permutation(rows)
+        parts = [
+            self.train.select(sorted(which.tolist()), keep_in_memory=True, new_fingerprint=_fingerprint())
+            for which in (order[aside:], order[:aside])
+        ]
+        return attrs.evolve(self, train=parts[0], validation=parts[1], second=None)
 
     def subset(self, train: int | None = None, validation: int | None = None, seed: int = 0) -> Task:
         """Keep the first so many rows of each split after a shuffle with `seed`; None keeps all.

@@ -1,0 +1,131 @@
+"""Controls: rows that ask if *where* another row's rank went matters, by training at ranks that are given from step 1.
+
+Each control of a row trains that row's parameterization, with its penalty and scale and without its policy, at
+
+- ``found``: the ranks that the row ended with, with the same seed;
+- ``transplanted``: those that it ended with at the next seed (the first one's after the last), or on another task;
+- ``shuffled``: the found ranks, permuted among layers of equal size;
+- ``random``, ``uniform``: as many parameters as found, within one component, drawn or spread evenly;
+- ``oracle``: as many parameters on the layers that are known to be the best ones (`lrkit.tasks.teacher`), evenly;
+- ``cut-at-end``: the row itself, at full rank until its one decision after the last step.
+
+All but the last need the row's own cell: see `lrkit.study.needs`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import attrs
+
+from lrkit.compose import with_setting
+from lrkit.errors import LrkitError, nearest
+from lrkit.study.composing import without
+from lrkit.study.needs import Need, Source
+
+if TYPE_CHECKING:
+    from lrkit.allocation import Allocation
+    from lrkit.study.asked import TaskSpec
+    from lrkit.study.cell import Cell
+
+Kind = Literal["found", "transplanted", "shuffled", "random", "uniform", "oracle", "cut-at-end"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+@attrs.frozen(kw_only=True)
+class Control:
+    """The control that a row is.
+
+    Args:
+        kind: which one.
+        row: index of the row that it controls.
+        task: the task whose ranks are transplanted; None for another seed's.
+    """
+
+    kind: Kind
+    row: int
+    task: str | None = None
+
+    def reads(
+        self, tasks: "Sequence[TaskSpec]", seeds: Sequence[int], spec: "TaskSpec", seed: int
+    ) -> "tuple[TaskSpec, int] | None":
+        """Return the task and the seed of the cell whose ranks it takes; None if it takes none."""
+        if self.kind == "cut-at-end":
+            return None
+        if self.kind != "transplanted":
+            return spec, seed
+        if self.task is None:
+            return spec, seeds[(list(seeds).index(seed) + 1) % len(seeds)]
+        return next(each for each in tasks if each.name == self.task), seed
+
+    def needs(self, key: str | None) -> tuple[Need, ...]:
+        """Return the needs of its cell, given the key of the cell that `reads` names."""
+        return () if key is None else (Need(rule="allocation", cells=[key], settings={"control": self.kind}),)
+
+
+def check_control(control: Control, tasks: Sequence[str], seeds: int) -> None:
+    """Raise LrkitError if a control cannot be had in a study of some tasks and so many seeds."""
+    if control.kind != "transplanted":
+        if control.task is not None:
+            raise LrkitError(f'from_task is for control = "transplanted", not "{control.kind}"')
+    elif control.task is None and seeds < 2:
+        raise LrkitError("transplanted ranks are the next seed's, and there is one seed: give more, or from_task")
+    elif control.task is not None and control.task not in tasks:
+        hint = f"{nearest(control.task, tasks)}; there are {', '.join(tasks)}"
+        raise LrkitError(f'from_task: there is no task "{control.task}" in the study{hint}')
+
+
+def check_kind(kind: str) -> Kind:
+    """Return the name of a control. Raise LrkitError for an unknown one."""
+    if kind not in KINDS:
+        raise LrkitError(f'there is no control "{kind}"{nearest(kind, KINDS)}; there are {", ".join(KINDS)}')
+    return kind  # type: ignore[return-value]
+
+
+def controlled(plain: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    """Make the method that a control trains of the method that it controls, as plain data.
+
+    The ranks are the method's own until `allocated` fills them in.
+
+    Raises:
+        LrkitError: the method has no policy, or no ranks.
+    """
+    if plain["metric"] is None:
+        raise LrkitError(f'control "{kind}" asks where the rank went, and the row has no policy that moves any')
+    if "rank" not in plain["parameterization"]:
+        name = plain["parameterization"]["name"]
+        raise LrkitError(f'control "{kind}" gives ranks, and parameterization "{name}" has none')
+    if kind != "cut-at-end":
+        return without({**plain, "also": []}, "policy")
+    copy = dict(plain)
+    for path, value in (("warmup", 1.0), ("final", 0.0)):
+        copy = with_setting(copy, f"scheduler.{path}", value)
+    return copy
+
+
+def allocated(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any]) -> "Cell":
+    """Fill in the ranks that a control trains at: the rule "allocation" of `lrkit.study.needs`.
+
+    Args:
+        cell: the control's cell.
+        sources: the cell whose ranks it takes.
+        settings: ``control``, the kind.
+
+    Raises:
+        LrkitError: that cell has no ranks.
+    """
+    from lrkit.allocation import Allocation
+
+    (source,) = sources
+    found = Allocation.from_layers(source.result.layers)
+    made = _made(settings["control"], found, cell)
+    method = with_setting(cell.method, "parameterization.rank", made.to_plain())
+    return attrs.evolve(cell, method=_same_scale(method, source.config["method"], made))
+
+
+def _made(kind: Kind, found: "Allocation", cell: "Cell") -> "Allocation":
+    raise NotImplementedError
+
+
+def _same_scale(method: dict[str, Any], source: Mapping[str, Any], made: "Allocation") -> dict[str, Any]:
+    """Set α so that the increment's scale is the source's, which has one rank in every layer: α/r is α'/mean rank then."""
+    raise NotImplementedError

@@ -132,14 +132,7 @@ def _waiting(pack: Pack, own: StudyFile | None, folder: Path) -> dict[Place, Cel
     return {
         place: entry
         for place, entry in places(pack.study).items()
-        if entry.key in pack.cells
-        and not (place in there and is_done(folder / "cells" / there[place].key))
-        and not (
-            own is not None
-            and place in there
-            and is_done(folder / "cells" / entry.key)
-            and there[place].key == entry.key
-        )
+        if entry.key in pack.cells and not (place in there and is_done(folder / "cells" / there[place].key))
     }
 
 
@@ -150,8 +143,8 @@ def _merged(pack: Pack, own: StudyFile | None, waiting: Mapping[Place, CellEntry
     stay = [entry for place, entry in places(own).items() if place not in waiting]
     own = attrs.evolve(
         own,
-        cells=[entry for entry in stay if not isinstance(entry, TrialEntry)],
-        trials=[entry for entry in stay if isinstance(entry, TrialEntry)],
+        cells=tuple(entry for entry in stay if not isinstance(entry, TrialEntry)),
+        trials=tuple(entry for entry in stay if isinstance(entry, TrialEntry)),
     )
     study = joined(pack.study, own, pack.path, yields=False, packed=pack.cells)
     return attrs.evolve(study, costs=own.costs or pack.study.costs)

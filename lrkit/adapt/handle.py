@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.adapt import checkpoint, weights
+from lrkit.adapt.allocation import Allocation
 from lrkit.adapt.binding import Binding
 from lrkit.adapt.choice import choose
 from lrkit.adapt.graft import Graft
@@ -50,9 +51,8 @@ class Adapted:
         base = describe(model)  # now: a forward pass writes into its config
         choice = choose(model, method.parameterization, targets, train_also, exact=exact)
         # From here on the model is changed. Only the controller and the state can still refuse.
-        self.model, self.method = model, method
-        self.adapters, self.around = choice.adapters, choice.around
-        self.head, self.coverage = choice.head, choice.coverage
+        self.model, self.method, self.head = model, method, choice.head
+        self.adapters, self.around, self.coverage = choice.adapters, choice.around, choice.coverage
         self._graft = Graft(model, choice)
         self.originals = self._graft.originals
         self._weights = weights.Weights(model, choice, self._graft.masters)
@@ -154,8 +154,7 @@ class Adapted:
     @property
     def penalty_added(self) -> float | None:
         """Return the penalty at the beginning of the last step, if bound with ``penalty="gradient"``; None otherwise."""
-        last = self._binding.penalty.last
-        return None if last is None else float(last)
+        return None if (last := self._binding.penalty.last) is None else float(last)
 
     @property
     def has_penalty(self) -> bool:
@@ -189,9 +188,12 @@ class Adapted:
 
     def summary(self) -> Summary:
         """Return each layer's rank or frozen state, and its trainable parameters at first, now and on average."""
-        inside = {id(p) for module in self.adapters.values() for p in module.parameters()}
-        beside = sum(p.numel() for p in self.adapter_parameters() if id(p) not in inside)
-        return summarize(self.controller, sum(p.numel() for p in self.head_parameters()), beside, self.coverage)
+        self._graft.check()
+        return summarize(self.controller, *self._weights.counts(self.adapters), self.coverage)
+
+    def allocation(self) -> Allocation:
+        """Return each layer's rank that is in effect now (masked components do not count), with the layers' sizes."""
+        return Allocation.from_layers(self.summary().layers)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in PEFT's words, and how they divide into adapters and head."""
@@ -237,7 +239,7 @@ class Adapted:
             weights.take_ranks(adapter, self.method.parameterization.parts, self._binding.last)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write everything adaptive to ``folder/lrkit.safetensors``, atomically, and return its path; `load` reads it."""
+        """Write everything adaptive to ``folder/lrkit.safetensors``, atomically, and return its path."""
         return checkpoint.write(Path(folder), self.state_dict())
 
     def compact(self) -> dict[str, int]:

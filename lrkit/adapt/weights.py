@@ -60,6 +60,11 @@ class Weights:
         """Return the head's."""
         return [p for p in self.parameters() if id(p) in self._head]
 
+    def counts(self, adapters: Mapping[str, nn.Module]) -> tuple[int, int]:
+        """Return how many parameters the head has, and how many train that are in neither it nor an adapter."""
+        inside = {id(p) for module in adapters.values() for p in module.parameters()}
+        return sum(p.numel() for p in self.head()), sum(p.numel() for p in self.adapter() if id(p) not in inside)
+
     def refusal(self, held: set[int]) -> str | None:
         """Say why an optimizer cannot train them; None if it can.
 

@@ -59,6 +59,7 @@ class Saved:
         sums: layer name to trainable parameters, summed over the steps.
         dead: layers that no gradient reaches; None if none has been seen yet.
         base: what the plain model was.
+        allocation: the ranks in effect as plain data, for those who have only the file; None if the method has none.
     """
 
     method: dict[str, Any]
@@ -75,6 +76,7 @@ class Saved:
     sums: dict[str, int]
     dead: tuple[str, ...] | None = None
     base: Any = None
+    allocation: Any = None
 
     def check(self) -> None:
         """Raise LrkitError unless all that it says agrees."""

@@ -23,7 +23,7 @@ from lrkit.study.composing import without
 from lrkit.study.needs import Need, Source
 
 if TYPE_CHECKING:
-    from lrkit.allocation import Allocation
+    from lrkit.adapt.allocation import Allocation
     from lrkit.study.asked import TaskSpec
     from lrkit.study.cell import Cell
 
@@ -113,19 +113,38 @@ def allocated(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, An
     Raises:
         LrkitError: that cell has no ranks.
     """
-    from lrkit.allocation import Allocation
+    from lrkit.adapt.allocation import Allocation
 
     (source,) = sources
     found = Allocation.from_layers(source.result.layers)
     made = _made(settings["control"], found, cell)
-    method = with_setting(cell.method, "parameterization.rank", made.to_plain())
+    method = with_setting(cell.method, "parameterization.rank", dict(made))
     return attrs.evolve(cell, method=_same_scale(method, source.config["method"], made))
 
 
 def _made(kind: Kind, found: "Allocation", cell: "Cell") -> "Allocation":
+    """Make a control's ranks of those that were found."""
+    if kind in ("found", "transplanted"):
+        return found
+    if kind == "oracle":
+        return _oracle(found, cell)
+    assert kind != "cut-at-end"
+    return found.like(kind, seed=cell.seed)
+
+
+def _oracle(found: "Allocation", cell: "Cell") -> "Allocation":
     raise NotImplementedError
 
 
 def _same_scale(method: dict[str, Any], source: Mapping[str, Any], made: "Allocation") -> dict[str, Any]:
-    """Set α so that the increment's scale is the source's, which has one rank in every layer: α/r is α'/mean rank then."""
-    raise NotImplementedError
+    """Set α so that the increment is scaled as in the source, where every layer began with the same rank.
+
+    With α/r there, it is α'/(mean rank) here, α' = α · (mean rank)/r.
+    """
+    before = source["parameterization"]
+    alpha, rank = before.get("alpha"), before["rank"]
+    if alpha is None or not isinstance(rank, int):
+        return method
+    mean = made.total / len(made.layers())
+    method = with_setting(method, "parameterization.scale_by", "mean-rank")
+    return with_setting(method, "parameterization.alpha", alpha * mean / rank)

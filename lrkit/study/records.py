@@ -56,6 +56,7 @@ def read_study(folder: str | Path) -> StudyRecord:
             for cell in study.cells
         ),
         measured=study.costs,
+        margin=study.margin,
     )
 
 

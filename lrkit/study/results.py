@@ -169,6 +169,7 @@ class StudyRecord:
         run: the run's settings.
         cells: every cell that was asked for, by row, task and seed as the study lists them.
         measured: the rows whose cost was measured, or tried in vain.
+        margin: differences of the primary score that are smaller do not matter; None if none was stated.
     """
 
     folder: Path
@@ -184,6 +185,7 @@ class StudyRecord:
     run: dict[str, Any] = attrs.field(repr=False)
     cells: tuple[CellRecord, ...] = attrs.field(repr=False)
     measured: tuple[CostEntry, ...] = attrs.field(repr=False)
+    margin: float | None = None
 
     @cached_property
     def costs(self) -> dict[tuple[int, str], Cost]:

@@ -370,7 +370,7 @@ def test_latex_escaped(tmp_path: Path) -> None:
         r"50\%\_a\&b \$x\$ \{y\} \textbackslash{}z \#1 \textasciitilde{}\^{} $<$i$>$$|$$\lambda$ $\to$ [U+6F22]" in text
     )
     tables = re.findall(r"\\begin{tabular}{(l[r]+)}(.*?)\\end{tabular}", text, re.DOTALL)
-    assert len(tables) == 7  # scores, effects and costs of two tasks, and the means
+    assert len(tables) == 5  # scores and costs of two tasks, and the means
     for columns, body in tables:
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {len(columns)}

@@ -27,8 +27,8 @@ class Column:
     number: Callable[[TableRow], float | None] | None = None
 
 
-SCORES = ("n", "score", "difference", "interval", "p", "p_holm", "verdict")
-EFFECTS = ("effect", "effect_corrected", "effect_interval", "interval_90", "p_equivalent", "p_equivalent_holm")
+SCORES = ("n", "score", "difference", "interval", "p", "p_holm")
+EFFECTS = ("effect_corrected", "effect_interval", "interval_90", "p_equivalent_holm", "verdict")
 COSTS = ("lr", "parameters_average", "parameters_final", "flops", "step_ratio", "step_ratio_end", "peak_memory")
 
 
@@ -65,23 +65,21 @@ def columns_of(table: "Table", keys: Sequence[str]) -> list[Column]:
         Column("interval", "95 % interval", r"95\,\% interval", lambda row: ends(row, row.low, row.high)),
         Column("p", "p", "$p$", number("p", probability)),
         Column("p_holm", "p (Holm)", r"$p$|(Holm)", number("p_holm", probability)),
-        Column("verdict", "verdict", "Verdict", lambda row: row.verdict if margin else ""),
-        Column("effect", "effect size", r"Effect|size", number("effect", "{:+.2f}".format)),
-        Column("effect_corrected", "corrected", "Corrected", number("effect_corrected", "{:+.2f}".format)),
+        Column("effect_corrected", "effect size", r"Effect|size", number("effect_corrected", "{:+.2f}".format)),
         Column("effect_interval", "its 95 % interval", r"its 95\,\%|interval", effects),
         Column(
             "interval_90",
-            "90 % interval",
+            "difference (90 %)",
             r"90\,\% interval|of $\Delta$",
             lambda row: ends(row, row.low_90, row.high_90) if margin else "",
         ),
         Column(
-            "p_equivalent",
-            f"p within ±{scale.number(margin)}" if margin else "",
-            rf"$p$ within|$\pm${scale.number(margin)}" if margin else "",
-            number("p_equivalent", probability),
+            "p_equivalent_holm",
+            f"p within ±{scale.number(margin or 0.0)}",
+            rf"$p$ within|$\pm${scale.number(margin or 0.0)}",
+            number("p_equivalent_holm", probability),
         ),
-        Column("p_equivalent_holm", "it (Holm)", r"it|(Holm)", number("p_equivalent_holm", probability)),
+        Column("verdict", "verdict", "Verdict", lambda row: row.verdict if margin else ""),
         Column("lr", "lr", "Rate", lambda row: row.lr),
         Column("parameters_average", "params avg", "Param.|average", number("parameters_average", compact)),
         Column("parameters_final", "params end", "Param.|end", number("parameters_final", compact)),

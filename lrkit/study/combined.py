@@ -22,9 +22,9 @@ from lrkit.study.paired import sign_flip_p
 from lrkit.study.results import StudyRecord
 
 ASSUMES = (
-    "All tasks together: stratified sign flips, within each task, on the mean over tasks of each task's mean difference in "
-    "units of its root mean square. It tests that no task has a difference, assumes that pairs are independent, and says "
-    "nothing about tasks that are not here; each task's own table says which of them differ. p is corrected over the rows."
+    "All tasks together: signs are flipped within each task, and the statistic is the mean over tasks of each task's mean "
+    "difference in units of its root mean square. It tests that no task has a difference, and says nothing about tasks that "
+    "are not here."
 )
 """The sentence that goes with the numbers."""
 

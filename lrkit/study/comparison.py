@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from lrkit.study.effects import corrected, effect_interval, effect_size
-from lrkit.study.equivalence import equivalence_p, reason, verdict_of
+from lrkit.study.equivalence import equivalence_p, verdict_of, why_open
 from lrkit.study.files import Cost
 from lrkit.study.paired import ENOUGH_PAIRS, LEVEL, enough_pairs, holm, interval, sign_flip_p, smallest_p
 from lrkit.study.results import StudyRecord
@@ -49,10 +49,11 @@ def over_rows(p: Mapping[int, float | None]) -> dict[int, float]:
 
 
 def _judged(row: TableRow, p_holm: float | None, p_equivalent_holm: float | None, scale: Scale) -> TableRow:
-    """Add what depends on the other rows: the corrected p, and the verdict with its reason."""
+    """Add what depends on the other rows: the corrected p, and the verdict."""
     verdict = "" if p_holm is None else verdict_of(p_holm, p_equivalent_holm)
     row = attrs.evolve(row, p_holm=p_holm, p_equivalent_holm=p_equivalent_holm, verdict=verdict)
-    return row if row.margin is None or not verdict else attrs.evolve(row, notes=(reason(row, scale), *row.notes))
+    told = [why_open(row, scale)] if row.margin is not None and verdict == "open" else []
+    return attrs.evolve(row, notes=(*told, *row.notes))
 
 
 def differences_of(record: StudyRecord, index: int, task: str) -> tuple[list[float], int]:

@@ -49,7 +49,7 @@ def _below_p(differences: Sequence[float], bound: float) -> float:
 
 
 def verdict_of(p: float, p_equivalent: float | None) -> Verdict:
-    """Judge a row by its p of the difference and, if there is a margin, by that of equivalence; both after Holm's correction.
+    """Judge a row by its p of the difference and, if there is a margin, by that of equivalence, both after Holm.
 
     Returns:
         ``"different"`` (from 0), ``"equivalent"`` (inside the margin), ``"negligible"`` (both: different from 0 and inside
@@ -61,27 +61,20 @@ def verdict_of(p: float, p_equivalent: float | None) -> Verdict:
     return "equivalent" if equivalent else "open"
 
 
-def reason(row: "TableRow", scale: "Scale") -> str:
-    """Say in one sentence why a row has its verdict.
+def why_open(row: "TableRow", scale: "Scale") -> str:
+    """Say in one sentence why a row could be shown neither different nor equivalent.
 
     Args:
-        row: with a margin and a verdict.
+        row: with a margin, and the verdict ``"open"``.
         scale: for scores and their differences.
     """
-    margin = f"±{scale.number(row.margin or 0.0)}"
-    ends = "unbounded"
-    if row.low_90 is not None and row.high_90 is not None:
-        ends = f"[{scale.number(row.low_90, '+')}, {scale.number(row.high_90, '+')}]"
-    different = f"p {_p(row.p_holm)} for a difference"
-    equivalent = f"p {_p(row.p_equivalent_holm)} for equivalence within {margin}"
-    both = f"{different}, {equivalent}, after Holm's correction; the 90 % interval is {ends}."
-    if row.verdict != "open":
-        return f"{row.verdict}: {both}"
     if smallest_p(row.pairs) / 2 >= LEVEL:
         pairs = "1 pair" if row.pairs == 1 else f"{row.pairs} pairs"
-        return f"open: with {pairs} no one-sided p is below 1/2^{row.pairs}, so nothing can be shown."
-    return f"open: {both}"
-
-
-def _p(p: float | None) -> str:
-    return "unknown" if p is None else "<0.0001" if p < 0.00005 else f"{p:.4f}"
+        least = f"1/2^{row.pairs} = {smallest_p(row.pairs) / 2:g}"
+        return (
+            f"open: with {pairs} no one-sided p is below {least}, so neither a difference nor equivalence can be shown."
+        )
+    margin = f"±{scale.number(row.margin or 0.0)}"
+    if row.p_equivalent is not None and row.p_equivalent < LEVEL:
+        return f"open: the 90 % interval is inside {margin}, but not so after Holm's correction over the rows."
+    return f"open: no difference is shown, and the 90 % interval is not inside {margin}."

@@ -37,6 +37,7 @@ OUTSIDE = (
     "study/scores.py",
     "study/sheet.py",
     "study/sizes.py",
+    "study/spreads.py",
     "study/statistics.py",
     "study/table.py",
     "study/table_row.py",

@@ -53,6 +53,10 @@ def ablate(
     keep_old: Annotated[
         bool, typer.Option("--keep-old", help="Keep cells of other code, instead of computing them again.")
     ] = False,
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Smaller differences do not matter (0.01: a point): rows are tested for equivalence, too."),
+    ] = None,
     profile: Annotated[
         str | None, typer.Option(help="Of a study file: minilm (the first one is the default), paper, ...")
     ] = None,
@@ -77,6 +81,7 @@ def ablate(
         raise LrkitError("say what to ablate: a method's name, a .toml study file, or a study of `lrkit ablate --list`")
     changes = _changes(swap, task, data, seeds, targets, train_also, sets, leave_out)
     changes |= {"model": model} if model is not None else {}
+    changes |= {"margin": margin} if margin is not None else {}
     changes |= {"grid": True} if grid else {}
     plan = lay_out(_study(what, changes, sets or [], profile))
     if dry_run:

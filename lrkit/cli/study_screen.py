@@ -71,11 +71,11 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
 
 
 def show_table(table: "Table") -> None:
-    """Print a study's tables: per task its scores and its costs, then the tasks side by side; and the notes."""
-    from lrkit.study.table import COSTS, SCORES, columns_of, columns_of_tasks
+    """Print a study's tables: per task its scores, effects and costs, then the tasks side by side; and the notes."""
+    from lrkit.study.table import COSTS, EFFECTS, SCORES, columns_of, columns_of_tasks
 
     first = table.of(table.tasks[0])
-    shown = [(task, columns_of(table.of(task), keys)) for task in table.tasks for keys in (SCORES, COSTS)]
+    shown = [(task, columns_of(table.of(task), keys)) for task in table.tasks for keys in (SCORES, EFFECTS, COSTS)]
     shown.append(("means by task", columns_of_tasks(table)))
     screen.say(f"{table.title}\n")
     said = ""

@@ -4,6 +4,7 @@
 `lrkit.study.plan.lay_out` does that.
 """
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -105,6 +106,8 @@ class Study:
         train_also: likewise.
         seeds: how many (0, 1, ...), or which.
         run: settings of every run.
+        margin: differences of the primary score that are smaller than this do not matter (0.01 is one point of accuracy);
+            rows are then tested for equivalence, too. None: for a difference alone.
     """
 
     base: Any
@@ -123,6 +126,7 @@ class Study:
     train_also: str | list[str] = "auto"
     seeds: int | list[int] = SEEDS
     run: dict[str, Any] = attrs.field(factory=dict)
+    margin: float | None = None
 
 
 def study_named(source: str, changes: Mapping[str, Any] | None = None, *, profile: str | None = None) -> Study:
@@ -179,6 +183,8 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
     except LrkitError as error:
         raise LrkitError(f"{where}: {error}") from None
     check_required(study.requires, where)
+    if study.margin is not None and not 0 < study.margin < math.inf:
+        raise LrkitError(f"{where}: margin must be a number above 0, in the primary score's units, not {study.margin}")
     for spec in study.tasks:
         if (spec.task is None) == (spec.data is None):
             raise LrkitError(f"{where}: tasks: each has either task (a name) or data (a folder)")

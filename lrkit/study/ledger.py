@@ -86,6 +86,7 @@ def _planned(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], n
         train_also=study.train_also,
         seeds=plan.seeds,
         run=dict(study.run),
+        margin=study.margin,
         cells=tuple(job.entry() for job in jobs if job.trial is None),
         trials=tuple(entry for job in jobs if isinstance(entry := job.entry(), TrialEntry)),
     )
@@ -123,7 +124,29 @@ def _joined(there: StudyFile, mine: StudyFile, folder: Path) -> StudyFile:
         trials=trials,
         tune=mine.tune or there.tune,
         costs=there.costs,
+        margin=_margin(there, mine, folder),
     )
+
+
+def _margin(there: StudyFile, mine: StudyFile, folder: Path) -> float | None:
+    """Return the margin of both; the one that is there if none is asked for now.
+
+    Raises:
+        LrkitError: it is another one, or the first one after a cell was begun: a margin is stated before.
+    """
+    if mine.margin is None or mine.margin == there.margin:
+        return there.margin
+    if there.margin is not None:
+        raise LrkitError(
+            f"{folder} has the margin {there.margin:g}, stated before its first cell, and not {mine.margin:g}: "
+            f"leave the margin out, or choose another --out"
+        )
+    if any((folder / "cells" / cell.key).exists() for cell in there.cells):
+        raise LrkitError(
+            f"{folder} has cells already and no margin: a margin of {mine.margin:g} must be stated before the first cell; "
+            "leave it out, or choose another --out"
+        )
+    return mine.margin
 
 
 Entry = TypeVar("Entry", bound=CellEntry)

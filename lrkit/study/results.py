@@ -176,6 +176,7 @@ class StudyRecord:
         tune: how settings are chosen, as it was asked for; None if they are given.
         trials: the cells that settings were tried in.
         untuned: of a tuned study, the cells that ran with the settings that were given.
+        margin: differences of the primary score that are smaller do not matter; None if none was stated.
     """
 
     folder: Path
@@ -194,6 +195,7 @@ class StudyRecord:
     tune: dict[str, Any] | None = None
     trials: tuple[CellRecord, ...] = attrs.field(default=(), repr=False)
     untuned: tuple[CellRecord, ...] = attrs.field(default=(), repr=False)
+    margin: float | None = None
 
     @cached_property
     def costs(self) -> dict[tuple[int, str], Cost]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -14,6 +14,9 @@ from lrkit.tasks.scoring import METRICS, REGRESSION_METRICS, check_metric
 if TYPE_CHECKING:
     import datasets
     from numpy.typing import ArrayLike
+    from torch import nn
+
+    from lrkit.tasks.objective import Objective
 
 Kind = Literal["classification", "regression"]
 
@@ -52,11 +55,23 @@ class Task:
 
     def __attrs_post_init__(self) -> None:
         where = f'task "{self.name}"'
+        self._check_answers(where)
+        if len(self.fields) not in (1, 2):
+            raise LrkitError(f"{where}: one or two text fields are needed, not {len(self.fields)}")
+        for split, rows in (("train", self.train), ("validation", self.validation)):
+            absent = [c for c in (*self.fields, "label") if c not in rows.column_names]
+            if absent:
+                raise LrkitError(f'{where}: {split} has no column "{absent[0]}", only {", ".join(rows.column_names)}')
+            if not len(rows):
+                raise LrkitError(f"{where}: {split} has no rows")
+        if self.second is not None and not 0 < self.second[1] < len(self.validation):
+            raise LrkitError(f"{where}: of its two validation sets one has no rows")
+
+    def _check_answers(self, where: str) -> None:
+        """Check that kind, labels and metric fit together."""
         check_metric(self.metric)
         if self.kind not in ("classification", "regression"):
             raise LrkitError(f'{where}: kind is "classification" or "regression", not "{self.kind}"')
-        if len(self.fields) not in (1, 2):
-            raise LrkitError(f"{where}: one or two text fields are needed, not {len(self.fields)}")
         regression = self.kind == "regression"
         if regression != (self.metric in REGRESSION_METRICS):
             raise LrkitError(f'{where}: metric "{self.metric}" is not for {self.kind}')
@@ -66,14 +81,6 @@ class Task:
             raise LrkitError(f"{where}: classification needs two labels or more, not {len(self.labels)}")
         if self.metric == "accuracy_f1" and len(self.labels) != 2:
             raise LrkitError(f'{where}: metric "accuracy_f1" is for two labels, not {len(self.labels)}')
-        for split, rows in (("train", self.train), ("validation", self.validation)):
-            absent = [c for c in (*self.fields, "label") if c not in rows.column_names]
-            if absent:
-                raise LrkitError(f'{where}: {split} has no column "{absent[0]}", only {", ".join(rows.column_names)}')
-            if not len(rows):
-                raise LrkitError(f"{where}: {split} has no rows")
-        if self.second is not None and not 0 < self.second[1] < len(self.validation):
-            raise LrkitError(f"{where}: of its two validation sets one has no rows")
 
     def _first_rows(self, rows: int) -> int:
         """Count how many of so many validation rows are of the first set: its share of all, so that a part has both."""
@@ -90,6 +97,54 @@ class Task:
     def problem_type(self) -> str:
         """Return transformers' name for `kind`: it picks the model's loss."""
         return "single_label_classification" if self.kind == "classification" else "regression"
+
+    @property
+    def auto_class(self) -> str:
+        """Name transformers' Auto class of the model that learns the task: its head is the task's."""
+        return "AutoModelForSequenceClassification"
+
+    @property
+    def dropout(self) -> bool:
+        """Say whether the model's own dropout is on while it trains."""
+        return True
+
+    def collator(self, tokenizer: Any) -> Any:
+        """Return a function from encoded rows to a batch: this one pads them to the longest."""
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(tokenizer)
+
+    def objective(self, model: nn.Module, batch: Callable[[int], Mapping[str, Any]], seed: int) -> Objective | None:
+        """Make the loss of a run, if it is not the model's own; None if it is.
+
+        For example: `lrkit.tasks.teacher.Teacher`, whose loss needs a second model.
+
+        Args:
+            model: the run's model, before adapters are attached to it.
+            batch: makes a batch of the first so many training rows of the run.
+            seed: the run's.
+        """
+        return None
+
+    def truth(self, model: nn.Module, seed: int) -> tuple[str, ...]:
+        """Name the layers that the best allocation of a run lies in; empty if that is not known, as it is of most tasks.
+
+        Args:
+            model: the plain model, of `auto_class`; it needs no weights.
+            seed: the run's.
+        """
+        return ()
+
+    def perfect(self) -> Any:
+        """Return predictions for the validation rows that score best: the labels themselves."""
+        import numpy as np
+
+        return np.asarray(self.validation["label"])
+
+    @property
+    def primary(self) -> str:
+        """Return the name of the primary score."""
+        return next(iter(self.score(self.perfect(), self.validation["label"])))
 
     def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
         """Score predictions; the first key is the primary score, and larger is better.

@@ -175,6 +175,7 @@ class _Side:
 
 def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     import torch
+
     from lrkit.study.pretrained import load_model
 
     torch.set_num_threads(asked["threads"])

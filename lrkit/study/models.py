@@ -95,7 +95,7 @@ def empty_model(
 def drop_pooler(model: PreTrainedModel) -> None:
     """Take the pooler out of a model without a head, if its class can do without: no loss on hidden states reaches it."""
     if model.base_model is model and "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
-        model.pooler = None
+        setattr(model, "pooler", None)  # noqa: B010 (a module or nothing, to type checkers)
 
 
 def source_of(spec: str, also: tuple[str, ...] = ()) -> tuple[str, bool]:

@@ -58,10 +58,12 @@ class RunTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Do nothing: `AdaptCallback` loads."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **rest: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Compute the objective's loss, or the model's own; with its outputs if asked for."""
         if self._objective is None:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **rest)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = self._objective.loss(model, inputs)
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
 from lrkit.errors import LrkitError
+from lrkit.tasks.learnt import Learnt
 from lrkit.tasks.scoring import METRICS, REGRESSION_METRICS, check_metric
 
 if TYPE_CHECKING:
     import datasets
     from numpy.typing import ArrayLike
-    from torch import nn
-
-    from lrkit.tasks.objective import Objective
 
 Kind = Literal["classification", "regression"]
 
@@ -26,7 +24,7 @@ def _strings(values: Iterable[str]) -> tuple[str, ...]:
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Task:
+class Task(Learnt):
     """Texts with labels, split in two, and the metric that scores predictions for them.
 
     Attributes:
@@ -97,43 +95,6 @@ class Task:
     def problem_type(self) -> str:
         """Return transformers' name for `kind`: it picks the model's loss."""
         return "single_label_classification" if self.kind == "classification" else "regression"
-
-    @property
-    def auto_class(self) -> str:
-        """Name transformers' Auto class of the model that learns the task: its head is the task's."""
-        return "AutoModelForSequenceClassification"
-
-    @property
-    def dropout(self) -> bool:
-        """Say whether the model's own dropout is on while it trains."""
-        return True
-
-    def collator(self, tokenizer: Any) -> Any:
-        """Return a function from encoded rows to a batch: this one pads them to the longest."""
-        from transformers import DataCollatorWithPadding
-
-        return DataCollatorWithPadding(tokenizer)
-
-    def objective(self, model: nn.Module, batch: Callable[[int], Mapping[str, Any]], seed: int) -> Objective | None:
-        """Make the loss of a run, if it is not the model's own; None if it is.
-
-        For example: `lrkit.tasks.teacher.Teacher`, whose loss needs a second model.
-
-        Args:
-            model: the run's model, before adapters are attached to it.
-            batch: makes a batch of the first so many training rows of the run.
-            seed: the run's.
-        """
-        return None
-
-    def truth(self, model: nn.Module, seed: int) -> tuple[str, ...]:
-        """Name the layers that the best allocation of a run lies in; empty if that is not known, as it is of most tasks.
-
-        Args:
-            model: the plain model, of `auto_class`; it needs no weights.
-            seed: the run's.
-        """
-        return ()
 
     def perfect(self) -> Any:
         """Return predictions for the validation rows that score best: the labels themselves."""

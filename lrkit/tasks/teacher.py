@@ -11,8 +11,6 @@ sentences of the task `movies`, whose labels play no part.
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import math
 import re
 import warnings
@@ -23,15 +21,12 @@ import attrs
 
 from lrkit.errors import LrkitError, cut, listing, nearest
 from lrkit.tasks.base import Task
+from lrkit.tasks.lesson import Lesson, digest
 from lrkit.tasks.movies import load_movies
-from lrkit.tasks.objective import Objective
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import ArrayLike
-    from torch import Tensor, nn
-
-    from lrkit.adapt.summary import LayerSummary
+    from torch import nn
 
 NAME = "teacher"
 CALIBRATION_ROWS = 32
@@ -132,7 +127,7 @@ class Teacher(Task):
                     f'task "{self.name}": {self.drawn} layers cannot be drawn from the {len(names)} of '
                     f"{type(model).__name__}"
                 )
-            order = sorted(range(len(names)), key=lambda place: _digest("layer", seed, place))
+            order = sorted(range(len(names)), key=lambda place: digest("layer", seed, place))
             chosen = {names[place] for place in order[: self.drawn]}
         return [(place, name) for place, name in enumerate(names) if name in chosen]
 
@@ -150,141 +145,6 @@ class Teacher(Task):
         places = self._places(model, seed)
         deltas = {name: (seed, place, self.rank, self.size) for place, name in places}
         return Lesson(model, deltas, batch(CALIBRATION_ROWS))
-
-
-def delta(weight: Tensor, seed: int, place: int, rank: int, size: float) -> Tensor:
-    """Draw the ΔW of a weight: of a rank, and of ``size`` times the weight's Frobenius norm.
-
-    Args:
-        weight: a matrix.
-        seed: the run's.
-        place: number of the layer among all linear layers of the blocks.
-        rank: rank of ΔW.
-        size: its norm over the weight's.
-
-    Returns:
-        A matrix in float64, of the weight's shape and on its device. It is drawn on the CPU by a generator of its own.
-    """
-    import numpy as np
-    import torch
-
-    draw = np.random.default_rng(_digest("weight", seed, place))
-    rows, columns = weight.shape
-    product = draw.standard_normal((rows, rank)) @ draw.standard_normal((rank, columns))
-    drawn = torch.from_numpy(product).to(weight.device)
-    return drawn * (size * torch.linalg.norm(weight.double()) / torch.linalg.norm(drawn))
-
-
-class Lesson(Objective):
-    """The loss of one run: the student's distance from its teacher, relative to the base's.
-
-    A row's error is the mean over its tokens, padding left out, and over the hidden size, of (student - teacher)². The loss
-    is the mean error of the batch's rows over a constant, the base's mean error on up to 32 training rows, so that an
-    untouched student begins near 1. Base and teacher are one frozen copy of the model, run batch by batch; nothing but
-    the present batch's outputs is held.
-
-    Args:
-        model: the plain model, which is copied.
-        deltas: layer name to the arguments of `delta` after the weight.
-        batch: training rows that the constant is taken from.
-
-    Raises:
-        LrkitError: a layer is smaller than the rank.
-    """
-
-    def __init__(
-        self, model: nn.Module, deltas: Mapping[str, tuple[int, int, int, float]], batch: Mapping[str, Any]
-    ) -> None:
-        import torch
-
-        self.truth = tuple(deltas)
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._pairs: list[tuple[nn.Module, tuple[nn.Parameter, nn.Parameter]]] = []
-        for name, (seed, place, rank, size) in deltas.items():
-            layer = self._model.get_submodule(name)
-            plain: Any = layer.weight
-            if rank > min(plain.shape):
-                raise LrkitError(f"a ΔW of rank {rank} is more than {name} of {tuple(plain.shape)} can have")
-            with torch.no_grad():
-                changed = (plain.double() + delta(plain, seed, place, rank, size)).to(plain.dtype)
-            self._pairs.append((layer, (plain, torch.nn.Parameter(changed, requires_grad=False))))
-        with torch.no_grad():
-            self._scale = float(self._errors(self._states(batch, taught=False), batch).mean())
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of a batch, and each row's error [rows, 2]: the student's and, without gradients, the base's."""
-        import torch
-
-        own = self._errors(model(**self.inputs(batch)).last_hidden_state, batch)
-        loss = own.mean() / self._scale
-        # Training asks for no predictions: the base is run for a score alone.
-        base = own if torch.is_grad_enabled() else self._errors(self._states(batch, taught=False), batch)
-        return loss, {"loss": loss, "errors": torch.stack([own, base], dim=1).detach()}
-
-    def judge(self, layers: Sequence[LayerSummary]) -> dict[str, float]:
-        """Compute ``recall`` if the run has chosen its ranks: see `recall_of`."""
-        found = recall_of([(layer.name, layer.rank, layer.initial_rank) for layer in layers], self.truth)
-        return {} if found is None else {"recall": found}
-
-    def _states(self, batch: Mapping[str, Any], *, taught: bool) -> Tensor:
-        """Compute the last hidden states [rows, tokens, size] of the teacher, or of the base."""
-        device = next(iter(batch.values())).device
-        if self._device != device:
-            self._move(device)
-        for layer, weights in self._pairs:
-            layer.weight = weights[taught]
-        states: Tensor = self._model(**self.inputs(batch)).last_hidden_state
-        return states
-
-    @property
-    def _device(self) -> torch.device:
-        return self._pairs[0][1][0].device
-
-    def _move(self, device: torch.device) -> None:
-        import torch
-
-        self._model.to(device)
-        self._pairs = [
-            (layer, (_moved(torch, plain, device), _moved(torch, changed, device)))
-            for layer, (plain, changed) in self._pairs
-        ]
-
-    def _errors(self, states: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Compute each row's error [rows] of some hidden states [rows, tokens, size], in float32."""
-        import torch
-
-        with torch.no_grad():
-            wanted = self._states(batch, taught=True)
-        mask = batch["attention_mask"].to(torch.float32)
-        squares = (states.float() - wanted.float()).square().mean(dim=2)
-        return (squares * mask).sum(dim=1) / mask.sum(dim=1)
-
-
-def _moved(torch: Any, weight: Tensor, device: Any) -> Any:
-    return torch.nn.Parameter(weight.detach().to(device), requires_grad=False)
-
-
-def recall_of(layers: Sequence[tuple[str, int | None, int | None]], truth: Sequence[str]) -> float | None:
-    """Compute the share of the rank that an allocation gives to the right layers, of what it could have given them.
-
-    recall = Σ final rank of the right layers / min(Σ first rank of the right layers, Σ final rank of all layers). For
-    example: AdaLoRA that goes from rank 8 to an average of 1 in 36 layers ends with 36 components; two right layers could
-    have kept 16 of them, and recall is what they kept, over 16.
-
-    Args:
-        layers: name, final rank and first rank of each adapted layer.
-        truth: names of the right layers.
-
-    Returns:
-        From 0 to 1; None if there are no ranks, or if every layer ended with the rank that it had at first: then nothing
-        was chosen.
-    """
-    ranks = [(name, last, first) for name, last, first in layers if last is not None and first is not None]
-    if not ranks or all(last == first for _, last, first in ranks):
-        return None
-    right = [(last, first) for name, last, first in ranks if name in truth]
-    could = min(sum(first for _, first in right), sum(last for _, last, _ in ranks))
-    return min(1.0, sum(last for last, _ in right) / could) if could else 0.0
 
 
 def layer_named(asked: str, names: Sequence[str]) -> str:
@@ -306,8 +166,8 @@ def layer_named(asked: str, names: Sequence[str]) -> str:
         raise LrkitError(f'task "{NAME}": layer "{cut(asked, 80)}" may be {listing(found)}: write more of its name')
     ends = {re.sub(r"^.*?(?=\d+\.)", "", name) for name in names}
     raise LrkitError(
-        f'task "{NAME}": no linear layer of the blocks is called "{cut(asked, 80)}"{nearest(asked, ends)}; names are such as '
-        f'"{names[0]}"'
+        f'task "{NAME}": no linear layer of the blocks is called "{cut(asked, 80)}"{nearest(asked, ends)}; '
+        f'names are such as "{names[0]}"'
     )
 
 
@@ -351,13 +211,10 @@ def _part(part: str) -> tuple[str, Any]:
     key, equals, text = part.partition("=")
     if not equals:
         layers = tuple(part.split("+"))
-        if not all(re.fullmatch(r"[\w.]*[A-Za-z_][\w.]*", layer) for layer in layers) or len({*layers}) < len(layers):
+        if not all(re.fullmatch(r"\w+(\.\w+)+", layer) for layer in layers) or len({*layers}) < len(layers):
             raise LrkitError(
-                f'task "{NAME}": "{cut(part, 80)}" names no layers: write such as "1.value+4.output.dense", rank=4 or norm=0.7'
-            )
-        if not any("." in layer for layer in layers):
-            raise LrkitError(
-                f'task "{NAME}" has no part "{cut(part, 80)}": write layers such as "1.value+4.output.dense", rank=4 or norm=0.7'
+                f'task "{NAME}" has no part "{cut(part, 80)}": write layers, each once, such as "1.value+4.output.dense", '
+                "or layers=2, rank=4 or norm=0.7"
             )
         return "layers", layers
     if key not in _OPTIONS:
@@ -391,8 +248,3 @@ def _linear_names(model: nn.Module) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # attach says what is left out
         return [target.name for target in find_targets(model, "all-linear")]
-
-
-def _digest(of: str, seed: int, place: int) -> int:
-    """Return 64 bits that depend on the purpose, the seed and the place alone."""
-    return int.from_bytes(hashlib.sha256(f"{NAME} {of} {seed} {place}".encode()).digest()[:8], "big")

@@ -26,6 +26,7 @@ OUTSIDE = (
     "study/pictures.py",
     "study/place.py",
     "study/progress.py",
+    "study/recall.py",
     "study/records.py",
     "study/report",
     "study/results.py",

@@ -69,7 +69,7 @@ class Lesson(Objective):
         import torch
 
         self.truth = tuple(deltas)
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._model = copy.deepcopy(model).to("cpu").eval().requires_grad_(False)
         self._pairs: list[tuple[nn.Module, tuple[nn.Parameter, nn.Parameter]]] = []
         for name, (seed, place, rank, size) in deltas.items():
             layer = self._model.get_submodule(name)
@@ -136,12 +136,23 @@ def _moved(torch: Any, weight: Tensor, device: Any) -> Any:
     return torch.nn.Parameter(weight.detach().to(device), requires_grad=False)
 
 
-def recall_of(layers: Sequence[tuple[str, int | None, int | None]], truth: Sequence[str]) -> float | None:
+Ranks = Sequence[tuple[str, int | None, int | None]]
+"""Name, final rank and first rank of each adapted layer; None for an adapter without components."""
+
+
+def could_give(layers: Ranks, truth: Sequence[str]) -> int:
+    """Count the components that an allocation could have given to the right layers: see `recall_of`."""
+    first = sum(first or 0 for name, _, first in layers if name in truth)
+    return min(first, sum(last or 0 for _, last, _ in layers))
+
+
+def recall_of(layers: Ranks, truth: Sequence[str]) -> float | None:
     """Compute the share of the rank that an allocation gives to the right layers, of what it could have given them.
 
     recall = Σ final rank of the right layers / min(Σ first rank of the right layers, Σ final rank of all layers). For
     example: AdaLoRA that goes from rank 8 to an average of 1 in 36 layers ends with 36 components; two right layers could
-    have kept 16 of them, and recall is what they kept, over 16.
+    have kept 16 of them, and recall is what they kept, over 16. An allocation that is blind to the layers keeps 2 on
+    average, a recall of 0.125.
 
     Args:
         layers: name, final rank and first rank of each adapted layer.
@@ -151,9 +162,8 @@ def recall_of(layers: Sequence[tuple[str, int | None, int | None]], truth: Seque
         From 0 to 1; None if there are no ranks, or if every layer ended with the rank that it had at first: then nothing
         was chosen.
     """
-    ranks = [(name, last, first) for name, last, first in layers if last is not None and first is not None]
-    if not ranks or all(last == first for _, last, first in ranks):
+    if all(last is None or last == first for _, last, first in layers):
         return None
-    right = [(last, first) for name, last, first in ranks if name in truth]
-    could = min(sum(first for _, first in right), sum(last for _, last, _ in ranks))
-    return min(1.0, sum(last for last, _ in right) / could) if could else 0.0
+    could = could_give(layers, truth)
+    kept = sum(last or 0 for name, last, _ in layers if name in truth)
+    return min(1.0, kept / could) if could else 0.0

@@ -110,11 +110,18 @@ def report(
     """
     import attrs
 
+    from lrkit.study.recall import recalls_of
+    from lrkit.study.records import read_study
+
     written, table = _report(folder)
+    record = read_study(folder)
+    recalls = [each for task in record.tasks for each in recalls_of(record, task.name)]
     if as_json:
-        screen.say_json({"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]})
+        told = {"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]}
+        screen.say_json(told | ({"recall": [attrs.asdict(each) for each in recalls]} if recalls else {}))
         return
     study_screen.show_table(table)
+    study_screen.show_recalls(recalls)
     screen.say("written: " + " ".join(str(path) for path in written))
 
 

@@ -31,6 +31,7 @@ OUTSIDE = (
     "study/place.py",
     "study/power.py",
     "study/progress.py",
+    "study/recall.py",
     "study/records.py",
     "study/report",
     "study/results.py",

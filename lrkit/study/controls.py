@@ -133,7 +133,26 @@ def _made(kind: Kind, found: "Allocation", cell: "Cell") -> "Allocation":
 
 
 def _oracle(found: "Allocation", cell: "Cell") -> "Allocation":
-    raise NotImplementedError
+    """Spread as many parameters as were found over the layers that are known to be the best ones.
+
+    Raises:
+        LrkitError: the task does not know any.
+    """
+    from lrkit.adapt.allocation import Allocation
+    from lrkit.adapt.sharing import uniform
+    from lrkit.study.asked import TaskSpec, load_task_of
+    from lrkit.study.models import empty_model
+
+    task = load_task_of(TaskSpec(**cell.task))
+    best = task.truth(empty_model(cell.model, task.num_labels, task.auto_class), cell.seed)
+    sizes = found.sizes
+    assert sizes is not None
+    if not set(best) <= sizes.keys():
+        raise LrkitError(
+            f"the layers that the rank belongs in ({', '.join(best)}) are not among those that are adapted"
+        )
+    ranks = uniform({name: sizes[name] for name in best}, cost=found.parameters)
+    return Allocation({name: ranks.get(name, 0) for name in sizes}, sizes)
 
 
 def _same_scale(method: dict[str, Any], source: Mapping[str, Any], made: "Allocation") -> dict[str, Any]:

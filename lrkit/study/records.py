@@ -55,7 +55,7 @@ def read_study(folder: str | Path) -> StudyRecord:
         run=study.run,
         cells=tuple(_cell(folder, cell) for cell in study.cells if cell.tuned == tuned),
         measured=study.costs,
-<<<<<<< HEAD
+        margin=study.margin,
         tune=study.tune,
         trials=tuple(_cell(folder, trial) for trial in study.trials),
         untuned=tuple(_cell(folder, cell) for cell in study.cells if cell.tuned != tuned),
@@ -72,9 +72,6 @@ def _cell(folder: Path, entry: CellEntry) -> CellRecord:
         old=entry.old or not entry.code,  # a study from before code was written down is of other code
         number=entry.number if isinstance(entry, TrialEntry) else None,
         rung=entry.rung if isinstance(entry, TrialEntry) else 0,
-=======
-        margin=study.margin,
->>>>>>> h-stats
     )
 
 

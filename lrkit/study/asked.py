@@ -16,6 +16,7 @@ from lrkit.errors import LrkitError, nearest, shown
 from lrkit.reading import TOML_BYTES, check_plain, parse_toml, read_text
 from lrkit.strict import Misfit, strict_converter, structured
 from lrkit.study.catalogue import check_required, names, text_of
+from lrkit.study.claim import Claim
 from lrkit.study.shipped import with_profile
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class Study:
         run: settings of every run.
         margin: differences of the primary score that are smaller than this do not matter (0.01 is one point of accuracy);
             rows are then tested for equivalence, too. None: for a difference alone.
+        claims: what is claimed of the rows, and judged by the rule of `lrkit.study.claims`.
     """
 
     base: Any
@@ -127,6 +129,7 @@ class Study:
     seeds: int | list[int] = SEEDS
     run: dict[str, Any] = attrs.field(factory=dict)
     margin: float | None = None
+    claims: list[Claim] = attrs.field(factory=list)
 
 
 def study_named(source: str, changes: Mapping[str, Any] | None = None, *, profile: str | None = None) -> Study:

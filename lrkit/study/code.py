@@ -21,6 +21,8 @@ OUTSIDE = (
     "study/charts",
     "study/columns.py",
     "study/combined.py",
+    "study/claim.py",
+    "study/claims.py",
     "study/comparison.py",
     "study/cost.py",
     "study/effects.py",

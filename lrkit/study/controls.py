@@ -124,7 +124,7 @@ def allocated(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, An
 
 def _made(kind: Kind, found: "Allocation", cell: "Cell") -> "Allocation":
     """Make a control's ranks of those that were found."""
-    if kind in ("found", "transplanted"):
+    if kind == "found" or kind == "transplanted":
         return found
     if kind == "oracle":
         return _oracle(found, cell)

@@ -33,10 +33,10 @@ def equivalence_p(differences: Sequence[float], margin: float) -> float:
     Returns:
         p of "the mean is not inside ±m", at least 1/2^n. It is below 0.05 exactly if `interval` at 0.9 lies inside ±m.
     """
-    return max(_below_p(differences, margin), _below_p([-d for d in differences], margin))
+    return max(below_p(differences, margin), below_p([-d for d in differences], margin))
 
 
-def _below_p(differences: Sequence[float], bound: float) -> float:
+def below_p(differences: Sequence[float], bound: float) -> float:
     """Compute the one-sided sign-flip p of "the mean is `bound` or more".
 
     By symmetry as many patterns are far out below as above, so it is half of the two-sided p if the mean is below. If it is

@@ -56,6 +56,7 @@ def read_study(folder: str | Path) -> StudyRecord:
         cells=tuple(_cell(folder, cell) for cell in study.cells if cell.tuned == tuned),
         measured=study.costs,
         margin=study.margin,
+        claims=study.claims,
         tune=study.tune,
         trials=tuple(_cell(folder, trial) for trial in study.trials),
         untuned=tuple(_cell(folder, cell) for cell in study.cells if cell.tuned != tuned),

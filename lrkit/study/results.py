@@ -11,6 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from lrkit.loop.history import Decision
+from lrkit.study.claim import Claim
 from lrkit.study.files import Attempt, CellResult, Cost, attempt_in, decision_in, read_cost, read_result
 from lrkit.study.store import number, read_lines, read_object, read_text
 from lrkit.study.study_file import CostEntry, RowRecord, TaskRecord
@@ -177,6 +178,7 @@ class StudyRecord:
         trials: the cells that settings were tried in.
         untuned: of a tuned study, the cells that ran with the settings that were given.
         margin: differences of the primary score that are smaller do not matter; None if none was stated.
+        claims: what was claimed of the rows before the first cell.
     """
 
     folder: Path
@@ -196,6 +198,7 @@ class StudyRecord:
     trials: tuple[CellRecord, ...] = attrs.field(default=(), repr=False)
     untuned: tuple[CellRecord, ...] = attrs.field(default=(), repr=False)
     margin: float | None = None
+    claims: tuple[Claim, ...] = ()
 
     @cached_property
     def costs(self) -> dict[tuple[int, str], Cost]:

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 
 from lrkit.errors import LrkitError, shown
+from lrkit.study.claim import Claim
 from lrkit.study.store import FORMAT, read_whole, write_json
 
 
@@ -142,6 +143,7 @@ class StudyFile:
     tune: dict[str, Any] | None = None
     trials: tuple[TrialEntry, ...] = ()
     margin: float | None = None
+    claims: tuple[Claim, ...] = ()
 
     def to_plain(self) -> dict[str, Any]:
         """Return it as plain data, with its format."""

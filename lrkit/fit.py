@@ -9,6 +9,7 @@ from typing import get_args
 from lrkit.actions import Action, Fate
 from lrkit.metrics import Metric
 from lrkit.parameterizations import Parameterization
+from lrkit.ranks import most_of
 from lrkit.schedulers import Scheduler
 from lrkit.units import UnitKind
 
@@ -114,7 +115,7 @@ def most_units(parameterization: Parameterization, kind: UnitKind) -> int:
     live = [part for part in parameterization.parts if part.trains]
     matrices = sum(part.matrix for part in live)
     if kind == "component":
-        rank = _ANY if parameterization.components is None else parameterization.components
+        rank = _ANY if parameterization.components is None else most_of(parameterization.components)
         return rank if any(part.axis is not None for part in live) else 0
     return matrices if kind == "matrix" else min(matrices, 1)
 

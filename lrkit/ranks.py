@@ -34,6 +34,10 @@ _PLAIN = re.compile(r"[\w.-]+")
 _ENTRIES = 100_000
 
 
+def _copied(given: Mapping[str, int]) -> dict[str, int]:
+    return dict(_entries(given))
+
+
 @attrs.frozen(eq=False, repr=False, slots=False)
 class Ranks(Mapping[str, int]):
     """A table of ranks that cannot be changed. Two are equal if their entries are, as for any mapping.
@@ -45,7 +49,7 @@ class Ranks(Mapping[str, int]):
         LrkitError: no entries, a key that is no name or pattern, or a value that is no rank.
     """
 
-    _mapping: Mapping[str, int] = attrs.field(converter=lambda given: dict(_entries(given)))
+    _mapping: Mapping[str, int] = attrs.field(converter=_copied)
 
     def __getitem__(self, entry: str) -> int:
         return self._mapping[entry]

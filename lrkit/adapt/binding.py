@@ -65,7 +65,7 @@ class Binding:
         for each in optimizers:
             if reason := parallel.refusal(self._model, each, adaptive=bool(self.controller.policies)):
                 raise LrkitError(reason)
-        if reason := self._weights.refusal(set().union(*map(held_by, optimizers))):
+        if reason := self._weights.refusal(set().union(*map(held_by, optimizers)), self.controller.run.grows):
             raise LrkitError(reason)
         if reason := self.controller.objection(total_steps):
             raise LrkitError(reason)

@@ -40,6 +40,7 @@ class Ballot:
         sizes: how many entries each unit has in all of its tensors [n]; None if nobody has said.
         last: whether it is the last decision.
         layers: how many blocks there are; one without units is never named in `blocks`.
+        seed: what `generator` begins with: from the run's seed, the step and the policy.
 
     Entries, parts, blocks and sizes may be given as functions, called when first read: most actions go by the units' scores.
     """
@@ -54,6 +55,16 @@ class Ballot:
     _sizes: _Lazy | None = None
     last: bool = False
     layers: int = 0
+    seed: int = 0
+
+    @functools.cached_property
+    def generator(self) -> torch.Generator:
+        """A random generator on the CPU, for an action that leaves something to chance.
+
+        It begins the same on every process and in a resumed run, and differs from step to step and from policy to policy.
+        For example ``torch.rand(len(ballot.scores), generator=ballot.generator)``.
+        """
+        return torch.Generator().manual_seed(self.seed)
 
     @functools.cached_property
     def entries(self) -> Tensor:

@@ -54,8 +54,9 @@ class Controller:
             ranks, self.policies = Ranks(run.ranks), run.policies()
             for state in self.policies:
                 state.begin()
-            # Fresh components are drawn from this and the step alone, so that a resumed run draws the same.
-            self.seed = int(torch.randint(2**62, ())) if run.grows else 0
+            # All chance follows from this and the step alone, so that a resumed run draws the same. The program's own seed
+            # will do, and to read it changes no number that is drawn later.
+            self.seed = int(torch.randint(2**62, ())) if run.grows else torch.initial_seed() % 2**62
         else:
             self._take(saved, tensors or {})
             ranks = Ranks(run.ranks, saved.components, saved.numbered)
@@ -228,7 +229,7 @@ class Controller:
         assert state.times is not None
         action = state.policy.action
         standing = action.proximal(state.blocks, state.times.share(self.step), optimizer)
-        decided = state.decide(self.step, standing)
+        decided = state.decide(self.step, standing, self.seed)
         if decided.skipped:
             self.warn("finite", f"gradients are not finite before step {self.step}: the statistics skip this step")
         verdict, before = decided.verdict, state.kept

@@ -1,6 +1,7 @@
 """One policy of a run and its state: which units are kept, its schedule, and its metric's statistics."""
 
 import bisect
+import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from lrkit.actions import Ballot, Verdict, unsound
 from lrkit.errors import LrkitError
 from lrkit.loop.course import Span, course, is_known
+from lrkit.loop.draws import seed_of, uniform
 from lrkit.loop.fates import fate_of
 from lrkit.loop.layout import Layout, Look, as_is
 from lrkit.loop.resizing import Resize, Resized
@@ -167,17 +169,20 @@ class PolicyState:
         self.statistics = Statistics(self.policy.metric, self.layout(), {}, None, self.statistics.observations)
 
     @torch.no_grad()
-    def decide(self, step: int, standing: Tensor | None) -> Decided:
+    def decide(self, step: int, standing: Tensor | None, seed: int) -> Decided:
         """Decide which units to keep after a step; nothing is carried out.
 
         Args:
             step: the optimizer step just taken.
             standing: bool [units], False for those that a proximal step has taken out; None for no such step.
+            seed: the run's.
         """
         assert self.times is not None
+        seed = seed_of(seed, step, self.index)
+        draw = functools.cache(functools.partial(uniform, seed, self.blocks))
         skipped = self.statistics.skipped()
         # A score that is not a number (diverged weights) ranks last.
-        scores = torch.nan_to_num(self.statistics.scores(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        scores = torch.nan_to_num(self.statistics.scores(draw), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         candidates = self.fate.candidates(self.kept)
         candidates = candidates if standing is None else candidates & standing
         blocks, budget = self.blocks, self.times.budget(step)  # as they are now, whenever the ballot is read
@@ -197,6 +202,7 @@ class PolicyState:
             lambda: self._by_unit(blocks, [sum(t.numel() for t in b.tensors) // max(1, b.count) for b in blocks]),
             last=step == self.times.last,
             layers=len(blocks),
+            seed=seed,
         )
         action = self.policy.action
         verdict = action.decide(ballot)

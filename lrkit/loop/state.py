@@ -51,7 +51,7 @@ class Saved:
         ranks: layer name to the components that it stores.
         step: optimizer steps taken.
         total_steps: of the whole run; None before `bind`.
-        seed: what growth is drawn from.
+        seed: what fresh components and all chance are drawn from.
         policies: in the method's order.
         history: all decisions so far, in order.
         components: layer name to the numbers of its components, for layers that were cut or have grown.

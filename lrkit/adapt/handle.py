@@ -20,6 +20,7 @@ from lrkit.adapt.summary import Summary, brief, summarize, trainable
 from lrkit.errors import LrkitError
 from lrkit.loop import state as states
 from lrkit.loop.controller import Controller
+from lrkit.loop.draws import seed_of
 from lrkit.loop.history import Decision
 from lrkit.loop.run import Run
 from lrkit.method import Method
@@ -201,8 +202,8 @@ class Adapted:
 
     def scores(self, policy: int = 0) -> dict[str, float]:
         """Return the present score of every unit of one policy, by name; nothing once its last decision is taken."""
-        state = self.controller.policies[policy]
-        return {} if state.ended else dict(zip(state.unit_names, state.statistics.scores().tolist(), strict=True))
+        state, seed = self.controller.policies[policy], seed_of(self.controller.seed, self.step, policy)
+        return {} if state.ended else dict(zip(state.unit_names, state.scores(seed).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything adaptive: adapters and head, masks, frozen set, statistics, history.

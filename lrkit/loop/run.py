@@ -84,7 +84,8 @@ class Run:
     def policies(self) -> list[PolicyState]:
         """Make the state of each policy as it is at first, without statistics."""
         each = enumerate(zip(self.method.policies, self.blocks, strict=True))
-        return [PolicyState(index, policy, blocks) for index, (policy, blocks) in each]
+        parts = self.method.parameterization.parts
+        return [PolicyState(index, policy, blocks, parts) for index, (policy, blocks) in each]
 
     def froze(self, tensor: Tensor) -> bool:
         """Say whether a tensor trained when the run began and was frozen on the way."""

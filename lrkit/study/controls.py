@@ -23,9 +23,12 @@ from lrkit.study.composing import without
 from lrkit.study.needs import Need, Source
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lrkit.adapt.allocation import Allocation
     from lrkit.study.asked import TaskSpec
     from lrkit.study.cell import Cell
+    from lrkit.tasks import Task
 
 Kind = Literal["found", "transplanted", "shuffled", "random", "uniform", "oracle", "cut-at-end"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -56,6 +59,11 @@ class Control:
         if self.task is None:
             return spec, seeds[(list(seeds).index(seed) + 1) % len(seeds)]
         return next(each for each in tasks if each.name == self.task), seed
+
+    def check_task(self, task: "Task", model: "nn.Module") -> None:
+        """Raise LrkitError if the control cannot be had on a task: only a teacher knows the layers of an oracle."""
+        if self.kind == "oracle" and not task.truth(model, 0):
+            raise LrkitError(f'control "oracle": the task "{task.name}" knows no layers that the rank belongs in')
 
     def needs(self, key: str | None) -> tuple[Need, ...]:
         """Return the needs of its cell, given the key of the cell that `reads` names."""

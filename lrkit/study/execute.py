@@ -69,6 +69,8 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
             if steps is not None:
                 steps[row.label, spec.name] = length
             try:
+                if row.control is not None:
+                    row.control.check_task(task, net)
                 adapted = attach(net, plan.method(row, spec), **row.attach)
                 try:
                     adapted.check_schedule(length)

@@ -53,6 +53,10 @@ def ablate(
     keep_old: Annotated[
         bool, typer.Option("--keep-old", help="Keep cells of other code, instead of computing them again.")
     ] = False,
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Smaller differences do not matter (0.01: a point): rows are tested for equivalence, too."),
+    ] = None,
     profile: Annotated[
         str | None, typer.Option(help="Of a study file: minilm (the first one is the default), paper, ...")
     ] = None,
@@ -77,6 +81,7 @@ def ablate(
         raise LrkitError("say what to ablate: a method's name, a .toml study file, or a study of `lrkit ablate --list`")
     changes = _changes(swap, task, data, seeds, targets, train_also, sets, leave_out)
     changes |= {"model": model} if model is not None else {}
+    changes |= {"margin": margin} if margin is not None else {}
     changes |= {"grid": True} if grid else {}
     plan = lay_out(_study(what, changes, sets or [], profile))
     if dry_run:
@@ -105,11 +110,18 @@ def report(
     """
     import attrs
 
+    from lrkit.study.recall import recalls_of
+    from lrkit.study.records import read_study
+
     written, table = _report(folder)
+    record = read_study(folder)
+    recalls = [each for task in record.tasks for each in recalls_of(record, task.name)]
     if as_json:
-        screen.say_json({"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]})
+        told = {"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]}
+        screen.say_json(told | ({"recall": [attrs.asdict(each) for each in recalls]} if recalls else {}))
         return
     study_screen.show_table(table)
+    study_screen.show_recalls(recalls)
     screen.say("written: " + " ".join(str(path) for path in written))
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lrkit import actions, methods, metrics, parameterizations, peft, schedulers, tasks, testing, trainer
     from lrkit.actions import Action
     from lrkit.adapt.adapted import Adapted, attach, load
+    from lrkit.adapt.allocation import Allocation
     from lrkit.compose import from_plain, to_plain, with_component, with_setting
     from lrkit.errors import LrkitError, LrkitWarning
     from lrkit.hookspecs import hookimpl
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Action": "actions",
     "Adapted": "adapt.adapted",
+    "Allocation": "adapt.allocation",
     "Block": "units",
     "Decision": "loop.history",
     "LrkitError": "errors",
@@ -61,6 +63,7 @@ _MODULES = ("actions", "methods", "metrics", "parameterizations", "peft", "sched
 __all__ = [
     "Action",
     "Adapted",
+    "Allocation",
     "Block",
     "Decision",
     "LrkitError",

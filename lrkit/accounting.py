@@ -161,11 +161,19 @@ def _removed(state: PolicyState) -> list[tuple[int, _Removed]]:
     for size in sizes:
         below.append(below[-1] + size)
     removed = []
+    costs = state.costs
     # Step t trains what the decision after step t - 1 kept.
     for times, there, cut, _ in _but_last(state.course()):
         if not is_known(state.policy.action):
             # Their number is known only after a run: none go, or all if the schedule has begun.
             removed.append((times, _Removed(0, below[-1] if cut else 0, 0.0)))
+            continue
+        if costs.each is not None:
+            # What is kept falls short of its budget by less than one unit.
+            cut, short = min(cut, costs.first), max(costs.each) - 1 if cut else 0
+            least, _ = costs.in_parameters(cut)
+            _, most = costs.in_parameters(min(cut + short, costs.first))
+            removed.append((times, _Removed(least, min(most, below[-1]), cut / costs.first)))
             continue
         gone = min(cut, state.units)
         new = there - (state.units - gone)

@@ -6,9 +6,12 @@ example, `no_units` refuses `Freeze` on a parameterization that has no matrix wh
 
 from typing import get_args
 
-from lrkit.actions import Action, Fate
+import torch
+
+from lrkit.actions import Action, Ballot, Fate, unsound
 from lrkit.metrics import Metric
 from lrkit.parameterizations import Parameterization
+from lrkit.ranks import most_of
 from lrkit.schedulers import Scheduler
 from lrkit.units import UnitKind
 
@@ -27,6 +30,7 @@ def refusal(parameterization: Parameterization, metric: Metric, scheduler: Sched
         or no_core_read(metric, parameterization)
         or budget_that_rises(scheduler, action)
         or budget_above_units(scheduler, action, parameterization)
+        or budget_in_costs(scheduler, action)
     )
 
 
@@ -109,12 +113,43 @@ def budget_above_units(scheduler: Scheduler, action: Action, parameterization: P
     return None
 
 
+def budget_in_costs(scheduler: Scheduler, action: Action) -> str | None:
+    """Refuse a budget in costs if the action cannot keep to one; and a ranking by cost if every unit costs the same."""
+    if scheduler.amount == "units":
+        if getattr(action, "by", None) != "score-per-cost":
+            return None
+        return (
+            f'{action!r} ranks by = "score-per-cost", and {type(scheduler).__name__}.amount is "units", of which each '
+            'costs 1: amount must be "parameters" or "flops", or by "score"'
+        )
+    if action.grows:
+        why = "the action adds units, and goes by their number"
+    elif action.turnover(1, 1, 1) is None:
+        why = "the action goes by no budget"
+    elif not _keeps_to_costs(action):
+        why = "the action goes by the number of units, whatever they cost (`lrkit.actions.best` would not)"
+    else:
+        return None
+    return f'{type(scheduler).__name__}.amount = "{scheduler.amount}" does not fit action {action!r}: {why}'
+
+
+def _keeps_to_costs(action: Action) -> bool:
+    """Try an action's choice on three units, of which the best alone costs more than the budget."""
+    scores, costs, places = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([3, 1, 1]), torch.zeros(3, dtype=torch.long)
+    everyone = torch.ones(3, dtype=torch.bool)
+    ballot = Ballot(scores, everyone, 2, 0.4, scores, places + 1, places, costs, layers=1, costs=costs)
+    try:
+        return unsound(action, action.decide(ballot), ballot, 3) is None
+    except Exception:  # whatever a plug-in's own choice may raise on units that are made up
+        return False
+
+
 def most_units(parameterization: Parameterization, kind: UnitKind) -> int:
     """Return the largest number of units of a kind that one layer may have and that train; 0 if there are none."""
     live = [part for part in parameterization.parts if part.trains]
     matrices = sum(part.matrix for part in live)
     if kind == "component":
-        rank = _ANY if parameterization.components is None else parameterization.components
+        rank = _ANY if parameterization.components is None else most_of(parameterization.components)
         return rank if any(part.axis is not None for part in live) else 0
     return matrices if kind == "matrix" else min(matrices, 1)
 

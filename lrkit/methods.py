@@ -14,6 +14,7 @@ from lrkit.hookspecs import hookimpl
 from lrkit.method import Method
 from lrkit.metrics import GradientUncertainty, SensitivityUncertainty
 from lrkit.parameterizations import SVD, Full, LoRA, VectorScaled
+from lrkit.ranks import Rank
 from lrkit.schedulers import Cubic
 from lrkit.settings import Time
 
@@ -23,11 +24,11 @@ def full() -> Method:
     return Method(parameterization=Full())
 
 
-def lora(*, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Method:
+def lora(*, rank: Rank = 8, alpha: float = 16.0, dropout: float = 0.0) -> Method:
     """LoRA (Hu et al., arXiv 2106.09685): ΔW = (α/r) B A at a fixed rank.
 
     Args:
-        rank: r.
+        rank: r, or a table of layer or pattern to rank, such as a `lrkit.Allocation`.
         alpha: α.
         dropout: on the adapter's input, while training.
     """
@@ -36,7 +37,7 @@ def lora(*, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Method:
 
 def svd_lora(
     *,
-    rank: int = 8,
+    rank: Rank = 8,
     alpha: float | None = None,
     orthogonality: float = 0.1,
     variant: Literal["default", "paper"] = "default",
@@ -44,7 +45,7 @@ def svd_lora(
     """SVD-LoRA: AdaLoRA's form P Λ Q at a fixed rank, without allocation (arXiv 2303.10512, Table 5).
 
     Args:
-        rank: r.
+        rank: r, or a table of layer or pattern to rank, such as a `lrkit.Allocation`.
         alpha: None for no scale, as in the paper; else α/(r + 1e-5).
         orthogonality: γ, weight of the penalty.
         variant: ``"default"``: the penalty is the mean norm, as the released code has it; ``"paper"``: Eq. 4.
@@ -64,11 +65,11 @@ def svd_lora(
     )
 
 
-def elora(*, rank: int = 1024, shared: bool = False) -> Method:
+def elora(*, rank: Rank = 1024, shared: bool = False) -> Method:
     """ELoRA / VeRA (Kopiczko et al., arXiv 2310.11454): frozen random A and B, trained vectors d and b.
 
     Args:
-        rank: r; 1024 for base-size encoders.
+        rank: r, or a table; 1024 for base-size encoders.
         shared: False: a pair of its own for each layer, AFLoRA's ELoRA baseline. True: one pair for all layers, cut to
             each, VeRA.
     """
@@ -77,7 +78,7 @@ def elora(*, rank: int = 1024, shared: bool = False) -> Method:
 
 def adalora(
     *,
-    rank: int = 12,
+    rank: Rank = 12,
     target_rank: int = 8,
     warmup: Time = 0.15,
     final: Time = 0.5,
@@ -96,7 +97,7 @@ def adalora(
     (Eq. 14) and stays. Masked triplets go on training and can come back until T - t_f.
 
     Args:
-        rank: initial rank of every matrix (4, 6, 12 in the paper).
+        rank: initial rank of every matrix (4, 6, 12 in the paper), or a table of layer or pattern to rank.
         target_rank: average rank in the end (2, 4, 8 in the paper).
         warmup: t_i. The default is about the mean share over the paper's eight GLUE tasks (0.09 to 0.18).
         final: t_f, likewise (0.44 to 0.58).
@@ -141,7 +142,7 @@ def adalora(
 
 def aflora(
     *,
-    rank: int = 4,
+    rank: Rank = 4,
     train: Literal["ffn", "attention", "both"] = "ffn",
     warmup: Time = 0.05,
     final: Time = 0.7,
@@ -158,7 +159,7 @@ def aflora(
     (t - t_i)/(T - t_i - t_f): everything is frozen at T - t_f.
 
     Args:
-        rank: r.
+        rank: r, or a table of layer or pattern to rank, such as a `lrkit.Allocation`.
         train: whose matrices train at first: ``"ffn"`` is the paper's choice (Table 3).
         warmup: t_i: one epoch in the paper, which is 0.05 of 20 epochs.
         final: t_f: 0.7 in the paper.

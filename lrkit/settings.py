@@ -160,6 +160,12 @@ def as_annotated(value: Any, hint: Any, place: str) -> Any:
         for option in options:
             if annotated_as(value, option):
                 return as_annotated(value, option, place)
+    elif origin is Mapping:
+        inner = typing.get_args(hint)
+        if isinstance(value, Mapping) and all(
+            annotated_as(x, h) for item in value.items() for x, h in zip(item, inner, strict=True)
+        ):
+            return value
     elif origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(as_annotated(item, typing.get_args(hint)[0], place) for item in value)
@@ -172,9 +178,18 @@ def as_annotated(value: Any, hint: Any, place: str) -> Any:
     else:
         fits = type(value) is hint or hint not in (int, str, bool, type(None))
     if not fits:
-        name = getattr(hint, "__name__", None) if origin is None else str(hint).replace("typing.", "")
-        raise LrkitError(f"{place} must be {name or hint}, not {shown(value)}")
+        raise LrkitError(f"{place} must be {_in_words(hint)}, not {shown(value)}")
     return value
+
+
+def _in_words(hint: Any) -> str:
+    """Name an annotation in an error: ``int | None``, or ``int | a table of int`` if a mapping will do."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Mapping:
+        return f"a table of {_in_words(inner[1])}"
+    if origin in (Union, types.UnionType):
+        return " | ".join("None" if option is type(None) else _in_words(option) for option in inner)
+    return str(getattr(hint, "__name__", hint)) if origin is None else str(hint).replace("typing.", "")
 
 
 def annotated_as(value: Any, hint: Any) -> bool:

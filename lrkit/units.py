@@ -100,7 +100,7 @@ def blocks_of(
         parts: the parameterization's declaration.
         kind: which units are wanted.
         trained: ``id`` of every parameter that trains in this run. A part that never trains has no gradient, so its
-            score would stand at its start, zero, for ever: it is left out.
+            score would stand at its start, zero, for ever: it is left out. So is a matrix of a layer of rank 0.
     """
     blocks = []
     for name, module in modules.items():
@@ -112,7 +112,7 @@ def blocks_of(
                 assert first.axis is not None
                 blocks.append(Block(name, module, chosen, first.of(module).shape[first.axis], kind))
             continue
-        matrices = tuple(part for part in live if part.matrix)
+        matrices = tuple(part for part in live if part.matrix and part.of(module).numel())
         if kind == "matrix":
             blocks += [Block(f"{name}.{part.name}", module, (part,), 1, kind) for part in matrices]
         elif matrices:

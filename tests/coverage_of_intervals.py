@@ -3,7 +3,7 @@
     .venv/bin/python -P tests/coverage_of_intervals.py [--samples 20000]
 
 Three intervals are compared: lrkit's, which inverts the sign-flip test; Student's t; and the BCa bootstrap (Efron, 1987),
-here with 2,000 resamples. docs/ablations.md has the table that it prints; tests/test_paired.py a quick part of it.
+here with 2,000 resamples. docs/ablations.md has the table that it prints; tests/faults/test_intervals.py a quick part of it.
 """
 
 from __future__ import annotations

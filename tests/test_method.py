@@ -106,6 +106,11 @@ def schedulers(most: int) -> st.SearchStrategy[Scheduler]:
     )
 
 
+def ranked(scheduler: Scheduler) -> st.SearchStrategy[str]:
+    """How an action may rank under a schedule: by cost only if units differ in cost."""
+    return st.sampled_from(["score"] if scheduler.amount == "units" else ["score", "score-per-cost"])
+
+
 @st.composite
 def drawn_policies(draw: Any, p: Any) -> Policy:
     rank = getattr(p, "rank", 0)
@@ -113,14 +118,14 @@ def drawn_policies(draw: Any, p: Any) -> Policy:
     choices = ["prune"] * isinstance(p, SVD | VectorScaled) + ["freeze", "together"] * (matrices > 0)
     action = draw(st.sampled_from(choices))
     if action == "prune":
-        metric = draw(entrywise | component(Magnitude))
-        return Policy(metric=metric, scheduler=draw(schedulers(rank)), action=draw(component(Prune)))
+        metric, scheduler = draw(entrywise | component(Magnitude)), draw(schedulers(rank))
+        return Policy(metric=metric, scheduler=scheduler, action=draw(component(Prune, by=ranked(scheduler))))
     together = action == "together"
-    return Policy(
-        metric=draw(entrywise),
-        scheduler=draw(schedulers(1 if together else matrices)),
-        action=draw(component(Freeze, together=st.just(together))),
-    )
+    metric, scheduler = draw(entrywise), draw(schedulers(1 if together else matrices))
+    rule = draw(st.sampled_from(["rank", "quantile"] if scheduler.amount == "units" else ["rank"]))
+    by = ranked(scheduler) if rule == "rank" else st.just("score")
+    kind = component(Freeze, together=st.just(together), rule=st.just(rule), by=by)
+    return Policy(metric=metric, scheduler=scheduler, action=draw(kind))
 
 
 @st.composite
@@ -718,7 +723,7 @@ def test_any_combination_trains_or_is_refused_when_it_is_built(parameterization:
         Freeze: getattr(parameterization, "train", "both") != "none",
     }[type(action)]
     # Every metric but magnitude reads any unit; magnitude is for components alone.
-    assert built == (0 if not can else 15 if isinstance(action, Prune) else 12)
+    assert built == (0 if not can else 18 if isinstance(action, Prune) else 15)
 
 
 # ---- plain data that is wrong ----------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from lrkit.metrics import (
     GradientUncertainty,
     Magnitude,
     Metric,
+    Parts,
+    Random,
     RatioUncertainty,
     Sensitivity,
     SensitivityUncertainty,
@@ -251,9 +253,10 @@ def test_reduce_sums_means(seed: int, modules: int, units: int, slices: list[int
 
 @pytest.mark.parametrize("kind", registered(), ids=lambda kind: kind.__name__)
 def test_default_reduce(kind: type[Metric]) -> None:
-    """Every metric has the default `reduce`."""
-    parts = [torch.rand(2, 3, 1), torch.rand(2, 3, 5), torch.rand(2, 3, 7)]
-    want = sum(part.mean(-1) for part in parts)
+    """Every metric has the default `reduce`, and `Random` gives its draws."""
+    draws = torch.rand(2, 3)
+    parts = Parts([torch.rand(2, 3, 1), torch.rand(2, 3, 5), torch.rand(2, 3, 7)], lambda: draws)
+    want = draws if kind is Random else sum(part.mean(-1) for part in parts)
     assert torch.allclose(kind().reduce(parts), want)  # type: ignore[arg-type]
 
 

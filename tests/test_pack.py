@@ -338,7 +338,7 @@ def test_shipped_study_found(place, packed, tmp_path, monkeypatch):
     assert taken.source_of(None, "other", tmp_path / "new") is None
     outcome, told = run(small(place), tmp_path / "new", packed=found)
     assert outcome.ran == 0 and "taken in from docs/replication/mine" in told
-    outcome, told = run(small(place, seeds=1, swap={}, rows=[], run={"steps": 2}), tmp_path / "other", packed=found)
+    outcome, told = run(small(place, seeds=1, swap={}, rows=[], run={"steps": 7}), tmp_path / "other", packed=found)
     assert outcome.ran == 1 and "not taken in" in told
 
 

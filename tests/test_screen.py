@@ -110,6 +110,7 @@ COMMANDS = {
     "dry run": ["ablate", "adalora", "--swap", "metric=sensitivity,gradient-uncertainty", *RUN, "--dry-run"],
     "ablate": ["ablate", "lora", "--swap", "rank=2", "--seeds", "2", *RUN, "--workers", "0", "--out", "ablated"],
     "report": ["report", "study"],
+    "power": ["power", "study", "--size", "0.01", "--margin", "0.01"],
 }
 PROGRAM = """
 import contextlib, json, sys, types

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lrkit.actions.base import Action, Ballot, Fate, Verdict, best, unsound
+from lrkit.actions.base import BY, Action, Ballot, By, Fate, Verdict, best, unsound, worth
 from lrkit.actions.freeze import Freeze
 from lrkit.actions.prune import Prune
 from lrkit.actions.zero import Zero
@@ -24,4 +24,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["Action", "Ballot", "Fate", "Freeze", "Prune", "Verdict", "Zero", "best", "unsound"]
+__all__ = ["BY", "Action", "Ballot", "By", "Fate", "Freeze", "Prune", "Verdict", "Zero", "best", "unsound", "worth"]

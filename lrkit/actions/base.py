@@ -3,7 +3,7 @@
 import abc
 import functools
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import attrs
 import torch
@@ -32,7 +32,7 @@ class Ballot:
         scores: unit scores [n], never NaN.
         candidates: bool [n], the units that may be kept: all, or those kept so far if losing is final; without those that
             the action's `Action.proximal` has just taken out.
-        budget: how many units may be kept.
+        budget: how many units may be kept, or what they may cost where there are `costs`.
         share: the budget as a share of all units, before it was made a whole number.
         entries: the entry-wise scores [N] behind the candidates' scores.
         parts: how many tensors each unit's score is a sum over [n].
@@ -40,8 +40,12 @@ class Ballot:
         sizes: how many entries each unit has in all of its tensors [n]; None if nobody has said.
         last: whether it is the last decision.
         layers: how many blocks there are; one without units is never named in `blocks`.
+        seed: what `generator` begins with: from the run's seed, the step and the policy.
+        costs: what each unit costs [n], if the budget is one of costs (`lrkit.Scheduler`, `amount`); None if it is a number
+            of units.
 
-    Entries, parts, blocks and sizes may be given as functions, called when first read: most actions go by the units' scores.
+    Entries, parts, blocks, sizes and costs may be given as functions, called when first read: most actions go by the units'
+    scores.
     """
 
     scores: Tensor
@@ -54,6 +58,17 @@ class Ballot:
     _sizes: _Lazy | None = None
     last: bool = False
     layers: int = 0
+    seed: int = 0
+    _costs: _Lazy | None = None
+
+    @functools.cached_property
+    def generator(self) -> torch.Generator:
+        """A random generator on the CPU, for an action that leaves something to chance.
+
+        It begins the same on every process and in a resumed run, and differs from step to step and from policy to policy.
+        For example ``torch.rand(len(ballot.scores), generator=ballot.generator)``.
+        """
+        return torch.Generator().manual_seed(self.seed)
 
     @functools.cached_property
     def entries(self) -> Tensor:
@@ -75,6 +90,11 @@ class Ballot:
         """How many entries each unit has in all of its tensors [n]; None if nobody has said."""
         return None if self._sizes is None else _made(self._sizes)
 
+    @functools.cached_property
+    def costs(self) -> Tensor | None:
+        """What each unit costs [n]; None if the budget is a number of units."""
+        return None if self._costs is None else _made(self._costs)
+
 
 def _made(value: _Lazy) -> Tensor:
     return value if isinstance(value, Tensor) else value()
@@ -89,7 +109,7 @@ class Verdict:
         cut: whether components that are not kept leave the tensors, the statistics and the optimizer's state now, for good.
         fresh: how many new components each block gets; empty for none.
         core: the core value that each of them begins with; 0 leaves every output as it is.
-        budget: the number of units that it went by, for the history; None for the ballot's.
+        budget: the number of units that it went by, for the history; None for the ballot's budget.
     """
 
     kept: Tensor
@@ -125,14 +145,31 @@ def unsound(action: "Action", verdict: object, ballot: Ballot, most: int) -> str
         )
     if verdict.budget is not None and not (type(verdict.budget) is int and 0 <= verdict.budget <= most):
         return f"budget must be a whole number of units, from 0 to {most}, not {verdict.budget!r}"
+    if ballot.costs is not None and (spent := int(ballot.costs[kept].sum())) > ballot.budget:
+        return f"it keeps units that cost {spent}, and the budget is {ballot.budget}: it must go by `Ballot.costs`"
     return None
 
 
-def best(ballot: Ballot) -> Tensor:
+By = Literal["score", "score-per-cost"]
+"""By what units are ranked where the budget is one of costs: a unit's score, or its score over its cost."""
+
+BY: tuple[By, ...] = get_args(By)
+"""Both of them."""
+
+
+def best(ballot: Ballot, by: By = "score") -> Tensor:
     """Return the best `budget` of the candidates, exactly, bool [n]; ties go to the earlier unit.
 
-    A threshold alone keeps too many if scores equal it: the room that is left is for the first of those.
+    A threshold alone keeps too many if scores equal it: the room that is left is for the first of those. If the budget is
+    one of costs, the candidates are taken in the order of their scores, each if it still fits, until none does: what is kept
+    never costs more than the budget, and falls short of it by less than any candidate that was left out costs.
+
+    Args:
+        ballot: the facts.
+        by: how units that differ in cost are ranked.
     """
+    if ballot.costs is not None:
+        return _within(ballot, ballot.costs, by)
     scores = ballot.scores.masked_fill(~ballot.candidates, -torch.inf)
     count = min(ballot.budget, int(ballot.candidates.sum()))
     if count == 0:
@@ -144,6 +181,26 @@ def best(ballot: Ballot) -> Tensor:
         equal = kept & ~above
         kept = above | (equal & (equal.cumsum(0) <= count - above.sum()))
     return kept
+
+
+def _within(ballot: Ballot, costs: Tensor, by: By) -> Tensor:
+    """Return the best of the candidates that a budget of costs has room for, bool [n]."""
+    ranks = worth(ballot, by).masked_fill(~ballot.candidates, -torch.inf)
+    room, each, may = ballot.budget, costs.tolist(), ballot.candidates.tolist()
+    kept = torch.zeros_like(ballot.candidates)
+    taken = []
+    for unit in torch.sort(ranks, descending=True, stable=True).indices.tolist():
+        if may[unit] and each[unit] <= room:
+            taken.append(unit)
+            room -= each[unit]
+    kept[taken] = True
+    return kept
+
+
+def worth(ballot: Ballot, by: By = "score") -> Tensor:
+    """Return what units are ranked by, float64 [n]: scores, or scores over costs if there are costs."""
+    scores = ballot.scores.double()
+    return scores if ballot.costs is None or by == "score" else scores / ballot.costs
 
 
 @attrs.frozen(kw_only=True)
@@ -189,7 +246,10 @@ class Action(abc.ABC):
         return None
 
     def decide(self, ballot: Ballot) -> Verdict:
-        """Choose who is kept, and what is new: by default exactly the best `budget` of the candidates (`best`)."""
+        """Choose who is kept, and what is new: by default the best candidates that the budget has room for (`best`).
+
+        An action that can rank by score per cost as well has a setting ``by`` and gives it to `best`.
+        """
         return Verdict(best(ballot))
 
     @abc.abstractmethod
@@ -209,6 +269,8 @@ class Action(abc.ABC):
         """Return how many units a decision removes and adds; None if that is known only after a run.
 
         Used to count a run's parameters before training.
+
+        If the scheduler counts costs, all of these numbers are costs.
 
         Args:
             units: units that there are.

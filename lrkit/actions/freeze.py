@@ -7,7 +7,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from lrkit.actions.base import Action, Ballot, Fate, Verdict
+from lrkit.actions.base import BY, Action, Ballot, By, Fate, Verdict, best
+from lrkit.errors import LrkitError
 from lrkit.parameterizations.base import Parameterization
 from lrkit.settings import flag, one_of
 from lrkit.units import Block, UnitKind
@@ -26,6 +27,8 @@ class Freeze(Action):
         rule: ``"rank"``: the best b(t) matrices stay, as the paper has it ("the lowest k %"). ``"quantile"``: those whose
             mean is at or above the element-wise quantile over the matrices still trainable, as the released code has
             it: the fraction compounds.
+        by: how units that differ in cost are ranked, if the schedule counts costs (`lrkit.Scheduler`, `amount`): by
+            ``"score"``, or by ``"score-per-cost"``, so that two cheap matrices may take the place of a dear one.
     """
 
     fate: ClassVar[Fate] = "frozen"
@@ -33,11 +36,19 @@ class Freeze(Action):
 
     together: bool = attrs.field(default=False, validator=flag())
     rule: Literal["rank", "quantile"] = attrs.field(default="rank", validator=one_of(("rank", "quantile")))
+    by: By = attrs.field(default="score", validator=one_of(BY))
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse a ranking by a rule that ranks nothing."""
+        if self.rule == "quantile" and self.by != "score":
+            raise LrkitError(
+                f'{self!r}: rule = "quantile" compares scores with a threshold, so that by must be "score"'
+            )
 
     def decide(self, ballot: Ballot) -> Verdict:
         """Choose who stays trainable, by the rule that `rule` names."""
         if self.rule == "rank":
-            return super().decide(ballot)
+            return Verdict(best(ballot, self.by))
         count = ballot.entries.numel()
         low = int(count * (1 - ballot.share))
         if low == 0:

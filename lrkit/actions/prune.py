@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from lrkit.actions.base import Action, Ballot, Fate, Verdict, best
+from lrkit.actions.base import BY, Action, Ballot, By, Fate, Verdict, best, worth
 from lrkit.parameterizations.base import Parameterization
 from lrkit.settings import one_of
 from lrkit.units import Block, UnitKind, split
@@ -28,11 +28,15 @@ class Prune(Action):
         cut: ``"never"``, as the paper has it. ``"end"``: what is masked by the last decision is cut. ``"always"``: what
             loses is cut at once, so that pruning is final.
         ties: ``"budget"``: exactly b(t) components are kept, ties to the earlier one. ``"threshold"``: those above the
-            (n - b)-th smallest score, as the released code and PEFT have it: ties at the threshold all lose.
+            (n - b)-th smallest score, as the released code and PEFT have it: ties at the threshold all lose. Where the
+            schedule counts costs, the threshold is the score of the best component for which there is no room.
+        by: how units that differ in cost are ranked, if the schedule counts costs (`lrkit.Scheduler`, `amount`): by
+            ``"score"``, or by ``"score-per-cost"``, so that two cheap components may take the place of a dear one.
     """
 
     cut: Literal["never", "end", "always"] = attrs.field(default="never", validator=one_of(("never", "end", "always")))
     ties: Literal["budget", "threshold"] = attrs.field(default="budget", validator=one_of(("budget", "threshold")))
+    by: By = attrs.field(default="score", validator=one_of(BY))
 
     @property
     def fate(self) -> Fate:  # type: ignore[override]
@@ -42,10 +46,13 @@ class Prune(Action):
     def decide(self, ballot: Ballot) -> Verdict:
         """Choose who is kept, by the rule that `ties` names."""
         cut = self.cut == "always" or (self.cut == "end" and ballot.last)
-        dropped = ballot.scores.numel() - ballot.budget
-        if self.ties == "budget" or dropped <= 0:
-            return Verdict(best(ballot), cut)
-        return Verdict(ballot.scores > torch.kthvalue(ballot.scores, dropped).values, cut)
+        if self.ties == "budget":
+            return Verdict(best(ballot, self.by), cut)
+        ranks = worth(ballot, self.by)
+        order = torch.sort(ranks, descending=True, stable=True).indices
+        spent = (torch.ones_like(order) if ballot.costs is None else ballot.costs[order]).cumsum(0)
+        beyond = order[spent > ballot.budget]
+        return Verdict(ranks > ranks[beyond[0]] if len(beyond) else ballot.candidates, cut)
 
     @property
     def unit(self) -> UnitKind:

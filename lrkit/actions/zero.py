@@ -7,8 +7,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from lrkit.actions.base import Action, Fate
-from lrkit.settings import flag
+from lrkit.actions.base import BY, Action, Ballot, By, Fate, Verdict, best
+from lrkit.settings import flag, one_of
 from lrkit.units import Block, UnitKind, split
 
 
@@ -24,11 +24,18 @@ class Zero(Action):
     Args:
         once: False: all components are ranked at each decision, as the smoothed scores have it. True: what lost is out for
             good, and the budget goes to those that are left: right where nothing can grow again.
+        by: how units that differ in cost are ranked, if the schedule counts costs (`lrkit.Scheduler`, `amount`): by
+            ``"score"``, or by ``"score-per-cost"``, so that two cheap components may take the place of a dear one.
     """
 
     fate: ClassVar[Fate] = "masked"
 
     once: bool = attrs.field(default=False, validator=flag())
+    by: By = attrs.field(default="score", validator=one_of(BY))
+
+    def decide(self, ballot: Ballot) -> Verdict:
+        """Choose who is kept: the best components that the budget has room for."""
+        return Verdict(best(ballot, self.by))
 
     @property
     def final(self) -> bool:  # type: ignore[override]

@@ -42,7 +42,7 @@ class Binding:
         self._scale: Callable[[], float] | None = None
         self._unclipped: Unclipped | None = None
         self._looked = False
-        self._outer = parallel.Outer(self._check_growth)
+        self._outer = parallel.Outer(self._met)
         self._outer.hang_on(model)
         liveness.watch(self, Binding._watch)
 
@@ -65,7 +65,7 @@ class Binding:
         for each in optimizers:
             if reason := parallel.refusal(self._model, each, adaptive=bool(self.controller.policies)):
                 raise LrkitError(reason)
-        if reason := self._weights.refusal(set().union(*map(held_by, optimizers))):
+        if reason := self._weights.refusal(set().union(*map(held_by, optimizers)), self.controller.run.grows):
             raise LrkitError(reason)
         if reason := self.controller.objection(total_steps):
             raise LrkitError(reason)
@@ -201,6 +201,9 @@ class Binding:
                 "find_unused_parameters=True)"
             )
 
-    def _check_growth(self) -> None:
+    def _met(self, ddp: Any) -> None:
+        """Refuse what DDP cannot follow; and let chance be the same on every process, however each was seeded."""
         if self.bound and self.controller.run.grows:
             raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
+        if ddp is not self._outer.ddp and self.controller.policies:
+            self.controller.seed = parallel.first_says(self.controller.seed, ddp)

@@ -9,9 +9,10 @@ from torch import nn
 from lrkit.adapt.coverage import TOLD_FROM, Coverage, coverage, percent
 from lrkit.adapt.foresight import check_room
 from lrkit.adapt.heads import check_trainable, find_head, head_parameters, tell_tied
-from lrkit.adapt.targets import find_targets
+from lrkit.adapt.targets import find_targets, together
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.parameterizations import Parameterization, Target
+from lrkit.ranks import ranks_of
 
 
 @attrs.frozen(eq=False)
@@ -77,6 +78,8 @@ def choose(
     flags = [(p, p.requires_grad) for p in model.parameters()]
     buffers = frozenset(id(buffer) for buffer in model.buffers())
     adapters = dict(parameterization.adapt(model, found))
+    if parameterization.components is not None:
+        ranks_of(parameterization.components, list(adapters))  # an adapter may stand in other places than the targets
     around = parameterization.wrap(model)
     _check_apart(adapters, head)
     whole = coverage(model, [target.name for target in offered], own.values()) if offered else None
@@ -101,7 +104,7 @@ def find(
             raise LrkitError(f"{parameterization!r} has places of its own: leave targets out")
         return [], []
     offered = found = find_targets(model, targets, exact=exact)
-    if targets == "all-linear" and not (found := list(parameterization.choose(found))):
+    if targets == "all-linear" and not (found := together(parameterization.choose(found))):
         seen = coverage(model, [target.name for target in offered])
         raise LrkitError(
             f"{parameterization!r} has no place in {type(model).__name__}: it chooses none of the linear layers "

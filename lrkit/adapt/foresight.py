@@ -11,6 +11,7 @@ from torch import nn
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.loop.state import Saved
 from lrkit.parameterizations import Parameterization, Target
+from lrkit.ranks import ranks_of
 
 _TIMES = 64
 _ALWAYS = 2**20
@@ -78,12 +79,20 @@ def check_fresh(
 
 
 def check_room(found: Sequence[Target], parameterization: Parameterization) -> None:
-    """Raise LrkitError if low-rank adapters and their optimizer's state would not fit into this machine's memory."""
+    """Raise LrkitError if low-rank adapters and their optimizer's state would not fit into this machine's memory.
+
+    Raises:
+        LrkitError: likewise if a table of ranks does not fit the layers, or gives none of them a rank.
+    """
+    if not found:
+        return
     rank = parameterization.components or 0
+    ranks = ranks_of(rank, [t.name for t in found])
+    if not isinstance(rank, int) and not any(ranks.values()):
+        raise LrkitError("rank is 0 in every adapted layer, so that no adapter would train: give one of them a rank")
     layers = [t for t in found if any(p.device.type == "cpu" for p in t.layer.parameters())]
-    needed = (
-        16 * rank * sum(t.d_in + t.d_out for t in layers)
-    )  # float32: the factors, gradients, and Adam's two moments
+    # float32: the factors, gradients, and Adam's two moments
+    needed = 16 * sum(ranks[t.name] * (t.d_in + t.d_out) for t in layers)
     if needed > (memory := _memory()):
         raise LrkitError(
             f"{parameterization!r} on {len(layers)} layers would take {needed / 2**30:,.0f} GiB with gradients and Adam's "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.adapt import checkpoint, weights
+from lrkit.adapt.allocation import Allocation
 from lrkit.adapt.binding import Binding
 from lrkit.adapt.choice import choose
 from lrkit.adapt.graft import Graft
@@ -19,6 +20,7 @@ from lrkit.adapt.summary import Summary, brief, summarize, trainable
 from lrkit.errors import LrkitError
 from lrkit.loop import state as states
 from lrkit.loop.controller import Controller
+from lrkit.loop.draws import seed_of
 from lrkit.loop.history import Decision
 from lrkit.loop.run import Run
 from lrkit.method import Method
@@ -50,9 +52,8 @@ class Adapted:
         base = describe(model)  # now: a forward pass writes into its config
         choice = choose(model, method.parameterization, targets, train_also, exact=exact)
         # From here on the model is changed. Only the controller and the state can still refuse.
-        self.model, self.method = model, method
-        self.adapters, self.around = choice.adapters, choice.around
-        self.head, self.coverage = choice.head, choice.coverage
+        self.model, self.method, self.head = model, method, choice.head
+        self.adapters, self.around, self.coverage = choice.adapters, choice.around, choice.coverage
         self._graft = Graft(model, choice)
         self.originals = self._graft.originals
         self._weights = weights.Weights(model, choice, self._graft.masters)
@@ -154,8 +155,7 @@ class Adapted:
     @property
     def penalty_added(self) -> float | None:
         """Return the penalty at the beginning of the last step, if bound with ``penalty="gradient"``; None otherwise."""
-        last = self._binding.penalty.last
-        return None if last is None else float(last)
+        return None if (last := self._binding.penalty.last) is None else float(last)
 
     @property
     def has_penalty(self) -> bool:
@@ -189,9 +189,12 @@ class Adapted:
 
     def summary(self) -> Summary:
         """Return each layer's rank or frozen state, and its trainable parameters at first, now and on average."""
-        inside = {id(p) for module in self.adapters.values() for p in module.parameters()}
-        beside = sum(p.numel() for p in self.adapter_parameters() if id(p) not in inside)
-        return summarize(self.controller, sum(p.numel() for p in self.head_parameters()), beside, self.coverage)
+        self._graft.check()
+        return summarize(self.controller, *self._weights.counts(self.adapters), self.coverage)
+
+    def allocation(self) -> Allocation:
+        """Return each layer's rank that is in effect now (masked components do not count), with the layers' sizes."""
+        return Allocation.from_layers(self.summary().layers)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in PEFT's words, and how they divide into adapters and head."""
@@ -199,8 +202,8 @@ class Adapted:
 
     def scores(self, policy: int = 0) -> dict[str, float]:
         """Return the present score of every unit of one policy, by name; nothing once its last decision is taken."""
-        state = self.controller.policies[policy]
-        return {} if state.ended else dict(zip(state.unit_names, state.statistics.scores().tolist(), strict=True))
+        state, seed = self.controller.policies[policy], seed_of(self.controller.seed, self.step, policy)
+        return {} if state.ended else dict(zip(state.unit_names, state.scores(seed).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything adaptive: adapters and head, masks, frozen set, statistics, history.
@@ -237,7 +240,7 @@ class Adapted:
             weights.take_ranks(adapter, self.method.parameterization.parts, self._binding.last)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write everything adaptive to ``folder/lrkit.safetensors``, atomically, and return its path; `load` reads it."""
+        """Write everything adaptive to ``folder/lrkit.safetensors``, atomically, and return its path."""
         return checkpoint.write(Path(folder), self.state_dict())
 
     def compact(self) -> dict[str, int]:

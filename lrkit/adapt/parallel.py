@@ -52,10 +52,10 @@ class Outer:
     A copy of the model is in no DDP module, and neither is the copy of this hook.
 
     Args:
-        met: called each time, before the model runs in DDP.
+        met: called each time with the DDP module, before the model runs in it.
     """
 
-    def __init__(self, met: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, met: Callable[[DistributedDataParallel], None] = lambda _: None) -> None:
         self.ddp: DistributedDataParallel | None = None
         self._met = met
         self._handle: Any = None
@@ -75,11 +75,24 @@ class Outer:
         """Look if the model runs in DDP."""
         # Nothing is met while torch.compile traces: the wrapper's own forward is not traced with the model.
         if not torch.compiler.is_compiling() and (ddp := wrapper()) is not None:
-            self._met()
+            self._met(ddp)
             self.ddp = ddp
 
     def __deepcopy__(self, memo: object) -> "Outer":
         return Outer()
+
+
+def first_says(number: int, ddp: Any) -> int:
+    """Return the number that the first process of a DDP module has. Call it on every rank alike.
+
+    Args:
+        number: this process's, from 0 to 2^63 - 1.
+        ddp: a ``DistributedDataParallel``.
+    """
+    told = torch.tensor(number, dtype=torch.int64, device=ddp.device)
+    group, distributed = ddp.process_group, torch.distributed
+    distributed.broadcast(told, distributed.get_global_rank(group, 0), group=group)
+    return int(told)
 
 
 def follow(ddp: Any) -> None:

@@ -9,6 +9,8 @@ import attrs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lrkit.adapt.found import in_effect
+from lrkit.adapt.summary import summarize
 from lrkit.adapt.weights import Weights
 from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError, shown
@@ -52,6 +54,9 @@ class Archive:
             controller.warn("cast", cast)
         weights = {WEIGHT + name: tensor.detach().clone() for name, tensor in self.weights.saved().items()}
         saved = controller.saved(to_plain(self.method), self.head, copy.deepcopy(self.base))
+        layers = summarize(controller, 0).layers
+        ranked = bool(layers) and all(layer.rank is not None for layer in layers)
+        saved = attrs.evolve(saved, allocation=in_effect(layers) if ranked else None)
         return {"meta": saved.to_plain(), "tensors": {**controller.tensors(), **weights}}
 
     def load(

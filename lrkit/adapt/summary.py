@@ -25,6 +25,8 @@ class LayerSummary:
         start: trainable parameters at first.
         now: trainable parameters now in effect (frozen tensors and masked components do not count).
         average: the same, averaged over the steps so far.
+        d_in: size of the layer's input; None if it is no linear map, or not known.
+        d_out: size of its output, likewise.
     """
 
     name: str
@@ -34,6 +36,8 @@ class LayerSummary:
     start: int
     now: int
     average: float
+    d_in: int | None = None
+    d_out: int | None = None
 
     @property
     def state(self) -> str:
@@ -110,6 +114,8 @@ class Summary:
 
 def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "Coverage | None" = None) -> Summary:
     """Summarize a run so far. `head`, `beside` and `coverage` are as in `Summary`."""
+    from lrkit.parameterizations.adapter import layer_shape
+
     kept = controller.components.kept()
     run, tally = controller.run, controller.tally
     average, counts = tally.on_average(controller.step), tally.counts
@@ -125,7 +131,8 @@ def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "C
         frozen = tuple(
             part.name for part in run.method.parameterization.parts if part.matrix and run.froze(part.of(module))
         )
-        layers.append(LayerSummary(name, rank, initial, frozen, run.starts[name], counts[name], average[name]))
+        size = layer_shape(getattr(module, "base", module)) or (None, None)
+        layers.append(LayerSummary(name, rank, initial, frozen, run.starts[name], counts[name], average[name], *size))
     return Summary(tuple(layers), head, controller.step, beside, coverage)
 
 

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import attrs
 from torch import nn
 
 from lrkit.adapt.behaviour import strangeness
@@ -97,7 +98,14 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
             shape = layer_shape(layer)
             assert shape is not None
             found_targets.append(Target(name, layer, *shape, role_of(name), is_output(name)))
-    return found_targets
+    return together(found_targets)
+
+
+def together(targets: Iterable[Target]) -> list[Target]:
+    """Return targets that know of each other: all layers that are to be adapted."""
+    every = list(targets)
+    names = tuple(target.name for target in every)
+    return [attrs.evolve(target, layers=names) for target in every]
 
 
 def _odd(names: Collection[str], strange: Mapping[str, str]) -> str:

@@ -31,6 +31,12 @@ class Weights:
         self._head = {id(p) for p in head_parameters(model, choice.head)}
         self.added = choice.added
         self.trained = {id(p) for p in model.parameters() if p.requires_grad}
+        # An adapter of rank 0 trains nothing until it gets components: for each of its tensors, one without entries.
+        self._empty: dict[int, nn.Parameter] = {}
+        for adapter in choice.adapters.values():
+            own = [p for p in adapter.parameters() if id(p) in self.trained & self.added]
+            self._empty |= {id(p): empty for empty in own if not empty.numel() for p in own}
+        self._set_flags()
         self._saved = self.added | {id(p) for p in choice.own.values()}
         self._buffers = [n for n, b in model.named_buffers() if id(b) not in choice.buffers and _lasts(model, n)]
         self._dtypes = {id(p): p.dtype for p in self.parameters()}
@@ -60,11 +66,17 @@ class Weights:
         """Return the head's."""
         return [p for p in self.parameters() if id(p) in self._head]
 
-    def refusal(self, held: set[int]) -> str | None:
+    def counts(self, adapters: Mapping[str, nn.Module]) -> tuple[int, int]:
+        """Return how many parameters the head has, and how many train that are in neither it nor an adapter."""
+        inside = {id(p) for module in adapters.values() for p in module.parameters()}
+        return sum(p.numel() for p in self.head()), sum(p.numel() for p in self.adapter() if id(p) not in inside)
+
+    def refusal(self, held: set[int], grows: bool = False) -> str | None:
         """Say why an optimizer cannot train them; None if it can.
 
         Args:
             held: ``id`` of every tensor that the optimizer holds.
+            grows: whether the method adds components, so that tensors without entries may train later.
         """
         named = list(self.named())
         if len(named) != len(self.trained):
@@ -72,7 +84,7 @@ class Weights:
                 "the model's parameters are no longer those that were attached: something (FSDP, quantization, a cast that "
                 "makes new ones) has replaced them"
             )
-        missing = [name for name, p in named if p.requires_grad and id(p) not in held]
+        missing = [name for name, p in named if (p.requires_grad or (grows and not p.numel())) and id(p) not in held]
         if missing:
             return (
                 f"the optimizer does not hold {len(missing)} of the parameters that the method trains, such as "
@@ -144,9 +156,13 @@ class Weights:
                 assert isinstance(p, nn.Parameter)  # `check` was given other shapes for components alone
                 _make_room(p, tensor.shape, optimizer)
             p.copy_(tensor)
-        for p in self.parameters():
-            p.requires_grad_(p.numel() > 0)  # the state may be of an earlier step, when less was frozen
+        self._set_flags()  # the state may be of an earlier step, when less was frozen
         return told
+
+    def _set_flags(self) -> None:
+        """Let all train that has entries, but for the adapters that began with rank 0 and still have it."""
+        for p in self.parameters():
+            p.requires_grad_(p.numel() > 0 and self._empty.get(id(p), p).numel() > 0)
 
 
 def _lasts(model: nn.Module, buffer: str) -> bool:

@@ -7,6 +7,7 @@ import typer
 from lrkit.cli.exports import export
 from lrkit.cli.methods import list_methods, params
 from lrkit.cli.plugins import doctor, new, plugins, show
+from lrkit.cli.power import power
 from lrkit.cli.runs import demo, run
 from lrkit.cli.studies import ablate, pack, report
 
@@ -40,7 +41,7 @@ def options(
     """Adaptive parameter-efficient fine-tuning, composed from four parts."""
 
 
-for command in (demo, run, ablate, report, pack, params):
+for command in (demo, run, ablate, report, pack, power, params):
     app.command()(command)
 app.command(name="methods")(list_methods)
 app.command()(export)

@@ -66,6 +66,10 @@ def ablate(
     packed: Annotated[
         Path | None, typer.Option(help="A pack of `lrkit pack`, whose finished cells are taken in first.")
     ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Smaller differences do not matter (0.01: a point): rows are tested for equivalence, too."),
+    ] = None,
     profile: Annotated[
         str | None, typer.Option(help="Of a study file: minilm (the first one is the default), paper, ...")
     ] = None,
@@ -93,6 +97,7 @@ def ablate(
     folders, in_place = _divided(data or [])
     changes = _changes(swap, task, folders, seeds, targets, train_also, sets, leave_out)
     changes |= {"model": model} if model is not None else {}
+    changes |= {"margin": margin} if margin is not None else {}
     changes |= {"grid": True} if grid else {}
     plan = lay_out(standing_in(_study(what, changes, sets or [], profile), in_place))
     if dry_run:
@@ -141,11 +146,18 @@ def report(
     """
     import attrs
 
+    from lrkit.study.recall import recalls_of
+    from lrkit.study.records import read_study
+
     written, table = _report(folder)
+    record = read_study(folder)
+    recalls = [each for task in record.tasks for each in recalls_of(record, task.name)]
     if as_json:
-        screen.say_json({"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]})
+        told = {"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]}
+        screen.say_json(told | ({"recall": [attrs.asdict(each) for each in recalls]} if recalls else {}))
         return
     study_screen.show_table(table)
+    study_screen.show_recalls(recalls)
     screen.say("written: " + " ".join(str(path) for path in written))
 
 

@@ -8,6 +8,7 @@ from lrkit.cli.tables import Column
 
 if TYPE_CHECKING:
     from lrkit.study.plan import Plan
+    from lrkit.study.recall import Recall
     from lrkit.study.statistics import Table
 
 
@@ -71,11 +72,11 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
 
 
 def show_table(table: "Table") -> None:
-    """Print a study's tables: per task its scores and its costs, then the tasks side by side; and the notes."""
-    from lrkit.study.table import COSTS, SCORES, columns_of, columns_of_tasks
+    """Print a study's tables: per task its scores, effects and costs, then the tasks side by side; and the notes."""
+    from lrkit.study.table import COSTS, EFFECTS, SCORES, columns_of, columns_of_tasks
 
     first = table.of(table.tasks[0])
-    shown = [(task, columns_of(table.of(task), keys)) for task in table.tasks for keys in (SCORES, COSTS)]
+    shown = [(task, columns_of(table.of(task), keys)) for task in table.tasks for keys in (SCORES, EFFECTS, COSTS)]
     shown.append(("means by task", columns_of_tasks(table)))
     screen.say(f"{table.title}\n")
     said = ""
@@ -89,6 +90,23 @@ def show_table(table: "Table") -> None:
             said = name
     for note in table.all_notes():
         screen.say(note)
+
+
+def show_recalls(recalls: Sequence["Recall"]) -> None:
+    """Print how much of the rank each row gave to the right layers, and its misses; nothing if no task knows them."""
+    if not recalls:
+        return
+    several = len({each.task for each in recalls}) > 1
+    heads = [Column("row"), *([Column("task")] if several else []), Column("recall", number=True)]
+    heads += [Column(name, number=True) for name in ("95 % interval", "layers found", "draws", "score")]
+    rows = [
+        [each.label, *([each.task] if several else []), *(screen.whole(text) for text in each.texts())]
+        for each in recalls
+    ]
+    screen.table(heads, rows, "rank in the right layers")
+    for each in recalls:
+        for draw in each.misses:
+            screen.say(f"missed by {each.label}{', ' + each.task if several else ''}: {draw}")
 
 
 def _count(number: int, what: str) -> str:

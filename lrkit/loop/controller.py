@@ -13,6 +13,7 @@ from torch import Tensor
 from lrkit.errors import Once, listing
 from lrkit.loop import fitting, rules
 from lrkit.loop.components import Components
+from lrkit.loop.draws import seed_of
 from lrkit.loop.gradients import Unclipped
 from lrkit.loop.history import Decision
 from lrkit.loop.layout import GradientOf, own_gradient
@@ -54,8 +55,9 @@ class Controller:
             ranks, self.policies = Ranks(run.ranks), run.policies()
             for state in self.policies:
                 state.begin()
-            # Fresh components are drawn from this and the step alone, so that a resumed run draws the same.
-            self.seed = int(torch.randint(2**62, ())) if run.grows else 0
+            # All chance follows from this and the step alone, so that a resumed run draws the same. To read the program's
+            # own seed changes no number that is drawn later.
+            self.seed = int(torch.randint(2**62, ())) if run.grows else torch.initial_seed() % 2**62
         else:
             self._take(saved, tensors or {})
             ranks = Ranks(run.ranks, saved.components, saved.numbered)
@@ -125,8 +127,7 @@ class Controller:
         """Say once what a run of so many steps will not reach by its schedules."""
         for state in self.policies:
             if not state.ended:
-                times = state.policy.scheduler.over(total_steps, units=state.capacity, layers=state.layers)
-                for key, message in rules.forewarnings(state, times):
+                for key, message in rules.forewarnings(state, state.over(total_steps)):
                     self.warn(f"{key} {state.index}", message)
 
     def objection(self, total_steps: int) -> str | None:
@@ -228,7 +229,7 @@ class Controller:
         assert state.times is not None
         action = state.policy.action
         standing = action.proximal(state.blocks, state.times.share(self.step), optimizer)
-        decided = state.decide(self.step, standing)
+        decided = state.decide(self.step, standing, seed_of(self.seed, self.step, state.index))
         if decided.skipped:
             self.warn("finite", f"gradients are not finite before step {self.step}: the statistics skip this step")
         verdict, before = decided.verdict, state.kept
@@ -252,6 +253,9 @@ class Controller:
             lost=lost,
             returned=returned,
             fresh=fresh,
+            amount=state.policy.scheduler.amount,
+            spent=(spent := state.cost(state.kept)),
+            whole=max(state.costs.whole, spent),
         )
         self.history.append(decision)
         return decision, settled or verdict.cut or bool(fresh)

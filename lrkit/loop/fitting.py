@@ -39,7 +39,7 @@ def check(run: Run, saved: Saved, tensors: Mapping[str, Tensor], bound_for: int 
         for state in policies:
             _check_progress(state, saved, total)
     shapes = run.shapes(saved.ranks)
-    frozen = set().union(*(state.fate.frozen(state.blocks, state.kept) for state in policies))
+    frozen = run.idle(saved.ranks).union(*(state.fate.frozen(state.blocks, state.kept) for state in policies))
 
     def look(p: nn.Parameter) -> tuple[tuple[int, ...], bool]:
         shape = shapes.get(id(p), tuple(p.shape))
@@ -102,8 +102,11 @@ def _check_progress(state: PolicyState, saved: Saved, total: int) -> None:
 def _check_sums(run: Run, saved: Saved, policies: list[PolicyState], frozen: set[int]) -> None:
     """Refuse sums of more parameters than there were, or of too few for a run beyond its end."""
     step, sums = saved.step, saved.sums
+    tally = Tally(run.modules, run.method.parameterization.parts, run.trained)
+    ever = tally.would_be(run.shapes(saved.numbered), set(), {})
     for name, first in run.ranks.items():
-        most = run.starts[name] * max(1, saved.numbered[name]) // max(1, first)
+        grown = ever[name] if saved.numbered[name] else 0
+        most = run.starts[name] * max(1, saved.numbered[name]) // first if first else max(run.starts[name], grown)
         if sums[name] > step * most:
             raise misfit(f"sums has {sums[name]} for {name}: more than {most} parameters at each of {step} steps")
     if saved.total_steps is None or step <= saved.total_steps:
@@ -113,7 +116,6 @@ def _check_sums(run: Run, saved: Saved, policies: list[PolicyState], frozen: set
         if not state.fate.counts:
             for block, mask in zip(state.blocks, split(state.kept, state.blocks), strict=True):
                 masks[block.name] = masks.get(block.name, mask) & mask
-    tally = Tally(run.modules, run.method.parameterization.parts, run.trained)
     kept = {name: int(mask.sum()) for name, mask in masks.items()}
     now = sum(tally.would_be(run.shapes(saved.ranks), frozen, kept).values())
     last = max((d.step for d in saved.history), default=0)

@@ -10,13 +10,18 @@ class Decision:
     Args:
         step: how many optimizer steps had been taken: 1, 2, ...
         policy: index into ``method.policies``.
-        budget: units that may be kept; all of them if the action goes by no number (`lrkit.actions.Verdict.budget`).
+        budget: units that may be kept, or what they may cost (`amount`); all of them if the action goes by no number
+            (`lrkit.actions.Verdict.budget`).
         kept: units that are kept.
         units: all units of the policy; if its action adds units, those that the schedule has room for.
         threshold: the lowest score among the kept units; None if none is kept.
         lost: names of the units that were kept before and are not now.
         returned: names of the units that were not kept before and are now.
         fresh: names of the units that were added. No number is given twice.
+        amount: in what `budget`, `spent` and `whole` are counted: ``"units"``, ``"parameters"`` or ``"flops"``
+            (multiply-adds per token), as the scheduler has it (`lrkit.Scheduler`).
+        spent: what the kept units cost. For units as many as are kept.
+        whole: what all units of the policy cost. For units their number.
     """
 
     step: int
@@ -28,6 +33,9 @@ class Decision:
     lost: tuple[str, ...]
     returned: tuple[str, ...]
     fresh: tuple[str, ...] = ()
+    amount: str = "units"
+    spent: int = attrs.field(default=attrs.Factory(lambda self: self.kept, takes_self=True))
+    whole: int = attrs.field(default=attrs.Factory(lambda self: self.units, takes_self=True))
 
     @property
     def before(self) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.loop.native import Compiled
+from lrkit.metrics import Parts
 from lrkit.units import Block, Part
 
 GradientOf = Callable[[nn.Parameter], Tensor | None]
@@ -180,18 +181,22 @@ class Layout:
             return torch.zeros(0, dtype=torch.float32, device=self.device)
         return torch.cat([t.detach().reshape(-1).to(self.device, torch.float32) for t in tensors])
 
-    def reduce(self, live: Tensor, still: Tensor, rule: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+    def reduce(
+        self, live: Tensor, still: Tensor, rule: Callable[[Parts], Tensor], draw: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         """Unit scores from entry-wise scores.
 
         Args:
             live: scores of the live entries [size].
             still: scores of the still entries [still_size].
             rule: `Metric.reduce`.
+            draw: gives a random number for each unit [units], if the rule asks for them.
 
         Returns:
             [units], -inf for units of blocks that are not present.
         """
         scores = []
+        place = 0
         for group in self.groups:
             parts = []
             for slab in group.slabs:
@@ -202,9 +207,19 @@ class Layout:
                 else:
                     by_unit = entries.view(group.blocks, *slab.shape).movedim(slab.axis + 1, 1)
                     parts.append(by_unit.unsqueeze(-1).flatten(2))
-            scores.append(rule(parts).flatten())
+            mine = None if draw is None else functools.partial(self._draws, draw, place, group)
+            scores.append(rule(Parts(parts, mine)).flatten())
+            place += group.blocks * group.units
         absent = torch.full((1,), -torch.inf, dtype=torch.float32, device=self.device)
         return torch.cat([*scores, absent]).index_select(0, self._order)
+
+    def _draws(self, draw: Callable[[], Tensor], place: int, group: _Group) -> Tensor:
+        """The random numbers of a group's units [blocks, units]; `place` is that of its first unit."""
+        drawn = draw().to(self.device)
+        here = (self._order >= place) & (self._order < place + group.blocks * group.units)
+        units = here.nonzero().flatten()
+        by_place = units[torch.argsort(self._order[units])]
+        return drawn[by_place].view(group.blocks, group.units)
 
     def reduce_means(self, means: Tensor) -> Tensor:
         """Unit scores by the default rule, from the mean score of each live tensor's units.

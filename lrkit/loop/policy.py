@@ -1,6 +1,7 @@
 """One policy of a run and its state: which units are kept, its schedule, and its metric's statistics."""
 
 import bisect
+import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 
@@ -10,14 +11,16 @@ from torch import Tensor
 
 from lrkit.actions import Ballot, Verdict, unsound
 from lrkit.errors import LrkitError
+from lrkit.loop.costs import Costs
 from lrkit.loop.course import Span, course, is_known
+from lrkit.loop.draws import uniform
 from lrkit.loop.fates import fate_of
 from lrkit.loop.layout import Layout, Look, as_is
 from lrkit.loop.resizing import Resize, Resized
 from lrkit.loop.statistics import Statistics
 from lrkit.method import Policy
 from lrkit.schedulers import Timetable
-from lrkit.units import Block, split
+from lrkit.units import Block, Part, split
 
 
 @attrs.frozen(eq=False)
@@ -42,17 +45,16 @@ class PolicyState:
         index: its place in ``method.policies``.
         policy: the policy.
         blocks: its units at first.
+        parts: all parts of the parameterization.
     """
 
-    def __init__(self, index: int, policy: Policy, blocks: Sequence[Block]) -> None:
+    def __init__(self, index: int, policy: Policy, blocks: Sequence[Block], parts: Sequence[Part]) -> None:
         self.index, self.policy, self.blocks = index, policy, list(blocks)
         self.fate = fate_of(policy.action)
         # Amounts that are given as an average are per layer that has such units: AFLoRA's FFN layers alone, say.
         self.layers = len({id(block.module) for block in blocks})
         self.units = sum(block.count for block in blocks)
-        # The schedule's amounts are of all units, those still to come included if the action adds some.
-        amounts = (policy.scheduler.start, policy.scheduler.target) if policy.action.grows else ()
-        self.capacity = max([self.units, *(a * self.layers for a in amounts if isinstance(a, int))])
+        self.costs = Costs.of(policy.scheduler.amount, blocks, parts, self.capacity)
         self.times: Timetable | None = None
         self.ended = False
         self.dead: frozenset[int] = frozenset()
@@ -62,6 +64,21 @@ class PolicyState:
         device = torch.device("cpu") if device.type == "meta" else device
         self.kept = torch.ones(self.units, dtype=torch.bool, device=device)
         self.statistics = Statistics(policy.metric, Layout([], [], policy.metric.reads), {})
+
+    @property
+    def capacity(self) -> int:
+        """How many units the schedule has room for: all, those still to come included if the action adds some."""
+        scheduler = self.policy.scheduler
+        amounts = (scheduler.start, scheduler.target) if self.policy.action.grows else ()
+        return max([self.units, *(a * self.layers for a in amounts if isinstance(a, int))])
+
+    def over(self, total_steps: int) -> Timetable:
+        """Bind the schedule to a run of so many steps. Raises LrkitError if it does not fit."""
+        return self.policy.scheduler.over(total_steps, units=self.costs.whole, layers=self.costs.layer)
+
+    def cost(self, units: Tensor) -> int:
+        """Return what some units cost, bool [units], as the schedule counts; their number if each counts as one."""
+        return int((units if self.costs.each is None else self._by_unit(self.blocks, self.costs.each)[units]).sum())
 
     def begin(self) -> None:
         """Lay out all entries and begin their statistics at zero. A loaded policy remembers its own instead."""
@@ -96,7 +113,7 @@ class PolicyState:
     def course(self) -> list[Span]:
         """Return the run's spans of equal states, as the schedule alone has them. See `lrkit.loop.course`."""
         assert self.times is not None
-        return course(self.times, self.policy.action, self.units)
+        return course(self.times, self.policy.action, self.costs.first)
 
     def follow_device(self) -> None:
         """Move mask and statistics to the device that the model has gone to since attach."""
@@ -166,25 +183,35 @@ class PolicyState:
         self.ended = True
         self.statistics = Statistics(self.policy.metric, self.layout(), {}, None, self.statistics.observations)
 
+    def scores(self, seed: int) -> Tensor:
+        """Return the scores of all units [units], -inf for one that is out for good.
+
+        Args:
+            seed: the decision's, for a metric that leaves something to chance.
+        """
+        return self.statistics.scores(functools.cache(functools.partial(uniform, seed, self.blocks)))
+
     @torch.no_grad()
-    def decide(self, step: int, standing: Tensor | None) -> Decided:
+    def decide(self, step: int, standing: Tensor | None, seed: int) -> Decided:
         """Decide which units to keep after a step; nothing is carried out.
 
         Args:
             step: the optimizer step just taken.
             standing: bool [units], False for those that a proximal step has taken out; None for no such step.
+            seed: the decision's (`lrkit.loop.draws.seed_of`).
         """
         assert self.times is not None
         skipped = self.statistics.skipped()
         # A score that is not a number (diverged weights) ranks last.
-        scores = torch.nan_to_num(self.statistics.scores(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        scores = torch.nan_to_num(self.scores(seed), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         candidates = self.fate.candidates(self.kept)
         candidates = candidates if standing is None else candidates & standing
         blocks, budget = self.blocks, self.times.budget(step)  # as they are now, whenever the ballot is read
+        each = self.costs.each
         if self.dead:
             live = self._by_unit(blocks, [id(block.module) not in self.dead for block in blocks]).bool()
             scores = torch.where(live, scores.clamp_min(torch.finfo(scores.dtype).min), -torch.inf)
-            if is_known(self.policy.action) and int((candidates & live).sum()) >= budget:
+            if is_known(self.policy.action) and self.cost(candidates & live) >= budget:
                 candidates = self.fate.without(candidates, live)
         ballot = Ballot(
             scores,
@@ -197,6 +224,8 @@ class PolicyState:
             lambda: self._by_unit(blocks, [sum(t.numel() for t in b.tensors) // max(1, b.count) for b in blocks]),
             last=step == self.times.last,
             layers=len(blocks),
+            seed=seed,
+            costs=None if each is None else (lambda: self._by_unit(blocks, each)),
         )
         action = self.policy.action
         verdict = action.decide(ballot)

@@ -103,6 +103,9 @@ def resize_layer(
         The resize of each tensor, by its ``id``.
     """
     done = {}
+    if how.fresh and not len(how.index):
+        for p in module.parameters():  # the rest of an adapter that began with rank 0 trains from here on
+            p.requires_grad_(p.requires_grad or id(p) in trained)
     for part in parts:
         tensor, axis = part.of(module), part.axis
         assert axis is not None

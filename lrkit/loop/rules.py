@@ -17,12 +17,11 @@ def timetable(state: PolicyState, total_steps: int) -> Timetable:
     """
     if total_steps > MOST_STEPS:
         raise LrkitError(f"total_steps must be at most {MOST_STEPS:,}, not {shown(total_steps)}")
-    scheduler, units = state.policy.scheduler, state.capacity
-    times = scheduler.over(total_steps, units=units, layers=state.layers)
+    scheduler, times = state.policy.scheduler, state.over(total_steps)
     first, last = times.budget(-1), times.budget(total_steps + 1)
     if last > first and not state.policy.action.grows:
         raise LrkitError(
-            f"{type(scheduler).__name__}: target {scheduler.target!r} is {last} of {units} units, "
+            f"{type(scheduler).__name__}: target {scheduler.target!r} is {last} of {times.units} {scheduler.amount}, "
             f"above start {scheduler.start!r}, which is {first}: a budget never grows"
         )
     return times
@@ -46,9 +45,7 @@ def objection(policies: Sequence[PolicyState], step: int, before: int | None, to
     changes = []
     for state in policies:
         if not state.ended:
-            sizes = {"units": state.capacity, "layers": state.layers}
-            now, then = (state.policy.scheduler.over(total, **sizes) for total in (before, total_steps))
-            changes.append(_change(step, now, then))
+            changes.append(_change(step, state.over(before), state.over(total_steps)))
     if not changes:
         return None
     return (
@@ -86,7 +83,7 @@ def forewarnings(state: PolicyState, times: Timetable) -> Iterator[tuple[str, st
         )
         return
     budget = times.budget(times.last)
-    if not state.fate.counts and is_known(action) and not budget:
+    if not state.fate.counts and is_known(action) and budget < state.costs.least:
         yield (
             "nothing",
             f"{name}.target = {scheduler.target!r}: after the last decision, at step {end}, no component is left, and the "
@@ -107,5 +104,5 @@ def _change(step: int, before: Timetable, after: Timetable) -> str:
     budgets = [times.budget(step) for times in (after, before)]
     return (
         f"last decision at step {ends[0]} instead of {ends[1]}, budget at step {before.number(step)} {budgets[0]} instead "
-        f"of {budgets[1]} of {before.units} units"
+        f"of {budgets[1]} of {before.units} {before.scheduler.amount}"
     )

@@ -47,7 +47,7 @@ class Run:
         blocks = []
         for policy in method.policies:
             found = blocks_of(modules, parts, policy.action.unit, trained)
-            if not found:
+            if not any(block.count for block in found):
                 raise LrkitError(
                     f"{type(policy.action).__name__} has nothing to act on: no unit of kind {policy.action.unit!r} trains "
                     "in the layers that were chosen"
@@ -84,7 +84,8 @@ class Run:
     def policies(self) -> list[PolicyState]:
         """Make the state of each policy as it is at first, without statistics."""
         each = enumerate(zip(self.method.policies, self.blocks, strict=True))
-        return [PolicyState(index, policy, blocks) for index, (policy, blocks) in each]
+        parts = self.method.parameterization.parts
+        return [PolicyState(index, policy, blocks, parts) for index, (policy, blocks) in each]
 
     def froze(self, tensor: Tensor) -> bool:
         """Say whether a tensor trained when the run began and was frozen on the way."""
@@ -93,6 +94,11 @@ class Run:
     def places(self) -> dict[int, tuple[str, int]]:
         """Return layer name and axis of each tensor that has one slice per component, by the tensor's ``id``."""
         return {id(part.of(m)): (name, part.axis or 0) for name, m in self.modules.items() for part in self.parts}
+
+    def idle(self, ranks: Mapping[str, int]) -> set[int]:
+        """Return the ``id`` of each tensor of the layers that began with rank 0, and have it at these ranks, too."""
+        names = [name for name in self.modules if self.parts and not self.ranks[name] and not ranks[name]]
+        return {id(p) for name in names for p in self.modules[name].parameters()}
 
     def shapes(self, ranks: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
         """Return the shapes that component-wise tensors have at other ranks, by the tensor's ``id``."""

@@ -51,7 +51,7 @@ class Saved:
         ranks: layer name to the components that it stores.
         step: optimizer steps taken.
         total_steps: of the whole run; None before `bind`.
-        seed: what growth is drawn from.
+        seed: what fresh components and all chance are drawn from.
         policies: in the method's order.
         history: all decisions so far, in order.
         components: layer name to the numbers of its components, for layers that were cut or have grown.
@@ -59,6 +59,7 @@ class Saved:
         sums: layer name to trainable parameters, summed over the steps.
         dead: layers that no gradient reaches; None if none has been seen yet.
         base: what the plain model was.
+        allocation: the ranks in effect as plain data, for those who have only the file; None if the method has none.
     """
 
     method: dict[str, Any]
@@ -75,6 +76,7 @@ class Saved:
     sums: dict[str, int]
     dead: tuple[str, ...] | None = None
     base: Any = None
+    allocation: Any = None
 
     def check(self) -> None:
         """Raise LrkitError unless all that it says agrees."""
@@ -119,7 +121,7 @@ class Saved:
                 raise misfit(f"history has a decision of policy {d.policy}, and there are {len(self.policies)}")
             if not max(before, last.get(d.policy, 0) + 1) <= d.step <= self.step:
                 raise misfit(f"history has a decision after step {d.step} that cannot be there at step {self.step}")
-            if d.kept > d.units or d.budget > d.units:
+            if d.kept > d.units or max(d.budget, d.spent) > d.whole:
                 raise misfit(f"history has a decision after step {d.step} that keeps more units than there are")
             before = last[d.policy] = d.step
         for index, policy in enumerate(self.policies):
@@ -205,7 +207,8 @@ def _converter() -> cattrs.Converter:
     known = {field.name for field in attrs.fields(Decision)}
 
     def decision(value: Any, kind: Any) -> Any:
-        if isinstance(value, Mapping) and set(value) != known:
+        # A record of before there were costs counts units, and has their defaults.
+        if isinstance(value, Mapping) and set(value) not in (known, known - {"amount", "spent", "whole"}):
             odd = sorted(set(value) ^ known, key=str)[0]
             raise Misfit(f"has {shown(odd)}, which is not a field of it" if odd in value else f"lacks {shown(odd)}")
         return build(value, kind)

@@ -3,7 +3,7 @@
 This is the one seam for the compiled path (`lrkit.loop.native`): metrics know nothing of it, and neither does the loop.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import attrs
 import torch
@@ -109,14 +109,18 @@ class Statistics:
         """Return the entry-wise scores of what still trains [layout.size]."""
         return self.metric.score(self.layout.weights(), self.buffers)
 
-    def scores(self) -> Tensor:
-        """Return unit scores [units], -inf for a unit that is out for good."""
+    def scores(self, draw: Callable[[], Tensor]) -> Tensor:
+        """Return unit scores [units], -inf for a unit that is out for good.
+
+        Args:
+            draw: gives a random number for each unit [units], for a metric that asks for them.
+        """
         if self._kernel is not None and not self.layout.still:
             mean, deviation = self.buffers["importance"], self.buffers["uncertainty"]
             if self.layout.native.usable(mean, deviation):
                 means = self._means if self._means is not None else self.layout.native.score(mean, deviation)
                 return self.layout.reduce_means(means)
-        return self.layout.reduce(self.entries(), self.still, self.metric.reduce)
+        return self.layout.reduce(self.entries(), self.still, self.metric.reduce, draw)
 
     def decided(self) -> None:
         """Forget the scores that were made for a decision."""

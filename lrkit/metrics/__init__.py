@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 from lrkit.hookspecs import hookimpl
-from lrkit.metrics.base import Metric
+from lrkit.metrics.base import Metric, Parts
 from lrkit.metrics.gradient import GradientUncertainty, RatioUncertainty
 from lrkit.metrics.magnitude import Magnitude
+from lrkit.metrics.random import Random
 from lrkit.metrics.sensitivity import Sensitivity, SensitivityUncertainty, UncertaintyMetric
 
 
@@ -18,6 +19,7 @@ def lrkit_metrics() -> Mapping[str, type[Metric]]:
         "sensitivity-uncertainty": SensitivityUncertainty,
         "gradient-uncertainty": GradientUncertainty,
         "ratio-uncertainty": RatioUncertainty,
+        "random": Random,
     }
 
 
@@ -25,6 +27,8 @@ __all__ = [
     "GradientUncertainty",
     "Magnitude",
     "Metric",
+    "Parts",
+    "Random",
     "RatioUncertainty",
     "Sensitivity",
     "SensitivityUncertainty",

@@ -1,14 +1,46 @@
 """The protocol of an importance metric: an entry-wise score from weights and gradients."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, Literal
 
 import attrs
 import torch
 from torch import Tensor
 
+from lrkit.errors import LrkitError
 from lrkit.settings import one_of
+
+
+class Parts(tuple[Tensor, ...]):
+    """The parts of blocks of one shape, each with its entries' scores [blocks, units, entries]; and a draw for each unit.
+
+    Args:
+        scores: the tensors.
+        draw: makes `draws`; without it there are none.
+    """
+
+    def __new__(cls, scores: Iterable[Tensor], draw: Callable[[], Tensor] | None = None) -> "Parts":
+        """Make the tuple."""
+        made = super().__new__(cls, scores)
+        made._draw = draw
+        return made
+
+    _draw: Callable[[], Tensor] | None
+
+    @property
+    def draws(self) -> Tensor:
+        """One uniform number in [0, 1) for each unit, float32 [blocks, units].
+
+        A unit's number follows from the run's seed, the step, the policy and the unit's name alone. So it is the same on
+        every process and in a resumed run, whatever became of other units; and another one at the next decision.
+
+        Raises:
+            LrkitError: these parts were made without draws.
+        """
+        if self._draw is None:
+            raise LrkitError("these parts have no draws: make them by Parts(scores, draw)")
+        return self._draw()
 
 
 @attrs.frozen(kw_only=True)
@@ -60,11 +92,12 @@ class Metric(abc.ABC):
             state: the tensors [N] that `buffers` names.
         """
 
-    def reduce(self, parts: Sequence[Tensor]) -> Tensor:
+    def reduce(self, parts: Parts) -> Tensor:
         """Unit scores of blocks of one shape, from the entry-wise scores of their parts.
 
         Args:
-            parts: for each part of the units its entries' scores [blocks, units, entries].
+            parts: for each part of the units its entries' scores [blocks, units, entries]. A metric that leaves something to
+                chance finds its random numbers in ``parts.draws`` [blocks, units] (`Parts.draws`).
 
         Returns:
             Unit scores [blocks, units], by default the sum over parts of the mean over entries (AdaLoRA, Eq. 7; AFLoRA,

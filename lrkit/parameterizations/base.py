@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from lrkit.ranks import Rank, ScaleBy, rank_at, scale_rank
 from lrkit.units import Part
 
 Role = Literal["attention", "ffn", "other"]
@@ -25,6 +26,7 @@ class Target:
         d_out: size of its output.
         role: ``"attention"``, ``"ffn"`` or ``"other"``, found by name.
         output: whether it is the last map of attention or FFN, whose output is added to the residual; found by name.
+        layers: names of all layers that are adapted, this one included; empty for this one alone.
     """
 
     name: str
@@ -33,6 +35,15 @@ class Target:
     d_out: int
     role: Role
     output: bool = False
+    layers: tuple[str, ...] = ()
+
+    def rank_of(self, rank: Rank) -> int:
+        """Return this layer's rank by a setting ``rank``, which may be one for all layers or a table; 0 for none."""
+        return rank_at(rank, self.name)
+
+    def scale_rank(self, rank: Rank, by: ScaleBy) -> float:
+        """Return the r of this layer's scale α/r by the settings ``rank`` and ``scale_by``. It is never 0."""
+        return scale_rank(rank, self.name, self.layers or (self.name,), by)
 
 
 @attrs.frozen(kw_only=True)
@@ -121,9 +132,10 @@ class Parameterization(abc.ABC):
         raise NotImplementedError
 
     @property
-    def components(self) -> int | None:
+    def components(self) -> Rank | None:
         """Return the initial rank, which is how many rank components an adapter has before anything is pruned.
 
-        None if it follows from the layer, for example if a component is a row of its weight.
+        It is an int, or a table of layer or pattern to rank if layers differ (`lrkit.ranks`). None if it follows from the
+        layer, for example if a component is a row of its weight.
         """
         return 0

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lrkit.parameterizations.adapter import further, new_factor
 from lrkit.parameterizations.base import Parameterization, Target
 from lrkit.parameterizations.lowrank import LowRank
-from lrkit.settings import real, whole
+from lrkit.ranks import SCALES, Rank, ScaleBy, as_rank, is_rank
+from lrkit.settings import one_of, real
 from lrkit.units import Part
 
 
@@ -22,16 +23,18 @@ class LoRA(Parameterization):
     `lrkit.actions.Prune` refuses it.
 
     Args:
-        rank: r.
+        rank: r, or a table of layer or pattern to rank; 0 leaves a layer without an adapter.
         alpha: α; the increment is scaled by α/r.
+        scale_by: the r of the scale if ranks differ: each layer's ``"own-rank"``, or the ``"mean-rank"`` over all layers.
         dropout: probability of dropping an entry of the adapter's input while training.
     """
 
     learning_rate: ClassVar[float] = 1e-3
 
-    rank: int = attrs.field(default=8, validator=whole(1, 65_536))
+    rank: Rank = attrs.field(default=8, converter=as_rank, validator=is_rank())
     alpha: float = attrs.field(default=16.0, validator=real(0.0, above=True))
     dropout: float = attrs.field(default=0.0, validator=real(0.0, 1.0, below=True))
+    scale_by: ScaleBy = attrs.field(default="own-rank", validator=one_of(SCALES))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -39,7 +42,7 @@ class LoRA(Parameterization):
         return (Part("A", axis=0, matrix=True), Part("B", axis=1, matrix=True))
 
     @property
-    def components(self) -> int:
+    def components(self) -> Rank:
         """Return r."""
         return self.rank
 
@@ -57,8 +60,11 @@ class LoRA(Parameterization):
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with A and B beside it."""
-        a = new_factor(target.layer, self.rank, target.d_in)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        b = new_factor(target.layer, target.d_out, self.rank)
+        rank = target.rank_of(self.rank)
+        a = new_factor(target.layer, rank, target.d_in)
+        if rank:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        b = new_factor(target.layer, target.d_out, rank)
         nn.init.zeros_(b)
-        return LowRank(target.layer, a, b, scaling=self.alpha / self.rank, dropout=self.dropout)
+        scaling = self.alpha / target.scale_rank(self.rank, self.scale_by)
+        return LowRank(target.layer, a, b, scaling=scaling, dropout=self.dropout)

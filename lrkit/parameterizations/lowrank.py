@@ -66,6 +66,7 @@ class LowRank(Adapter):
         self.register_parameter("out_scale", out_scale)
         self.scaling = scaling
         self.dropout = dropout
+        self.first_rank = self.rank
 
     def __getattr__(self, name: str) -> Any:
         if name in ("A", "B") and "_owner" in self.__dict__:

@@ -11,7 +11,8 @@ from lrkit.parameterizations.adapter import further, new_factor
 from lrkit.parameterizations.base import Parameterization, Target
 from lrkit.parameterizations.lowrank import LowRank
 from lrkit.parameterizations.orthogonality import orthogonality
-from lrkit.settings import one_of, real, whole
+from lrkit.ranks import SCALES, Rank, ScaleBy, as_rank, is_rank
+from lrkit.settings import one_of, real
 from lrkit.units import Part
 
 
@@ -23,9 +24,10 @@ class SVD(Parameterization):
     is ``core`` and Q is ``A``, the names of the shared low-rank form.
 
     Args:
-        rank: r, the initial rank of every layer.
+        rank: r, the initial rank of every layer, or a table of layer or pattern to rank; 0 leaves a layer without.
         alpha: None for no scale, as the paper has it; a number for α/(r + 1e-5), as the released code has it. The
             scale is not changed when ranks fall (the authors found that to hurt).
+        scale_by: the r of the scale if ranks differ: each layer's ``"own-rank"``, or the ``"mean-rank"`` over all layers.
         init_std: standard deviation of P and Q at the start. The paper says Gaussian; 0.02 is the released code's.
         orthogonality: γ, the penalty's weight; 0 turns it off.
         orthogonality_norm: ``"mean"`` is the released code's and PEFT's mean over all P and Q of the un-squared norm;
@@ -36,11 +38,12 @@ class SVD(Parameterization):
     learning_rate: ClassVar[float] = 1e-2
     penalty_weight: ClassVar[str | None] = "orthogonality"
 
-    rank: int = attrs.field(default=12, validator=whole(1, 65_536))
+    rank: Rank = attrs.field(default=12, converter=as_rank, validator=is_rank())
     alpha: float | None = attrs.field(default=None, validator=attrs.validators.optional(real(0.0, above=True)))
     init_std: float = attrs.field(default=0.02, validator=real(0.0, above=True))
     orthogonality: float = attrs.field(default=0.1, validator=real(0.0))
     orthogonality_norm: Literal["squared", "mean"] = attrs.field(default="mean", validator=one_of(("squared", "mean")))
+    scale_by: ScaleBy = attrs.field(default="own-rank", validator=one_of(SCALES))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -52,19 +55,20 @@ class SVD(Parameterization):
         )
 
     @property
-    def components(self) -> int:
+    def components(self) -> Rank:
         """Return r."""
         return self.rank
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with P, Λ and Q beside it."""
-        q = new_factor(target.layer, self.rank, target.d_in)
+        rank = target.rank_of(self.rank)
+        q = new_factor(target.layer, rank, target.d_in)
         nn.init.normal_(q, std=self.init_std)
-        p = new_factor(target.layer, target.d_out, self.rank)
+        p = new_factor(target.layer, target.d_out, rank)
         nn.init.normal_(p, std=self.init_std)
-        core = new_factor(target.layer, self.rank)
+        core = new_factor(target.layer, rank)
         nn.init.zeros_(core)
-        scaling = 1.0 if self.alpha is None else self.alpha / (self.rank + 1e-5)
+        scaling = 1.0 if self.alpha is None else self.alpha / (target.scale_rank(self.rank, self.scale_by) + 1e-5)
         return LowRank(target.layer, q, p, core=core, scaling=scaling)
 
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:

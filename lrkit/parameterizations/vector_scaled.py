@@ -13,7 +13,8 @@ from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.parameterizations.adapter import further, new_factor
 from lrkit.parameterizations.base import Parameterization, Role, Target
 from lrkit.parameterizations.lowrank import LowRank
-from lrkit.settings import flag, one_of, real, whole
+from lrkit.ranks import Rank, as_rank, is_rank
+from lrkit.settings import flag, one_of, real
 from lrkit.units import Part
 
 _WHERE: dict[str, tuple[Role, ...]] = {
@@ -32,7 +33,7 @@ class VectorScaled(Parameterization):
     ``core`` and Λ_b is ``out_scale``. Sources: arXiv 2310.11454, Eq. 2 and section 3.2; arXiv 2403.13269, Eq. 1.
 
     Args:
-        rank: r.
+        rank: r, or a table of layer or pattern to rank; 0 leaves a layer without an adapter. Not with `shared`.
         train: the layers whose A and B train: ``"ffn"`` (AFLoRA's choice, its Table 3), ``"attention"``, ``"both"``, or
             ``"none"`` (ELoRA and VeRA: frozen at their random start). Layers are told apart by name.
         shared: one pair A, B for all layers, cut to each layer's size (VeRA). Only with ``train="none"``.
@@ -41,7 +42,7 @@ class VectorScaled(Parameterization):
 
     learning_rate: ClassVar[float] = 1e-2
 
-    rank: int = attrs.field(default=4, validator=whole(1, 65_536))
+    rank: Rank = attrs.field(default=4, converter=as_rank, validator=is_rank())
     train: Literal["ffn", "attention", "both", "none"] = attrs.field(
         default="both", validator=one_of(("ffn", "attention", "both", "none"))
     )
@@ -49,7 +50,11 @@ class VectorScaled(Parameterization):
     d_init: float = attrs.field(default=0.1, validator=real(0.0, above=True))
 
     def __attrs_post_init__(self) -> None:
-        """Refuse shared matrices that train."""
+        """Refuse shared matrices that train, or that are of several ranks."""
+        if self.shared and not isinstance(self.rank, int):
+            raise LrkitError(
+                "VectorScaled(shared=True) has one A and B for all layers: rank must be an int, and no table"
+            )
         if self.shared and self.train != "none":
             raise LrkitError(
                 f'VectorScaled(shared=True) has one A and B for all layers: train must be "none", not "{self.train}"'
@@ -67,7 +72,7 @@ class VectorScaled(Parameterization):
         )
 
     @property
-    def components(self) -> int:
+    def components(self) -> Rank:
         """Return r."""
         return self.rank
 
@@ -76,7 +81,8 @@ class VectorScaled(Parameterization):
         new = further(module, part, count)
         if part.name == "A":
             return nn.init.kaiming_uniform_(new, generator=generator)
-        bound = math.sqrt(6 / self.rank)  # Kaiming's, whose fan-in is the initial rank for B
+        assert isinstance(module, LowRank)
+        bound = math.sqrt(6 / max(1, module.first_rank))  # Kaiming's, whose fan-in is the initial rank for B
         return nn.init.uniform_(new, -bound, bound, generator=generator)
 
     def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
@@ -110,15 +116,17 @@ class VectorScaled(Parameterization):
         return self._adapter(target, target.d_in, target.d_out, None)
 
     def _adapter(self, target: Target, d_in: int, d_out: int, owner: LowRank | None) -> LowRank:
-        core = new_factor(target.layer, self.rank)
+        rank = target.rank_of(self.rank)
+        core = new_factor(target.layer, rank)
         nn.init.constant_(core, self.d_init)
         out_scale = new_factor(target.layer, target.d_out)
         nn.init.zeros_(out_scale)
         if owner is not None:
             return LowRank(target.layer, None, None, core=core, out_scale=out_scale, owner=owner)
-        a = new_factor(target.layer, self.rank, d_in)
-        b = new_factor(target.layer, d_out, self.rank)
+        a = new_factor(target.layer, rank, d_in)
+        b = new_factor(target.layer, d_out, rank)
         for matrix in (a, b):
-            nn.init.kaiming_uniform_(matrix)
+            if rank:
+                nn.init.kaiming_uniform_(matrix)
             matrix.requires_grad_(target.role in _WHERE[self.train])
         return LowRank(target.layer, a, b, core=core, out_scale=out_scale)

@@ -209,7 +209,7 @@ def _schedule(adapted: Adapted, ranks: Mapping[str, int]) -> dict[str, Any]:
                 plain |= {"tinit": begin, "tfinal": total - end}
                 plain["deltaT"] = max(1, in_steps(policy.scheduler.interval, total))
             target = policy.scheduler.target
-            most = adapted.method.parameterization.components or 0
+            most = max(adapted.controller.run.ranks.values())
             plain["target_r"] = target if isinstance(target, int) else max(1, round(target * most))
             plain |= {b: getattr(policy.metric, b) for b in ("beta1", "beta2") if hasattr(policy.metric, b)}
     return plain

@@ -13,6 +13,7 @@ from lrkit.adapt.foresight import check_fresh, weightless
 from lrkit.adapt.targets import find_targets
 from lrkit.errors import LrkitError, LrkitWarning, shown
 from lrkit.method import Method
+from lrkit.parameterizations import LoRA
 from lrkit.peft.files import CONFIG, WEIGHTS, commonest
 from lrkit.peft.saved import Saved, read_saved
 
@@ -26,10 +27,10 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
     Args:
         model: the base model as PEFT had it.
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        method: None for the one in the config: `lrkit.methods.lora`, or `lrkit.methods.adalora` with its schedule and
-            ``variant="peft"``. Any other method with low-rank adapters of enough rank will do: LoRA's B A goes into SVD
-            form by an SVD of ΔW, which is exact. If a layer's rank is smaller than the method's, it gets further
-            components that add nothing at first.
+        method: None for the one in the config: `lrkit.methods.lora` with each layer's rank, or `lrkit.methods.adalora`
+            with its schedule and ``variant="peft"``. Any other method with low-rank adapters of enough rank will do: LoRA's
+            B A goes into SVD form by an SVD of ΔW, which is exact. If a layer's rank is smaller than the method's, it gets
+            further components that add nothing at first.
 
     Returns:
         The handle, to be bound to an optimizer.
@@ -126,6 +127,15 @@ def _method_of(saved: Saved) -> Method:
             orthogonality=config["orth_reg_weight"],
             variant="peft",
         )
-    rank = max(factors.rank for factors in saved.layers.values())
-    scale = commonest({name: factors.scaling for name, factors in saved.layers.items()})
-    return methods.lora(rank=rank, alpha=scale * rank, dropout=saved.dropout)
+    ranks = {name: factors.rank for name, factors in saved.layers.items()}
+    scales = {name: factors.scaling for name, factors in saved.layers.items()}
+    scale, rank = commonest(scales), commonest(ranks)
+    if set(ranks.values()) == {rank}:
+        return methods.lora(rank=rank, alpha=scale * rank, dropout=saved.dropout)
+    if set(scales.values()) == {scale}:
+        mean = sum(ranks.values()) / len(ranks)
+        lora = LoRA(rank=ranks, alpha=scale * mean, dropout=saved.dropout, scale_by="mean-rank")
+    else:
+        alpha = commonest({name: scales[name] * rank for name, rank in ranks.items()})
+        lora = LoRA(rank=ranks, alpha=alpha, dropout=saved.dropout)
+    return Method(parameterization=lora)

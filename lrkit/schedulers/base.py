@@ -10,7 +10,18 @@ from lrkit.settings import Amount, Time, count_or_share, one_of
 
 
 @attrs.frozen(kw_only=True)
-class Scheduler(abc.ABC):
+class Amounts:
+    """How much may be kept: at first, in the end, and in what that is counted. `Scheduler` says what each setting means."""
+
+    target: Amount = attrs.field(default=0.5, validator=count_or_share())
+    start: Amount = attrs.field(default=1.0, validator=count_or_share())
+    amount: Literal["units", "parameters", "flops"] = attrs.field(
+        default="units", validator=one_of(("units", "parameters", "flops"))
+    )
+
+
+@attrs.frozen(kw_only=True)
+class Scheduler(Amounts, abc.ABC):
     """A budget over time: all of `start` until t_i, from there to `target` at T - t_f, and `target` from then on.
 
     It falls, or stays. If the action adds units (`lrkit.Action.grows`) it may rise as well.
@@ -18,11 +29,17 @@ class Scheduler(abc.ABC):
     A subclass (``@attrs.frozen(kw_only=True)``) writes `decay` alone. ``scheduler.over(total_steps, units=, layers=)`` binds
     it to a run: a `Timetable`, whose steps are 1, 2, .... Times are steps (``int``) or a share of the total
     steps (``float``); amounts are units for each adapted matrix on average (``int``) or a share of all units
-    (``float``).
+    (``float``), or what these cost (`amount`).
 
     Args:
         target: b_T, what is kept in the end. ``8`` is an average rank of 8; ``0.0`` is nothing.
         start: b_0, what is kept in the beginning: all units.
+        amount: in what the budget is counted. ``"units"``: each unit is one, as the papers have it. ``"parameters"``: a unit
+            costs its trainable entries. ``"flops"``: it costs the multiply-adds per token that are spent on it: for a
+            component one for each entry of its slices in all of the adapter's tensors, whether they train or not; for a
+            matrix one for each entry, the part of the weight gradient that freezing saves. A target of n is then what n
+            units in every layer cost, and a share one of the whole cost; the best units are taken in turn, each if it
+            still fits (`lrkit.actions.best`).
         warmup: t_i, steps before the first decision.
         final: t_f, steps at the end during which the budget and what is kept are fixed.
         interval: ΔT, steps between decisions. Between them, what lost may change and win the next time.
@@ -40,8 +57,6 @@ class Scheduler(abc.ABC):
             each step (PLATON's and LoSparse's released code).
     """
 
-    target: Amount = attrs.field(default=0.5, validator=count_or_share())
-    start: Amount = attrs.field(default=1.0, validator=count_or_share())
     warmup: Time = attrs.field(default=0, validator=count_or_share())
     final: Time = attrs.field(default=0, validator=count_or_share())
     interval: Time = attrs.field(default=1, validator=count_or_share(1))

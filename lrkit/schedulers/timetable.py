@@ -29,8 +29,10 @@ class Timetable:
     Args:
         scheduler: the schedule.
         total_steps: T, optimizer steps of the whole run.
-        units: what the amounts are of: all units of a policy, those that its action may still add included.
-        layers: adapted matrices, for amounts that are given as an average.
+        units: what the amounts are of: all units of a policy, those that its action may still add included. If the
+            scheduler counts costs (`Scheduler.amount`), what all units cost.
+        layers: adapted matrices, for amounts that are given as an average. If it counts costs, what one unit in every
+            layer costs.
 
     Raises:
         LrkitError: warm-up and final phase do not fit into the run.
@@ -123,7 +125,7 @@ class Timetable:
         return number < self._end or (number == self._end and ending == "fixed")
 
     def budget(self, step: int) -> int:
-        """Return how many units may be kept after a step, from 0 to `units`. Step 0 is the start."""
+        """Return how many units may be kept after a step, or what they may cost, from 0 to `units`. Step 0 is the start."""
         share, ends = self._between(step), []
         for amount in (self.scheduler.target, self.scheduler.start):
             ends.append(min(in_units(amount, total=self.units, layers=self.layers), self.units))
@@ -143,7 +145,7 @@ class Timetable:
         return self._amount(share) / self.units
 
     def _amount(self, share: float) -> float:
-        """Return the budget in units, before it is made a whole number, so far between b_T (0) and b_0 (1)."""
+        """Return the budget, before it is made a whole number, so far between b_T (0) and b_0 (1)."""
 
         def units(amount: Amount) -> float:
             return min(amount * self.layers, self.units) if isinstance(amount, int) else amount * self.units

@@ -17,3 +17,7 @@
 The side that trains imports nothing of the side that reads: plan, cell, worker and run on the one, results, comparison,
 table and report on the other. They meet in the files.
 """
+
+from lrkit.study.power import seeds_needed
+
+__all__ = ["seeds_needed"]

@@ -38,6 +38,7 @@ def ablate(
     leave_out: Sequence[str] = (),
     grid: bool = False,
     title: str = "",
+    margin: float | None = None,
     profile: str | None = None,
     executor: str | Executor = "local",
     workers: int | None = None,
@@ -76,6 +77,8 @@ def ablate(
         leave_out: ``"penalty"``, ``"policy"``, ``"also"``: a row without it each.
         grid: all combinations of `swap`.
         title: for the report.
+        margin: differences of the primary score that are smaller than this do not matter (0.01 is one point of accuracy):
+            rows are also tested for equivalence. It is written down before the first cell, and stays.
         profile: of a study file, such as ``"paper"``; None for its first.
         executor: ``"local"``, ``"ray"``, a plug-in's name, or any `concurrent.futures.Executor`.
         workers: cells at a time; None: one per GPU, or one per CPU core up to four. 0: in this process, which knows
@@ -111,7 +114,7 @@ def ablate(
     study = (
         base
         if isinstance(base, Study)
-        else _study(base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title, train_also)
+        else _study(base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title, train_also, margin)
     )
     plan = lay_out(standing_in(study, data or {}))
     if few := too_few_seeds(len(plan.rows) - 1, len(plan.seeds)):
@@ -149,6 +152,7 @@ def _study(
     grid: bool,
     title: str,
     train_also: str | Sequence[str] = "auto",
+    margin: float | None = None,
 ) -> Study:
     """Make a study of `ablate`'s arguments."""
     values = {path: [_plain(path, v) for v in _listed(path, tried)] for path, tried in (swap or {}).items()}
@@ -167,6 +171,7 @@ def _study(
             "train_also": train_also if isinstance(train_also, str) else list(train_also),
             "seeds": seeds if isinstance(seeds, int) else list(seeds),
             "run": dict(run or {}),
+            "margin": margin,
         },
         "ablate",
     )

@@ -4,6 +4,7 @@
 `lrkit.study.plan.lay_out` does that.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -16,6 +17,7 @@ from lrkit.errors import LrkitError, nearest, shown
 from lrkit.reading import TOML_BYTES, check_plain, parse_toml, read_text
 from lrkit.strict import Misfit, strict_converter, structured
 from lrkit.study.catalogue import check_required, names, text_of
+from lrkit.study.claim import Claim
 from lrkit.study.shipped import with_profile
 
 if TYPE_CHECKING:
@@ -107,6 +109,9 @@ class Study:
         train_also: likewise.
         seeds: how many (0, 1, ...), or which.
         run: settings of every run.
+        margin: differences of the primary score that are smaller than this do not matter (0.01 is one point of accuracy);
+            rows are then tested for equivalence, too. None: for a difference alone.
+        claims: what is claimed of the rows, and judged by the rule of `lrkit.study.claims`.
     """
 
     base: Any
@@ -125,6 +130,8 @@ class Study:
     train_also: str | list[str] = "auto"
     seeds: int | list[int] = SEEDS
     run: dict[str, Any] = attrs.field(factory=dict)
+    margin: float | None = None
+    claims: list[Claim] = attrs.field(factory=list)
 
 
 def study_named(source: str, changes: Mapping[str, Any] | None = None, *, profile: str | None = None) -> Study:
@@ -181,6 +188,8 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
     except LrkitError as error:
         raise LrkitError(f"{where}: {error}") from None
     check_required(study.requires, where)
+    if study.margin is not None and not 0 < study.margin < math.inf:
+        raise LrkitError(f"{where}: margin must be a number above 0, in the primary score's units, not {study.margin}")
     for spec in study.tasks:
         if (spec.task is None) == (spec.data is None):
             raise LrkitError(f"{where}: tasks: each has either task (a name) or data (a folder)")

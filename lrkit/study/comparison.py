@@ -11,91 +11,13 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
+from lrkit.study.effects import corrected, effect_interval, effect_size
+from lrkit.study.equivalence import equivalence_p, verdict_of, why_open
 from lrkit.study.files import Cost
 from lrkit.study.paired import ENOUGH_PAIRS, LEVEL, enough_pairs, holm, interval, sign_flip_p, smallest_p
 from lrkit.study.results import StudyRecord
-from lrkit.study.scores import scale_of
-
-
-@attrs.frozen(kw_only=True)
-class TableRow:
-    """One row of a task's table. None stands for a number that there is not (yet); no number here is NaN.
-
-    Args:
-        index: index into the study's rows.
-        label: the row's name.
-        task: the task's name.
-        is_base: it is the row that the others are compared with.
-        planned: cells the study asks for.
-        done: cells with a result.
-        running: cells begun, without a result (they run now, or were interrupted).
-        failed: cells whose last attempt failed.
-        missing: cells never begun.
-        n: finite scores.
-        diverged: results whose score is NaN. They are in no mean and no pair; `notes` says so.
-        mean: mean over seeds.
-        sd: standard deviation (ddof 1) over seeds.
-        pairs: seeds with which row and base both have a finite score.
-        difference: mean of row minus base over the pairs.
-        low: lower end of its 95 % interval (`lrkit.study.paired.interval`); None with fewer than six pairs: it is
-            unbounded then.
-        high: upper end.
-        p: two-sided sign-flip p (`lrkit.study.paired.sign_flip_p`).
-        p_holm: Holm-corrected over the rows of the task's table.
-        smallest_p: the smallest p that so many pairs can give.
-        few_pairs: fewer than six pairs.
-        parameters_average: trainable adapter parameters averaged over the run, mean over the done cells.
-        parameters_final: the same at the end of the run.
-        head: trainable parameters of the task head, which are in neither.
-        flops: counted operations of a whole run, mean over the done cells.
-        step_ratio: step time over the base's at the start of training.
-        step_ratio_end: the same at the end of training.
-        peak_memory: bytes.
-        effect: effect size: `difference` over the standard deviation of the pairs' differences; None if they are equal.
-        guess: the primary score of the best constant guess, mean over the done cells.
-        notes: sentences that belong to this row.
-        lr: the adapters' learning rate; those of the tasks if they differ.
-    """
-
-    index: int
-    label: str
-    task: str
-    is_base: bool
-    planned: int
-    done: int
-    running: int
-    failed: int
-    missing: int
-    n: int
-    diverged: int
-    mean: float | None
-    sd: float | None
-    pairs: int
-    difference: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    p_holm: float | None
-    smallest_p: float | None
-    few_pairs: bool
-    parameters_average: float | None
-    parameters_final: float | None
-    head: float | None
-    flops: float | None
-    step_ratio: float | None
-    step_ratio_end: float | None
-    peak_memory: float | None
-    effect: float | None
-    guess: float | None
-    notes: tuple[str, ...]
-    lr: str = ""
-
-    @property
-    def warning(self) -> str:
-        """Say in few words that the mean is not above the best constant guess; empty if it is, or if one is not known."""
-        if self.mean is None or self.guess is None or self.mean > self.guess:
-            return ""
-        return "not above the constant guess"
+from lrkit.study.scores import Scale, scale_of
+from lrkit.study.table_row import TableRow
 
 
 def score_name(record: StudyRecord, task: str) -> str:
@@ -113,20 +35,48 @@ def rows_of(record: StudyRecord, task: str, costs: Mapping[tuple[int, str], Cost
         task: name of the task.
         costs: (row, task) to cost.
     """
+    rows = [_row(record, index, task, costs.get((index, task))) for index in range(len(record.rows))]
+    different = over_rows({row.index: row.p for row in rows})
+    equivalent = over_rows({row.index: row.p_equivalent for row in rows})
+    scale = scale_of([score_name(record, task)], [row.mean for row in rows if row.mean is not None])
+    return [_judged(row, different.get(row.index), equivalent.get(row.index), scale) for row in rows]
+
+
+def over_rows(p: Mapping[int, float | None]) -> dict[int, float]:
+    """Correct p by Holm's method over the rows that have one, by the row's index."""
+    tested = {index: value for index, value in p.items() if value is not None}
+    return dict(zip(tested, holm(list(tested.values())), strict=True))
+
+
+def _judged(row: TableRow, p_holm: float | None, p_equivalent_holm: float | None, scale: Scale) -> TableRow:
+    """Add what depends on the other rows: the corrected p, and the verdict."""
+    verdict = "" if p_holm is None else verdict_of(p_holm, p_equivalent_holm)
+    row = attrs.evolve(row, p_holm=p_holm, p_equivalent_holm=p_equivalent_holm, verdict=verdict)
+    told = [why_open(row, scale)] if row.margin is not None and verdict == "open" else []
+    return attrs.evolve(row, notes=(*told, *row.notes))
+
+
+def differences_of(record: StudyRecord, index: int, task: str) -> tuple[list[float], int]:
+    """Return a row's differences to the base on a task, by seed, and how many pairs are left out as one score is NaN.
+
+    The base has none to itself. A seed of which either cell has no result yet is not a pair.
+    """
+    if index == record.base:
+        return [], 0
     base = {cell.seed: cell.score for cell in record.cells_of(record.base, task)}
-    rows = [_row(record, index, task, base, costs.get((index, task))) for index in range(len(record.rows))]
-    tested = {row.index: row.p for row in rows if row.p is not None}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return [attrs.evolve(row, p_holm=adjusted.get(row.index)) for row in rows]
-
-
-def _row(record: StudyRecord, index: int, task: str, base: Mapping[int, float | None], cost: Cost | None) -> TableRow:
-    cells = record.cells_of(index, task)
-    is_base = index == record.base
-    pairs = [] if is_base else [(cell.score, base.get(cell.seed)) for cell in cells]
+    pairs = [(cell.score, base.get(cell.seed)) for cell in record.cells_of(index, task)]
     both = [(own, other) for own, other in pairs if own is not None and other is not None]
     differences = [own - other for own, other in both if math.isfinite(own) and math.isfinite(other)]
+    return differences, len(both) - len(differences)
+
+
+def _row(record: StudyRecord, index: int, task: str, cost: Cost | None) -> TableRow:
+    cells = record.cells_of(index, task)
+    is_base = index == record.base
+    differences, left_out = differences_of(record, index, task)
     ends = interval(differences)
+    ends_90 = interval(differences, 0.9)
+    effects = effect_interval(differences)
     statuses = [cell.status for cell in cells]
     results = [cell.result for cell in cells if cell.result is not None]
     scores = [cell.score for cell in cells if cell.score is not None]
@@ -164,21 +114,19 @@ def _row(record: StudyRecord, index: int, task: str, base: Mapping[int, float | 
         guess=_mean([result.majority for result in results]),
         notes=(),
         lr=record.rows[index].lr,
+        effect_corrected=corrected(differences),
+        effect_low=effects[0] if effects else None,
+        effect_high=effects[1] if effects else None,
+        low_90=ends_90[0] if ends_90 else None,
+        high_90=ends_90[1] if ends_90 else None,
+        margin=None if is_base else record.margin,
+        p_equivalent=None if record.margin is None or not differences else equivalence_p(differences, record.margin),
     )
-    notes = _row_notes(row, left_out=len(both) - len(differences))
+    notes = _row_notes(row, left_out)
     if row.warning and row.guess is not None:
         guess = scale_of([score_name(record, task)], [row.guess]).text(row.guess)
         notes.append(f"mean not above the best constant guess, {guess} (†).")
     return attrs.evolve(row, notes=(*notes, *([f"cost not measured: {cost.error}."] if cost and cost.error else [])))
-
-
-def effect_size(differences: Sequence[float]) -> float | None:
-    """Return the mean difference over the differences' standard deviation; None for one difference, or if all are equal."""
-    if len(differences) < 2:
-        return None
-    spread = statistics.stdev(differences)
-    # equal but for the last bits, as differences of rounded scores are
-    return statistics.fmean(differences) / spread if spread > 1e-9 * max(map(abs, differences)) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -231,3 +179,6 @@ def limits_of(rows: Sequence[TableRow]) -> list[str]:
             f"Holm's correction, whatever the scores; {enough_pairs(len(tested))} pairs could bring it below {LEVEL}."
         )
     return limits
+
+
+__all__ = ["TableRow", "differences_of", "effect_size", "limits_of", "over_rows", "rows_of", "score_name"]

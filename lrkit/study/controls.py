@@ -23,9 +23,12 @@ from lrkit.study.composing import without
 from lrkit.study.needs import Need, Source
 
 if TYPE_CHECKING:
-    from lrkit.allocation import Allocation
+    from torch import nn
+
+    from lrkit.adapt.allocation import Allocation
     from lrkit.study.asked import TaskSpec
     from lrkit.study.cell import Cell
+    from lrkit.tasks import Task
 
 Kind = Literal["found", "transplanted", "shuffled", "random", "uniform", "oracle", "cut-at-end"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -56,6 +59,11 @@ class Control:
         if self.task is None:
             return spec, seeds[(list(seeds).index(seed) + 1) % len(seeds)]
         return next(each for each in tasks if each.name == self.task), seed
+
+    def check_task(self, task: "Task", model: "nn.Module") -> None:
+        """Raise LrkitError if the control cannot be had on a task: only a teacher knows the layers of an oracle."""
+        if self.kind == "oracle" and not task.truth(model, 0):
+            raise LrkitError(f'control "oracle": the task "{task.name}" knows no layers that the rank belongs in')
 
     def needs(self, key: str | None) -> tuple[Need, ...]:
         """Return the needs of its cell, given the key of the cell that `reads` names."""
@@ -113,19 +121,57 @@ def allocated(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, An
     Raises:
         LrkitError: that cell has no ranks.
     """
-    from lrkit.allocation import Allocation
+    from lrkit.adapt.allocation import Allocation
 
     (source,) = sources
     found = Allocation.from_layers(source.result.layers)
     made = _made(settings["control"], found, cell)
-    method = with_setting(cell.method, "parameterization.rank", made.to_plain())
+    method = with_setting(cell.method, "parameterization.rank", dict(made))
     return attrs.evolve(cell, method=_same_scale(method, source.config["method"], made))
 
 
 def _made(kind: Kind, found: "Allocation", cell: "Cell") -> "Allocation":
-    raise NotImplementedError
+    """Make a control's ranks of those that were found."""
+    if kind == "found" or kind == "transplanted":
+        return found
+    if kind == "oracle":
+        return _oracle(found, cell)
+    assert kind != "cut-at-end"
+    return found.like(kind, seed=cell.seed)
+
+
+def _oracle(found: "Allocation", cell: "Cell") -> "Allocation":
+    """Spread as many parameters as were found over the layers that are known to be the best ones.
+
+    Raises:
+        LrkitError: the task does not know any.
+    """
+    from lrkit.adapt.allocation import Allocation
+    from lrkit.adapt.sharing import uniform
+    from lrkit.study.asked import TaskSpec, load_task_of
+    from lrkit.study.models import empty_model
+
+    task = load_task_of(TaskSpec(**cell.task))
+    best = task.truth(empty_model(cell.model, task.num_labels, task.auto_class), cell.seed)
+    sizes = found.sizes
+    assert sizes is not None
+    if not set(best) <= sizes.keys():
+        raise LrkitError(
+            f"the layers that the rank belongs in ({', '.join(best)}) are not among those that are adapted"
+        )
+    ranks = uniform({name: sizes[name] for name in best}, cost=found.parameters)
+    return Allocation({name: ranks.get(name, 0) for name in sizes}, sizes)
 
 
 def _same_scale(method: dict[str, Any], source: Mapping[str, Any], made: "Allocation") -> dict[str, Any]:
-    """Set α so that the increment's scale is the source's, which has one rank in every layer: α/r is α'/mean rank then."""
-    raise NotImplementedError
+    """Set α so that the increment is scaled as in the source, where every layer began with the same rank.
+
+    With α/r there, it is α'/(mean rank) here, α' = α · (mean rank)/r.
+    """
+    before = source["parameterization"]
+    alpha, rank = before.get("alpha"), before["rank"]
+    if alpha is None or not isinstance(rank, int):
+        return method
+    mean = made.total / len(made.layers())
+    method = with_setting(method, "parameterization.scale_by", "mean-rank")
+    return with_setting(method, "parameterization.alpha", alpha * mean / rank)

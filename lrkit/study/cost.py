@@ -33,6 +33,7 @@ from lrkit.study.study_file import CostEntry, StudyFile, read_study_file, write_
 
 if TYPE_CHECKING:
     from lrkit.adapt.adapted import Adapted
+    from lrkit.tasks import Objective
 
 WARM, PAIRS = 2, 7
 
@@ -147,14 +148,22 @@ def _in_own_process(asked: Mapping[str, Any], folder: Path, path: Path, key: str
 class _Side:
     """One of the two that are compared: a model, its adapters, an optimizer, and the steps it takes."""
 
-    def __init__(self, net: Any, cell: Mapping[str, Any], steps: int, state: Path | None, device: Any) -> None:
+    def __init__(
+        self,
+        net: Any,
+        cell: Mapping[str, Any],
+        steps: int,
+        state: Path | None,
+        device: Any,
+        objective: "Objective | None",
+    ) -> None:
         import torch
 
         from lrkit.adapt import checkpoint
         from lrkit.adapt.adapted import attach
 
         torch.manual_seed(0)
-        self.net = net.to(device)
+        self.net, self.objective = net.to(device), objective
         self.adapted: Adapted = attach(
             net, from_plain(cell["method"]), targets=cell["targets"], train_also=cell["train_also"]
         )
@@ -172,7 +181,7 @@ class _Side:
         self._settle()
         begin = time.perf_counter()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.net(**batch).loss
+            loss = self.net(**batch).loss if self.objective is None else self.objective.loss(self.net, batch)[0]
         (loss + self.adapted.penalty()).backward()
         if self.clip:
             torch.nn.utils.clip_grad_norm_([p for p in self.adapted.parameters() if p.grad is not None], self.clip)
@@ -190,7 +199,6 @@ class _Side:
 
 def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     import torch
-    from transformers import DataCollatorWithPadding
 
     from lrkit.study.pretrained import load_model
 
@@ -203,7 +211,8 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     net, tokenizer = load_model(row["model"], task)
     net.train()
     rows, _ = task.subset((WARM + PAIRS) * settings.batch_size, 1).tokenize(tokenizer, settings.max_length)
-    collate = DataCollatorWithPadding(tokenizer)
+    collate = task.collator(tokenizer)
+    objective = task.objective(net, lambda n: collate([rows[i] for i in range(min(n, len(rows)))]), settings.seed)
 
     def batches() -> Iterator[dict[str, Any]]:
         while True:
@@ -211,7 +220,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                 chosen = rows.select(range(start, min(start + settings.batch_size, len(rows))))
                 yield {key: value.to(device) for key, value in collate(list(chosen)).items()}
 
-    alone = _Side(copy.deepcopy(net), row, steps, None, device)
+    alone = _Side(copy.deepcopy(net), row, steps, None, device, objective)
     ahead = batches()
     seconds = [alone.step(next(ahead)) for _ in range(WARM + 1)]
     answer: dict[str, Any] = {
@@ -225,12 +234,12 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
     same = base["method"] == row["method"]
     if not same:
-        sides = [_Side(copy.deepcopy(net), base, steps, None, device), alone]
+        sides = [_Side(copy.deepcopy(net), base, steps, None, device, objective), alone]
         answer |= dict(zip(("row_step_ratio", "base_step_ms", "step_ms"), _pairs(sides, batches()), strict=True))
     states = [None if key is None else folder / "cells" / key / "lrkit.safetensors" for key in asked["trained"]]
     if all(state is not None and state.is_file() for state in states):
         ends = [
-            _Side(copy.deepcopy(net), cell, steps, state, device)
+            _Side(copy.deepcopy(net), cell, steps, state, device, objective)
             for cell, state in zip((base, row), states, strict=True)
         ]
         if any(side.adapted.summary().now != side.adapted.summary().start for side in ends):

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
 
 import attrs
 
@@ -63,15 +62,16 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
     tasks = {}
     for spec in plan.tasks:
         task = load_task_of(spec)
-        metric = next(iter(task.score(*_perfect(task))))
-        tasks[spec.name] = TaskRecord(name=spec.name, metric=metric, majority=task.majority)
-        net = empty_model(plan.study.model, task.num_labels)
+        tasks[spec.name] = TaskRecord(name=spec.name, metric=task.primary, majority=task.majority)
+        net = empty_model(plan.study.model, task.num_labels, task.auto_class)
         for row in plan.rows:
             settings = plan.settings(row, spec, 0)
             length = total_steps(settings, min(len(task.train), settings.train_rows or len(task.train)))
             if steps is not None:
                 steps[row.label, spec.name] = length
             try:
+                if row.control is not None:
+                    row.control.check_task(task, net)
                 adapted = attach(net, plan.method(row, spec), **row.attach)
                 try:
                     adapted.check_schedule(length)
@@ -80,13 +80,6 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
             except LrkitError as error:
                 raise LrkitError(f"row {row.label} on {spec.name}: {error}") from None
     return tasks
-
-
-def _perfect(task: Any) -> tuple[Any, Any]:
-    import numpy as np
-
-    labels = np.asarray(task.validation["label"])
-    return labels, labels
 
 
 def execute(

@@ -76,6 +76,8 @@ class CellResult:
         parameters: trainable parameters.
         layers: the adapted layers in the model's order.
         flops: work of the model in training; None if it was not counted.
+        truth: names of the layers that the best allocation is known to lie in (`lrkit.tasks.Task.truth`); empty if it is
+            not known.
     """
 
     scores: dict[str, float]
@@ -84,6 +86,7 @@ class CellResult:
     parameters: Parameters = attrs.field(repr=False)
     layers: tuple[LayerSummary, ...] = attrs.field(default=(), repr=False)
     flops: RunFlops | None = None
+    truth: tuple[str, ...] = ()
 
     @property
     def score(self) -> float:

@@ -104,6 +104,8 @@ def _planned(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], n
         train_also=study.train_also,
         seeds=plan.seeds,
         run=dict(study.run),
+        margin=study.margin,
+        claims=tuple(study.claims),
         cells=tuple(job.entry() for job in jobs if job.trial is None),
         trials=tuple(entry for job in jobs if isinstance(entry := job.entry(), TrialEntry)),
     )
@@ -148,7 +150,34 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
         trials=trials,
         tune=mine.tune or there.tune,
         costs=there.costs,
+        margin=_stated(there, mine, "margin", where),
+        claims=_stated(there, mine, "claims", where),
     )
+
+
+def _stated(there: StudyFile, mine: StudyFile, what: str, folder: Path) -> Any:
+    """Return the margin or the claims of both plans; those that are there if none are asked for now.
+
+    Raises:
+        LrkitError: they are others, or the first ones after a cell was begun: they are stated before.
+    """
+    was, now = getattr(there, what), getattr(mine, what)
+    if not now or now == was:
+        return was
+    if was:
+        told = (
+            f"the margin {was:g}, stated before its first cell, and not {now:g}"
+            if what == "margin"
+            else ("other claims, stated before its first cell")
+        )
+        raise LrkitError(f"{folder} has {told}: leave the {what} out, or choose another --out")
+    if any((folder / "cells" / cell.key).exists() for cell in there.cells):
+        told = f"a margin of {now:g}" if what == "margin" else "claims"
+        raise LrkitError(
+            f"{folder} has cells already and no {what}: {told} must be stated before the first cell; leave the {what} out, "
+            "or choose another --out"
+        )
+    return now
 
 
 Entry = TypeVar("Entry", bound=CellEntry)

@@ -39,7 +39,8 @@ def model_for(model: str, task: "Task") -> "Pretrained":
     Raises:
         LrkitError: the model cannot be had.
     """
-    return _pretrained(model, _stamp(model), task.num_labels, task.problem_type, task.labels)
+    kind = (task.auto_class, task.dropout)
+    return _pretrained(model, _stamp(model), task.num_labels, task.problem_type, task.labels, kind)
 
 
 def tokens_for(task: "Task", model: str, settings: RunSettings, steps: int) -> Tokens:
@@ -73,11 +74,25 @@ def _stamp(model: str) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=1)
-def _pretrained(model: str, stamp: tuple[Any, ...], labels: int, problem: str, names: tuple[str, ...]) -> "Pretrained":
+def _pretrained(
+    model: str,
+    stamp: tuple[Any, ...],
+    labels: int,
+    problem: str,
+    names: tuple[str, ...],
+    kind: tuple[str, bool],
+) -> "Pretrained":
     from lrkit.study.pretrained import load_pretrained
 
     label_names = dict(enumerate(names)) if names else None
-    return load_pretrained(model, num_labels=labels, problem_type=problem, label_names=label_names)
+    return load_pretrained(
+        model,
+        num_labels=labels,
+        problem_type=problem,
+        label_names=label_names,
+        auto_class=kind[0],
+        dropout=kind[1],
+    )
 
 
 @lru_cache(maxsize=4)

@@ -7,6 +7,7 @@ count parameters no weights are needed, and a config is enough: see `load_config
 from __future__ import annotations
 
 import importlib.resources
+import inspect
 import json
 import os
 import re
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # The hub's rule for names, "name" or "owner/name": no other is asked for.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+_WORDS = {"AutoModelForSequenceClassification": "sequence classifier", "AutoModel": "model without a head"}
 _SIZES = ("_size", "_dim", "layers", "heads", "_layer", "_head", "_embd", "experts", "positions")
 
 
@@ -60,30 +62,40 @@ def load_config(spec: str) -> PretrainedConfig:
     return config
 
 
-def empty_model(spec: str, num_labels: int = 2) -> PreTrainedModel:
-    """Make a sequence-classification model without weights, on the meta device, for counting.
+def empty_model(
+    spec: str, num_labels: int = 2, auto_class: str = "AutoModelForSequenceClassification"
+) -> PreTrainedModel:
+    """Make a model without weights, on the meta device, for counting; a sequence classifier if not said.
 
     Args:
         spec: as `load_config` takes it.
         num_labels: outputs of the head.
+        auto_class: name of transformers' Auto class, as `lrkit.tasks.Task.auto_class` has it.
 
     Raises:
         LrkitError: there is no such config, or transformers has no such model.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
     config = load_config(spec)
     config.num_labels = num_labels
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = getattr(transformers, auto_class).from_config(config)
+        drop_pooler(model)
         return model
     except Exception as error:  # whatever a model's code makes of a config that it cannot be built from
         first = " ".join(str(error).split())
         raise LrkitError(
-            f'model "{spec}": no sequence classifier can be built: {type(error).__name__}: {first}'
+            f'model "{spec}": no {_WORDS.get(auto_class, auto_class)} can be built: {type(error).__name__}: {first}'
         ) from error
+
+
+def drop_pooler(model: PreTrainedModel) -> None:
+    """Take the pooler out of a model without a head, if its class can do without: no loss on hidden states reaches it."""
+    if model.base_model is model and "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
+        setattr(model, "pooler", None)  # noqa: B010 (a module or nothing, to type checkers)
 
 
 def source_of(spec: str, also: tuple[str, ...] = ()) -> tuple[str, bool]:

@@ -30,7 +30,6 @@ ENOUGH_PAIRS = 6
 _ALL_PATTERNS = 16  # up to so many pairs all sign patterns are tried
 _RANDOM = 99_999  # and so many random ones beyond
 _BATCH = 10_000
-_LEVEL_OVER = 20  # 0.05 as a whole number: 1/20
 # Differences of rounded scores that are equal in exact arithmetic differ in the last bits. Relative to the sum of
 # abs(d), ties must count as ties.
 _TIE = 1e-9
@@ -54,24 +53,27 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     return max((as_far + 1) / (_RANDOM + 1), smallest_p(len(differences)))
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float] | None:
-    """Compute the 95 % interval of the mean: every value that the sign-flip test does not reject at 0.05.
+def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Compute an interval of the mean: every value that the sign-flip test does not reject, at 0.05 for 95 %.
 
     Args:
         differences: paired differences [n], finite.
+        level: share of intervals that hold the mean: 0.95, or 0.9, which rejects at 0.1.
 
     Returns:
         (low, high), both inside the interval. If all differences are equal, both ends are that value, which says nothing
-        about how they would vary. None for fewer than six: the test rejects nothing, and the interval is unbounded.
+        about how they would vary. None for fewer than six pairs (five at 0.9): the test rejects nothing, and the interval
+        is unbounded.
     """
-    if len(differences) < ENOUGH_PAIRS:
+    over = round(1.0 / (1.0 - level))  # 20 for 0.95: whole numbers, so that no rounding moves an end
+    if over * smallest_p(len(differences)) >= 1.0:
         return None
     import numpy as np
 
     lower, higher, scale = _splits(differences)
-    # Rejected are the θ with p < 1/20; so many splits must be as far out for p to be at least that.
+    # Rejected are the θ with p < 1/over; so many splits must be as far out for p to be at least that.
     every = len(differences) <= _ALL_PATTERNS
-    needed = -(-len(lower) // _LEVEL_OVER) if every else (_RANDOM + 1) // _LEVEL_OVER - 1
+    needed = -(-len(lower) // over) if every else (_RANDOM + 1) // over - 1
     low = float(np.partition(lower, needed - 1)[needed - 1])
     high = -float(np.partition(-higher, needed - 1)[needed - 1])
     if high - low <= _TIE:

@@ -15,6 +15,7 @@ from lrkit.compose import from_plain, to_plain, with_setting
 from lrkit.errors import LrkitError, nearest
 from lrkit.method import Method
 from lrkit.study.asked import RowSpec, Study, TaskSpec, study_from, study_named
+from lrkit.study.claim import check_claims
 from lrkit.study.composing import check_path, composed, has
 from lrkit.study.controls import Control, check_control, check_kind, controlled
 from lrkit.study.labels import differences, label_of, shown_value
@@ -109,6 +110,7 @@ def lay_out(study: Study) -> Plan:
         seen.add(_identity(row))
         labels.add(label)
         rows.append(row)
+    check_claims(study.claims, [row.label for row in rows])
     seeds = tuple(range(study.seeds)) if isinstance(study.seeds, int) else tuple(study.seeds)
     plan = Plan(study=study, rows=tuple(rows), seeds=seeds)
     _check_settings(plan)

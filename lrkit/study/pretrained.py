@@ -10,11 +10,11 @@ import attrs
 
 from lrkit.errors import LrkitError, shown
 from lrkit.models import quiet_transformers
-from lrkit.study.models import check_config, failure, source_of
+from lrkit.study.models import check_config, drop_pooler, failure, load_config, source_of
 from lrkit.tasks.tokens import check_tokenizer, knows_words
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lrkit.tasks.base import Task
 
@@ -84,8 +84,15 @@ def _memory_of(model: PreTrainedModel) -> Callable[[], None]:
 
 def load_model(spec: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the pretrained model with a new head for a task, and its tokenizer. See `load_pretrained`."""
-    names = dict(enumerate(task.labels)) if task.labels else None
-    return load_model_from(spec, num_labels=task.num_labels, problem_type=task.problem_type, label_names=names)
+    loaded = load_pretrained(
+        spec,
+        num_labels=task.num_labels,
+        problem_type=task.problem_type,
+        label_names=dict(enumerate(task.labels)) if task.labels else None,
+        auto_class=task.auto_class,
+        dropout=task.dropout,
+    )
+    return loaded.model, loaded.tokenizer
 
 
 def load_model_from(
@@ -97,9 +104,15 @@ def load_model_from(
 
 
 def load_pretrained(
-    spec: str, *, num_labels: int, problem_type: str, label_names: dict[int, str] | None = None
+    spec: str,
+    *,
+    num_labels: int,
+    problem_type: str,
+    label_names: dict[int, str] | None = None,
+    auto_class: str = "AutoModelForSequenceClassification",
+    dropout: bool = True,
 ) -> Pretrained:
-    """Load a pretrained encoder or decoder with a new sequence-classification head, and its tokenizer.
+    """Load a pretrained encoder or decoder with a new head, for sequence classification if not said, and its tokenizer.
 
     The head is drawn from torch's global generator: seed it before for a repeatable run. Weights are float32 whatever
     type they are stored in. If a tokenizer has no pad token (GPT-2, Llama), it pads with its end token, and the model is
@@ -110,13 +123,16 @@ def load_pretrained(
         num_labels: outputs of the head.
         problem_type: "single_label_classification" or "regression": picks the model's loss.
         label_names: for the model's config, by class number.
+        auto_class: name of transformers' Auto class; ``"AutoModel"`` for a model without a head, and without a pooler.
+        dropout: leave the model's own dropout on; if not, every dropout probability in its config is 0.
 
     Raises:
         LrkitError: there is no such model, or it cannot be loaded.
     """
     source, local_only = source_of(spec)
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    import transformers
+    from transformers import AutoTokenizer
 
     settings: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem_type}
     if label_names is not None:
@@ -124,7 +140,9 @@ def load_pretrained(
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
+            if not dropout:
+                settings |= _dropouts(load_config(spec))
+            model, loading = getattr(transformers, auto_class).from_pretrained(
                 source,
                 local_files_only=local_only,
                 trust_remote_code=False,  # the default asks on stdin
@@ -136,9 +154,9 @@ def load_pretrained(
     except Exception as error:  # OSError, ValueError, KeyError, safetensors' own, ..., depending on the files
         raise failure(spec, source, local_only, error) from error
     # transformers' report is silenced, so only the head and a pooler may have stayed random.
-    encoder = f"{model.base_model_prefix}."
+    encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
     fresh = _unloaded(loading)
-    absent = sorted(name for name in fresh if name.startswith(encoder) and ".pooler." not in name)
+    absent = sorted(name for name in fresh if name.startswith(encoder) and ".pooler." not in f".{name}")
     if absent:
         raise LrkitError(
             f'model "{spec}": its weights do not fit its config: {absent[0]} is missing or has another shape '
@@ -148,8 +166,16 @@ def load_pretrained(
         if tokenizer.eos_token is None:
             raise LrkitError(f'model "{spec}": its tokenizer has neither a pad token nor an end token to pad with')
         tokenizer.pad_token = tokenizer.eos_token
+    if not encoder:
+        drop_pooler(model)
     check_tokenizer(spec, tokenizer, model)
     return Pretrained(model, tokenizer, frozenset(fresh))
+
+
+def _dropouts(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the dropout probabilities of a config, each set to 0."""
+    named = [name for name in vars(config) if "dropout" in name or name.endswith("pdrop")]
+    return {name: 0.0 for name in named if isinstance(getattr(config, name), float)}
 
 
 def _unloaded(loading: dict[str, Any]) -> set[str]:

@@ -55,6 +55,8 @@ def read_study(folder: str | Path) -> StudyRecord:
         run=study.run,
         cells=tuple(_cell(folder, cell) for cell in study.cells if cell.tuned == tuned),
         measured=study.costs,
+        margin=study.margin,
+        claims=study.claims,
         tune=study.tune,
         trials=tuple(_cell(folder, trial) for trial in study.trials),
         untuned=tuple(_cell(folder, cell) for cell in study.cells if cell.tuned != tuned),

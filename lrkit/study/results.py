@@ -12,6 +12,7 @@ import attrs
 
 from lrkit.loop.history import Decision
 from lrkit.study.cell_folder import PACKED
+from lrkit.study.claim import Claim
 from lrkit.study.files import Attempt, CellResult, Cost, attempt_in, decision_in, read_cost, read_result
 from lrkit.study.store import number, read_lines, read_object, read_text
 from lrkit.study.study_file import CostEntry, RowRecord, TaskRecord
@@ -184,6 +185,8 @@ class StudyRecord:
         tune: how settings are chosen, as it was asked for; None if they are given.
         trials: the cells that settings were tried in.
         untuned: of a tuned study, the cells that ran with the settings that were given.
+        margin: differences of the primary score that are smaller do not matter; None if none was stated.
+        claims: what was claimed of the rows before the first cell.
     """
 
     folder: Path
@@ -202,6 +205,8 @@ class StudyRecord:
     tune: dict[str, Any] | None = None
     trials: tuple[CellRecord, ...] = attrs.field(default=(), repr=False)
     untuned: tuple[CellRecord, ...] = attrs.field(default=(), repr=False)
+    margin: float | None = None
+    claims: tuple[Claim, ...] = ()
 
     @cached_property
     def costs(self) -> dict[tuple[int, str], Cost]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lrkit.adapt.adapted import Adapted
     from lrkit.adapt.summary import Summary
     from lrkit.method import Method
-    from lrkit.tasks import Task
+    from lrkit.tasks import Objective, Task
 
 
 @attrs.frozen(kw_only=True)
@@ -129,6 +129,10 @@ def train(
     tell(f"tokenizing {asked:,} of {there:,} training rows, and those for validation")
     tokens = tokens_for(task, model, settings, steps)
     net = pretrained.restart(settings.seed)
+    collator = task.collator(pretrained.tokenizer)
+    objective = task.objective(
+        net, lambda rows: collator([tokens.train[i] for i in range(min(rows, used))]), settings.seed
+    )
     # The adapters' start and dropout must not depend on what the head's start drew.
     torch.manual_seed(settings.seed)
     adapted = attach(net, method, targets=targets, train_also=train_also)
@@ -137,7 +141,7 @@ def train(
     try:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        result = _train(adapted, task, model, pretrained.tokenizer, tokens, settings, steps, progress, record, stop)
+        result = _train(adapted, task, model, collator, objective, tokens, settings, steps, progress, record, stop)
         if done is not None:
             done(adapted)
         adapted.detach()
@@ -153,7 +157,8 @@ def _train(
     adapted: "Adapted",
     task: "Task",
     model: str,
-    tokenizer: Any,
+    collator: Any,
+    objective: "Objective | None",
     tokens: Tokens,
     settings: RunSettings,
     steps: int,
@@ -175,7 +180,8 @@ def _train(
         trainer = trainer_for(
             adapted,
             tokens,
-            tokenizer,
+            collator,
+            objective,
             settings,
             steps,
             in_force,
@@ -210,7 +216,9 @@ def _train(
         task=task.name,
         model=model,
         settings=attrs.asdict(settings) | dict(zip(("lr", "head_lr"), in_force, strict=True)),
-        scores=task.score(predictions, labels),
+        scores=task.score(predictions, labels)
+        | ({} if objective is None else objective.judge(adapted.summary().layers)),
+        truth=() if objective is None else objective.truth,
         majority=task.best_guess(labels),
         step_seconds=statistics.median(watch.seconds or [0.0]),
         train_seconds=sum(watch.seconds),

@@ -5,8 +5,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from lrkit.study.combined import ASSUMES, Combined, combine
 from lrkit.study.comparison import TableRow, limits_of, rows_of, score_name
 from lrkit.study.results import StudyRecord
+from lrkit.study.scores import scale_of
 from lrkit.study.sizes import unequal_sizes
 from lrkit.study.table import Table
 
@@ -28,6 +30,7 @@ def compare(record: StudyRecord) -> Table:
     costs = record.costs
     tables = {task.name: rows_of(record, task.name, costs) for task in record.tasks}
     limits = {task: limits_of(rows) for task, rows in tables.items()}
+    combined = combine(record)
     same = len({tuple(said) for said in limits.values()}) == 1
     told = [said if same else f"{task}: {said}" for task, found in limits.items() for said in found]
     return Table(
@@ -38,18 +41,40 @@ def compare(record: StudyRecord) -> Table:
         tasks=tuple(tables),
         rows=tuple(row for rows in tables.values() for row in rows),
         limits=tuple(dict.fromkeys(told)),
-        notes=tuple(_notes(record, tables)),
+        notes=tuple(_notes(record, tables, combined)),
+        combined=combined,
+        margin=record.margin,
     )
 
 
-def _notes(record: StudyRecord, tables: Mapping[str, Sequence[TableRow]]) -> Iterator[str]:
-    """Say how several tasks are tested, and which rows of one target are not of one size."""
+def _notes(
+    record: StudyRecord, tables: Mapping[str, Sequence[TableRow]], combined: Sequence[Combined]
+) -> Iterator[str]:
+    """Say what the margin is, how several tasks are tested, and which rows of one target are not of one size."""
+    if record.margin is not None:
+        yield _margin(record, [row.mean for rows in tables.values() for row in rows if row.mean is not None])
     if len(tables) > 1 and any(row.pairs for rows in tables.values() for row in rows):
         yield _APART
+    if combined:
+        yield ASSUMES
+        for each in combined:
+            if each.tasks < len(tables):
+                yield f"{each.label}: all tasks together are {each.tasks} of {len(tables)} so far."
     methods = [row.method for row in record.rows]
     for task, rows in tables.items():
         for note in unequal_sizes(methods, [row.label for row in rows], [row.parameters_final for row in rows]):
             yield f"On {task}: {note}" if len(tables) > 1 else note
+
+
+def _margin(record: StudyRecord, means: Sequence[float]) -> str:
+    """Say what the margin is, and what the verdicts mean."""
+    scale = scale_of([score_name(record, task.name) for task in record.tasks], means)
+    points = " points" if scale.unit else ""
+    return (
+        f"Margin: ±{scale.number(record.margin or 0.0)}{points}, stated before the first cell. A row is different from the "
+        "base, equivalent to it within the margin, negligible (both are shown) or open (neither is), by the two p, which "
+        "are corrected over the rows (Holm)."
+    )
 
 
 __all__ = ["Table", "TableRow", "compare"]

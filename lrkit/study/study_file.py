@@ -3,6 +3,7 @@
 Keys that a class does not have are passed over, and a key that an earlier lrkit did not write has a default.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import attrs
 
 from lrkit.errors import LrkitError, shown
+from lrkit.study.claim import Claim
 from lrkit.study.store import FORMAT, read_object, whole_in, write_json
 
 
@@ -140,6 +142,8 @@ class StudyFile:
     costs: tuple[CostEntry, ...] = ()
     tune: dict[str, Any] | None = None
     trials: tuple[TrialEntry, ...] = ()
+    margin: float | None = None
+    claims: tuple[Claim, ...] = ()
 
     def to_plain(self) -> dict[str, Any]:
         """Return it as plain data, with its format."""
@@ -186,6 +190,8 @@ def _check(study: StudyFile, path: Path) -> None:
         raise LrkitError(f"{path} has no rows")
     if not 0 <= study.base < rows:
         raise LrkitError(f"{path}: base {study.base} is not one of its {rows} rows (0 to {rows - 1})")
+    if study.margin is not None and not 0 < study.margin < math.inf:
+        raise LrkitError(f"{path}: margin must be a number above 0, not {study.margin}")
     entries: list[CellEntry | CostEntry] = [*study.cells, *study.trials, *study.costs]
     for entry in entries:
         # A key becomes a path below the folder, and a link in the report.

@@ -6,16 +6,18 @@ pandas is imported when it is used, since it is slow to import.
 import csv
 import io
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.study.comparison import TableRow
+from lrkit.study.columns import COSTS, EFFECTS, SCORES, Column, columns_of, columns_of_tasks
+from lrkit.study.combined import Combined
 from lrkit.study.latex import latex_table
 from lrkit.study.scores import Scale, scale_of
 from lrkit.study.sheet import safe_csv
-from lrkit.study.texts import compact, latex, markdown, memory, probability, text_tables
+from lrkit.study.table_row import TableRow
+from lrkit.study.texts import markdown, text_tables
 
 if TYPE_CHECKING:
     import pandas
@@ -34,6 +36,8 @@ class Table:
         rows: the tasks in the study's order, and within each its rows in the study's order.
         limits: sentences on what p cannot show with so few pairs or so many rows.
         notes: further sentences that belong under the table as a whole.
+        combined: the rows on all tasks together, if there are several tasks.
+        margin: differences that are smaller do not matter, as stated before the first cell; None if none was.
     """
 
     title: str
@@ -44,6 +48,8 @@ class Table:
     rows: tuple[TableRow, ...]
     limits: tuple[str, ...]
     notes: tuple[str, ...]
+    combined: tuple[Combined, ...] = ()
+    margin: float | None = None
 
     @property
     def scale(self) -> Scale:
@@ -73,7 +79,7 @@ class Table:
     def to_markdown(self) -> str:
         """Write a Markdown document: a table per task, the means side by side if there are several tasks, notes."""
         blocks = [f"# {markdown(self.title)}"]
-        for name, table, columns in self._tables(SCORES + COSTS):
+        for name, table, columns in self._tables(SCORES + EFFECTS + COSTS):
             blocks += [f"## {markdown(name)}"] if name else []
             head = [markdown(column.header) for column in columns]
             ruler = ["---", *["---:"] * (len(columns) - 1)]
@@ -83,13 +89,13 @@ class Table:
         return "\n\n".join(block for block in blocks if block) + "\n"
 
     def to_latex(self) -> str:
-        r"""Write a LaTeX ``table``: scores, then costs, per task. It needs ``\usepackage{booktabs}``."""
-        return latex_table(self.title, self.name, list(self._tables(SCORES, COSTS)), self.all_notes())
+        r"""Write a LaTeX ``table``: scores, effects, then costs, per task. It needs ``\usepackage{booktabs}``."""
+        return latex_table(self.title, self.name, list(self._tables(SCORES, EFFECTS, COSTS)), self.all_notes())
 
     def __str__(self) -> str:
         """Write the table as plain text for a terminal of 100 columns."""
         blocks = [self.title]
-        for name, table, columns in self._tables(SCORES, COSTS):
+        for name, table, columns in self._tables(SCORES, EFFECTS, COSTS):
             texts = [[column.header for column in columns]]
             texts += [[column.text(row) or "-" for column in columns] for row in table.rows]
             blocks += [name] if name else []
@@ -129,81 +135,4 @@ class Table:
         return ["row", *names, "notes"]
 
 
-@attrs.frozen
-class Column:
-    """One column as text: a key, a header for plain text, one for LaTeX, and a row's entry (empty if there is none).
-
-    `number` is given if the column's highest number is the best.
-    """
-
-    key: str
-    header: str
-    latex: str
-    text: Callable[[TableRow], str]
-    number: Callable[[TableRow], float | None] | None = None
-
-
-SCORES = ("n", "score", "difference", "interval", "effect", "p", "p_holm")
-COSTS = ("lr", "parameters_average", "parameters_final", "flops", "step_ratio", "step_ratio_end", "peak_memory")
-
-
-def columns_of(table: Table, keys: Sequence[str]) -> list[Column]:
-    """List the row's label and the columns asked for, less those in which no row has an entry."""
-    scale = table.scale
-    name = " or ".join(dict.fromkeys(table.scores))
-
-    def score(row: TableRow) -> str:
-        spread = "" if row.sd is None else f" ± {scale.number(row.sd)}"
-        return "" if row.mean is None else f"{scale.number(row.mean)}{spread}{' †' if row.warning else ''}"
-
-    def ends(row: TableRow) -> str:
-        if row.low is None or row.high is None:
-            return "unbounded" if row.pairs else ""
-        return "no width" if row.low == row.high else f"[{scale.number(row.low, '+')}, {scale.number(row.high, '+')}]"
-
-    def number(key: str, show: Callable[[float], str]) -> Callable[[TableRow], str]:
-        return lambda row: "" if getattr(row, key) is None else show(getattr(row, key))
-
-    made = [
-        Column("n", "n", "$n$", lambda row: f"{row.n}" if row.n == row.planned else f"{row.n}/{row.planned}"),
-        Column(
-            "score",
-            scale.heading(name if len(name) < 16 else "score"),
-            latex(scale.heading("Score")),
-            score,
-            lambda row: row.mean,
-        ),
-        Column("difference", "difference", r"$\Delta$", number("difference", lambda x: scale.number(x, "+"))),
-        Column("interval", "95 % interval", r"95\,\% interval", ends),
-        Column("effect", "effect size", r"Effect|size", number("effect", "{:+.2f}".format)),
-        Column("p", "p", "$p$", number("p", probability)),
-        Column("p_holm", "p (Holm)", r"$p$|(Holm)", number("p_holm", probability)),
-        Column("lr", "lr", "Rate", lambda row: row.lr),
-        Column("parameters_average", "params avg", "Param.|average", number("parameters_average", compact)),
-        Column("parameters_final", "params end", "Param.|end", number("parameters_final", compact)),
-        Column("flops", "FLOPs", "FLOPs", number("flops", compact)),
-        Column("step_ratio", "step time", "Step time|start", number("step_ratio", "{:.2f}".format)),
-        Column("step_ratio_end", "at the end", "Step time|end", number("step_ratio_end", "{:.2f}".format)),
-        Column("peak_memory", "peak memory", "Peak|memory", number("peak_memory", memory)),
-    ]
-    label = Column("label", "row", "Row", lambda row: " ".join(row.label.split()))
-    chosen = [column for column in made if column.key in keys and any(column.text(row) for row in table.rows)]
-    return [label, *chosen]
-
-
-def columns_of_tasks(table: Table) -> list[Column]:
-    """List the row's label and, if there are several tasks, one column per task's mean; for a row of any task."""
-    means = {(row.task, row.index): row.mean for row in table.rows}
-    columns = [columns_of(table, ())[0]]
-    for task in table.tasks if len(table.tasks) > 1 else ():
-        columns.append(_means_of(task, means, table.of(task).scale))
-    return columns
-
-
-def _means_of(task: str, means: Mapping[tuple[str, int], float | None], scale: Scale) -> Column:
-    def text(row: TableRow) -> str:
-        value = means[task, row.index]
-        return "" if value is None else scale.number(value)
-
-    name = scale.heading(task)
-    return Column(f"mean.{task}", name, latex(name), text, lambda row: means[task, row.index])
+__all__ = ["COSTS", "EFFECTS", "SCORES", "Column", "Table", "columns_of", "columns_of_tasks"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lrkit.accounting import flops
 from lrkit.adapt.adapted import Adapted
@@ -16,6 +16,7 @@ from lrkit.settings import in_steps
 from lrkit.study.files import RunFlops
 from lrkit.study.loaded import Tokens
 from lrkit.study.run_settings import RunSettings
+from lrkit.tasks.objective import Objective
 
 _POINTS = 8
 
@@ -29,12 +30,16 @@ class RunTrainer(Trainer):
     Args:
         adapted: the handle on the model.
         sample: a batch of one row, on which FLOPs are counted.
+        objective: the task's loss; None for the model's own.
         **settings: as Trainer takes them.
     """
 
-    def __init__(self, *, adapted: Adapted, sample: dict[str, Any], **settings: Any) -> None:
+    def __init__(
+        self, *, adapted: Adapted, sample: dict[str, Any], objective: Objective | None = None, **settings: Any
+    ) -> None:
         super().__init__(**settings)
-        self._adapted, self._sample = adapted, sample
+        self._adapted, self._objective = adapted, objective
+        self._sample = sample if objective is None else objective.inputs(sample)
         last = self.args.max_steps - 1
         self._counted: tuple[int, float] | None = None
         self._points = {round(i * last / (_POINTS - 1)) for i in range(_POINTS)}
@@ -52,6 +57,15 @@ class RunTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Do nothing: `AdaptCallback` loads."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the objective's loss, or the model's own; with its outputs if asked for."""
+        if self._objective is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = self._objective.loss(model, inputs)
+        return (loss, {"loss": loss, **outputs}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take one step; at some of them, first log the FLOPs of a row."""
@@ -80,7 +94,8 @@ class RunTrainer(Trainer):
 def trainer_for(
     adapted: Adapted,
     tokens: Tokens,
-    tokenizer: Any,
+    collator: Any,
+    objective: Objective | None,
     settings: RunSettings,
     steps: int,
     rates: tuple[float, float],
@@ -96,7 +111,8 @@ def trainer_for(
     Args:
         adapted: the handle on the model.
         tokens: the rows.
-        tokenizer: it pads a batch.
+        collator: makes a batch of rows.
+        objective: the task's loss; None for the model's own.
         settings: how the run trains.
         steps: optimizer steps.
         rates: learning rates of the adapters and of the head.
@@ -117,6 +133,7 @@ def trainer_for(
     trainer = RunTrainer(
         adapted=adapted,
         sample=tokens.sample,
+        objective=objective,
         model=adapted.model,
         args=TrainingArguments(
             output_dir=str(folder),
@@ -136,11 +153,12 @@ def trainer_for(
             logging_nan_inf_filter=False,
             report_to=list(report_to),
             disable_tqdm=True,
+            label_names=["labels"],
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=tokens.train,
         eval_dataset=tokens.validation,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collator,
         compute_metrics=compute_metrics,
         optimizers=(optimizer, schedule),
         callbacks=list(callbacks),

@@ -20,7 +20,9 @@ from lrkit.tasks.base import Task
 from lrkit.tasks.folder import load_folder
 from lrkit.tasks.glue import GLUE, load_glue
 from lrkit.tasks.movies import load_movies
+from lrkit.tasks.objective import Objective
 from lrkit.tasks.scoring import METRICS
+from lrkit.tasks.teacher import load_teacher
 
 TaskLoader = Callable[[str | None], Task]
 
@@ -41,7 +43,7 @@ def _glue(rest: str | None) -> Task:
     return load_glue(rest)
 
 
-TASKS: Mapping[str, TaskLoader] = {"movies": _movies, "glue": _glue}
+TASKS: Mapping[str, TaskLoader] = {"movies": _movies, "glue": _glue, "teacher": load_teacher}
 
 
 @hookimpl
@@ -82,4 +84,4 @@ def load_task(
     return loaders[name](rest if slash else None)
 
 
-__all__ = ["DEFAULT", "GLUE", "METRICS", "TASKS", "Task", "TaskLoader", "load_folder", "load_task"]
+__all__ = ["DEFAULT", "GLUE", "METRICS", "TASKS", "Objective", "Task", "TaskLoader", "load_folder", "load_task"]

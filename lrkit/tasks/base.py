@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from lrkit.errors import LrkitError
+from lrkit.tasks.learnt import Learnt
 from lrkit.tasks.scoring import METRICS, REGRESSION_METRICS, check_metric
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def _strings(values: Iterable[str]) -> tuple[str, ...]:
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Task:
+class Task(Learnt):
     """Texts with labels, split in two, and the metric that scores predictions for them.
 
     Attributes:
@@ -57,11 +58,23 @@ class Task:
 
     def __attrs_post_init__(self) -> None:
         where = f'task "{self.name}"'
+        self._check_answers(where)
+        if len(self.fields) not in (1, 2):
+            raise LrkitError(f"{where}: one or two text fields are needed, not {len(self.fields)}")
+        for split, rows in (("train", self.train), ("validation", self.validation)):
+            absent = [c for c in (*self.fields, "label") if c not in rows.column_names]
+            if absent:
+                raise LrkitError(f'{where}: {split} has no column "{absent[0]}", only {", ".join(rows.column_names)}')
+            if not len(rows):
+                raise LrkitError(f"{where}: {split} has no rows")
+        if self.second is not None and not 0 < self.second[1] < len(self.validation):
+            raise LrkitError(f"{where}: of its two validation sets one has no rows")
+
+    def _check_answers(self, where: str) -> None:
+        """Check that kind, labels and metric fit together."""
         check_metric(self.metric)
         if self.kind not in ("classification", "regression"):
             raise LrkitError(f'{where}: kind is "classification" or "regression", not "{self.kind}"')
-        if len(self.fields) not in (1, 2):
-            raise LrkitError(f"{where}: one or two text fields are needed, not {len(self.fields)}")
         regression = self.kind == "regression"
         if regression != (self.metric in REGRESSION_METRICS):
             raise LrkitError(f'{where}: metric "{self.metric}" is not for {self.kind}')
@@ -71,14 +84,6 @@ class Task:
             raise LrkitError(f"{where}: classification needs two labels or more, not {len(self.labels)}")
         if self.metric == "accuracy_f1" and len(self.labels) != 2:
             raise LrkitError(f'{where}: metric "accuracy_f1" is for two labels, not {len(self.labels)}')
-        for split, rows in (("train", self.train), ("validation", self.validation)):
-            absent = [c for c in (*self.fields, "label") if c not in rows.column_names]
-            if absent:
-                raise LrkitError(f'{where}: {split} has no column "{absent[0]}", only {", ".join(rows.column_names)}')
-            if not len(rows):
-                raise LrkitError(f"{where}: {split} has no rows")
-        if self.second is not None and not 0 < self.second[1] < len(self.validation):
-            raise LrkitError(f"{where}: of its two validation sets one has no rows")
 
     def _first_rows(self, rows: int) -> int:
         """Count how many of so many validation rows are of the first set: its share of all, so that a part has both."""
@@ -95,6 +100,17 @@ class Task:
     def problem_type(self) -> str:
         """Return transformers' name for `kind`: it picks the model's loss."""
         return "single_label_classification" if self.kind == "classification" else "regression"
+
+    def perfect(self) -> Any:
+        """Return predictions for the validation rows that score best: the labels themselves."""
+        import numpy as np
+
+        return np.asarray(self.validation["label"])
+
+    @property
+    def primary(self) -> str:
+        """Return the name of the primary score."""
+        return next(iter(self.score(self.perfect(), self.validation["label"])))
 
     def score(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
         """Score predictions; the first key is the primary score, and larger is better.

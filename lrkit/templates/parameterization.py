@@ -10,7 +10,8 @@ from torch import nn
 import lrkit
 from lrkit.parameterizations import LowRank, Target
 from lrkit.parameterizations.lowrank import new_factor
-from lrkit.settings import real, whole
+from lrkit.ranks import SCALES, Rank, ScaleBy, as_rank, is_rank
+from lrkit.settings import one_of, real
 
 
 @attrs.frozen(kw_only=True)
@@ -21,14 +22,16 @@ class ExampleName(lrkit.Parameterization):
     arXiv 2311.11696, without its proximal step.
 
     Args:
-        rank: r.
+        rank: r, or a table of layer or pattern to rank.
         alpha: α.
+        scale_by: the r of the scale if ranks differ.
     """
 
     learning_rate: ClassVar[float] = 2e-3
 
-    rank: int = attrs.field(default=8, validator=whole(1))
+    rank: Rank = attrs.field(default=8, converter=as_rank, validator=is_rank())
     alpha: float = attrs.field(default=16.0, validator=real(0.0, above=True))
+    scale_by: ScaleBy = attrs.field(default="own-rank", validator=one_of(SCALES))
 
     @property
     def parts(self) -> tuple[lrkit.Part, ...]:
@@ -40,19 +43,21 @@ class ExampleName(lrkit.Parameterization):
         )
 
     @property
-    def components(self) -> int:
+    def components(self) -> Rank:
         """Return r."""
         return self.rank
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with A, g and B beside it."""
-        a = new_factor(target.layer, self.rank, target.d_in)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        gates = new_factor(target.layer, self.rank)
+        rank = target.rank_of(self.rank)
+        a = new_factor(target.layer, rank, target.d_in)
+        if rank:  # a layer of rank 0 has empty tensors
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        gates = new_factor(target.layer, rank)
         nn.init.normal_(gates)
-        b = new_factor(target.layer, target.d_out, self.rank)
+        b = new_factor(target.layer, target.d_out, rank)
         nn.init.zeros_(b)
-        return LowRank(target.layer, a, b, core=gates, scaling=self.alpha / self.rank)
+        return LowRank(target.layer, a, b, core=gates, scaling=self.alpha / target.scale_rank(self.rank, self.scale_by))
 
 
 @lrkit.hookimpl

@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from lrkit.metrics import Metric
+from lrkit.metrics import Metric, Parts
 from lrkit.testing.base import PartContract, clause
 from lrkit.testing.comparisons import close, equal
 from lrkit.testing.findings import Broken, calling, expect
@@ -79,6 +79,13 @@ def _score(metric: Metric, weight: Tensor, state: Mapping[str, Tensor]) -> Tenso
     return score
 
 
+def _parts(scores: Sequence[Tensor], first: int = 0) -> Parts:
+    """Return parts as the loop hands them over, with the draws of the blocks from number `first` on."""
+    blocks, units = scores[0].shape[:2]
+    drawn = torch.rand(first + blocks, units, generator=torch.Generator().manual_seed(5))
+    return Parts(scores, lambda: drawn[first:])
+
+
 class MetricContract(PartContract):
     """The contract of a `lrkit.Metric`."""
 
@@ -86,7 +93,7 @@ class MetricContract(PartContract):
         pairs, state = _stream(), _Loose(component, 257)
         _observe(component, state, pairs)
         score = _score(component, pairs[-1][0], state)
-        component.reduce([score[:240].view(2, 4, 30), score[:8].view(2, 4, 1)])
+        component.reduce(_parts([score[:240].view(2, 4, 30), score[:8].view(2, 4, 1)]))
 
     @clause
     def test_reads_and_buffers_are_declared(self, component: Any) -> None:
@@ -204,7 +211,7 @@ class MetricContract(PartContract):
         for given in ([parts[0]], parts) if component.reads == "core" else ([parts[1]], parts):
             copies = [part.clone() for part in given]
             with calling("reduce"):
-                scores = component.reduce(given)
+                scores = component.reduce(_parts(given))
             expect(
                 isinstance(scores, Tensor) and scores.shape == (3, 4),
                 f"reduce of parts [3, 4, entries] must be [3, 4], not {list(getattr(scores, 'shape', ()))}",
@@ -213,7 +220,7 @@ class MetricContract(PartContract):
             expect(torch.isfinite(scores).all(), "reduce of finite scores is not finite")
             expect(all(map(torch.equal, copies, given)), "reduce writes to the parts it was given")
             with calling("reduce"):
-                alone = component.reduce([part[1:2].clone() for part in given])
+                alone = component.reduce(_parts([part[1:2].clone() for part in given], first=1))
             expect(
                 close(alone, scores[1:2]),
                 "reduce scores a block differently beside others: which blocks come together is by their shape alone",

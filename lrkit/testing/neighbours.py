@@ -54,6 +54,7 @@ def builtin_metrics() -> list[Metric]:
         metrics.SensitivityUncertainty(),
         metrics.GradientUncertainty(),
         metrics.RatioUncertainty(),
+        metrics.Random(),
     ]
 
 

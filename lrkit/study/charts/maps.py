@@ -194,9 +194,16 @@ def bars(items: Sequence[Bar], *, width: int = 320, reference: float | None = No
 
 
 def interval(
-    low: float | None, middle: float, high: float | None, *, bounds: tuple[float, float], style: Style, width: int = 96
+    low: float | None,
+    middle: float,
+    high: float | None,
+    *,
+    bounds: tuple[float, float],
+    style: Style,
+    margin: float | None = None,
+    width: int = 96,
 ) -> str:
-    """Draw a mark with its interval and a line at zero: one line of a forest plot.
+    """Draw a mark with its interval, a line at zero, and a band of what does not matter: one line of a forest plot.
 
     An interval that has no width is left out, since it says how coarse the scores are, and not how certain they are.
 
@@ -206,6 +213,7 @@ def interval(
         high: upper end.
         bounds: left and right end of the scale.
         style: of the mark.
+        margin: half the width of the band around zero; None for none.
         width: in pixels.
     """
     left, right = bounds
@@ -218,6 +226,14 @@ def interval(
     axes.axis("off")
     axes.set_xlim(left, right)
     axes.set_ylim(0, 18)
+    if margin is not None:
+        band = [max(-margin, left), min(margin, right)]
+        axes.plot(
+            [sum(band) / 2] * 2,
+            [0, 18],
+            color=LIGHT["rule"],
+            linewidth=(band[1] - band[0]) / (right - left) * (width - 12),
+        )
     if left <= 0 <= right:
         axes.plot([0, 0], [0, 18], color=LIGHT["soft"], linestyle=(0, (2, 2)), linewidth=1)
     if low is not None and high is not None and math.isfinite(low) and math.isfinite(high) and low < high:

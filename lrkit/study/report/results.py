@@ -1,14 +1,16 @@
 """The table of results, with a forest plot beside the intervals."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import attrs
 from markupsafe import Markup, escape
 
 from lrkit.study.charts import interval, minus
-from lrkit.study.comparison import TableRow
+from lrkit.study.columns import COSTS, SCORES, columns_of, columns_of_tasks
+from lrkit.study.paired import LEVEL
 from lrkit.study.report.view import View
-from lrkit.study.table import COSTS, SCORES, Table, columns_of, columns_of_tasks
+from lrkit.study.table import Table
+from lrkit.study.table_row import TableRow
 
 _TIPS = {
     "lr": "learning rate of the adapters",
@@ -16,7 +18,11 @@ _TIPS = {
     "score": "mean ± standard deviation over seeds",
     "difference": "mean of row minus base over pairs of the same task and seed",
     "interval": "95 % interval of the mean difference: every value that the permutation test does not reject",
-    "effect": "effect size: mean difference over the standard deviation of the differences",
+    "verdict": "what the tests show at 0.05, after Holm's correction",
+    "effect_corrected": "mean difference over the standard deviation of the differences, less its small-sample bias",
+    "effect_interval": "95 % interval of the effect size, by the noncentral t distribution",
+    "interval_90": "90 % interval of the mean difference: equivalent if it lies inside the margin",
+    "p_equivalent_holm": "two one-sided sign-flip tests against the margin, corrected over the rows of this table (Holm)",
     "p": "two-sided sign-flip permutation test",
     "p_holm": "corrected over the rows of this table (Holm)",
     "parameters_average": "trainable adapter parameters, averaged over the run",
@@ -29,7 +35,9 @@ _TIPS = {
 _HEADERS = {
     "difference": "Δ",
     "interval": "95 % interval",
-    "effect": "effect<br>size",
+    "effect_corrected": "effect<br>size",
+    "effect_interval": "its 95 %<br>interval",
+    "interval_90": "90 % interval<br>of Δ",
     "p": "<i>p</i>",
     "n": "<i>n</i>",
     "p_holm": "<i>p</i> Holm",
@@ -92,7 +100,12 @@ class Results:
         ]
         return cls(
             limits=list(table.limits),
-            tables=[(name, *found) for name, found in view.by_task(_table)],
+            tables=[
+                (name, *found)
+                for name, found in view.by_task(
+                    lambda view, task: tabled(view, task, (*SCORES, "verdict", *COSTS), "interval")
+                )
+            ],
             tasks=[column.header for column in columns],
             means=means if columns else [],
             caption=list(_meaning(table)),
@@ -100,16 +113,25 @@ class Results:
         )
 
 
-def _table(view: View, task: str) -> tuple[list[Heading], list[Line]]:
+def tabled(view: View, task: str, keys: Sequence[str], forest: str) -> tuple[list[Heading], list[Line]]:
+    """Return one task's table: the columns asked for, with a forest plot behind one of them if it is there.
+
+    Args:
+        view: the study.
+        task: the task's name.
+        keys: of the columns, as `lrkit.study.columns` has them.
+        forest: of these, the interval that is plotted: ``"interval"`` or ``"interval_90"``.
+    """
     table = view.table.of(task)
-    columns = columns_of(table, SCORES + COSTS)[1:]
-    ends = [v for row in table.rows for v in (row.low, row.high, row.difference) if v is not None]
-    bounds = (min([*ends, 0.0]), max([*ends, 0.0])) if ends else None
+    columns = columns_of(table, keys)[1:]
+    ends = [v for row in table.rows for v in (*_ends(row, forest), row.difference) if v is not None]
+    band = [] if table.margin is None else [-table.margin, table.margin]
+    bounds = (min([*ends, *band, 0.0]), max([*ends, *band, 0.0])) if ends else None
     headings = [
         Heading(
             Markup(_HEADERS.get(column.key) or escape(column.header)),
             _TIPS[column.key],
-            column.key == "interval" and bounds is not None,
+            column.key == forest and bounds is not None,
         )
         for column in columns
     ]
@@ -119,26 +141,35 @@ def _table(view: View, task: str) -> tuple[list[Heading], list[Line]]:
         for column in columns:
             text = minus(column.text(row))
             empty = "base" if row.is_base and column.key == "difference" else "–"
-            strong = column.key == "p_holm" and row.p_holm is not None and row.p_holm < 0.05
-            forest = None
-            if column.key == "interval" and bounds is not None:
-                forest = Markup(_forest(view, row, bounds))
-            entries.append(Entry(text or empty, _sort_value(row, column.key), not text, strong, forest))
+            plot = Markup(_forest(view, row, forest, bounds)) if column.key == forest and bounds is not None else None
+            entries.append(Entry(text or empty, _sort_value(row, column.key), not text, _strong(row, column.key), plot))
         lines.append(Line(row.index, row.is_base, row.warning, entries))
     return headings, lines
 
 
-def _forest(view: View, row: TableRow, bounds: tuple[float, float]) -> str:
+def _strong(row: TableRow, key: str) -> bool:
+    """Tell if an entry is set in bold: a corrected p below 0.05."""
+    p = getattr(row, key) if key in ("p_holm", "p_equivalent_holm") else None
+    return p is not None and p < LEVEL
+
+
+def _ends(row: TableRow, forest: str) -> tuple[float | None, float | None]:
+    return (row.low, row.high) if forest == "interval" else (row.low_90, row.high_90)
+
+
+def _forest(view: View, row: TableRow, forest: str, bounds: tuple[float, float]) -> str:
     if row.difference is None:
         return ""
-    return interval(row.low, row.difference, row.high, bounds=bounds, style=view.styles[row.index])
+    low, high = _ends(row, forest)
+    return interval(low, row.difference, high, bounds=bounds, style=view.styles[row.index], margin=view.table.margin)
 
 
 def _sort_value(row: TableRow, key: str) -> str:
     if key == "lr":
         return row.lr.partition(" ")[0]
-    value = getattr(row, {"score": "mean", "interval": "low"}.get(key, key))
-    return "" if value is None else f"{value:.12g}"
+    named = {"score": "mean", "interval": "low", "interval_90": "low_90", "effect_interval": "effect_low"}
+    value = getattr(row, named.get(key, key))
+    return "" if value is None else value if isinstance(value, str) else f"{value:.12g}"
 
 
 def _meaning(table: Table) -> Iterator[Markup]:
@@ -154,11 +185,6 @@ def _meaning(table: Table) -> Iterator[Markup]:
             "permutation test on those pairs; its 95 % interval is all that this test does not reject; Holm: <i>p</i> "
             "corrected over the rows of one table."
         ).format(table.base, points)
-    if "effect" in shown:
-        yield Markup(
-            "Effect size: Δ over the standard deviation of the differences, so that 1 means that rows differ by as much "
-            "as a difference varies from seed to seed."
-        )
     heads = [row.head for row in table.rows if row.head]
     if "parameters_average" in shown:
         head = f" (the task head's {max(heads):,.0f} are left out)" if heads else ""

@@ -1,5 +1,6 @@
 """Ask how a parameterization begins: its parts, the model that it starts at, and the layers that it takes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from lrkit.adapt.adapted import attach
 from lrkit.adapt.targets import find_targets
 from lrkit.method import Method
+from lrkit.ranks import rank_at
 from lrkit.testing.base import clause
 from lrkit.testing.comparisons import gap
 from lrkit.testing.findings import calling, expect
@@ -30,8 +32,11 @@ class Beginning(ParameterizationClauses):
         expect(sum(part.core for part in parts) <= 1, "parts has more than one core")
         _, adapted = attached(component)
         rank = component.components
-        good = rank is None or (isinstance(rank, int) and rank >= 0)
-        expect(good, f"components must be an int of at least 0, or None if it follows from the layer, not {rank!r}")
+        good = rank is None or isinstance(rank, Mapping) or (isinstance(rank, int) and rank >= 0)
+        expect(
+            good,
+            f"components must be an int of at least 0, a table, or None if it follows from the layer, not {rank!r}",
+        )
         trained = {id(p) for p in adapted.parameters()}
         trains = dict.fromkeys(names, False)
         for layer, adapter in adapted.adapters.items():
@@ -41,7 +46,7 @@ class Beginning(ParameterizationClauses):
                 trains[part.name] |= id(tensor) in trained
                 if part.axis is not None:
                     first = next(other for other in parts if other.axis is not None)
-                    wanted = first.of(adapter).shape[first.axis] if rank is None else rank
+                    wanted = first.of(adapter).shape[first.axis] if rank is None else rank_at(rank, layer)
                     expect(
                         -tensor.ndim <= part.axis < tensor.ndim and tensor.shape[part.axis] == wanted,
                         f"{layer}: the part {part.name} {list(tensor.shape)} must have {wanted} entries (`components`) "

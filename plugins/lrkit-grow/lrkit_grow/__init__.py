@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping
 
 import lrkit
-from lrkit.settings import Time
+from lrkit.ranks import Rank
+from lrkit.settings import Amount, Time
 from lrkit_grow.actions import Exchange, Grow
 from lrkit_grow.norm_share import LateCubic, NormShare
 
 
 def increlora(
     *,
-    rank: int = 1,
+    rank: Rank = 1,
     target_rank: int = 8,
     modules: int | None = None,
     warmup: Time = 0.1,
@@ -25,7 +26,7 @@ def increlora(
     """IncreLoRA (Zhang et al., arXiv 2308.12043): ranks start at 1, and every ν steps the best layers get one more.
 
     Args:
-        rank: initial rank of every matrix.
+        rank: initial rank of every matrix, or a `lrkit.Allocation` with sizes.
         target_rank: average rank in the end.
         modules: h, layers that get a component at each decision, as in the paper. None: the budget rises linearly, and at
             each decision as many layers get one as bring it to `target_rank` at T - t_f.
@@ -42,14 +43,31 @@ def increlora(
     return lrkit.Method(
         parameterization=lrkit.parameterizations.SVD(rank=rank, alpha=alpha, orthogonality=orthogonality),
         metric=lrkit.metrics.SensitivityUncertainty(beta1=beta1, beta2=beta2),
-        scheduler=pace(start=rank, target=target_rank, warmup=warmup, final=final, interval=interval),
+        scheduler=pace(
+            start=_start(rank, target_rank), target=target_rank, warmup=warmup, final=final, interval=interval
+        ),
         action=Grow(modules=modules, core=core),
     )
 
 
+def _start(rank: Rank, target_rank: int) -> Amount:
+    """Return all components that there are at first as an amount: per layer, or as a share of the target's."""
+    if isinstance(rank, int):
+        return rank
+    if not isinstance(rank, lrkit.Allocation) or rank.sizes is None:
+        raise lrkit.LrkitError(
+            "increlora's budget begins with all components that there are, and this table does not know its layers: give a "
+            "lrkit.Allocation with sizes, such as lrkit.Allocation(table).on(model)"
+        )
+    most = target_rank * len(rank.sizes)
+    if rank.total > most:
+        raise lrkit.LrkitError(f"increlora: rank begins with {rank.total} components, above the target of {most}")
+    return rank.total / most
+
+
 def elalora(
     *,
-    rank: int = 8,
+    rank: Rank = 8,
     count: int = 4,
     warmup: Time = 0.1,
     final: Time = 0.4,
@@ -83,7 +101,7 @@ def elalora(
 
 
 def dynamic_dora(
-    *, rank: int = 12, target_rank: int = 8, warmup: Time = 0.15, final: Time = 0.5, interval: Time = 0.002
+    *, rank: Rank = 12, target_rank: int = 8, warmup: Time = 0.15, final: Time = 0.5, interval: Time = 0.002
 ) -> lrkit.Method:
     """Dynamic DoRA (Mao et al., arXiv 2405.17357): components with the smallest share in their layer's norm are masked.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import lrkit
 from lrkit.actions import Ballot, Fate, Verdict
+from lrkit.ranks import most_of
 from lrkit.settings import one_of, real, whole
 from lrkit.units import UnitKind
 
@@ -126,7 +127,7 @@ class Exchange(_Elastic):
 
     def refusal(self, parameterization: lrkit.Parameterization) -> str | None:
         """With one component a layer there is nothing that could be exchanged."""
-        if parameterization.components == 1:
+        if parameterization.components is not None and most_of(parameterization.components) == 1:
             return "a layer's last component is never cut, so that there is nothing to exchange at rank 1"
         return None
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import lrkit
 from lrkit.parameterizations import LoRA
 from lrkit.parameterizations.orthogonality import orthogonality as eq4
+from lrkit.ranks import Rank
 from lrkit.settings import Time, one_of, real
 from lrkit.study.shipped import files_in
 
@@ -61,7 +62,7 @@ class RegularisedLoRA(LoRA):
 
 def prune_lora(
     *,
-    rank: int = 12,
+    rank: Rank = 12,
     target_rank: int = 8,
     alpha: float = 16.0,
     warmup: Time = 0.15,
@@ -95,7 +96,7 @@ def prune_lora(
 
 def lora_regu(
     *,
-    rank: int = 8,
+    rank: Rank = 8,
     alpha: float = 16.0,
     orthogonality: float = 0.1,
     variant: Literal["paper", "released"] = "paper",

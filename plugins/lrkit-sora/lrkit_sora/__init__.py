@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lrkit
+from lrkit.ranks import Rank
 from lrkit.settings import Time
 from lrkit.study.shipped import files_in
 from lrkit_sora.gates import GatedLoRA, SoftThreshold, Staged
@@ -11,7 +12,7 @@ from lrkit_sora.gates import GatedLoRA, SoftThreshold, Staged
 
 def sora(
     *,
-    rank: int = 4,
+    rank: Rank = 4,
     alpha: float = 16.0,
     strength: float = 0.6,
     stages: int = 6,

@@ -12,6 +12,7 @@ import lrkit
 from lrkit.actions import Ballot, Fate, Verdict
 from lrkit.parameterizations import LowRank, Target
 from lrkit.parameterizations.lowrank import new_factor
+from lrkit.ranks import SCALES, Rank, ScaleBy, as_rank, is_rank
 from lrkit.settings import one_of, real, whole
 from lrkit.units import UnitKind, split
 
@@ -23,16 +24,18 @@ class GatedLoRA(lrkit.Parameterization):
     A [r, d_in] is Kaiming-uniform (a = √5), B [d_out, r] zero, and g [r] standard Gaussian at first.
 
     Args:
-        rank: r, r_max in the paper.
+        rank: r, r_max in the paper; or a table of layer or pattern to rank.
         alpha: α; the increment is scaled by α/r, with the rank at the start.
+        scale_by: the r of the scale if ranks differ: each layer's ``"own-rank"``, or the ``"mean-rank"`` over all layers.
         dropout: probability of dropping an entry of the adapter's input while training.
     """
 
     learning_rate: ClassVar[float] = 1e-3
 
-    rank: int = attrs.field(default=4, validator=whole(1, 65_536))
+    rank: Rank = attrs.field(default=4, converter=as_rank, validator=is_rank())
     alpha: float = attrs.field(default=16.0, validator=real(0.0, above=True))
     dropout: float = attrs.field(default=0.0, validator=real(0.0, 1.0, below=True))
+    scale_by: ScaleBy = attrs.field(default="own-rank", validator=one_of(SCALES))
 
     @property
     def parts(self) -> tuple[lrkit.Part, ...]:
@@ -44,19 +47,22 @@ class GatedLoRA(lrkit.Parameterization):
         )
 
     @property
-    def components(self) -> int:
+    def components(self) -> Rank:
         """r."""
         return self.rank
 
     def build(self, target: Target) -> nn.Module:
         """The layer with A, g and B beside it."""
-        a = new_factor(target.layer, self.rank, target.d_in)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        b = new_factor(target.layer, target.d_out, self.rank)
+        rank = target.rank_of(self.rank)
+        a = new_factor(target.layer, rank, target.d_in)
+        if rank:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        b = new_factor(target.layer, target.d_out, rank)
         nn.init.zeros_(b)
-        gate = new_factor(target.layer, self.rank)
+        gate = new_factor(target.layer, rank)
         nn.init.normal_(gate)
-        return LowRank(target.layer, a, b, core=gate, scaling=self.alpha / self.rank, dropout=self.dropout)
+        scaling = self.alpha / target.scale_rank(self.rank, self.scale_by)
+        return LowRank(target.layer, a, b, core=gate, scaling=scaling, dropout=self.dropout)
 
 
 @attrs.frozen(kw_only=True)

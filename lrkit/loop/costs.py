@@ -1,0 +1,83 @@
+"""What the units of a policy cost, in what its schedule counts (`lrkit.schedulers.Scheduler.amount`).
+
+A cost never changes: it follows from the shapes and flags at the start of the run, so that the whole schedule is known
+beforehand, and a resumed run has the same. For example a tensor that another policy freezes on the way goes on costing.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from math import prod
+
+import attrs
+
+from lrkit.units import Block, Part
+
+
+@attrs.frozen
+class Costs:
+    """The costs of a policy's units.
+
+    Args:
+        each: by block what one of its units costs; None if every unit counts as one.
+        first: what all units at first cost.
+        whole: what the schedule's amounts are of: `first`, or as many units as there may be once some were added.
+        layer: what one unit in every layer costs, rounded up: the mean over a layer's units, summed over layers.
+        sizes: by block how many trainable entries one of its units has.
+    """
+
+    each: tuple[int, ...] | None
+    first: int
+    whole: int
+    layer: int
+    sizes: tuple[int, ...]
+
+    @property
+    def least(self) -> int:
+        """What the cheapest unit costs: with less, none can be kept."""
+        return 1 if self.each is None else min(self.each)
+
+    def in_parameters(self, cost: int) -> tuple[int, int]:
+        """Return the least and the most trainable entries that units of some cost may have."""
+        rates = [Fraction(size, each) for size, each in zip(self.sizes, self.each or (), strict=True)]
+        return math.floor(cost * min(rates)), math.ceil(cost * max(rates))
+
+    @classmethod
+    def of(cls, amount: str, blocks: Sequence[Block], parts: Sequence[Part], capacity: int) -> "Costs":
+        """Count the units, or what they cost.
+
+        Args:
+            amount: the scheduler's.
+            blocks: the units at first.
+            parts: all parts of the parameterization.
+            capacity: how many units there may be at most.
+        """
+        layers: dict[int, list[tuple[int, int]]] = {}
+        sizes = tuple(_of_unit("parameters", block, parts) for block in blocks)
+        each = [_of_unit(amount, block, parts) for block in blocks]
+        for cost, block in zip(each, blocks, strict=True):
+            layers.setdefault(id(block.module), []).append((cost, block.count))
+        if amount == "units":
+            return cls(None, sum(block.count for block in blocks), capacity, len(layers), sizes)
+        first = sum(cost * block.count for cost, block in zip(each, blocks, strict=True))
+        return cls(tuple(each), first, first, math.ceil(sum(map(_mean, layers.values()))), sizes)
+
+
+def _mean(units: Sequence[tuple[int, int]]) -> Fraction:
+    """The mean of a layer's costs, from cost and number of units of each of its blocks; without units, of the blocks'."""
+    weights = [count for _, count in units] if any(count for _, count in units) else [1] * len(units)
+    return Fraction(sum(cost * n for (cost, _), n in zip(units, weights, strict=True)), sum(weights))
+
+
+def _of_unit(amount: str, block: Block, parts: Sequence[Part]) -> int:
+    if amount == "units":
+        return 1
+    if block.kind != "component":
+        return sum(tensor.numel() for tensor in block.tensors)
+    spent = block.parts if amount == "parameters" else [part for part in parts if part.axis is not None]
+    return sum(_slice(tuple(block.tensor(part).shape), part.axis or 0) for part in spent)
+
+
+def _slice(shape: tuple[int, ...], axis: int) -> int:
+    """How many entries of a tensor one component has, whatever the rank is now."""
+    return prod(shape[:axis]) * prod(shape[axis + 1 :])

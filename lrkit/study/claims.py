@@ -1,0 +1,160 @@
+"""Claims of a study: stated in its file before the first cell runs, and judged by one rule. No torch here.
+
+A claim says that one row scores higher than another. Its differences d are paired by task and seed, the first row's score
+minus the second's, and its margin m is the smallest advantage that would matter. The verdict is
+
+- *replicated* if the stratified sign-flip test of all tasks together (`lrkit.study.combined`) rejects "no task has a
+  difference" at 0.05, after Holm's correction over the claims of the study, with the first row ahead;
+- *not replicated* if that test rejects with the second row ahead, or if on every task an advantage of m or more is
+  rejected at 0.05, one-sided (the upper end of the 90 % interval lies below m);
+- *open* otherwise, and as long as a cell is missing.
+
+For example, of a claim with m = 0.01 and a mean difference of 0.002 from -0.003 to 0.007 on its one task, the advantage
+that was claimed is excluded: not replicated.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import attrs
+
+from lrkit.study.claim import Claim
+from lrkit.study.combined import combined_p, standardized
+from lrkit.study.comparison import over_rows
+from lrkit.study.equivalence import below_p
+from lrkit.study.paired import LEVEL, interval, smallest_p
+from lrkit.study.results import CellRecord, StudyRecord
+
+Verdict = Literal["replicated", "not replicated", "open"]
+
+
+@attrs.frozen(kw_only=True)
+class OnTask:
+    """A claim's differences on one task.
+
+    Args:
+        task: the task's name.
+        n: pairs.
+        difference: their mean.
+        low: lower end of the 95 % interval; None with fewer than six pairs.
+        high: its upper end.
+        p_below: one-sided p of "the mean is the margin or more"; small if so large an advantage is excluded.
+    """
+
+    task: str
+    n: int
+    difference: float
+    low: float | None
+    high: float | None
+    p_below: float | None
+
+
+@attrs.frozen(kw_only=True)
+class Judged:
+    """A claim and its verdict so far.
+
+    Args:
+        claim: as it was stated.
+        margin: the smallest advantage that would matter; None if none was stated.
+        verdict: by the rule of this module.
+        why: the reason in a few words.
+        tasks: the differences on each task.
+        p: two-sided p over all tasks; None without a pair.
+        p_holm: the same, Holm-corrected over the claims.
+        missing: pairs of cells that are still to come.
+    """
+
+    claim: Claim
+    margin: float | None
+    verdict: Verdict
+    why: str
+    tasks: tuple[OnTask, ...]
+    p: float | None
+    p_holm: float | None
+    missing: int
+
+
+def judge(record: StudyRecord) -> tuple[Judged, ...]:
+    """Judge every claim of a study, in its order.
+
+    Args:
+        record: the study, finished or still running.
+    """
+    labels = {row.label: index for index, row in enumerate(record.rows)}
+    pairs = [_pairs(record, labels[claim.higher], labels[claim.lower]) for claim in record.claims]
+    found = [[each for each in tasks.values() if each] for tasks in (differences for differences, _ in pairs)]
+    adjusted = over_rows({index: combined_p(tasks) if tasks else None for index, tasks in enumerate(found)})
+    return tuple(
+        _judged(record, claim, *pairs[index], adjusted.get(index)) for index, claim in enumerate(record.claims)
+    )
+
+
+def _pairs(record: StudyRecord, higher: int, lower: int) -> tuple[dict[str, list[float]], int]:
+    """Return the differences of two rows by task, and how many pairs are still to come."""
+    differences: dict[str, list[float]] = {}
+    missing = 0
+    for task in record.tasks:
+        below = {cell.seed: cell for cell in record.cells_of(lower, task.name)}
+        both = [(cell, below.get(cell.seed)) for cell in record.cells_of(higher, task.name)]
+        done = [(a.score, b.score) for a, b in both if b is not None and _is_done(a) and _is_done(b)]
+        missing += len(both) - len(done)
+        known = [a - b for a, b in done if a is not None and b is not None]
+        differences[task.name] = [d for d in known if math.isfinite(d)]
+    return differences, missing
+
+
+def _is_done(cell: CellRecord) -> bool:
+    return cell.status == "done"
+
+
+def _judged(
+    record: StudyRecord, claim: Claim, differences: Mapping[str, list[float]], missing: int, p_holm: float | None
+) -> Judged:
+    margin = record.margin if claim.margin is None else claim.margin
+    tasks = tuple(_on_task(task, each, margin) for task, each in differences.items() if each)
+    every = [each for each in differences.values() if each]
+    verdict, why = _verdict(every, tasks, margin, missing, p_holm)
+    p = combined_p(every) if every else None
+    return Judged(
+        claim=claim, margin=margin, verdict=verdict, why=why, tasks=tasks, p=p, p_holm=p_holm, missing=missing
+    )
+
+
+def _on_task(task: str, differences: Sequence[float], margin: float | None) -> OnTask:
+    ends = interval(differences)
+    return OnTask(
+        task=task,
+        n=len(differences),
+        difference=statistics.fmean(differences),
+        low=ends[0] if ends else None,
+        high=ends[1] if ends else None,
+        p_below=None if margin is None else below_p(differences, margin),
+    )
+
+
+def _verdict(
+    differences: Sequence[Sequence[float]],
+    tasks: Sequence[OnTask],
+    margin: float | None,
+    missing: int,
+    p_holm: float | None,
+) -> tuple[Verdict, str]:
+    """Return the verdict by the rule of this module, and its reason."""
+    if missing or not tasks or p_holm is None:
+        return "open", f"{missing} pairs of cells are still to come" if missing else "no pair of cells"
+    if p_holm < LEVEL:
+        ahead = standardized(differences) > 0
+        return ("replicated", f"ahead, p {p_holm:.2g}") if ahead else ("not replicated", f"behind, p {p_holm:.2g}")
+    if margin is None:
+        return "open", f"p {p_holm:.2g}, and no margin was stated"
+    if all(each.p_below is not None and each.p_below < LEVEL for each in tasks):
+        return "not replicated", f"an advantage of {margin:g} is excluded on every task"
+    few = [each for each in tasks if smallest_p(each.n) / 2 >= LEVEL]
+    if few:
+        return "open", f"with {few[0].n} pairs nothing can be excluded"
+    return "open", f"p {p_holm:.2g}, and an advantage of {margin:g} is not excluded on every task"
+
+
+__all__ = ["Judged", "OnTask", "Verdict", "judge"]

@@ -1,0 +1,58 @@
+"""How a task is learnt: which model, which batches and which loss. `Learnt` has the answers of most tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lrkit.tasks.objective import Objective
+
+
+class Learnt:
+    """What a run asks a task about learning it: the answers here are those of classification and regression.
+
+    A task of another kind overrides them. For example, `lrkit.tasks.teacher.Teacher` has a model without a head and a
+    loss of its own.
+    """
+
+    __slots__ = ()
+
+    @property
+    def auto_class(self) -> str:
+        """Name transformers' Auto class of the model that learns the task: its head is the task's."""
+        return "AutoModelForSequenceClassification"
+
+    @property
+    def dropout(self) -> bool:
+        """Say whether the model's own dropout is on while it trains."""
+        return True
+
+    def collator(self, tokenizer: Any) -> Any:
+        """Return a function from encoded rows to a batch: this one pads them to the longest."""
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(tokenizer)
+
+    def objective(self, model: nn.Module, batch: Callable[[int], Mapping[str, Any]], seed: int) -> Objective | None:
+        """Make the loss of a run, if it is not the model's own; None if it is.
+
+        For example: `lrkit.tasks.teacher.Teacher`, whose loss needs a second model.
+
+        Args:
+            model: the run's model, before adapters are attached to it.
+            batch: makes a batch of the first so many training rows of the run.
+            seed: the run's.
+        """
+        return None
+
+    def truth(self, model: nn.Module, seed: int) -> tuple[str, ...]:
+        """Name the layers that the best allocation of a run lies in; empty if that is not known, as it is of most tasks.
+
+        Args:
+            model: the plain model, of `auto_class`; it needs no weights.
+            seed: the run's.
+        """
+        return ()

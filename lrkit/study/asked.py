@@ -18,6 +18,7 @@ from lrkit.reading import TOML_BYTES, check_plain, parse_toml, read_text
 from lrkit.strict import Misfit, strict_converter, structured
 from lrkit.study.catalogue import check_required, names, text_of
 from lrkit.study.claim import Claim
+from lrkit.study.published import Published
 from lrkit.study.shipped import with_profile
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class Study:
         margin: differences of the primary score that are smaller than this do not matter (0.01 is one point of accuracy);
             rows are then tested for equivalence, too. None: for a difference alone.
         claims: what is claimed of the rows, and judged by the rule of `lrkit.study.claims`.
+        published: values that others published, for a column of their own.
     """
 
     base: Any
@@ -132,6 +134,7 @@ class Study:
     run: dict[str, Any] = attrs.field(factory=dict)
     margin: float | None = None
     claims: list[Claim] = attrs.field(factory=list)
+    published: Published | None = None
 
 
 def study_named(source: str, changes: Mapping[str, Any] | None = None, *, profile: str | None = None) -> Study:

@@ -184,7 +184,7 @@ def _unit_sizes(block: Block) -> list[int]:
     total = 0
     for part in block.parts:
         numel = block.tensor(part).numel()
-        total += numel // block.count if block.kind == "component" else numel
+        total += numel // max(1, block.count) if block.kind == "component" else numel
     return [total] * block.count
 
 

@@ -19,6 +19,11 @@ def timetable(state: PolicyState, total_steps: int) -> Timetable:
         raise LrkitError(f"total_steps must be at most {MOST_STEPS:,}, not {shown(total_steps)}")
     scheduler, units = state.policy.scheduler, state.capacity
     times = scheduler.over(total_steps, units=units, layers=state.layers)
+    if isinstance(scheduler.target, int) and scheduler.target * state.layers > units:
+        raise LrkitError(
+            f"{type(scheduler).__name__}.target = {scheduler.target} is {scheduler.target * state.layers} units in "
+            f"{state.layers} layers, and there are {units} at first: it must be at most their mean, or a share such as 0.5"
+        )
     first, last = times.budget(-1), times.budget(total_steps + 1)
     if last > first and not state.policy.action.grows:
         raise LrkitError(

@@ -73,7 +73,7 @@ def count(method: "Method", model: nn.Module, *, total_steps: int, **attach_sett
         adapted.controller.begin(total_steps)
         layers = adapted.adapters.values()
         head = sum(p.numel() for p in adapted.head_parameters())
-        start = sum(p.numel() for p in adapted.adapter_parameters())
+        start = sum(p.numel() for p in adapted.adapter_parameters() if p.requires_grad)
         values = [part for part in method.parameterization.parts if part.core]
         core = sum(part.of(layer).numel() for part in values for layer in layers)
         series = [_removed(state) for state in adapted.controller.policies]
@@ -192,7 +192,7 @@ def _unit_sizes(block: Block) -> list[int]:
     total = 0
     for part in block.parts:
         numel = block.tensor(part).numel()
-        total += numel // block.count if block.kind == "component" else numel
+        total += numel // max(1, block.count) if block.kind == "component" else numel
     return [total] * block.count
 
 

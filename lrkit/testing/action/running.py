@@ -4,6 +4,8 @@ import functools
 import itertools
 from typing import Any
 
+import attrs
+
 from lrkit.schedulers import Cubic
 from lrkit.testing.action.clauses import ActionClauses
 from lrkit.testing.action.stage import Nothing, on
@@ -64,8 +66,9 @@ class Running(ActionClauses):
     @clause
     def test_keeps_to_costs_or_is_refused(self, component: Any) -> None:
         """With a budget in parameters or multiply-adds, what it keeps costs no more; or it is refused with both named."""
-        for amount, parameterization in itertools.product(("parameters", "flops"), self._fitting(component)):
-            scheduler = Cubic(target=0.3, warmup=2, final=2, interval=2, amount=amount)
+        cubic = Cubic(target=0.3, warmup=2, final=2, interval=2)
+        costly = attrs.evolve(cubic, amount="parameters"), attrs.evolve(cubic, amount="flops")
+        for scheduler, parameterization in itertools.product(costly, self._fitting(component)):
             build = functools.partial(on, component, parameterization, scheduler=scheduler)
             method = or_refused(build, component, scheduler)
             if method is not None:

@@ -53,6 +53,7 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
     cells = len(plan.rows) * len(plan.tasks) * len(plan.seeds)
     if as_json:
         told = {"rows": rows, "rates": rates, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells}
+        told |= {"margin": plan.study.margin}
         screen.say_json(told | {"too_few_seeds": too_few_seeds(len(plan.rows) - 1, len(plan.seeds))})
         return
     shown = [
@@ -67,6 +68,8 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
     screen.table(columns, shown)
     counted = (_count(len(plan.rows), "row"), _count(len(plan.seeds), "seed"), _count(cells, "cell"))
     screen.say(f"{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
+    if plan.study.margin is not None:
+        screen.say(f"Margin: ±{plan.study.margin:g} of the primary score, written down before the first cell.")
     for line in limits(plan):
         screen.say(line)
 

@@ -179,6 +179,8 @@ def load_teacher(rest: str | None) -> Teacher:
     - ``rank=2``: the rank of each ΔW, 4 if not said.
     - ``norm=0.5``: its norm over the weight's, 0.7 if not said.
 
+    Source: none; the sentences are those of the distribution vaderSentiment 3.3.2.
+
     For example ``teacher``, ``teacher/rank=2`` or ``teacher/1.value+4.output.dense/rank=2/norm=0.5``.
 
     Raises:

@@ -250,6 +250,8 @@ def test_unfit_models_are_refused(folder: str) -> None:
     given = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2)}
     with pytest.raises(LrkitError, match="rank 17 is more than"):
         teacher(rank=17).objective(net, lambda n: given, 0)
+    with pytest.raises(LrkitError, match="names one layer twice"):
+        teacher(layers=("1.value", "1.self.value")).truth(net, 0)
     with pytest.raises(LrkitError, match="99 layers cannot be drawn from the 18"):
         teacher(drawn=99).truth(net, 0)
     net.config.is_encoder_decoder = True

@@ -121,6 +121,8 @@ class Teacher(Task):
         names = _linear_names(model)
         if self.layers:
             chosen = {layer_named(layer, names) for layer in self.layers}
+            if len(chosen) < len(self.layers):
+                raise LrkitError(f'task "{self.name}" names one layer twice: {", ".join(self.layers)}')
         else:
             if self.drawn > len(names):
                 raise LrkitError(

@@ -12,6 +12,7 @@ from lrkit.errors import LrkitError
 
 if TYPE_CHECKING:
     from lrkit.study.plan import Plan, Study
+    from lrkit.study.recall import Recall
     from lrkit.study.statistics import Table
 
 
@@ -110,12 +111,7 @@ def report(
     """
     import attrs
 
-    from lrkit.study.recall import recalls_of
-    from lrkit.study.records import read_study
-
-    written, table = _report(folder)
-    record = read_study(folder)
-    recalls = [each for task in record.tasks for each in recalls_of(record, task.name)]
+    written, table, recalls = _report(folder)
     if as_json:
         told = {"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]}
         screen.say_json(told | ({"recall": [attrs.asdict(each) for each in recalls]} if recalls else {}))
@@ -125,13 +121,16 @@ def report(
     screen.say("written: " + " ".join(str(path) for path in written))
 
 
-def _report(folder: Path) -> "tuple[list[Path], Table]":
-    """Write a study's report. Return the files, and its table."""
+def _report(folder: Path) -> "tuple[list[Path], Table, list[Recall]]":
+    """Write a study's report. Return the files, its table, and its recalls if a task knows the right layers."""
+    from lrkit.study.recall import recalls_of
     from lrkit.study.records import read_study
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
 
-    return list(write_report(folder)), compare(read_study(folder))
+    written, record = list(write_report(folder)), read_study(folder)
+    recalls = [each for task in record.tasks for each in recalls_of(record, task.name)]
+    return written, compare(record), recalls
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
@@ -216,13 +215,15 @@ def _carry_out(plan: "Plan", out: Path, how: Mapping[str, Any], as_json: bool) -
         screen.complain(line)
     with Teller(Console(stderr=True, quiet=as_json), out.absolute()) as teller:
         outcome = execute(plan, out, told=teller.told, started=teller.started, cost_told=teller.cost_told, **how)
-    written, table = _report(outcome.folder)
+    written, table, recalls = _report(outcome.folder)
     if as_json:
         failed = [{"cell": name, "error": error} for name, error in outcome.failed]
         told = {"folder": str(out), "rows": [attrs.asdict(row) for row in table.rows], "failed": failed}
+        told |= {"recall": [attrs.asdict(each) for each in recalls]} if recalls else {}
         screen.say_json(told | {"busy": outcome.busy, "files": [str(path) for path in written]})
     else:
         study_screen.show_table(table)
+        study_screen.show_recalls(recalls)
         screen.say(f"report: {out / 'report.html'}")
     for name, error in outcome.failed:
         screen.complain(f"cell {name} failed: {error}")

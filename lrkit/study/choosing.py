@@ -1,0 +1,71 @@
+"""Choose a row's settings by its trials: the rules "chosen" and "of-chosen" of `lrkit.study.needs`.
+
+Every trial is scored on rows that were set aside from the training data. The settings with the highest mean of the
+primary score over the tuning seeds are chosen; a run that diverged makes its settings the worst, and of equal ones the
+first are taken.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from lrkit.errors import LrkitError
+from lrkit.study.needs import Source, rules
+from lrkit.study.tuning import grid, with_settings
+
+if TYPE_CHECKING:
+    from lrkit.study.cell import Cell
+
+
+def mean_score(scores: Sequence[float]) -> float:
+    """Return the mean score of some settings over the tuning seeds; minus infinity if a run diverged."""
+    return -math.inf if any(math.isnan(score) for score in scores) else statistics.fmean(scores)
+
+
+def best_of(scores: Sequence[Sequence[float]]) -> int:
+    """Return the index of the settings that are chosen, given the scores of each; the first of equal ones.
+
+    Raises:
+        LrkitError: all diverged.
+    """
+    means = [mean_score(each) for each in scores]
+    if all(mean == -math.inf for mean in means):
+        raise LrkitError("none of its trials can be chosen: every one diverged; try lower learning rates")
+    return means.index(max(means))
+
+
+def chosen(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any]) -> "Cell":
+    """Fill in the settings that the trials chose: the rule "chosen".
+
+    Args:
+        cell: the cell, with the settings of its row.
+        sources: its row's trials: all seeds of the first one, then of the second one, and so on.
+        settings: ``space``, path to values, and ``seeds``, how many each trial has.
+    """
+    _, best = _winner(sources, settings)
+    method, run = with_settings(cell.method, cell.run, best)
+    return attrs.evolve(cell, method=method, run=run)
+
+
+def of_chosen(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any]) -> "Cell":
+    """Hand the trial that was chosen, with one of its seeds, to another rule: the rule "of-chosen".
+
+    Args:
+        cell: the cell.
+        sources: the trials of another row, as in `chosen`.
+        settings: as in `chosen`; further ``seed``, the index of the seed; ``rule`` and ``settings`` of the other rule.
+    """
+    winner, _ = _winner(sources, settings)
+    source = sources[winner * settings["seeds"] + settings["seed"]]
+    return rules()[settings["rule"]](cell, [source], settings["settings"])
+
+
+def _winner(sources: Sequence[Source], settings: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Return which trial is chosen, and its settings."""
+    each = settings["seeds"]
+    scores = [[source.result.score for source in sources[at : at + each]] for at in range(0, len(sources), each)]
+    winner = best_of(scores)
+    return winner, grid(settings["space"])[winner]

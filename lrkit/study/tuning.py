@@ -1,0 +1,281 @@
+"""Tuning as it is asked for: which settings are tried, on which seeds, and what a setting is called in each row.
+
+For example, ``space = {"run.lr": [3e-4, 1e-3, 3e-3], "alpha": "log(4,32,3)"}`` is a grid of nine trials for every row.
+Nothing is built or trained here: `lrkit.study.graph` makes cells of it, and `lrkit.study.choosing` chooses.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from lrkit.compose import arguments_of, from_plain, to_plain, with_setting
+from lrkit.errors import LrkitError, nearest, shown
+from lrkit.settings import check_settings
+from lrkit.study.composing import has
+from lrkit.study.run_settings import RunSettings
+
+FIRST_SEED = 1000
+"""The first tuning seed if only their number is given: test seeds count from 0."""
+
+SAMPLERS = ("grid", "tpe")
+RUN = ("lr", "head_lr", "lr_warmup", "weight_decay", "grad_clip", "batch_size")
+"""Settings of a run that may be tuned: the others say how long a run is, what it sees or where it runs."""
+
+_LOG = re.compile(r"log\(\s*([^,()]+?)\s*,\s*([^,()]+?)\s*(?:,\s*(\d+)\s*)?\)")
+
+
+@attrs.frozen
+class Log:
+    """A range of positive numbers, even in their logarithm: ``log(1e-4,1e-2,5)``.
+
+    Args:
+        low: the lower end.
+        high: the upper end.
+        points: how many values a grid takes, the ends among them; None if it is for a sampler alone.
+    """
+
+    low: float
+    high: float
+    points: int | None = None
+
+    def values(self) -> list[float]:
+        """Return a grid's values, to three digits. Raise LrkitError if their number is not given."""
+        if self.points is None:
+            raise LrkitError(f"{self} has no number of values for a grid: log({self.low:g},{self.high:g},5)")
+        steps = [index / (self.points - 1) for index in range(self.points)]
+        return [float(f"{self.low ** (1 - at) * self.high**at:.3g}") for at in steps]
+
+    def __str__(self) -> str:
+        """Return it as it is written."""
+        return f"log({self.low:g},{self.high:g}" + (f",{self.points})" if self.points else ")")
+
+
+Domain = Log | list[Any]
+
+
+def domain(value: Any, path: str) -> Domain:
+    """Read the values of a setting: a list, or ``"log(low,high,points)"``.
+
+    Raises:
+        LrkitError: it is neither, or values repeat.
+    """
+    if isinstance(value, str) and (found := _LOG.fullmatch(value.strip())):
+        try:
+            low, high = float(found[1]), float(found[2])
+        except ValueError:
+            low = high = math.nan
+        points = None if found[3] is None else int(found[3])
+        if not 0 < low < high < math.inf or (points is not None and not 2 <= points <= 1000):
+            raise LrkitError(f"tune {path}: {value} must be log(LOW,HIGH,POINTS) with 0 < LOW < HIGH and 2 points or more")
+        return Log(low, high, points)
+    if not isinstance(value, list) or not value:
+        raise LrkitError(f'tune {path}: must be a list of values to try, or "log(1e-4,1e-2,5)", not {shown(value)}')
+    for each in value:
+        if not isinstance(each, str | int | float | None) or (isinstance(each, float) and not math.isfinite(each)):
+            raise LrkitError(f"tune {path}: {shown(each)} is no value of a setting: a number, a text, true or false")
+    if len({repr(each) for each in value}) < len(value):
+        raise LrkitError(f"tune {path}: a value is there twice: {shown(value)}")
+    return value
+
+
+@attrs.frozen(kw_only=True)
+class TuneSpec:
+    """How the settings of a study's rows are chosen: ``[tune]`` in a study file.
+
+    Args:
+        space: setting to the values that are tried: a list, or ``"log(1e-4,1e-2,5)"``. A setting is one of a run
+            (``"run.lr"``), one of the method (``"parameterization.alpha"``) or an argument of a named method
+            (``"alpha"``).
+        seeds: how many seeds each trial has (1000, 1001, ...), or which: never one of the study's.
+        seed: of the split that sets training rows aside, by which settings are chosen, and of the sampler.
+        sampler: ``"grid"``: every combination; ``"tpe"``: so many trials, proposed by Optuna's TPE.
+        trials: how many, for ``"tpe"``.
+        batch: how many are proposed at a time: a trial's proposal knows the results of the batches before it.
+        halving: successive halving: of the trials one in so many goes on to so many times the steps; None for trials
+            that all have the test's number of steps.
+        defaults: also run the rows at the settings given, so that the report has both tables.
+    """
+
+    space: dict[str, Any]
+    seeds: int | list[int] = 2
+    seed: int = 0
+    sampler: str = "grid"
+    trials: int | None = None
+    batch: int = 4
+    halving: int | None = None
+    defaults: bool = False
+
+    @property
+    def domains(self) -> dict[str, Domain]:
+        """Return what is tried, by setting as it is asked for."""
+        return {path: domain(value, path) for path, value in self.space.items()}
+
+    @property
+    def tuning_seeds(self) -> tuple[int, ...]:
+        """Return the seeds of each trial."""
+        if isinstance(self.seeds, int):
+            return tuple(range(FIRST_SEED, FIRST_SEED + self.seeds))
+        return tuple(self.seeds)
+
+    @property
+    def count(self) -> int:
+        """Count the trials of each row on a task."""
+        if self.sampler == "tpe":
+            return self.trials or 0
+        return math.prod(len(each.values() if isinstance(each, Log) else each) for each in self.domains.values())
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return plain data."""
+        return attrs.asdict(self)
+
+
+def check_tune(tune: TuneSpec, seeds: Sequence[int]) -> None:
+    """Raise LrkitError if a study of some test seeds cannot be tuned so."""
+    if not tune.space:
+        raise LrkitError('tune: space is empty: {"run.lr": [3e-4, 1e-3, 3e-3]} for example')
+    if tune.sampler not in SAMPLERS:
+        hint = nearest(tune.sampler, SAMPLERS)
+        raise LrkitError(f'tune: there is no sampler "{tune.sampler}"{hint}; there are {", ".join(SAMPLERS)}')
+    if both := sorted({*tune.tuning_seeds} & {*seeds}):
+        raise LrkitError(f"tune: seed {both[0]} is one of the study's own: settings are chosen on seeds of their own")
+    if tune.sampler == "grid" and tune.trials is not None:
+        raise LrkitError(f"tune: a grid has as many trials as combinations ({tune.count}): trials is for tpe")
+    if tune.sampler == "tpe" and (tune.trials or 0) < 1:
+        raise LrkitError('tune: sampler = "tpe" needs trials, how many each row has: trials = 16')
+    for name, least in (("batch", 1), ("halving", 2), ("seed", 0)):
+        if (value := getattr(tune, name)) is not None and not least <= value < 2**31:
+            raise LrkitError(f"tune: {name} must be {least} or more, not {value}")
+    for path, tried in tune.domains.items():
+        kind, _, name = path.partition(".")
+        if kind == "run" and name not in RUN:
+            allowed = ", ".join(f"run.{each}" for each in RUN)
+            raise LrkitError(f"tune: {path} is the same for every trial{nearest(name, RUN)}; of a run: {allowed}")
+        if kind == "run":
+            for value in _ends(tried):
+                RunSettings(**check_settings(RunSettings, {name: value}, "run"))
+
+
+def _ends(tried: Domain) -> list[Any]:
+    return [tried.low, tried.high] if isinstance(tried, Log) else tried
+
+
+# ---- the space of a row ----------------------------------------------------------------------------------------------
+
+
+def paths_in(
+    tune: TuneSpec, base: Any, compose: Callable[[Mapping[str, Any]], dict[str, Any]], label: str
+) -> dict[str, str]:
+    """Find what each setting that is tuned is called in a row.
+
+    Args:
+        tune: what is asked for.
+        base: the row's method by name, or as plain data.
+        compose: makes the row's method with further settings.
+        label: the row's, for errors.
+
+    Returns:
+        Setting as it is asked for to its path in plain data. With a sampler, settings that the row lacks are left out.
+
+    Raises:
+        LrkitError: the row lacks a setting of a grid, or an argument is not one setting of it.
+    """
+    found = {}
+    for name, tried in tune.domains.items():
+        path: str | None = name
+        if not name.startswith("run."):
+            path = _path_of(name, tried, base, compose)
+        if path is not None:
+            found[name] = path
+        elif tune.sampler == "grid":
+            raise LrkitError(_lacks(name, label))
+    return found
+
+
+def inherited(tune: TuneSpec, source: Mapping[str, str], plain: Mapping[str, Any], label: str) -> dict[str, str]:
+    """Find what each setting that is tuned is called in a row that begins with another one; as `paths_in`.
+
+    Args:
+        tune: what is asked for.
+        source: what they are called in the other row.
+        plain: the row's method.
+        label: the row's, for errors.
+    """
+    found = {name: path for name, path in source.items() if path.startswith("run.") or has(plain, path)}
+    lacking = [name for name in tune.space if name not in found]
+    if lacking and tune.sampler == "grid":
+        raise LrkitError(_lacks(lacking[0], label))
+    return found
+
+
+def _lacks(name: str, label: str) -> str:
+    return (
+        f'tune: row "{label}" has no setting "{name}", and a grid would give it fewer trials than the others: tune it in a '
+        'study without this row, or take sampler = "tpe" (--sampler tpe --trials N), which gives each row as many'
+    )
+
+
+def _path_of(
+    name: str, tried: Domain, base: Any, compose: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> str | None:
+    """Return the path of a setting of the method; None if it has none."""
+    plain = compose({})
+    if "." in name:
+        return name if has(plain, name) else None
+    if name not in arguments_of(base):
+        return None
+    low, high = _ends(tried)[0], _ends(tried)[-1]
+    if low == high:
+        raise LrkitError(f"tune {name}: one value is nothing to choose from: --set {name}={low} sets it")
+    one, other = (dict(_leaves(to_plain(from_plain(compose({name: value}))))) for value in (low, high))
+    differ = [path for path in {**one, **other} if one.get(path) != other.get(path)]
+    if len(differ) != 1 or one[differ[0]] != low or other[differ[0]] != high:
+        which = ", ".join(differ) or "nothing"
+        raise LrkitError(f'tune {name}: this argument moves {which}, not one setting to its value: tune the setting itself')
+    return differ[0]
+
+
+def _leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    """List path and value of every setting."""
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        value = {str(index): item for index, item in enumerate(value)}
+    if not isinstance(value, Mapping):
+        return [(path, value)]
+    return [leaf for key, item in value.items() for leaf in _leaves(item, f"{path}.{key}" if path else key)]
+
+
+def space_of(tune: TuneSpec, paths: Mapping[str, str]) -> dict[str, Any]:
+    """Return a row's space as plain data: path to a list of values, or to a range as text."""
+    return {paths[name]: tried for name, tried in tune.space.items() if name in paths}
+
+
+def grid(space: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List every combination of a row's space: path to value each; the last setting changes fastest."""
+    domains = [domain(value, path) for path, value in space.items()]
+    values = [each.values() if isinstance(each, Log) else each for each in domains]
+    return [dict(zip(space, each, strict=True)) for each in itertools.product(*values)]
+
+
+def with_settings(
+    method: Mapping[str, Any], run: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Change settings of a method and of a run, both plain data.
+
+    Args:
+        method: the method.
+        run: the run.
+        settings: path to value: ``{"run.lr": 1e-3, "parameterization.alpha": 16.0}``.
+
+    Raises:
+        LrkitError: a value that the method or the run does not take.
+    """
+    plain, of_run = dict(method), {}
+    for path, value in settings.items():
+        if path.startswith("run."):
+            of_run[path.removeprefix("run.")] = value
+        else:
+            plain = with_setting(plain, path, value)
+    return to_plain(from_plain(plain)), {**run, **check_settings(RunSettings, of_run, "run")}

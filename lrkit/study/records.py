@@ -71,6 +71,7 @@ def _cell(folder: Path, entry: CellEntry) -> CellRecord:
         seed=entry.seed,
         folder=folder / "cells" / entry.key,
         old=entry.old or not entry.code,  # a study from before code was written down is of other code
+        code=entry.code,
         number=entry.number if isinstance(entry, TrialEntry) else None,
         rung=entry.rung if isinstance(entry, TrialEntry) else 0,
     )

@@ -70,7 +70,9 @@ def domain(value: Any, path: str) -> Domain:
             low = high = math.nan
         points = None if found[3] is None else int(found[3])
         if not 0 < low < high < math.inf or (points is not None and not 2 <= points <= 1000):
-            raise LrkitError(f"tune {path}: {value} must be log(LOW,HIGH,POINTS) with 0 < LOW < HIGH and 2 points or more")
+            raise LrkitError(
+                f"tune {path}: {value} must be log(LOW,HIGH,POINTS) with 0 < LOW < HIGH and 2 points or more"
+            )
         return Log(low, high, points)
     if not isinstance(value, list) or not value:
         raise LrkitError(f'tune {path}: must be a list of values to try, or "log(1e-4,1e-2,5)", not {shown(value)}')
@@ -218,9 +220,7 @@ def _lacks(name: str, label: str) -> str:
     )
 
 
-def _path_of(
-    name: str, tried: Domain, base: Any, compose: Callable[[Mapping[str, Any]], dict[str, Any]]
-) -> str | None:
+def _path_of(name: str, tried: Domain, base: Any, compose: Callable[[Mapping[str, Any]], dict[str, Any]]) -> str | None:
     """Return the path of a setting of the method; None if it has none."""
     plain = compose({})
     if "." in name:
@@ -234,7 +234,9 @@ def _path_of(
     differ = [path for path in {**one, **other} if one.get(path) != other.get(path)]
     if len(differ) != 1 or one[differ[0]] != low or other[differ[0]] != high:
         which = ", ".join(differ) or "nothing"
-        raise LrkitError(f'tune {name}: this argument moves {which}, not one setting to its value: tune the setting itself')
+        raise LrkitError(
+            f"tune {name}: this argument moves {which}, not one setting to its value: tune the setting itself"
+        )
     return differ[0]
 
 

@@ -14,7 +14,8 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.study.needs import Source, rules
-from lrkit.study.tuning import grid, with_settings
+from lrkit.study.space import grid
+from lrkit.study.tuning import with_settings
 
 if TYPE_CHECKING:
     from lrkit.study.cell import Cell

@@ -45,6 +45,7 @@ OUTSIDE = (
     "study/table.py",
     "study/table_row.py",
     "study/texts.py",
+    "study/tuned.py",
     "templates",
     "testing",
 )

@@ -60,9 +60,10 @@ Rule = Callable[["Cell", Sequence[Source], Mapping[str, Any]], "Cell"]
 
 def rules() -> Mapping[str, Rule]:
     """Return the rules by name."""
+    from lrkit.study.choosing import chosen, of_chosen
     from lrkit.study.controls import allocated
 
-    return {"allocation": allocated}
+    return {"allocation": allocated, "chosen": chosen, "of-chosen": of_chosen}
 
 
 def needs_from(plain: Sequence[Any]) -> tuple[Need, ...]:

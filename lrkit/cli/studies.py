@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrkit.cli import hints, screen, study_screen, words
-from lrkit.cli.options import Json, Set, TrainAlso
+from lrkit.cli.options import Halving, Json, Sampler, Set, TrainAlso, Trials, Tune, TuneSeeds
 from lrkit.errors import LrkitError
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ def ablate(
         list[str] | None, typer.Option("--leave-out", help="penalty, policy, or also: a row without it.")
     ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="All combinations of the swaps.")] = False,
+    tune: Tune = None,
+    tune_seeds: TuneSeeds = None,
+    sampler: Sampler = None,
+    trials: Trials = None,
+    halving: Halving = None,
     executor: Annotated[str, typer.Option(help="local, ray, or a plug-in's.")] = "local",
     workers: Annotated[
         int | None, typer.Option(help="Cells at a time; one per GPU or core (up to 4). 0: in this process.", min=0)
@@ -100,6 +105,7 @@ def ablate(
     changes |= {"model": model} if model is not None else {}
     changes |= {"margin": margin} if margin is not None else {}
     changes |= {"grid": True} if grid else {}
+    changes |= {"tune": words.tuning(tune, tune_seeds, sampler, trials, halving)}
     plan = lay_out(standing_in(_study(what, changes, sets or [], profile), in_place))
     if dry_run:
         study_screen.show_plan(plan, check(plan), as_json)
@@ -214,8 +220,7 @@ def _changes(
             raise LrkitError(f'--swap takes PATH=A,B,..., not "{text}"')
         changes["swap"][path] = [*changes["swap"].get(path, []), *map(words.value, words.names(values))]
     if seeds is not None:
-        numbers = [words.value(part) for part in seeds.split(",")]
-        changes["seeds"] = numbers if "," in seeds else numbers[0]
+        changes["seeds"] = words.seeds(seeds)
     return changes
 
 
@@ -234,19 +239,20 @@ def _study(what: str, changes: dict[str, Any], sets: Sequence[str], profile: str
     if what.endswith(".toml") or what in names():
         given = study_named(what, profile=profile)
         # The command line's settings come on top of the file's.
-        for key in ("set", "run", "swap"):
-            changes[key] = {**getattr(given, key), **changes[key]}
-        changes = {**attrs.asdict(given), **changes}
+        file = attrs.asdict(given)
+        for key in ("set", "run", "swap", "tune"):
+            changes[key] = {**(file[key] or {}), **changes[key]}
+        changes = {**file, **changes}
     elif profile is not None:
         raise LrkitError(
             f'--profile is of a study file, and "{what}" is none: `lrkit ablate --list` shows which have any'
         )
     else:
         changes = {"base": what, **changes}
+    changes["tune"] = changes["tune"] or None
     study = study_from(changes, what if what.endswith(".toml") or what in names() else "ablate")
-    hints.check_settings(
-        dict(map(words.pair, sets)), arguments_of(study.base) if sets and isinstance(study.base, str) else ()
-    )
+    named = [each for each in (study.base, *study.swap.get("method", ())) if sets and isinstance(each, str)]
+    hints.check_settings(dict(map(words.pair, sets)), [name for each in named for name in arguments_of(each)])
     return study
 
 

@@ -26,6 +26,9 @@ def value(text: str) -> Any:
         return text
 
 
+_TAKEN = {"--swap": "PART=NAME", "--tune": "PATH=A,B,... or PATH=log(LOW,HIGH,POINTS)"}
+
+
 def pair(text: str, option: str = "--set") -> tuple[str, str]:
     """Take ``KEY=VALUE`` apart.
 
@@ -34,7 +37,7 @@ def pair(text: str, option: str = "--set") -> tuple[str, str]:
     """
     key, equals, said = text.partition("=")
     if not equals or not key or not said:
-        raise LrkitError(f'{option} takes {"PART=NAME" if option == "--swap" else "KEY=VALUE"}, not "{text}"')
+        raise LrkitError(f'{option} takes {_TAKEN.get(option, "KEY=VALUE")}, not "{text}"')
     return key, said
 
 
@@ -78,6 +81,38 @@ def divided(sets: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     pairs = {key: value(said) for key, said in map(pair, sets)}
     run = {key.removeprefix("run."): each for key, each in pairs.items() if key.startswith("run.")}
     return {key: each for key, each in pairs.items() if not key.startswith("run.")}, run
+
+
+def seeds(text: str) -> Any:
+    """Read seeds: how many (``"6"``), or which (``"3,4,5"``)."""
+    numbers = [value(part) for part in text.split(",")]
+    return numbers if "," in text else numbers[0]
+
+
+def tuning(
+    spaces: Sequence[str] | None, of_each: str | None, sampler: str | None, trials: int | None, halving: int | None
+) -> dict[str, Any]:
+    """Read what is to be tuned, as a study file has it; only what was given.
+
+    Args:
+        spaces: ``"run.lr=3e-4,1e-3"``, ``"alpha=log(4,32,3)"``.
+        of_each: the seeds of each trial.
+        sampler: how trials are chosen.
+        trials: how many.
+        halving: one of so many goes on.
+    """
+    found: dict[str, Any] = {"space": {}} if spaces else {}
+    for text in spaces or []:
+        path, said = pair(text, "--tune")
+        tried = said if said.startswith("log(") else [value(name) for name in names(said)]
+        found["space"][path] = tried
+    given = {
+        "seeds": None if of_each is None else seeds(of_each),
+        "sampler": sampler,
+        "trials": trials,
+        "halving": halving,
+    }
+    return found | {key: each for key, each in given.items() if each is not None}
 
 
 def compose(

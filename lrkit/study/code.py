@@ -47,6 +47,7 @@ OUTSIDE = (
     "study/table_row.py",
     "study/taken.py",
     "study/texts.py",
+    "study/tuned.py",
     "templates",
     "testing",
 )

@@ -18,6 +18,7 @@ from lrkit.reading import TOML_BYTES, check_plain, parse_toml, read_text
 from lrkit.strict import Misfit, strict_converter, structured
 from lrkit.study.catalogue import check_required, names, text_of
 from lrkit.study.claim import Claim
+from lrkit.study.published import Published
 from lrkit.study.shipped import with_profile
 from lrkit.study.tuning import TuneSpec, flat_space
 
@@ -114,6 +115,7 @@ class Study:
             rows are then tested for equivalence, too. None: for a difference alone.
         claims: what is claimed of the rows, and judged by the rule of `lrkit.study.claims`.
         tune: how settings of every row are chosen by trials before its test cells; None to run them as they are given.
+        published: values that others published, for a column of their own.
     """
 
     base: Any
@@ -135,6 +137,7 @@ class Study:
     margin: float | None = None
     claims: list[Claim] = attrs.field(factory=list)
     tune: TuneSpec | None = None
+    published: Published | None = None
 
 
 def study_named(source: str, changes: Mapping[str, Any] | None = None, *, profile: str | None = None) -> Study:

@@ -36,6 +36,7 @@ OUTSIDE = (
     "study/progress.py",
     "study/recall.py",
     "study/records.py",
+    "study/published.py",
     "study/report",
     "study/results.py",
     "study/scores.py",

@@ -108,6 +108,7 @@ def _planned(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], n
         margin=study.margin,
         claims=tuple(study.claims),
         tune=None if study.tune is None else study.tune.to_plain(),
+        published=study.published,
         cells=tuple(job.entry() for job in jobs if job.trial is None),
         trials=tuple(entry for job in jobs if isinstance(entry := job.entry(), TrialEntry)),
     )
@@ -152,6 +153,7 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
         trials=trials,
         tune=mine.tune or there.tune,
         costs=there.costs,
+        published=mine.published or there.published,
         margin=_stated(there, mine, "margin", where),
         claims=_stated(there, mine, "claims", where),
     )

@@ -57,6 +57,7 @@ def read_study(folder: str | Path) -> StudyRecord:
         measured=study.costs,
         margin=study.margin,
         claims=study.claims,
+        published=study.published,
         tune=study.tune,
         trials=tuple(_cell(folder, trial) for trial in study.trials),
         untuned=tuple(_cell(folder, cell) for cell in study.cells if cell.tuned != tuned),

@@ -14,6 +14,7 @@ from lrkit.loop.history import Decision
 from lrkit.study.cell_folder import PACKED
 from lrkit.study.claim import Claim
 from lrkit.study.files import Attempt, CellResult, Cost, attempt_in, decision_in, read_cost, read_result
+from lrkit.study.published import Published
 from lrkit.study.store import number, read_lines, read_object, read_text
 from lrkit.study.study_file import CostEntry, RowRecord, TaskRecord
 
@@ -187,6 +188,7 @@ class StudyRecord:
         untuned: of a tuned study, the cells that ran with the settings that were given.
         margin: differences of the primary score that are smaller do not matter; None if none was stated.
         claims: what was claimed of the rows before the first cell.
+        published: values that others published.
     """
 
     folder: Path
@@ -207,6 +209,7 @@ class StudyRecord:
     untuned: tuple[CellRecord, ...] = attrs.field(default=(), repr=False)
     margin: float | None = None
     claims: tuple[Claim, ...] = ()
+    published: Published | None = None
 
     @cached_property
     def costs(self) -> dict[tuple[int, str], Cost]:

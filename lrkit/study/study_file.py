@@ -12,6 +12,7 @@ import attrs
 
 from lrkit.errors import LrkitError, shown
 from lrkit.study.claim import Claim
+from lrkit.study.published import Published
 from lrkit.study.store import FORMAT, read_object, whole_in, write_json
 
 
@@ -146,6 +147,7 @@ class StudyFile:
     trials: tuple[TrialEntry, ...] = ()
     margin: float | None = None
     claims: tuple[Claim, ...] = ()
+    published: Published | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Return it as plain data, with its format."""

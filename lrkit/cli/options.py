@@ -13,6 +13,14 @@ Set = Annotated[
 Swap = Annotated[
     list[str] | None, typer.Option("--swap", metavar="PART=NAME", help="Swap a component: metric=magnitude.")
 ]
+Ranks = Annotated[
+    str | None,
+    typer.Option(
+        "--ranks",
+        metavar="FILE|RUN|uniform|random:SEED",
+        help="Each layer's rank: of a .toml or .json file, or of a run's end; or the method's own total, shared out.",
+    ),
+]
 TaskName = Annotated[str | None, typer.Option("--task", help="movies (the default), glue/NAME, or a plug-in's.")]
 Data = Annotated[
     Path | None, typer.Option("--data", help="A folder with {train,validation}.jsonl[.gz], instead of --task.")
@@ -22,3 +30,17 @@ TrainAlso = Annotated[
     str | None,
     typer.Option("--train-also", help="Modules that train in full, joined by commas; auto (the task head) or none."),
 ]
+Tune = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tune",
+        metavar="PATH=A,B,...",
+        help="Choose a setting by trials: run.lr=3e-4,1e-3 or run.lr=log(1e-4,1e-2,5).",
+    ),
+]
+TuneSeeds = Annotated[
+    str | None, typer.Option("--tune-seeds", help="Seeds of each trial: how many (2), or which: 101,102.")
+]
+Sampler = Annotated[str | None, typer.Option("--sampler", help="grid: every combination. tpe: Optuna proposes them.")]
+Trials = Annotated[int | None, typer.Option("--trials", help="How many trials each row has, for --sampler tpe.", min=1)]
+Halving = Annotated[int | None, typer.Option("--halving", help="Of N trials one goes on to N times the steps.", min=2)]

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrkit.cli import hints, screen, study_screen, words
-from lrkit.cli.options import Json, Set, TrainAlso
+from lrkit.cli.options import Halving, Json, Sampler, Set, TrainAlso, Trials, Tune, TuneSeeds
 from lrkit.errors import LrkitError
 
 if TYPE_CHECKING:
     from lrkit.study.plan import Plan, Study
+    from lrkit.study.recall import Recall
     from lrkit.study.statistics import Table
 
 
@@ -46,6 +47,11 @@ def ablate(
         list[str] | None, typer.Option("--leave-out", help="penalty, policy, or also: a row without it.")
     ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="All combinations of the swaps.")] = False,
+    tune: Tune = None,
+    tune_seeds: TuneSeeds = None,
+    sampler: Sampler = None,
+    trials: Trials = None,
+    halving: Halving = None,
     executor: Annotated[str, typer.Option(help="local, ray, or a plug-in's.")] = "local",
     workers: Annotated[
         int | None, typer.Option(help="Cells at a time; one per GPU or core (up to 4). 0: in this process.", min=0)
@@ -99,6 +105,7 @@ def ablate(
     changes |= {"model": model} if model is not None else {}
     changes |= {"margin": margin} if margin is not None else {}
     changes |= {"grid": True} if grid else {}
+    changes |= {"tune": words.tuning(tune, tune_seeds, sampler, trials, halving)}
     plan = lay_out(standing_in(_study(what, changes, sets or [], profile), in_place))
     if dry_run:
         study_screen.show_plan(plan, check(plan), as_json)
@@ -146,12 +153,7 @@ def report(
     """
     import attrs
 
-    from lrkit.study.recall import recalls_of
-    from lrkit.study.records import read_study
-
-    written, table = _report(folder)
-    record = read_study(folder)
-    recalls = [each for task in record.tasks for each in recalls_of(record, task.name)]
+    written, table, recalls = _report(folder)
     if as_json:
         told = {"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]}
         screen.say_json(told | ({"recall": [attrs.asdict(each) for each in recalls]} if recalls else {}))
@@ -161,13 +163,16 @@ def report(
     screen.say("written: " + " ".join(str(path) for path in written))
 
 
-def _report(folder: Path) -> "tuple[list[Path], Table]":
-    """Write a study's report. Return the files, and its table."""
+def _report(folder: Path) -> "tuple[list[Path], Table, list[Recall]]":
+    """Write a study's report. Return the files, its table, and its recalls if a task knows the right layers."""
+    from lrkit.study.recall import recalls_of
     from lrkit.study.records import read_study
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
 
-    return list(write_report(folder)), compare(read_study(folder))
+    written, record = list(write_report(folder)), read_study(folder)
+    recalls = [each for task in record.tasks for each in recalls_of(record, task.name)]
+    return written, compare(record), recalls
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
@@ -215,8 +220,7 @@ def _changes(
             raise LrkitError(f'--swap takes PATH=A,B,..., not "{text}"')
         changes["swap"][path] = [*changes["swap"].get(path, []), *map(words.value, words.names(values))]
     if seeds is not None:
-        numbers = [words.value(part) for part in seeds.split(",")]
-        changes["seeds"] = numbers if "," in seeds else numbers[0]
+        changes["seeds"] = words.seeds(seeds)
     return changes
 
 
@@ -235,19 +239,20 @@ def _study(what: str, changes: dict[str, Any], sets: Sequence[str], profile: str
     if what.endswith(".toml") or what in names():
         given = study_named(what, profile=profile)
         # The command line's settings come on top of the file's.
-        for key in ("set", "run", "swap"):
-            changes[key] = {**getattr(given, key), **changes[key]}
-        changes = {**attrs.asdict(given), **changes}
+        file = attrs.asdict(given)
+        for key in ("set", "run", "swap", "tune"):
+            changes[key] = {**(file[key] or {}), **changes[key]}
+        changes = {**file, **changes}
     elif profile is not None:
         raise LrkitError(
             f'--profile is of a study file, and "{what}" is none: `lrkit ablate --list` shows which have any'
         )
     else:
         changes = {"base": what, **changes}
+    changes["tune"] = changes["tune"] or None
     study = study_from(changes, what if what.endswith(".toml") or what in names() else "ablate")
-    hints.check_settings(
-        dict(map(words.pair, sets)), arguments_of(study.base) if sets and isinstance(study.base, str) else ()
-    )
+    named = [each for each in (study.base, *study.swap.get("method", ())) if sets and isinstance(each, str)]
+    hints.check_settings(dict(map(words.pair, sets)), [name for each in named for name in arguments_of(each)])
     return study
 
 
@@ -266,13 +271,15 @@ def _carry_out(plan: "Plan", out: Path, how: Mapping[str, Any], as_json: bool) -
         screen.complain(line)
     with Teller(Console(stderr=True, quiet=as_json), out.absolute()) as teller:
         outcome = execute(plan, out, told=teller.told, started=teller.started, cost_told=teller.cost_told, **how)
-    written, table = _report(outcome.folder)
+    written, table, recalls = _report(outcome.folder)
     if as_json:
         failed = [{"cell": name, "error": error} for name, error in outcome.failed]
         told = {"folder": str(out), "rows": [attrs.asdict(row) for row in table.rows], "failed": failed}
+        told |= {"recall": [attrs.asdict(each) for each in recalls]} if recalls else {}
         screen.say_json(told | {"busy": outcome.busy, "files": [str(path) for path in written]})
     else:
         study_screen.show_table(table)
+        study_screen.show_recalls(recalls)
         screen.say(f"report: {out / 'report.html'}")
     for name, error in outcome.failed:
         screen.complain(f"cell {name} failed: {error}")

@@ -50,9 +50,11 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
 
     rows = {row.label: [*changes(plan.rows[0], row), *implied(plan, row)] for row in plan.rows}
     rates = {row.label: {task.name: rates_of(plan, row, task) for task in plan.tasks} for row in plan.rows}
-    cells = len(plan.rows) * len(plan.tasks) * len(plan.seeds)
+    cells, trials = plan.cells, plan.trials
     if as_json:
         told = {"rows": rows, "rates": rates, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells}
+        told |= {"margin": plan.study.margin}
+        told |= {"trials": trials} if plan.study.tune is not None else {}
         screen.say_json(told | {"too_few_seeds": too_few_seeds(len(plan.rows) - 1, len(plan.seeds))})
         return
     shown = [
@@ -66,7 +68,10 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
     columns = [Column("row"), Column("changed against the base"), Column("learning rate"), Column("the head's")]
     screen.table(columns, shown)
     counted = (_count(len(plan.rows), "row"), _count(len(plan.seeds), "seed"), _count(cells, "cell"))
-    screen.say(f"{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
+    before = f"{_count(trials, 'trial cell')} ({plan.study.tune.told()}), then " if plan.study.tune is not None else ""
+    screen.say(f"{before}{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
+    if plan.study.margin is not None:
+        screen.say(f"Margin: ±{plan.study.margin:g} of the primary score, written down before the first cell.")
     for line in limits(plan):
         screen.say(line)
 

@@ -16,6 +16,7 @@ from lrkit.study.asked import SEEDS, Study, standing_in, study_from, study_named
 from lrkit.study.catalogue import names
 from lrkit.study.execute import execute
 from lrkit.study.plan import lay_out
+from lrkit.study.reach import METHOD
 from lrkit.study.taken import source_of
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def ablate(
     grid: bool = False,
     title: str = "",
     margin: float | None = None,
+    tune: Mapping[str, Any] | None = None,
     profile: str | None = None,
     executor: str | Executor = "local",
     workers: int | None = None,
@@ -79,6 +81,8 @@ def ablate(
         title: for the report.
         margin: differences of the primary score that are smaller than this do not matter (0.01 is one point of accuracy):
             rows are also tested for equivalence. It is written down before the first cell, and stays.
+        tune: settings that trials choose before the test cells, for every row by itself: ``{"run.lr": [3e-4, 1e-3]}``, or
+            ``[tune]`` of a study file: ``{"space": {"run.lr": "log(1e-4,1e-2,5)"}, "seeds": 2, "sampler": "grid"}``.
         profile: of a study file, such as ``"paper"``; None for its first.
         executor: ``"local"``, ``"ray"``, a plug-in's name, or any `concurrent.futures.Executor`.
         workers: cells at a time; None: one per GPU, or one per CPU core up to four. 0: in this process, which knows
@@ -114,7 +118,9 @@ def ablate(
     study = (
         base
         if isinstance(base, Study)
-        else _study(base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title, train_also, margin)
+        else _study(
+            base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title, train_also, margin, tune
+        )
     )
     plan = lay_out(standing_in(study, data or {}))
     if few := too_few_seeds(len(plan.rows) - 1, len(plan.seeds)):
@@ -153,9 +159,13 @@ def _study(
     title: str,
     train_also: str | Sequence[str] = "auto",
     margin: float | None = None,
+    tune: Mapping[str, Any] | None = None,
 ) -> Study:
     """Make a study of `ablate`'s arguments."""
-    values = {path: [_plain(path, v) for v in _listed(path, tried)] for path, tried in (swap or {}).items()}
+    values = {
+        path: [_plain("base" if path == METHOD else path, v) for v in _listed(path, tried)]
+        for path, tried in (swap or {}).items()
+    }
     return study_from(
         {
             "base": _plain("base", base),
@@ -172,6 +182,7 @@ def _study(
             "seeds": seeds if isinstance(seeds, int) else list(seeds),
             "run": dict(run or {}),
             "margin": margin,
+            "tune": None if tune is None else dict(tune) if "space" in tune else {"space": dict(tune)},
         },
         "ablate",
     )

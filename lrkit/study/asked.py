@@ -20,6 +20,7 @@ from lrkit.study.catalogue import check_required, names, text_of
 from lrkit.study.claim import Claim
 from lrkit.study.published import Published
 from lrkit.study.shipped import with_profile
+from lrkit.study.tuning import TuneSpec, flat_space
 
 if TYPE_CHECKING:
     import cattrs
@@ -113,6 +114,7 @@ class Study:
         margin: differences of the primary score that are smaller than this do not matter (0.01 is one point of accuracy);
             rows are then tested for equivalence, too. None: for a difference alone.
         claims: what is claimed of the rows, and judged by the rule of `lrkit.study.claims`.
+        tune: how settings of every row are chosen by trials before its test cells; None to run them as they are given.
         published: values that others published, for a column of their own.
     """
 
@@ -134,6 +136,7 @@ class Study:
     run: dict[str, Any] = attrs.field(factory=dict)
     margin: float | None = None
     claims: list[Claim] = attrs.field(factory=list)
+    tune: TuneSpec | None = None
     published: Published | None = None
 
 
@@ -184,6 +187,8 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
         data["tasks"] = [{"task": each} if isinstance(each, str) else each for each in data["tasks"]]
     if isinstance(data.get("rows"), list):
         data["rows"] = [_row(each) if isinstance(each, Mapping) else each for each in data["rows"]]
+    if isinstance(data.get("tune"), Mapping) and isinstance(data["tune"].get("space"), Mapping):
+        data["tune"] = {**data["tune"], "space": flat_space(data["tune"]["space"])}
     if "base" not in data:
         raise LrkitError(f"{where}: base is missing: the method that rows are compared with")
     try:

@@ -1,4 +1,4 @@
-"""Choose a row's settings by its trials: the rules "chosen" and "of-chosen" of `lrkit.study.needs`.
+"""Choose a row's settings by its trials: the rule "chosen" of `lrkit.study.settling`.
 
 Every trial is scored on rows that were set aside from the training data. The settings with the highest mean of the
 primary score over the tuning seeds are chosen; a run that diverged makes its settings the worst, and of equal ones the
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.errors import LrkitError
-from lrkit.study.needs import Source, rules
-from lrkit.study.tuning import grid, with_settings
+from lrkit.study.needs import Source
+from lrkit.study.space import grid
+from lrkit.study.tuning import with_settings
 
 if TYPE_CHECKING:
     from lrkit.study.cell import Cell
@@ -45,25 +46,12 @@ def chosen(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any])
         sources: its row's trials: all seeds of the first one, then of the second one, and so on.
         settings: ``space``, path to values, and ``seeds``, how many each trial has.
     """
-    _, best = _winner(sources, settings)
+    _, best = winner_of(sources, settings)
     method, run = with_settings(cell.method, cell.run, best)
     return attrs.evolve(cell, method=method, run=run)
 
 
-def of_chosen(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any]) -> "Cell":
-    """Hand the trial that was chosen, with one of its seeds, to another rule: the rule "of-chosen".
-
-    Args:
-        cell: the cell.
-        sources: the trials of another row, as in `chosen`.
-        settings: as in `chosen`; further ``seed``, the index of the seed; ``rule`` and ``settings`` of the other rule.
-    """
-    winner, _ = _winner(sources, settings)
-    source = sources[winner * settings["seeds"] + settings["seed"]]
-    return rules()[settings["rule"]](cell, [source], settings["settings"])
-
-
-def _winner(sources: Sequence[Source], settings: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+def winner_of(sources: Sequence[Source], settings: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """Return which trial is chosen, and its settings."""
     each = settings["seeds"]
     scores = [[source.result.score for source in sources[at : at + each]] for at in range(0, len(sources), each)]

@@ -48,6 +48,7 @@ OUTSIDE = (
     "study/table_row.py",
     "study/taken.py",
     "study/texts.py",
+    "study/tuned.py",
     "templates",
     "testing",
 )

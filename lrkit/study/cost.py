@@ -25,7 +25,7 @@ from lrkit.errors import LrkitError
 from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell
 from lrkit.study.cell_folder import is_packed
-from lrkit.study.jobs import jobs_of
+from lrkit.study.graph import jobs_of
 from lrkit.study.plan import Plan
 from lrkit.study.run_settings import settings_from, total_steps
 from lrkit.study.store import canonical, lock, read_json, write_json

@@ -13,7 +13,8 @@ from lrkit.study.asked import load_task_of
 from lrkit.study.cell import components_of
 from lrkit.study.cell_folder import forget, has_result, is_done, is_packed, tidy_done
 from lrkit.study.executors import gpus
-from lrkit.study.jobs import Job, Told, jobs_of, row_devices
+from lrkit.study.graph import jobs_of
+from lrkit.study.jobs import Job, Told, row_devices
 from lrkit.study.ledger import write_plan
 from lrkit.study.old import tell_damaged, with_old
 from lrkit.study.plan import Plan

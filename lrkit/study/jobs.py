@@ -1,4 +1,4 @@
-"""The cells of a plan as one graph, in an order in which each comes after the cells that it needs."""
+"""Cells of a plan, each with its place in the study; `lrkit.study.graph` lists all of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from lrkit.study.cell import Cell, make_cell
 from lrkit.study.needs import Need
 from lrkit.study.plan import Plan, Row
 from lrkit.study.study_file import CellEntry, TrialEntry
+from lrkit.study.tuning import with_settings
 
 
 @attrs.frozen(kw_only=True)
@@ -102,31 +103,14 @@ Told = Callable[[Job, Mapping[str, Any], int, int], None]
 """Called when a cell has ended: the job, what `run_cell` returned, cells ended and cells in all."""
 
 
-def jobs_of(plan: Plan) -> list[Job]:
-    """List all cells, seed by seed, so that a study that is stopped early has every row; those that others need first."""
-    found: dict[tuple[int, str, int], Job] = {}
-    for seed in plan.seeds:
-        for spec in plan.tasks:
-            for index in range(len(plan.rows)):
-                _add(plan, index, spec, seed, found)
-    return list(found.values())
-
-
-def _add(plan: Plan, index: int, spec: TaskSpec, seed: int, found: dict[tuple[int, str, int], Job]) -> Job:
-    """Add a row's cell on a task with a seed to those found, after the cell that it controls; return it."""
-    place = (index, spec.name, seed)
-    if place in found:
-        return found[place]
-    row, needs = plan.rows[index], list[Need]()
-    if row.control is not None:
-        at = row.control.reads(plan.tasks, plan.seeds, spec, seed)
-        needs = list(row.control.needs(None if at is None else _add(plan, row.control.row, *at, found).key))
-    cell = cell_of(plan, row, spec, seed, needs)
-    found[place] = Job(cell=cell, row=index, label=row.label, task=spec.name, seed=seed)
-    return found[place]
-
-
-def cell_of(plan: Plan, row: Row, spec: TaskSpec, seed: int, needs: Sequence[Need] = ()) -> Cell:
+def cell_of(
+    plan: Plan,
+    row: Row,
+    spec: TaskSpec,
+    seed: int,
+    needs: Sequence[Need] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Cell:
     """Make the cell of a row on a task with a seed.
 
     Args:
@@ -135,9 +119,12 @@ def cell_of(plan: Plan, row: Row, spec: TaskSpec, seed: int, needs: Sequence[Nee
         spec: the task.
         seed: the seed.
         needs: what it takes from other cells.
+        settings: path to value, of the method or of the run, that take the place of the row's.
     """
-    run = attrs.asdict(plan.settings(row, spec, seed))
-    made = make_cell(to_plain(plan.method(row, spec)), spec, plan.study.model, run=run, **row.attach)
+    method, run = with_settings(
+        to_plain(plan.method(row, spec)), attrs.asdict(plan.settings(row, spec, seed)), settings or {}
+    )
+    made = make_cell(method, spec, plan.study.model, run=run, **row.attach)
     return attrs.evolve(made, needs=tuple(needs)) if needs else made
 
 

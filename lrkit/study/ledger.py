@@ -94,6 +94,7 @@ def _planned(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], n
                 rates={spec.name: rates_of(plan, row, spec) for spec in plan.tasks},
                 control="" if row.control is None else row.control.kind,
                 source="" if row.control is None else plan.rows[row.control.row].label,
+                tuned=row.tuned,
                 **row.attach,
             )
             for row in plan.rows
@@ -106,6 +107,7 @@ def _planned(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], n
         run=dict(study.run),
         margin=study.margin,
         claims=tuple(study.claims),
+        tune=None if study.tune is None else study.tune.to_plain(),
         published=study.published,
         cells=tuple(job.entry() for job in jobs if job.trial is None),
         trials=tuple(entry for job in jobs if isinstance(entry := job.entry(), TrialEntry)),

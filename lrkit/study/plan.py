@@ -6,7 +6,7 @@ on two tasks and with six seeds, is three rows and 36 cells.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -20,7 +20,9 @@ from lrkit.study.composing import check_path, composed, has
 from lrkit.study.controls import Control, check_control, check_kind, controlled
 from lrkit.study.labels import differences, label_of, shown_value
 from lrkit.study.published import check_published
+from lrkit.study.reach import METHOD, Reached
 from lrkit.study.run_settings import RunSettings, settings_from
+from lrkit.study.tuning import check_rows, check_tune, inherited, paths_in
 
 ROWS, CELLS = 2_000, 100_000
 """The most that a study may have."""
@@ -40,6 +42,7 @@ class Row:
         attach: arguments of `lrkit.attach` beside the method: ``targets`` and ``train_also``.
         own: paths of the method's settings that the row itself changes.
         control: the control of another row that it is; None for none.
+        tuned: each setting that the study tunes, as it is asked for, to its path in this row.
     """
 
     label: str
@@ -48,6 +51,7 @@ class Row:
     attach: dict[str, Any]
     own: frozenset[str] = frozenset()
     control: Control | None = None
+    tuned: dict[str, str] = attrs.field(factory=dict)
 
 
 @attrs.frozen(kw_only=True)
@@ -69,6 +73,17 @@ class Plan:
         """Return the tasks."""
         return tuple(self.study.tasks) or (TaskSpec(task="movies"),)
 
+    @property
+    def cells(self) -> int:
+        """Count the rows' own cells."""
+        both = 2 if self.study.tune is not None and self.study.tune.defaults else 1
+        return len(self.rows) * len(self.tasks) * len(self.seeds) * both
+
+    @property
+    def trials(self) -> int:
+        """Count the cells that settings are tried in."""
+        return 0 if self.study.tune is None else len(self.rows) * len(self.tasks) * self.study.tune.cells
+
     def settings(self, row: Row, task: TaskSpec, seed: int) -> RunSettings:
         """Return how a cell trains: the study's settings, then the task's, then the row's."""
         return settings_from({**self.study.run, **task.run, **row.run, "seed": seed})
@@ -89,19 +104,23 @@ def lay_out(study: Study) -> Plan:
     Raises:
         LrkitError: a method, component or setting that does not exist or does not fit, with the row's label.
     """
-    base = composed(study.base, study.set)
-    for path in study.swap:
-        check_path(study.base, base, path)
-    _check_size(study)
+    reached = Reached(study.set, everywhere=METHOD in study.swap)
     name = study.label or (study.base if isinstance(study.base, str) else "base")
+    beneath = reached.by(study.base, name)
+    base = composed(study.base, beneath)
+    for path in study.swap:
+        if path != METHOD:
+            check_path(study.base, base, path)
+    _check_size(study)
     attach = {"targets": study.targets, "train_also": study.train_also}
-    rows = [Row(label=name, method=from_plain(base), run={}, attach=attach)]
+    tuned = _tuned(study, name, study.base, lambda more: composed(study.base, {**beneath, **more}))
+    rows = [Row(label=name, method=from_plain(base), run={}, attach=attach, tuned=tuned)]
     seen = {_identity(rows[0])}
     labels = {name}
     for spec in _specs(study):
         label = spec.label or label_of(spec)
         try:
-            row = _row(label, base, spec, study, rows)
+            row = _row(label, spec, study, rows, reached)
         except LrkitError as error:
             raise LrkitError(f"row {label}: {error}") from None
         if spec.label is None and _identity(row) in seen:
@@ -111,10 +130,14 @@ def lay_out(study: Study) -> Plan:
         seen.add(_identity(row))
         labels.add(label)
         rows.append(row)
+    reached.tell()
     check_claims(study.claims, [row.label for row in rows])
     check_published(study.published, [row.label for row in rows])
     seeds = tuple(range(study.seeds)) if isinstance(study.seeds, int) else tuple(study.seeds)
     plan = Plan(study=study, rows=tuple(rows), seeds=seeds)
+    if study.tune is not None:
+        check_tune(study.tune, seeds)
+        check_rows(study.tune, plan)
     _check_settings(plan)
     return plan
 
@@ -122,30 +145,43 @@ def lay_out(study: Study) -> Plan:
 def _specs(study: Study) -> Iterator[RowSpec]:
     """List the rows beside the base: of each value by itself or of every combination, without a part, and written out."""
     if study.grid and study.swap:
-        for values in itertools.product(*study.swap.values()):
-            yield RowSpec(swap=dict(zip(study.swap, values, strict=True)))
+        tried = [dict(zip(study.swap, values, strict=True)) for values in itertools.product(*study.swap.values())]
     else:
-        yield from (RowSpec(swap={path: value}) for path, values in study.swap.items() for value in values)
+        tried = [{path: value} for path, values in study.swap.items() for value in values]
+    for swap in tried:
+        yield RowSpec(base=swap.pop(METHOD, None), swap=swap)
     yield from (RowSpec(leave_out=[name]) for name in study.leave_out)
     yield from study.rows
 
 
-def _row(label: str, base: Mapping[str, Any], spec: RowSpec, study: Study, rows: Sequence[Row]) -> Row:
+def _row(label: str, spec: RowSpec, study: Study, rows: Sequence[Row], reached: "Reached") -> Row:
     """Build a row, and note the paths that the row itself changes in its base."""
     settings_from(spec.run)
     given = {"targets": spec.targets, "train_also": spec.train_also}
     if spec.source is not None:
-        return _derived(label, spec, given, rows)
+        return _derived(label, spec, given, study, rows)
     if spec.control is not None or spec.from_task is not None:
         raise LrkitError('a control is of another row: say of which, from = "LABEL"')
-    source, beneath = (study.base, study.set) if spec.base is None else (spec.base, {})
-    before = base if spec.base is None else composed(spec.base)
-    method = from_plain(composed(source, spec.set, spec.swap, spec.leave_out, beneath=beneath))
+    source = study.base if spec.base is None else spec.base
+    beneath = reached.by(source, label) if spec.base is None or reached.everywhere else {}
+
+    def composed_with(more: Mapping[str, Any]) -> dict[str, Any]:
+        return composed(source, {**spec.set, **more}, spec.swap, spec.leave_out, beneath=beneath)
+
+    method = from_plain(composed_with({}))
     attach = {key: getattr(study, key) if value is None else value for key, value in given.items()}
-    return Row(label=label, method=method, run=dict(spec.run), attach=attach, own=_own(before, method, spec))
+    own = _own(composed(source, beneath), method, spec)
+    tuned = _tuned(study, label, source, composed_with)
+    return Row(label=label, method=method, run=dict(spec.run), attach=attach, own=own, tuned=tuned)
 
 
-def _derived(label: str, spec: RowSpec, given: Mapping[str, Any], rows: Sequence[Row]) -> Row:
+def _tuned(
+    study: Study, label: str, base: Any, composed_with: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, str]:
+    return {} if study.tune is None else paths_in(study.tune, base, composed_with, label)
+
+
+def _derived(label: str, spec: RowSpec, given: Mapping[str, Any], study: Study, rows: Sequence[Row]) -> Row:
     """Build a row that begins with an earlier one, or is its control."""
     known = [row.label for row in rows]
     if spec.base is not None:
@@ -166,7 +202,8 @@ def _derived(label: str, spec: RowSpec, given: Mapping[str, Any], rows: Sequence
     method = from_plain(plain)
     attach = {key: row.attach[key] if value is None else value for key, value in given.items()}
     own = row.own | _own(before, method, spec)
-    return Row(label=label, method=method, run=row.run | spec.run, attach=attach, own=own, control=control)
+    tuned = {} if study.tune is None else inherited(study.tune, row.tuned, plain, label)
+    return Row(label=label, method=method, run=row.run | spec.run, attach=attach, own=own, control=control, tuned=tuned)
 
 
 def _own(before: Mapping[str, Any], method: Method, spec: RowSpec) -> frozenset[str]:
@@ -187,7 +224,8 @@ def _check_size(study: Study) -> None:
     tried = [len(values) for values in study.swap.values()]
     rows = 1 + (math.prod(tried) if study.grid and tried else sum(tried)) + len(study.leave_out) + len(study.rows)
     seeds = study.seeds if isinstance(study.seeds, int) else len(study.seeds)
-    cells = rows * seeds * max(1, len(study.tasks))
+    trials = 0 if study.tune is None else study.tune.cells
+    cells = rows * (seeds + trials) * max(1, len(study.tasks))
     for what, number, most in (("rows", rows, ROWS), ("cells", cells, CELLS)):
         if number > most:
             raise LrkitError(f"the study has {number:,} {what}; at most {most:,}: try fewer values, or seeds")

@@ -39,6 +39,7 @@ class RowRecord:
         train_also: likewise.
         control: the control of another row that it is; empty for none.
         source: label of the row that it controls; empty for none.
+        tuned: what each setting that is tuned is called in its method or run, by the name that it was asked for by.
     """
 
     label: str
@@ -50,6 +51,7 @@ class RowRecord:
     train_also: Any = attrs.field(default=None, repr=False)
     control: str = ""
     source: str = ""
+    tuned: dict[str, str] = attrs.field(factory=dict, repr=False)
 
     @property
     def lr(self) -> str:

@@ -36,7 +36,7 @@ class Choice:
         settings: path to value.
         default: path to the value that the row has without tuning.
         edges: paths whose chosen value is the least or the greatest that was tried.
-        widen: what to give beside the same command to try further values: ``--tune run.lr=...``; empty if none is at an edge.
+        widen: what the same command is given to try further values, ``--tune run.lr=...``; empty if none is at an edge.
     """
 
     trial: int

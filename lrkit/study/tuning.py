@@ -4,19 +4,21 @@ For example, ``space = {"run.lr": [3e-4, 1e-3, 3e-3], "alpha": "log(4,32,3)"}`` 
 Nothing is built or trained here: `lrkit.study.graph` makes cells of it, and `lrkit.study.choosing` chooses.
 """
 
-import itertools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from lrkit.compose import arguments_of, from_plain, to_plain, with_setting
-from lrkit.errors import LrkitError, nearest, shown
+from lrkit.errors import LrkitError, nearest
 from lrkit.settings import check_settings
 from lrkit.study.composing import has
 from lrkit.study.run_settings import RunSettings
+from lrkit.study.space import Domain, Log, domain, grid
+
+if TYPE_CHECKING:
+    from lrkit.study.plan import Plan
 
 FIRST_SEED = 1000
 """The first tuning seed if only their number is given: test seeds count from 0."""
@@ -24,64 +26,6 @@ FIRST_SEED = 1000
 SAMPLERS = ("grid", "tpe")
 RUN = ("lr", "head_lr", "lr_warmup", "weight_decay", "grad_clip", "batch_size")
 """Settings of a run that may be tuned: the others say how long a run is, what it sees or where it runs."""
-
-_LOG = re.compile(r"log\(\s*([^,()]+?)\s*,\s*([^,()]+?)\s*(?:,\s*(\d+)\s*)?\)")
-
-
-@attrs.frozen
-class Log:
-    """A range of positive numbers, even in their logarithm: ``log(1e-4,1e-2,5)``.
-
-    Args:
-        low: the lower end.
-        high: the upper end.
-        points: how many values a grid takes, the ends among them; None if it is for a sampler alone.
-    """
-
-    low: float
-    high: float
-    points: int | None = None
-
-    def values(self) -> list[float]:
-        """Return a grid's values, to three digits. Raise LrkitError if their number is not given."""
-        if self.points is None:
-            raise LrkitError(f"{self} has no number of values for a grid: log({self.low:g},{self.high:g},5)")
-        steps = [index / (self.points - 1) for index in range(self.points)]
-        return [float(f"{self.low ** (1 - at) * self.high**at:.3g}") for at in steps]
-
-    def __str__(self) -> str:
-        """Return it as it is written."""
-        return f"log({self.low:g},{self.high:g}" + (f",{self.points})" if self.points else ")")
-
-
-Domain = Log | list[Any]
-
-
-def domain(value: Any, path: str) -> Domain:
-    """Read the values of a setting: a list, or ``"log(low,high,points)"``.
-
-    Raises:
-        LrkitError: it is neither, or values repeat.
-    """
-    if isinstance(value, str) and (found := _LOG.fullmatch(value.strip())):
-        try:
-            low, high = float(found[1]), float(found[2])
-        except ValueError:
-            low = high = math.nan
-        points = None if found[3] is None else int(found[3])
-        if not 0 < low < high < math.inf or (points is not None and not 2 <= points <= 1000):
-            raise LrkitError(
-                f"tune {path}: {value} must be log(LOW,HIGH,POINTS) with 0 < LOW < HIGH and 2 points or more"
-            )
-        return Log(low, high, points)
-    if not isinstance(value, list) or not value:
-        raise LrkitError(f'tune {path}: must be a list of values to try, or "log(1e-4,1e-2,5)", not {shown(value)}')
-    for each in value:
-        if not isinstance(each, str | int | float | None) or (isinstance(each, float) and not math.isfinite(each)):
-            raise LrkitError(f"tune {path}: {shown(each)} is no value of a setting: a number, a text, true or false")
-    if len({repr(each) for each in value}) < len(value):
-        raise LrkitError(f"tune {path}: a value is there twice: {shown(value)}")
-    return value
 
 
 @attrs.frozen(kw_only=True)
@@ -130,9 +74,28 @@ class TuneSpec:
             return self.trials or 0
         return math.prod(len(each.values() if isinstance(each, Log) else each) for each in self.domains.values())
 
+    @property
+    def cells(self) -> int:
+        """Count the cells of a row's trials on a task."""
+        return self.count * len(self.tuning_seeds)
+
+    def told(self) -> str:
+        """Say in words how many trials there are, and on what."""
+        seeds = "one seed" if len(self.tuning_seeds) == 1 else f"{len(self.tuning_seeds)} seeds"
+        return f"{self.count} trials of each row with {seeds}, on rows set aside from training"
+
     def to_plain(self) -> dict[str, Any]:
         """Return plain data."""
         return attrs.asdict(self)
+
+
+def flat_space(space: Mapping[str, Any], owner: str = "") -> dict[str, Any]:
+    """Return a space by full paths: in TOML ``run.lr = [...]`` without quotes is a table in a table."""
+    flat: dict[str, Any] = {}
+    for key, value in space.items():
+        path = f"{owner}.{key}" if owner else key
+        flat |= flat_space(value, path) if isinstance(value, Mapping) else {path: value}
+    return flat
 
 
 def check_tune(tune: TuneSpec, seeds: Sequence[int]) -> None:
@@ -254,13 +217,6 @@ def space_of(tune: TuneSpec, paths: Mapping[str, str]) -> dict[str, Any]:
     return {paths[name]: tried for name, tried in tune.space.items() if name in paths}
 
 
-def grid(space: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """List every combination of a row's space: path to value each; the last setting changes fastest."""
-    domains = [domain(value, path) for path, value in space.items()]
-    values = [each.values() if isinstance(each, Log) else each for each in domains]
-    return [dict(zip(space, each, strict=True)) for each in itertools.product(*values)]
-
-
 def with_settings(
     method: Mapping[str, Any], run: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -281,3 +237,23 @@ def with_settings(
         else:
             plain = with_setting(plain, path, value)
     return to_plain(from_plain(plain)), {**run, **check_settings(RunSettings, of_run, "run")}
+
+
+def check_rows(tune: TuneSpec, plan: "Plan") -> None:
+    """Raise LrkitError if a row cannot take a value that is tried, or two rows differ in nothing but in what is tuned."""
+    seen: dict[str, str] = {}
+    for row in plan.rows:
+        space = {path: domain(value, path) for path, value in space_of(tune, row.tuned).items()}
+        first = {path: _ends(tried)[0] for path, tried in space.items()}
+        for spec in plan.tasks:
+            method, run = to_plain(plan.method(row, spec)), attrs.asdict(plan.settings(row, spec, 0))
+            for settings in [first] if tune.sampler == "tpe" else grid(space_of(tune, row.tuned)):
+                try:
+                    with_settings(method, run, settings)
+                except LrkitError as error:
+                    raise LrkitError(f"row {row.label}, tuned: {error}") from None
+            if spec is plan.tasks[0]:
+                same = repr([*with_settings(method, run, first), row.attach, row.control])
+                if same in seen:
+                    raise LrkitError(f'rows "{seen[same]}" and "{row.label}" differ in nothing but in what is tuned')
+                seen[same] = row.label

@@ -29,8 +29,8 @@ from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell, code_of
 from lrkit.study.cell_folder import PACKED, is_done, note_attempt, note_failure, tidy
 from lrkit.study.checkpoints import Record
-from lrkit.study.needs import settle
 from lrkit.study.run_settings import settings_from, steps_of
+from lrkit.study.settling import settle
 from lrkit.study.store import FORMAT, LIST, canonical, check_sum, json_bytes, lock, read_json, write_bytes, write_json
 
 _training = threading.Lock()

@@ -68,7 +68,12 @@ def _sections(view: View) -> list[Section]:
     ]
     return [
         Section("results", "Results", "results.html", once(results.Results.of(view))),
-        Section("effects", "Effect sizes and equivalence", "effects.html", once(effects.Effects.of(view))),
+        Section(
+            "effects",
+            "Effect sizes" + (" and equivalence" if view.table.margin else ""),
+            "effects.html",
+            once(effects.Effects.of(view)),
+        ),
         Section("truth", "Rank in the right layers", "truth.html", view.by_task(truth.truth)),
         Section("tuning", "Tuning", "tuning.html", view.by_task(tuning.tuning)),
         Section("untuned", "At the settings given", "untuned.html", once(tuning.untuned(view))),

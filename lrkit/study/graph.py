@@ -1,0 +1,116 @@
+"""All cells of a plan as one graph, in an order in which each comes after the cells that it needs: `jobs_of`.
+
+A tuned row's own cells need all of its trials. A control needs a cell of the row that it controls: its own cells one of
+that row's own, and its trials the trial that is chosen there, with the same tuning seed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+from lrkit.study.asked import TaskSpec
+from lrkit.study.jobs import Job, Trial, cell_of
+from lrkit.study.needs import Need
+from lrkit.study.plan import Plan
+from lrkit.study.space import grid
+from lrkit.study.tuning import TuneSpec, space_of
+
+
+def jobs_of(plan: Plan) -> list[Job]:
+    """List all cells, seed by seed, so that a study that is stopped early has every row; those that others need first."""
+    graph = _Graph(plan)
+    tune = plan.study.tune
+    if tune is not None:
+        for seed in tune.tuning_seeds:
+            for spec in plan.tasks:
+                for number in range(tune.count):
+                    for index in range(len(plan.rows)):
+                        graph.trial(tune, index, spec, seed, number)
+    for seed in plan.seeds:
+        for spec in plan.tasks:
+            for index in range(len(plan.rows)):
+                if tune is None or tune.defaults:
+                    graph.test(None, index, spec, seed)
+                if tune is not None:
+                    graph.test(tune, index, spec, seed)
+    return graph.jobs
+
+
+class _Graph:
+    """The cells so far, by place. A cell is added after those that it needs."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._found: dict[tuple[Any, ...], Job] = {}
+        self._choices: dict[tuple[int, str], Need] = {}
+
+    @property
+    def jobs(self) -> list[Job]:
+        """List the cells."""
+        return list(self._found.values())
+
+    def test(self, tune: TuneSpec | None, index: int, spec: TaskSpec, seed: int) -> Job:
+        """Add a row's cell on a task with a seed, with settings that are tuned or as they are given; return it."""
+        place = (index, spec.name, seed, tune is not None)
+        if place not in self._found:
+            needs = [] if tune is None else [self._chosen(tune, index, spec)]
+            if (control := self._plan.rows[index].control) is not None:
+                at = control.reads(self._plan.tasks, self._plan.seeds, spec, seed)
+                needs += control.needs(None if at is None else self.test(tune, control.row, *at).key)
+            self._add(place, index, spec, seed, needs, tuned=tune is not None)
+        return self._found[place]
+
+    def trial(self, tune: TuneSpec, index: int, spec: TaskSpec, seed: int, number: int) -> Job:
+        """Add a trial of a row on a task with a tuning seed; return it."""
+        place = (index, spec.name, seed, Trial(number=number))
+        if place not in self._found:
+            row = self._plan.rows[index]
+            needs: list[Need] = []
+            if row.control is not None and (at := row.control.reads(self._plan.tasks, tune.tuning_seeds, spec, seed)):
+                among = self._chosen(tune, row.control.row, at[0])
+                which = tune.tuning_seeds.index(at[1])
+                needs = [
+                    Need(
+                        rule="of-chosen",
+                        cells=among.cells,
+                        settings={**among.settings, "seed": which, "rule": each.rule, "settings": each.settings},
+                    )
+                    for each in row.control.needs("")
+                ]
+            settings = grid(space_of(tune, row.tuned))[number]
+            self._add(place, index, spec, seed, needs, settings=settings, trial=Trial(number=number))
+        return self._found[place]
+
+    def _chosen(self, tune: TuneSpec, index: int, spec: TaskSpec) -> Need:
+        """Return the need of all trials of a row on a task."""
+        if (index, spec.name) not in self._choices:
+            trials = [
+                self.trial(tune, index, spec, seed, number)
+                for number in range(tune.count)
+                for seed in tune.tuning_seeds
+            ]
+            settings = {"space": space_of(tune, self._plan.rows[index].tuned), "seeds": len(tune.tuning_seeds)}
+            self._choices[index, spec.name] = Need(rule="chosen", cells=[j.key for j in trials], settings=settings)
+        return self._choices[index, spec.name]
+
+    def _add(
+        self,
+        place: tuple[Any, ...],
+        index: int,
+        spec: TaskSpec,
+        seed: int,
+        needs: Sequence[Need],
+        *,
+        settings: dict[str, Any] | None = None,
+        trial: Trial | None = None,
+        tuned: bool = False,
+    ) -> None:
+        row, tune = self._plan.rows[index], self._plan.study.tune
+        cell = cell_of(self._plan, row, spec, seed, needs, settings)
+        if trial is not None and tune is not None:
+            # It is scored on all rows that are set aside.
+            cell = attrs.evolve(cell, selection=tune.seed, run={**cell.run, "validation_rows": None})
+        self._found[place] = Job(
+            cell=cell, row=index, label=row.label, task=spec.name, seed=seed, trial=trial, tuned=tuned
+        )

@@ -88,6 +88,8 @@ def test_same_tables_from_pack(place, whole, packed, tmp_path):
     assert not list((tmp_path / "study").rglob("*.safetensors")) and not list((tmp_path / "study").rglob("*.npz"))
     assert write_pack(tmp_path / "study", tmp_path / "third")[0][0].stat().st_size < 40_000
     records = [read_study(folder) for folder in (whole, tmp_path / "study")]
+    assert [c.config for c in records[0].cells] == [c.config for c in records[1].cells]
+    assert str(place).encode() not in gzip.decompress(packed.read_bytes()).split(b"\n", 1)[1]
     assert [c.decisions for c in records[0].cells] == [c.decisions for c in records[1].cells]
 
 

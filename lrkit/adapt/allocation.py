@@ -264,9 +264,15 @@ class Allocation(Ranks):
 
 
 def sizes_of(model: "torch.nn.Module", targets: str | Sequence[str] = "all-linear") -> dict[str, tuple[int, int]]:
-    """Return (d_in, d_out) of the layers of a plain model that `targets` means, as `lrkit.attach` takes it."""
+    """Return (d_in, d_out) of the layers of a plain model that `targets` means, as `lrkit.attach` takes it.
+
+    Raises:
+        LrkitError: nothing matches, or the model carries adapters, so that its layers have other names.
+    """
+    from lrkit.adapt.graft import check_model
     from lrkit.adapt.targets import find_targets
 
+    check_model(model)
     return {target.name: (target.d_in, target.d_out) for target in find_targets(model, targets)}
 
 

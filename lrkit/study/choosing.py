@@ -1,4 +1,4 @@
-"""Choose a row's settings by its trials: the rules "chosen" and "of-chosen" of `lrkit.study.needs`.
+"""Choose a row's settings by its trials: the rules "chosen" and "of-chosen" of `lrkit.study.needs`. No torch here.
 
 Every trial is scored on rows that were set aside from the training data. The settings with the highest mean of the
 primary score over the tuning seeds are chosen; a run that diverged makes its settings the worst, and of equal ones the
@@ -15,7 +15,6 @@ import attrs
 from lrkit.errors import LrkitError
 from lrkit.study.needs import Source, rules
 from lrkit.study.space import grid
-from lrkit.study.tuning import with_settings
 
 if TYPE_CHECKING:
     from lrkit.study.cell import Cell
@@ -46,6 +45,8 @@ def chosen(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any])
         sources: its row's trials: all seeds of the first one, then of the second one, and so on.
         settings: ``space``, path to values, and ``seeds``, how many each trial has.
     """
+    from lrkit.study.tuning import with_settings
+
     _, best = _winner(sources, settings)
     method, run = with_settings(cell.method, cell.run, best)
     return attrs.evolve(cell, method=method, run=run)

@@ -13,8 +13,7 @@ from lrkit.study.asked import TaskSpec
 from lrkit.study.jobs import Job, Trial, cell_of
 from lrkit.study.needs import Need
 from lrkit.study.plan import Plan
-from lrkit.study.space import grid
-from lrkit.study.tuning import TuneSpec, space_of
+from lrkit.study.space import TuneSpec, grid, space_of
 
 
 def jobs_of(plan: Plan) -> list[Job]:

@@ -17,6 +17,7 @@ from lrkit.study.jobs import Job
 from lrkit.study.place import try_folder
 from lrkit.study.plan import Plan, changes
 from lrkit.study.rates import implied, rates_of
+from lrkit.study.retuned import with_tuning
 from lrkit.study.store import canonical, lock
 from lrkit.study.study_file import (
     CellEntry,
@@ -105,6 +106,7 @@ def _joined(there: StudyFile, mine: StudyFile, folder: Path) -> StudyFile:
         was, now = canonical(getattr(there, key)), canonical(getattr(mine, key))
         if was != now:
             raise _refusal(folder, f"{key} is {was} there and {now} here")
+    there = with_tuning(there, mine, folder)
     rows, place, stays = _joined_rows(there, mine, folder)
     cells = _joined_cells([c for c in there.cells if stays(c)], mine.cells, place, rows)
     trials = _joined_cells([c for c in there.trials if stays(c)], mine.trials, place, rows)

@@ -25,13 +25,12 @@ def mean_score(scores: Sequence[float]) -> float:
     return -math.inf if any(math.isnan(score) for score in scores) else statistics.fmean(scores)
 
 
-def best_of(scores: Sequence[Sequence[float]]) -> int:
-    """Return the index of the settings that are chosen, given the scores of each; the first of equal ones.
+def best_of(means: Sequence[float]) -> int:
+    """Return the index of the settings that are chosen, given the mean score of each; the first of equal ones.
 
     Raises:
         LrkitError: all diverged.
     """
-    means = [mean_score(each) for each in scores]
     if all(mean == -math.inf for mean in means):
         raise LrkitError("none of its trials can be chosen: every one diverged; try lower learning rates")
     return means.index(max(means))
@@ -43,7 +42,7 @@ def chosen(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any])
     Args:
         cell: the cell, with the settings of its row.
         sources: its row's trials: all seeds of the first one, then of the second one, and so on.
-        settings: ``space``, path to values, and ``seeds``, how many each trial has.
+        settings: ``space``, path to values; ``seeds``, how many each trial has; ``batch`` and ``seed`` of a sampler.
     """
     from lrkit.study.tuning import with_settings
 
@@ -58,16 +57,38 @@ def of_chosen(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, An
     Args:
         cell: the cell.
         sources: the trials of another row, as in `chosen`.
-        settings: as in `chosen`; further ``seed``, the index of the seed; ``rule`` and ``settings`` of the other rule.
+        settings: as in `chosen`; further ``which``, the index of the seed; ``rule``, the other rule, and ``of_rule``, its
+            settings.
     """
     winner, _ = _winner(sources, settings)
-    source = sources[winner * settings["seeds"] + settings["seed"]]
-    return rules()[settings["rule"]](cell, [source], settings["settings"])
+    source = sources[winner * settings["seeds"] + settings["which"]]
+    return rules()[settings["rule"]](cell, [source], settings["of_rule"])
+
+
+def means_of(sources: Sequence[Source], seeds: int) -> list[float]:
+    """Return the mean score of each trial: so many of the sources in turn are its seeds."""
+    return [
+        mean_score([source.result.score for source in sources[at : at + seeds]]) for at in range(0, len(sources), seeds)
+    ]
+
+
+def candidates(settings: Mapping[str, Any], means: Sequence[float], count: int) -> list[dict[str, Any]]:
+    """List the settings of a row's trials: path to value each.
+
+    Args:
+        settings: ``space``; and, if a sampler proposes them, ``batch`` and ``seed``.
+        means: of the trials that are done.
+        count: how many.
+    """
+    if "batch" not in settings:
+        return grid(settings["space"])[:count]
+    from lrkit.study.proposing import proposals
+
+    return proposals(settings["space"], means, count, batch=settings["batch"], seed=settings["seed"])
 
 
 def _winner(sources: Sequence[Source], settings: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """Return which trial is chosen, and its settings."""
-    each = settings["seeds"]
-    scores = [[source.result.score for source in sources[at : at + each]] for at in range(0, len(sources), each)]
-    winner = best_of(scores)
-    return winner, grid(settings["space"])[winner]
+    means = means_of(sources, settings["seeds"])
+    winner = best_of(means)
+    return winner, candidates(settings, means, len(means))[winner]

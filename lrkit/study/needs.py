@@ -62,8 +62,9 @@ def rules() -> Mapping[str, Rule]:
     """Return the rules by name."""
     from lrkit.study.choosing import chosen, of_chosen
     from lrkit.study.controls import allocated
+    from lrkit.study.proposing import proposed
 
-    return {"allocation": allocated, "chosen": chosen, "of-chosen": of_chosen}
+    return {"allocation": allocated, "chosen": chosen, "of-chosen": of_chosen, "proposed": proposed}
 
 
 def needs_from(plain: Sequence[Any]) -> tuple[Need, ...]:

@@ -147,8 +147,8 @@ class TuneSpec:
 
 
 def space_of(tune: TuneSpec, paths: Mapping[str, str]) -> dict[str, Any]:
-    """Return a row's space as plain data: path to a list of values, or to a range as text."""
-    return {paths[name]: tried for name, tried in tune.space.items() if name in paths}
+    """Return a row's space as plain data: path to a list of values, or to a range as text; sorted by path."""
+    return dict(sorted((paths[name], tried) for name, tried in tune.space.items() if name in paths))
 
 
 def flat_space(space: Mapping[str, Any], owner: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.errors import LrkitError
-from lrkit.study.choosing import best_of
+from lrkit.study.choosing import best_of, mean_score
 from lrkit.study.run_settings import RunSettings
 from lrkit.study.space import Domain, Log, TuneSpec, grid, space_of, tune_from
 
@@ -95,7 +95,7 @@ def chosen_of(record: "StudyRecord", row: int, task: str) -> Choice | None:
     if not trials or any(trial.mean is None for trial in trials):
         return None
     try:
-        best = trials[best_of([list(trial.scores.values()) for trial in trials])]
+        best = trials[best_of([mean_score(list(trial.scores.values())) for trial in trials])]
     except LrkitError:
         return None
     tune, paths = _tune(record), record.rows[row].tuned

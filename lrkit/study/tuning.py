@@ -13,6 +13,7 @@ from lrkit.compose import arguments_of, from_plain, to_plain, with_setting
 from lrkit.errors import LrkitError, nearest
 from lrkit.settings import check_settings
 from lrkit.study.composing import has
+from lrkit.study.proposing import optuna_version
 from lrkit.study.run_settings import RunSettings
 from lrkit.study.space import Domain, TuneSpec, domain, ends, grid, space_of
 
@@ -37,6 +38,8 @@ def check_tune(tune: TuneSpec, seeds: Sequence[int]) -> None:
         raise LrkitError(f"tune: a grid has as many trials as combinations ({tune.count}): trials is for tpe")
     if tune.sampler == "tpe" and (tune.trials or 0) < 1:
         raise LrkitError('tune: sampler = "tpe" needs trials, how many each row has: trials = 16')
+    if tune.sampler == "tpe":
+        optuna_version()
     for name, least in (("batch", 1), ("halving", 2), ("seed", 0)):
         if (value := getattr(tune, name)) is not None and not least <= value < 2**31:
             raise LrkitError(f"tune: {name} must be {least} or more, not {value}")

@@ -19,7 +19,6 @@ from lrkit.adapt.adapted import Adapted, attach
 from lrkit.errors import LrkitError
 from lrkit.loop.course import is_known
 from lrkit.loop.policy import PolicyState
-from lrkit.units import Block
 
 if TYPE_CHECKING:
     from lrkit.method import Method
@@ -73,7 +72,7 @@ def count(method: "Method", model: nn.Module, *, total_steps: int, **attach_sett
         adapted.controller.begin(total_steps)
         layers = adapted.adapters.values()
         head = sum(p.numel() for p in adapted.head_parameters())
-        start = sum(p.numel() for p in adapted.adapter_parameters())
+        start = sum(p.numel() for p in adapted.adapter_parameters() if p.requires_grad)
         values = [part for part in method.parameterization.parts if part.core]
         core = sum(part.of(layer).numel() for part in values for layer in layers)
         series = [_removed(state) for state in adapted.controller.policies]
@@ -156,12 +155,12 @@ def _joined(series: Sequence[Sequence[tuple[int, _Removed]]]) -> tuple[list[int]
 
 def _removed(state: PolicyState) -> list[tuple[int, _Removed]]:
     """Count what one policy takes out of training, by spans of equal steps; negative if it adds some."""
-    sizes = sorted(size for block in state.blocks for size in _unit_sizes(block))
+    costs = state.costs
+    sizes = sorted(size for size, block in zip(costs.sizes, state.blocks, strict=True) for _ in range(block.count))
     below = [0]
     for size in sizes:
         below.append(below[-1] + size)
     removed = []
-    costs = state.costs
     # Step t trains what the decision after step t - 1 kept.
     for times, there, cut, _ in _but_last(state.course()):
         if not is_known(state.policy.action):
@@ -169,10 +168,7 @@ def _removed(state: PolicyState) -> list[tuple[int, _Removed]]:
             removed.append((times, _Removed(0, below[-1] if cut else 0, 0.0)))
             continue
         if costs.each is not None:
-            # What is kept falls short of its budget by less than one unit.
-            cut, short = min(cut, costs.first), max(costs.each) - 1 if cut else 0
-            least, _ = costs.in_parameters(cut)
-            _, most = costs.in_parameters(min(cut + short, costs.first))
+            least, most = costs.in_parameters(cut)
             removed.append((times, _Removed(least, min(most, below[-1]), cut / costs.first)))
             continue
         gone = min(cut, state.units)
@@ -186,14 +182,6 @@ def _but_last(spans: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int
     """Drop the state after the last step, which no step trains in."""
     times, there, cut, added = spans[-1]
     return [*spans[:-1], *([(times - 1, there, cut, added)] if times > 1 else [])]
-
-
-def _unit_sizes(block: Block) -> list[int]:
-    total = 0
-    for part in block.parts:
-        numel = block.tensor(part).numel()
-        total += numel // block.count if block.kind == "component" else numel
-    return [total] * block.count
 
 
 @attrs.frozen(kw_only=True)

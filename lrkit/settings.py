@@ -178,17 +178,18 @@ def as_annotated(value: Any, hint: Any, place: str) -> Any:
     else:
         fits = type(value) is hint or hint not in (int, str, bool, type(None))
     if not fits:
-        raise LrkitError(f"{place} must be {_in_words(hint)}, not {shown(value)}")
+        raise LrkitError(f"{place} must be {_in_words(hint, value)}, not {shown(value)}")
     return value
 
 
-def _in_words(hint: Any) -> str:
-    """Name an annotation in an error: ``int | None``, or ``int | a table of int`` if a mapping will do."""
+def _in_words(hint: Any, value: Any) -> str:
+    """Name an annotation in an error: ``int | None``. A table is named only if something like one was given."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Mapping:
-        return f"a table of {_in_words(inner[1])}"
+        return f"a table of {_in_words(inner[1], None)}"
     if origin in (Union, types.UnionType):
-        return " | ".join("None" if option is type(None) else _in_words(option) for option in inner)
+        told = [option for option in inner if isinstance(value, Mapping) or typing.get_origin(option) is not Mapping]
+        return " | ".join("None" if option is type(None) else _in_words(option, value) for option in told)
     return str(getattr(hint, "__name__", hint)) if origin is None else str(hint).replace("typing.", "")
 
 

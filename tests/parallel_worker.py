@@ -20,6 +20,9 @@ CUTTING = {
 }
 
 
+CHANCE = attrs.evolve(lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=5), metric=lrkit.metrics.Random())
+
+
 def start(method, seed=3):
     model = models.make("bert", seed=seed).eval()  # no dropout: ranks and the single process see the same network
     adapted = lrkit.attach(model, method)
@@ -29,6 +32,7 @@ def start(method, seed=3):
 def ddp(rank, world, method, accumulate=1):
     """Each rank takes its share of the rows; the end must be that of one process with all of them."""
     model, adapted, optimizer = start(method)
+    adapted.controller.seed += rank  # a program may seed its processes unlike: chance is the first one's on all
     wrapped = DistributedDataParallel(model)
     adapted.bind(optimizer, total_steps=STEPS)
     sent = []
@@ -73,7 +77,7 @@ def fsdp2(method):
 if __name__ == "__main__":
     from test_attach import METHODS
 
-    METHODS = METHODS | CUTTING
+    METHODS = METHODS | CUTTING | {"chance": CHANCE}
     mode, rank, world, init, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
     kind, _, name = mode.partition(":")

@@ -7,11 +7,11 @@ import lrkit
 from lrkit.errors import LrkitError
 from lrkit.study.cell import Cell
 from lrkit.study.execute import execute
-from lrkit.study.jobs import jobs_of
+from lrkit.study.graph import jobs_of
 from lrkit.study.models import empty_model
-from lrkit.study.needs import settle
 from lrkit.study.plan import lay_out, study_from
 from lrkit.study.records import read_study
+from lrkit.study.settling import settle
 
 KINDS = ("found", "transplanted", "shuffled", "random", "uniform", "cut-at-end")
 SEEDS = (3, 5, 8)

@@ -795,7 +795,7 @@ def test_wrong_plain_data_is_refused_in_one_line(case: str) -> None:
 
 
 COERCED: list[tuple[str, Any]] = [
-    *(("parameterization.rank", value) for value in (4.5, 8.0, "8", True, None, [8], {"a": 8}, 1e300)),
+    *(("parameterization.rank", value) for value in (4.5, 8.0, "8", True, None, [8], {"a": "8"}, 1e300)),
     *(("parameterization.alpha", value) for value in ("16", True, [16.0])),
     *(("parameterization.init_std", value) for value in ("0.02", True, None)),
     *(("parameterization.orthogonality_norm", value) for value in ("Squared", "square", 1, None, True)),

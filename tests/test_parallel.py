@@ -44,7 +44,8 @@ def processes(mode, world, folder):
 
 
 @pytest.mark.parametrize(
-    ("mode", "world"), [("ddp:adalora", 2), ("ddp:aflora", 2), ("accumulate:hybrid", 2), ("ddp:aflora", 3)]
+    ("mode", "world"),
+    [("ddp:adalora", 2), ("ddp:aflora", 2), ("accumulate:hybrid", 2), ("ddp:aflora", 3), ("ddp:chance", 2)],
 )
 def test_ddp_ranks_decide_alike_and_end_where_one_process_ends(mode, world, tmp_path):
     results = processes(mode, world, tmp_path)
@@ -52,7 +53,8 @@ def test_ddp_ranks_decide_alike_and_end_where_one_process_ends(mode, world, tmp_
         assert results[0]["history"] == other["history"]
         assert all(torch.equal(v, other["weights"][k]) for k, v in results[0]["weights"].items())
     kind, _, name = mode.partition(":")
-    model, adapted = parallel_worker.one(METHODS[name], accumulate=2 if kind == "accumulate" else 1)
+    chosen = (METHODS | {"chance": parallel_worker.CHANCE})[name]
+    model, adapted = parallel_worker.one(chosen, accumulate=2 if kind == "accumulate" else 1)
     assert results[0]["history"] == [(d.step, d.budget, d.kept, d.lost, d.returned) for d in adapted.history]
     for key, value in model.state_dict().items():
         torch.testing.assert_close(results[0]["weights"][key], value, rtol=1e-3, atol=1e-4)

@@ -171,7 +171,14 @@ def test_the_built_ins_come_through_the_same_hooks() -> None:
     names = {kind: registry.names(kind) for kind in KINDS}
     assert names == {
         "parameterization": ["full", "lora", "svd", "vector-scaled"],
-        "metric": ["magnitude", "sensitivity", "sensitivity-uncertainty", "gradient-uncertainty", "ratio-uncertainty"],
+        "metric": [
+            "magnitude",
+            "sensitivity",
+            "sensitivity-uncertainty",
+            "gradient-uncertainty",
+            "ratio-uncertainty",
+            "random",
+        ],
         "scheduler": ["constant", "linear", "cubic"],
         "action": ["prune", "freeze", "zero"],
         "method": ["full", "lora", "svd-lora", "elora", "adalora", "aflora"],

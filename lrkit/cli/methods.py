@@ -7,7 +7,8 @@ import typer
 
 from lrkit import foreign
 from lrkit.cli import screen, words
-from lrkit.cli.options import Json, Set, Swap
+from lrkit.cli.options import Json, Ranks, Set, Swap
+from lrkit.cli.ranks import Reader
 from lrkit.cli.tables import Column
 from lrkit.errors import LrkitError
 
@@ -53,6 +54,7 @@ def params(
     tokens: Annotated[int, typer.Option(help="Count FLOPs for so many tokens; 0 for none.", min=0, max=65_536)] = 0,
     sets: Set = None,
     swap: Swap = None,
+    ranks: Ranks = None,
     as_json: Json = False,
 ) -> None:
     """Count parameters and FLOPs, without weights.
@@ -64,7 +66,10 @@ def params(
     from lrkit.accounting import count, flops_on
     from lrkit.study.models import empty_model
 
-    composed = _composed(method or [], sets or [], swap or [])
+    if ranks is not None and not method:
+        raise LrkitError("--ranks is of methods that are named: name one")
+    given = None if ranks is None else words.ranks(ranks, model, "all-linear")
+    composed = _composed(method or [], sets or [], swap or [], given)
     net = empty_model(model)
     plain: dict[str, Any] = {}
     rows = []
@@ -96,14 +101,16 @@ def params(
     screen.say(f"Averages are over {steps:,} steps; the head (classifier, pooler: {counted.head:,}) is not counted.")
 
 
-def _composed(names: Sequence[str], sets: Sequence[str], swaps: Sequence[str]) -> "dict[str, Method]":
+def _composed(
+    names: Sequence[str], sets: Sequence[str], swaps: Sequence[str], ranks: Reader | None
+) -> "dict[str, Method]":
     """Compose the methods that are named; or all, without those that cannot be made even as they are."""
     from lrkit.registry import current
 
     composed = {}
     for name in names or current().names("method"):
         try:
-            composed[name], run = words.compose(name, sets, swaps, runs=False)
+            composed[name], run = words.compose(name, sets, swaps, runs=False, ranks=ranks)
         except LrkitError as error:
             if names or not _is_broken(name):
                 raise

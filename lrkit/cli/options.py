@@ -13,6 +13,14 @@ Set = Annotated[
 Swap = Annotated[
     list[str] | None, typer.Option("--swap", metavar="PART=NAME", help="Swap a component: metric=magnitude.")
 ]
+Ranks = Annotated[
+    str | None,
+    typer.Option(
+        "--ranks",
+        metavar="FILE|RUN|uniform|random:SEED",
+        help="Each layer's rank: of a .toml or .json file, or of a run's end; or the method's own total, shared out.",
+    ),
+]
 TaskName = Annotated[str | None, typer.Option("--task", help="movies (the default), glue/NAME, or a plug-in's.")]
 Data = Annotated[
     Path | None, typer.Option("--data", help="A folder with {train,validation}.jsonl[.gz], instead of --task.")

@@ -12,7 +12,7 @@ import typer
 from lrkit.cli import progress, screen, words
 from lrkit.cli.folders import new_folder, write_into, write_text
 from lrkit.cli.interrupt import stopping
-from lrkit.cli.options import Data, Json, Model, Set, Swap, TaskName, TrainAlso
+from lrkit.cli.options import Data, Json, Model, Ranks, Set, Swap, TaskName, TrainAlso
 from lrkit.cli.tables import Column
 from lrkit.errors import LrkitError, LrkitWarning
 
@@ -83,6 +83,7 @@ def run(
     train_also: TrainAlso = None,
     sets: Set = None,
     swap: Swap = None,
+    ranks: Ranks = None,
     out: Annotated[Path | None, typer.Option(help="A new folder for adapters, results and pictures.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -90,7 +91,9 @@ def run(
 
     After Ctrl-C the same command with the same --out goes on where it was.
     """
-    composed, changes = words.to_run(method, all_methods, sets or [], swap or [])
+    composed, changes = words.to_run(
+        method, all_methods, sets or [], swap or [], None if ranks is None else words.ranks(ranks, model, targets)
+    )
     # After the line above, so that a command without a method is answered at once.
     from lrkit.study.progress import Phases
     from lrkit.study.resume import FOLDER, Unfinished

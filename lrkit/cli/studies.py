@@ -12,6 +12,7 @@ from lrkit.errors import LrkitError
 
 if TYPE_CHECKING:
     from lrkit.study.plan import Plan, Study
+    from lrkit.study.recall import Recall
     from lrkit.study.statistics import Table
 
 
@@ -29,7 +30,14 @@ def ablate(
         Path | None, typer.Option(help="The study's folder; the same command again goes on with it.")
     ] = None,
     task: Annotated[list[str] | None, typer.Option("--task", help="movies, glue/NAME, ...; may be repeated.")] = None,
-    data: Annotated[list[Path] | None, typer.Option("--data", help="A data folder as a task; may be repeated.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER|TASK=FOLDER",
+            help="A data folder as a task, or in place of a task's data; repeatable.",
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", help="minilm, a folder, or a hub id.")] = None,
     seeds: Annotated[str | None, typer.Option(help="How many, or which: 6, or 3,4,5.")] = None,
     targets: Annotated[str | None, typer.Option(help="As of `lrkit run`.")] = None,
@@ -58,6 +66,12 @@ def ablate(
     keep_old: Annotated[
         bool, typer.Option("--keep-old", help="Keep cells of other code, instead of computing them again.")
     ] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute cells of other code and those taken in from a pack again.")
+    ] = False,
+    packed: Annotated[
+        Path | None, typer.Option(help="A pack of `lrkit pack`, whose finished cells are taken in first.")
+    ] = None,
     margin: Annotated[
         float | None,
         typer.Option(help="Smaller differences do not matter (0.01: a point): rows are tested for equivalence, too."),
@@ -75,21 +89,24 @@ def ablate(
 
     The same command again goes on with what is missing. lrkit ablate --list shows the studies that ship.
     """
+    from lrkit.study.asked import standing_in
     from lrkit.study.catalogue import catalogue
     from lrkit.study.execute import check
     from lrkit.study.plan import lay_out
+    from lrkit.study.taken import source_of
 
     if list_:
         study_screen.list_studies(catalogue(), as_json)
         return
     if what is None:
         raise LrkitError("say what to ablate: a method's name, a .toml study file, or a study of `lrkit ablate --list`")
-    changes = _changes(swap, task, data, seeds, targets, train_also, sets, leave_out)
+    folders, in_place = _divided(data or [])
+    changes = _changes(swap, task, folders, seeds, targets, train_also, sets, leave_out)
     changes |= {"model": model} if model is not None else {}
     changes |= {"margin": margin} if margin is not None else {}
     changes |= {"grid": True} if grid else {}
     changes |= {"tune": words.tuning(tune, tune_seeds, sampler, trials, halving)}
-    plan = lay_out(_study(what, changes, sets or [], profile))
+    plan = lay_out(standing_in(_study(what, changes, sets or [], profile), in_place))
     if dry_run:
         study_screen.show_plan(plan, check(plan), as_json)
         return
@@ -103,7 +120,27 @@ def ablate(
         "costs": costs,
     }
     how |= {"checkpoint_seconds": checkpoint, "report_to": report_to or [], "keep_old": keep_old}
+    how |= {"recompute": recompute, "packed": source_of(packed, what, out)}
     _carry_out(plan, out, how, as_json)
+
+
+def pack(
+    folder: Annotated[Path, typer.Argument(help="A study's folder; it may still be running.")],
+    dest: Annotated[Path, typer.Argument(help="The folder of the pack, such as docs/replication/NAME.")],
+    as_json: Json = False,
+) -> None:
+    """Pack a study's finished cells into one small file, without weights.
+
+    cells.jsonl.gz, for lrkit ablate --packed on any machine, and cells.csv for people. Packing again replaces both.
+    """
+    from lrkit.study.pack import write_pack
+
+    written, number = write_pack(folder, dest)
+    if as_json:
+        screen.say_json({"files": [str(path) for path in written], "cells": number})
+        return
+    size = written[0].stat().st_size / 1024
+    screen.say(f"{number} {'cell' if number == 1 else 'cells'}, {size:,.0f} KiB: {' '.join(map(str, written))}")
 
 
 def report(
@@ -116,12 +153,7 @@ def report(
     """
     import attrs
 
-    from lrkit.study.recall import recalls_of
-    from lrkit.study.records import read_study
-
-    written, table = _report(folder)
-    record = read_study(folder)
-    recalls = [each for task in record.tasks for each in recalls_of(record, task.name)]
+    written, table, recalls = _report(folder)
     if as_json:
         told = {"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]}
         screen.say_json(told | ({"recall": [attrs.asdict(each) for each in recalls]} if recalls else {}))
@@ -131,22 +163,39 @@ def report(
     screen.say("written: " + " ".join(str(path) for path in written))
 
 
-def _report(folder: Path) -> "tuple[list[Path], Table]":
-    """Write a study's report. Return the files, and its table."""
+def _report(folder: Path) -> "tuple[list[Path], Table, list[Recall]]":
+    """Write a study's report. Return the files, its table, and its recalls if a task knows the right layers."""
+    from lrkit.study.recall import recalls_of
     from lrkit.study.records import read_study
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
 
-    return list(write_report(folder)), compare(read_study(folder))
+    written, record = list(write_report(folder)), read_study(folder)
+    recalls = [each for task in record.tasks for each in recalls_of(record, task.name)]
+    return written, compare(record), recalls
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
 
 
+def _divided(data: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
+    """Divide what --data has into folders that are tasks, and folders that stand in for a task, by its name."""
+    folders, in_place = [], {}
+    for text in data:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).is_dir():
+            folders.append(Path(text))
+        elif not name or not folder:
+            raise LrkitError(f'--data takes FOLDER, or TASK=FOLDER, not "{text}"')
+        else:
+            in_place[name] = folder
+    return folders, in_place
+
+
 def _changes(
     swap: list[str] | None,
     task: list[str] | None,
-    data: list[Path] | None,
+    data: Sequence[Path],
     seeds: str | None,
     targets: str | None,
     train_also: str | None,
@@ -157,7 +206,7 @@ def _changes(
     settings, run = words.divided(sets or [])
     changes: dict[str, Any] = {"set": settings, "run": run, "swap": {}}
     tasks = [{"task": name} for text in task or [] for name in text.split(",")]
-    tasks += [{"data": str(folder)} for folder in data or []]
+    tasks += [{"data": str(folder)} for folder in data]
     given = {
         "leave_out": [name for text in leave_out or [] for name in text.split(",")] if leave_out else None,
         "tasks": tasks or None,
@@ -222,13 +271,15 @@ def _carry_out(plan: "Plan", out: Path, how: Mapping[str, Any], as_json: bool) -
         screen.complain(line)
     with Teller(Console(stderr=True, quiet=as_json), out.absolute()) as teller:
         outcome = execute(plan, out, told=teller.told, started=teller.started, cost_told=teller.cost_told, **how)
-    written, table = _report(outcome.folder)
+    written, table, recalls = _report(outcome.folder)
     if as_json:
         failed = [{"cell": name, "error": error} for name, error in outcome.failed]
         told = {"folder": str(out), "rows": [attrs.asdict(row) for row in table.rows], "failed": failed}
+        told |= {"recall": [attrs.asdict(each) for each in recalls]} if recalls else {}
         screen.say_json(told | {"busy": outcome.busy, "files": [str(path) for path in written]})
     else:
         study_screen.show_table(table)
+        study_screen.show_recalls(recalls)
         screen.say(f"report: {out / 'report.html'}")
     for name, error in outcome.failed:
         screen.complain(f"cell {name} failed: {error}")

@@ -54,6 +54,7 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
     cells, trials = plan.cells, plan.trials
     if as_json:
         told = {"rows": rows, "rates": rates, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells}
+        told |= {"margin": plan.study.margin}
         told |= {"trials": trials} if plan.study.tune is not None else {}
         screen.say_json(told | {"too_few_seeds": too_few_seeds(len(plan.rows) - 1, len(plan.seeds))})
         return
@@ -70,6 +71,8 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
     counted = (_count(len(plan.rows), "row"), _count(len(plan.seeds), "seed"), _count(cells, "cell"))
     before = f"{_count(trials, 'trial cell')} ({plan.study.tune.told()}), then " if plan.study.tune is not None else ""
     screen.say(f"{before}{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
+    if plan.study.margin is not None:
+        screen.say(f"Margin: ±{plan.study.margin:g} of the primary score, written down before the first cell.")
     for line in limits(plan):
         screen.say(line)
 

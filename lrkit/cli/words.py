@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrkit.cli import hints
+from lrkit.cli.ranks import Reader, reader
 from lrkit.cli.screen import left_out
 from lrkit.errors import LrkitError
 from lrkit.reading import parse_json
@@ -51,6 +52,13 @@ def targets(text: str) -> str | list[str]:
     Plain names (letters, digits, dots, commas) are a list of suffixes; anything else is a regular expression.
     """
     return text if text == "all-linear" or not re.fullmatch(r"[\w.,]+", text) else names(text)
+
+
+def ranks(text: str, model: str, within: str) -> Reader:
+    """Read ``--ranks`` for the layers that ``--model`` and ``--targets`` name."""
+    from lrkit.study.models import empty_model
+
+    return reader(text, lambda: empty_model(model), targets(within))
 
 
 def train_also(text: str | None) -> str | list[str]:
@@ -108,7 +116,7 @@ def tuning(
 
 
 def compose(
-    name: str, sets: Sequence[str], swaps: Sequence[str], *, runs: bool = True
+    name: str, sets: Sequence[str], swaps: Sequence[str], *, runs: bool = True, ranks: Reader | None = None
 ) -> "tuple[Method, dict[str, Any]]":
     """Compose a method from a name, with components swapped and settings changed; and collect the run's settings.
 
@@ -117,6 +125,7 @@ def compose(
         sets: ``"parameterization.rank=8"``; an argument of the method's function, ``"rank=8"``; or ``"run.steps=200"``.
         swaps: ``"metric=magnitude"``.
         runs: False if nothing is trained, so that an error names no setting of a run.
+        ranks: gives the method its ranks, layer by layer; None to leave them.
 
     Raises:
         LrkitError: an unknown name or setting, or a combination that does not fit.
@@ -141,11 +150,19 @@ def compose(
     except LrkitError:
         hints.check_parts(texts)
         raise
-    return from_plain(plain), run
+    method = from_plain(plain)
+    if ranks is not None:
+        if "rank" not in plain["parameterization"]:
+            raise LrkitError(f'--ranks: parameterization "{plain["parameterization"]["name"]}" has no setting rank')
+        table = ranks(method)
+        # As an argument first, since a method may make other settings of it, and again for what was swapped in.
+        argument = {"rank": table} if "rank" in arguments else {}
+        method = from_plain(composed(name, settings | argument | {"parameterization.rank": table}, swapped))
+    return method, run
 
 
 def to_run(
-    name: str | None, all_methods: bool, sets: Sequence[str], swaps: Sequence[str]
+    name: str | None, all_methods: bool, sets: Sequence[str], swaps: Sequence[str], ranks: Reader | None = None
 ) -> "tuple[dict[str, Method], dict[str, Any]]":
     """Compose the methods that ``lrkit run`` is to train, by label, and collect the run's settings.
 
@@ -155,8 +172,10 @@ def to_run(
     if (name is None) != all_methods:
         raise LrkitError("give a method's name (`lrkit methods` lists them), or --all-methods")
     if name is not None:
-        method, run = compose(name, sets, swaps)
+        method, run = compose(name, sets, swaps, ranks=ranks)
         return {" ".join([name, *swaps]): method}, run
+    if ranks is not None:
+        raise LrkitError("--ranks is of one method: name it instead of --all-methods")
     hints.check_settings(dict(map(pair, sets)), ())
     own, run = divided(sets)
     if own or swaps:

@@ -38,9 +38,14 @@ class Costs:
         return 1 if self.each is None else min(self.each)
 
     def in_parameters(self, cost: int) -> tuple[int, int]:
-        """Return the least and the most trainable entries that units of some cost may have."""
-        rates = [Fraction(size, each) for size, each in zip(self.sizes, self.each or (), strict=True)]
-        return math.floor(cost * min(rates)), math.ceil(cost * max(rates))
+        """Return the least and the most trainable entries that leave with units of a total cost, or by less than one more.
+
+        What is kept falls short of its budget by less than one unit.
+        """
+        each = self.each or ()
+        rates = [Fraction(size, one) for size, one in zip(self.sizes, each, strict=True)]
+        beyond = min(cost + max(each) - 1, self.first) if cost else 0
+        return math.floor(cost * min(rates)), math.ceil(beyond * max(rates))
 
     @classmethod
     def of(cls, amount: str, blocks: Sequence[Block], parts: Sequence[Part], capacity: int) -> "Costs":

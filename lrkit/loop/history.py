@@ -41,3 +41,8 @@ class Decision:
     def before(self) -> int:
         """Units that were in effect before it."""
         return self.kept + len(self.lost) - len(self.returned) - len(self.fresh)
+
+    @property
+    def began(self) -> int:
+        """What was in effect before it as the budget is counted, if it is the first of its policy."""
+        return self.before if self.amount == "units" else self.whole

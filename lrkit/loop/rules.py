@@ -18,6 +18,12 @@ def timetable(state: PolicyState, total_steps: int) -> Timetable:
     if total_steps > MOST_STEPS:
         raise LrkitError(f"total_steps must be at most {MOST_STEPS:,}, not {shown(total_steps)}")
     scheduler, times = state.policy.scheduler, state.over(total_steps)
+    whole, layer = state.costs.whole, state.costs.layer
+    if isinstance(scheduler.target, int) and scheduler.target * layer > whole:
+        raise LrkitError(
+            f"{type(scheduler).__name__}.target = {scheduler.target} is {scheduler.target * layer:,} {scheduler.amount} in "
+            f"{state.layers} layers, and there are {whole:,} at first: it must be at most their mean, or a share such as 0.5"
+        )
     first, last = times.budget(-1), times.budget(total_steps + 1)
     if last > first and not state.policy.action.grows:
         raise LrkitError(

@@ -12,11 +12,12 @@ import attrs
 from lrkit.compose import component_to_plain, to_plain
 from lrkit.errors import LrkitError, LrkitWarning, shown
 from lrkit.method import FIELDS, Method
-from lrkit.study.asked import SEEDS, Study, study_from, study_named
+from lrkit.study.asked import SEEDS, Study, standing_in, study_from, study_named
 from lrkit.study.catalogue import names
 from lrkit.study.execute import execute
 from lrkit.study.plan import lay_out
 from lrkit.study.reach import METHOD
+from lrkit.study.taken import source_of
 
 if TYPE_CHECKING:
     from lrkit.study.statistics import Table
@@ -48,6 +49,9 @@ def ablate(
     checkpoint_seconds: float = 60.0,
     report_to: Sequence[str] = (),
     keep_old: bool = False,
+    recompute: bool = False,
+    packed: str | os.PathLike[str] | None = None,
+    data: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> "Table":
     """Swap parts of a method one at a time, train every row with every seed, and compare.
 
@@ -89,6 +93,11 @@ def ablate(
         report_to: trackers of transformers' Trainer that get the curves too, such as ``"tensorboard"``.
         keep_old: keep cells that are done and of other code (the sources of lrkit or of a plug-in have changed since),
             instead of computing them again.
+        recompute: compute cells of other code again, and those that were taken in from a pack; the opposite of `keep_old`.
+        packed: a pack (`lrkit.study.pack`), or its folder, whose finished cells are taken in first. Without it, the one in
+            `out` or, for a study that ships, ``docs/replication/NAME/cells.jsonl.gz`` below the current folder, if there
+            is one.
+        data: task to the folder of data that stands in for it: ``{"glue/sst2": "my/sst2"}``, where there is no hub.
 
     Returns:
         The table; ``table.frame()`` is a pandas frame.
@@ -101,6 +110,7 @@ def ablate(
     from lrkit.study.report import write_report
     from lrkit.study.statistics import compare
 
+    source = source_of(packed, base, Path(out))
     if isinstance(base, str) and (base.endswith(".toml") or base in names()):
         base, profile = study_named(base, profile=profile), None
     if profile is not None:
@@ -112,7 +122,7 @@ def ablate(
             base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title, train_also, margin, tune
         )
     )
-    plan = lay_out(study)
+    plan = lay_out(standing_in(study, data or {}))
     if few := too_few_seeds(len(plan.rows) - 1, len(plan.seeds)):
         warnings.warn(few, LrkitWarning, stacklevel=2)
     outcome = execute(
@@ -125,6 +135,8 @@ def ablate(
         checkpoint_seconds=checkpoint_seconds,
         report_to=report_to,
         keep_old=keep_old,
+        recompute=recompute,
+        packed=source,
     )
     for name, error in outcome.failed:
         warnings.warn(f"cell {name} failed: {error}", LrkitWarning, stacklevel=2)

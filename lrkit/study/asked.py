@@ -5,6 +5,7 @@
 """
 
 import math
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from lrkit.reading import TOML_BYTES, check_plain, parse_toml, read_text
 from lrkit.strict import Misfit, strict_converter, structured
 from lrkit.study.catalogue import check_required, names, text_of
 from lrkit.study.claim import Claim
+from lrkit.study.published import Published
 from lrkit.study.shipped import with_profile
 from lrkit.study.space import TuneSpec, tune_from
 
@@ -67,8 +69,9 @@ class TaskSpec:
 
     Args:
         task: a task's name.
-        data: a folder with ``{train,validation}.jsonl[.gz]``.
-        metric: the metric that scores a folder's task.
+        data: a folder with ``{train,validation}.jsonl[.gz]``; beside a task's name it stands in for that
+            task's data (`standing_in`).
+        metric: the metric that scores a folder's task; None for that of the task it stands in for, if GLUE has it.
         run: settings of the run on this task alone.
         set: settings of every row's method on this task alone, such as the schedule. A setting that a row changes itself
             stays, and a row whose parts have no such setting is left as it is.
@@ -112,6 +115,7 @@ class Study:
             rows are then tested for equivalence, too. None: for a difference alone.
         claims: what is claimed of the rows, and judged by the rule of `lrkit.study.claims`.
         tune: how settings of every row are chosen by trials before its test cells; None to run them as they are given.
+        published: values that others published, for a column of their own.
     """
 
     base: Any
@@ -133,6 +137,7 @@ class Study:
     margin: float | None = None
     claims: list[Claim] = attrs.field(factory=list)
     tune: TuneSpec | None = None
+    published: Published | None = None
 
 
 def study_named(source: str, changes: Mapping[str, Any] | None = None, *, profile: str | None = None) -> Study:
@@ -197,6 +202,30 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
     return study
 
 
+def standing_in(study: Study, data: Mapping[str, Any]) -> Study:
+    """Let folders of data stand in for tasks that a study names, which keep their names and metrics.
+
+    Args:
+        study: the study.
+        data: the task's name to the folder.
+
+    Raises:
+        LrkitError: the study names no such task.
+    """
+    known = [spec.task for spec in study.tasks if spec.task is not None] or [TaskSpec().name]
+    for name in data:
+        if name not in known:
+            raise LrkitError(
+                f'data: the study has no task "{name}"{nearest(name, known)} that a folder could stand in for; it has '
+                f"{', '.join(known)}"
+            )
+    if not data:
+        return study
+    tasks = list(study.tasks) or [TaskSpec(task=TaskSpec().name)]
+    folders = {name: os.fspath(folder) for name, folder in data.items()}
+    return attrs.evolve(study, tasks=[attrs.evolve(t, data=folders.get(t.task or "", t.data)) for t in tasks])
+
+
 def _row(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with ``from``, which Python keeps for itself, as ``source``."""
     return {"source" if key == "from" else key: value for key, value in plain.items()}
@@ -248,6 +277,10 @@ def _tried(value: Any, _: Any) -> dict[str, list[Any]]:
 def load_task_of(spec: TaskSpec) -> "Task":
     """Load the task that a spec names, from the registry or a folder. Raise LrkitError if it cannot be had."""
     from lrkit.registry import registered_tasks
-    from lrkit.tasks import load_task
+    from lrkit.tasks import GLUE, load_folder, load_task
 
-    return load_task(spec.task, data=spec.data, metric=spec.metric, tasks=registered_tasks())
+    if spec.task is None or spec.data is None:
+        return load_task(spec.task, data=spec.data, metric=spec.metric, tasks=registered_tasks())
+    family, _, part = spec.task.partition("/")
+    metric = GLUE[part].metric if family == "glue" and part in GLUE else None
+    return attrs.evolve(load_folder(spec.data, spec.metric or metric), name=spec.task)

@@ -13,6 +13,20 @@ from typing import Any
 from lrkit.errors import LrkitError, cut
 from lrkit.study.store import LIST, Lines, check_sum, lock, read_json, write_bytes
 
+PACKED = "packed.json"
+"""The mark in the folder of a cell that was taken in from a pack: `lrkit.study.taken`."""
+
+
+def is_packed(folder: Path) -> bool:
+    """Tell if a cell was taken in from a pack, and not made again since."""
+    return (folder / PACKED).is_file()
+
+
+def forget(folder: Path) -> None:
+    """Take back that a cell is done, so that it is run again."""
+    for name in ("result.json", PACKED):
+        (folder / name).unlink(missing_ok=True)
+
 
 def is_done(folder: Path) -> bool:
     """Tell if a cell's folder holds a result and every file beside it is whole; a damaged one counts as none."""

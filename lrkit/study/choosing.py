@@ -1,4 +1,4 @@
-"""Choose a row's settings by its trials: the rules "chosen" and "of-chosen" of `lrkit.study.needs`. No torch here.
+"""Choose a row's settings by its trials: the rules "chosen" and "proposed" of `lrkit.study.settling`. No torch here.
 
 Every trial is scored on rows that were set aside from the training data. The settings with the highest mean of the
 primary score over the tuning seeds are chosen; a run that diverged makes its settings the worst, and of equal ones the
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.errors import LrkitError
-from lrkit.study.needs import Source, rules
+from lrkit.study.needs import Source
+from lrkit.study.proposing import proposals
 from lrkit.study.space import grid
 
 if TYPE_CHECKING:
@@ -46,23 +47,26 @@ def chosen(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any])
     """
     from lrkit.study.tuning import with_settings
 
-    _, best = _winner(sources, settings)
+    _, best = winner_of(sources, settings)
     method, run = with_settings(cell.method, cell.run, best)
     return attrs.evolve(cell, method=method, run=run)
 
 
-def of_chosen(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any]) -> "Cell":
-    """Hand the trial that was chosen, with one of its seeds, to another rule: the rule "of-chosen".
+def proposed(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any]) -> "Cell":
+    """Fill in the settings that a trial tries: the rule "proposed".
 
     Args:
-        cell: the cell.
-        sources: the trials of another row, as in `chosen`.
-        settings: as in `chosen`; further ``which``, the index of the seed; ``rule``, the other rule, and ``of_rule``, its
-            settings.
+        cell: the trial's cell.
+        sources: the trials of all batches before: all seeds of the first one, then of the second one, and so on.
+        settings: ``space``, path to values; ``seeds``, how many each trial has; ``batch``; ``seed`` of the sampler;
+            ``index`` in the batch.
     """
-    winner, _ = _winner(sources, settings)
-    source = sources[winner * settings["seeds"] + settings["which"]]
-    return rules()[settings["rule"]](cell, [source], settings["of_rule"])
+    from lrkit.study.tuning import with_settings
+
+    means = means_of(sources, settings["seeds"])
+    tried = candidates(settings, means, len(means) + settings["index"] + 1)[-1]
+    method, run = with_settings(cell.method, cell.run, tried)
+    return attrs.evolve(cell, method=method, run=run)
 
 
 def means_of(sources: Sequence[Source], seeds: int) -> list[float]:
@@ -82,12 +86,10 @@ def candidates(settings: Mapping[str, Any], means: Sequence[float], count: int) 
     """
     if "batch" not in settings:
         return grid(settings["space"])[:count]
-    from lrkit.study.proposing import proposals
-
     return proposals(settings["space"], means, count, batch=settings["batch"], seed=settings["seed"])
 
 
-def _winner(sources: Sequence[Source], settings: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+def winner_of(sources: Sequence[Source], settings: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """Return which trial is chosen, and its settings."""
     means = means_of(sources, settings["seeds"])
     winner = best_of(means)

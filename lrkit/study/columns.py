@@ -27,7 +27,7 @@ class Column:
     number: Callable[[TableRow], float | None] | None = None
 
 
-SCORES = ("n", "score", "difference", "interval", "p", "p_holm")
+SCORES = ("n", "score", "published", "difference", "interval", "p", "p_holm")
 EFFECTS = ("effect_corrected", "effect_interval", "interval_90", "p_equivalent_holm", "verdict")
 COSTS = ("lr", "parameters_average", "parameters_final", "flops", "step_ratio", "step_ratio_end", "peak_memory")
 
@@ -61,6 +61,7 @@ def columns_of(table: "Table", keys: Sequence[str]) -> list[Column]:
             score,
             lambda row: row.mean,
         ),
+        Column("published", "published", "Published", lambda row: row.published),
         Column("difference", "difference", r"$\Delta$", number("difference", lambda x: scale.number(x, "+"))),
         Column("interval", "95 % interval", r"95\,\% interval", lambda row: ends(row, row.low, row.high)),
         Column("p", "p", "$p$", number("p", probability)),

@@ -115,6 +115,7 @@ def _row(record: StudyRecord, index: int, task: str, cost: Cost | None) -> Table
         guess=_mean([result.majority for result in results]),
         notes=(),
         lr=lr_of(record, index, task),
+        published="" if record.published is None else record.published.of(record.rows[index].label, task),
         effect_corrected=corrected(differences),
         effect_low=effects[0] if effects else None,
         effect_high=effects[1] if effects else None,

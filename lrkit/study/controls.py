@@ -111,7 +111,7 @@ def controlled(plain: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
 
 
 def allocated(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any]) -> "Cell":
-    """Fill in the ranks that a control trains at: the rule "allocation" of `lrkit.study.needs`.
+    """Fill in the ranks that a control trains at: the rule "allocation" of `lrkit.study.settling`.
 
     Args:
         cell: the control's cell.

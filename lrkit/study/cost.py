@@ -24,6 +24,7 @@ from lrkit.compose import from_plain
 from lrkit.errors import LrkitError
 from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell
+from lrkit.study.cell_folder import is_packed
 from lrkit.study.graph import jobs_of
 from lrkit.study.plan import Plan
 from lrkit.study.run_settings import settings_from, total_steps
@@ -64,9 +65,18 @@ def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], N
     mine: dict[tuple[str, str], str] = {}
     for number, (spec, row) in enumerate(itertools.product(plan.tasks, plan.rows), start=1):
         index = 0 if row is plan.rows[0] else labels.index(row.label)
+        there = known.get((index, spec.name))
+        # A row whose cells were taken in from a pack keeps the cost that was measured where they were computed.
+        if (
+            there
+            and is_packed(folder / "cells" / trained.get((index, spec.name), ""))
+            and _is_measured(folder / "costs" / f"{there}.json")
+        ):
+            mine[row.label, spec.name] = there
+            continue
         base_cell, own_cell = (
-            _settled(cells[at, spec.name], trained.get((there, spec.name)), folder)
-            for at, there in ((0, 0), (plan.rows.index(row), index))
+            _settled(cells[at, spec.name], trained.get((place, spec.name)), folder)
+            for at, place in ((0, 0), (plan.rows.index(row), index))
         )
         key = hashlib.sha256(canonical([base_cell, own_cell, threads]).encode()).hexdigest()[:16]
         mine[row.label, spec.name] = known[index, spec.name] = key

@@ -11,7 +11,7 @@ from lrkit.compose import to_plain
 from lrkit.errors import LrkitError, nearest, shown
 from lrkit.study.asked import load_task_of
 from lrkit.study.cell import components_of
-from lrkit.study.cell_folder import has_result, is_done, tidy_done
+from lrkit.study.cell_folder import forget, has_result, is_done, is_packed, tidy_done
 from lrkit.study.executors import gpus
 from lrkit.study.graph import jobs_of
 from lrkit.study.jobs import Job, Told, row_devices
@@ -21,6 +21,7 @@ from lrkit.study.plan import Plan
 from lrkit.study.pool import chosen, run_jobs
 from lrkit.study.run_settings import total_steps
 from lrkit.study.study_file import TaskRecord
+from lrkit.study.taken import Source, take_in
 from lrkit.study.worker import Conditions
 
 
@@ -94,6 +95,8 @@ def execute(
     checkpoint_seconds: float = 60.0,
     report_to: Sequence[str] = (),
     keep_old: bool = False,
+    recompute: bool = False,
+    packed: Source | None = None,
     told: Told | None = None,
     started: Callable[[Sequence[Job], int, int], None] | None = None,
     cost_told: Callable[[str], None] | None = None,
@@ -111,6 +114,8 @@ def execute(
         checkpoint_seconds: time between checkpoints.
         report_to: trackers of transformers' Trainer.
         keep_old: keep cells that are done and of other code, instead of computing them again.
+        recompute: compute cells of other code again, and those that were taken in from a pack.
+        packed: a pack whose finished cells are taken in first.
         told: called when a cell has ended.
         started: called with the cells to run, how many there are in all, and how many run at a time.
         cost_told: called with a row's label before its cost is measured.
@@ -139,7 +144,15 @@ def execute(
     )
     begun = None if started is None else lambda missing, total: started(missing, total, max(1, at_once))
     outcome = run_missing(
-        plan, folder, executor=make, conditions=conditions, told=told, started=begun, keep_old=keep_old
+        plan,
+        folder,
+        executor=make,
+        conditions=conditions,
+        told=told,
+        started=begun,
+        keep_old=keep_old,
+        recompute=recompute,
+        packed=packed,
     )
     if costs:
         from lrkit.study.cost import measure
@@ -157,6 +170,8 @@ def run_missing(
     told: Told | None,
     started: Callable[[Sequence[Job], int], None] | None,
     keep_old: bool,
+    recompute: bool = False,
+    packed: Source | None = None,
 ) -> Outcome:
     """Run the cells of a plan that are missing.
 
@@ -168,17 +183,24 @@ def run_missing(
         told: called when a cell has ended.
         started: called with the cells to run, and how many there are in all.
         keep_old: keep cells that are done and of other code, instead of computing them again.
+        recompute: compute cells of other code again, and those that were taken in from a pack.
+        packed: a pack whose finished cells are taken in first.
 
     Raises:
         LrkitError: something in the plan cannot run, or the folder holds something else. No step is spent then.
     """
+    if keep_old and recompute:
+        raise LrkitError("keep_old keeps cells of other code, and recompute computes them again: give one of them")
     folder = Path(os.path.abspath(folder))
     cells = folder / "cells"
     steps: dict[tuple[str, str], int] = {}
     tasks = check(plan, steps)
     jobs = [attrs.evolve(job, steps=steps[job.label, job.task]) for job in jobs_of(plan)]
-    jobs = with_old(jobs, folder, keep_old)
-    done = {job.key for job in jobs if is_done(cells / job.key)}
+    if packed is not None and not recompute:
+        take_in(packed, plan, jobs, tasks, folder)
+    jobs = with_old(jobs, folder, keep_old, recompute)
+    again = {job.key for job in jobs if recompute and is_packed(cells / job.key)}
+    done = {job.key for job in jobs if is_done(cells / job.key)} - again
     waiting = {job.key: job for job in jobs if job.key not in done}
     total = len({job.key for job in jobs})
     first = executor() if waiting else None  # an executor that cannot be had is told before anything is written
@@ -188,6 +210,8 @@ def run_missing(
         if first is not None:
             first.shutdown(wait=False, cancel_futures=True)
         raise
+    for key in again:
+        forget(cells / key)
     tell_damaged(folder, list(waiting))
     for key in done:
         tidy_done(cells / key)

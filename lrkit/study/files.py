@@ -97,6 +97,8 @@ class CellResult:
         """Return the content of ``result.json`` for the cell of a key."""
         kept = {field.name: getattr(self, field.name) for field in attrs.fields(CellResult)}
         kept |= {"parameters": attrs.asdict(self.parameters), "layers": [attrs.asdict(each) for each in self.layers]}
+        if not self.truth:
+            del kept["truth"]  # of most tasks it is not known
         return {"format": FORMAT, "key": key, **kept, "flops": self.flops and attrs.asdict(self.flops)}
 
 

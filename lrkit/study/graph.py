@@ -13,8 +13,7 @@ from lrkit.study.asked import TaskSpec
 from lrkit.study.jobs import Job, Trial, cell_of
 from lrkit.study.needs import Need
 from lrkit.study.plan import Plan
-from lrkit.study.proposing import optuna_version
-from lrkit.study.space import TuneSpec, grid, space_of
+from lrkit.study.space import TuneSpec, grid, optuna_version, space_of
 
 
 def jobs_of(plan: Plan) -> list[Job]:
@@ -72,12 +71,13 @@ class _Graph:
                 settings = grid(space_of(tune, row.tuned))[number]
             else:
                 before = self._all(tune, index, spec, number - number % tune.batch)
-                needs.append(
-                    attrs.evolve(before, rule="proposed", settings={**before.settings, "index": number % tune.batch})
-                )
-            if row.control is not None and (at := row.control.reads(self._plan.tasks, tune.tuning_seeds, spec, seed)):
-                among = self._chosen(tune, row.control.row, at[0])
-                which = tune.tuning_seeds.index(at[1])
+                at = {**before.settings, "index": number % tune.batch}
+                needs.append(attrs.evolve(before, rule="proposed", settings=at))
+            if row.control is not None and (
+                source := row.control.reads(self._plan.tasks, tune.tuning_seeds, spec, seed)
+            ):
+                among = self._chosen(tune, row.control.row, source[0])
+                which = tune.tuning_seeds.index(source[1])
                 needs += [
                     Need(
                         rule="of-chosen",

@@ -4,15 +4,16 @@ For example, a study that is run again with a further row and two more seeds kee
 and gains the new ones. A folder that holds another study is refused.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
 
-from lrkit.compose import to_plain
+from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError
 from lrkit.study.cell import code_of
+from lrkit.study.cell_folder import is_packed
 from lrkit.study.jobs import Job
 from lrkit.study.place import try_folder
 from lrkit.study.plan import Plan, changes
@@ -57,7 +58,24 @@ def write_plan(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord],
         for draft in folder.glob(".study.json.*"):
             draft.unlink(missing_ok=True)
         there = read_study_file(folder)
-        write_study_file(folder, mine if there is None else _joined(there, mine, folder))
+        if there is not None:
+            cells = (c.key for c in there.cells if is_packed(folder / "cells" / c.key))
+            mine = joined(there, mine, folder, yields=True, packed=set(cells))
+        write_study_file(folder, mine)
+
+
+def check_same(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], there: StudyFile, where: Path) -> None:
+    """Raise LrkitError if a study that was written elsewhere is not this one: the same base, and rows that can be joined.
+
+    Args:
+        plan: this one.
+        jobs: its cells.
+        tasks: its tasks by name.
+        there: the other one.
+        where: the file that it is from, for errors.
+    """
+    mine = _planned(plan, jobs, tasks, there.name)
+    joined(attrs.evolve(there, cells=(), trials=()), mine, where, yields=False)
 
 
 def _planned(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], name: str) -> StudyFile:
@@ -91,13 +109,21 @@ def _planned(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], n
         margin=study.margin,
         claims=tuple(study.claims),
         tune=None if study.tune is None else study.tune.to_plain(),
+        published=study.published,
         cells=tuple(job.entry() for job in jobs if job.trial is None),
         trials=tuple(entry for job in jobs if isinstance(entry := job.entry(), TrialEntry)),
     )
 
 
-def _joined(there: StudyFile, mine: StudyFile, folder: Path) -> StudyFile:
+def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, packed: Container[str] = ()) -> StudyFile:
     """Join the plan that is there with this one: the same base, and rows and cells of both.
+
+    Args:
+        there: the one that is there.
+        mine: this one, which has its way where both have a cell.
+        where: what holds the one that is there.
+        yields: a row that is there and all of other code gives way to its namesake here, if that is another method.
+        packed: keys of cells from other machines, which may be of other versions.
 
     Raises:
         LrkitError: they cannot be compared in one table.
@@ -105,16 +131,16 @@ def _joined(there: StudyFile, mine: StudyFile, folder: Path) -> StudyFile:
     for key in ("model", "targets", "train_also", "run"):
         was, now = canonical(getattr(there, key)), canonical(getattr(mine, key))
         if was != now:
-            raise _refusal(folder, f"{key} is {was} there and {now} here")
-    there = with_tuning(there, mine, folder)
-    rows, place, stays = _joined_rows(there, mine, folder)
+            raise _refusal(where, f"{key} is {was} there and {now} here")
+    there = with_tuning(there, mine, where)
+    rows, place, stays = _joined_rows(there, mine, where, yields)
     cells = _joined_cells([c for c in there.cells if stays(c)], mine.cells, place, rows)
     trials = _joined_cells([c for c in there.trials if stays(c)], mine.trials, place, rows)
     setups = {c.task: c.setup for c in mine.cells}
-    stale = [c for c in cells if c.setup != setups.get(c.task, c.setup)]
+    stale = [c for c in cells if c.key not in packed and c.setup != setups.get(c.task, c.setup)]
     if stale:
         raise _refusal(
-            folder,
+            where,
             f'{len(stale)} of its cells, such as row "{rows[stale[0].row].label}" on {stale[0].task}, are of other data, '
             "another model or other versions of lrkit, torch or transformers, and cannot be compared with these",
         )
@@ -129,8 +155,9 @@ def _joined(there: StudyFile, mine: StudyFile, folder: Path) -> StudyFile:
         trials=trials,
         tune=mine.tune or there.tune,
         costs=there.costs,
-        margin=_stated(there, mine, "margin", folder),
-        claims=_stated(there, mine, "claims", folder),
+        published=mine.published or there.published,
+        margin=_stated(there, mine, "margin", where),
+        claims=_stated(there, mine, "claims", where),
     )
 
 
@@ -175,7 +202,7 @@ def _joined_cells(
 
 
 def _joined_rows(
-    there: StudyFile, mine: StudyFile, folder: Path
+    there: StudyFile, mine: StudyFile, where: Path, yields: bool
 ) -> tuple[list[RowRecord], dict[int, int], Callable[[CellEntry], bool]]:
     """Join the rows.
 
@@ -187,10 +214,10 @@ def _joined_rows(
 
     def gives_way(index: int, now: int) -> bool:
         """Tell if a row that is there is all of other code than its namesake here: then a default may have changed."""
-        return all(c.code != codes.get(now) for c in there.cells if c.row == index and index not in gone)
+        return yields and all(c.code != codes.get(now) for c in there.cells if c.row == index and index not in gone)
 
-    if canonical(there.rows[0].method) != canonical(mine.rows[0].method) and not gives_way(0, 0):
-        raise _refusal(folder, f'its base is "{there.rows[0].label}" with other settings')
+    if _normal(there.rows[0].method) != _normal(mine.rows[0].method) and not gives_way(0, 0):
+        raise _refusal(where, f'its base is "{there.rows[0].label}" with other settings')
     rows = list(there.rows)
     place = {}
     for index, row in enumerate(mine.rows):
@@ -198,7 +225,7 @@ def _joined_rows(
         same = [i for i, r in enumerate(rows) if r.label == row.label] if index else [0]
         if same and canonical(_trained(rows[same[0]], there)) != canonical(_trained(row, mine)):
             if not gives_way(same[0], index):
-                raise _refusal(folder, f'row "{row.label}" is another method there')
+                raise _refusal(where, f'row "{row.label}" is another method there')
             gone.add(same[0])
         if same:
             rows[same[0]] = attrs.evolve(row, label=rows[same[0]].label)
@@ -208,8 +235,17 @@ def _joined_rows(
     return rows, place, lambda cell: cell.row not in gone
 
 
-def _refusal(folder: Path, reason: str) -> LrkitError:
-    return LrkitError(f"{folder} holds another study: {reason}; choose another --out")
+def _refusal(where: Path, reason: str) -> LrkitError:
+    what = "nothing is taken in" if where.is_file() else "choose another --out"
+    return LrkitError(f"{where} holds another study: {reason}; {what}")
+
+
+def _normal(method: Mapping[str, Any]) -> str:
+    """Write a method so that settings that there were not yet are at their defaults."""
+    try:
+        return canonical(to_plain(from_plain(method)))
+    except LrkitError:  # of a plug-in that is not installed here, or not a method any more
+        return canonical(method)
 
 
 def _trained(row: RowRecord, study: StudyFile) -> list[Any]:
@@ -217,7 +253,7 @@ def _trained(row: RowRecord, study: StudyFile) -> list[Any]:
     targets = study.targets if row.targets is None else row.targets
     train_also = study.train_also if row.train_also is None else row.train_also
     control = [row.control, row.source] if row.control else []
-    return [row.method, row.run, targets, train_also, *control]
+    return [_normal(row.method), row.run, targets, train_also, *control]
 
 
 def _task_of(cell: CellEntry) -> dict[str, Any]:

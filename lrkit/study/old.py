@@ -10,7 +10,8 @@ import attrs
 from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.study.cell import Cell
-from lrkit.study.cell_folder import damaged, has_result, is_done
+from lrkit.study.cell_folder import damaged, has_result, is_done, is_packed
+from lrkit.study.run_settings import RunSettings
 from lrkit.study.store import canonical, read_json
 from lrkit.study.study_file import read_study_file
 
@@ -18,10 +19,17 @@ if TYPE_CHECKING:
     from lrkit.study.jobs import Job
 
 
-def with_old(jobs: "list[Job]", folder: Path, keep: bool) -> "list[Job]":
+def with_old(jobs: "list[Job]", folder: Path, keep: bool, recompute: bool = False) -> "list[Job]":
     """Return the jobs, with cells of other code that are done in place of those that have not been computed again, if kept.
 
-    A cell that needs one that is kept needs it under its old name. One warning tells of all cells of other code.
+    A cell that needs one that is kept needs it under its old name. One warning tells of all cells of other code, but for
+    those that were taken in from a pack and are kept.
+
+    Args:
+        jobs: the study's.
+        folder: the study's.
+        keep: keep all of them.
+        recompute: keep none, not even those that were taken in from a pack.
     """
     try:
         there = read_study_file(folder)
@@ -41,16 +49,20 @@ def with_old(jobs: "list[Job]", folder: Path, keep: bool) -> "list[Job]":
         job = job.moved(moved)
         planned[job.key] = job.cell
         entry = entries.get(job.entry(0 if job.row == 0 else labels.get(job.label, -1)).place)
+        packed = entry is not None and is_packed(cells / entry.key)
         if not (
             entry is None
             or entry.key == job.key
-            or entry.code == job.cell.versions["code"]
+            or (entry.code == job.cell.versions["code"] and not packed)
             or is_done(cells / job.key)
             or not is_done(cells / entry.key)
         ):
-            old += 1
-            if keep and _differs_in_code_alone(job.cell, entry.key, cells, planned):
-                kept += 1
+            stays = (keep or packed) and not recompute
+            stays = stays and _differs_in_code_alone(job.cell, entry.key, cells, planned)
+            told = entry.code != job.cell.versions["code"] and not (packed and stays)
+            old += told
+            kept += told and stays
+            if stays:
                 job = attrs.evolve(job, kept=(entry.key, entry.code))
         if job.key != named:
             moved[named] = job.key
@@ -73,21 +85,25 @@ def with_old(jobs: "list[Job]", folder: Path, keep: bool) -> "list[Job]":
 def _differs_in_code_alone(cell: Cell, key: str, cells: Path, planned: Mapping[str, Cell]) -> bool:
     """Tell if a cell that was computed is this one but for the code, and so are the cells that it needed.
 
+    One that was taken in from a pack may be of other versions, too.
+
     Args:
         cell: this one.
         key: of the one that was computed.
         cells: the folder that holds the cells' folders.
         planned: the cells that this one may need, by key.
     """
+    names = ("data", "model") if is_packed(cells / key) else ("torch", "transformers", "data", "model")
+    defaults = {name: value for name, value in attrs.asdict(RunSettings()).items() if name != "threads"}
 
     def plain(config: Mapping[str, Any]) -> tuple[Any, ...]:
-        versions = {name: config["versions"].get(name) for name in ("torch", "transformers", "data", "model")}
+        versions = {name: config["versions"].get(name) for name in names}
         task = {**config["task"], "data": versions["data"]}
         model = versions["model"] or config["model"]
         attached = [config["targets"], config.get("train_also", "auto"), config.get("selection"), config.get("stop")]
         # Settings that there were not yet are at their defaults.
         method = to_plain(from_plain(config["method"]))
-        return canonical([task, model, attached, method, versions]), dict(config["run"])
+        return canonical([task, model, attached, method, versions]), {**defaults, **config["run"]}
 
     try:
         computed = Cell.from_config(read_json(cells / key / "config.json"), planned=True)

@@ -113,19 +113,21 @@ def _budget(results: "Mapping[str, Result]") -> Canvas | None:
     legend, tall, foot = 34, 150, 30
     canvas = Canvas(640, legend + tall * len(curves) + foot)
     for i, (label, (decisions, steps)) in enumerate(curves.items()):
-        top, units = legend + tall * i, decisions[0].units
+        top, units = legend + tall * i, decisions[0].whole
         axes = canvas.axes(60, canvas.height - top - tall + 20, 20, top + 30)
         limit(axes, (0, steps), (0, units * 1.06))
         x = [0, *(decision.step for decision in decisions), steps]
-        for name, style, width in (("budget", Style("planned"), 5.0), ("kept", Style("h0"), 1.75)):
+        for name, style, width in (("budget", Style("planned"), 5.0), ("spent", Style("h0"), 1.75)):
             amounts = [float(getattr(decision, name)) for decision in decisions]
-            y = [float(decisions[0].before), *amounts, amounts[-1]]
-            curve = Curve(label="planned" if name == "budget" else name, style=style, x=x, y=y, step=True, width=width)
+            y = [float(decisions[0].began), *amounts, amounts[-1]]
+            curve = Curve(
+                label="planned" if name == "budget" else "kept", style=style, x=x, y=y, step=True, width=width
+            )
             draw_curve(canvas, axes, curve)
-        back = [(decision.step, decision.kept) for decision in decisions if decision.returned]
+        back = [(decision.step, decision.spent) for decision in decisions if decision.returned]
         if back:
             axes.plot(*zip(*back, strict=True), "|", color=LIGHT["h1"], markersize=8, markeredgewidth=1.5)
-        canvas.label(10, top + 8, f"{label}: {units} units, those kept over the steps", bold=True)
+        canvas.label(10, top + 8, f"{label}: {units} {decisions[0].amount}, those kept over the steps", bold=True)
     _legend(canvas, any(decision.returned for decisions, _ in curves.values() for decision in decisions))
     canvas.label(-20, -8, "optimizer step")
     return canvas

@@ -19,6 +19,7 @@ from lrkit.study.claim import check_claims
 from lrkit.study.composing import check_path, composed, has
 from lrkit.study.controls import Control, check_control, check_kind, controlled
 from lrkit.study.labels import differences, label_of, shown_value
+from lrkit.study.published import check_published
 from lrkit.study.reach import METHOD, Reached
 from lrkit.study.run_settings import RunSettings, settings_from
 from lrkit.study.tuning import check_rows, check_tune, inherited, paths_in
@@ -131,6 +132,7 @@ def lay_out(study: Study) -> Plan:
         rows.append(row)
     reached.tell()
     check_claims(study.claims, [row.label for row in rows])
+    check_published(study.published, [row.label for row in rows])
     seeds = tuple(range(study.seeds)) if isinstance(study.seeds, int) else tuple(study.seeds)
     plan = Plan(study=study, rows=tuple(rows), seeds=seeds)
     if study.tune is not None:

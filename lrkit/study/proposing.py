@@ -1,4 +1,4 @@
-"""Let Optuna propose settings to try: the rule "proposed" of `lrkit.study.needs`.
+"""Let Optuna propose settings to try. No torch here.
 
 Proposals come in batches of one size: those of a batch know the results of the batches before, and of nothing else. So
 they follow from these results and a seed alone, and whoever needs them computes them anew, in memory: there is no
@@ -10,25 +10,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
-from lrkit.errors import LrkitError
-from lrkit.study.needs import Source
 from lrkit.study.space import Log, domain
 
 if TYPE_CHECKING:
     import optuna
-
-    from lrkit.study.cell import Cell
-
-
-def optuna_version() -> str:
-    """Return the version of Optuna, on which proposals depend. Raise LrkitError if it is not installed."""
-    try:
-        import optuna
-    except ImportError:
-        raise LrkitError('sampler = "tpe" needs Optuna: pip install "lrkit[tune]"') from None
-    return str(optuna.__version__)
 
 
 def proposals(
@@ -69,7 +54,12 @@ def proposals(
 
 
 def _told(means: Sequence[float], number: int) -> float:
-    """Return a trial's mean score, given all up to the end of its batch; if it diverged, one that is below all others by as much as they spread."""
+    """Return a trial's mean score; if it diverged, one that is below all others by as much as they spread.
+
+    Args:
+        means: of all trials up to the end of its batch.
+        number: which trial.
+    """
     finite = [mean for mean in means if math.isfinite(mean)] or [0.0]
     mean = means[number]
     return mean if math.isfinite(mean) else 2 * min(finite) - max(finite) - 1e-6
@@ -85,21 +75,3 @@ def _suggested(trial: "optuna.Trial", space: Mapping[str, Any]) -> dict[str, Any
             # By its index: a category of Optuna's may be a plain value alone, and 1 and 1.0 are one there.
             found[path] = tried[trial.suggest_categorical(path, list(range(len(tried))))]
     return found
-
-
-def proposed(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any]) -> "Cell":
-    """Fill in the settings that a trial tries: the rule "proposed".
-
-    Args:
-        cell: the trial's cell.
-        sources: the trials of all batches before: all seeds of the first one, then of the second one, and so on.
-        settings: ``space``, path to values; ``seeds``, how many each trial has; ``batch``; ``seed`` of the sampler;
-            ``index`` in the batch.
-    """
-    from lrkit.study.choosing import candidates, means_of
-    from lrkit.study.tuning import with_settings
-
-    means = means_of(sources, settings["seeds"])
-    tried = candidates(settings, means, len(means) + settings["index"] + 1)[-1]
-    method, run = with_settings(cell.method, cell.run, tried)
-    return attrs.evolve(cell, method=method, run=run)

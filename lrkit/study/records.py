@@ -57,6 +57,7 @@ def read_study(folder: str | Path) -> StudyRecord:
         measured=study.costs,
         margin=study.margin,
         claims=study.claims,
+        published=study.published,
         tune=study.tune,
         trials=tuple(_cell(folder, trial) for trial in study.trials),
         untuned=tuple(_cell(folder, cell) for cell in study.cells if cell.tuned != tuned),
@@ -71,6 +72,7 @@ def _cell(folder: Path, entry: CellEntry) -> CellRecord:
         seed=entry.seed,
         folder=folder / "cells" / entry.key,
         old=entry.old or not entry.code,  # a study from before code was written down is of other code
+        code=entry.code,
         number=entry.number if isinstance(entry, TrialEntry) else None,
         rung=entry.rung if isinstance(entry, TrialEntry) else 0,
     )

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import attrs
 
 from lrkit.loop.history import Decision
+from lrkit.study.cell_folder import PACKED
 from lrkit.study.claim import Claim
 from lrkit.study.files import Attempt, CellResult, Cost, attempt_in, decision_in, read_cost, read_result
+from lrkit.study.published import Published
 from lrkit.study.store import number, read_lines, read_object, read_text
 from lrkit.study.study_file import CostEntry, RowRecord, TaskRecord
 
@@ -34,6 +36,7 @@ class CellRecord:
         seed: the seed.
         folder: the folder of its files, which may not be there yet.
         old: it is of other code than the study was last run with.
+        code: the digest of the code that its result is of; empty if it is not known.
         number: of a trial: which settings it tries, counted from 0 in each row and task; None for a row's own cell.
         rung: of a trial: how many times these settings have been taken further.
     """
@@ -44,6 +47,7 @@ class CellRecord:
     seed: int
     folder: Path = attrs.field(repr=False)
     old: bool = False
+    code: str = ""
     number: int | None = None
     rung: int = 0
 
@@ -102,6 +106,11 @@ class CellRecord:
     def env(self) -> dict[str, Any]:
         """Read ``env.json``: the machine; empty if it is not there yet."""
         return read_object(self.folder / "env.json", "a description of a machine") or {}
+
+    @cached_property
+    def packed(self) -> str:
+        """Read the pack that it was taken in from; empty if it was computed here."""
+        return str((read_object(self.folder / PACKED, "a mark") or {}).get("pack", ""))
 
     @property
     def steps(self) -> int:
@@ -179,6 +188,7 @@ class StudyRecord:
         untuned: of a tuned study, the cells that ran with the settings that were given.
         margin: differences of the primary score that are smaller do not matter; None if none was stated.
         claims: what was claimed of the rows before the first cell.
+        published: values that others published.
     """
 
     folder: Path
@@ -199,6 +209,7 @@ class StudyRecord:
     untuned: tuple[CellRecord, ...] = attrs.field(default=(), repr=False)
     margin: float | None = None
     claims: tuple[Claim, ...] = ()
+    published: Published | None = None
 
     @cached_property
     def costs(self) -> dict[tuple[int, str], Cost]:

@@ -4,7 +4,7 @@ A study file may have *profiles*: tables ``[profile.NAME]`` with the settings th
 run, for example the embedded model and data, and the paper's. The first one is taken if none is asked for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
@@ -16,16 +16,34 @@ from lrkit.hookspecs import hookimpl
 def files_in(package: str) -> dict[str, Traversable]:
     """List the study files of a package, for its `lrkit_studies`: ``studies/signs.toml`` is the study "signs".
 
+    So is ``studies/replication/signs.toml``: a folder puts studies in order, and is no part of their names.
+
     Args:
         package: the package's name, as in ``__name__``.
+
+    Raises:
+        LrkitError: two files make studies of one name.
     """
-    files = sorted((resources.files(package) / "studies").iterdir(), key=lambda file: file.name)
-    return {file.name.removesuffix(".toml"): file for file in files if file.name.endswith(".toml")}
+    found: dict[str, Traversable] = {}
+    for file in _toml_files(resources.files(package) / "studies"):
+        name = file.name.removesuffix(".toml")
+        if name in found:
+            raise LrkitError(f'{package} has two study files of the name "{name}": {found[name]} and {file}')
+        found[name] = file
+    return dict(sorted(found.items()))
+
+
+def _toml_files(folder: Traversable) -> Iterator[Traversable]:
+    for each in folder.iterdir():
+        if each.is_dir():
+            yield from _toml_files(each)
+        elif each.name.endswith(".toml"):
+            yield each
 
 
 @hookimpl
 def lrkit_studies() -> Mapping[str, Traversable]:
-    """Offer the studies that need lrkit's own methods alone."""
+    """Offer lrkit's own studies. One that needs a plug-in's methods names its distribution in ``requires``."""
     return files_in("lrkit")
 
 

@@ -179,3 +179,12 @@ def tune_from(plain: Any, where: str) -> TuneSpec:
     if len({*numbers}) < len(numbers) or len(spec.tuning_seeds) > 1000:
         raise LrkitError(f"{where}.seeds must be different seeds, and at most 1,000")
     return attrs.evolve(spec, space=flat_space(spec.space))
+
+
+def optuna_version() -> str:
+    """Return the version of Optuna, on which proposals depend. Raise LrkitError if it is not installed."""
+    try:
+        import optuna
+    except ImportError:
+        raise LrkitError('sampler = "tpe" needs Optuna: pip install "lrkit[tune]"') from None
+    return str(optuna.__version__)

@@ -60,6 +60,8 @@ def _notes(
         for each in combined:
             if each.tasks < len(tables):
                 yield f"{each.label}: all tasks together are {each.tasks} of {len(tables)} so far."
+    if any(row.published for rows in tables.values() for row in rows) and record.published is not None:
+        yield f"Published: as printed in {record.published.source}; it is in no test."
     methods = [row.method for row in record.rows]
     for task, rows in tables.items():
         for note in unequal_sizes(methods, [row.label for row in rows], [row.parameters_final for row in rows]):

@@ -105,8 +105,11 @@ def read_whole(path: Path, cls: type[T], what: str) -> T | None:
         LrkitError: it is something else, or of a newer format.
     """
     data = read_object(path, what)
-    if data is None:
-        return None
+    return None if data is None else whole_in(data, cls, what, path)
+
+
+def whole_in(data: Mapping[str, Any], cls: type[T], what: str, path: Path) -> T:
+    """Structure data with a format. Arguments and errors as `read_whole` has them."""
     version = data.get("format")
     if type(version) is not int:
         raise LrkitError(f'{path} is no file of a study: it has no "format" number')

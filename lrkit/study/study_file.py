@@ -12,8 +12,9 @@ import attrs
 
 from lrkit.errors import LrkitError, shown
 from lrkit.study.claim import Claim
+from lrkit.study.published import Published
 from lrkit.study.space import tune_from
-from lrkit.study.store import FORMAT, read_whole, write_json
+from lrkit.study.store import FORMAT, read_object, whole_in, write_json
 
 
 @attrs.frozen(kw_only=True)
@@ -147,6 +148,7 @@ class StudyFile:
     trials: tuple[TrialEntry, ...] = ()
     margin: float | None = None
     claims: tuple[Claim, ...] = ()
+    published: Published | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Return it as plain data, with its format."""
@@ -160,9 +162,24 @@ def read_study_file(folder: Path) -> StudyFile | None:
         LrkitError: it is something else, of a newer format, or at odds with itself.
     """
     path = folder / "study.json"
-    study = read_whole(path, StudyFile, "a study")
-    if study is not None:
-        _check(study, path)
+    data = read_object(path, "a study")
+    return None if data is None else study_in(data, path)
+
+
+def study_in(data: Any, path: Path) -> StudyFile:
+    """Make a study of the content of a ``study.json``.
+
+    Args:
+        data: the content.
+        path: the file that it is from, for errors.
+
+    Raises:
+        LrkitError: it is something else, of a newer format, or at odds with itself.
+    """
+    if not isinstance(data, dict):
+        raise LrkitError(f"{path} is not a study: it holds {shown(data)}, not an object")
+    study = whole_in(data, StudyFile, "a study", path)
+    _check(study, path)
     return study
 
 

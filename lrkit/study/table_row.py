@@ -52,6 +52,7 @@ class TableRow:
         p_equivalent_holm: Holm-corrected over the rows of the task's table.
         verdict: ``"different"``, ``"equivalent"``, ``"negligible"`` (both) or ``"open"`` (neither), as
             `lrkit.study.equivalence.verdict_of` has it; empty for the base, and without pairs.
+        published: the value that others published, as it is printed; empty if none is stated.
     """
 
     index: int
@@ -95,6 +96,7 @@ class TableRow:
     p_equivalent: float | None = None
     p_equivalent_holm: float | None = None
     verdict: str = ""
+    published: str = ""
 
     @property
     def warning(self) -> str:

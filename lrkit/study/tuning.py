@@ -13,9 +13,8 @@ from lrkit.compose import arguments_of, from_plain, to_plain, with_setting
 from lrkit.errors import LrkitError, nearest
 from lrkit.settings import check_settings
 from lrkit.study.composing import has
-from lrkit.study.proposing import optuna_version
 from lrkit.study.run_settings import RunSettings
-from lrkit.study.space import Domain, TuneSpec, domain, ends, grid, space_of
+from lrkit.study.space import Domain, TuneSpec, domain, ends, grid, optuna_version, space_of
 
 if TYPE_CHECKING:
     from lrkit.study.plan import Plan

@@ -27,10 +27,10 @@ from lrkit.errors import LrkitError, cut
 from lrkit.foreign import line_of
 from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell, code_of
-from lrkit.study.cell_folder import is_done, note_attempt, note_failure, tidy
+from lrkit.study.cell_folder import PACKED, is_done, note_attempt, note_failure, tidy
 from lrkit.study.checkpoints import Record
-from lrkit.study.needs import settle
 from lrkit.study.run_settings import settings_from, steps_of
+from lrkit.study.settling import settle
 from lrkit.study.store import FORMAT, LIST, canonical, check_sum, json_bytes, lock, read_json, write_bytes, write_json
 
 _training = threading.Lock()
@@ -109,6 +109,7 @@ def _attempt(cell: Cell, place: Path, conditions: Conditions) -> None:
             "sources of lrkit and plug-ins must be everywhere, and not change meanwhile"
         )
     planned, cell = cell, settle(cell, place.parent)
+    (place / PACKED).unlink(missing_ok=True)
     write_json(place / "config.json", {"format": FORMAT, **cell.to_config(planned)})
     write_json(place / "env.json", _environment(conditions))
     begin = {"event": "begin", "from_step": conditions.record(place).step()}

@@ -22,7 +22,7 @@ class Learnt:
 
     @property
     def auto_class(self) -> str:
-        """Name transformers' Auto class of the model that learns the task: its head is the task's."""
+        """Name the Auto class of transformers whose head fits the task."""
         return "AutoModelForSequenceClassification"
 
     @property

@@ -159,8 +159,8 @@ def recall_of(layers: Ranks, truth: Sequence[str]) -> float | None:
         truth: names of the right layers.
 
     Returns:
-        From 0 to 1; None if there are no ranks, or if every layer ended with the rank that it had at first: then nothing
-        was chosen.
+        A share from 0 to 1, or None if nothing was chosen. That is so if there are no ranks, and if every layer ended with
+        the rank that it had at first.
     """
     if all(last is None or last == first for _, last, first in layers):
         return None

@@ -116,11 +116,16 @@ def _reads_padding(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel
     model.train(False)
     try:
         with torch.no_grad():
-            alone = model(**tokenizer(texts[:1], return_tensors="pt")).logits[0]
-            padded = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[0]
+            alone = _first_outputs(model(**tokenizer(texts[:1], return_tensors="pt")))
+            padded = _first_outputs(model(**tokenizer(texts, padding=True, return_tensors="pt")))
     finally:
         model.train(was)
     return not torch.allclose(alone, padded, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
+
+
+def _first_outputs(output: Any) -> Any:
+    """Return the outputs of the first text: its logits, or its first token's hidden state in a model without a head."""
+    return output.logits[0] if hasattr(output, "logits") else output.last_hidden_state[0, 0]
 
 
 def embeddings_of(model: "PreTrainedModel") -> int | None:

@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import attrs
+
 from lrkit import actions, metrics, parameterizations, registry, schedulers
 from lrkit.actions import Action
 from lrkit.errors import LrkitError
+from lrkit.fit import budget_in_costs
 from lrkit.hookspecs import Kind
 from lrkit.method import Method
 from lrkit.metrics import Metric
@@ -30,10 +33,16 @@ def method_with(component: Any, **others: Any) -> Method:
     parts: dict[str, Any] = {
         "parameterization": parameterizations.SVD(rank=4),
         "metric": metrics.SensitivityUncertainty(),
-        "scheduler": _CUBIC,
+        "scheduler": _schedule(component),
         "action": actions.Prune(),
     }
     return Method(**{**parts, kind_of(component): component, **others})
+
+
+def _schedule(component: object) -> schedulers.Scheduler:
+    """Return a schedule for a component: one that counts costs if it is an action that ranks by them."""
+    alone = isinstance(component, Action) and budget_in_costs(_CUBIC, component)
+    return attrs.evolve(_CUBIC, amount="parameters") if alone else _CUBIC
 
 
 def builtin_parameterizations() -> list[Parameterization]:

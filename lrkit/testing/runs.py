@@ -104,12 +104,12 @@ def decides(run: Run, exact: bool = True) -> None:
 
     Args:
         run: a run that has come to its end.
-        exact: whether the action keeps just as many units as the budget.
+        exact: whether the action keeps just as many units as the budget; of a budget in costs as many as it has room for.
 
     Raises:
         lrkit.testing.findings.Broken: a decision is missing, or has another budget, or keeps another number.
     """
-    method, layers = run.adapted.method, run.adapted.controller.policies[0].layers
+    method, costs = run.adapted.method, run.adapted.controller.policies[0].costs
     scheduler = method.policies[0].scheduler
     total = run.adapted.total_steps or 0
     taken = [d for d in run.adapted.history if d.policy == 0]
@@ -122,12 +122,16 @@ def decides(run: Run, exact: bool = True) -> None:
             f"step {earlier.step} leaves {earlier.kept} units, and step {later.step} finds {later.before}",
         )
     for d in taken:
-        budget = scheduler.over(total, units=d.units, layers=layers).budget(d.step)
+        budget = scheduler.over(total, units=d.whole, layers=costs.layer).budget(d.step)
         # An action that asks for no number goes by all.
         expect(
-            d.budget == budget or (not exact and d.budget == d.units),
+            d.budget == budget or (not exact and d.budget == d.whole),
             f"the decision at step {d.step} has budget {d.budget}, the scheduler {budget}",
         )
-        expect(not exact or d.kept == d.budget, f"the decision at step {d.step} keeps {d.kept} of a budget {d.budget}")
+        short = 0 if costs.each is None else max(costs.each) - 1
+        expect(
+            not exact or d.budget - short <= d.spent <= d.budget,
+            f"the decision at step {d.step} keeps {d.spent} of a budget {d.budget} ({d.amount})",
+        )
         if method.policies[0].action.final:
             expect(not d.returned, f"losing is final, and at step {d.step} {d.returned[0:1]} came back")

@@ -111,32 +111,32 @@ def pareto(view: View, task: str) -> Figures:
 
 
 def budget(view: View, task: str) -> Figures:
-    """Draw the units kept over the steps, beside those planned."""
+    """Draw what is kept over the steps, beside what was planned: units, or their costs where the schedule counts those."""
     panels = []
     for row in view.rows:
         cells = view.cells(row, task)
         for policy in sorted({d.policy for cell in cells for d in cell.decisions}):
             runs = [[d for d in cell.decisions if d.policy == policy] for cell in cells]
             runs = [run for run in runs if run]
-            units = max(d.units for run in runs for d in run)
+            units, counted = max(d.whole for run in runs for d in run), runs[0][0].amount
             end = max([cell.steps for cell in cells] + [run[-1].step for run in runs])
             own = attrs.evolve(view.styles[row], dash=())
             curves = []
             for label, amount, style, width in (
                 ("planned", "budget", Style("planned"), 5.0),
-                ("kept", "kept", own, 1.75),
+                ("kept", "spent", own, 1.75),
             ):
                 x, mean, low, high = over_seeds(
-                    [[(0, run[0].before), *((d.step, getattr(d, amount)) for d in run)] for run in runs]
+                    [[(0, run[0].began), *((d.step, getattr(d, amount)) for d in run)] for run in runs]
                 )
                 if x[-1] < end:
                     x, mean, low, high = [*x, end], [*mean, mean[-1]], [*low, low[-1]], [*high, high[-1]]
                 curves.append(Curve(label=label, style=style, x=x, y=mean, low=low, high=high, width=width, step=True))
             x_range, y_range = (0, end), (0, units * 1.06)
             svg = lines(
-                curves, x_label="step", y_label="units", x_range=x_range, y_range=y_range, show="{:,.1f}".format
+                curves, x_label="step", y_label=counted, x_range=x_range, y_range=y_range, show="{:,.1f}".format
             )
-            left = f"{curves[1].y[-1]:,.4g} of {units:,.0f} units left"
+            left = f"{curves[1].y[-1]:,.4g} of {units:,.0f} {counted} left"
             which = "" if policy == 0 else f", policy {policy}"
             panels.append(Panel(svg=Markup(svg), row=row, title=which, aside=left))
     caption = (

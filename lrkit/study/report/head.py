@@ -46,7 +46,7 @@ class Head:
         told = [f"{record.counts['done']} of {len(record.cells)} cells done"]
         told += [f"{n} {words}" for status, words, n in counts if status != "done"]
         unfinished = record.counts["running"] + record.counts["missing"]
-        old = [cell for cell in record.cells if cell.old and cell.status == "done"]
+        old = [cell for cell in record.cells if cell.old and cell.status == "done" and not cell.packed]
         many = "1 cell is" if len(old) == 1 else f"{len(old)} cells are"
         return cls(
             title=record.title,
@@ -87,6 +87,9 @@ def _facts(record: StudyRecord) -> Iterator[tuple[str, str]]:
     yield "Versions", ", ".join(_tally((c.config.get("versions") or {}) for c in record.cells))
     keys = ("device", "threads", "host", "python")
     yield "Machine", ", ".join(_tally({k: c.env[k] for k in keys if c.env.get(k) is not None} for c in record.cells))
+    packs = Counter((c.packed, c.code or "unknown") for c in (*record.cells, *record.trials) if c.packed)
+    taken = [f"{n} {'cell' if n == 1 else 'cells'} from {name}, of code {code}" for (name, code), n in packs.items()]
+    yield "Taken in", "; ".join(taken)
     times = [attempt.time for cell in record.cells for attempt in cell.attempts if attempt.time]
     yield "Last activity", max(times, default="")[:19].replace("T", " ")
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from lrkit.study.charts import DARK, LIGHT, chip, drawing, styles
 from lrkit.study.charts.palette import in_css
-from lrkit.study.report import cells, effects, figures, head, layers, results, rows, truth
+from lrkit.study.report import cells, effects, figures, head, layers, results, rows, truth, tuning
 from lrkit.study.report.view import View, breakable, setting
 from lrkit.study.results import StudyRecord
 from lrkit.study.table import Table
@@ -68,8 +68,16 @@ def _sections(view: View) -> list[Section]:
     ]
     return [
         Section("results", "Results", "results.html", once(results.Results.of(view))),
-        Section("effects", "Effect sizes and equivalence", "effects.html", once(effects.Effects.of(view))),
+        Section(
+            "effects",
+            "Effect sizes" + (" and equivalence" if view.table.margin else ""),
+            "effects.html",
+            once(effects.Effects.of(view)),
+        ),
         Section("truth", "Rank in the right layers", "truth.html", view.by_task(truth.truth)),
+        Section("tuning", "Tuning", "tuning.html", view.by_task(tuning.tuning)),
+        Section("untuned", "At the settings given", "untuned.html", once(tuning.untuned(view))),
+        Section("best", "Best step and last", "best.html", view.by_task(tuning.best)),
         Section("rows", "Hyperparameters and parameters", "rows.html", once(rows.Hyperparameters.of(view))),
         Section("changes", "What each row changes", "changes.html", once(rows.Changes.of(view))),
         *(Section(key, title, "figures.html", view.by_task(draw)) for key, title, draw in pictures),

@@ -16,6 +16,7 @@ _TIPS = {
     "lr": "learning rate of the adapters",
     "n": "finite scores, of the cells asked for",
     "score": "mean ± standard deviation over seeds",
+    "published": "as it is printed in its source; in no test",
     "difference": "mean of row minus base over pairs of the same task and seed",
     "interval": "95 % interval of the mean difference: every value that the permutation test does not reject",
     "verdict": "what the tests show at 0.05, after Holm's correction",

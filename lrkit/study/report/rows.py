@@ -4,7 +4,7 @@ from typing import Any
 
 import attrs
 
-from lrkit.study.report.view import View
+from lrkit.study.report.view import View, alpha_over_rank
 from lrkit.study.texts import compact
 
 
@@ -36,6 +36,8 @@ class Hyperparameters:
                 (f"{task}: " if view.several else "") + ", ".join(f"{name} {rate:g}" for name, rate in of.items())
                 for task, of in record.rates.items()
             ]
+            scale = alpha_over_rank(record.method)
+            rates += [f"α/r {scale}"] if rates and scale else []
             counts = [
                 (task.name if view.several else "", _parameters(view, row, task.name)) for task in view.record.tasks
             ]

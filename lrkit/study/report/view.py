@@ -92,3 +92,12 @@ def setting(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(setting, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
+
+
+def alpha_over_rank(method: dict[str, Any]) -> str:
+    """Write the scale α/r of a method in plain data; empty if it has none, or its layers have ranks of their own."""
+    part = method.get("parameterization")
+    alpha, rank = (part.get("alpha"), part.get("rank")) if isinstance(part, dict) else (None, None)
+    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
+        return ""
+    return f"{alpha / rank:g}"

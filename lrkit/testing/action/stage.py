@@ -31,9 +31,9 @@ class Nothing(Parameterization):
         return target.layer
 
 
-def on(action: Action, parameterization: Parameterization) -> Method:
-    """Compose an action with a parameterization, and with a metric that ranks every kind of unit."""
-    return method_with(action, parameterization=parameterization, metric=metrics.GradientUncertainty())
+def on(action: Action, parameterization: Parameterization, **others: Any) -> Method:
+    """Compose an action with a parameterization, with a metric that ranks every kind of unit, and with `others`."""
+    return method_with(action, parameterization=parameterization, metric=metrics.GradientUncertainty(), **others)
 
 
 class Stage:

@@ -31,12 +31,13 @@ class Decisions(ParameterizationClauses):
             return
         model, adapted = stirred(component)
         x, labels = batch()
+        ranked = [adapter for adapter in adapted.adapters.values() if len(core.of(adapter))]
         with torch.no_grad():
-            for adapter in adapted.adapters.values():
+            for adapter in ranked:
                 core.of(adapter)[0] = 0.0
             before = model(x)
             for part in parts:
-                for adapter in adapted.adapters.values():
+                for adapter in ranked:
                     if not part.core and part.axis is not None:
                         part.of(adapter).select(part.axis, 0).add_(0.5)
             moved = gap(model(x), before)
@@ -46,7 +47,7 @@ class Decisions(ParameterizationClauses):
         )
         model.zero_grad()
         F.cross_entropy(model(x), labels).backward()  # type: ignore[no-untyped-call]
-        grads = [core.of(adapter).grad for adapter in adapted.adapters.values()]
+        grads = [core.of(adapter).grad for adapter in ranked]
         expect(
             any(grad is not None and bool(grad[0] != 0) for grad in grads),
             "at a core value of zero the gradient is zero in every layer: a pruned component could never come back",

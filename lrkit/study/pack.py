@@ -1,0 +1,260 @@
+"""A study's finished cells in one small file, ``cells.jsonl.gz``, so that they travel: `write_pack` and `read_pack`.
+
+The first line holds the format, the study (``study.json``) and its measured costs; each further line a cell that is done:
+its key, configuration, result, decisions, machine, and a loss curve of at most `CURVE` points. Weights and predictions
+stay. The same study gives the same bytes. No torch here.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import attrs
+
+from lrkit.errors import LrkitError, shown
+from lrkit.moves import replacing
+from lrkit.reading import MIB, bounded_lines, opened, parse_json
+from lrkit.study.cell_folder import is_done
+from lrkit.study.files import CellResult, decision_in
+from lrkit.study.place import try_folder
+from lrkit.study.records import frame, read_study
+from lrkit.study.sheet import safe_csv
+from lrkit.study.store import finite, read_lines, read_object, structured_as, write_bytes
+from lrkit.study.study_file import CellEntry, StudyFile, TrialEntry, read_study_file, study_in
+
+PACK = "cells.jsonl.gz"
+"""The name of the file in its folder."""
+
+FORMAT = 1
+"""The newest format of a pack that this lrkit understands, and the one that it writes."""
+
+CURVE = 100
+"""The most training losses of a cell that are packed."""
+
+_BYTES = 512 * MIB
+
+
+@attrs.frozen(kw_only=True)
+class PackedCell:
+    """A cell that is done, as plain data: the content of its files.
+
+    Args:
+        key: its key.
+        config: of ``config.json``.
+        result: of ``result.json``.
+        history: lines of ``history.jsonl``.
+        metrics: lines of ``metrics.jsonl``: losses thinned out, and every evaluation.
+        attempts: lines of ``attempts.jsonl``.
+        env: of ``env.json``.
+    """
+
+    key: str
+    config: dict[str, Any] = attrs.field(repr=False)
+    result: dict[str, Any] = attrs.field(repr=False)
+    history: list[dict[str, Any]] = attrs.field(factory=list, repr=False)
+    metrics: list[dict[str, Any]] = attrs.field(factory=list, repr=False)
+    attempts: list[dict[str, Any]] = attrs.field(factory=list, repr=False)
+    env: dict[str, Any] = attrs.field(factory=dict, repr=False)
+
+
+@attrs.frozen(kw_only=True)
+class Pack:
+    """A pack as it was read.
+
+    Args:
+        path: the file.
+        study: the study; it may list cells that the pack does not hold.
+        cells: the cells that it holds, by key.
+        costs: the content of the files of measured rows, by key.
+    """
+
+    path: Path
+    study: StudyFile
+    cells: Mapping[str, PackedCell] = attrs.field(repr=False)
+    costs: Mapping[str, dict[str, Any]] = attrs.field(repr=False)
+
+
+Place = tuple[Any, ...]
+
+
+def places(study: StudyFile) -> dict[Place, CellEntry]:
+    """Map the place of each cell and trial, with the row's label for its index, to its entry; the base's label is ""."""
+
+    def place(entry: CellEntry) -> Place:
+        label = "" if entry.row == study.base else study.rows[entry.row].label
+        return isinstance(entry, TrialEntry), label, *entry.place[1:]
+
+    return {place(entry): entry for entry in (*study.cells, *study.trials)}
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_pack(folder: str | Path, dest: str | Path) -> tuple[list[Path], int]:
+    """Pack the cells of a study that are done.
+
+    Args:
+        folder: the study's.
+        dest: the folder of the pack, such as ``docs/replication/NAME``; a pack that is there already is replaced.
+
+    Returns:
+        ``cells.jsonl.gz`` and ``cells.csv`` (one line per cell of the rows, for people), and the number of cells packed.
+
+    Raises:
+        LrkitError: no study, no cell that is done, or a pack is there that holds cells which this study does not have.
+    """
+    folder, dest = Path(folder), Path(dest)
+    record = read_study(folder)
+    study = read_study_file(folder)
+    if study is None:
+        raise LrkitError(f"{folder} holds no study.json any more")
+    entries = {entry.key: entry for entry in (*study.cells, *study.trials)}
+    done = [key for key in sorted(entries) if is_done(folder / "cells" / key)]
+    if not done:
+        raise LrkitError(f"no cell of {folder} is done: there is nothing to pack")
+    path = dest / PACK
+    if path.exists():
+        _check_none_lost(read_pack(path), study, set(done), folder)
+    costs = {each.key: read_object(folder / "costs" / f"{each.key}.json", "a cost") for each in study.costs}
+    header = {
+        "format": FORMAT,
+        "cells": len(done),
+        "study": study.to_plain(),
+        "costs": {key: costs[key] for key in sorted(costs) if costs[key] is not None},
+    }
+    lines = [header, *(attrs.asdict(_packed(folder / "cells" / key)) for key in done)]
+    content = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", fileobj=content, compresslevel=9, mtime=0) as file:
+        for line in lines:
+            text = json.dumps(finite(line), separators=(",", ":"), allow_nan=False)
+            file.write(text.encode() + b"\n")
+    try_folder(dest)
+    dest.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, content.getvalue())
+    table = dest / "cells.csv"
+    with replacing(table) as draft:
+        draft.write_bytes(safe_csv(frame(record).to_csv(index=False, lineterminator="\n")).encode("utf-8", "replace"))
+    return [path, table], len(done)
+
+
+def _check_none_lost(old: Pack, study: StudyFile, done: set[str], folder: Path) -> None:
+    """Raise LrkitError if a pack that would be replaced holds a cell whose place has none that is done."""
+    now = places(study)
+    lost = [
+        place
+        for place, entry in places(old.study).items()
+        if entry.key in old.cells and (place not in now or now[place].key not in done)
+    ]
+    if lost:
+        label, task, seed = lost[0][1:4]
+        name = label or old.study.rows[old.study.base].label
+        raise LrkitError(
+            f"{old.path} holds {len(lost)} cells that are not done in {folder}, such as {name}, {task}, seed {seed}: "
+            f"nothing is replaced; take them in first (--packed {old.path}), or delete the pack"
+        )
+
+
+def _packed(folder: Path) -> PackedCell:
+    """Read a cell that is done."""
+    history: dict[tuple[int, int], dict[str, Any]] = {}
+    for line in read_lines(folder / "history.jsonl"):
+        if (decision := decision_in(line)) is not None:
+            history[decision.step, decision.policy] = line
+    attempts = read_lines(folder / "attempts.jsonl")
+    return PackedCell(
+        key=folder.name,
+        config=read_object(folder / "config.json", "a cell's configuration") or {},
+        result=read_object(folder / "result.json", "a result") or {},
+        history=[history[place] for place in sorted(history)],
+        metrics=_thinned(read_lines(folder / "metrics.jsonl")),
+        attempts=[{key: value for key, value in line.items() if key not in ("host", "pid")} for line in attempts],
+        env=read_object(folder / "env.json", "a description of a machine") or {},
+    )
+
+
+def _thinned(lines: Iterator[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Keep every evaluation, and at most `CURVE` losses, evenly spread, with the last one; of a repeated step its last."""
+    losses: dict[int, dict[str, Any]] = {}
+    scores: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if type(step := line.get("step")) is int:
+            if "loss" in line:
+                losses[step] = {key: line[key] for key in ("step", "loss", "penalty", "lr") if key in line}
+            if isinstance(line.get("scores"), dict):
+                scores[step] = {"step": step, "scores": line["scores"]}
+    steps = sorted(losses)
+    if len(steps) > CURVE:
+        steps = [steps[-1 - round(i * (len(steps) - 1) / (CURVE - 1))] for i in reversed(range(CURVE))]
+    return [*(losses[step] for step in steps), *(scores[step] for step in sorted(scores))]
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_pack(path: str | Path) -> Pack:
+    """Read a pack whole, and check all of it.
+
+    Args:
+        path: the file, or the folder that holds a ``cells.jsonl.gz``.
+
+    Raises:
+        LrkitError: there is none, or it is damaged, of a newer format, or something else.
+    """
+    path = Path(path)
+    path = path / PACK if path.is_dir() else path
+    try:
+        with opened(path) as raw, gzip.GzipFile(fileobj=raw) as file:
+            lines = list(map(partial(_object, path), bounded_lines(cast(BinaryIO, file), path, _BYTES)))
+    except FileNotFoundError:
+        raise LrkitError(f"{path}: no such file; a pack is the {PACK} that `lrkit pack` writes") from None
+    except (EOFError, zlib.error) as error:
+        raise LrkitError(f"{path} is damaged: {error}") from None
+    if not lines:
+        raise LrkitError(f"{path} is no pack of a study: it is empty")
+    header, *rest = lines
+    version = header.get("format")
+    if type(version) is not int or "study" not in header:
+        raise LrkitError(f'{path} is no pack of a study: its first line has no "format" number and no study')
+    if version > FORMAT:
+        raise LrkitError(f"{path} is of format {version}, and this lrkit reads up to {FORMAT}: a newer lrkit wrote it")
+    study = study_in(header["study"], path)
+    if header.get("cells") != len(rest):
+        raise LrkitError(f"{path} is damaged: it should hold {shown(header.get('cells'))} cells, and holds {len(rest)}")
+    known = {entry.key for entry in (*study.cells, *study.trials)}
+    cells: dict[str, PackedCell] = {}
+    for line in rest:
+        cell = _cell(line, path, known)
+        if cell.key in cells:
+            raise LrkitError(f"{path} holds the cell {cell.key} twice")
+        cells[cell.key] = cell
+    return Pack(path=path, study=study, cells=cells, costs=_costs(header.get("costs", {}), path, study))
+
+
+def _object(path: Path, line: bytes) -> dict[str, Any]:
+    data = parse_json(line, f"{path} is damaged: a line of it")
+    if not isinstance(data, dict):
+        raise LrkitError(f"{path} is no pack of a study: a line of it is a JSON {type(data).__name__}, not an object")
+    return data
+
+
+def _cell(line: Mapping[str, Any], path: Path, known: set[str]) -> PackedCell:
+    """Structure one line; its key, which becomes a path, is one that the study lists."""
+    cell = structured_as(line, PackedCell, "a packed cell", path)
+    if cell.key not in known:
+        raise LrkitError(f"{path} holds a cell {shown(cell.key)} that its study does not list")
+    result = structured_as(cell.result, CellResult, "a result", path)
+    if not result.scores or cell.result.get("key") != cell.key or cell.config.get("key", cell.key) != cell.key:
+        raise LrkitError(f"{path}: the cell {cell.key} holds no score, or the files of another cell")
+    return cell
+
+
+def _costs(plain: Any, path: Path, study: StudyFile) -> dict[str, dict[str, Any]]:
+    known = {cost.key for cost in study.costs}
+    if not isinstance(plain, dict) or not all(key in known and isinstance(each, dict) for key, each in plain.items()):
+        raise LrkitError(f"{path}: its costs are not those of the rows that its study lists")
+    return plain

@@ -1,0 +1,171 @@
+"""Take in a pack: restore the cells of a study that were finished elsewhere into its folder. No torch here.
+
+A cell that is taken in has a mark, ``packed.json``, with the pack's name and the digest of the code that its result is of.
+The folder's ``study.json`` comes first and each cell's ``result.json`` last, so that a process that is killed meanwhile is
+taken up where it was: cells that are there and done are left alone.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import attrs
+
+from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.study.cell_folder import PACKED, is_done
+from lrkit.study.jobs import Job
+from lrkit.study.ledger import check_same, joined
+from lrkit.study.pack import PACK, Pack, PackedCell, Place, places, read_pack
+from lrkit.study.place import try_folder
+from lrkit.study.plan import Plan
+from lrkit.study.store import FORMAT, LIST, Lines, check_sum, lock, write_json
+from lrkit.study.study_file import CellEntry, StudyFile, TaskRecord, TrialEntry, read_study_file, write_study_file
+
+REPLICATION = Path("docs") / "replication"
+"""Where a repository keeps the packs of the studies that ship, seen from its root."""
+
+
+@attrs.frozen(kw_only=True)
+class Source:
+    """A pack to take in.
+
+    Args:
+        path: the file, or its folder.
+        asked: it was asked for; otherwise it was found, and one of other settings is passed over.
+    """
+
+    path: Path
+    asked: bool = True
+
+
+def source_of(packed: object, name: object, out: Path) -> Source | None:
+    """Find the pack that a study goes on from.
+
+    Args:
+        packed: the one that was asked for; None if none was.
+        name: of a study that ships; anything else if it is none.
+        out: the study's folder.
+
+    Returns:
+        The one that was asked for; else the one in the study's folder; else that of the study that ships below the current
+        folder, ``docs/replication/NAME/cells.jsonl.gz``; None if there is none.
+    """
+    from lrkit.study.catalogue import names
+
+    if packed is not None:
+        return Source(path=Path(str(packed)))
+    if (out / PACK).is_file():
+        return Source(path=out / PACK)
+    if isinstance(name, str) and name in names() and (path := REPLICATION / name / PACK).is_file():
+        return Source(path=path, asked=False)
+    return None
+
+
+def take_in(source: Source, plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], folder: Path) -> int:
+    """Restore the cells of a pack that the study's folder does not have, and say so in one line.
+
+    Args:
+        source: the pack.
+        plan: the study that is going to run.
+        jobs: its cells.
+        tasks: its tasks by name.
+        folder: its folder, which need not exist.
+
+    Returns:
+        How many were taken in.
+
+    Raises:
+        LrkitError: the pack cannot be read or is of another study, or the folder holds something else. Nothing is written
+            then.
+    """
+    pack = read_pack(source.path)
+    try:
+        check_same(plan, jobs, tasks, pack.study, pack.path)
+        _check_inputs(pack, jobs)
+    except LrkitError as error:
+        if source.asked:
+            raise
+        warnings.warn(f"not taken in: {error}", LrkitWarning, stacklevel=5)
+        return 0
+    mine = [] if not folder.is_dir() else [p for p in folder.iterdir() if not p.name.startswith((".", "study.lock"))]
+    own = read_study_file(folder) if folder.is_dir() else None
+    if own is None and any(path.name not in (PACK, "cells.csv") for path in mine):
+        raise LrkitError(f"{folder} exists and holds no study: nothing is overwritten, choose another --out")
+    if not _waiting(pack, own, folder):
+        return 0
+    try_folder(folder / "cells")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / "study.lock", wait=True):
+        own = read_study_file(folder)
+        waiting = _waiting(pack, own, folder)
+        write_study_file(folder, _merged(pack, own, waiting, folder))
+        for key, content in pack.costs.items():
+            if not (path := folder / "costs" / f"{key}.json").exists():
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, content)
+    for entry in waiting.values():
+        _restore(pack.cells[entry.key], entry, pack.path, folder / "cells" / entry.key)
+    code = ", ".join(sorted({entry.code or "unknown" for entry in waiting.values()}))
+    many = "1 finished cell is" if len(waiting) == 1 else f"{len(waiting)} finished cells are"
+    again = "" if source.asked else " (recompute=True, --recompute, computes them here)"
+    warnings.warn(f"{many} taken in from {pack.path}, of code {code}{again}", LrkitWarning, stacklevel=5)
+    return len(waiting)
+
+
+def _check_inputs(pack: Pack, jobs: Sequence[Job]) -> None:
+    """Raise LrkitError if packed cells are of other data, another metric or another model than those of this study."""
+    here = {job.task: job.cell for job in jobs}
+    for entry in places(pack.study).values():
+        cell, job = pack.cells.get(entry.key), here.get(entry.task)
+        if cell is None or job is None:
+            continue
+        versions, task = cell.config.get("versions", {}), cell.config.get("task", {})
+        same = isinstance(versions, dict) and isinstance(task, dict)
+        same = same and all(versions.get(name) == job.versions.get(name) for name in ("data", "model"))
+        if not same or task.get("metric") != job.task["metric"]:
+            raise LrkitError(f"{pack.path} is of other data, another metric or another model on {entry.task}")
+
+
+def _waiting(pack: Pack, own: StudyFile | None, folder: Path) -> dict[Place, CellEntry]:
+    """List the packed cells that are to be restored: those whose place in the folder has none that is done."""
+    there = {} if own is None else places(own)
+    return {
+        place: entry
+        for place, entry in places(pack.study).items()
+        if entry.key in pack.cells and not (place in there and is_done(folder / "cells" / there[place].key))
+    }
+
+
+def _merged(pack: Pack, own: StudyFile | None, waiting: Mapping[Place, CellEntry], folder: Path) -> StudyFile:
+    """Join the pack's study with the one in the folder, in which the cells that are taken in give way."""
+    if own is None:
+        return attrs.evolve(pack.study, name=folder.resolve().name)
+    stay = [entry for place, entry in places(own).items() if place not in waiting]
+    own = attrs.evolve(
+        own,
+        cells=tuple(entry for entry in stay if not isinstance(entry, TrialEntry)),
+        trials=tuple(entry for entry in stay if isinstance(entry, TrialEntry)),
+    )
+    study = joined(pack.study, own, pack.path, yields=False, packed=pack.cells)
+    return attrs.evolve(study, costs=own.costs or pack.study.costs)
+
+
+def _restore(cell: PackedCell, entry: CellEntry, path: Path, folder: Path) -> None:
+    """Write the files of a cell, ``result.json`` last, unless another process runs it or did so meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / "lock") as mine:
+        if not mine or is_done(folder):
+            return
+        for name in ("history", "metrics", "attempts"):
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
+            lines = Lines(folder / f"{name}.jsonl")
+            for line in getattr(cell, name):
+                lines.write(line)
+            lines.close()
+        write_json(folder / "config.json", cell.config)
+        write_json(folder / "env.json", cell.env)
+        write_json(folder / PACKED, {"format": FORMAT, "pack": str(path), "code": entry.code})
+        draft = folder / ".result.json.sum"
+        write_json(draft, cell.result)
+        write_json(folder / LIST, {"config.json": check_sum(folder / "config.json"), "result.json": check_sum(draft)})
+        draft.replace(folder / "result.json")

@@ -8,6 +8,7 @@ from lrkit.study.records import frame, read_study
 from lrkit.study.report.page import page
 from lrkit.study.sheet import safe_csv
 from lrkit.study.statistics import compare
+from lrkit.study.tuned import trial_frame
 
 
 def write_report(folder: str | Path) -> list[Path]:
@@ -17,8 +18,9 @@ def write_report(folder: str | Path) -> list[Path]:
         folder: of a study, finished or still running.
 
     Returns:
-        ``report.html``, ``table.csv``, ``table.md``, ``table.tex`` and ``cells.csv`` (one line per cell), and
-        ``claims.md`` if the study states any, each replaced in one move.
+        ``report.html``, ``table.csv``, ``table.md``, ``table.tex`` and ``cells.csv`` (one line per cell); of a tuned
+        study also ``trials.csv`` (one line per trial and seed), and ``claims.md`` if the study states claims. Each is
+        replaced in one move.
 
     Raises:
         LrkitError: the folder holds no study, or something in it cannot be read.
@@ -35,6 +37,8 @@ def write_report(folder: str | Path) -> list[Path]:
     }
     if record.claims:
         files["claims.md"] = to_markdown(judge(record))
+    if record.trials:
+        files["trials.csv"] = safe_csv(trial_frame(record).to_csv(index=False, lineterminator="\n"))
     return [_replace(folder / name, text) for name, text in files.items()]
 
 

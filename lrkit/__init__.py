@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lrkit.registry import Registry, current
     from lrkit.schedulers import Scheduler
     from lrkit.study.ablate import ablate
+    from lrkit.study.tune import tune
     from lrkit.units import Block, Part
 
 _HOMES = {
@@ -55,6 +56,7 @@ _HOMES = {
     "hookimpl": "hookspecs",
     "load": "adapt.adapted",
     "to_plain": "compose",
+    "tune": "study.tune",
     "with_component": "compose",
     "with_setting": "compose",
 }
@@ -94,6 +96,7 @@ __all__ = [
     "testing",
     "to_plain",
     "trainer",
+    "tune",
     "with_component",
     "with_setting",
 ]

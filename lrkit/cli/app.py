@@ -10,6 +10,7 @@ from lrkit.cli.plugins import doctor, new, plugins, show
 from lrkit.cli.power import power
 from lrkit.cli.runs import demo, run
 from lrkit.cli.studies import ablate, pack, report
+from lrkit.cli.tuning import tune
 
 _WITH_H = {"help_option_names": ["-h", "--help"]}
 
@@ -41,7 +42,7 @@ def options(
     """Adaptive parameter-efficient fine-tuning, composed from four parts."""
 
 
-for command in (demo, run, ablate, report, pack, power, params):
+for command in (demo, run, tune, ablate, report, pack, power, params):
     app.command()(command)
 app.command(name="methods")(list_methods)
 app.command()(export)

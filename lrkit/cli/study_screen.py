@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lrkit.study.plan import Plan
     from lrkit.study.recall import Recall
     from lrkit.study.statistics import Table
+    from lrkit.study.tune import Tuned
 
 
 def list_studies(found: Sequence[Any], as_json: bool) -> None:
@@ -112,6 +113,28 @@ def show_recalls(recalls: Sequence["Recall"]) -> None:
     for each in recalls:
         for draw in each.misses:
             screen.say(f"missed by {each.label}{', ' + each.task if several else ''}: {draw}")
+
+
+def show_trials(found: "Tuned") -> None:
+    """Print the trials of a method, best last, the one that was chosen marked; and how to go on if it is at an edge."""
+    paths = list(found.settings)
+    heads = [Column("trial", number=True), *(Column(path, number=True) for path in paths)]
+    heads += [Column("mean", number=True), Column("by seed", number=True), Column("")]
+    rows = [
+        [
+            str(trial.number),
+            *(str(trial.settings.get(path, "-")) for path in paths),
+            "-" if trial.mean is None else f"{trial.mean:.4f}",
+            screen.whole(" ".join(f"{score:.4f}" for score in trial.scores.values())),
+            "chosen" if trial.number == found.choice.trial else "",
+        ]
+        for trial in found.trials
+    ]
+    screen.table(heads, rows)
+    for path in found.choice.edges:
+        screen.say(f"{path} = {found.choice.settings[path]} is at the edge of what was tried")
+    if found.choice.widen:
+        screen.say(f"to try further values, the same command with: {found.choice.widen}")
 
 
 def _count(number: int, what: str) -> str:

@@ -20,7 +20,7 @@ from lrkit.study.catalogue import check_required, names, text_of
 from lrkit.study.claim import Claim
 from lrkit.study.published import Published
 from lrkit.study.shipped import with_profile
-from lrkit.study.tuning import TuneSpec, flat_space
+from lrkit.study.space import TuneSpec, tune_from
 
 if TYPE_CHECKING:
     import cattrs
@@ -187,8 +187,6 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
         data["tasks"] = [{"task": each} if isinstance(each, str) else each for each in data["tasks"]]
     if isinstance(data.get("rows"), list):
         data["rows"] = [_row(each) if isinstance(each, Mapping) else each for each in data["rows"]]
-    if isinstance(data.get("tune"), Mapping) and isinstance(data["tune"].get("space"), Mapping):
-        data["tune"] = {**data["tune"], "space": flat_space(data["tune"]["space"])}
     if "base" not in data:
         raise LrkitError(f"{where}: base is missing: the method that rows are compared with")
     try:
@@ -241,7 +239,15 @@ def _converter() -> "cattrs.Converter":
     converter.register_structure_hook(str | list[str], _names)
     converter.register_structure_hook(str | list[str] | None, lambda v, t: None if v is None else _names(v, t))
     converter.register_structure_hook_func(lambda hint: hint == dict[str, list[Any]], _tried)
+    converter.register_structure_hook(TuneSpec | None, lambda v, _: None if v is None else _tune(v))
     return converter
+
+
+def _tune(value: Any) -> TuneSpec:
+    try:
+        return tune_from(value, "tune")
+    except LrkitError as error:
+        raise Misfit(str(error).removeprefix("tune").lstrip(".")) from None
 
 
 def _seeds(value: Any, _: Any) -> Any:

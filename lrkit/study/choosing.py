@@ -1,4 +1,4 @@
-"""Choose a row's settings by its trials: the rule "chosen" of `lrkit.study.settling`.
+"""Choose a row's settings by its trials: the rules "chosen" and "proposed" of `lrkit.study.settling`. No torch here.
 
 Every trial is scored on rows that were set aside from the training data. The settings with the highest mean of the
 primary score over the tuning seeds are chosen; a run that diverged makes its settings the worst, and of equal ones the
@@ -14,8 +14,8 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.study.needs import Source
+from lrkit.study.proposing import proposals
 from lrkit.study.space import grid
-from lrkit.study.tuning import with_settings
 
 if TYPE_CHECKING:
     from lrkit.study.cell import Cell
@@ -26,13 +26,12 @@ def mean_score(scores: Sequence[float]) -> float:
     return -math.inf if any(math.isnan(score) for score in scores) else statistics.fmean(scores)
 
 
-def best_of(scores: Sequence[Sequence[float]]) -> int:
-    """Return the index of the settings that are chosen, given the scores of each; the first of equal ones.
+def best_of(means: Sequence[float]) -> int:
+    """Return the index of the settings that are chosen, given the mean score of each; the first of equal ones.
 
     Raises:
         LrkitError: all diverged.
     """
-    means = [mean_score(each) for each in scores]
     if all(mean == -math.inf for mean in means):
         raise LrkitError("none of its trials can be chosen: every one diverged; try lower learning rates")
     return means.index(max(means))
@@ -44,16 +43,54 @@ def chosen(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any])
     Args:
         cell: the cell, with the settings of its row.
         sources: its row's trials: all seeds of the first one, then of the second one, and so on.
-        settings: ``space``, path to values, and ``seeds``, how many each trial has.
+        settings: ``space``, path to values; ``seeds``, how many each trial has; ``batch`` and ``seed`` of a sampler.
     """
+    from lrkit.study.tuning import with_settings
+
     _, best = winner_of(sources, settings)
     method, run = with_settings(cell.method, cell.run, best)
     return attrs.evolve(cell, method=method, run=run)
 
 
+def proposed(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any]) -> "Cell":
+    """Fill in the settings that a trial tries: the rule "proposed".
+
+    Args:
+        cell: the trial's cell.
+        sources: the trials of all batches before: all seeds of the first one, then of the second one, and so on.
+        settings: ``space``, path to values; ``seeds``, how many each trial has; ``batch``; ``seed`` of the sampler;
+            ``index`` in the batch.
+    """
+    from lrkit.study.tuning import with_settings
+
+    means = means_of(sources, settings["seeds"])
+    tried = candidates(settings, means, len(means) + settings["index"] + 1)[-1]
+    method, run = with_settings(cell.method, cell.run, tried)
+    return attrs.evolve(cell, method=method, run=run)
+
+
+def means_of(sources: Sequence[Source], seeds: int) -> list[float]:
+    """Return the mean score of each trial: so many of the sources in turn are its seeds."""
+    return [
+        mean_score([source.result.score for source in sources[at : at + seeds]]) for at in range(0, len(sources), seeds)
+    ]
+
+
+def candidates(settings: Mapping[str, Any], means: Sequence[float], count: int) -> list[dict[str, Any]]:
+    """List the settings of a row's trials: path to value each.
+
+    Args:
+        settings: ``space``; and, if a sampler proposes them, ``batch`` and ``seed``.
+        means: of the trials that are done.
+        count: how many.
+    """
+    if "batch" not in settings:
+        return grid(settings["space"])[:count]
+    return proposals(settings["space"], means, count, batch=settings["batch"], seed=settings["seed"])
+
+
 def winner_of(sources: Sequence[Source], settings: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """Return which trial is chosen, and its settings."""
-    each = settings["seeds"]
-    scores = [[source.result.score for source in sources[at : at + each]] for at in range(0, len(sources), each)]
-    winner = best_of(scores)
-    return winner, grid(settings["space"])[winner]
+    means = means_of(sources, settings["seeds"])
+    winner = best_of(means)
+    return winner, candidates(settings, means, len(means))[winner]

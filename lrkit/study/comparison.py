@@ -18,6 +18,7 @@ from lrkit.study.paired import ENOUGH_PAIRS, LEVEL, enough_pairs, holm, interval
 from lrkit.study.results import StudyRecord
 from lrkit.study.scores import Scale, scale_of
 from lrkit.study.table_row import TableRow
+from lrkit.study.tuned import lr_of
 
 
 def score_name(record: StudyRecord, task: str) -> str:
@@ -113,7 +114,7 @@ def _row(record: StudyRecord, index: int, task: str, cost: Cost | None) -> Table
         effect=effect_size(differences),
         guess=_mean([result.majority for result in results]),
         notes=(),
-        lr=record.rows[index].lr,
+        lr=lr_of(record, index, task),
         published="" if record.published is None else record.published.of(record.rows[index].label, task),
         effect_corrected=corrected(differences),
         effect_low=effects[0] if effects else None,

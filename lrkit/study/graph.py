@@ -13,8 +13,7 @@ from lrkit.study.asked import TaskSpec
 from lrkit.study.jobs import Job, Trial, cell_of
 from lrkit.study.needs import Need
 from lrkit.study.plan import Plan
-from lrkit.study.space import grid
-from lrkit.study.tuning import TuneSpec, space_of
+from lrkit.study.space import TuneSpec, grid, optuna_version, space_of
 
 
 def jobs_of(plan: Plan) -> list[Job]:
@@ -67,32 +66,42 @@ class _Graph:
         if place not in self._found:
             row = self._plan.rows[index]
             needs: list[Need] = []
-            if row.control is not None and (at := row.control.reads(self._plan.tasks, tune.tuning_seeds, spec, seed)):
-                among = self._chosen(tune, row.control.row, at[0])
-                which = tune.tuning_seeds.index(at[1])
-                needs = [
+            settings: dict[str, Any] = {}
+            if tune.sampler == "grid":
+                settings = grid(space_of(tune, row.tuned))[number]
+            else:
+                before = self._all(tune, index, spec, number - number % tune.batch)
+                at = {**before.settings, "index": number % tune.batch}
+                needs.append(attrs.evolve(before, rule="proposed", settings=at))
+            if row.control is not None and (
+                source := row.control.reads(self._plan.tasks, tune.tuning_seeds, spec, seed)
+            ):
+                among = self._chosen(tune, row.control.row, source[0])
+                which = tune.tuning_seeds.index(source[1])
+                needs += [
                     Need(
                         rule="of-chosen",
                         cells=among.cells,
-                        settings={**among.settings, "seed": which, "rule": each.rule, "settings": each.settings},
+                        settings={**among.settings, "which": which, "rule": each.rule, "of_rule": each.settings},
                     )
                     for each in row.control.needs("")
                 ]
-            settings = grid(space_of(tune, row.tuned))[number]
             self._add(place, index, spec, seed, needs, settings=settings, trial=Trial(number=number))
         return self._found[place]
 
     def _chosen(self, tune: TuneSpec, index: int, spec: TaskSpec) -> Need:
-        """Return the need of all trials of a row on a task."""
+        """Return the need of all trials of a row on a task, and of what they choose."""
         if (index, spec.name) not in self._choices:
-            trials = [
-                self.trial(tune, index, spec, seed, number)
-                for number in range(tune.count)
-                for seed in tune.tuning_seeds
-            ]
-            settings = {"space": space_of(tune, self._plan.rows[index].tuned), "seeds": len(tune.tuning_seeds)}
-            self._choices[index, spec.name] = Need(rule="chosen", cells=[j.key for j in trials], settings=settings)
+            self._choices[index, spec.name] = self._all(tune, index, spec, tune.count)
         return self._choices[index, spec.name]
+
+    def _all(self, tune: TuneSpec, index: int, spec: TaskSpec, count: int) -> Need:
+        """Return the need of the first trials of a row on a task."""
+        trials = [self.trial(tune, index, spec, seed, number) for number in range(count) for seed in tune.tuning_seeds]
+        settings = {"space": space_of(tune, self._plan.rows[index].tuned), "seeds": len(tune.tuning_seeds)}
+        if tune.sampler == "tpe":
+            settings |= {"batch": tune.batch, "seed": tune.seed, "optuna": optuna_version()}
+        return Need(rule="chosen", cells=[job.key for job in trials], settings=settings)
 
     def _add(
         self,

@@ -18,6 +18,7 @@ from lrkit.study.jobs import Job
 from lrkit.study.place import try_folder
 from lrkit.study.plan import Plan, changes
 from lrkit.study.rates import implied, rates_of
+from lrkit.study.retuned import with_tuning
 from lrkit.study.store import canonical, lock
 from lrkit.study.study_file import (
     CellEntry,
@@ -131,6 +132,7 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
         was, now = canonical(getattr(there, key)), canonical(getattr(mine, key))
         if was != now:
             raise _refusal(where, f"{key} is {was} there and {now} here")
+    there = with_tuning(there, mine, where)
     rows, place, stays = _joined_rows(there, mine, where, yields)
     cells = _joined_cells([c for c in there.cells if stays(c)], mine.cells, place, rows)
     trials = _joined_cells([c for c in there.trials if stays(c)], mine.trials, place, rows)

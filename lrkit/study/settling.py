@@ -8,7 +8,7 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.study.cell import Cell
-from lrkit.study.choosing import chosen, winner_of
+from lrkit.study.choosing import chosen, proposed, winner_of
 from lrkit.study.controls import allocated
 from lrkit.study.files import read_result
 from lrkit.study.needs import Source
@@ -20,7 +20,7 @@ Rule = Callable[[Cell, Sequence[Source], Mapping[str, Any]], Cell]
 
 def rules() -> Mapping[str, Rule]:
     """Return the rules by name."""
-    return {"allocation": allocated, "chosen": chosen, "of-chosen": of_chosen}
+    return {"allocation": allocated, "chosen": chosen, "of-chosen": of_chosen, "proposed": proposed}
 
 
 def of_chosen(cell: Cell, sources: Sequence[Source], settings: Mapping[str, Any]) -> Cell:
@@ -29,11 +29,12 @@ def of_chosen(cell: Cell, sources: Sequence[Source], settings: Mapping[str, Any]
     Args:
         cell: the cell.
         sources: the trials of another row, as in `chosen`.
-        settings: as in `chosen`; further ``seed``, the index of the seed; ``rule`` and ``settings`` of the other rule.
+        settings: as in `chosen`; further ``which``, the index of the seed; ``rule``, the other rule, and ``of_rule``, its
+            settings.
     """
     winner, _ = winner_of(sources, settings)
-    source = sources[winner * settings["seeds"] + settings["seed"]]
-    return rules()[settings["rule"]](cell, [source], settings["settings"])
+    source = sources[winner * settings["seeds"] + settings["which"]]
+    return rules()[settings["rule"]](cell, [source], settings["of_rule"])
 
 
 def settle(cell: Cell, cells: Path) -> Cell:

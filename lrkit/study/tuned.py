@@ -1,11 +1,19 @@
 """Read what a tuned study tried and chose: `trials_of` and `chosen_of`. No torch here."""
 
+import statistics
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit.errors import LrkitError
+from lrkit.study.choosing import best_of, mean_score
+from lrkit.study.run_settings import RunSettings
+from lrkit.study.space import Domain, Log, TuneSpec, grid, space_of, tune_from
+
 if TYPE_CHECKING:
-    from lrkit.study.results import StudyRecord
+    import pandas
+
+    from lrkit.study.results import CellRecord, StudyRecord
 
 
 @attrs.frozen(kw_only=True)
@@ -48,9 +56,156 @@ class Choice:
 
 def trials_of(record: "StudyRecord", row: int, task: str) -> tuple[TrialRecord, ...]:
     """List the trials of a row on a task, by number; empty if the study is not tuned."""
-    raise NotImplementedError
+    by_number: dict[int, list[CellRecord]] = {}
+    for cell in record.trials:
+        if cell.row == row and cell.task == task and cell.number is not None:
+            by_number.setdefault(cell.number, []).append(cell)
+    return tuple(_trial(record, row, number, cells) for number, cells in sorted(by_number.items()))
+
+
+def _trial(record: "StudyRecord", row: int, number: int, cells: "list[CellRecord]") -> TrialRecord:
+    done: dict[int, CellRecord] = {}
+    for cell in sorted(cells, key=lambda each: each.rung):
+        if cell.result is not None:
+            done[cell.seed] = cell
+    scores = {seed: cell.score for seed, cell in done.items() if cell.score is not None}
+    whole = len(scores) == len({cell.seed for cell in cells})
+    return TrialRecord(
+        number=number,
+        settings=_settings(record, row, number, cells),
+        scores=scores,
+        mean=statistics.fmean(scores.values()) if whole else None,
+    )
+
+
+def _settings(record: "StudyRecord", row: int, number: int, cells: "list[CellRecord]") -> dict[str, Any]:
+    """Find the settings of a trial: by its number in a grid; if they were proposed, in what was trained."""
+    tune, paths = _tune(record), record.rows[row].tuned
+    if tune.sampler == "grid":
+        return grid(space_of(tune, paths))[number]
+    config = next((cell.config for cell in cells if cell.result is not None), {})
+    return {
+        path: _at(config if path.startswith("run.") else config["method"], path) for path in paths.values() if config
+    }
 
 
 def chosen_of(record: "StudyRecord", row: int, task: str) -> Choice | None:
-    """Return what was chosen for a row on a task; None until all of its trials are done."""
-    raise NotImplementedError
+    """Return what was chosen for a row on a task; None until all of its trials are done, and if all of them diverged."""
+    trials = trials_of(record, row, task)
+    if not trials or any(trial.mean is None for trial in trials):
+        return None
+    try:
+        best = trials[best_of([mean_score(list(trial.scores.values())) for trial in trials])]
+    except LrkitError:
+        return None
+    tune, paths = _tune(record), record.rows[row].tuned
+    edges, words = [], []
+    for name, path in paths.items():
+        tried = tune.domains[name]
+        end = _end(tried, best.settings.get(path))
+        if end:
+            edges.append(path)
+        words.append(f"--tune {name}={_wider(tried, end)}")
+    return Choice(
+        trial=best.number,
+        settings=best.settings,
+        default={path: _default(record, row, task, path) for path in paths.values()},
+        edges=tuple(edges),
+        widen=" ".join(words) if edges else "",
+    )
+
+
+def lr_of(record: "StudyRecord", row: int, task: str) -> str:
+    """Show a row's learning rate on a task: the chosen one if it is tuned, and empty until it is chosen."""
+    if record.tune is None or "run.lr" not in record.rows[row].tuned.values():
+        return record.rows[row].lr
+    choice = chosen_of(record, row, task)
+    return "" if choice is None else f"{choice.settings['run.lr']:g}"
+
+
+def _tune(record: "StudyRecord") -> TuneSpec:
+    return tune_from(record.tune, "tune")
+
+
+def _at(plain: Any, path: str) -> Any:
+    """Return what is at a path in plain data; None if there is nothing."""
+    for key in path.split("."):
+        plain = plain[int(key)] if isinstance(plain, list) and key.isdecimal() else (plain or {}).get(key)
+    return plain
+
+
+def _default(record: "StudyRecord", row: int, task: str, path: str) -> Any:
+    """Return the value that a row has without tuning."""
+    own, name = record.rows[row], path.removeprefix("run.")
+    if not path.startswith("run."):
+        return _at(own.method, path)
+    given = {**attrs.asdict(RunSettings()), **record.run, **own.run, **own.rates.get(task, {})}
+    return given.get(name)
+
+
+def _end(tried: Domain, value: Any) -> int:
+    """Tell at which end of what was tried a value lies: -1 for the lower, 1 for the upper, 0 for neither."""
+    if isinstance(tried, Log):
+        low, high, tenth = tried.low, tried.high, (tried.high / tried.low) ** 0.1
+        if tried.points is None:
+            return -1 if value <= low * tenth else 1 if value >= high / tenth else 0
+        tried = tried.values()
+    numbers = [each for each in tried if isinstance(each, int | float) and not isinstance(each, bool)]
+    if len(numbers) < max(2, len(tried)):
+        return 0
+    return -1 if value <= min(numbers) else 1 if value >= max(numbers) else 0
+
+
+def _wider(tried: Domain, end: int) -> str:
+    """Write what is to be tried: if a value at an end was chosen, with two more beyond it."""
+    if isinstance(tried, Log):
+        if tried.points is None:
+            return str(Log(tried.low / 10 if end < 0 else tried.low, tried.high * 10 if end > 0 else tried.high))
+        if not end:
+            return str(tried)
+        tried = tried.values()
+    if not end:
+        return ",".join(map(str, tried))
+    numbers = sorted(tried, reverse=end < 0)
+    last, before = numbers[-1], numbers[-2]
+    if last > 0 and before > 0:
+        more = [float(f"{last * (last / before) ** k:.3g}") for k in (1, 2)]
+    else:
+        more = [last + k * (last - before) for k in (1, 2)]
+    more = [int(each) if isinstance(last, int) and each == int(each) else each for each in more]
+    return ",".join(map(str, sorted([*tried, *more])))
+
+
+def trial_frame(record: "StudyRecord") -> "pandas.DataFrame":
+    """Return the trials of a study as a tidy table, one line per cell, in the study's order.
+
+    Returns:
+        Columns ``row`` (the label), ``task``, ``trial``, ``rung``, ``settings.PATH`` for every setting that is tuned,
+        ``seed``, ``score`` (on the rows set aside; NaN if the run diverged or is not done), ``status`` and ``key``.
+    """
+    import pandas
+
+    settings = {
+        (row, task.name, trial.number): trial.settings
+        for row in range(len(record.rows))
+        for task in record.tasks
+        for trial in trials_of(record, row, task.name)
+    }
+    paths = list(dict.fromkeys(path for row in record.rows for path in row.tuned.values()))
+    table = [
+        [
+            record.rows[cell.row].label,
+            cell.task,
+            cell.number,
+            cell.rung,
+            *(settings[cell.row, cell.task, cell.number or 0].get(path) for path in paths),
+            cell.seed,
+            cell.score,
+            cell.status,
+            cell.key,
+        ]
+        for cell in record.trials
+    ]
+    named = [f"settings.{path}" for path in paths]
+    columns = ["row", "task", "trial", "rung", *named, "seed", "score", "status", "key"]
+    return pandas.DataFrame(table, columns=columns).astype({"score": "float64"})

@@ -4,7 +4,6 @@ For example, ``space = {"run.lr": [3e-4, 1e-3, 3e-3], "alpha": "log(4,32,3)"}`` 
 Nothing is built or trained here: `lrkit.study.graph` makes cells of it, and `lrkit.study.choosing` chooses.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,87 +14,14 @@ from lrkit.errors import LrkitError, nearest
 from lrkit.settings import check_settings
 from lrkit.study.composing import has
 from lrkit.study.run_settings import RunSettings
-from lrkit.study.space import Domain, Log, domain, grid
+from lrkit.study.space import Domain, TuneSpec, domain, ends, grid, optuna_version, space_of
 
 if TYPE_CHECKING:
     from lrkit.study.plan import Plan
 
-FIRST_SEED = 1000
-"""The first tuning seed if only their number is given: test seeds count from 0."""
-
 SAMPLERS = ("grid", "tpe")
 RUN = ("lr", "head_lr", "lr_warmup", "weight_decay", "grad_clip", "batch_size")
 """Settings of a run that may be tuned: the others say how long a run is, what it sees or where it runs."""
-
-
-@attrs.frozen(kw_only=True)
-class TuneSpec:
-    """How the settings of a study's rows are chosen: ``[tune]`` in a study file.
-
-    Args:
-        space: setting to the values that are tried: a list, or ``"log(1e-4,1e-2,5)"``. A setting is one of a run
-            (``"run.lr"``), one of the method (``"parameterization.alpha"``) or an argument of a named method
-            (``"alpha"``).
-        seeds: how many seeds each trial has (1000, 1001, ...), or which: never one of the study's.
-        seed: of the split that sets training rows aside, by which settings are chosen, and of the sampler.
-        sampler: ``"grid"``: every combination; ``"tpe"``: so many trials, proposed by Optuna's TPE.
-        trials: how many, for ``"tpe"``.
-        batch: how many are proposed at a time: a trial's proposal knows the results of the batches before it.
-        halving: successive halving: of the trials one in so many goes on to so many times the steps; None for trials
-            that all have the test's number of steps.
-        defaults: also run the rows at the settings given, so that the report has both tables.
-    """
-
-    space: dict[str, Any]
-    seeds: int | list[int] = 2
-    seed: int = 0
-    sampler: str = "grid"
-    trials: int | None = None
-    batch: int = 4
-    halving: int | None = None
-    defaults: bool = False
-
-    @property
-    def domains(self) -> dict[str, Domain]:
-        """Return what is tried, by setting as it is asked for."""
-        return {path: domain(value, path) for path, value in self.space.items()}
-
-    @property
-    def tuning_seeds(self) -> tuple[int, ...]:
-        """Return the seeds of each trial."""
-        if isinstance(self.seeds, int):
-            return tuple(range(FIRST_SEED, FIRST_SEED + self.seeds))
-        return tuple(self.seeds)
-
-    @property
-    def count(self) -> int:
-        """Count the trials of each row on a task."""
-        if self.sampler == "tpe":
-            return self.trials or 0
-        return math.prod(len(each.values() if isinstance(each, Log) else each) for each in self.domains.values())
-
-    @property
-    def cells(self) -> int:
-        """Count the cells of a row's trials on a task."""
-        return self.count * len(self.tuning_seeds)
-
-    def told(self) -> str:
-        """Say in words how many trials there are, and on what."""
-        seeds = "one seed" if len(self.tuning_seeds) == 1 else f"{len(self.tuning_seeds)} seeds"
-        return f"{self.count} trials of each row with {seeds}, on rows set aside from training"
-
-    def to_plain(self) -> dict[str, Any]:
-        """Return plain data."""
-        return attrs.asdict(self)
-
-
-def flat_space(space: Mapping[str, Any], owner: str = "") -> dict[str, Any]:
-    """Return a space by full paths: in TOML ``run.lr = [...]`` without quotes is a table in a table."""
-    flat: dict[str, Any] = {}
-    for key, value in space.items():
-        path = f"{owner}.{key}" if owner else key
-        flat |= flat_space(value, path) if isinstance(value, Mapping) else {path: value}
-    return flat
 
 
 def check_tune(tune: TuneSpec, seeds: Sequence[int]) -> None:
@@ -111,6 +37,8 @@ def check_tune(tune: TuneSpec, seeds: Sequence[int]) -> None:
         raise LrkitError(f"tune: a grid has as many trials as combinations ({tune.count}): trials is for tpe")
     if tune.sampler == "tpe" and (tune.trials or 0) < 1:
         raise LrkitError('tune: sampler = "tpe" needs trials, how many each row has: trials = 16')
+    if tune.sampler == "tpe":
+        optuna_version()
     for name, least in (("batch", 1), ("halving", 2), ("seed", 0)):
         if (value := getattr(tune, name)) is not None and not least <= value < 2**31:
             raise LrkitError(f"tune: {name} must be {least} or more, not {value}")
@@ -120,12 +48,8 @@ def check_tune(tune: TuneSpec, seeds: Sequence[int]) -> None:
             allowed = ", ".join(f"run.{each}" for each in RUN)
             raise LrkitError(f"tune: {path} is the same for every trial{nearest(name, RUN)}; of a run: {allowed}")
         if kind == "run":
-            for value in _ends(tried):
+            for value in ends(tried):
                 RunSettings(**check_settings(RunSettings, {name: value}, "run"))
-
-
-def _ends(tried: Domain) -> list[Any]:
-    return [tried.low, tried.high] if isinstance(tried, Log) else tried
 
 
 # ---- the space of a row ----------------------------------------------------------------------------------------------
@@ -190,7 +114,7 @@ def _path_of(name: str, tried: Domain, base: Any, compose: Callable[[Mapping[str
         return name if has(plain, name) else None
     if name not in arguments_of(base):
         return None
-    low, high = _ends(tried)[0], _ends(tried)[-1]
+    low, high = ends(tried)[0], ends(tried)[-1]
     if low == high:
         raise LrkitError(f"tune {name}: one value is nothing to choose from: --set {name}={low} sets it")
     one, other = (dict(_leaves(to_plain(from_plain(compose({name: value}))))) for value in (low, high))
@@ -210,11 +134,6 @@ def _leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
     if not isinstance(value, Mapping):
         return [(path, value)]
     return [leaf for key, item in value.items() for leaf in _leaves(item, f"{path}.{key}" if path else key)]
-
-
-def space_of(tune: TuneSpec, paths: Mapping[str, str]) -> dict[str, Any]:
-    """Return a row's space as plain data: path to a list of values, or to a range as text."""
-    return {paths[name]: tried for name, tried in tune.space.items() if name in paths}
 
 
 def with_settings(
@@ -244,7 +163,7 @@ def check_rows(tune: TuneSpec, plan: "Plan") -> None:
     seen: dict[str, str] = {}
     for row in plan.rows:
         space = {path: domain(value, path) for path, value in space_of(tune, row.tuned).items()}
-        first = {path: _ends(tried)[0] for path, tried in space.items()}
+        first = {path: ends(tried)[0] for path, tried in space.items()}
         for spec in plan.tasks:
             method, run = to_plain(plan.method(row, spec)), attrs.asdict(plan.settings(row, spec, 0))
             for settings in [first] if tune.sampler == "tpe" else grid(space_of(tune, row.tuned)):

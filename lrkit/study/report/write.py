@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from lrkit.moves import replacing
+from lrkit.study.claims import judge, to_markdown
 from lrkit.study.records import frame, read_study
 from lrkit.study.report.page import page
 from lrkit.study.sheet import safe_csv
 from lrkit.study.statistics import compare
+from lrkit.study.tuned import trial_frame
 
 
 def write_report(folder: str | Path) -> list[Path]:
@@ -16,8 +18,9 @@ def write_report(folder: str | Path) -> list[Path]:
         folder: of a study, finished or still running.
 
     Returns:
-        ``report.html``, ``table.csv``, ``table.md``, ``table.tex`` and ``cells.csv`` (one line per cell), each replaced in
-        one move.
+        ``report.html``, ``table.csv``, ``table.md``, ``table.tex`` and ``cells.csv`` (one line per cell); of a tuned
+        study also ``trials.csv`` (one line per trial and seed), and ``claims.md`` if the study states claims. Each is
+        replaced in one move.
 
     Raises:
         LrkitError: the folder holds no study, or something in it cannot be read.
@@ -32,6 +35,10 @@ def write_report(folder: str | Path) -> list[Path]:
         "table.tex": table.to_latex(),
         "cells.csv": safe_csv(frame(record).to_csv(index=False, lineterminator="\n")),
     }
+    if record.claims:
+        files["claims.md"] = to_markdown(judge(record))
+    if record.trials:
+        files["trials.csv"] = safe_csv(trial_frame(record).to_csv(index=False, lineterminator="\n"))
     return [_replace(folder / name, text) for name, text in files.items()]
 
 

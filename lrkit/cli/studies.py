@@ -112,7 +112,8 @@ def report(
 
     written, table = _report(folder)
     if as_json:
-        screen.say_json({"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]})
+        told = {"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]}
+        screen.say_json(told | {"combined": [attrs.asdict(each) for each in table.combined]})
         return
     study_screen.show_table(table)
     screen.say("written: " + " ".join(str(path) for path in written))
@@ -213,6 +214,7 @@ def _carry_out(plan: "Plan", out: Path, how: Mapping[str, Any], as_json: bool) -
     if as_json:
         failed = [{"cell": name, "error": error} for name, error in outcome.failed]
         told = {"folder": str(out), "rows": [attrs.asdict(row) for row in table.rows], "failed": failed}
+        told |= {"combined": [attrs.asdict(each) for each in table.combined]}
         screen.say_json(told | {"busy": outcome.busy, "files": [str(path) for path in written]})
     else:
         study_screen.show_table(table)

@@ -13,7 +13,7 @@ from lrkit.compose import arguments_of, from_plain, to_plain, with_setting
 from lrkit.errors import LrkitError, nearest
 from lrkit.settings import check_settings
 from lrkit.study.composing import has
-from lrkit.study.run_settings import RunSettings
+from lrkit.study.run_settings import RunSettings, settings_from
 from lrkit.study.space import Domain, TuneSpec, domain, ends, grid, optuna_version, space_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check_tune(tune: TuneSpec, seeds: Sequence[int]) -> None:
             raise LrkitError(f"tune: {path} is the same for every trial{nearest(name, RUN)}; of a run: {allowed}")
         if kind == "run":
             for value in ends(tried):
-                RunSettings(**check_settings(RunSettings, {name: value}, "run"))
+                settings_from({name: value})
 
 
 # ---- the space of a row ----------------------------------------------------------------------------------------------

@@ -294,6 +294,25 @@ def test_sampler_in_a_study(place, tmp_path):
     assert sum(job.trial is not None for job in jobs_of(lay_out(control))) == 6
 
 
+def test_halving(place, tmp_path):
+    """Of nine trials at a ninth of the steps the best three go on, and of these the best one, which is chosen."""
+    rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 0.5]
+    tune = {"space": {"run.lr": rates}, "halving": 3, "seeds": 1}
+    study = asked(place, tune, rows=[], seeds=1, run={"steps": 9, "batch_size": 4, "max_length": 12})
+    assert run(study, tmp_path / "out").done == 9 + 3 + 1 + 1
+    record = read_study(tmp_path / "out")
+    rungs = [[trial for trial in record.trials if trial.rung == rung] for rung in range(3)]
+    assert [[trial.steps for trial in rung] for rung in rungs] == [[1] * 9, [3] * 3, [9]]
+    tried = [[trial.config["run"]["lr"] for trial in rung] for rung in rungs]
+    for rung in (0, 1):
+        ranked = sorted(range(len(tried[rung])), key=lambda n: (-rungs[rung][n].score, n))[: len(tried[rung + 1])]
+        assert tried[rung + 1] == [tried[rung][n] for n in sorted(ranked)]
+    (cell,) = record.cells
+    assert [cell.config["run"]["lr"]] == tried[2] == [chosen_of(record, 0, "data").settings["run.lr"]]
+    ended = [trial.stopped for trial in trials_of(record, 0, "data")]
+    assert sorted(ended, key=lambda step: step or 9) == [1] * 6 + [3] * 2 + [None]
+
+
 @pytest.mark.parametrize(
     ("tune", "said"),
     [

@@ -195,7 +195,7 @@ def run_missing(
     cells = folder / "cells"
     steps: dict[tuple[str, str], int] = {}
     tasks = check(plan, steps)
-    jobs = [attrs.evolve(job, steps=steps[job.label, job.task]) for job in jobs_of(plan)]
+    jobs = [attrs.evolve(job, steps=job.cell.stop or steps[job.label, job.task]) for job in jobs_of(plan)]
     if packed is not None and not recompute:
         take_in(packed, plan, jobs, tasks, folder)
     jobs = with_old(jobs, folder, keep_old, recompute)

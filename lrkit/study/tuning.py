@@ -42,6 +42,8 @@ def check_tune(tune: TuneSpec, seeds: Sequence[int]) -> None:
     for name, least in (("batch", 1), ("halving", 2), ("seed", 0)):
         if (value := getattr(tune, name)) is not None and not least <= value < 2**31:
             raise LrkitError(f"tune: {name} must be {least} or more, not {value}")
+    if tune.halving is not None and (tune.sampler != "grid" or "run.batch_size" in tune.space):
+        raise LrkitError("tune: halving goes with a grid, and with batches of one size: leave one of the two out")
     for path, tried in tune.domains.items():
         kind, _, name = path.partition(".")
         if kind == "run" and name not in RUN:

@@ -22,6 +22,7 @@ from lrkit.study.pool import chosen, run_jobs
 from lrkit.study.run_settings import total_steps
 from lrkit.study.study_file import TaskRecord
 from lrkit.study.taken import Source, take_in
+from lrkit.study.tuning import check_schedules
 from lrkit.study.worker import Conditions
 
 
@@ -78,6 +79,8 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
                     adapted.check_schedule(length)
                 finally:
                     adapted.detach()
+                if plan.study.tune is not None:
+                    check_schedules(plan.study.tune, row.tuned, to_plain(plan.method(row, spec)), length)
             except LrkitError as error:
                 raise LrkitError(f"row {row.label} on {spec.name}: {error}") from None
     return tasks

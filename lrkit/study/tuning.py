@@ -79,6 +79,8 @@ def paths_in(
         path: str | None = name
         if not name.startswith("run."):
             path = _path_of(name, tried, base, compose)
+        if path in found.values():
+            raise LrkitError(f"tune {name}: {path} is tuned already, under another name")
         if path is not None:
             found[name] = path
         elif tune.sampler == "grid":
@@ -158,6 +160,31 @@ def with_settings(
         else:
             plain = with_setting(plain, path, value)
     return to_plain(from_plain(plain)), {**run, **check_settings(RunSettings, of_run, "run")}
+
+
+def check_schedules(tune: TuneSpec, paths: Mapping[str, str], method: Mapping[str, Any], steps: int) -> None:
+    """Raise LrkitError if a schedule that is tried does not fit a run.
+
+    Args:
+        tune: what is tuned.
+        paths: what each setting is called in the row.
+        method: the row's, as plain data.
+        steps: of the run.
+    """
+    space = {path: value for path, value in space_of(tune, paths).items() if not path.startswith("run.")}
+    if tune.sampler == "tpe":
+        each = [(path, value) for path, tried in space.items() for value in ends(domain(tried, path))]
+        tried_settings = [{path: value} for path, value in each]
+    else:
+        tried_settings = grid(space)
+    for settings in tried_settings:
+        changed, _ = with_settings(method, {}, settings)
+        try:
+            for policy in from_plain(changed).policies:
+                policy.scheduler.over(steps, units=1, layers=1)
+        except LrkitError as error:
+            told = ", ".join(f"{path}={value}" for path, value in settings.items())
+            raise LrkitError(f"tuned, {told}: {error}") from None
 
 
 def check_rows(tune: TuneSpec, plan: "Plan") -> None:

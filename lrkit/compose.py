@@ -131,7 +131,7 @@ def with_setting(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, A
         hint = f" (did you mean {' or '.join(same)}?)" if same else nearest(path, leaves)
         there = f"; {owner} has {', '.join(known) or 'none'}" if owner else ""
         raise LrkitError(f"no setting {quoted(path)}{hint}{there}")
-    node[key] = value
+    node[key] = as_plain(value)
     return copy
 
 

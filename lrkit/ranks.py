@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import attrs
 
-from lrkit.errors import LrkitError, listing, nearest, quoted, shown
+from lrkit.errors import LrkitError, listing, nearest, pattern, quoted, shown
 from lrkit.patterns import compiled
 from lrkit.settings import whole
 
@@ -150,8 +150,9 @@ def _of_all(ranks: Ranks, layers: tuple[str, ...]) -> Mapping[str, int]:
     for entry in ranks:
         if entry not in used and not any(_matches(entry, layer) for layer in layers):
             ends = {layer.rpartition(".")[2] for layer in layers} | set(layers)
+            kinds = list(dict.fromkeys(map(pattern, layers)))
             raise LrkitError(
-                f"rank: {quoted(entry)} matches no adapted layer{nearest(entry, ends)}; they are {listing(layers)}"
+                f"rank: {quoted(entry)} matches no adapted layer{nearest(entry, ends)}; they are {listing(kinds)}"
             )
     return {layer: ranks[entry] for layer, entry in chosen.items() if entry is not None}
 

@@ -54,7 +54,7 @@ def together(
         pooled: take all pairs for pairs of one task instead.
         spreads: standard deviation of each task's differences.
     """
-    rng = np.random.default_rng([1, n, list(TASKS).index(truth)])
+    rng = np.random.default_rng([1, n])
     test = (lambda tasks: sign_flip_p([d for task in tasks for d in task])) if pooled else combined_p
     found = 0
     for _ in range(samples):

@@ -330,6 +330,8 @@ def test_files_keep_ranks(name: str, tmp_path: Path) -> None:
     plain = json.loads(json.dumps(lrkit.to_plain(method)))
     assert plain["parameterization"]["rank"] == TABLE
     assert lrkit.from_plain(plain) == method
+    changed = lrkit.with_setting(plain, "parameterization.rank", lrkit.Allocation({"*": 3}))
+    assert json.loads(json.dumps(changed))["parameterization"]["rank"] == {"*": 3}
     adapted, _ = begun(method, 12)
     end = logits(adapted.model)
     adapted.save(tmp_path)
@@ -351,6 +353,8 @@ def test_masked_components_do_not_count() -> None:
     assert {adapter.rank for adapter in adapted.adapters.values()} == {4}
     other = lrkit.attach(bert(), lrkit.methods.svd_lora(rank=found))
     assert {name: adapter.rank for name, adapter in other.adapters.items()} == dict(found)
+    with pytest.raises(lrkit.LrkitError, match="already carries adapters"):
+        lrkit.Allocation.uniform(other.model, total=24)
     with pytest.raises(lrkit.LrkitError, match="these have none"):
         lrkit.attach(bert(), lrkit.methods.full()).allocation()
 

@@ -501,6 +501,21 @@ def test_settings_reach_the_run(call: Call, model: str, data: str) -> None:
     assert sum(layers) == 3 * len(layers)
 
 
+def test_ranks_reach_the_run(call: Call, model: str, data: str, tmp_path: Path) -> None:
+    """A run begins with a file's ranks, and the next one with those that it ended with."""
+    lrkit.Allocation({"query": 6, "*": 2}).save(tmp_path / "ranks.toml")
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    asked = ["--model", model, "--data", data, *SHORT]
+    given = ["--ranks", str(tmp_path / "ranks.toml"), "--set", "target_rank=1", "--set", "interval=1"]
+    assert call("run", "adalora", *asked, *given, "--out", first)[0] == 0
+    found = lrkit.Allocation.from_run(first)
+    assert found.total == len(found)
+    assert found.sizes is not None
+    assert call("run", "svd-lora", *asked, "--ranks", first, "--out", second)[0] == 0
+    assert lrkit.Allocation.from_run(second) == found
+    assert call("run", "--all-methods", *asked, "--ranks", "uniform")[0] == 2
+
+
 def test_none_leaves_parts_out() -> None:
     """AdaLoRA without its policy is the SVD parameterization alone."""
     swaps = [f"{part}=none" for part in ("metric", "scheduler", "action")]

@@ -15,6 +15,7 @@ import lrkit
 from lrkit import accounting
 from lrkit.actions import Action, Ballot, Freeze, Prune, Verdict, Zero, best
 from lrkit.fit import refusal
+from lrkit.loop.costs import Costs
 from lrkit.metrics import Random, SensitivityUncertainty
 from lrkit.parameterizations import SVD, VectorScaled
 from lrkit.schedulers import Constant, Cubic, Linear
@@ -225,8 +226,22 @@ def test_metrics_end_at_one_budget():
     assert all(budget - 29 < each <= budget for each in spent["parameters"])
 
 
-def test_unlike_ranks_have_one_budget():
-    """If layers begin with unlike ranks, a target of 1 is still what one component in every layer costs."""
+def test_unlike_ranks_cost_alike():
+    """If layers begin with unlike ranks, none included, a component costs the same, and so does one in every layer."""
+    _, adapted, _ = start(adalora())
+    blocks = adapted.controller.policies[0].blocks
+    for counts in ((4, 4, 4), (1, 6, 2), (0, 3, 3)):
+        given = [attrs.evolve(block, count=n) for block, n in zip(blocks, counts, strict=True)]
+        for amount in ("parameters", "flops"):
+            costs = Costs.of(amount, given, SVD(rank=4).parts, sum(counts))
+            assert costs.each == (12, 29, 26)
+            assert costs.layer == 12 + 29 + 26
+            assert costs.first == costs.whole == 12 * counts[0] + 29 * counts[1] + 26 * counts[2]
+        assert Costs.of("units", given, SVD(rank=4).parts, 99) == Costs(None, sum(counts), 99, 3, costs.sizes)
+
+
+def test_cut_components_end_at_the_budget():
+    """What is cut at once ends within one component of the budget too, and no more is stored than that."""
     model, adapted, _ = start(adalora(rank=4, action=Prune(cut="always")))
     go((model, adapted, _))
     budget = adapted.history[-1].budget

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import lrkit
 from lrkit.errors import LrkitError
-from lrkit.study import taken
+from lrkit.study import settling, taken
 from lrkit.study.cell_folder import is_packed
 from lrkit.study.execute import execute
 from lrkit.study.pack import CURVE, PACK, read_pack, write_pack
@@ -88,6 +88,8 @@ def test_same_tables_from_pack(place, whole, packed, tmp_path):
     assert not list((tmp_path / "study").rglob("*.safetensors")) and not list((tmp_path / "study").rglob("*.npz"))
     assert write_pack(tmp_path / "study", tmp_path / "third")[0][0].stat().st_size < 40_000
     records = [read_study(folder) for folder in (whole, tmp_path / "study")]
+    assert [c.config for c in records[0].cells] == [c.config for c in records[1].cells]
+    assert str(place).encode() not in gzip.decompress(packed.read_bytes()).split(b"\n", 1)[1]
     assert [c.decisions for c in records[0].cells] == [c.decisions for c in records[1].cells]
 
 
@@ -128,9 +130,10 @@ def test_needs_go_on_from_pack(place, tmp_path, monkeypatch):
 
     def allocated(cell, sources, settings):
         seen.extend(source.key for source in sources)
-        return cell
+        return real["allocation"](cell, sources, settings)
 
-    monkeypatch.setattr("lrkit.study.needs.rules", lambda: {"allocation": allocated})
+    real = settling.rules()
+    monkeypatch.setattr(settling, "rules", lambda: {**real, "allocation": allocated})
     study = small(place, seeds=1, swap={}, rows=rows)
     run(study, tmp_path / "one")
     write_pack(tmp_path / "one", tmp_path / "pack")
@@ -144,6 +147,20 @@ def test_needs_go_on_from_pack(place, tmp_path, monkeypatch):
     assert (whole.done, whole.ran, outcome.done, outcome.ran) == (2, 0, 2, 1)
     assert seen == [keys[0]] * 2 and config["planned"]["needs"][0]["cells"] == [keys[0]]
     assert config["key"] != keys[1]
+
+
+def test_tuned_study_travels(place, tmp_path, monkeypatch):
+    """Trials and what they chose travel too: of other code nothing is computed again, and a new seed goes on from them."""
+    study = small(place, seeds=1, swap={}, rows=[], tune={"space": {"run.lr": [1e-3, 1e-2]}, "seeds": 1})
+    run(study, tmp_path / "one")
+    _, number = write_pack(tmp_path / "one", tmp_path / "pack")
+    of_other_code(monkeypatch)
+    outcome, _ = run(study, tmp_path / "two", packed=Source(path=tmp_path / "pack"))
+    more, _ = run(attrs.evolve(study, seeds=2), tmp_path / "two", packed=Source(path=tmp_path / "pack"))
+    record = read_study(tmp_path / "two")
+
+    assert (number, outcome.done, outcome.ran, more.done, more.ran) == (3, 3, 0, 4, 1)
+    assert len(record.trials) == 2 and len({cell.config["run"]["lr"] for cell in record.cells}) == 1
 
 
 def test_killed_while_taking_in(place, packed, tmp_path, monkeypatch):
@@ -349,7 +366,7 @@ def test_folder_stands_in(place, tmp_path):
     keys = []
     for folder in (data, shutil.copytree(data, tmp_path / "copy")):
         from lrkit.study.asked import standing_in
-        from lrkit.study.jobs import jobs_of
+        from lrkit.study.graph import jobs_of
 
         keys.append(jobs_of(lay_out(standing_in(study, {"glue/mrpc": folder})))[0].key)
     table = lrkit.ablate(study, out=tmp_path / "study", workers=0, costs=False, data={"glue/mrpc": data})

@@ -85,6 +85,7 @@ def test_delta_has_rank_and_norm(rank: int, size: float, seed: int, place: int) 
     values = np.linalg.svd(delta(weight, seed, place, rank, size).numpy(), compute_uv=False)
     assert (values > 1e-10 * values[0]).sum() == rank
     assert np.sqrt((values**2).sum()) == pytest.approx(size * np.linalg.norm(weight.numpy()), rel=1e-12)
+    assert not torch.equal(delta(weight, seed + 1, place, rank, size), delta(weight, seed, place, rank, size))
     assert not torch.equal(delta(weight, seed, place + 1, rank, size), delta(weight, seed, place, rank, size))
 
 
@@ -250,6 +251,9 @@ def test_unfit_models_are_refused(folder: str) -> None:
     given = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2)}
     with pytest.raises(LrkitError, match="rank 17 is more than"):
         teacher(rank=17).objective(net, lambda n: given, 0)
+    one = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.ones(1, 1)}  # nothing to attend to but itself
+    with pytest.raises(LrkitError, match="nothing can be learnt"):
+        teacher(layers=("1.query",)).objective(net, lambda n: one, 0)
     with pytest.raises(LrkitError, match="names one layer twice"):
         teacher(layers=("1.value", "1.self.value")).truth(net, 0)
     with pytest.raises(LrkitError, match="99 layers cannot be drawn from the 18"):

@@ -14,7 +14,7 @@ from lrkit.ranks import MOST, REST, Ranks, ranks_of
 from lrkit.settings import refuse_others
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
 
     from lrkit.adapt.summary import LayerSummary
 
@@ -102,7 +102,7 @@ class Allocation(Ranks):
 
     # ---- made of others ----
 
-    def on(self, model: "nn.Module", targets: str | Sequence[str] = "all-linear") -> "Allocation":
+    def on(self, model: "torch.nn.Module", targets: str | Sequence[str] = "all-linear") -> "Allocation":
         """Return the same for the layers of a model, by whole names and with their sizes.
 
         Args:
@@ -116,7 +116,7 @@ class Allocation(Ranks):
         return Allocation(ranks_of(self, list(sizes)), sizes)
 
     def shuffled(
-        self, *, seed: int, model: "nn.Module | None" = None, targets: str | Sequence[str] = "all-linear"
+        self, *, seed: int, model: "torch.nn.Module | None" = None, targets: str | Sequence[str] = "all-linear"
     ) -> "Allocation":
         """Permute the ranks among layers of equal d_in + d_out, so that ranks and parameters stay in sum.
 
@@ -153,7 +153,7 @@ class Allocation(Ranks):
     @classmethod
     def uniform(
         cls,
-        model: "nn.Module",
+        model: "torch.nn.Module",
         *,
         total: int | None = None,
         parameters: int | None = None,
@@ -173,7 +173,7 @@ class Allocation(Ranks):
     @classmethod
     def random(
         cls,
-        model: "nn.Module",
+        model: "torch.nn.Module",
         *,
         seed: int,
         total: int | None = None,
@@ -263,10 +263,16 @@ class Allocation(Ranks):
         return f"Allocation({layers} layers, {total:,} components, {cost:,} parameters)"
 
 
-def sizes_of(model: "nn.Module", targets: str | Sequence[str] = "all-linear") -> dict[str, tuple[int, int]]:
-    """Return (d_in, d_out) of the layers of a plain model that `targets` means, as `lrkit.attach` takes it."""
+def sizes_of(model: "torch.nn.Module", targets: str | Sequence[str] = "all-linear") -> dict[str, tuple[int, int]]:
+    """Return (d_in, d_out) of the layers of a plain model that `targets` means, as `lrkit.attach` takes it.
+
+    Raises:
+        LrkitError: nothing matches, or the model carries adapters, so that its layers have other names.
+    """
+    from lrkit.adapt.graft import check_model
     from lrkit.adapt.targets import find_targets
 
+    check_model(model)
     return {target.name: (target.d_in, target.d_out) for target in find_targets(model, targets)}
 
 

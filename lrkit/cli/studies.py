@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrkit.cli import hints, screen, study_screen, words
+from lrkit.cli.findings import Findings
 from lrkit.cli.options import Halving, Json, Sampler, Set, TrainAlso, Trials, Tune, TuneSeeds
 from lrkit.errors import LrkitError
 
 if TYPE_CHECKING:
     from lrkit.study.plan import Plan, Study
-    from lrkit.study.recall import Recall
-    from lrkit.study.statistics import Table
 
 
 def ablate(
@@ -151,28 +150,12 @@ def report(
 
     report.html, table.csv, table.md, table.tex and cells.csv, in the study's folder.
     """
-    import attrs
-
-    written, table, recalls = _report(folder)
+    found = Findings.of(folder)
     if as_json:
-        told = {"files": [str(path) for path in written], "rows": [attrs.asdict(row) for row in table.rows]}
-        screen.say_json(told | ({"recall": [attrs.asdict(each) for each in recalls]} if recalls else {}))
+        screen.say_json(found.to_plain())
         return
-    study_screen.show_table(table)
-    study_screen.show_recalls(recalls)
-    screen.say("written: " + " ".join(str(path) for path in written))
-
-
-def _report(folder: Path) -> "tuple[list[Path], Table, list[Recall]]":
-    """Write a study's report. Return the files, its table, and its recalls if a task knows the right layers."""
-    from lrkit.study.recall import recalls_of
-    from lrkit.study.records import read_study
-    from lrkit.study.report import write_report
-    from lrkit.study.statistics import compare
-
-    written, record = list(write_report(folder)), read_study(folder)
-    recalls = [each for task in record.tasks for each in recalls_of(record, task.name)]
-    return written, compare(record), recalls
+    found.show()
+    screen.say("written: " + " ".join(str(path) for path in found.written))
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
@@ -261,7 +244,6 @@ def _study(what: str, changes: dict[str, Any], sets: Sequence[str], profile: str
 
 def _carry_out(plan: "Plan", out: Path, how: Mapping[str, Any], as_json: bool) -> None:
     """Run a study, write its report, and show its table; exit code 1 if a cell failed."""
-    import attrs
     from rich.console import Console
 
     from lrkit.study.execute import execute
@@ -271,15 +253,12 @@ def _carry_out(plan: "Plan", out: Path, how: Mapping[str, Any], as_json: bool) -
         screen.complain(line)
     with Teller(Console(stderr=True, quiet=as_json), out.absolute()) as teller:
         outcome = execute(plan, out, told=teller.told, started=teller.started, cost_told=teller.cost_told, **how)
-    written, table, recalls = _report(outcome.folder)
+    found = Findings.of(outcome.folder)
     if as_json:
         failed = [{"cell": name, "error": error} for name, error in outcome.failed]
-        told = {"folder": str(out), "rows": [attrs.asdict(row) for row in table.rows], "failed": failed}
-        told |= {"recall": [attrs.asdict(each) for each in recalls]} if recalls else {}
-        screen.say_json(told | {"busy": outcome.busy, "files": [str(path) for path in written]})
+        screen.say_json({"folder": str(out), **found.to_plain(), "failed": failed, "busy": outcome.busy})
     else:
-        study_screen.show_table(table)
-        study_screen.show_recalls(recalls)
+        found.show()
         screen.say(f"report: {out / 'report.html'}")
     for name, error in outcome.failed:
         screen.complain(f"cell {name} failed: {error}")

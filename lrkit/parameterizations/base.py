@@ -35,7 +35,7 @@ class Target:
     d_out: int
     role: Role
     output: bool = False
-    layers: tuple[str, ...] = ()
+    layers: tuple[str, ...] = attrs.field(default=(), repr=False)
 
     def rank_of(self, rank: Rank) -> int:
         """Return this layer's rank by a setting ``rank``, which may be one for all layers or a table; 0 for none."""

@@ -50,6 +50,11 @@ class OnTask:
     high: float | None
     p_below: float | None
 
+    def __str__(self) -> str:
+        """Return difference and interval to four places: ``+0.0031 [-0.0012, +0.0074], n 10``."""
+        ends = "" if self.low is None or self.high is None else f" [{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.difference:+.4f}{ends}, n {self.n}"
+
 
 @attrs.frozen(kw_only=True)
 class Judged:
@@ -74,6 +79,12 @@ class Judged:
     p: float | None
     p_holm: float | None
     missing: int
+
+    @property
+    def difference(self) -> str:
+        """Return the mean difference on each task with its 95 % interval, in words."""
+        several = len(self.tasks) > 1
+        return "; ".join(f"{each.task} {each}" if several else str(each) for each in self.tasks) or "-"
 
 
 def judge(record: StudyRecord) -> tuple[Judged, ...]:
@@ -157,4 +168,20 @@ def _verdict(
     return "open", f"p {p_holm:.2g}, and an advantage of {margin:g} is not excluded on every task"
 
 
-__all__ = ["Judged", "OnTask", "Verdict", "judge"]
+def to_markdown(judged: Sequence[Judged]) -> str:
+    """Return the claims as a Markdown table: claim, verdict, differences, p and the reason."""
+    head = "| claim | verdict | difference [95 % interval] | p (Holm) | margin | because |\n|---|---|---|---|---|---|\n"
+    lines = [
+        f"| {_cell(f'**{each.claim.name}**: {each.claim.says}')} | {each.verdict} | {_cell(each.difference)} "
+        f"| {'-' if each.p_holm is None else f'{each.p_holm:.2g}'} "
+        f"| {'-' if each.margin is None else f'{each.margin:g}'} | {_cell(each.why)} |\n"
+        for each in judged
+    ]
+    return head + "".join(lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+__all__ = ["Judged", "OnTask", "Verdict", "judge", "to_markdown"]

@@ -1,8 +1,8 @@
 """A study's finished cells in one small file, ``cells.jsonl.gz``, so that they travel: `write_pack` and `read_pack`.
 
 The first line holds the format, the study (``study.json``) and its measured costs; each further line a cell that is done:
-its key, configuration, result, decisions, machine, and a loss curve of at most `CURVE` points. Weights and predictions
-stay. The same study gives the same bytes. No torch here.
+its key, configuration, result, decisions, machine, and a loss curve of at most `CURVE` points. Weights, predictions,
+paths and the machine's name stay. The same study gives the same bytes. No torch here.
 """
 
 import gzip
@@ -103,7 +103,8 @@ def write_pack(folder: str | Path, dest: str | Path) -> tuple[list[Path], int]:
         dest: the folder of the pack, such as ``docs/replication/NAME``; a pack that is there already is replaced.
 
     Returns:
-        ``cells.jsonl.gz`` and ``cells.csv`` (one line per cell of the rows, for people), and the number of cells packed.
+        ``cells.jsonl.gz`` and ``cells.csv`` (one line per finished cell of the rows, for people), and the number of cells
+        packed.
 
     Raises:
         LrkitError: no study, no cell that is done, or a pack is there that holds cells which this study does not have.
@@ -136,9 +137,10 @@ def write_pack(folder: str | Path, dest: str | Path) -> tuple[list[Path], int]:
     try_folder(dest)
     dest.mkdir(parents=True, exist_ok=True)
     write_bytes(path, content.getvalue())
-    table = dest / "cells.csv"
+    table, lines_of = dest / "cells.csv", frame(record)
+    people = lines_of[lines_of["status"] == "done"].to_csv(index=False, lineterminator="\n")
     with replacing(table) as draft:
-        draft.write_bytes(safe_csv(frame(record).to_csv(index=False, lineterminator="\n")).encode("utf-8", "replace"))
+        draft.write_bytes(safe_csv(people).encode("utf-8", "replace"))
     return [path, table], len(done)
 
 
@@ -168,13 +170,28 @@ def _packed(folder: Path) -> PackedCell:
     attempts = read_lines(folder / "attempts.jsonl")
     return PackedCell(
         key=folder.name,
-        config=read_object(folder / "config.json", "a cell's configuration") or {},
+        config=_placeless(read_object(folder / "config.json", "a cell's configuration") or {}),
         result=read_object(folder / "result.json", "a result") or {},
         history=[history[place] for place in sorted(history)],
         metrics=_thinned(read_lines(folder / "metrics.jsonl")),
-        attempts=[{key: value for key, value in line.items() if key not in ("host", "pid")} for line in attempts],
-        env=read_object(folder / "env.json", "a description of a machine") or {},
+        attempts=[_unnamed(line) for line in attempts],
+        env=_unnamed(read_object(folder / "env.json", "a description of a machine") or {}),
     )
+
+
+def _unnamed(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out which machine and process it was."""
+    return {key: value for key, value in plain.items() if key not in ("host", "pid")}
+
+
+def _placeless(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the paths of folders on this machine: these count by their content alone."""
+    versions, task, model = (config.get(name) for name in ("versions", "task", "model"))
+    if isinstance(task, dict) and isinstance(task.get("data"), str):
+        config = {**config, "task": {**task, "data": Path(task["data"]).name}}
+    if isinstance(versions, dict) and "model" in versions and isinstance(model, str):
+        config = {**config, "model": Path(model).name}
+    return config
 
 
 def _thinned(lines: Iterator[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import attrs
 
 from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.study.cell import Cell
 from lrkit.study.cell_folder import PACKED, is_done
 from lrkit.study.jobs import Job
 from lrkit.study.ledger import check_same, joined
@@ -87,9 +88,10 @@ def take_in(source: Source, plan: Plan, jobs: Sequence[Job], tasks: Mapping[str,
             raise
         warnings.warn(f"not taken in: {error}", LrkitWarning, stacklevel=5)
         return 0
-    mine = [] if not folder.is_dir() else [p for p in folder.iterdir() if not p.name.startswith((".", "study.lock"))]
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     own = read_study_file(folder) if folder.is_dir() else None
-    if own is None and any(path.name not in (PACK, "cells.csv") for path in mine):
+    allowed = (PACK, "cells.csv", ".study.json.", "study.lock")  # the last two: of a process that was killed
+    if own is None and not all(name.startswith(allowed) for name in there):
         raise LrkitError(f"{folder} exists and holds no study: nothing is overwritten, choose another --out")
     if not _waiting(pack, own, folder):
         return 0
@@ -103,8 +105,10 @@ def take_in(source: Source, plan: Plan, jobs: Sequence[Job], tasks: Mapping[str,
             if not (path := folder / "costs" / f"{key}.json").exists():
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, content)
+    here = {job.task: job.cell for job in jobs}
     for entry in waiting.values():
-        _restore(pack.cells[entry.key], entry, pack.path, folder / "cells" / entry.key)
+        cell = _placed(pack.cells[entry.key], here.get(entry.task))
+        _restore(cell, entry, pack.path, folder / "cells" / entry.key)
     code = ", ".join(sorted({entry.code or "unknown" for entry in waiting.values()}))
     many = "1 finished cell is" if len(waiting) == 1 else f"{len(waiting)} finished cells are"
     again = "" if source.asked else " (recompute=True, --recompute, computes them here)"
@@ -148,6 +152,16 @@ def _merged(pack: Pack, own: StudyFile | None, waiting: Mapping[Place, CellEntry
     )
     study = joined(pack.study, own, pack.path, yields=False, packed=pack.cells)
     return attrs.evolve(study, costs=own.costs or pack.study.costs)
+
+
+def _placed(packed: PackedCell, here: Cell | None) -> PackedCell:
+    """Give a cell's configuration the folders of its data and model on this machine, if the study has them."""
+    if here is None:
+        return packed
+    config = {**packed.config, "model": here.model}
+    if here.task["data"] is not None:
+        config["task"] = {**config["task"], "data": here.task["data"]}
+    return attrs.evolve(packed, config=config)
 
 
 def _restore(cell: PackedCell, entry: CellEntry, path: Path, folder: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, listing
 from lrkit.tasks.objective import Objective
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Lesson(Objective):
         batch: training rows that the constant is taken from.
 
     Raises:
-        LrkitError: a layer is smaller than the rank.
+        LrkitError: a layer is smaller than the rank, or ΔW changes nothing.
     """
 
     def __init__(
@@ -81,6 +82,10 @@ class Lesson(Objective):
             self._pairs.append((layer, (plain, torch.nn.Parameter(changed, requires_grad=False))))
         with torch.no_grad():
             self._scale = float(self._errors(self._states(batch, taught=False), batch).mean())
+        if not 0 < self._scale < math.inf:
+            raise LrkitError(
+                f"a ΔW in {listing(self.truth)} changes the hidden states by {self._scale}: nothing can be learnt"
+            )
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch, and each row's error [rows, 2]: the student's and, without gradients, the base's."""

@@ -63,6 +63,19 @@ def action_that_keeps_the_worst():
 
 
 @fault(SELECT)
+def action_that_stops_at_what_is_too_dear():
+    def decide(self, ballot: Ballot):
+        if ballot.costs is None:
+            return Shrink.decide(self, ballot)
+        order = ballot.scores.argsort(descending=True)
+        kept = torch.zeros_like(ballot.candidates)
+        kept[order[ballot.costs[order].cumsum(0) <= ballot.budget]] = True
+        return Verdict(kept)
+
+    return variant(Shrink, decide=decide)
+
+
+@fault(SELECT)
 def action_that_counts_ties_twice():
     def decide(self, ballot: Ballot):
         if ballot.budget == 0:

@@ -2,11 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
 
 from lrkit.study.charts.axes import Show, finite, framed, minus, spread
 from lrkit.study.charts.canvas import Canvas
 from lrkit.study.charts.curves import Curve, draw_curve
 from lrkit.study.charts.palette import LIGHT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LOG = 4.0
 """Values that are positive and whose ends are at least so many times apart are drawn on a logarithmic axis."""
@@ -72,7 +78,8 @@ def rates(
                     [x], [ys[0]], "x", color=LIGHT["bad"], markersize=8, markeredgewidth=2, clip_on=False
                 )
                 canvas.tip(cross, f"{curve.label}, {x_label} {x:g}: diverged".lstrip(", "))
-        draw_curve(canvas, axes, curve, show=lambda value: minus(show(value)), x_label=x_label)
+        draw_curve(canvas, axes, attrs.evolve(curve, low=(), high=()))
+        _mark_points(canvas, axes, curve, x_label, show)
     if chosen is not None and finite(*chosen):
         ring = {"markersize": 13, "markerfacecolor": "none", "markeredgewidth": 2}
         (mark,) = axes.plot(
@@ -85,3 +92,17 @@ def rates(
         )
         canvas.tip(mark, f"chosen: {x_label} {chosen[0]:g}, {minus(show(chosen[1]))}")
     return canvas.inline(f"{y_label or 'score'} over {x_label or 'a setting'}")
+
+
+def _mark_points(canvas: Canvas, axes: "Axes", curve: Curve, x_label: str, show: Show) -> None:
+    """Draw the points of a line, with tooltips that tell the ends of their bars."""
+    points, titles = [], []
+    for x, y, low, high in zip(curve.x, curve.y, curve.low or curve.y, curve.high or curve.y, strict=True):
+        if finite(x, y):
+            bar = f" ({minus(show(low))} to {minus(show(high))})" if finite(low, high) and low < high else ""
+            points.append((x, y))
+            titles.append(f"{curve.label}, {x_label} {x:g}: {minus(show(y))}{bar}".lstrip(", "))
+    if points:
+        drawn = {"color": curve.style.hex, "markersize": 5.0, "markeredgewidth": 0, "clip_on": False}
+        (marks,) = axes.plot(*zip(*points, strict=True), "o", **drawn)  # type: ignore[arg-type]
+        canvas.tip(marks, *titles)

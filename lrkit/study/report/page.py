@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from lrkit.study.charts import DARK, LIGHT, chip, drawing, styles
 from lrkit.study.charts.palette import in_css
-from lrkit.study.report import cells, effects, figures, head, layers, results, rows, truth, tuning
+from lrkit.study.report import cells, claims, effects, figures, head, layers, results, rows, truth, tuning
 from lrkit.study.report.view import View, breakable, setting
 from lrkit.study.results import StudyRecord
 from lrkit.study.table import Table
@@ -74,6 +74,7 @@ def _sections(view: View) -> list[Section]:
             "effects.html",
             once(effects.Effects.of(view)),
         ),
+        Section("claims", "Claims", "claims.html", once(claims.claims(view))),
         Section("truth", "Rank in the right layers", "truth.html", view.by_task(truth.truth)),
         Section("tuning", "Tuning", "tuning.html", view.by_task(tuning.tuning)),
         Section("untuned", "At the settings given", "untuned.html", once(tuning.untuned(view))),

@@ -21,6 +21,7 @@ from lrkit.study.statistics import compare
 from lrkit.study.tuned import Choice, TrialRecord, chosen_of, trials_of
 
 _DASHES: tuple[tuple[int, ...], ...] = ((), (6, 3), (2, 3), (8, 3, 2, 3))
+_LOOKS = ("solid", "dashed", "dotted", "dash-dotted")
 _CAPTION = (
     "Scores on training rows set aside, mean over the tuning seeds; bars: lowest to highest seed; a ring: chosen; the "
     "dashed upright: the value without tuning; a red cross: a run diverged."
@@ -79,7 +80,7 @@ def _chosen(
     method: dict[str, Any] = next(
         (cell.config["method"] for cell in view.cells(row, task) if cell.config.get("method")), {}
     )
-    flags = [f"{path} = {setting(choice.settings[path])} is at the edge of what was tried" for path in choice.edges]
+    flags = [f"{path} = {_value(choice.settings[path])} is at the edge of what was tried" for path in choice.edges]
     return Chosen(
         row=row,
         chosen=_settings(choice.settings),
@@ -93,7 +94,11 @@ def _chosen(
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{path} {setting(value)}" for path, value in settings.items())
+    return ", ".join(f"{path} {_value(value)}" for path, value in settings.items())
+
+
+def _value(value: Any) -> str:
+    return setting(value) if _number(value) is None else f"{value:g}"
 
 
 # ---- the charts ------------------------------------------------------------------------------------------------------
@@ -132,12 +137,19 @@ def _charts(
                 default=None if choice is None else _number(choice.default.get(path)),
             )
             if svg:
-                aside = "" if choice is None else f"chosen: {setting(choice.settings.get(path))}"
+                aside = "" if choice is None else f"chosen: {_value(choice.settings.get(path))}"
                 panels.append(Panel(svg=Markup(svg), row=row, aside=aside))
-        others = [other for other in paths if other != path]
-        lines = f" One line for each value of {', '.join(others)}; dashes tell them apart." if others else ""
-        found += [Panels(panels=panels, caption=_CAPTION + lines)] if panels else []
+        found += [Panels(panels=panels, caption=_CAPTION + _key(tried, path, scale))] if panels else []
     return found
+
+
+def _key(tried: Mapping[int, Sequence[TrialRecord]], path: str, scale: Scale) -> str:
+    """Say which dashes stand for which values of the other settings, if these are few and the same in all rows."""
+    labels = {tuple(curve.label for curve in _curves(trials, path, scale)) for trials in tried.values()}
+    names = next(iter(labels)) if len(labels) == 1 else ()
+    if not 1 < len(names) <= len(_DASHES):
+        return ""
+    return " Lines: " + "; ".join(f"{look}: {name}" for look, name in zip(_LOOKS, names, strict=False)) + "."
 
 
 def _curves(trials: Sequence[TrialRecord], path: str, scale: Scale) -> list[Curve]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lrkit.moves import replacing
+from lrkit.study.claims import judge, to_markdown
 from lrkit.study.records import frame, read_study
 from lrkit.study.report.page import page
 from lrkit.study.sheet import safe_csv
@@ -18,7 +19,8 @@ def write_report(folder: str | Path) -> list[Path]:
 
     Returns:
         ``report.html``, ``table.csv``, ``table.md``, ``table.tex`` and ``cells.csv`` (one line per cell); of a tuned
-        study also ``trials.csv`` (one line per trial and seed). Each is replaced in one move.
+        study also ``trials.csv`` (one line per trial and seed), and ``claims.md`` if the study states claims. Each is
+        replaced in one move.
 
     Raises:
         LrkitError: the folder holds no study, or something in it cannot be read.
@@ -33,6 +35,8 @@ def write_report(folder: str | Path) -> list[Path]:
         "table.tex": table.to_latex(),
         "cells.csv": safe_csv(frame(record).to_csv(index=False, lineterminator="\n")),
     }
+    if record.claims:
+        files["claims.md"] = to_markdown(judge(record))
     if record.trials:
         files["trials.csv"] = safe_csv(trial_frame(record).to_csv(index=False, lineterminator="\n"))
     return [_replace(folder / name, text) for name, text in files.items()]

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from lrkit.actions import Action, Ballot, Fate, unsound
+from lrkit.fit import budget_in_costs
+from lrkit.schedulers import Cubic
 from lrkit.testing.action.clauses import ActionClauses
 from lrkit.testing.action.stage import ballot_of
 from lrkit.testing.base import clause
@@ -57,6 +59,24 @@ class Choosing(ActionClauses):
                 again = ballot_of(units, budget, ties=ties and self._is_exact(component), out=out)
                 with torch.no_grad():
                     expect(torch.equal(kept, component.decide(again).kept), f"{name}: asked again, it keeps others")
+        self._keeps_to_costs(component)
+
+    def _keeps_to_costs(self, component: Action) -> None:
+        """Expect that it is refused with a budget in costs, or keeps to one and leaves nothing out that would still fit."""
+        if budget_in_costs(Cubic(amount="parameters"), component):
+            return
+        for budget in (0, 7, 20, 41, 1000):
+            ballot = ballot_of(20, budget, costs=True)
+            with torch.no_grad(), calling("decide"):
+                kept = self._kept(component, ballot)
+            costs = ballot.costs
+            assert costs is not None
+            room = budget - int(costs[kept].sum())
+            fits = int((costs[~kept] <= room).sum())
+            expect(
+                not fits or not self._is_exact(component),
+                f"a budget of {budget} has room for {room} more, and {fits} units are left out that cost no more",
+            )
 
     @clause
     def test_losers_stay_lost_where_that_is_final(self, component: Any) -> None:

@@ -1,12 +1,8 @@
 """Ask how an action runs in a method: what it refuses, what it takes out, and whether it resumes."""
 
 import functools
-import itertools
 from typing import Any
 
-import attrs
-
-from lrkit.schedulers import Cubic
 from lrkit.testing.action.clauses import ActionClauses
 from lrkit.testing.action.stage import Nothing, on
 from lrkit.testing.base import clause
@@ -62,20 +58,6 @@ class Running(ActionClauses):
                     run.adapted.compact()
                 run.to(10)
                 decides(run, self._is_exact(component))
-
-    @clause
-    def test_keeps_to_costs_or_is_refused(self, component: Any) -> None:
-        """With a budget in parameters or multiply-adds, what it keeps costs no more; or it is refused with both named."""
-        cubic = Cubic(target=0.3, warmup=2, final=2, interval=2)
-        costly = attrs.evolve(cubic, amount="parameters"), attrs.evolve(cubic, amount="flops")
-        for scheduler, parameterization in itertools.product(costly, self._fitting(component)):
-            build = functools.partial(on, component, parameterization, scheduler=scheduler)
-            method = or_refused(build, component, scheduler)
-            if method is not None:
-                with calling(f"a run with {method.scheduler!r} on {parameterization!r}"):
-                    run = Run(method, 10)
-                    run.to(10)
-                    decides(run, self._is_exact(component))
 
     @clause
     def test_resumes_exactly(self, component: Any) -> None:

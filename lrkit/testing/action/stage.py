@@ -89,7 +89,7 @@ class Stage:
         )
 
 
-def ballot_of(units: int, budget: int, *, ties: bool = False, out: int = 0) -> Ballot:
+def ballot_of(units: int, budget: int, *, ties: bool = False, out: int = 0, costs: bool = False) -> Ballot:
     """Return a ballot on components of one layer.
 
     Args:
@@ -97,6 +97,7 @@ def ballot_of(units: int, budget: int, *, ties: bool = False, out: int = 0) -> B
         budget: how many may be kept.
         ties: give all of them one score; otherwise no two have the same.
         out: how many are not candidates any more.
+        costs: whether the budget is one of costs: of 1 to 5 per unit, unlike for neighbours.
     """
     generator = torch.Generator().manual_seed(7)
     scores = torch.zeros(units) if ties else torch.randperm(units, generator=generator).float() / units
@@ -106,9 +107,10 @@ def ballot_of(units: int, budget: int, *, ties: bool = False, out: int = 0) -> B
         scores.masked_fill(~candidates, -torch.inf),
         candidates,
         budget,
-        budget / units,
+        min(1.0, budget / units),
         scores[candidates].repeat_interleave(3),
         torch.ones(units, dtype=torch.long),
         torch.zeros(units, dtype=torch.long),
         layers=1,
+        costs=torch.arange(units) * 3 % 5 + 1 if costs else None,
     )

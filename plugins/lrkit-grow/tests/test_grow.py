@@ -26,15 +26,23 @@ from lrkit.registry import Registry
 from lrkit.testing import ActionContract, MethodContract, MetricContract, SchedulerContract, only
 
 RISING = lrkit.schedulers.Linear(start=1, target=4, warmup=2, final=3, interval=2)
+FROM_NOTHING = lrkit.Allocation({rigs.TOY_TARGETS[0]: 0, "*": 2}).on(rigs.Toy(), rigs.TOY_TARGETS)
 METHODS: dict[str, lrkit.Method] = {
     "increlora": lrkit_grow.increlora(target_rank=4, warmup=2, final=3, interval=2),
     "increlora, h": lrkit_grow.increlora(target_rank=2, modules=2, warmup=1, final=2, interval=1),
+    "increlora, one layer from nothing": lrkit_grow.increlora(
+        rank=FROM_NOTHING, target_rank=4, warmup=2, final=3, interval=1
+    ),
     "elalora": lrkit_grow.elalora(rank=3, count=2, warmup=2, final=3, interval=2),
     "on LoRA": attrs.evolve(
         lrkit.methods.lora(rank=1), metric=lrkit.metrics.Sensitivity(), scheduler=RISING, action=Grow()
     ),
     "on vectors, with freezing": attrs.evolve(
         lrkit.methods.aflora(rank=1, train="both", warmup=5, final=2),
+        also=(lrkit.Policy(metric=lrkit.metrics.SensitivityUncertainty(), scheduler=RISING, action=Grow()),),
+    ),
+    "on vectors, one layer from nothing": attrs.evolve(
+        lrkit.methods.aflora(rank=FROM_NOTHING, train="both", warmup=5, final=2),
         also=(lrkit.Policy(metric=lrkit.metrics.SensitivityUncertainty(), scheduler=RISING, action=Grow()),),
     ),
     "with pruning": attrs.evolve(
@@ -411,6 +419,15 @@ def test_what_cannot_grow_is_refused() -> None:
         attrs.evolve(lrkit_grow.increlora(), action=lrkit.actions.Prune())
     with pytest.raises(lrkit.LrkitError, match=r"whole components.*matrix"):
         attrs.evolve(lrkit_grow.dynamic_dora(), action=lrkit.actions.Freeze())
+
+
+def test_ranks_without_sizes_are_refused() -> None:
+    """IncreLoRA's budget begins with all components that there are, which a table of patterns does not know."""
+    assert lrkit_grow.increlora(rank=FROM_NOTHING, target_rank=4).scheduler.start == FROM_NOTHING.total / 12
+    with pytest.raises(lrkit.LrkitError, match="does not know its layers"):
+        lrkit_grow.increlora(rank={"*": 1})
+    with pytest.raises(lrkit.LrkitError, match="begins with 4 components, above the target of 3"):
+        lrkit_grow.increlora(rank=FROM_NOTHING, target_rank=1)
 
 
 def test_a_budget_that_will_not_be_reached_is_said() -> None:

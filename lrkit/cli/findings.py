@@ -1,0 +1,62 @@
+"""The findings of a study: its tables, its claims, and how much of the rank went to the right layers."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from lrkit.cli import screen, study_screen
+from lrkit.cli.tables import Column
+
+if TYPE_CHECKING:
+    from lrkit.study.claims import Judged
+    from lrkit.study.recall import Recall
+    from lrkit.study.statistics import Table
+
+
+@attrs.frozen
+class Findings:
+    """The findings of a study.
+
+    Args:
+        written: the report's files.
+        table: of its comparisons.
+        recalls: of its rows, if a task knows the right layers.
+        claims: those of its file, judged.
+    """
+
+    written: list[Path]
+    table: "Table"
+    recalls: "list[Recall]"
+    claims: "tuple[Judged, ...]"
+
+    @classmethod
+    def of(cls, folder: Path) -> "Findings":
+        """Write a study's report, and collect its findings."""
+        from lrkit.study.claims import judge
+        from lrkit.study.recall import recalls_of
+        from lrkit.study.records import read_study
+        from lrkit.study.report import write_report
+        from lrkit.study.statistics import compare
+
+        written, record = list(write_report(folder)), read_study(folder)
+        recalls = [each for task in record.tasks for each in recalls_of(record, task.name)]
+        return cls(written, compare(record), recalls, judge(record))
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return them as plain data; recalls and claims only if there are any."""
+        plain: dict[str, Any] = {
+            "files": [str(path) for path in self.written],
+            "rows": [attrs.asdict(row) for row in self.table.rows],
+        }
+        plain |= {"recall": [attrs.asdict(each) for each in self.recalls]} if self.recalls else {}
+        return plain | ({"claims": [attrs.asdict(each) for each in self.claims]} if self.claims else {})
+
+    def show(self) -> None:
+        """Print them."""
+        study_screen.show_table(self.table)
+        study_screen.show_recalls(self.recalls)
+        if self.claims:
+            heads = [Column("claim"), Column("verdict"), Column("difference", number=True), Column("because")]
+            rows = [[each.claim.name, each.verdict, screen.whole(each.difference), each.why] for each in self.claims]
+            screen.table(heads, rows, "claims")

@@ -1,0 +1,120 @@
+"""Claims: stated in the study file, judged by one rule, against hand-made cases and under the null."""
+
+import json
+
+import numpy as np
+import pytest
+import studies
+from command_line import ask
+
+from lrkit.cli import main
+from lrkit.errors import LrkitError
+from lrkit.study.claims import judge
+from lrkit.study.combined import combined_p, standardized
+from lrkit.study.plan import lay_out, study_from
+from lrkit.study.records import read_study
+
+SEEDS = tuple(range(10))
+TASKS = ("movies", "rte")
+
+
+def judged(folder, differences, margin=0.01, claims=None, **where):
+    """Judge claims "b over a" of a study whose rows differ by `differences` (task to one per seed), and by nothing else."""
+
+    def score(row, task, seed):
+        return 0.8 + 0.001 * seed + (differences[task][seed] if row == 1 else 0.0)
+
+    studies.write_study(folder, labels=("a", "b"), tasks=TASKS, seeds=SEEDS, score=score, costs=False, **where)
+    plain = json.loads((folder / "study.json").read_text())
+    plain["margin"] = margin
+    plain["claims"] = claims or [{"name": "c", "says": "b beats a", "source": "us", "higher": "b", "lower": "a"}]
+    (folder / "study.json").write_text(json.dumps(plain))
+    return judge(read_study(folder))
+
+
+def spread(mean, sd=0.004):
+    """Ten differences with exactly this mean and standard deviation."""
+    numbers = np.linspace(-1.0, 1.0, len(SEEDS))
+    return list(mean + sd * (numbers - numbers.mean()) / numbers.std(ddof=1))
+
+
+@pytest.mark.parametrize(
+    ("movies", "rte", "margin", "verdict", "why"),
+    [
+        (0.02, 0.015, 0.01, "replicated", "ahead"),
+        (-0.02, -0.015, 0.01, "not replicated", "behind"),
+        (0.0, 0.0, 0.01, "not replicated", "an advantage of 0.01 is excluded on every task"),
+        (0.0, 0.0, 0.001, "open", "is not excluded on every task"),
+        (0.0, 0.0, None, "open", "no margin was stated"),
+    ],
+)
+def test_rule_of_the_verdict(tmp_path, movies, rte, margin, verdict, why):
+    """Clearly ahead, clearly behind, an advantage that is excluded, one that is not, and no margin."""
+    (found,) = judged(tmp_path / "s", {"movies": spread(movies), "rte": spread(rte)}, margin)
+    assert found.verdict == verdict
+    assert why in found.why
+    assert [each.difference for each in found.tasks] == pytest.approx([movies, rte], abs=1e-9)
+
+
+def test_opposite_tasks_stay_open(tmp_path):
+    """An advantage on one task and as large a loss on the other is no advantage of both, and none is excluded."""
+    (found,) = judged(tmp_path / "s", {"movies": spread(0.03), "rte": spread(-0.03)})
+    assert (found.verdict, found.p) == ("open", 1.0)
+
+
+def test_missing_cells_leave_it_open(tmp_path):
+    """No verdict before the last cell, however clear it looks."""
+    clear = {"movies": spread(0.05), "rte": spread(0.05)}
+    (found,) = judged(tmp_path / "s", clear, missing=[(1, "rte", 9)])
+    assert (found.verdict, found.missing, found.why) == ("open", 1, "1 pairs of cells are still to come")
+
+
+def test_corrected_over_claims(tmp_path):
+    """p is multiplied as Holm has it over the claims of the study: of two alike, by two and by one, and never less."""
+    claims = [
+        {"name": name, "says": "s", "source": "us", "higher": higher, "lower": lower}
+        for name, higher, lower in (("up", "b", "a"), ("down", "a", "b"))
+    ]
+    up, down = judged(tmp_path / "s", {"movies": spread(0.02), "rte": spread(0.02)}, claims=claims)
+    assert (up.verdict, down.verdict) == ("replicated", "not replicated")
+    assert up.p_holm == down.p_holm == pytest.approx(2 * up.p)
+
+
+def test_errors_under_the_null(tmp_path):
+    """Of 200 studies without a difference at most one in ten says "replicated": 5 % two-sided, half of it ahead."""
+    rng = np.random.default_rng(4)
+    wrong = 0
+    for _ in range(200):
+        tasks = [list(rng.normal(0.0, scale, 8)) for scale in (0.004, 0.03)]
+        wrong += combined_p(tasks) < 0.05 and standardized(tasks) > 0
+    assert wrong <= 12  # binomial(200, 0.025): 99.6 % are at or below
+
+
+def test_shown_everywhere(tmp_path, capsys):
+    """Verdicts stand in the terminal, in JSON, in claims.md and in the page."""
+    judged(tmp_path / "s", {"movies": spread(0.02), "rte": spread(0.02)})
+    with pytest.raises(SystemExit, match="0"):
+        main(["report", str(tmp_path / "s")])
+    assert "replicated" in capsys.readouterr().out
+    assert ask(capsys, "report", tmp_path / "s")["claims"][0]["verdict"] == "replicated"
+    assert "| **c**: b beats a | replicated |" in (tmp_path / "s" / "claims.md").read_text()
+    assert "b beats a" in (tmp_path / "s" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        ({"higher": "metric=magnitud"}, 'there is no row "metric=magnitud" (did you mean "metric=magnitude"?)'),
+        ({"higher": "adalora"}, 'compares row "adalora" with itself'),
+        ({"margin": 0.0}, "margin must be a number above 0"),
+        ({"rule": "mine"}, "rule"),
+    ],
+)
+def test_bad_claims_refused(claim, said):
+    """A claim of no row, of one row alone, without a margin's sense or with an unknown key is refused in one line."""
+    good = {"name": "c", "says": "s", "source": "us", "higher": "metric=magnitude", "lower": "adalora"}
+    study = {"base": "adalora", "swap": {"metric": ["magnitude"]}, "claims": [{**good, **claim}]}
+    with pytest.raises(LrkitError) as caught:
+        lay_out(study_from(study))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

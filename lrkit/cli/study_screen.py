@@ -126,7 +126,7 @@ def show_trials(found: "Tuned") -> None:
             *(str(trial.settings.get(path, "-")) for path in paths),
             "-" if trial.mean is None else f"{trial.mean:.4f}",
             screen.whole(" ".join(f"{score:.4f}" for score in trial.scores.values())),
-            "chosen" if trial.number == found.choice.trial else "",
+            "chosen" if trial.number == found.choice.trial else f"to step {trial.stopped}" if trial.stopped else "",
         ]
         for trial in found.trials
     ]

@@ -1,4 +1,4 @@
-"""Choose a row's settings by its trials: the rules "chosen" and "proposed" of `lrkit.study.settling`. No torch here.
+"""Choose a row's settings by its trials: rules "chosen", "proposed" and "promoted" of `lrkit.study.settling`. No torch here.
 
 Every trial is scored on rows that were set aside from the training data. The settings with the highest mean of the
 primary score over the tuning seeds are chosen; a run that diverged makes its settings the worst, and of equal ones the
@@ -43,7 +43,8 @@ def chosen(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any])
     Args:
         cell: the cell, with the settings of its row.
         sources: its row's trials: all seeds of the first one, then of the second one, and so on.
-        settings: ``space``, path to values; ``seeds``, how many each trial has; ``batch`` and ``seed`` of a sampler.
+        settings: ``space``, path to values; ``seeds``, how many each trial has; ``batch`` and ``seed`` of a sampler;
+            ``rungs`` of successive halving: how many trials each has.
     """
     from lrkit.study.tuning import with_settings
 
@@ -76,6 +77,41 @@ def means_of(sources: Sequence[Source], seeds: int) -> list[float]:
     ]
 
 
+def survivors(means: Sequence[float], sizes: Sequence[int]) -> list[list[int]]:
+    """List the trials that each rung of successive halving has: of the one before, those with the best means.
+
+    For example, of three trials with means 0.1, 0.9 and 0.5 two go on: ``survivors([0.1, 0.9, 0.5], [3, 2])`` is
+    ``[[0, 1, 2], [1, 2]]``. Of equal ones the first go on.
+
+    Args:
+        means: of the first rung's trials, then of the second one's, and so on, up to the rung before the last.
+        sizes: how many trials each rung has.
+    """
+    rungs, at = [list(range(sizes[0]))], 0
+    for size in sizes[1:]:
+        here = means[at : at + len(rungs[-1])]
+        at += len(here)
+        best = sorted(range(len(here)), key=lambda each: -here[each])[:size]
+        rungs.append([rungs[-1][each] for each in sorted(best)])
+    return rungs
+
+
+def promoted(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any]) -> "Cell":
+    """Fill in the settings of a trial that goes on to more steps: the rule "promoted".
+
+    Args:
+        cell: the trial's cell.
+        sources: the trials of all rungs before, each with all its seeds.
+        settings: as in `chosen`; ``rungs``, how many trials each rung has, this one the last; ``slot``, which of this one.
+    """
+    from lrkit.study.tuning import with_settings
+
+    means = means_of(sources, settings["seeds"])
+    number = survivors(means, settings["rungs"])[-1][settings["slot"]]
+    method, run = with_settings(cell.method, cell.run, candidates(settings, means, number + 1)[number])
+    return attrs.evolve(cell, method=method, run=run)
+
+
 def candidates(settings: Mapping[str, Any], means: Sequence[float], count: int) -> list[dict[str, Any]]:
     """List the settings of a row's trials: path to value each.
 
@@ -90,7 +126,9 @@ def candidates(settings: Mapping[str, Any], means: Sequence[float], count: int) 
 
 
 def winner_of(sources: Sequence[Source], settings: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Return which trial is chosen, and its settings."""
+    """Return which trial is chosen, counted over all rungs, and its settings."""
     means = means_of(sources, settings["seeds"])
-    winner = best_of(means)
-    return winner, candidates(settings, means, len(means))[winner]
+    sizes = settings.get("rungs", [len(means)])
+    winner = best_of(means[-sizes[-1] :])
+    number = survivors(means, sizes)[-1][winner]
+    return len(means) - sizes[-1] + winner, candidates(settings, means, sizes[0])[number]

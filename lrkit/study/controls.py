@@ -166,10 +166,10 @@ def _oracle(found: "Allocation", cell: "Cell") -> "Allocation":
 def _same_scale(method: dict[str, Any], source: Mapping[str, Any], made: "Allocation") -> dict[str, Any]:
     """Set α so that the increment is scaled as in the source, where every layer began with the same rank.
 
-    With α/r there, it is α'/(mean rank) here, α' = α · (mean rank)/r.
+    With α/r there, it is α'/(mean rank) here, α' = α · (mean rank)/r. The method has the source's α, or its own if that is
+    tuned.
     """
-    before = source["parameterization"]
-    alpha, rank = before.get("alpha"), before["rank"]
+    alpha, rank = method["parameterization"].get("alpha"), source["parameterization"]["rank"]
     if alpha is None or not isinstance(rank, int):
         return method
     mean = made.total / len(made.layers())

@@ -22,6 +22,7 @@ from lrkit.study.pool import chosen, run_jobs
 from lrkit.study.run_settings import total_steps
 from lrkit.study.study_file import TaskRecord
 from lrkit.study.taken import Source, take_in
+from lrkit.study.tuning import check_schedules
 from lrkit.study.worker import Conditions
 
 
@@ -78,6 +79,8 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
                     adapted.check_schedule(length)
                 finally:
                     adapted.detach()
+                if plan.study.tune is not None:
+                    check_schedules(plan.study.tune, row.tuned, to_plain(plan.method(row, spec)), length)
             except LrkitError as error:
                 raise LrkitError(f"row {row.label} on {spec.name}: {error}") from None
     return tasks
@@ -195,7 +198,7 @@ def run_missing(
     cells = folder / "cells"
     steps: dict[tuple[str, str], int] = {}
     tasks = check(plan, steps)
-    jobs = [attrs.evolve(job, steps=steps[job.label, job.task]) for job in jobs_of(plan)]
+    jobs = [attrs.evolve(job, steps=job.cell.stop or steps[job.label, job.task]) for job in jobs_of(plan)]
     if packed is not None and not recompute:
         take_in(packed, plan, jobs, tasks, folder)
     jobs = with_old(jobs, folder, keep_old, recompute)

@@ -9,10 +9,11 @@ from typing import Any
 
 import attrs
 
-from lrkit.study.asked import TaskSpec
+from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.jobs import Job, Trial, cell_of
 from lrkit.study.needs import Need
-from lrkit.study.plan import Plan
+from lrkit.study.plan import Plan, Row
+from lrkit.study.run_settings import steps_of
 from lrkit.study.space import TuneSpec, grid, optuna_version, space_of
 
 
@@ -23,9 +24,10 @@ def jobs_of(plan: Plan) -> list[Job]:
     if tune is not None:
         for seed in tune.tuning_seeds:
             for spec in plan.tasks:
-                for number in range(tune.count):
-                    for index in range(len(plan.rows)):
-                        graph.trial(tune, index, spec, seed, number)
+                for rung, size in enumerate(tune.rungs):
+                    for number in range(size):
+                        for index in range(len(plan.rows)):
+                            graph.trial(tune, index, spec, seed, Trial(number=number, rung=rung))
     for seed in plan.seeds:
         for spec in plan.tasks:
             for index in range(len(plan.rows)):
@@ -42,6 +44,7 @@ class _Graph:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._found: dict[tuple[Any, ...], Job] = {}
+        self._rows: dict[str, int] = {}
         self._choices: dict[tuple[int, str], Need] = {}
 
     @property
@@ -60,18 +63,22 @@ class _Graph:
             self._add(place, index, spec, seed, needs, tuned=tune is not None)
         return self._found[place]
 
-    def trial(self, tune: TuneSpec, index: int, spec: TaskSpec, seed: int, number: int) -> Job:
+    def trial(self, tune: TuneSpec, index: int, spec: TaskSpec, seed: int, trial: Trial) -> Job:
         """Add a trial of a row on a task with a tuning seed; return it."""
-        place = (index, spec.name, seed, Trial(number=number))
+        place = (index, spec.name, seed, trial)
         if place not in self._found:
             row = self._plan.rows[index]
             needs: list[Need] = []
             settings: dict[str, Any] = {}
-            if tune.sampler == "grid":
-                settings = grid(space_of(tune, row.tuned))[number]
+            if trial.rung:
+                before = self._all(tune, index, spec, tune.rungs[: trial.rung])
+                at = {**before.settings, "rungs": list(tune.rungs[: trial.rung + 1]), "slot": trial.number}
+                needs.append(attrs.evolve(before, rule="promoted", settings=at))
+            elif tune.sampler == "grid":
+                settings = grid(space_of(tune, row.tuned))[trial.number]
             else:
-                before = self._all(tune, index, spec, number - number % tune.batch)
-                at = {**before.settings, "index": number % tune.batch}
+                before = self._all(tune, index, spec, [trial.number - trial.number % tune.batch])
+                at = {**before.settings, "index": trial.number % tune.batch}
                 needs.append(attrs.evolve(before, rule="proposed", settings=at))
             if row.control is not None and (
                 source := row.control.reads(self._plan.tasks, tune.tuning_seeds, spec, seed)
@@ -86,19 +93,29 @@ class _Graph:
                     )
                     for each in row.control.needs("")
                 ]
-            self._add(place, index, spec, seed, needs, settings=settings, trial=Trial(number=number))
+            self._add(place, index, spec, seed, needs, settings=settings, trial=trial)
         return self._found[place]
 
     def _chosen(self, tune: TuneSpec, index: int, spec: TaskSpec) -> Need:
         """Return the need of all trials of a row on a task, and of what they choose."""
         if (index, spec.name) not in self._choices:
-            self._choices[index, spec.name] = self._all(tune, index, spec, tune.count)
+            self._choices[index, spec.name] = self._all(tune, index, spec, tune.rungs)
         return self._choices[index, spec.name]
 
-    def _all(self, tune: TuneSpec, index: int, spec: TaskSpec, count: int) -> Need:
-        """Return the need of the first trials of a row on a task."""
-        trials = [self.trial(tune, index, spec, seed, number) for number in range(count) for seed in tune.tuning_seeds]
-        settings = {"space": space_of(tune, self._plan.rows[index].tuned), "seeds": len(tune.tuning_seeds)}
+    def _all(self, tune: TuneSpec, index: int, spec: TaskSpec, sizes: Sequence[int]) -> Need:
+        """Return the need of the first rungs of a row's trials on a task, of so many trials each."""
+        trials = [
+            self.trial(tune, index, spec, seed, Trial(number=number, rung=rung))
+            for rung, size in enumerate(sizes)
+            for number in range(size)
+            for seed in tune.tuning_seeds
+        ]
+        settings: dict[str, Any] = {
+            "space": space_of(tune, self._plan.rows[index].tuned),
+            "seeds": len(tune.tuning_seeds),
+        }
+        if tune.halving is not None:
+            settings["rungs"] = list(sizes)
         if tune.sampler == "tpe":
             settings |= {"batch": tune.batch, "seed": tune.seed, "optuna": optuna_version()}
         return Need(rule="chosen", cells=[job.key for job in trials], settings=settings)
@@ -119,7 +136,18 @@ class _Graph:
         cell = cell_of(self._plan, row, spec, seed, needs, settings)
         if trial is not None and tune is not None:
             # It is scored on all rows that are set aside.
-            cell = attrs.evolve(cell, selection=tune.seed, run={**cell.run, "validation_rows": None})
+            stop = self._stop(tune, row, spec, trial.rung)
+            cell = attrs.evolve(cell, selection=tune.seed, run={**cell.run, "validation_rows": None}, stop=stop)
         self._found[place] = Job(
             cell=cell, row=index, label=row.label, task=spec.name, seed=seed, trial=trial, tuned=tuned
         )
+
+    def _stop(self, tune: TuneSpec, row: Row, spec: TaskSpec, rung: int) -> int | None:
+        """Return the step after which a rung's trials of a row end; None for the last one."""
+        above = len(tune.rungs) - 1 - rung
+        if tune.halving is None or not above:
+            return None
+        settings = self._plan.settings(row, spec, 0)
+        if settings.steps is None and spec.name not in self._rows:
+            self._rows[spec.name] = len(load_task_of(spec).train)
+        return max(1, steps_of(settings, self._rows.get(spec.name, 1)) // int(tune.halving**above))

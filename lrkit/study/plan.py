@@ -202,7 +202,9 @@ def _derived(label: str, spec: RowSpec, given: Mapping[str, Any], study: Study, 
     method = from_plain(plain)
     attach = {key: row.attach[key] if value is None else value for key, value in given.items()}
     own = row.own | _own(before, method, spec)
-    tuned = {} if study.tune is None else inherited(study.tune, row.tuned, plain, label)
+    # The ranks of a control are its row's, and not its own to tune.
+    paths = {n: p for n, p in row.tuned.items() if control is None or p != "parameterization.rank"}
+    tuned = {} if study.tune is None else inherited(study.tune, paths, plain, label)
     return Row(label=label, method=method, run=row.run | spec.run, attach=attach, own=own, control=control, tuned=tuned)
 
 

@@ -48,9 +48,10 @@ class Reached:
         Raises:
             LrkitError: no row has one of them.
         """
-        for path, labels in self._lacking.items():
+        lacking = {path: self._lacking[path] for path in self._settings if path in self._lacking}
+        for path, labels in lacking.items():
             if len(labels) == self._rows:
                 raise LrkitError(f'set: no row has a setting "{path}"{nearest(path, self._settings)}')
-        if self._lacking:
-            told = "; ".join(f"{path}: not {', '.join(labels)}" for path, labels in self._lacking.items())
+        if lacking:
+            told = "; ".join(f"{path}: not {', '.join(labels)}" for path, labels in lacking.items())
             warnings.warn(f"set reaches the rows that have the setting ({told})", LrkitWarning, stacklevel=4)

@@ -8,7 +8,7 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.study.cell import Cell
-from lrkit.study.choosing import chosen, proposed, winner_of
+from lrkit.study.choosing import chosen, promoted, proposed, winner_of
 from lrkit.study.controls import allocated
 from lrkit.study.files import read_result
 from lrkit.study.needs import Source
@@ -20,7 +20,13 @@ Rule = Callable[[Cell, Sequence[Source], Mapping[str, Any]], Cell]
 
 def rules() -> Mapping[str, Rule]:
     """Return the rules by name."""
-    return {"allocation": allocated, "chosen": chosen, "of-chosen": of_chosen, "proposed": proposed}
+    return {
+        "allocation": allocated,
+        "chosen": chosen,
+        "of-chosen": of_chosen,
+        "promoted": promoted,
+        "proposed": proposed,
+    }
 
 
 def of_chosen(cell: Cell, sources: Sequence[Source], settings: Mapping[str, Any]) -> Cell:

@@ -98,8 +98,8 @@ class TuneSpec:
         sampler: ``"grid"``: every combination; ``"tpe"``: so many trials, proposed by Optuna's TPE.
         trials: how many, for ``"tpe"``.
         batch: how many are proposed at a time: a trial's proposal knows the results of the batches before it.
-        halving: successive halving: of the trials one in so many goes on to so many times the steps; None for trials
-            that all have the test's number of steps.
+        halving: successive halving of a grid by a factor η: all trials have T/η² of the test's T steps, the best one in η
+            T/η, the best of these T. None: all have T.
         defaults: also run the rows at the settings given, so that the report has both tables.
     """
 
@@ -132,14 +132,22 @@ class TuneSpec:
         return math.prod(len(each.values() if isinstance(each, Log) else each) for each in self.domains.values())
 
     @property
+    def rungs(self) -> tuple[int, ...]:
+        """Return how many trials each rung has: all in the only one; with halving by η all, one in η and one in η²."""
+        if self.halving is None:
+            return (self.count,)
+        return tuple(self.count // self.halving**k for k in range(3) if self.count >= self.halving**k)
+
+    @property
     def cells(self) -> int:
         """Count the cells of a row's trials on a task."""
-        return self.count * len(self.tuning_seeds)
+        return sum(self.rungs) * len(self.tuning_seeds)
 
     def told(self) -> str:
         """Say in words how many trials there are, and on what."""
         seeds = "one seed" if len(self.tuning_seeds) == 1 else f"{len(self.tuning_seeds)} seeds"
-        return f"{self.count} trials of each row with {seeds}, on rows set aside from training"
+        halved = f", of which {' and '.join(map(str, self.rungs[1:]))} go on" if self.rungs[1:] else ""
+        return f"{self.count} trials of each row with {seeds}{halved}, on rows set aside from training"
 
     def to_plain(self) -> dict[str, Any]:
         """Return plain data."""

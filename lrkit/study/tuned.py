@@ -1,12 +1,13 @@
 """Read what a tuned study tried and chose: `trials_of` and `chosen_of`. No torch here."""
 
+import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from lrkit.errors import LrkitError
-from lrkit.study.choosing import best_of, mean_score
+from lrkit.study.choosing import best_of, survivors
 from lrkit.study.run_settings import RunSettings
 from lrkit.study.space import Domain, Log, TuneSpec, grid, space_of, tune_from
 
@@ -55,26 +56,43 @@ class Choice:
 
 
 def trials_of(record: "StudyRecord", row: int, task: str) -> tuple[TrialRecord, ...]:
-    """List the trials of a row on a task, by number; empty if the study is not tuned."""
-    by_number: dict[int, list[CellRecord]] = {}
+    """List the trials of a row on a task, by number; empty if the study is not tuned.
+
+    With successive halving a trial has the scores of the furthest rung that it came to.
+    """
+    places: dict[tuple[int, int], list[CellRecord]] = {}
     for cell in record.trials:
         if cell.row == row and cell.task == task and cell.number is not None:
-            by_number.setdefault(cell.number, []).append(cell)
-    return tuple(_trial(record, row, number, cells) for number, cells in sorted(by_number.items()))
+            places.setdefault((cell.rung, cell.number), []).append(cell)
+    if not places:
+        return ()
+    sizes = [sum(rung == each for rung, _ in places) for each in range(1 + max(rung for rung, _ in places))]
+    found = {number: _trial(record, row, number, places[0, number]) for number in range(sizes[0])}
+    means = [found[number].mean for number in range(sizes[0])]
+    for rung in range(1, len(sizes)):
+        if any(mean is None for mean in means):
+            break
+        known = [_comparable(mean) for mean in means]
+        *_, before, here = survivors(known, sizes[: rung + 1])
+        step = places[rung - 1, 0][0].steps
+        found |= {number: attrs.evolve(found[number], stopped=step) for number in {*before} - {*here}}
+        for slot, number in enumerate(here):
+            found[number] = _trial(record, row, number, places[rung, slot])
+            means.append(found[number].mean)
+    return tuple(found.values())
+
+
+def _comparable(mean: float | None) -> float:
+    return -math.inf if mean is None or math.isnan(mean) else mean
 
 
 def _trial(record: "StudyRecord", row: int, number: int, cells: "list[CellRecord]") -> TrialRecord:
-    done: dict[int, CellRecord] = {}
-    for cell in sorted(cells, key=lambda each: each.rung):
-        if cell.result is not None:
-            done[cell.seed] = cell
-    scores = {seed: cell.score for seed, cell in done.items() if cell.score is not None}
-    whole = len(scores) == len({cell.seed for cell in cells})
+    scores = {cell.seed: cell.score for cell in cells if cell.score is not None}
     return TrialRecord(
         number=number,
         settings=_settings(record, row, number, cells),
         scores=scores,
-        mean=statistics.fmean(scores.values()) if whole else None,
+        mean=statistics.fmean(scores.values()) if len(scores) == len(cells) else None,
     )
 
 
@@ -83,10 +101,7 @@ def _settings(record: "StudyRecord", row: int, number: int, cells: "list[CellRec
     tune, paths = _tune(record), record.rows[row].tuned
     if tune.sampler == "grid":
         return grid(space_of(tune, paths))[number]
-    config = next((cell.config for cell in cells if cell.result is not None), {})
-    return {
-        path: _at(config if path.startswith("run.") else config["method"], path) for path in paths.values() if config
-    }
+    return _trained(paths, next((cell.config for cell in cells if cell.result is not None), {}))
 
 
 def chosen_of(record: "StudyRecord", row: int, task: str) -> Choice | None:
@@ -94,8 +109,9 @@ def chosen_of(record: "StudyRecord", row: int, task: str) -> Choice | None:
     trials = trials_of(record, row, task)
     if not trials or any(trial.mean is None for trial in trials):
         return None
+    last = [trial for trial in trials if trial.stopped is None]
     try:
-        best = trials[best_of([mean_score(list(trial.scores.values())) for trial in trials])]
+        best = last[best_of([_comparable(trial.mean) for trial in last])]
     except LrkitError:
         return None
     tune, paths = _tune(record), record.rows[row].tuned
@@ -176,6 +192,21 @@ def _wider(tried: Domain, end: int) -> str:
     return ",".join(map(str, sorted([*tried, *more])))
 
 
+def _tried(
+    record: "StudyRecord", cell: "CellRecord", settings: dict[tuple[int, str, int], dict[str, Any]]
+) -> dict[str, Any]:
+    """Find the settings of a trial's cell: of a further rung, in what was trained."""
+    if not cell.rung:
+        return settings[cell.row, cell.task, cell.number or 0]
+    return _trained(record.rows[cell.row].tuned, cell.config)
+
+
+def _trained(paths: dict[str, str], config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        path: _at(config if path.startswith("run.") else config["method"], path) for path in paths.values() if config
+    }
+
+
 def trial_frame(record: "StudyRecord") -> "pandas.DataFrame":
     """Return the trials of a study as a tidy table, one line per cell, in the study's order.
 
@@ -198,7 +229,7 @@ def trial_frame(record: "StudyRecord") -> "pandas.DataFrame":
             cell.task,
             cell.number,
             cell.rung,
-            *(settings[cell.row, cell.task, cell.number or 0].get(path) for path in paths),
+            *(_tried(record, cell, settings).get(path) for path in paths),
             cell.seed,
             cell.score,
             cell.status,

@@ -13,7 +13,7 @@ from lrkit.compose import arguments_of, from_plain, to_plain, with_setting
 from lrkit.errors import LrkitError, nearest
 from lrkit.settings import check_settings
 from lrkit.study.composing import has
-from lrkit.study.run_settings import RunSettings
+from lrkit.study.run_settings import RunSettings, settings_from
 from lrkit.study.space import Domain, TuneSpec, domain, ends, grid, optuna_version, space_of
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def check_tune(tune: TuneSpec, seeds: Sequence[int]) -> None:
     for name, least in (("batch", 1), ("halving", 2), ("seed", 0)):
         if (value := getattr(tune, name)) is not None and not least <= value < 2**31:
             raise LrkitError(f"tune: {name} must be {least} or more, not {value}")
+    if tune.halving is not None and (tune.sampler != "grid" or "run.batch_size" in tune.space):
+        raise LrkitError("tune: halving goes with a grid, and with batches of one size: leave one of the two out")
     for path, tried in tune.domains.items():
         kind, _, name = path.partition(".")
         if kind == "run" and name not in RUN:
@@ -49,7 +51,7 @@ def check_tune(tune: TuneSpec, seeds: Sequence[int]) -> None:
             raise LrkitError(f"tune: {path} is the same for every trial{nearest(name, RUN)}; of a run: {allowed}")
         if kind == "run":
             for value in ends(tried):
-                RunSettings(**check_settings(RunSettings, {name: value}, "run"))
+                settings_from({name: value})
 
 
 # ---- the space of a row ----------------------------------------------------------------------------------------------
@@ -77,6 +79,8 @@ def paths_in(
         path: str | None = name
         if not name.startswith("run."):
             path = _path_of(name, tried, base, compose)
+        if path in found.values():
+            raise LrkitError(f"tune {name}: {path} is tuned already, under another name")
         if path is not None:
             found[name] = path
         elif tune.sampler == "grid":
@@ -156,6 +160,31 @@ def with_settings(
         else:
             plain = with_setting(plain, path, value)
     return to_plain(from_plain(plain)), {**run, **check_settings(RunSettings, of_run, "run")}
+
+
+def check_schedules(tune: TuneSpec, paths: Mapping[str, str], method: Mapping[str, Any], steps: int) -> None:
+    """Raise LrkitError if a schedule that is tried does not fit a run.
+
+    Args:
+        tune: what is tuned.
+        paths: what each setting is called in the row.
+        method: the row's, as plain data.
+        steps: of the run.
+    """
+    space = {path: value for path, value in space_of(tune, paths).items() if not path.startswith("run.")}
+    if tune.sampler == "tpe":
+        each = [(path, value) for path, tried in space.items() for value in ends(domain(tried, path))]
+        tried_settings = [{path: value} for path, value in each]
+    else:
+        tried_settings = grid(space)
+    for settings in tried_settings:
+        changed, _ = with_settings(method, {}, settings)
+        try:
+            for policy in from_plain(changed).policies:
+                policy.scheduler.over(steps, units=1, layers=1)
+        except LrkitError as error:
+            told = ", ".join(f"{path}={value}" for path, value in settings.items())
+            raise LrkitError(f"tuned, {told}: {error}") from None
 
 
 def check_rows(tune: TuneSpec, plan: "Plan") -> None:

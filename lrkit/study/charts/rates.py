@@ -14,7 +14,7 @@ from lrkit.study.charts.palette import LIGHT
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LOG = 4.0
+LOG = 3.0
 """Values that are positive and whose ends are at least so many times apart are drawn on a logarithmic axis."""
 
 

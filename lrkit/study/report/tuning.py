@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -38,17 +38,26 @@ class Chosen:
     default: str
     score: str
     trials: str
-    flags: list[str]
+    flag: str
     widen: str
 
 
 @attrs.frozen
 class Tuning:
-    """The charts and the table of one task, and what stands in both."""
+    """The charts and the table of one task, the score's name, and the rows that one command widens."""
 
     figures: Figures
     rows: list[Chosen]
     scored: str
+
+    @property
+    def widened(self) -> dict[str, list[int]]:
+        """Map what the command is given to try further values to the rows that were chosen at an edge."""
+        found: defaultdict[str, list[int]] = defaultdict(list)
+        for each in self.rows:
+            if each.widen:
+                found[each.widen].append(each.row)
+        return found
 
 
 def tuning(view: View, task: str) -> Tuning | None:
@@ -75,12 +84,12 @@ def _chosen(
     done = sum(cell.status == "done" for cell in cells)
     told = f"{len(trials)} ({done} of {len(cells)} cells{f', {stopped} stopped early' if stopped else ''})"
     if choice is None:
-        return Chosen(row, "not all trials are done", "", "", "", told, [], "")
+        return Chosen(row, "not all trials are done", "", "", "", told, "", "")
     best = next(trial for trial in trials if trial.number == choice.trial)
     method: dict[str, Any] = next(
         (cell.config["method"] for cell in view.cells(row, task) if cell.config.get("method")), {}
     )
-    flags = [f"{path} = {_value(choice.settings[path])} is at the edge of what was tried" for path in choice.edges]
+    edges = [f"{_short(path)} {_value(choice.settings[path])}" for path in _ordered(choice.edges)]
     return Chosen(
         row=row,
         chosen=_settings(choice.settings),
@@ -88,13 +97,23 @@ def _chosen(
         default=_settings(choice.default),
         score="" if best.mean is None else scale.number(best.mean),
         trials=told,
-        flags=flags,
+        flag=f"at the edge of what was tried: {', '.join(edges)}" if edges else "",
         widen=choice.widen,
     )
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{path} {_value(value)}" for path, value in settings.items())
+    return ", ".join(f"{_short(path)} {_value(settings[path])}" for path in _ordered(settings))
+
+
+def _ordered(paths: Iterable[str]) -> list[str]:
+    """Sort settings: those of the run first, among them the learning rate."""
+    return sorted(paths, key=lambda path: (path != "run.lr", not path.startswith("run."), path))
+
+
+def _short(path: str) -> str:
+    """Return a setting's name without the part that it is of, if that is the run or the parameterization."""
+    return path.removeprefix("run.").removeprefix("parameterization.")
 
 
 def _value(value: Any) -> str:
@@ -108,7 +127,7 @@ def _charts(
     tried: Mapping[int, Sequence[TrialRecord]], choices: Mapping[int, Choice | None], scale: Scale, heading: str
 ) -> Figures:
     """Draw the score over each setting that has a range, the rows side by side: a line per value of the other settings."""
-    paths = list(dict.fromkeys(path for trials in tried.values() for trial in trials for path in trial.settings))
+    paths = _ordered({path for trials in tried.values() for trial in trials for path in trial.settings})
     ends = [scale.of(score) for trials in tried.values() for trial in trials for score in trial.scores.values()]
     ends = [end for end in ends if math.isfinite(end)]
     if not ends:
@@ -120,6 +139,8 @@ def _charts(
         every = [value for numbers in values.values() for value in numbers]
         if len(set(every)) < 2:
             continue
+        given = [_number(choice.default.get(path)) for choice in choices.values() if choice is not None]
+        every += [value for value in given if value is not None]
         panels = []
         for row, trials in tried.items():
             if not values[row]:
@@ -129,7 +150,7 @@ def _charts(
             curves = _curves(trials, path, scale)
             svg = rates(
                 curves,
-                x_label=path,
+                x_label=_short(path),
                 y_label=heading,
                 x_range=(min(every), max(every)),
                 y_range=(min(ends) - air, max(ends) + air),

@@ -267,6 +267,14 @@ def test_patterns_are_as_in_peft(plain: dict[str, int], pattern: dict[str, int])
     assert ranks_of({**pattern, **plain, "*": 7}, list(theirs)) == theirs
 
 
+def test_the_nearest_entry_counts() -> None:
+    """A whole name, then the longest run of last components, then an expression, then the rest, in any order of entries."""
+    entries = {"a.0.self.query": 1, "0.self.query": 2, "query": 3, ".*key": 4, "*": 5}
+    layers = ["a.0.self.query", "b.0.self.query", "a.1.self.query", "a.0.self.key", "query", "a.0.my_query"]
+    for order in (entries, dict(reversed(entries.items()))):
+        assert list(ranks_of(order, layers).values()) == [1, 2, 3, 4, 3, 5]
+
+
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +371,8 @@ def test_budgets_begin_with_what_is_there() -> None:
     """b_0 is the sum of all ranks, and a target above their mean is refused when the run begins."""
     adapted, _ = begun(METHODS["adalora"], 1)
     assert adapted.controller.policies[0].units == adapted.controller.policies[0].times.budget(0) == 17
+    matrices, _ = begun(METHODS["aflora"], 1)
+    assert matrices.controller.policies[0].units == 2 * 11  # A and B of the layers that have a rank
     with pytest.raises(lrkit.LrkitError, match="is 24 units in 12 layers, and there are 17 at first"):
         begun(lrkit.methods.adalora(rank=TABLE, target_rank=2), 1)
     with pytest.raises(lrkit.LrkitError, match="target = 4 is above the initial rank 3"):

@@ -51,6 +51,12 @@ class LayerSummary:
             words.append(f"{'+'.join(self.frozen)} frozen")
         return ", ".join(words) or "-"
 
+    def to_plain(self) -> dict[str, Any]:
+        """Return the same as plain data, without sizes that are not known."""
+        return {
+            key: value for key, value in attrs.asdict(self).items() if value is not None or key not in ("d_in", "d_out")
+        }
+
 
 @attrs.frozen
 class Summary:
@@ -91,7 +97,7 @@ class Summary:
         totals = {"start": self.start, "now": self.now, "average": self.average}
         rest: dict[str, Any] = {"beside": self.beside, "head": self.head, "step": self.step}
         rest["coverage"] = None if self.coverage is None else self.coverage.to_plain()
-        return {"layers": [attrs.asdict(layer) for layer in self.layers], **totals, **rest}
+        return {"layers": [layer.to_plain() for layer in self.layers], **totals, **rest}
 
     def __str__(self) -> str:
         """Return a table."""

@@ -48,6 +48,7 @@ class Findings:
         plain: dict[str, Any] = {
             "files": [str(path) for path in self.written],
             "rows": [attrs.asdict(row) for row in self.table.rows],
+            "combined": [attrs.asdict(each) for each in self.table.combined],
         }
         plain |= {"recall": [attrs.asdict(each) for each in self.recalls]} if self.recalls else {}
         return plain | ({"claims": [attrs.asdict(each) for each in self.claims]} if self.claims else {})

@@ -96,7 +96,7 @@ class CellResult:
     def to_file(self, key: str) -> dict[str, Any]:
         """Return the content of ``result.json`` for the cell of a key."""
         kept = {field.name: getattr(self, field.name) for field in attrs.fields(CellResult)}
-        kept |= {"parameters": attrs.asdict(self.parameters), "layers": [attrs.asdict(each) for each in self.layers]}
+        kept |= {"parameters": attrs.asdict(self.parameters), "layers": [each.to_plain() for each in self.layers]}
         if not self.truth:
             del kept["truth"]  # of most tasks it is not known
         return {"format": FORMAT, "key": key, **kept, "flops": self.flops and attrs.asdict(self.flops)}

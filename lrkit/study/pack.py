@@ -61,6 +61,12 @@ class PackedCell:
     attempts: list[dict[str, Any]] = attrs.field(factory=list, repr=False)
     env: dict[str, Any] = attrs.field(factory=dict, repr=False)
 
+    @property
+    def versions(self) -> dict[str, Any]:
+        """Return the versions that it is of: ``model`` is among them if that is a folder, which counts by its content."""
+        found = self.config.get("versions")
+        return found if isinstance(found, dict) else {}
+
 
 @attrs.frozen(kw_only=True)
 class Pack:
@@ -122,13 +128,16 @@ def write_pack(folder: str | Path, dest: str | Path) -> tuple[list[Path], int]:
     if path.exists():
         _check_none_lost(read_pack(path), study, set(done), folder)
     costs = {each.key: read_object(folder / "costs" / f"{each.key}.json", "a cost") for each in study.costs}
+    packed = [_packed(folder / "cells" / key) for key in done]
+    if any("model" in cell.versions for cell in packed):
+        study = attrs.evolve(study, model=Path(study.model).name)
     header = {
         "format": FORMAT,
         "cells": len(done),
         "study": study.to_plain(),
         "costs": {key: costs[key] for key in sorted(costs) if costs[key] is not None},
     }
-    lines = [header, *(attrs.asdict(_packed(folder / "cells" / key)) for key in done)]
+    lines = [header, *map(attrs.asdict, packed)]
     content = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", fileobj=content, compresslevel=9, mtime=0) as file:
         for line in lines:

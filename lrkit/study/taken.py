@@ -80,6 +80,9 @@ def take_in(source: Source, plan: Plan, jobs: Sequence[Job], tasks: Mapping[str,
             then.
     """
     pack = read_pack(source.path)
+    model = jobs[0].cell.versions.get("model")
+    if model is not None and any(cell.versions.get("model") == model for cell in pack.cells.values()):
+        pack = attrs.evolve(pack, study=attrs.evolve(pack.study, model=plan.study.model))  # the same, in another folder
     try:
         check_same(plan, jobs, tasks, pack.study, pack.path)
         _check_inputs(pack, jobs)
@@ -123,10 +126,9 @@ def _check_inputs(pack: Pack, jobs: Sequence[Job]) -> None:
         cell, job = pack.cells.get(entry.key), here.get(entry.task)
         if cell is None or job is None:
             continue
-        versions, task = cell.config.get("versions", {}), cell.config.get("task", {})
-        same = isinstance(versions, dict) and isinstance(task, dict)
-        same = same and all(versions.get(name) == job.versions.get(name) for name in ("data", "model"))
-        if not same or task.get("metric") != job.task["metric"]:
+        task = cell.config.get("task")
+        same = all(cell.versions.get(name) == job.versions.get(name) for name in ("data", "model"))
+        if not same or not isinstance(task, dict) or task.get("metric") != job.task["metric"]:
             raise LrkitError(f"{pack.path} is of other data, another metric or another model on {entry.task}")
 
 

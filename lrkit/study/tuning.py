@@ -74,7 +74,7 @@ def paths_in(
     Raises:
         LrkitError: the row lacks a setting of a grid, or an argument is not one setting of it.
     """
-    found = {}
+    found: dict[str, str] = {}
     for name, tried in tune.domains.items():
         path: str | None = name
         if not name.startswith("run."):

@@ -225,7 +225,7 @@ def test_chosen_by_hand(place):
     alphas=st.lists(st.integers(1, 64), min_size=2, max_size=4, unique=True),
     order=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_grid_is_every_combination(place, rates, alphas, order):
     """Every row tries every combination once, whatever the order of the settings, at its own path of an argument."""
     space = {"run.lr": rates, "alpha": alphas}

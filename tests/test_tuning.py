@@ -190,6 +190,8 @@ def test_further_values_are_joined(place, done, tmp_path):
         c.key for c in record.cells
     } | {c.name for c in (out / "cells").iterdir()}
     assert len(record.trials) == 12 and len(record.cells) == 4 and not outcome.failed
+    with pytest.raises(LrkitError, match="give all rows, tasks and seeds"):
+        run(asked(place, {"space": {"run.lr": [*RATES, 0.2, 0.3]}}, rows=[]), out)
     found = [{"from": "adalora", "control": "found"}]
     for tune in (
         {"space": {"run.lr": [0.003]}},

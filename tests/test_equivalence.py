@@ -28,7 +28,7 @@ from lrkit.study.combined import combined_p, standardized
 from lrkit.study.comparison import differences_of
 from lrkit.study.effects import corrected, correction, effect_interval, effect_size
 from lrkit.study.equivalence import equivalence_p, verdict_of
-from lrkit.study.jobs import jobs_of
+from lrkit.study.graph import jobs_of
 from lrkit.study.ledger import write_plan
 from lrkit.study.paired import interval, sign_flip_p
 from lrkit.study.plan import lay_out

@@ -104,7 +104,7 @@ SAID = {
     "a bare swap": (["run", "adalora", "metric=magnitude"], 'did you mean "--swap metric=magnitude"?'),
     "a method as an option": (["run", "--method", "lora"], "a method is named without an option"),
     "another tool's option": (["run", "lora", "--output-dir", "x"], 'did you mean "--out"?'),
-    "an option of other commands": (["demo", "--set", "run.steps=20"], "an option of lrkit run, ablate, params"),
+    "an option of other commands": (["demo", "--set", "run.steps=20"], "an option of lrkit run, tune, ablate, params"),
     "seeds of a study": (["ablate", "lora", "--seed", "3"], 'did you mean "--seeds"?'),
     "a study's setting": (["ablate", "lora", "--set", "lr=1e-3"], "--set run.lr=1e-3"),
     "a study's option": (["ablate", "lora", "--lr", "1e-3"], "--set run.lr=1e-3"),

@@ -20,7 +20,7 @@ import torch
 import lrkit
 from lrkit.study.cell import Cell, make_cell
 from lrkit.study.execute import execute
-from lrkit.study.jobs import jobs_of
+from lrkit.study.graph import jobs_of
 from lrkit.study.plan import lay_out, study_from
 from lrkit.study.store import Lines, lock, read_json, write_json
 from lrkit.study.worker import run_cell

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+import shutil
 import tomllib
 
 import attrs
@@ -177,8 +178,6 @@ def test_tables_hold_test_cells(done):
 
 def test_further_values_are_joined(place, done, tmp_path):
     """With further values the trials that are there are kept; anything else is another tuning and refused."""
-    import shutil
-
     out = tmp_path / "wider"
     shutil.copytree(done, out)
     before = {c.name for c in (out / "cells").iterdir()}
@@ -190,6 +189,8 @@ def test_further_values_are_joined(place, done, tmp_path):
         c.key for c in record.cells
     } | {c.name for c in (out / "cells").iterdir()}
     assert len(record.trials) == 12 and len(record.cells) == 4 and not outcome.failed
+    with pytest.raises(LrkitError, match="give all rows, tasks and seeds"):
+        run(asked(place, {"space": {"run.lr": [*RATES, 0.2, 0.3]}}, rows=[]), out)
     found = [{"from": "adalora", "control": "found"}]
     for tune in (
         {"space": {"run.lr": [0.003]}},
@@ -198,6 +199,17 @@ def test_further_values_are_joined(place, done, tmp_path):
     ):
         with pytest.raises(LrkitError, match="may get further values"):
             run(asked(place, tune, rows=found), out)
+
+
+def test_tuned_beside_given(place, done, tmp_path):
+    """The same folder without tuning has the settings given beside the tuned ones, which stay what it shows."""
+    out = tmp_path / "beside"
+    shutil.copytree(done, out)
+    run(attrs.evolve(asked(place), tune=None), out)
+    record, before = read_study(out), read_study(done)
+    assert [cell.key for cell in record.cells] == [cell.key for cell in before.cells]
+    assert {cell.config["run"]["lr"] for cell in record.untuned} == {0.01} and len(record.untuned) == 4
+    assert chosen_of(record, 0, "data") == chosen_of(before, 0, "data")
 
 
 def source(score):
@@ -225,7 +237,7 @@ def test_chosen_by_hand(place):
     alphas=st.lists(st.integers(1, 64), min_size=2, max_size=4, unique=True),
     order=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_grid_is_every_combination(place, rates, alphas, order):
     """Every row tries every combination once, whatever the order of the settings, at its own path of an argument."""
     space = {"run.lr": rates, "alpha": alphas}

@@ -228,7 +228,8 @@ def _joined_rows(
                 raise _refusal(where, f'row "{row.label}" is another method there')
             gone.add(same[0])
         if same:
-            rows[same[0]] = attrs.evolve(row, label=rows[same[0]].label)
+            was = rows[same[0]]
+            rows[same[0]] = attrs.evolve(row, label=was.label, tuned=row.tuned or was.tuned)
         else:
             rows.append(row)
         place[index] = same[0] if same else len(rows) - 1

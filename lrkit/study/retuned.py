@@ -39,11 +39,12 @@ def with_tuning(there: StudyFile, mine: StudyFile, folder: Path) -> StudyFile:
             f"{folder} is tuned over {_told(before)}, and not over {_told(now)}: a folder's tuning may get further values, "
             f"and nothing else may change; {hint}"
         )
-    here = {(mine.rows[cell.row].label, cell.task, cell.seed) for cell in mine.cells if cell.tuned}
-    for cell in there.cells:
+    seeds = {*mine.seeds} or {*there.seeds}  # trials alone leave no test seed behind
+    here = {(mine.rows[trial.row].label, trial.task) for trial in mine.trials}
+    for cell in (*there.trials, *(cell for cell in there.cells if cell.tuned)):
         # The base is the base, whatever it is called.
         label = mine.rows[0].label if cell.row == there.base else there.rows[cell.row].label
-        if cell.tuned and mine.seeds and (label, cell.task, cell.seed) not in here:
+        if (label, cell.task) not in here or (cell in there.cells and cell.seed not in seeds):
             raise LrkitError(
                 f"{folder} has tuned cells of {label}, {cell.task}, seed {cell.seed}, which is not asked for now: give all "
                 f"rows, tasks and seeds with further values, or {hint}"

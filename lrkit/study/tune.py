@@ -41,12 +41,12 @@ class Tuned:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return the chosen settings: path to value, as `lrkit.ablate` and ``--set`` take them."""
+        """Return the chosen settings by path, as ``--set`` takes them."""
         return dict(self.choice.settings)
 
     @property
     def words(self) -> str:
-        """Return the chosen settings as a command line has them: ``--set run.lr=0.003``."""
+        """Return the chosen settings as a command line has them, such as ``--set run.lr=0.003``."""
         return " ".join(f"--set {path}={_word(value)}" for path, value in self.settings.items())
 
 

@@ -100,7 +100,7 @@ def _settings(record: "StudyRecord", row: int, number: int, cells: "list[CellRec
     """Find the settings of a trial: by its number in a grid; if they were proposed, in what was trained."""
     tune, paths = _tune(record), record.rows[row].tuned
     if tune.sampler == "grid":
-        return grid(space_of(tune, paths))[number]
+        return dict(*grid(space_of(tune, paths))[number : number + 1])
     return _trained(paths, next((cell.config for cell in cells if cell.result is not None), {}))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import lrkit
 from lrkit import cli
-from lrkit.study.jobs import jobs_of
+from lrkit.study.graph import jobs_of
 from lrkit.study.ledger import write_plan
 from lrkit.study.plan import changes, lay_out, study_from
 

@@ -810,7 +810,7 @@ def test_no_arguments_is_help(call: Call) -> None:
 def test_interrupts_are_one_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C is exit code 130 and at most one line."""
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(words, "compose", interrupt)
@@ -822,7 +822,7 @@ def test_interrupts_are_one_line(call: Call, monkeypatch: pytest.MonkeyPatch) ->
 def test_other_failures_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake of lrkit's own is not told as bad input."""
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a mistake of lrkit's own")
 
     monkeypatch.setattr(words, "compose", fail)
@@ -833,7 +833,7 @@ def test_other_failures_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_messages_are_one_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Line breaks and tabs in an error become blanks."""
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise LrkitError("first\n   second\tthird")
 
     monkeypatch.setattr(words, "compose", fail)
@@ -843,7 +843,7 @@ def test_messages_are_one_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
 def test_only_own_warnings(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """lrkit's warnings are one line each; those of libraries are not shown; filters are put back."""
 
-    def warn(*_: Any) -> None:
+    def warn(*_: Any, **__: Any) -> None:
         warnings.warn("for developers", FutureWarning, stacklevel=1)
         for _ in range(2):
             warnings.warn("for the\nuser", lrkit.LrkitWarning, stacklevel=1)

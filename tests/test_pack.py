@@ -20,7 +20,8 @@ from lrkit.errors import LrkitError
 from lrkit.study import settling, taken
 from lrkit.study.cell_folder import is_packed
 from lrkit.study.execute import execute
-from lrkit.study.pack import CURVE, PACK, read_pack, write_pack
+from lrkit.study.pack import CURVE, write_pack
+from lrkit.study.packed import PACK, read_pack
 from lrkit.study.plan import lay_out, study_from
 from lrkit.study.records import frame, read_study
 from lrkit.study.report import write_report

@@ -182,7 +182,7 @@ def test_the_built_ins_come_through_the_same_hooks() -> None:
         "scheduler": ["constant", "linear", "cubic"],
         "action": ["prune", "freeze", "zero"],
         "method": ["full", "lora", "svd-lora", "elora", "adalora", "aflora"],
-        "task": ["movies", "glue"],
+        "task": ["movies", "glue", "teacher"],
         "executor": names["executor"],  # what is offered here is free
         "study": names["study"],
     }

@@ -29,6 +29,7 @@ OUTSIDE = (
     "study/equivalence.py",
     "study/latex.py",
     "study/pack.py",
+    "study/packed.py",
     "study/paired.py",
     "study/pictures.py",
     "study/place.py",

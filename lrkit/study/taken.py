@@ -16,7 +16,7 @@ from lrkit.study.cell import Cell
 from lrkit.study.cell_folder import PACKED, is_done
 from lrkit.study.jobs import Job
 from lrkit.study.ledger import check_same, joined
-from lrkit.study.pack import PACK, Pack, PackedCell, Place, places, read_pack
+from lrkit.study.packed import PACK, Pack, PackedCell, Place, places, read_pack
 from lrkit.study.place import try_folder
 from lrkit.study.plan import Plan
 from lrkit.study.store import FORMAT, LIST, Lines, check_sum, lock, write_json

@@ -37,6 +37,15 @@ def test_there_are_all() -> None:
     assert set(METHODS) >= set(lrkit.current().names("method")) - {"peft-prefix-tuning", "peft-prompt-tuning"}
 
 
+def told(old: Any, new: Any) -> Any:
+    """Return what a new state says of all that an old one says. Settings and words that there were not yet are left out."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {key: told(value, new[key]) for key, value in old.items() if key in new}
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [told(a, b) for a, b in zip(old, new, strict=True)]
+    return new
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_old_states_load(name: str) -> None:
     """Every tensor and every word of the file is in the state of the run that goes on from it."""
@@ -45,7 +54,7 @@ def test_old_states_load(name: str) -> None:
     state = adapted.state_dict()
     assert state["tensors"].keys() == tensors.keys()
     assert all(torch.equal(state["tensors"][key], tensors[key]) for key in tensors)
-    assert json.loads(json.dumps(state["meta"])) == meta
+    assert told(meta, json.loads(json.dumps(state["meta"]))) == meta
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -326,4 +326,5 @@ def test_attributes_of_a_cell():
     from lrkit.study.cell import Cell
 
     names = {field.name for field in attrs.fields(Cell)}
-    assert names == {"task", "model", "targets", "train_also", "method", "run", "versions"}
+    trained = {"task", "model", "targets", "train_also", "method", "run", "versions"}
+    assert names == trained | {"needs", "selection", "stop"}

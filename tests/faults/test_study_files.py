@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import attrs
 import paper_settings
 import pytest
 
@@ -17,10 +18,13 @@ from lrkit.registry import Registry
 from lrkit.study.catalogue import about, catalogue
 from lrkit.study.execute import check
 from lrkit.study.models import empty_model
+from lrkit.study.paired import smallest_p
 from lrkit.study.plan import lay_out, read_study, study_from
 from lrkit.study.shipped import with_profile
 
-CORE = Registry(discover=False).names("study")
+CLAIMS = ("adalora-tuned", "aflora-tuned", "teacher", "where-the-rank-goes")
+"""Studies of claims rather than of a paper's table: each runs where it is, and has no profiles."""
+CORE = [name for name in Registry(discover=False).names("study") if name not in CLAIMS]
 SIX = ["cola", "sst2", "mrpc", "qnli", "stsb", "rte"]
 
 
@@ -35,6 +39,29 @@ def test_embedded_profile_runs(name):
     assert plan == plan_of(name, "minilm")
     paper_settings.check_minilm(plan)
     check(plan)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_claims_can_be_decided(name):
+    """Every row of a study of claims attaches, has a margin and enough seeds, and its tuning seeds are its own."""
+    study = read_study(name)
+    here = attrs.evolve(study, tasks=[task for task in study.tasks if task.task != "glue/sst2"])
+    plan = lay_out(here)
+    check(plan)
+    assert study.margin and study.claims and all(claim.source for claim in study.claims)
+    assert len(study.claims) * smallest_p(len(plan.seeds)) < 0.05, "Holm's correction leaves room"
+    if study.tune is not None:
+        assert not {*study.tune.tuning_seeds} & {*plan.seeds}
+    assert {claim.higher for claim in study.claims} <= {row.label for row in plan.rows}
+
+
+def test_claims_are_documented():
+    """Each claim of each study stands in docs/replication.md, under its study's name, before any verdict does."""
+    text = (Path(__file__).parent.parent.parent / "docs" / "replication.md").read_text()
+    table = text[text.index("## The claims") :]
+    for name in CLAIMS:
+        assert f"| `{name}` |" in table
+    assert table.count("\n| ") - 2 >= sum(len(read_study(name).claims) for name in CLAIMS)
 
 
 def test_core_files_need_nothing():
@@ -338,4 +365,4 @@ def test_installed_studies_are_unique():
     found = catalogue()
     assert len({study.name for study in found}) == len(found)
     for study in found:
-        assert study.title and study.profiles == ("minilm", "paper")
+        assert study.title and study.profiles == (() if study.name in CLAIMS else ("minilm", "paper"))

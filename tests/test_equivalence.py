@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -372,8 +373,10 @@ def test_margin_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         asked.append(plan.study.margin)
         raise lrkit.LrkitError("the first step")
 
-    monkeypatch.setattr("lrkit.study.execute.execute", stop)
-    monkeypatch.setattr("lrkit.study.ablate.execute", stop)
+    # both modules first: one that is imported meanwhile would keep the stand-in for good
+    modules = [importlib.import_module(f"lrkit.study.{name}") for name in ("ablate", "execute")]
+    for module in modules:
+        monkeypatch.setattr(module, "execute", stop)
     (tmp_path / "s.toml").write_text('base = "lora"\nmargin = 0.02\nseeds = 7\nswap = {rank = [1]}\n')
     for options in ([], ["--margin", "0.03"]):
         with pytest.raises(SystemExit):

@@ -41,6 +41,25 @@ class Uneven(nn.Module):
         return x
 
 
+def test_a_layer_s_cost_is_rounded_up():
+    """One matrix of rank 1 in every layer costs the mean of A's d_in and B's d_out, summed over layers and rounded up."""
+    torch.manual_seed(1)
+    method = lrkit.Method(
+        parameterization=VectorScaled(rank=1, train="both"),
+        metric=SensitivityUncertainty(),
+        scheduler=Cubic(target=1, warmup=2, final=3, interval=1, amount="parameters"),
+        action=Freeze(),
+    )
+    model, targets = Uneven(), ["layer0", "layer1", "layer2"]
+    adapted = lrkit.attach(model, method, targets=targets, train_also=["layer3"])
+    widths = list(itertools.pairwise(WIDTHS[:-1]))
+    exact = sum(d_in + d_out for d_in, d_out in widths) / 2
+    assert exact == 32.0 and adapted.controller.policies[0].costs.layer == 32
+    adapted.detach()
+    uneven = lrkit.attach(Uneven((3, 8, 20)), method, targets=["layer0"], train_also=["layer1"])
+    assert uneven.controller.policies[0].costs.layer == 6  # (3 + 8) / 2 = 5.5
+
+
 def start(method, seed=0, steps=STEPS):
     torch.manual_seed(1)
     model = Uneven()

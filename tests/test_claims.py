@@ -66,7 +66,14 @@ def test_missing_cells_leave_it_open(tmp_path):
     """No verdict before the last cell, however clear it looks."""
     clear = {"movies": spread(0.05), "rte": spread(0.05)}
     (found,) = judged(tmp_path / "s", clear, missing=[(1, "rte", 9)])
-    assert (found.verdict, found.missing, found.why) == ("open", 1, "1 pairs of cells are still to come")
+    assert (found.verdict, found.missing, found.why) == ("open", 1, "1 pair of cells still to come")
+
+
+def test_diverged_runs_leave_it_open(tmp_path):
+    """The runs that did not diverge are no fair sample: no verdict, though all of them are ahead."""
+    clear = {"movies": spread(0.05), "rte": spread(0.05)}
+    (found,) = judged(tmp_path / "s", clear, diverged=[(1, "rte", seed) for seed in SEEDS])
+    assert (found.verdict, found.diverged, found.why) == ("open", 10, "in 10 pairs of cells a run diverged")
 
 
 def test_corrected_over_claims(tmp_path):

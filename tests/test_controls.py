@@ -1,5 +1,9 @@
 """Control rows against their definitions: ranks that were found, moved, shuffled, drawn or spread, trained from step 1."""
 
+import json
+import zlib
+
+import attrs
 import folders
 import pytest
 
@@ -199,3 +203,71 @@ def test_refused_in_one_line(place, tmp_path, row, said):
         begin()
     assert said in str(caught.value)
     assert not (tmp_path / "s").exists()
+
+
+def test_follows_its_source(place, tmp_path):
+    """A control is run again if the cell that it needs has another result now, and stays if it has the same."""
+    rows = [{"from": "adalora", "control": "found"}]
+    study, out = asked(place, rows=rows, seeds=[3]), tmp_path / "s"
+
+    def run():
+        return execute(lay_out(study), out, workers=0, threads=1, costs=False).ran
+
+    assert run() == 2
+    cells = {read_study(out).rows[c.row].label: c for c in read_study(out).cells}
+    source, control = cells["adalora"].folder, cells["adalora, found"].folder
+    before = (control / "result.json").read_bytes()
+    (source / "result.json").unlink()  # run again, to the same bits: looked at, and left as it is
+    assert run() == 2
+    assert (control / "result.json").read_bytes() == before
+    assert (control / "attempts.jsonl").read_text().count("begin") == 1
+    result = json.loads((source / "result.json").read_text())
+    ranked = [layer for layer in result["layers"] if layer["rank"]]
+    ranked[0]["rank"] = 4 if ranked[0]["rank"] != 4 else 1
+    content = json.dumps(result)
+    (source / "result.json").write_text(content)
+    sums = json.loads((source / "files.json").read_text())
+    (source / "files.json").write_text(json.dumps({**sums, "result.json": zlib.crc32(content.encode())}))
+    assert run() == 1
+    now = {layer.name: layer.rank for layer in read_study(out).cells[1].result.layers}
+    assert now == {layer["name"]: layer["rank"] for layer in result["layers"]}
+
+
+def test_ends_each_dependent_once(place, tmp_path, monkeypatch):
+    """A cell that needs two cells, one of which needs the other, fails once, and the others go on."""
+    import lrkit.study.run
+
+    def fails(*_, **__):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(lrkit.study.run, "train", fails)
+    tune = {"space": {"run.lr": [0.01, 0.05]}, "seeds": [90]}
+    rows = [{"from": "adalora", "control": "found"}]
+    outcome = execute(lay_out(asked(place, rows=rows, seeds=[3], tune=tune)), tmp_path / "s", workers=0, costs=False)
+    assert (outcome.done, len(outcome.failed)) == (0, 6)
+
+
+def test_scales_of_their_own_refused(place, tmp_path):
+    """A row whose layers begin with ranks that differ has no one scale to give to a control, unless it is of their mean."""
+    ranks = {"query": 4, "*": 2}
+    rows = [{"from": "adalora", "control": "found"}]
+    settings = {**attrs.asdict(asked(place))["set"], "rank": ranks}
+    outcome = execute(
+        lay_out(asked(place, rows=rows, seeds=[3], set=settings)), tmp_path / "s", workers=0, threads=1, costs=False
+    )
+    ((_, line),) = outcome.failed
+    assert "give it scale_by" in line
+    settings["parameterization.scale_by"] = "mean-rank"
+    done = execute(
+        lay_out(asked(place, rows=rows, seeds=[3], set=settings)), tmp_path / "t", workers=0, threads=1, costs=False
+    )
+    assert done.failed == ()
+    record = read_study(tmp_path / "t")
+    scales = [
+        {
+            a.scaling
+            for a in lrkit.attach(empty_model(record.model), lrkit.from_plain(c.config["method"])).adapters.values()
+        }
+        for c in record.cells
+    ]
+    assert max(scales[0]) == pytest.approx(min(scales[1]), rel=1e-4)

@@ -88,9 +88,11 @@ def ablate(
 
     The same command again goes on with what is missing. lrkit ablate --list shows the studies that ship.
     """
+    from lrkit.registry import current
     from lrkit.study.asked import standing_in
     from lrkit.study.catalogue import catalogue
     from lrkit.study.execute import check
+    from lrkit.study.old import check_old
     from lrkit.study.plan import lay_out
     from lrkit.study.taken import source_of
 
@@ -107,6 +109,9 @@ def ablate(
     changes |= {"tune": words.tuning(tune, tune_seeds, sampler, trials, halving)}
     plan = lay_out(standing_in(_study(what, changes, sets or [], profile), in_place))
     if dry_run:
+        check_old(keep_old, recompute)
+        current().get("executor", executor)
+        source_of(packed, what, out or Path())
         study_screen.show_plan(plan, check(plan), as_json)
         return
     if out is None:

@@ -4,7 +4,6 @@
 `lrkit.study.plan.lay_out` does that.
 """
 
-import math
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -194,8 +193,11 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
     except LrkitError as error:
         raise LrkitError(f"{where}: {error}") from None
     check_required(study.requires, where)
-    if study.margin is not None and not 0 < study.margin < math.inf:
-        raise LrkitError(f"{where}: margin must be a number above 0, in the primary score's units, not {study.margin}")
+    if study.margin is not None and not 0 < study.margin < 1:
+        raise LrkitError(
+            f"{where}: margin must be a number above 0 and below 1, in the primary score's units (0.01 is one point of "
+            f"accuracy), not {study.margin:g}"
+        )
     for spec in study.tasks:
         if (spec.task is None) == (spec.data is None):
             raise LrkitError(f"{where}: tasks: each has either task (a name) or data (a folder)")

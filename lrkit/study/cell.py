@@ -91,13 +91,18 @@ class Cell:
         plain = {**config, **config.get("planned", {})} if planned else {**config, "needs": ()}
         return cls(**{field.name: plain[field.name] for field in attrs.fields(cls) if field.name in plain})
 
-    def to_config(self, planned: "Cell") -> dict[str, Any]:
-        """Return the content of ``config.json`` for this cell, which was planned as another one if that has needs."""
+    def to_config(self, planned: "Cell", sources: Mapping[str, str]) -> dict[str, Any]:
+        """Return the content of ``config.json`` for this cell, which was planned as another one if that has needs.
+
+        Args:
+            planned: the other one.
+            sources: digests of the results of the cells that it needs, by key.
+        """
         plain = {"key": planned.key, "seed": self.seed, **self.to_plain()}
         if not planned.needs:
             return plain
-        before = planned.to_plain()
-        return plain | {"planned": {name: before[name] for name in before if name not in ("task", "model", "versions")}}
+        before = {name: each for name, each in planned.to_plain().items() if name not in ("task", "model", "versions")}
+        return plain | {"sources": dict(sources), "planned": before}
 
 
 def make_cell(

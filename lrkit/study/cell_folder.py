@@ -5,13 +5,14 @@ A cell is *done* if its folder holds a result, and every file that its list name
 
 import contextlib
 import datetime
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lrkit.errors import LrkitError, cut
-from lrkit.study.store import LIST, Lines, check_sum, lock, read_json, write_bytes
+from lrkit.study.store import LIST, Lines, canonical, check_sum, finite, lock, read_json, write_bytes
 
 PACKED = "packed.json"
 """The mark in the folder of a cell that was taken in from a pack: `lrkit.study.taken`."""
@@ -23,9 +24,34 @@ def is_packed(folder: Path) -> bool:
 
 
 def forget(folder: Path) -> None:
-    """Take back that a cell is done, so that it is run again."""
+    """Take back that a cell is done or begun, so that it is run again from its first step."""
     for name in ("result.json", PACKED):
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def digest_of_result(folder: Path) -> str:
+    """Compute a digest of a cell's result, whatever machine wrote it; empty if there is none."""
+    try:
+        result = read_json(folder / "result.json")
+    except LrkitError:
+        return ""
+    return "" if result is None else hashlib.sha256(canonical(finite(result)).encode()).hexdigest()[:16]
+
+
+def follows(folder: Path) -> bool:
+    """Tell if a cell was settled from the results that the cells it needs have now; of one not begun, that it may be.
+
+    They may have been made anew since, or come from another machine, where the last bits of a run are others.
+    """
+    try:
+        config = read_json(folder / "config.json")
+    except LrkitError:
+        return False
+    if not isinstance(config, dict) or not config.get("planned", {}).get("needs"):
+        return True
+    found = config.get("sources")
+    return isinstance(found, dict) and all(digest_of_result(folder.parent / key) == each for key, each in found.items())
 
 
 def is_done(folder: Path) -> bool:

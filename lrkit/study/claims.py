@@ -7,7 +7,7 @@ minus the second's, and its margin m is the smallest advantage that would matter
   difference" at 0.05, after Holm's correction over the claims of the study, with the first row ahead;
 - *not replicated* if that test rejects with the second row ahead, or if on every task an advantage of m or more is
   rejected at 0.05, one-sided (the upper end of the 90 % interval lies below m);
-- *open* otherwise, and as long as a cell is missing.
+- *open* otherwise, as long as a cell is missing, and if a run of either row diverged: those that did not are no fair sample.
 
 For example, of a claim with m = 0.01 and a mean difference of 0.002 from -0.003 to 0.007 on its one task, the advantage
 that was claimed is excluded: not replicated.
@@ -16,7 +16,7 @@ that was claimed is excluded: not replicated.
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import attrs
 
@@ -69,6 +69,7 @@ class Judged:
         p: two-sided p over all tasks; None without a pair.
         p_holm: the same, Holm-corrected over the claims.
         missing: pairs of cells that are still to come.
+        diverged: pairs of which a score is NaN; they have no difference.
     """
 
     claim: Claim
@@ -79,6 +80,7 @@ class Judged:
     p: float | None
     p_holm: float | None
     missing: int
+    diverged: int = 0
 
     @property
     def difference(self) -> str:
@@ -95,41 +97,57 @@ def judge(record: StudyRecord) -> tuple[Judged, ...]:
     """
     labels = {row.label: index for index, row in enumerate(record.rows)}
     pairs = [_pairs(record, labels[claim.higher], labels[claim.lower]) for claim in record.claims]
-    found = [[each for each in tasks.values() if each] for tasks in (differences for differences, _ in pairs)]
+    found = [[each for each in differences.values() if each] for differences, _, _ in pairs]
     adjusted = over_rows({index: combined_p(tasks) if tasks else None for index, tasks in enumerate(found)})
     return tuple(
         _judged(record, claim, *pairs[index], adjusted.get(index)) for index, claim in enumerate(record.claims)
     )
 
 
-def _pairs(record: StudyRecord, higher: int, lower: int) -> tuple[dict[str, list[float]], int]:
-    """Return the differences of two rows by task, and how many pairs are still to come."""
+def _pairs(record: StudyRecord, higher: int, lower: int) -> tuple[dict[str, list[float]], int, int]:
+    """Return the differences of two rows by task, how many pairs are still to come, and of how many one diverged."""
     differences: dict[str, list[float]] = {}
-    missing = 0
+    missing = diverged = 0
     for task in record.tasks:
-        below = {cell.seed: cell for cell in record.cells_of(lower, task.name)}
-        both = [(cell, below.get(cell.seed)) for cell in record.cells_of(higher, task.name)]
-        done = [(a.score, b.score) for a, b in both if b is not None and _is_done(a) and _is_done(b)]
+        above, below = ({cell.seed: cell for cell in record.cells_of(row, task.name)} for row in (higher, lower))
+        both = [(above.get(seed), below.get(seed)) for seed in {**above, **below}]
+        done = [(a.score, b.score) for a, b in both if _is_done(a) and _is_done(b)]
         missing += len(both) - len(done)
         known = [a - b for a, b in done if a is not None and b is not None]
         differences[task.name] = [d for d in known if math.isfinite(d)]
-    return differences, missing
+        diverged += len(known) - len(differences[task.name])
+    return differences, missing, diverged
 
 
-def _is_done(cell: CellRecord) -> bool:
-    return cell.status == "done"
+def _is_done(cell: CellRecord | None) -> TypeGuard[CellRecord]:
+    return cell is not None and cell.status == "done"
 
 
 def _judged(
-    record: StudyRecord, claim: Claim, differences: Mapping[str, list[float]], missing: int, p_holm: float | None
+    record: StudyRecord,
+    claim: Claim,
+    differences: Mapping[str, list[float]],
+    missing: int,
+    diverged: int,
+    p_holm: float | None,
 ) -> Judged:
     margin = record.margin if claim.margin is None else claim.margin
     tasks = tuple(_on_task(task, each, margin) for task, each in differences.items() if each)
     every = [each for each in differences.values() if each]
     verdict, why = _verdict(every, tasks, margin, missing, p_holm)
+    if diverged and not missing:
+        verdict, why = "open", f"in {diverged} pair{'s' if diverged > 1 else ''} of cells a run diverged"
     p = combined_p(every) if every else None
     return Judged(
-        claim=claim, margin=margin, verdict=verdict, why=why, tasks=tasks, p=p, p_holm=p_holm, missing=missing
+        claim=claim,
+        margin=margin,
+        verdict=verdict,
+        why=why,
+        tasks=tasks,
+        p=p,
+        p_holm=p_holm,
+        missing=missing,
+        diverged=diverged,
     )
 
 
@@ -154,7 +172,10 @@ def _verdict(
 ) -> tuple[Verdict, str]:
     """Return the verdict by the rule of this module, and its reason."""
     if missing or not tasks or p_holm is None:
-        return "open", f"{missing} pairs of cells are still to come" if missing else "no pair of cells"
+        return (
+            "open",
+            f"{missing} pair{'s' if missing > 1 else ''} of cells still to come" if missing else "no pair of cells",
+        )
     if p_holm < LEVEL:
         ahead = standardized(differences) > 0
         return ("replicated", f"ahead, p {p_holm:.2g}") if ahead else ("not replicated", f"behind, p {p_holm:.2g}")

@@ -127,7 +127,7 @@ def allocated(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, An
     found = Allocation.from_layers(source.result.layers)
     made = _made(settings["control"], found, cell)
     method = with_setting(cell.method, "parameterization.rank", dict(made))
-    return attrs.evolve(cell, method=_same_scale(method, source.config["method"], made))
+    return attrs.evolve(cell, method=_same_scale(method, source, made))
 
 
 def _made(kind: Kind, found: "Allocation", cell: "Cell") -> "Allocation":
@@ -163,15 +163,28 @@ def _oracle(found: "Allocation", cell: "Cell") -> "Allocation":
     return Allocation({name: ranks.get(name, 0) for name in sizes}, sizes)
 
 
-def _same_scale(method: dict[str, Any], source: Mapping[str, Any], made: "Allocation") -> dict[str, Any]:
-    """Set α so that the increment is scaled as in the source, where every layer began with the same rank.
+_OWN_SCALES = (
+    "it began with ranks that differ, each scaled by α over its own: a control would have other scales; give it "
+    'scale_by = "mean-rank"'
+)
 
-    With α/r there, it is α'/(mean rank) here, α' = α · (mean rank)/r. The method has the source's α, or its own if that is
-    tuned.
+
+def _same_scale(method: dict[str, Any], source: Source, made: "Allocation") -> dict[str, Any]:
+    """Set α so that the increment is scaled as in the source, in every layer.
+
+    With α/r there, r being its first or its first mean rank, it is α'/(mean rank) here, α' = α · (mean rank)/r. The method
+    has the source's α, or its own if that is tuned.
+
+    Raises:
+        LrkitError: the source's layers have scales of their own.
     """
-    alpha, rank = method["parameterization"].get("alpha"), source["parameterization"]["rank"]
-    if alpha is None or not isinstance(rank, int):
+    part = source.config["method"]["parameterization"]
+    alpha = method["parameterization"].get("alpha")
+    if alpha is None:
         return method
+    first = [layer.initial_rank or 0 for layer in source.result.layers]
+    if part.get("scale_by") != "mean-rank" and len({*first}) > 1:
+        raise LrkitError(_OWN_SCALES)
     mean = made.total / len(made.layers())
     method = with_setting(method, "parameterization.scale_by", "mean-rank")
-    return with_setting(method, "parameterization.alpha", alpha * mean / rank)
+    return with_setting(method, "parameterization.alpha", alpha * mean / (sum(first) / len(first)))

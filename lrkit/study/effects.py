@@ -13,6 +13,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
+_FAR = 200.0
+"""From this noncentrality on, the chi distribution gives the interval to within a per cent or so."""
+
 
 def effect_size(differences: Sequence[float]) -> float | None:
     """Return the mean difference over the differences' standard deviation; None for one difference, or if all are equal."""
@@ -50,9 +53,14 @@ def effect_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     effect = effect_size(differences)
     if effect is None or len(differences) < 3:
         return None
-    from scipy.special import nctdtrinc
+    from scipy.special import chdtri, nctdtrinc
 
     root = math.sqrt(len(differences))
+    if abs(effect) * root > _FAR:
+        # So far out the quantiles of noncentral t are those of the standard deviation alone, and cannot be computed.
+        free = len(differences) - 1
+        ends = [abs(effect) * math.sqrt(float(chdtri(free, p)) / free) for p in (0.975, 0.025)]
+        return (ends[0], ends[1]) if effect >= 0 else (-ends[1], -ends[0])
     ends = [float(nctdtrinc(len(differences) - 1, p, abs(effect) * root)) / root for p in (0.975, 0.025)]
     if not all(map(math.isfinite, ends)):
         return None

@@ -11,12 +11,12 @@ from lrkit.compose import to_plain
 from lrkit.errors import LrkitError, nearest, shown
 from lrkit.study.asked import load_task_of
 from lrkit.study.cell import components_of
-from lrkit.study.cell_folder import forget, has_result, is_done, is_packed, tidy_done
+from lrkit.study.cell_folder import follows, forget, has_result, is_done, is_packed, tidy_done
 from lrkit.study.executors import gpus
 from lrkit.study.graph import jobs_of
 from lrkit.study.jobs import Job, Told, row_devices
 from lrkit.study.ledger import write_plan
-from lrkit.study.old import tell_damaged, with_old
+from lrkit.study.old import check_old, tell_damaged, with_old
 from lrkit.study.plan import Plan
 from lrkit.study.pool import chosen, run_jobs
 from lrkit.study.run_settings import total_steps
@@ -192,8 +192,7 @@ def run_missing(
     Raises:
         LrkitError: something in the plan cannot run, or the folder holds something else. No step is spent then.
     """
-    if keep_old and recompute:
-        raise LrkitError("keep_old keeps cells of other code, and recompute computes them again: give one of them")
+    check_old(keep_old, recompute)
     folder = Path(os.path.abspath(folder))
     cells = folder / "cells"
     steps: dict[tuple[str, str], int] = {}
@@ -204,7 +203,11 @@ def run_missing(
     jobs = with_old(jobs, folder, keep_old, recompute)
     again = {job.key for job in jobs if recompute and is_packed(cells / job.key)}
     done = {job.key for job in jobs if is_done(cells / job.key)} - again
-    waiting = {job.key: job for job in jobs if job.key not in done}
+    waiting: dict[str, Job] = {}
+    for job in jobs:  # a cell whose source is run again may have to follow it
+        if job.key not in done or not follows(cells / job.key) or any(source in waiting for source in job.sources):
+            waiting[job.key] = job
+    done -= waiting.keys()
     total = len({job.key for job in jobs})
     first = executor() if waiting else None  # an executor that cannot be had is told before anything is written
     try:

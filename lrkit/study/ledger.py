@@ -75,6 +75,14 @@ def check_same(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord],
         where: the file that it is from, for errors.
     """
     mine = _planned(plan, jobs, tasks, there.name)
+    for what in ("margin", "claims"):
+        was, now = getattr(there, what), getattr(mine, what)
+        if now and now != was:
+            begun = f"with {'another' if what == 'margin' else 'other'} {what}" if was else f"without {what}"
+            raise LrkitError(f"{where} was begun {begun}, which a study states before its first cell")
+    if not {task.name for task in there.tasks} & set(tasks):
+        theirs = ", ".join(task.name for task in there.tasks)
+        raise LrkitError(f"{where} is of other tasks ({theirs}) than this study ({', '.join(tasks)})")
     joined(attrs.evolve(there, cells=(), trials=()), mine, where, yields=False)
 
 

@@ -10,13 +10,19 @@ import attrs
 from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.study.cell import Cell
-from lrkit.study.cell_folder import damaged, has_result, is_done, is_packed
+from lrkit.study.cell_folder import damaged, follows, has_result, is_done, is_packed
 from lrkit.study.run_settings import RunSettings
 from lrkit.study.store import canonical, read_json
 from lrkit.study.study_file import read_study_file
 
 if TYPE_CHECKING:
     from lrkit.study.jobs import Job
+
+
+def check_old(keep: bool, recompute: bool) -> None:
+    """Raise LrkitError if cells of other code are to be kept and to be computed again."""
+    if keep and recompute:
+        raise LrkitError("keep_old keeps cells of other code, and recompute computes them again: give one of them")
 
 
 def with_old(jobs: "list[Job]", folder: Path, keep: bool, recompute: bool = False) -> "list[Job]":
@@ -42,12 +48,10 @@ def with_old(jobs: "list[Job]", folder: Path, keep: bool, recompute: bool = Fals
     cells = folder / "cells"
     found: list[Job] = []
     moved: dict[str, str] = {}
-    planned: dict[str, Cell] = {}
     old, kept = 0, 0
     for job in jobs:
         named = job.key
         job = job.moved(moved)
-        planned[job.key] = job.cell
         entry = entries.get(job.entry(0 if job.row == 0 else labels.get(job.label, -1)).place)
         packed = entry is not None and is_packed(cells / entry.key)
         if not (
@@ -58,7 +62,7 @@ def with_old(jobs: "list[Job]", folder: Path, keep: bool, recompute: bool = Fals
             or not is_done(cells / entry.key)
         ):
             stays = (keep or packed) and not recompute
-            stays = stays and _differs_in_code_alone(job.cell, entry.key, cells, planned)
+            stays = stays and _differs_in_code_alone(job.cell, entry.key, cells)
             told = entry.code != job.cell.versions["code"] and not (packed and stays)
             old += told
             kept += told and stays
@@ -82,7 +86,7 @@ def with_old(jobs: "list[Job]", folder: Path, keep: bool, recompute: bool = Fals
     return found
 
 
-def _differs_in_code_alone(cell: Cell, key: str, cells: Path, planned: Mapping[str, Cell]) -> bool:
+def _differs_in_code_alone(cell: Cell, key: str, cells: Path) -> bool:
     """Tell if a cell that was computed is this one but for the code, and so are the cells that it needed.
 
     One that was taken in from a pack may be of other versions, too.
@@ -91,7 +95,6 @@ def _differs_in_code_alone(cell: Cell, key: str, cells: Path, planned: Mapping[s
         cell: this one.
         key: of the one that was computed.
         cells: the folder that holds the cells' folders.
-        planned: the cells that this one may need, by key.
     """
     names = ("data", "model") if is_packed(cells / key) else ("torch", "transformers", "data", "model")
     defaults = {name: value for name, value in attrs.asdict(RunSettings()).items() if name != "threads"}
@@ -112,16 +115,9 @@ def _differs_in_code_alone(cell: Cell, key: str, cells: Path, planned: Mapping[s
         return False
     # A rate that was left open there may be any.
     open_ = {name: wanted.get(name) for name in ("lr", "head_lr") if settings.get(name) is None}
-    if was != now or {**settings, **open_} != wanted or len(computed.needs) != len(cell.needs):
-        return False
-    return all(
-        (before.rule, before.settings, len(before.cells)) == (here.rule, here.settings, len(here.cells))
-        and all(
-            one == other or (other in planned and _differs_in_code_alone(planned[other], one, cells, planned))
-            for one, other in zip(before.cells, here.cells, strict=True)
-        )
-        for before, here in zip(computed.needs, cell.needs, strict=True)
-    )
+    # The cells that it needs must be the very same: under their old keys, if they are kept.
+    needs, needed = (canonical([attrs.asdict(need) for need in each.needs]) for each in (cell, computed))
+    return bool(was == now and {**settings, **open_} == wanted and needs == needed and follows(cells / key))
 
 
 def _cells(number: int) -> str:
@@ -135,7 +131,8 @@ def tell_damaged(folder: Path, waiting: Sequence[str]) -> None:
         folder: the study's.
         waiting: keys of the cells that will be run.
     """
-    broken = {key: damaged(folder / "cells" / key) for key in waiting if has_result(folder / "cells" / key)}
+    looked = {key: damaged(folder / "cells" / key) for key in waiting if has_result(folder / "cells" / key)}
+    broken = {key: name for key, name in looked.items() if name is not None}
     if broken:
         key, name = next(iter(broken.items()))
         path = folder / "cells" / key / str(name)

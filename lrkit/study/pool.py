@@ -101,8 +101,10 @@ def run_jobs(
         if told is not None:
             told(job, answer, total - len(left), total)
         if answer["status"] != "done":
+            # Ending one may end others with it, which need both.
             for other in [each for each in left.values() if job.key in each.sources]:
-                end(other, _without_source(other, job, answer["status"], cells))
+                if other.key in left:
+                    end(other, _without_source(other, job, answer["status"], cells))
 
     while left:
         futures: dict[Future[Any], Job] = {}

@@ -62,13 +62,16 @@ def domain(value: Any, path: str) -> Domain:
             raise LrkitError(
                 f"tune {path}: {value} must be log(LOW,HIGH,POINTS) with 0 < LOW < HIGH and 2 points or more"
             )
-        return Log(low, high, points)
+        tried = Log(low, high, points)
+        if points is not None and len({*tried.values()}) < points:
+            raise LrkitError(f"tune {path}: {value}: to three digits the ends are too near for {points} values")
+        return tried
     if not isinstance(value, list) or not value:
         raise LrkitError(f'tune {path}: must be a list of values to try, or "log(1e-4,1e-2,5)", not {shown(value)}')
     for each in value:
         if not isinstance(each, str | int | float | None) or (isinstance(each, float) and not math.isfinite(each)):
             raise LrkitError(f"tune {path}: {shown(each)} is no value of a setting: a number, a text, true or false")
-    if len({repr(each) for each in value}) < len(value):
+    if len({(type(each) is bool, each) for each in value}) < len(value):
         raise LrkitError(f"tune {path}: a value is there twice: {shown(value)}")
     return value
 
@@ -99,7 +102,7 @@ class TuneSpec:
         trials: how many, for ``"tpe"``.
         batch: how many are proposed at a time: a trial's proposal knows the results of the batches before it.
         halving: successive halving of a grid by a factor η: all trials have T/η² of the test's T steps, the best one in η
-            T/η, the best of these T. None: all have T.
+            T/η, the best of these T; of fewer than η² trials all have T/η. None: all have T.
         defaults: also run the rows at the settings given, so that the report has both tables.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 
 from lrkit.errors import LrkitError, shown
-from lrkit.study.claim import Claim
+from lrkit.study.claim import Claim, check_claims
 from lrkit.study.published import Published
 from lrkit.study.space import tune_from
 from lrkit.study.store import FORMAT, read_object, whole_in, write_json
@@ -197,6 +197,10 @@ def _check(study: StudyFile, path: Path) -> None:
         raise LrkitError(f"{path}: base {study.base} is not one of its {rows} rows (0 to {rows - 1})")
     if study.margin is not None and not 0 < study.margin < math.inf:
         raise LrkitError(f"{path}: margin must be a number above 0, not {study.margin}")
+    try:
+        check_claims(study.claims, [row.label for row in study.rows])
+    except LrkitError as error:
+        raise LrkitError(f"{path}: {error}") from None
     if study.tune is not None:
         tune_from(study.tune, f"{path}: tune")
     entries: list[CellEntry | CostEntry] = [*study.cells, *study.trials, *study.costs]

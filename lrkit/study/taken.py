@@ -8,6 +8,7 @@ taken up where it was: cells that are there and done are left alone.
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -120,7 +121,10 @@ def take_in(source: Source, plan: Plan, jobs: Sequence[Job], tasks: Mapping[str,
 
 
 def _check_inputs(pack: Pack, jobs: Sequence[Job]) -> None:
-    """Raise LrkitError if packed cells are of other data, another metric or another model than those of this study."""
+    """Raise LrkitError if packed cells are not what their keys say, or of other data, metrics or models than these."""
+    for key, packed in pack.cells.items():
+        if _key_of(packed.config) != key:
+            raise LrkitError(f"{pack.path}: the cell {key} is not of the configuration that it holds")
     here = {job.task: job.cell for job in jobs}
     for entry in places(pack.study).values():
         cell, job = pack.cells.get(entry.key), here.get(entry.task)
@@ -130,6 +134,14 @@ def _check_inputs(pack: Pack, jobs: Sequence[Job]) -> None:
         same = all(cell.versions.get(name) == job.versions.get(name) for name in ("data", "model"))
         if not same or not isinstance(task, dict) or task.get("metric") != job.task["metric"]:
             raise LrkitError(f"{pack.path} is of other data, another metric or another model on {entry.task}")
+
+
+def _key_of(config: Mapping[str, Any]) -> str:
+    """Compute a cell's key from its configuration; empty if it is none of a cell."""
+    try:
+        return Cell.from_config(config, planned=True).key
+    except (LrkitError, TypeError, ValueError, KeyError, AttributeError):
+        return ""
 
 
 def _waiting(pack: Pack, own: StudyFile | None, folder: Path) -> dict[Place, CellEntry]:

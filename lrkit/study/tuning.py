@@ -44,6 +44,10 @@ def check_tune(tune: TuneSpec, seeds: Sequence[int]) -> None:
             raise LrkitError(f"tune: {name} must be {least} or more, not {value}")
     if tune.halving is not None and (tune.sampler != "grid" or "run.batch_size" in tune.space):
         raise LrkitError("tune: halving goes with a grid, and with batches of one size: leave one of the two out")
+    if tune.halving is not None and tune.count < tune.halving:
+        raise LrkitError(
+            f"tune: of {tune.count} trials none in {tune.halving} can go on: try more values, or leave halving out"
+        )
     for path, tried in tune.domains.items():
         kind, _, name = path.partition(".")
         if kind == "run" and name not in RUN:

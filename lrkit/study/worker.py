@@ -27,7 +27,7 @@ from lrkit.errors import LrkitError, cut
 from lrkit.foreign import line_of
 from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell, code_of
-from lrkit.study.cell_folder import PACKED, is_done, note_attempt, note_failure, tidy
+from lrkit.study.cell_folder import PACKED, digest_of_result, follows, forget, is_done, note_attempt, note_failure, tidy
 from lrkit.study.checkpoints import Record
 from lrkit.study.run_settings import settings_from, steps_of
 from lrkit.study.settling import settle
@@ -86,6 +86,8 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
     with _training, as_it_was(), lock(place / "lock") as mine:
         if not mine:
             return answer | {"status": "busy"}
+        if not follows(place):
+            forget(place)
         if not is_done(place):
             try:
                 _attempt(cell, place, settled)
@@ -108,9 +110,10 @@ def _attempt(cell: Cell, place: Path, conditions: Conditions) -> None:
             f"this process has other code than the study was begun with ({now}, not {cell.versions['code']}): the same "
             "sources of lrkit and plug-ins must be everywhere, and not change meanwhile"
         )
+    sources = {key: digest_of_result(place.parent / key) for need in cell.needs for key in need.cells}
     planned, cell = cell, settle(cell, place.parent)
     (place / PACKED).unlink(missing_ok=True)
-    write_json(place / "config.json", {"format": FORMAT, **cell.to_config(planned)})
+    write_json(place / "config.json", {"format": FORMAT, **cell.to_config(planned, sources)})
     write_json(place / "env.json", _environment(conditions))
     begin = {"event": "begin", "from_step": conditions.record(place).step()}
     note_attempt(place, {**begin, "host": socket.gethostname(), "pid": os.getpid()})

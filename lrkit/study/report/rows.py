@@ -1,11 +1,14 @@
 """Each row's hyperparameters and parameter counts, and how it differs from the base."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
 
+from lrkit.study.labels import shown_value
 from lrkit.study.report.view import View, alpha_over_rank
 from lrkit.study.texts import compact
+from lrkit.study.tuned import chosen_of
 
 
 @attrs.frozen
@@ -36,6 +39,8 @@ class Hyperparameters:
                 (f"{task}: " if view.several else "") + ", ".join(f"{name} {rate:g}" for name, rate in of.items())
                 for task, of in record.rates.items()
             ]
+            if view.record.tune is not None:
+                rates = [*_chosen(view, row), *(f"given: {told}" for told in rates)]
             scale = alpha_over_rank(record.method)
             rates += [f"α/r {scale}"] if rates and scale else []
             counts = [
@@ -43,6 +48,22 @@ class Hyperparameters:
             ]
             rows.append(Setup(row, parts, list(dict.fromkeys(rates)), [(task, told) for task, told in counts if told]))
         return cls(rows, [task.name for task in view.record.tasks])
+
+
+def _chosen(view: View, row: int) -> list[str]:
+    """Write what the trials of a row chose, by task."""
+    choices = {task.name: chosen_of(view.record, row, task.name) for task in view.record.tasks}
+    return [
+        f"chosen{f' on {task}' if view.several else ''}: "
+        + ", ".join(f"{path.removeprefix('run.')} {shown_value(value)}" for path, value in choice.settings.items())
+        for task, choice in choices.items()
+        if choice is not None
+    ]
+
+
+def _tuned(path: str, tune: Mapping[str, Any] | None) -> bool:
+    """Tell if a change is a rate by default that no test cell has, since it is tuned."""
+    return tune is not None and path.endswith(" (by default)") and path.removesuffix(" (by default)") in tune["space"]
 
 
 def _parameters(view: View, row: int, task: str) -> str:
@@ -76,7 +97,7 @@ class Changes:
         """Collect it."""
         record = view.record
         rows = [
-            (row, [(change.path, change.base, change.value) for change in record.rows[row].changes])
+            (row, [(c.path, c.base, c.value) for c in record.rows[row].changes if not _tuned(c.path, record.tune)])
             for row in view.rows
             if row != record.base
         ]

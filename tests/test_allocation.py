@@ -526,6 +526,7 @@ def test_ranks_at_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path:
     path = lrkit.Allocation({"query": 3, "*": 0}).save(tmp_path / "ranks.toml")
     assert counted(capsys, "lora", "--ranks", str(path)) == 6 * 3 * (384 + 384)
     begun(lrkit.methods.lora(rank=1), 1)[0].save(tmp_path)
+    main_exits(2, "params", "lora", "--model", "minilm", "--ranks", str(path), "--set", "rank=4")
     main_exits(2, "params", "lora", "--model", "minilm", "--ranks", str(tmp_path))
     assert "rank names 12 of 36 adapted layers" in capsys.readouterr().err  # of a run on a smaller model
 

@@ -365,6 +365,20 @@ def test_margin_comes_first(tmp_path: Path) -> None:
         planned(tmp_path / "late", 0.02)
 
 
+@pytest.mark.parametrize("n", [3, 6, 12])
+def test_intervals_far_out(n: int) -> None:
+    """Nearly equal differences have an interval at once, and where both ways can be computed they agree."""
+    spread = np.linspace(-1, 1, n)
+    for far in (1e3, 1e7, 1e8):
+        low, high = effect_interval([1.0 + each / far for each in spread]) or (0.0, 0.0)
+        d = effect_size([1.0 + each / far for each in spread]) or 0.0
+        chi = [math.sqrt(stats.chi2.ppf(p, n - 1) / (n - 1)) for p in (0.025, 0.975)]
+        assert (low, high) == pytest.approx((d * chi[0], d * chi[1]), rel=1e-6)
+    near = effect_interval([1.0 + each / 80 for each in spread])
+    d = effect_size([1.0 + each / 80 for each in spread]) or 0.0
+    assert near == pytest.approx([d * c for c in chi], rel=0.02)
+
+
 def test_margin_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A study file, the command line and Python have it, and the command line's replaces the file's."""
     asked = []

@@ -234,6 +234,27 @@ def test_other_data_refused(place, packed, tmp_path):
     assert not (tmp_path / "study").exists()
 
 
+def test_refused_before_it_is_written(place, packed, tmp_path):
+    """A pack of other tasks, without this study's margin, or with a cell that is not of its key leaves no folder behind."""
+    moved = shutil.copytree(place / "data", tmp_path / "renamed")
+    odd = tmp_path / "odd.gz"
+
+    def other_rank(lines):
+        lines[1]["config"]["method"]["parameterization"]["rank"] = 7
+        return lines
+
+    lines = [json.loads(line) for line in gzip.decompress(packed.read_bytes()).splitlines()]
+    odd.write_bytes(gzip.compress("\n".join(map(json.dumps, other_rank(lines))).encode()))
+    for changes, path, told in (
+        ({"tasks": [{"data": str(moved)}]}, packed, "is of other tasks"),
+        ({"margin": 0.01}, packed, "was begun without margin"),
+        ({}, odd, "is not of the configuration that it holds"),
+    ):
+        with pytest.raises(LrkitError, match=told):
+            run(small(place, **changes), tmp_path / "study", packed=Source(path=path))
+        assert not (tmp_path / "study").exists()
+
+
 def test_folder_of_something_else(place, packed, tmp_path):
     """Nothing is taken in to a folder that holds something else; a folder that holds the pack alone is fine."""
     (tmp_path / "study").mkdir()

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import attrs
+
 from lrkit.errors import LrkitError, quoted
 
 if TYPE_CHECKING:
@@ -12,8 +14,18 @@ if TYPE_CHECKING:
     from lrkit.adapt.allocation import Allocation
     from lrkit.method import Method
 
-Reader = Callable[["Method"], "Allocation"]
-"""Gives a method's ranks, layer by layer."""
+
+@attrs.frozen
+class Reader:
+    """Gives a method's ranks, layer by layer.
+
+    Args:
+        of: gives them.
+        shares: they share out the total that the method's own rank makes.
+    """
+
+    of: Callable[["Method"], "Allocation"]
+    shares: bool
 
 
 def reader(text: str, model: "Callable[[], nn.Module]", targets: str | Sequence[str]) -> Reader:
@@ -31,10 +43,10 @@ def reader(text: str, model: "Callable[[], nn.Module]", targets: str | Sequence[
     """
     word, colon, seed = text.partition(":")
     if word not in ("uniform", "random"):
-        return lambda _: _read(text)
+        return Reader(lambda _: _read(text), shares=False)
     if (word == "random") != bool(colon) or (colon and not seed.isdecimal()):
         raise LrkitError(f'--ranks takes FILE, RUN, uniform or random:SEED (such as random:0), not "{text}"')
-    return lambda method: _shared(method, model(), targets, int(seed) if colon else None)
+    return Reader(lambda method: _shared(method, model(), targets, int(seed) if colon else None), shares=True)
 
 
 def _read(text: str) -> "Allocation":

@@ -154,7 +154,9 @@ def compose(
     if ranks is not None:
         if "rank" not in plain["parameterization"]:
             raise LrkitError(f'--ranks: parameterization "{plain["parameterization"]["name"]}" has no setting rank')
-        table = ranks(method)
+        if typed := [path for path in ("rank", "parameterization.rank") if path in settings and not ranks.shares]:
+            raise LrkitError(f"--ranks gives every layer its rank, and --set {typed[0]} another one: give one of them")
+        table = ranks.of(method)
         # As an argument first, since a method may make other settings of it, and again for what was swapped in.
         argument = {"rank": table} if "rank" in arguments else {}
         method = from_plain(composed(name, settings | argument | {"parameterization.rank": table}, swapped))

@@ -22,10 +22,11 @@ import attrs
 
 from lrkit.study.claim import Claim
 from lrkit.study.combined import combined_p, standardized
-from lrkit.study.comparison import over_rows
+from lrkit.study.comparison import over_rows, score_name
 from lrkit.study.equivalence import below_p
 from lrkit.study.paired import LEVEL, interval, smallest_p
 from lrkit.study.results import CellRecord, StudyRecord
+from lrkit.study.scores import Scale, scale_of
 
 Verdict = Literal["replicated", "not replicated", "open"]
 
@@ -41,6 +42,7 @@ class OnTask:
         low: lower end of the 95 % interval; None with fewer than six pairs.
         high: its upper end.
         p_below: one-sided p of "the mean is the margin or more"; small if so large an advantage is excluded.
+        scale: how scores of the task are written.
     """
 
     task: str
@@ -49,11 +51,14 @@ class OnTask:
     low: float | None
     high: float | None
     p_below: float | None
+    scale: Scale
 
     def __str__(self) -> str:
-        """Return difference and interval to four places: ``+0.0031 [-0.0012, +0.0074], n 10``."""
-        ends = "" if self.low is None or self.high is None else f" [{self.low:+.4f}, {self.high:+.4f}]"
-        return f"{self.difference:+.4f}{ends}, n {self.n}"
+        """Return difference and interval in the units of the tables: ``+0.31 [-0.12, +0.74], n 10``."""
+        number = self.scale.number
+        ends = "" if self.low is None or self.high is None else f" [{number(self.low, '+')}, {number(self.high, '+')}]"
+        ends = ", no width" if self.low is not None and self.low == self.high else ends
+        return f"{number(self.difference, '+')}{ends}, n {self.n}"
 
 
 @attrs.frozen(kw_only=True)
@@ -132,7 +137,8 @@ def _judged(
     p_holm: float | None,
 ) -> Judged:
     margin = record.margin if claim.margin is None else claim.margin
-    tasks = tuple(_on_task(task, each, margin) for task, each in differences.items() if each)
+    scales = {task.name: scale_of([score_name(record, task.name)]) for task in record.tasks}
+    tasks = tuple(_on_task(task, each, margin, scales[task]) for task, each in differences.items() if each)
     every = [each for each in differences.values() if each]
     verdict, why = _verdict(every, tasks, margin, missing, p_holm)
     if diverged and not missing:
@@ -151,7 +157,7 @@ def _judged(
     )
 
 
-def _on_task(task: str, differences: Sequence[float], margin: float | None) -> OnTask:
+def _on_task(task: str, differences: Sequence[float], margin: float | None, scale: Scale) -> OnTask:
     ends = interval(differences)
     return OnTask(
         task=task,
@@ -160,6 +166,7 @@ def _on_task(task: str, differences: Sequence[float], margin: float | None) -> O
         low=ends[0] if ends else None,
         high=ends[1] if ends else None,
         p_below=None if margin is None else below_p(differences, margin),
+        scale=scale,
     )
 
 

@@ -71,7 +71,7 @@ def _named(value: Any, before: Any = None) -> Any:
     """Show a component as its name, with the settings that are neither its defaults nor taken over from the one before."""
     if isinstance(value, Mapping):
         if "name" not in value:
-            return "a policy"
+            return "ranks by layer" if all(type(each) is int for each in value.values()) else "a policy"
         own = _defaults_of(value["name"])
         there = before if isinstance(before, Mapping) else value
         told = {k: v for k, v in value.items() if k in own and v != own[k] and v != there.get(k)}

@@ -69,6 +69,12 @@ def test_missing_cells_leave_it_open(tmp_path):
     assert (found.verdict, found.missing, found.why) == ("open", 1, "1 pair of cells still to come")
 
 
+def test_equal_differences_say_nothing(tmp_path):
+    """Rows whose differences are all zero, as of scores at chance, exclude no advantage."""
+    (found,) = judged(tmp_path / "s", {"movies": [0.0] * 10, "rte": spread(0.0)})
+    assert found.verdict == "open" and "too coarse" in found.why
+
+
 def test_diverged_runs_leave_it_open(tmp_path):
     """The runs that did not diverge are no fair sample: no verdict, though all of them are ahead."""
     clear = {"movies": spread(0.05), "rte": spread(0.05)}

@@ -68,6 +68,7 @@ class Findings:
             lines = [
                 [each["row"], each["task"], str(each["trials"]), _settings(each["settings"])] for each in self.tuned
             ]
+            screen.say("")
             screen.table(heads, lines, "tuned")
             for each in self.tuned:
                 if each["widen"]:
@@ -77,6 +78,7 @@ class Findings:
         if self.claims:
             heads = [Column("claim"), Column("verdict"), Column("difference", number=True), Column("because")]
             rows = [[each.claim.name, each.verdict, screen.whole(each.difference), each.why] for each in self.claims]
+            screen.say("")
             screen.table(heads, rows, "claims")
 
 

@@ -54,7 +54,7 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
     cells, trials = plan.cells, plan.trials
     if as_json:
         told = {"rows": rows, "rates": rates, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells}
-        told |= {"margin": plan.study.margin}
+        told |= {"margin": plan.study.margin, "claims": [claim.name for claim in plan.study.claims]}
         told |= {"trials": trials} if plan.study.tune is not None else {}
         screen.say_json(told | {"too_few_seeds": too_few_seeds(len(plan.rows) - 1, len(plan.seeds))})
         return
@@ -73,6 +73,8 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
     screen.say(f"{before}{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
     if plan.study.margin is not None:
         screen.say(f"Margin: ±{plan.study.margin:g} of the primary score, written down before the first cell.")
+    if plan.study.claims:
+        screen.say(f"Claims, judged when every cell is done: {', '.join(claim.name for claim in plan.study.claims)}.")
     for line in limits(plan):
         screen.say(line)
 

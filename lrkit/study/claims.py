@@ -7,8 +7,8 @@ minus the second's, and its margin m is the smallest advantage that would matter
   difference" at 0.05, after Holm's correction over the claims of the study, with the first row ahead;
 - *not replicated* if that test rejects with the second row ahead, or if on every task an advantage of m or more is
   rejected at 0.05, one-sided (the upper end of the 90 % interval lies below m);
-- *open* otherwise, as long as a cell is missing, if a run of either row diverged (those that did not are no fair sample), and
-  if all differences on a task are equal (the scores are too coarse).
+- *open* otherwise; as long as a cell is missing; if a run of either row diverged (those that did not are no fair sample);
+  and if all differences on a task are equal (the scores are too coarse).
 
 For example, of a claim with m = 0.01 and a mean difference of 0.002 from -0.003 to 0.007 on its one task, the advantage
 that was claimed is excluded: not replicated.

@@ -214,6 +214,26 @@ def defaults(cls: type) -> dict[str, Any]:
     return found
 
 
+_NOTHING = object()
+
+
+def at(plain: Any, path: str, default: Any = None) -> Any:
+    """Return what is at a path in plain data, for example at ``"also.0.metric"``; the default if there is nothing."""
+    for key in path.split("."):
+        if isinstance(plain, list) and key.isdecimal() and int(key) < len(plain):
+            plain = plain[int(key)]
+        elif isinstance(plain, Mapping) and key in plain:
+            plain = plain[key]
+        else:
+            return default
+    return plain
+
+
+def is_at(plain: Any, path: str) -> bool:
+    """Tell if there is anything at a path in plain data."""
+    return at(plain, path, _NOTHING) is not _NOTHING
+
+
 def as_plain(value: Any) -> Any:
     """Copy a value into what JSON can hold: dicts and lists in place of mappings and tuples, all the way down."""
     if isinstance(value, Mapping):

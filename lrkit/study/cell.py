@@ -7,7 +7,7 @@ cell, and it is trained once.
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lrkit.reading import opened
 from lrkit.study.asked import TaskSpec
 from lrkit.study.needs import Need, needs_from
 from lrkit.study.run_settings import rates
-from lrkit.study.store import canonical
+from lrkit.study.store import digest_of
 
 _SPLITS = ("train", "validation")
 
@@ -53,7 +53,7 @@ class Cell:
     selection: int | None = None
     stop: int | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Return its name: the first 16 hexadecimal digits of a SHA-256 over its canonical JSON.
 
@@ -67,14 +67,14 @@ class Cell:
             plain["task"]["data"] = self.versions["data"]
         if "model" in self.versions:
             plain["model"] = self.versions["model"]
-        return hashlib.sha256(canonical(plain).encode()).hexdigest()[:16]
+        return digest_of(plain)
 
     @property
     def setup(self) -> str:
         """Hash what all cells of a study on one task must share: task, model, and versions but plug-ins'."""
         # A cell of other code is a cell of this study all the same: it is shown as such, and computed again.
         common = {name: self.versions.get(name) for name in ("lrkit", "torch", "transformers", "data", "model")}
-        return hashlib.sha256(canonical([{**self.task, "data": None}, common]).encode()).hexdigest()[:16]
+        return digest_of([{**self.task, "data": None}, common])
 
     @property
     def seed(self) -> int:

@@ -5,14 +5,13 @@ A cell is *done* if its folder holds a result, and every file that its list name
 
 import contextlib
 import datetime
-import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lrkit.errors import LrkitError, cut
-from lrkit.study.store import LIST, Lines, canonical, check_sum, finite, lock, read_json, write_bytes
+from lrkit.study.store import LIST, Lines, check_sum, digest_of, finite, lock, read_json, write_bytes
 
 PACKED = "packed.json"
 """The mark in the folder of a cell that was taken in from a pack: `lrkit.study.taken`."""
@@ -36,13 +35,17 @@ def digest_of_result(folder: Path) -> str:
         result = read_json(folder / "result.json")
     except LrkitError:
         return ""
-    return "" if result is None else hashlib.sha256(canonical(finite(result)).encode()).hexdigest()[:16]
+    return "" if result is None else digest_of(finite(result))
 
 
-def follows(folder: Path) -> bool:
+def follows(folder: Path, digest: Callable[[Path], str] = digest_of_result) -> bool:
     """Tell if a cell was settled from the results that the cells it needs have now; of one not begun, that it may be.
 
     They may have been made anew since, or come from another machine, where the last bits of a run are others.
+
+    Args:
+        folder: the cell's.
+        digest: gives the digest of a result by its folder; for many cells at a time one that remembers.
     """
     try:
         config = read_json(folder / "config.json")
@@ -51,7 +54,7 @@ def follows(folder: Path) -> bool:
     if not isinstance(config, dict) or not config.get("planned", {}).get("needs"):
         return True
     found = config.get("sources")
-    return isinstance(found, dict) and all(digest_of_result(folder.parent / key) == each for key, each in found.items())
+    return isinstance(found, dict) and all(digest(folder.parent / key) == each for key, each in found.items())
 
 
 def is_done(folder: Path) -> bool:

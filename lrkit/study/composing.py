@@ -99,15 +99,3 @@ def check_path(base: Any, plain: Mapping[str, Any], path: str) -> None:
         with_setting_of(base, plain, path, None)
     else:
         compose(plain, swaps={path: None})
-
-
-def has(plain: Any, path: str) -> bool:
-    """Tell if there is anything at a path in a method's plain data."""
-    for key in path.split("."):
-        if isinstance(plain, list) and key.isdecimal() and int(key) < len(plain):
-            plain = plain[int(key)]
-        elif isinstance(plain, Mapping) and key in plain:
-            plain = plain[key]
-        else:
-            return False
-    return True

@@ -6,7 +6,6 @@ step of the row takes a fifth longer than a step of the base on the same batch.
 """
 
 import copy
-import hashlib
 import itertools
 import json
 import statistics
@@ -25,10 +24,10 @@ from lrkit.errors import LrkitError
 from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell
 from lrkit.study.cell_folder import is_packed
-from lrkit.study.graph import jobs_of
-from lrkit.study.plan import Plan
-from lrkit.study.run_settings import settings_from, total_steps
-from lrkit.study.store import canonical, lock, read_json, write_json
+from lrkit.study.jobs import cell_of
+from lrkit.study.plan import Plan, Row
+from lrkit.study.run_settings import settings_from, steps_of
+from lrkit.study.store import digest_of, lock, read_json, write_json
 from lrkit.study.study_file import CostEntry, StudyFile, read_study_file, write_study_file
 
 if TYPE_CHECKING:
@@ -59,9 +58,6 @@ def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], N
     known = {(cost.row, cost.task): cost.key for cost in study.costs}
     tuned = study.tune is not None
     trained = {(c.row, c.task): c.key for c in reversed(study.cells) if c.tuned == tuned}
-    cells = {
-        (job.row, job.task): job.cell for job in reversed(jobs_of(plan)) if job.trial is None and job.tuned == tuned
-    }
     mine: dict[tuple[str, str], str] = {}
     for number, (spec, row) in enumerate(itertools.product(plan.tasks, plan.rows), start=1):
         index = 0 if row is plan.rows[0] else labels.index(row.label)
@@ -75,10 +71,10 @@ def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], N
             mine[row.label, spec.name] = there
             continue
         base_cell, own_cell = (
-            _settled(cells[at, spec.name], trained.get((place, spec.name)), folder)
-            for at, place in ((0, 0), (plan.rows.index(row), index))
+            _settled(plan, each, spec, trained.get((place, spec.name)), folder)
+            for each, place in ((plan.rows[0], 0), (row, index))
         )
-        key = hashlib.sha256(canonical([base_cell, own_cell, threads]).encode()).hexdigest()[:16]
+        key = digest_of([base_cell, own_cell, threads])
         mine[row.label, spec.name] = known[index, spec.name] = key
         path = folder / "costs" / f"{key}.json"
         if not _is_measured(path):
@@ -99,10 +95,11 @@ def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], N
         write_study_file(folder, attrs.evolve(study, costs=tuple(costs.values())))
 
 
-def _settled(cell: Cell, trained: str | None, folder: Path) -> dict[str, Any]:
-    """Return a cell as it was trained, as plain data; as it was planned if it needs no other cell, or was not trained."""
-    config = read_json(folder / "cells" / trained / "config.json") if cell.needs and trained else None
-    return (Cell.from_config(config) if config else cell).to_plain()
+def _settled(plan: Plan, row: Row, spec: TaskSpec, trained: str | None, folder: Path) -> dict[str, Any]:
+    """Return a row's cell as plain data: as it was trained if it needs other cells and was, and else as it is planned."""
+    needs = plan.study.tune is not None or row.control is not None
+    config = read_json(folder / "cells" / trained / "config.json") if needs and trained else None
+    return (Cell.from_config(config) if config else cell_of(plan, row, spec, plan.seeds[0])).to_plain()
 
 
 def _study_in(folder: Path) -> StudyFile:
@@ -207,7 +204,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     base, row = asked["base"], asked["row"]
     settings = settings_from(row["run"])
     task = load_task_of(TaskSpec(**row["task"]))
-    steps = total_steps(settings, min(len(task.train), settings.train_rows or len(task.train)))
+    steps = steps_of(settings, len(task.train))
     net, tokenizer = load_model(row["model"], task)
     net.train()
     rows, _ = task.subset((WARM + PAIRS) * settings.batch_size, 1).tokenize(tokenizer, settings.max_length)

@@ -1,5 +1,6 @@
 """Run a study: `check` all of it, write its plan, run the cells that are missing, and measure costs: `execute`."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -11,7 +12,7 @@ from lrkit.compose import to_plain
 from lrkit.errors import LrkitError, nearest, shown
 from lrkit.study.asked import load_task_of
 from lrkit.study.cell import components_of
-from lrkit.study.cell_folder import follows, forget, has_result, is_done, is_packed, tidy_done
+from lrkit.study.cell_folder import digest_of_result, follows, forget, has_result, is_done, is_packed, tidy_done
 from lrkit.study.executors import gpus
 from lrkit.study.graph import jobs_of
 from lrkit.study.jobs import Job, Told, row_devices
@@ -19,7 +20,7 @@ from lrkit.study.ledger import write_plan
 from lrkit.study.old import check_old, tell_damaged, with_old
 from lrkit.study.plan import Plan
 from lrkit.study.pool import chosen, run_jobs
-from lrkit.study.run_settings import total_steps
+from lrkit.study.run_settings import steps_of
 from lrkit.study.study_file import TaskRecord
 from lrkit.study.taken import Source, take_in
 from lrkit.study.tuning import check_schedules
@@ -68,7 +69,7 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
         net = empty_model(plan.study.model, task.num_labels, task.auto_class)
         for row in plan.rows:
             settings = plan.settings(row, spec, 0)
-            length = total_steps(settings, min(len(task.train), settings.train_rows or len(task.train)))
+            length = steps_of(settings, len(task.train))
             if steps is not None:
                 steps[row.label, spec.name] = length
             try:
@@ -204,8 +205,10 @@ def run_missing(
     again = {job.key for job in jobs if recompute and is_packed(cells / job.key)}
     done = {job.key for job in jobs if is_done(cells / job.key)} - again
     waiting: dict[str, Job] = {}
+    digest = functools.cache(digest_of_result)  # many cells need the same ones
     for job in jobs:  # a cell whose source is run again may have to follow it
-        if job.key not in done or not follows(cells / job.key) or any(source in waiting for source in job.sources):
+        again_too = any(source in waiting for source in job.sources)
+        if job.key not in done or again_too or not follows(cells / job.key, digest):
             waiting[job.key] = job
     done -= waiting.keys()
     total = len({job.key for job in jobs})

@@ -46,6 +46,7 @@ class _Graph:
         self._found: dict[tuple[Any, ...], Job] = {}
         self._rows: dict[str, int] = {}
         self._choices: dict[tuple[int, str], Need] = {}
+        self._grids: dict[int, list[dict[str, Any]]] = {}
 
     @property
     def jobs(self) -> list[Job]:
@@ -75,7 +76,7 @@ class _Graph:
                 at = {**before.settings, "rungs": list(tune.rungs[: trial.rung + 1]), "slot": trial.number}
                 needs.append(attrs.evolve(before, rule="promoted", settings=at))
             elif tune.sampler == "grid":
-                settings = grid(space_of(tune, row.tuned))[trial.number]
+                settings = self._grid(tune, index)[trial.number]
             else:
                 before = self._all(tune, index, spec, [trial.number - trial.number % tune.batch])
                 at = {**before.settings, "index": trial.number % tune.batch}
@@ -95,6 +96,12 @@ class _Graph:
                 ]
             self._add(place, index, spec, seed, needs, settings=settings, trial=trial)
         return self._found[place]
+
+    def _grid(self, tune: TuneSpec, index: int) -> list[dict[str, Any]]:
+        """Return the settings of a row's trials."""
+        if index not in self._grids:
+            self._grids[index] = grid(space_of(tune, self._plan.rows[index].tuned))
+        return self._grids[index]
 
     def _chosen(self, tune: TuneSpec, index: int, spec: TaskSpec) -> Need:
         """Return the need of all trials of a row on a task, and of what they choose."""

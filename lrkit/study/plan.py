@@ -14,9 +14,10 @@ import attrs
 from lrkit.compose import from_plain, to_plain, with_setting
 from lrkit.errors import LrkitError, nearest
 from lrkit.method import Method
+from lrkit.settings import is_at
 from lrkit.study.asked import RowSpec, Study, TaskSpec, study_from, study_named
 from lrkit.study.claim import check_claims
-from lrkit.study.composing import check_path, composed, has
+from lrkit.study.composing import check_path, composed
 from lrkit.study.controls import Control, check_control, check_kind, controlled
 from lrkit.study.labels import differences, label_of, shown_value
 from lrkit.study.published import check_published
@@ -93,7 +94,7 @@ class Plan:
         plain = to_plain(row.method)
         for path, value in task.set.items():
             # The row comes after the task; and a task's schedule means nothing to a row without one.
-            if path not in row.own and (row is self.rows[0] or has(plain, path)):
+            if path not in row.own and (row is self.rows[0] or is_at(plain, path)):
                 plain = with_setting(plain, path, value)
         return from_plain(plain)
 

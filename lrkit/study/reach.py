@@ -6,7 +6,8 @@ from typing import Any
 
 from lrkit.compose import arguments_of
 from lrkit.errors import LrkitError, LrkitWarning, nearest
-from lrkit.study.composing import composed, has
+from lrkit.settings import is_at
+from lrkit.study.composing import composed
 
 METHOD = "method"
 """The path that makes rows of other methods, if it is swapped."""
@@ -38,7 +39,7 @@ class Reached:
         self._rows += 1
         plain, known = composed(base), arguments_of(base)
         for path in self._settings:
-            if path not in known and not ("." in path and has(plain, path)):
+            if path not in known and not ("." in path and is_at(plain, path)):
                 self._lacking.setdefault(path, []).append(label)
         return {path: value for path, value in self._settings.items() if label not in self._lacking.get(path, ())}
 

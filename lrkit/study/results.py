@@ -225,6 +225,17 @@ class StudyRecord:
         """List the cells of one row, of one task if it is given."""
         return tuple(cell for cell in self.cells if cell.row == row and task in (None, cell.task))
 
+    def trials_in(self, row: int, task: str) -> tuple[CellRecord, ...]:
+        """List the cells that settings of one row were tried in, on one task."""
+        return tuple(self._trials.get((row, task), ()))
+
+    @cached_property
+    def _trials(self) -> dict[tuple[int, str], list[CellRecord]]:
+        found: dict[tuple[int, str], list[CellRecord]] = {}
+        for cell in self.trials:
+            found.setdefault((cell.row, cell.task), []).append(cell)
+        return found
+
     @property
     def counts(self) -> dict[Status, int]:
         """Count the cells in each status."""

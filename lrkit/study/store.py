@@ -5,6 +5,7 @@ read while it runs. JSON has no NaN: it is written as null, and null is read as 
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -43,6 +44,11 @@ def finite(value: Any) -> Any:
 def canonical(value: Any) -> str:
     """Write plain data as one JSON text that is the same for equal data: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """Return the first 16 hexadecimal digits of a SHA-256 over plain data's canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
 def json_bytes(value: Any) -> bytes:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.errors import LrkitError
+from lrkit.settings import at
 from lrkit.study.choosing import best_of, survivors
 from lrkit.study.run_settings import RunSettings
 from lrkit.study.space import Domain, Log, TuneSpec, grid, space_of, tune_from
@@ -61,13 +62,19 @@ def trials_of(record: "StudyRecord", row: int, task: str) -> tuple[TrialRecord, 
     With successive halving a trial has the scores of the furthest rung that it came to.
     """
     places: dict[tuple[int, int], list[CellRecord]] = {}
-    for cell in record.trials:
-        if cell.row == row and cell.task == task and cell.number is not None:
+    for cell in record.trials_in(row, task):
+        if cell.number is not None:
             places.setdefault((cell.rung, cell.number), []).append(cell)
     if not places:
         return ()
+    tune, paths = _tune(record), record.rows[row].tuned
+    listed = grid(space_of(tune, paths)) if tune.sampler == "grid" else None
+
+    def trial(number: int, cells: "list[CellRecord]") -> TrialRecord:
+        return _trial(number, cells, _settings(listed, paths, number, cells))
+
     sizes = [sum(rung == each for rung, _ in places) for each in range(1 + max(rung for rung, _ in places))]
-    found = {number: _trial(record, row, number, places[0, number]) for number in range(sizes[0])}
+    found = {number: trial(number, places[0, number]) for number in range(sizes[0])}
     means = [found[number].mean for number in range(sizes[0])]
     for rung in range(1, len(sizes)):
         if any(mean is None for mean in means):
@@ -77,7 +84,7 @@ def trials_of(record: "StudyRecord", row: int, task: str) -> tuple[TrialRecord, 
         step = places[rung - 1, 0][0].steps
         found |= {number: attrs.evolve(found[number], stopped=step) for number in {*before} - {*here}}
         for slot, number in enumerate(here):
-            found[number] = _trial(record, row, number, places[rung, slot])
+            found[number] = trial(number, places[rung, slot])
             means.append(found[number].mean)
     return tuple(found.values())
 
@@ -86,21 +93,22 @@ def _comparable(mean: float | None) -> float:
     return -math.inf if mean is None or math.isnan(mean) else mean
 
 
-def _trial(record: "StudyRecord", row: int, number: int, cells: "list[CellRecord]") -> TrialRecord:
+def _trial(number: int, cells: "list[CellRecord]", settings: dict[str, Any]) -> TrialRecord:
     scores = {cell.seed: cell.score for cell in cells if cell.score is not None}
     return TrialRecord(
         number=number,
-        settings=_settings(record, row, number, cells),
+        settings=settings,
         scores=scores,
         mean=statistics.fmean(scores.values()) if len(scores) == len(cells) else None,
     )
 
 
-def _settings(record: "StudyRecord", row: int, number: int, cells: "list[CellRecord]") -> dict[str, Any]:
+def _settings(
+    listed: list[dict[str, Any]] | None, paths: dict[str, str], number: int, cells: "list[CellRecord]"
+) -> dict[str, Any]:
     """Find the settings of a trial: by its number in a grid; if they were proposed, in what was trained."""
-    tune, paths = _tune(record), record.rows[row].tuned
-    if tune.sampler == "grid":
-        return dict(*grid(space_of(tune, paths))[number : number + 1])
+    if listed is not None:
+        return listed[number] if number < len(listed) else {}
     return _trained(paths, next((cell.config for cell in cells if cell.result is not None), {}))
 
 
@@ -143,18 +151,11 @@ def _tune(record: "StudyRecord") -> TuneSpec:
     return tune_from(record.tune, "tune")
 
 
-def _at(plain: Any, path: str) -> Any:
-    """Return what is at a path in plain data; None if there is nothing."""
-    for key in path.split("."):
-        plain = plain[int(key)] if isinstance(plain, list) and key.isdecimal() else (plain or {}).get(key)
-    return plain
-
-
 def _default(record: "StudyRecord", row: int, task: str, path: str) -> Any:
     """Return the value that a row has without tuning."""
     own, name = record.rows[row], path.removeprefix("run.")
     if not path.startswith("run."):
-        return _at(own.method, path)
+        return at(own.method, path)
     given = {**attrs.asdict(RunSettings()), **record.run, **own.run, **own.rates.get(task, {})}
     return given.get(name)
 
@@ -203,7 +204,7 @@ def _tried(
 
 def _trained(paths: dict[str, str], config: dict[str, Any]) -> dict[str, Any]:
     return {
-        path: _at(config if path.startswith("run.") else config["method"], path) for path in paths.values() if config
+        path: at(config if path.startswith("run.") else config["method"], path) for path in paths.values() if config
     }
 
 

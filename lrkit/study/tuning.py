@@ -11,8 +11,7 @@ import attrs
 
 from lrkit.compose import arguments_of, from_plain, to_plain, with_setting
 from lrkit.errors import LrkitError, nearest
-from lrkit.settings import check_settings
-from lrkit.study.composing import has
+from lrkit.settings import check_settings, is_at
 from lrkit.study.run_settings import RunSettings, settings_from
 from lrkit.study.space import Domain, TuneSpec, domain, ends, grid, optuna_version, space_of
 
@@ -101,7 +100,7 @@ def inherited(tune: TuneSpec, source: Mapping[str, str], plain: Mapping[str, Any
         plain: the row's method.
         label: the row's, for errors.
     """
-    found = {name: path for name, path in source.items() if path.startswith("run.") or has(plain, path)}
+    found = {name: path for name, path in source.items() if path.startswith("run.") or is_at(plain, path)}
     lacking = [name for name in tune.space if name not in found]
     if lacking and tune.sampler == "grid":
         raise LrkitError(_lacks(lacking[0], label))
@@ -119,7 +118,7 @@ def _path_of(name: str, tried: Domain, base: Any, compose: Callable[[Mapping[str
     """Return the path of a setting of the method; None if it has none."""
     plain = compose({})
     if "." in name:
-        return name if has(plain, name) else None
+        return name if is_at(plain, name) else None
     if name not in arguments_of(base):
         return None
     low, high = ends(tried)[0], ends(tried)[-1]

@@ -79,7 +79,7 @@ def tuning(view: View, task: str) -> Tuning | None:
 def _chosen(
     view: View, task: str, row: int, trials: Sequence[TrialRecord], choice: Choice | None, scale: Scale
 ) -> Chosen:
-    cells = [cell for cell in view.record.trials if (cell.row, cell.task) == (row, task)]
+    cells = view.record.trials_in(row, task)
     stopped = sum(trial.stopped is not None for trial in trials)
     done = sum(cell.status == "done" for cell in cells)
     told = f"{len(trials)} ({done} of {len(cells)} cells{f', {stopped} stopped early' if stopped else ''})"

@@ -15,6 +15,7 @@ import attrs
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
+from older import told
 
 import lrkit
 from lrkit.adapt import checkpoint
@@ -201,15 +202,6 @@ def test_old_studies_read_the_same() -> None:
         assert new.pop("notes").startswith(old.pop("notes"))
         assert {key: new[key] for key in old} == old
     assert as_plain(found) == expected
-
-
-def told(old: Any, new: Any) -> Any:
-    """Return what a new file says of all that an old one says. Keys that there were not yet are left out."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return {key: told(value, new[key]) for key, value in old.items() if key in new}
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [told(a, b) for a, b in zip(old, new, strict=True)]
-    return new
 
 
 def test_old_files_are_written_the_same(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrkit import toml
 from lrkit.errors import LrkitError, nearest, shown
 from lrkit.moves import replacing
 from lrkit.reading import TOML_BYTES, is_folder, parse_json, parse_toml, read_json, read_text
@@ -18,15 +19,10 @@ def write(path: Path, plain: Mapping[str, Mapping[str, Any]]) -> Path:
     if _is_json(path):
         text = json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
     else:
-        text = "\n".join(f"[{name}]\n{_toml(table)}" for name, table in plain.items())
+        text = "\n".join(f"[{name}]\n{toml.table(table)}" for name, table in plain.items())
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
     return path
-
-
-def _toml(table: Mapping[str, Any]) -> str:
-    # Keys are printable, so that JSON's quotes are TOML's.
-    return "".join(f"{json.dumps(key, ensure_ascii=False)} = {json.dumps(value)}\n" for key, value in table.items())
 
 
 def read(path: Path) -> Any:

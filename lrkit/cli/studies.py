@@ -8,7 +8,20 @@ import typer
 
 from lrkit.cli import hints, screen, study_screen, words
 from lrkit.cli.findings import Findings
-from lrkit.cli.options import Halving, Json, Sampler, Set, TrainAlso, Trials, Tune, TuneSeeds
+from lrkit.cli.options import (
+    Address,
+    Executor,
+    Halving,
+    Json,
+    Sampler,
+    Set,
+    Targets,
+    Threads,
+    TrainAlso,
+    Trials,
+    Tune,
+    TuneSeeds,
+)
 from lrkit.errors import LrkitError
 
 if TYPE_CHECKING:
@@ -39,7 +52,7 @@ def ablate(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="minilm, a folder, or a hub id.")] = None,
     seeds: Annotated[str | None, typer.Option(help="How many, or which: 6, or 3,4,5.")] = None,
-    targets: Annotated[str | None, typer.Option(help="As of `lrkit run`.")] = None,
+    targets: Targets = None,
     train_also: TrainAlso = None,
     sets: Set = None,
     leave_out: Annotated[
@@ -51,12 +64,12 @@ def ablate(
     sampler: Sampler = None,
     trials: Trials = None,
     halving: Halving = None,
-    executor: Annotated[str, typer.Option(help="local, ray, or a plug-in's.")] = "local",
+    executor: Executor = "local",
     workers: Annotated[
         int | None, typer.Option(help="Cells at a time; one per GPU or core (up to 4). 0: in this process.", min=0)
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.", min=1, max=1024)] = None,
-    address: Annotated[str | None, typer.Option(help="Of a cluster, for --executor ray.")] = None,
+    threads: Threads = None,
+    address: Address = None,
     costs: Annotated[bool, typer.Option(help="Measure time and memory of each row after the cells.")] = True,
     checkpoint: Annotated[float, typer.Option(help="Seconds between checkpoints.", min=0.0)] = 60.0,
     report_to: Annotated[

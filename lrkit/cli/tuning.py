@@ -6,7 +6,23 @@ from typing import Annotated, Any
 import typer
 
 from lrkit.cli import hints, screen, study_screen, words
-from lrkit.cli.options import Data, Halving, Json, Model, Sampler, Set, TaskName, TrainAlso, Trials, Tune, TuneSeeds
+from lrkit.cli.options import (
+    Address,
+    Data,
+    Executor,
+    Halving,
+    Json,
+    Model,
+    Sampler,
+    Set,
+    Targets,
+    TaskName,
+    Threads,
+    TrainAlso,
+    Trials,
+    Tune,
+    TuneSeeds,
+)
 from lrkit.errors import LrkitError
 
 
@@ -17,17 +33,17 @@ def tune(
     task: TaskName = None,
     data: Data = None,
     model: Model = "minilm",
-    targets: Annotated[str | None, typer.Option(help="As of `lrkit run`.")] = None,
+    targets: Targets = None,
     train_also: TrainAlso = None,
     sets: Set = None,
     tune_seeds: TuneSeeds = None,
     sampler: Sampler = None,
     trials: Trials = None,
     halving: Halving = None,
-    executor: Annotated[str, typer.Option(help="local, ray, or a plug-in's.")] = "local",
+    executor: Executor = "local",
     workers: Annotated[int | None, typer.Option(help="Cells at a time. 0: in this process.", min=0)] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.", min=1, max=1024)] = None,
-    address: Annotated[str | None, typer.Option(help="Of a cluster, for --executor ray.")] = None,
+    threads: Threads = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Choose a method's settings by trials, on rows set aside from training.

@@ -14,20 +14,20 @@ For example, of a claim with m = 0.01 and a mean difference of 0.002 from -0.003
 that was claimed is excluded: not replicated.
 """
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeGuard
+from typing import Literal
 
 import attrs
 
 from lrkit.study.claim import Claim
 from lrkit.study.combined import combined_p, standardized
-from lrkit.study.comparison import over_rows, score_name
+from lrkit.study.comparison import differences_between, over_rows, score_name
 from lrkit.study.equivalence import below_p
 from lrkit.study.paired import LEVEL, interval, smallest_p
-from lrkit.study.results import CellRecord, StudyRecord
+from lrkit.study.results import StudyRecord
 from lrkit.study.scores import Scale, scale_of
+from lrkit.study.texts import markdown
 
 Verdict = Literal["replicated", "not replicated", "open"]
 
@@ -102,49 +102,49 @@ def judge(record: StudyRecord) -> tuple[Judged, ...]:
         record: the study, finished or still running.
     """
     labels = {row.label: index for index, row in enumerate(record.rows)}
+    scales = {task.name: scale_of([score_name(record, task.name)]) for task in record.tasks}
     pairs = [_pairs(record, labels[claim.higher], labels[claim.lower]) for claim in record.claims]
-    found = [[each for each in differences.values() if each] for differences, _, _ in pairs]
-    adjusted = over_rows({index: combined_p(tasks) if tasks else None for index, tasks in enumerate(found)})
+    p = {index: combined_p([*each.differences.values()]) for index, each in enumerate(pairs) if each.differences}
+    adjusted = over_rows(p)
     return tuple(
-        _judged(record, claim, *pairs[index], adjusted.get(index)) for index, claim in enumerate(record.claims)
+        _judged(record, claim, pairs[index], scales, p.get(index), adjusted.get(index))
+        for index, claim in enumerate(record.claims)
     )
 
 
-def _pairs(record: StudyRecord, higher: int, lower: int) -> tuple[dict[str, list[float]], int, int]:
-    """Return the differences of two rows by task, how many pairs are still to come, and of how many one diverged."""
+@attrs.frozen
+class _Pairs:
+    """The differences of two rows by task, for tasks that have any; pairs that are still to come; those that diverged."""
+
+    differences: dict[str, list[float]]
+    missing: int
+    diverged: int
+
+
+def _pairs(record: StudyRecord, higher: int, lower: int) -> _Pairs:
     differences: dict[str, list[float]] = {}
     missing = diverged = 0
     for task in record.tasks:
-        above, below = ({cell.seed: cell for cell in record.cells_of(row, task.name)} for row in (higher, lower))
-        both = [(above.get(seed), below.get(seed)) for seed in {**above, **below}]
-        done = [(a.score, b.score) for a, b in both if _is_done(a) and _is_done(b)]
-        missing += len(both) - len(done)
-        known = [a - b for a, b in done if a is not None and b is not None]
-        differences[task.name] = [d for d in known if math.isfinite(d)]
-        diverged += len(known) - len(differences[task.name])
-    return differences, missing, diverged
-
-
-def _is_done(cell: CellRecord | None) -> TypeGuard[CellRecord]:
-    return cell is not None and cell.status == "done"
+        found, left_out = differences_between(record, higher, lower, task.name)
+        seeds = {cell.seed for row in (higher, lower) for cell in record.cells_of(row, task.name)}
+        missing += len(seeds) - len(found) - left_out
+        diverged += left_out
+        if found:
+            differences[task.name] = found
+    return _Pairs(differences, missing, diverged)
 
 
 def _judged(
     record: StudyRecord,
     claim: Claim,
-    differences: Mapping[str, list[float]],
-    missing: int,
-    diverged: int,
+    pairs: _Pairs,
+    scales: Mapping[str, Scale],
+    p: float | None,
     p_holm: float | None,
 ) -> Judged:
     margin = record.margin if claim.margin is None else claim.margin
-    scales = {task.name: scale_of([score_name(record, task.name)]) for task in record.tasks}
-    tasks = tuple(_on_task(task, each, margin, scales[task]) for task, each in differences.items() if each)
-    every = [each for each in differences.values() if each]
-    verdict, why = _verdict(every, tasks, margin, missing, p_holm)
-    if diverged and not missing:
-        verdict, why = "open", f"in {diverged} pair{'s' if diverged > 1 else ''} of cells a run diverged"
-    p = combined_p(every) if every else None
+    tasks = tuple(_on_task(task, each, margin, scales[task]) for task, each in pairs.differences.items())
+    verdict, why = _verdict(pairs, tasks, margin, p_holm)
     return Judged(
         claim=claim,
         margin=margin,
@@ -153,8 +153,8 @@ def _judged(
         tasks=tasks,
         p=p,
         p_holm=p_holm,
-        missing=missing,
-        diverged=diverged,
+        missing=pairs.missing,
+        diverged=pairs.diverged,
     )
 
 
@@ -171,21 +171,16 @@ def _on_task(task: str, differences: Sequence[float], margin: float | None, scal
     )
 
 
-def _verdict(
-    differences: Sequence[Sequence[float]],
-    tasks: Sequence[OnTask],
-    margin: float | None,
-    missing: int,
-    p_holm: float | None,
-) -> tuple[Verdict, str]:
+def _verdict(pairs: _Pairs, tasks: Sequence[OnTask], margin: float | None, p_holm: float | None) -> tuple[Verdict, str]:
     """Return the verdict by the rule of this module, and its reason."""
-    if missing or not tasks or p_holm is None:
-        return (
-            "open",
-            f"{missing} pair{'s' if missing > 1 else ''} of cells still to come" if missing else "no pair of cells",
-        )
+    if pairs.missing:
+        return "open", f"{_count(pairs.missing)} still to come"
+    if pairs.diverged:
+        return "open", f"in {_count(pairs.diverged)} a run diverged"
+    if p_holm is None:
+        return "open", "no pair of cells"
     if p_holm < LEVEL:
-        ahead = standardized(differences) > 0
+        ahead = standardized([*pairs.differences.values()]) > 0
         return ("replicated", f"ahead, p {p_holm:.2g}") if ahead else ("not replicated", f"behind, p {p_holm:.2g}")
     if margin is None:
         return "open", f"p {p_holm:.2g}, and no margin was stated"
@@ -199,20 +194,20 @@ def _verdict(
     return "open", f"p {p_holm:.2g}, and an advantage of {margin:g} is not excluded on every task"
 
 
+def _count(pairs: int) -> str:
+    return f"{pairs} pair{'s' if pairs > 1 else ''} of cells"
+
+
 def to_markdown(judged: Sequence[Judged]) -> str:
     """Return the claims as a Markdown table: claim, verdict, differences, p and the reason."""
     head = "| claim | verdict | difference [95 % interval] | p (Holm) | margin | because |\n|---|---|---|---|---|---|\n"
     lines = [
-        f"| {_cell(f'**{each.claim.name}**: {each.claim.says}')} | {each.verdict} | {_cell(each.difference)} "
+        f"| **{markdown(each.claim.name)}**: {markdown(each.claim.says)} | {each.verdict} | {markdown(each.difference)} "
         f"| {'-' if each.p_holm is None else f'{each.p_holm:.2g}'} "
-        f"| {'-' if each.margin is None else f'{each.margin:g}'} | {_cell(each.why)} |\n"
+        f"| {'-' if each.margin is None else f'{each.margin:g}'} | {markdown(each.why)} |\n"
         for each in judged
     ]
     return head + "".join(lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 __all__ = ["Judged", "OnTask", "Verdict", "judge", "to_markdown"]

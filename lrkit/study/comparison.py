@@ -57,18 +57,21 @@ def _judged(row: TableRow, p_holm: float | None, p_equivalent_holm: float | None
     return attrs.evolve(row, notes=(*told, *row.notes))
 
 
-def differences_of(record: StudyRecord, index: int, task: str) -> tuple[list[float], int]:
-    """Return a row's differences to the base on a task, by seed, and how many pairs are left out as one score is NaN.
+def differences_between(record: StudyRecord, row: int, other: int, task: str) -> tuple[list[float], int]:
+    """Return a row's differences to another one on a task, by seed, and how many pairs are left out as one score is NaN.
 
-    The base has none to itself. A seed of which either cell has no result yet is not a pair.
+    A seed of which either cell has no result yet is not a pair.
     """
-    if index == record.base:
-        return [], 0
-    base = {cell.seed: cell.score for cell in record.cells_of(record.base, task)}
-    pairs = [(cell.score, base.get(cell.seed)) for cell in record.cells_of(index, task)]
-    both = [(own, other) for own, other in pairs if own is not None and other is not None]
-    differences = [own - other for own, other in both if math.isfinite(own) and math.isfinite(other)]
+    scores = {cell.seed: cell.score for cell in record.cells_of(other, task)}
+    pairs = [(cell.score, scores.get(cell.seed)) for cell in record.cells_of(row, task)]
+    both = [(own, its) for own, its in pairs if own is not None and its is not None]
+    differences = [own - its for own, its in both if math.isfinite(own) and math.isfinite(its)]
     return differences, len(both) - len(differences)
+
+
+def differences_of(record: StudyRecord, index: int, task: str) -> tuple[list[float], int]:
+    """Return a row's differences to the base, as `differences_between`; the base has none to itself."""
+    return ([], 0) if index == record.base else differences_between(record, index, record.base, task)
 
 
 def _row(record: StudyRecord, index: int, task: str, cost: Cost | None) -> TableRow:

@@ -16,7 +16,6 @@ from typing import Any
 import attrs
 
 from lrkit.errors import LrkitError
-from lrkit.moves import replacing
 from lrkit.study.cell_folder import is_done
 from lrkit.study.files import decision_in
 from lrkit.study.packed import FORMAT, PACK, Pack, PackedCell, places, read_pack
@@ -77,8 +76,7 @@ def write_pack(folder: str | Path, dest: str | Path) -> tuple[list[Path], int]:
     write_bytes(path, content.getvalue())
     table, lines_of = dest / "cells.csv", frame(record)
     people = lines_of[lines_of["status"] == "done"].to_csv(index=False, lineterminator="\n")
-    with replacing(table) as draft:
-        draft.write_bytes(safe_csv(people).encode("utf-8", "replace"))
+    write_bytes(table, safe_csv(people).encode("utf-8", "replace"))
     return [path, table], len(done)
 
 

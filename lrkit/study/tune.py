@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit import toml
 from lrkit.compose import to_plain
-from lrkit.errors import LrkitError, LrkitWarning, shown
+from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.method import Method
 from lrkit.moves import replacing
 from lrkit.study.asked import Study, TaskSpec, study_from
 from lrkit.study.execute import execute
+from lrkit.study.labels import shown_value
 from lrkit.study.plan import Plan, lay_out
 from lrkit.study.records import read_study
 from lrkit.study.tuned import Choice, TrialRecord, chosen_of, trials_of
@@ -47,7 +49,7 @@ class Tuned:
     @property
     def words(self) -> str:
         """Return the chosen settings as a command line has them, such as ``--set run.lr=0.003``."""
-        return " ".join(f"--set {path}={_word(value)}" for path, value in self.settings.items())
+        return " ".join(f"--set {path}={shown_value(value)}" for path, value in self.settings.items())
 
 
 def tune(
@@ -167,46 +169,15 @@ def _toml(study: Study, task: TaskSpec, found: Tuned) -> str:
     where = {key: value for key, value in attrs.asdict(task).items() if value}
     lines = [
         f"# chosen on rows set aside from training: trial {found.choice.trial} of {len(found.trials)}, mean {mean:.4f}",
-        f"base = {_value(study.base)}",
-        f"tasks = [{_value(where)}]",
-        f"model = {_value(study.model)}",
-        f"targets = {_value(study.targets)}",
-        f"train_also = {_value(study.train_also)}",
-        *_table("set", {**study.set, **own}),
-        *_table("run", {**study.run, **run}),
+        f"base = {toml.value(study.base)}",
+        f"tasks = [{toml.value(where)}]",
+        f"model = {toml.value(study.model)}",
+        f"targets = {toml.value(study.targets)}",
+        f"train_also = {toml.value(study.train_also)}",
+        f"\n[set]\n{toml.table({**study.set, **own})}",
+        f"[run]\n{toml.table({**study.run, **run})}",
     ]
-    return "\n".join(lines) + "\n"
-
-
-def _table(name: str, values: Mapping[str, Any]) -> list[str]:
-    return [
-        "",
-        f"[{name}]",
-        *(f"{_value(key)} = {_value(value)}" for key, value in values.items() if value is not None),
-    ]
-
-
-def _value(value: Any) -> str:
-    """Write plain data as TOML; null, which TOML has not, is left out of tables."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        import json
-
-        return json.dumps(value, ensure_ascii=True)
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_value(k)} = {_value(v)}" for k, v in value.items() if v is not None) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_value, value)) + "]"
-    raise LrkitError(f"chosen.toml cannot hold {shown(value)}")
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return "none" if value is None else str(value)
+    return "\n".join(lines)
 
 
 __all__ = ["Choice", "TrialRecord", "Tuned", "tune"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from older import told
 from safetensors import safe_open
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -35,15 +36,6 @@ def written(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def test_there_are_all() -> None:
     """A state of every method that is registered, but for prompts, which this model is too short for."""
     assert set(METHODS) >= set(lrkit.current().names("method")) - {"peft-prefix-tuning", "peft-prompt-tuning"}
-
-
-def told(old: Any, new: Any) -> Any:
-    """Return what a new state says of all that an old one says. Settings and words that there were not yet are left out."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return {key: told(value, new[key]) for key, value in old.items() if key in new}
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [told(a, b) for a, b in zip(old, new, strict=True)]
-    return new
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -5,7 +5,7 @@ from typing import Any
 
 import attrs
 
-from lrkit.study.labels import shown_value
+from lrkit.study.report.tuning import in_words
 from lrkit.study.report.view import View, alpha_over_rank
 from lrkit.study.texts import compact
 from lrkit.study.tuned import chosen_of
@@ -54,8 +54,7 @@ def _chosen(view: View, row: int) -> list[str]:
     """Write what the trials of a row chose, by task."""
     choices = {task.name: chosen_of(view.record, row, task.name) for task in view.record.tasks}
     return [
-        f"chosen{f' on {task}' if view.several else ''}: "
-        + ", ".join(f"{path.removeprefix('run.')} {shown_value(value)}" for path, value in choice.settings.items())
+        f"chosen{f' on {task}' if view.several else ''}: {in_words(choice.settings)}"
         for task, choice in choices.items()
         if choice is not None
     ]

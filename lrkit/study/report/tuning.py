@@ -92,9 +92,9 @@ def _chosen(
     edges = [f"{_short(path)} {_value(choice.settings[path])}" for path in _ordered(choice.edges)]
     return Chosen(
         row=row,
-        chosen=_settings(choice.settings),
+        chosen=in_words(choice.settings),
         scale=alpha_over_rank(method),
-        default=_settings(choice.default),
+        default=in_words(choice.default),
         score="" if best.mean is None else scale.number(best.mean),
         trials=told,
         flag=f"at the edge of what was tried: {', '.join(edges)}" if edges else "",
@@ -102,7 +102,8 @@ def _chosen(
     )
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Write settings by path, those of the run first: ``lr 0.001, alpha 16``."""
     return ", ".join(f"{_short(path)} {_value(settings[path])}" for path in _ordered(settings))
 
 
@@ -179,7 +180,7 @@ def _curves(trials: Sequence[TrialRecord], path: str, scale: Scale) -> list[Curv
     for trial in trials:
         if _number(trial.settings.get(path)) is not None and trial.scores:
             rest = {name: value for name, value in trial.settings.items() if name != path}
-            groups[_settings(rest)].append(trial)
+            groups[in_words(rest)].append(trial)
     curves = []
     for number, (label, group) in enumerate(groups.items()):
         points = sorted(((trial.settings[path], trial) for trial in group), key=lambda pair: pair[0])

@@ -11,7 +11,7 @@ from pathlib import Path
 import attrs
 
 from lrkit.errors import LrkitError, LrkitWarning
-from lrkit.study.space import Domain, Log, TuneSpec, tune_from
+from lrkit.study.space import Domain, TuneSpec, tune_from, values_of
 from lrkit.study.study_file import StudyFile
 
 
@@ -71,8 +71,7 @@ def _grown(before: TuneSpec, now: TuneSpec) -> bool:
 
 
 def _within(tried: Domain, wider: Domain) -> bool:
-    one, other = (each.values() if isinstance(each, Log) else each for each in (tried, wider))
-    return {*map(repr, one)} <= {*map(repr, other)}
+    return {*map(repr, values_of(tried))} <= {*map(repr, values_of(wider))}
 
 
 def _told(tune: TuneSpec) -> str:

@@ -76,10 +76,15 @@ def domain(value: Any, path: str) -> Domain:
     return value
 
 
+def values_of(tried: Domain) -> list[Any]:
+    """List the values that a grid tries. Raise LrkitError if a range has no number of them."""
+    return tried.values() if isinstance(tried, Log) else tried
+
+
 def grid(space: Mapping[str, Any]) -> list[dict[str, Any]]:
     """List every combination of a row's space: path to value each; the last setting changes fastest."""
     domains = [domain(value, path) for path, value in space.items()]
-    values = [each.values() if isinstance(each, Log) else each for each in domains]
+    values = [*map(values_of, domains)]
     return [dict(zip(space, each, strict=True)) for each in itertools.product(*values)]
 
 
@@ -132,7 +137,7 @@ class TuneSpec:
         """Count the trials of each row on a task."""
         if self.sampler == "tpe":
             return self.trials or 0
-        return math.prod(len(each.values() if isinstance(each, Log) else each) for each in self.domains.values())
+        return math.prod(len(values_of(each)) for each in self.domains.values())
 
     @property
     def rungs(self) -> tuple[int, ...]:

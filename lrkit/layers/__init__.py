@@ -1,0 +1,26 @@
+"""The kinds of layers that can be adapted."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from lrkit.hookspecs import hookimpl
+from lrkit.layers.base import LayerKind, Sizes
+from lrkit.layers.convolution import Convolution
+from lrkit.layers.embedding import Embedding
+from lrkit.layers.linear import Linear, is_conv1d
+
+__all__ = ["Convolution", "Embedding", "LayerKind", "Linear", "Sizes", "is_conv1d", "kind_of", "lrkit_layers"]
+
+BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution())
+
+
+@hookimpl
+def lrkit_layers() -> Mapping[str, type[LayerKind]]:
+    """Offer the built-in kinds of layers."""
+    return {"linear": Linear, "embedding": Embedding, "convolution": Convolution}
+
+
+def kind_of(layer: nn.Module, kinds: Iterable[LayerKind] = BUILT_IN) -> LayerKind | None:
+    """Return the first kind that knows a layer; None if none does."""
+    return next((kind for kind in kinds if kind.sizes(layer) is not None), None)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import pluggy
 
-Kind = Literal["parameterization", "metric", "scheduler", "action", "method", "task", "executor", "study"]
+Kind = Literal["parameterization", "metric", "scheduler", "action", "method", "layer", "task", "executor", "study"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 GROUP = "lrkit"
 
@@ -54,6 +54,14 @@ def lrkit_actions() -> Mapping[str, type]:  # type: ignore[empty-body]
 @hookspec
 def lrkit_methods() -> Mapping[str, Any]:  # type: ignore[empty-body]
     """Offer methods by name: functions that return a `lrkit.Method`, with keyword arguments that have defaults."""
+
+
+@hookspec
+def lrkit_layers() -> Mapping[str, Any]:  # type: ignore[empty-body]
+    """Offer kinds of layers by name: classes derived from `lrkit.layers.LayerKind`, made without arguments.
+
+    A layer is of the first kind that knows its sizes; lrkit's own kinds are asked first.
+    """
 
 
 @hookspec

@@ -34,8 +34,8 @@ BASES: Mapping[Kind, type] = {
 }
 """The classes that components of four kinds derive from; all other kinds are functions and texts."""
 BUILT_IN = (
-    *("lrkit.parameterizations", "lrkit.metrics", "lrkit.schedulers", "lrkit.actions", "lrkit.methods", "lrkit.tasks"),
-    *("lrkit.study.shipped", "lrkit.study.executors"),
+    *("lrkit.parameterizations", "lrkit.metrics", "lrkit.schedulers", "lrkit.actions", "lrkit.methods"),
+    *("lrkit.layers", "lrkit.tasks", "lrkit.study.shipped", "lrkit.study.executors"),
 )
 """Modules of lrkit with hook implementations. They come by name: some are above this room and import it."""
 _OURS = f"lrkit {__version__}"

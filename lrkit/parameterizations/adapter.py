@@ -1,12 +1,15 @@
 """An adapter of one layer: the base class, what an adapter has to know of its layer, and how its parameters are made."""
 
-import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrkit.layers import LayerKind, is_conv1d, kind_of
 from lrkit.units import Part
+
+__all__ = ["Adapter", "further", "is_conv1d", "layer_shape", "new_factor", "oriented_weight"]
 
 
 class Adapter(nn.Module):
@@ -17,14 +20,26 @@ class Adapter(nn.Module):
 
     Args:
         base: the layer. It stays a submodule, so that it moves and is saved with the model.
+        kind: what is known of the layer's kind; found among lrkit's own kinds if it is not given.
     """
 
     merge: Callable[[], nn.Module] | None = None
     """A method that adds the adapter to the base's weight, in place, and returns the base; None if no weight can hold it."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, kind: LayerKind | None = None) -> None:
         super().__init__()
         self.base = base
+        self.kind = kind_of(base) if kind is None else kind
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Models read settings of a layer, such as an embedding's padding_idx or a convolution's stride.
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None or name.startswith("_") or name not in vars(base):
+                raise
+            return vars(base)[name]
 
     @property
     def weight(self) -> Tensor:
@@ -36,46 +51,31 @@ class Adapter(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """Return the base's bias."""
-        bias = self.base.bias
+        bias = getattr(self.base, "bias", None)
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
     @torch.no_grad()
     def base_with(self, weight: Tensor) -> nn.Module:
         """Write a weight [d_out, d_in] into the base, and return the base: the last line of a `merge`."""
-        oriented_weight(self.base).copy_(weight)
+        assert self.kind is not None
+        self.kind.write(self.base, weight)
         return self.base
 
 
-def is_conv1d(layer: nn.Module) -> bool:
-    """Return whether a layer is transformers' ``Conv1D``, a linear map whose weight is [d_in, d_out]."""
-    # A model that has a Conv1D has imported its module; importing it here would double the time of `import lrkit`.
-    module = sys.modules.get("transformers.pytorch_utils")
-    return module is not None and type(layer) is module.Conv1D
-
-
 def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
-    """Return (d_in, d_out) of a linear map that can be adapted; None for any other module.
-
-    ``nn.MultiheadAttention`` reads its projection's weight without calling the layer, so that an adapter there would have
-    no effect: that subclass of ``nn.Linear`` is left out.
-    """
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    if is_conv1d(layer):
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        return weight.shape[0], weight.shape[1]
-    return None
+    """Return (d_in, d_out) of a linear map that can be adapted; None for any other module."""
+    kind = kind_of(layer)
+    sizes = None if kind is None or not kind.linear else kind.sizes(layer)
+    return None if sizes is None else (sizes.d_in, sizes.d_out)
 
 
 def oriented_weight(layer: nn.Module) -> Tensor:
     """Return the weight as [d_out, d_in]: a transposed view if the layer is a ``Conv1D``."""
-    weight = layer.weight
+    kind = kind_of(layer)
+    weight = layer.weight if kind is None else kind.weight(layer)
     assert isinstance(weight, Tensor)
-    return weight if type(layer) is nn.Linear or not is_conv1d(layer) else weight.t()
+    return weight
 
 
 def new_factor(layer: nn.Module, *shape: int) -> nn.Parameter:
@@ -83,7 +83,8 @@ def new_factor(layer: nn.Module, *shape: int) -> nn.Parameter:
 
     It is at least float32: in a half-precision layer's dtype, small updates would be lost.
     """
-    weight = oriented_weight(layer)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
     return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
 

@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from lrkit.layers import LayerKind, Linear
 from lrkit.ranks import Rank, ScaleBy, rank_at, scale_rank
 from lrkit.units import Part
 
@@ -21,11 +22,13 @@ class Target:
 
     Args:
         name: the layer's name in the model.
-        layer: the layer itself (``nn.Linear`` or transformers' ``Conv1D``).
+        layer: the layer itself.
         d_in: size of its input.
         d_out: size of its output.
         role: ``"attention"``, ``"ffn"`` or ``"other"``, found by name.
         output: whether it is the last map of attention or FFN, whose output is added to the residual; found by name.
+        kind: what is known of its kind.
+        maps: how many maps of these sizes it stacks, one per expert; its factors hold so many times r components.
         layers: names of all layers that are adapted, this one included; empty for this one alone.
     """
 
@@ -35,11 +38,17 @@ class Target:
     d_out: int
     role: Role
     output: bool = False
+    kind: LayerKind = Linear()
+    maps: int = 1
     layers: tuple[str, ...] = attrs.field(default=(), repr=False)
 
     def rank_of(self, rank: Rank) -> int:
         """Return this layer's rank by a setting ``rank``, which may be one for all layers or a table; 0 for none."""
         return rank_at(rank, self.name)
+
+    def components_of(self, rank: Rank) -> int:
+        """Return how many components the layer has by a setting ``rank``: so many for each of its maps."""
+        return self.maps * self.rank_of(rank)
 
     def scale_rank(self, rank: Rank, by: ScaleBy) -> float:
         """Return the r of this layer's scale α/r by the settings ``rank`` and ``scale_by``. It is never 0."""

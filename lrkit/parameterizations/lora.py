@@ -60,11 +60,11 @@ class LoRA(Parameterization):
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with A and B beside it."""
-        rank = target.rank_of(self.rank)
+        rank = target.components_of(self.rank)
         a = new_factor(target.layer, rank, target.d_in)
         if rank:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         b = new_factor(target.layer, target.d_out, rank)
         nn.init.zeros_(b)
         scaling = self.alpha / target.scale_rank(self.rank, self.scale_by)
-        return LowRank(target.layer, a, b, scaling=scaling, dropout=self.dropout)
+        return LowRank(target, a, b, scaling=scaling, dropout=self.dropout)

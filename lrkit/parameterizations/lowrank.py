@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrkit.errors import LrkitError
-from lrkit.parameterizations.adapter import Adapter, further, is_conv1d, layer_shape, new_factor, oriented_weight
+from lrkit.layers import kind_of
+from lrkit.parameterizations.adapter import Adapter, further, layer_shape, new_factor, oriented_weight
+from lrkit.parameterizations.base import Target
 from lrkit.parameterizations.lowrank_kernel import low_rank_linear
-from lrkit.precision import is_autocast_on, is_plain
+from lrkit.precision import is_autocast_on
 
 __all__ = ["LowRank", "further", "layer_shape", "low_rank_linear", "new_factor", "oriented_weight"]
 
@@ -21,8 +23,11 @@ __all__ = ["LowRank", "further", "layer_shape", "low_rank_linear", "new_factor",
 class LowRank(Adapter):
     """A linear map with a low-rank increment: y = W x + s · b ∘ B (c ∘ (A x)).
 
+    The layer's kind (`lrkit.layers`) says how its input meets A and B. A layer that stacks several maps has the components of
+    all maps in one A and B, map after map.
+
     Args:
-        base: the layer whose place it takes.
+        base: the target whose place it takes, or a layer of one of lrkit's own kinds.
         a: A [r, d_in], or wider if layers share it (the first d_in columns are read).
         b: B [d_out, r], or taller if layers share it (the first d_out rows are read).
         core: c [r] or None.
@@ -42,7 +47,7 @@ class LowRank(Adapter):
 
     def __init__(
         self,
-        base: nn.Module,
+        base: nn.Module | Target,
         a: nn.Parameter | None,
         b: nn.Parameter | None,
         *,
@@ -52,11 +57,12 @@ class LowRank(Adapter):
         dropout: float = 0.0,
         owner: "LowRank | None" = None,
     ) -> None:
-        super().__init__(base)
-        shape = layer_shape(base)
-        if shape is None:
-            raise LrkitError(f"a low-rank adapter takes an nn.Linear or a Conv1D, not {type(base).__name__}")
-        self.d_in, self.d_out = shape
+        layer, kind = (base, kind_of(base)) if isinstance(base, nn.Module) else (base.layer, base.kind)
+        super().__init__(layer, kind)
+        sizes = None if kind is None else kind.sizes(layer)
+        if sizes is None:
+            raise LrkitError(f"a low-rank adapter takes a layer of a known kind, not {type(layer).__name__}")
+        self.d_in, self.d_out, self.maps = sizes.d_in, sizes.d_out, sizes.maps
         if owner is not None:
             self._owner = (owner,)  # in a tuple, so that it is no submodule
         else:
@@ -87,37 +93,57 @@ class LowRank(Adapter):
         )
 
     def delta(self) -> Tensor:
-        """Return ΔW [d_out, d_in] in the factors' dtype."""
+        """Return ΔW [d_out, d_in] in the factors' dtype; [maps, d_out, d_in] of a layer that stacks several."""
         a, b = self.factors()
+        if self.maps > 1:
+            return self._deltas(a, b)
         if self.core is not None:
             b = b * self.core
         delta = (b @ a) * self.scaling
         return delta if self.out_scale is None else delta * self.out_scale[:, None]
 
-    def reference(self, x: Tensor) -> Tensor:
+    def _deltas(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return ΔW of every map [maps, d_out, d_in]."""
+        b = b if self.core is None else b * self.core
+        deltas = b.view(self.d_out, self.maps, -1).transpose(0, 1) @ a.view(self.maps, -1, self.d_in) * self.scaling
+        return deltas if self.out_scale is None else deltas * self.out_scale.view(self.maps, -1, 1)
+
+    def reference(self, x: Tensor, *where: Any) -> Tensor:
         """Compute the output by the formula as it is read. `forward` does the same, fused if possible."""
-        y: Tensor = self.base(x)
+        y: Tensor = self.base(x, *where)
         a, b = self.factors()
+        kind, base = self.kind, self.base
+        assert kind is not None
         # Beside a half-precision base the factors are float32, and compute in the output's dtype.
-        z = F.dropout(x, self.dropout, self.training).to(y.dtype)
-        h = F.linear(z, a.to(y.dtype)) * self.scaling
+        z = F.dropout(x, self.dropout, self.training).to(y.dtype) if x.is_floating_point() else x
+        h = kind.down(base, z, a.to(y.dtype), *where) * self.scaling
         if self.core is not None:
-            h = h * self.core.to(h.dtype)
-        out = F.linear(h, b.to(h.dtype))
+            h = kind.scale(base, h, self.core.to(h.dtype), *where)
+        if self.dropout and z is x:  # the input is one-hot: its one entry is dropped or not
+            h = h * F.dropout(torch.ones_like(h[..., :1]), self.dropout, self.training)
+        out = kind.up(base, h, b.to(h.dtype), *where)
         if self.out_scale is not None:
-            out = out * self.out_scale.to(out.dtype)
+            out = kind.scale(base, out, self.out_scale.to(out.dtype), *where)
         return y + out
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., d_out] for x [..., d_in]."""
+    def forward(self, x: Tensor, *where: Any) -> Tensor:
+        """Return y [..., d_out] for x [..., d_in]; of other kinds of layers, in the layer's own shapes.
+
+        Args:
+            x: the layer's input.
+            where: its further arguments.
+        """
         base = self.base
         a, b = self.factors()
         if not len(a):
-            y: Tensor = base(x)
+            y: Tensor = base(x, *where)
             return y
-        if not self._fusible(base):
-            return self.reference(x)
-        weight, bias = oriented_weight(base), self.bias
+        # Dropout acts on the adapter's input alone, which the kernel does not know.
+        fused = self.fused and self.kind is not None and not (self.dropout and self.training)
+        weight = self.kind.plain_weight(base) if fused and self.kind is not None else None
+        if weight is None:
+            return self.reference(x, *where)
+        bias = self.bias
         device = x.device.type
         # Autocast does not reach into an autograd function: cast as it would, which leaves float64 as it is.
         cast = is_autocast_on(device) and torch.float64 not in (x.dtype, weight.dtype)
@@ -131,27 +157,12 @@ class LowRank(Adapter):
             a, b, core, out_scale = _cast(x.dtype, a, b, core, out_scale)
         return low_rank_linear(x, weight, bias, a, b, core, out_scale, self.scaling)
 
-    def _fusible(self, base: nn.Module) -> bool:
-        # The base itself must be called if it has a forward of its own (quantized layers; accelerate's, on the instance) or
-        # hooks, or if dropout acts on the adapter's input alone.
-        return (
-            self.fused
-            and (type(base) is nn.Linear or is_conv1d(base))
-            and is_plain(base.weight)
-            and (base.bias is None or is_plain(base.bias))
-            and not (self.dropout and self.training)
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
-            and not base._backward_hooks
-            and not base._backward_pre_hooks
-            and "forward" not in base.__dict__  # torch.compile of torch 2.7 does not know vars()
-        )
-
     def merge(self) -> nn.Module:
         """Add ΔW to the base weight, in place, and return the base."""
         with torch.no_grad():
+            assert self.kind is not None
             # One rounding, from the wider dtype: a bf16 weight is not rounded twice.
-            return self.base_with(oriented_weight(self.base).to(self.A.dtype) + self.delta())
+            return self.base_with(self.kind.weight(self.base).to(self.A.dtype) + self.delta())
 
     @torch.no_grad()
     def export_factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -214,7 +225,8 @@ class LowRank(Adapter):
 
     def extra_repr(self) -> str:
         """Return the sizes for ``print(model)``."""
-        return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}, scaling={self.scaling:g}"
+        maps = f", maps={self.maps}" if self.maps > 1 else ""
+        return f"d_in={self.d_in}, d_out={self.d_out}{maps}, rank={self.rank}, scaling={self.scaling:g}"
 
 
 def _singular(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

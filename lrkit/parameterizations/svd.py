@@ -61,7 +61,7 @@ class SVD(Parameterization):
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with P, Λ and Q beside it."""
-        rank = target.rank_of(self.rank)
+        rank = target.components_of(self.rank)
         q = new_factor(target.layer, rank, target.d_in)
         nn.init.normal_(q, std=self.init_std)
         p = new_factor(target.layer, target.d_out, rank)
@@ -69,7 +69,7 @@ class SVD(Parameterization):
         core = new_factor(target.layer, rank)
         nn.init.zeros_(core)
         scaling = 1.0 if self.alpha is None else self.alpha / (target.scale_rank(self.rank, self.scale_by) + 1e-5)
-        return LowRank(target.layer, q, p, core=core, scaling=scaling)
+        return LowRank(target, q, p, core=core, scaling=scaling)
 
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
         """Draw further columns of P or rows of Q: Gaussian, as at the start."""
@@ -79,5 +79,12 @@ class SVD(Parameterization):
         """Return γ R(P, Q), a scalar; None if γ is 0."""
         if self.orthogonality == 0:
             return None
-        factors = [m.get_parameter("B").t() for m in modules] + [m.get_parameter("A") for m in modules]
+        factors = [f for m in modules for f in _maps(m, m.get_parameter("B").t())]
+        factors += [f for m in modules for f in _maps(m, m.get_parameter("A"))]
         return self.orthogonality * orthogonality(factors, self.orthogonality_norm)
+
+
+def _maps(module: nn.Module, rows: Tensor) -> Sequence[Tensor]:
+    """Cut the rows of a factor into those of each map that a layer stacks: one map's are orthogonal to each other."""
+    maps = module.maps if isinstance(module, LowRank) else 1
+    return (rows,) if maps == 1 else rows.view(maps, -1, rows.shape[1]).unbind()

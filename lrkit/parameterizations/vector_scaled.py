@@ -82,7 +82,7 @@ class VectorScaled(Parameterization):
         if part.name == "A":
             return nn.init.kaiming_uniform_(new, generator=generator)
         assert isinstance(module, LowRank)
-        bound = math.sqrt(6 / max(1, module.first_rank))  # Kaiming's, whose fan-in is the initial rank for B
+        bound = math.sqrt(6 / max(1, module.first_rank // module.maps))  # Kaiming's, whose fan-in is the initial rank for B
         return nn.init.uniform_(new, -bound, bound, generator=generator)
 
     def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
@@ -102,6 +102,10 @@ class VectorScaled(Parameterization):
             targets = [target for target in targets if target.role != "other"]
         if not self.shared:
             return {target.name: self.build(target) for target in targets}
+        if stacks := [target.name for target in targets if target.maps > 1]:
+            raise LrkitError(
+                f"VectorScaled(shared=True) has one A and B for all layers, and {stacks[0]} stacks several maps: leave it out"
+            )
         d_in, d_out = max(target.d_in for target in targets), max(target.d_out for target in targets)
         adapters: dict[str, nn.Module] = {}
         owner: LowRank | None = None
@@ -116,17 +120,19 @@ class VectorScaled(Parameterization):
         return self._adapter(target, target.d_in, target.d_out, None)
 
     def _adapter(self, target: Target, d_in: int, d_out: int, owner: LowRank | None) -> LowRank:
-        rank = target.rank_of(self.rank)
+        rank = target.components_of(self.rank)
         core = new_factor(target.layer, rank)
         nn.init.constant_(core, self.d_init)
-        out_scale = new_factor(target.layer, target.d_out)
+        out_scale = new_factor(target.layer, target.maps * target.d_out)
         nn.init.zeros_(out_scale)
         if owner is not None:
-            return LowRank(target.layer, None, None, core=core, out_scale=out_scale, owner=owner)
+            return LowRank(target, None, None, core=core, out_scale=out_scale, owner=owner)
         a = new_factor(target.layer, rank, d_in)
         b = new_factor(target.layer, d_out, rank)
         for matrix in (a, b):
             if rank:
                 nn.init.kaiming_uniform_(matrix)
+                if matrix is b and target.maps > 1:  # Kaiming's fan-in is one map's rank
+                    matrix.data.mul_(math.sqrt(target.maps))
             matrix.requires_grad_(target.role in _WHERE[self.train])
-        return LowRank(target.layer, a, b, core=core, out_scale=out_scale)
+        return LowRank(target, a, b, core=core, out_scale=out_scale)

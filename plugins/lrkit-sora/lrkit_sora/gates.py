@@ -53,7 +53,7 @@ class GatedLoRA(lrkit.Parameterization):
 
     def build(self, target: Target) -> nn.Module:
         """The layer with A, g and B beside it."""
-        rank = target.rank_of(self.rank)
+        rank = target.components_of(self.rank)
         a = new_factor(target.layer, rank, target.d_in)
         if rank:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -62,7 +62,7 @@ class GatedLoRA(lrkit.Parameterization):
         gate = new_factor(target.layer, rank)
         nn.init.normal_(gate)
         scaling = self.alpha / target.scale_rank(self.rank, self.scale_by)
-        return LowRank(target.layer, a, b, core=gate, scaling=scaling, dropout=self.dropout)
+        return LowRank(target, a, b, core=gate, scaling=scaling, dropout=self.dropout)
 
 
 @attrs.frozen(kw_only=True)

@@ -10,6 +10,7 @@ from lrkit.adapt.coverage import TOLD_FROM, Coverage, coverage, percent
 from lrkit.adapt.foresight import check_room
 from lrkit.adapt.heads import check_trainable, find_head, head_parameters, tell_tied
 from lrkit.adapt.targets import find_targets, together
+from lrkit.adapt.tied import leaders, mirrors
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.parameterizations import Parameterization, Target
 from lrkit.ranks import ranks_of
@@ -97,6 +98,7 @@ def choose(
             )
         tell_tied(model, head)
     layers, places = _placed(model, found, adapters)
+    places |= mirrors(model, layers, adapters)
     return Choice(adapters, layers, places, around, head, own, flags, buffers, coverage(model, adapters, own.values()), whole)
 
 
@@ -132,7 +134,7 @@ def find(
         if targets != "all-linear" and not exact:
             raise LrkitError(f"{parameterization!r} has places of its own: leave targets out")
         return [], []
-    offered = found = find_targets(model, targets, exact=exact)
+    offered = found = together(leaders(find_targets(model, targets, exact=exact)))
     if targets == "all-linear" and not (found := together(parameterization.choose(found))):
         seen = coverage(model, [target.name for target in offered])
         raise LrkitError(

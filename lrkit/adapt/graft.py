@@ -152,7 +152,11 @@ class Graft:
                 kind = type(self.adapters[name]).__name__
                 raise LrkitError(f"{name}: {kind} cannot be merged into the layer's weight")
         owners: dict[int, int] = {}
+        # A layer that is tied to an adapted one and sees its increment changes with it.
+        follow = {id(module) for name, module in self._before.items() if name not in self.adapters}
         for module in self.model.modules():
+            if id(module) in follow:
+                continue
             for p in module._parameters.values():
                 owners[id(p)] = owners.get(id(p), 0) + 1
         for name in put_in:

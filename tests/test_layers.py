@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -65,7 +65,14 @@ def test_convolutions_are_exact(
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial - 1]
     stride = 1 if padding == "same" else stride
     layer = kind(
-        4, 8, 2, stride=stride, dilation=dilation, padding=padding, groups=groups, padding_mode=mode  # type: ignore[arg-type]
+        4,
+        8,
+        3,
+        stride=stride,
+        dilation=dilation,
+        padding=padding,
+        groups=groups,
+        padding_mode=mode,  # type: ignore[arg-type]
     ).double()
     plain = copy.deepcopy(layer)
     model = Convolving(layer)
@@ -237,3 +244,86 @@ def test_plugins_add_kinds() -> None:
     assert torch.allclose(model(x), wanted, atol=1e-5)
     adapted.merge()
     assert torch.allclose(model(x), wanted, atol=1e-5)
+
+
+class Speech(nn.Module):
+    """A convolution, an embedding and a linear map, as PEFT wants a model: with a config."""
+
+    config: ClassVar[Any] = {"tie_word_embeddings": False, "model_type": "custom"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 6)
+        self.conv = nn.Conv1d(6, 8, 3, stride=2, padding=1)
+        self.layers = nn.ModuleList([nn.Linear(8, 5)])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out: Tensor = self.layers[0](self.conv(self.embed(input_ids).transpose(1, 2)).transpose(1, 2))
+        return out
+
+
+def test_peft_reads_embeddings_and_convolutions(tmp_path: Path) -> None:
+    """PEFT computes the same from an export, and lrkit reads the same back."""
+    torch.manual_seed(2)
+    model, ids = Speech(), torch.randint(0, 20, (2, 8))
+    plain = copy.deepcopy(model)
+    adapted = lrkit.attach(model, lrkit.methods.svd_lora(rank=3), targets=["embed", "conv", "0"], train_also=[])
+    perturb(adapted)
+    done = lrkit.export(adapted, tmp_path / "out", to="peft-lora", batch={"input_ids": ids})
+    assert done.difference < 1e-6 and set(done.ranks) == {"embed", "conv", "layers.0"}
+    again = copy.deepcopy(plain)
+    lrkit.from_peft(again, tmp_path / "out")
+    assert torch.allclose(again(ids), model(ids), atol=1e-5)
+    with pytest.raises(lrkit.LrkitError, match="AdaLoRA adapts linear layers"):
+        lrkit.export(adapted, tmp_path / "other", to="peft-adalora", batch={"input_ids": ids})
+
+
+def test_peft_reads_tied_embeddings(tmp_path: Path) -> None:
+    """PEFT ties the head to the embedding's adapter, as lrkit does; without that, from_peft refuses."""
+    import transformers
+
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    plain = copy.deepcopy(model)
+    adapted = lrkit.attach(model, lrkit.methods.lora(rank=3), targets=["embed_tokens", "q_proj"], train_also=[])
+    perturb(adapted)
+    ids = torch.randint(0, 50, (2, 6))
+    lrkit.export(adapted, tmp_path / "out")
+    again = copy.deepcopy(plain)
+    lrkit.from_peft(again, tmp_path / "out")
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
+    file = tmp_path / "out" / "adapter_config.json"
+    file.write_text(file.read_text().replace('"ensure_weight_tying": true', '"ensure_weight_tying": false'))
+    with pytest.raises(lrkit.LrkitError, match="ensure_weight_tying=True"):
+        lrkit.from_peft(copy.deepcopy(plain), tmp_path / "out")
+
+
+def test_generate_agrees_with_merged() -> None:
+    """Generating with a cache gives the tokens of the merged model."""
+    import transformers
+
+    torch.manual_seed(4)
+    config = transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    adapted = lrkit.attach(model, lrkit.methods.svd_lora(rank=3), targets=["wte", "wpe", "c_attn"], train_also=[])
+    perturb(adapted)
+    ids = torch.randint(0, 50, (2, 5))
+    ask = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    before = model.generate(ids, **ask)
+    assert torch.equal(before, model.generate(ids, use_cache=False, **ask))
+    assert torch.equal(before, adapted.merge().generate(ids, **ask))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_layers_agree() -> None:
+    """A compiled model with adapted embeddings and convolutions computes the same."""
+    torch.manual_seed(6)
+    model, ids = Speech(), torch.randint(0, 20, (2, 8))
+    adapted = lrkit.attach(model, lrkit.methods.svd_lora(rank=3), targets=["embed", "conv", "0"], train_also=[])
+    perturb(adapted)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.allclose(compiled(ids), model(ids), atol=1e-6)

@@ -99,7 +99,9 @@ def choose(
         tell_tied(model, head)
     layers, places = _placed(model, found, adapters)
     places |= mirrors(model, layers, adapters)
-    return Choice(adapters, layers, places, around, head, own, flags, buffers, coverage(model, adapters, own.values()), whole)
+    return Choice(
+        adapters, layers, places, around, head, own, flags, buffers, coverage(model, adapters, own.values()), whole
+    )
 
 
 def _placed(

@@ -37,7 +37,9 @@ def mirrors(model: nn.Module, layers: Mapping[str, nn.Module], adapters: Mapping
             continue
         adapter = adapters[leader]
         if kind_of(module) is None or not isinstance(adapter, LowRank):
-            raise LrkitError(f"{name} is tied to {leader}, and {type(adapter).__name__} cannot serve both: leave {leader} out")
+            raise LrkitError(
+                f"{name} is tied to {leader}, and {type(adapter).__name__} cannot serve both: leave {leader} out"
+            )
         found[name] = Mirror(module, adapter)
     return found
 

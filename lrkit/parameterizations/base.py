@@ -39,7 +39,7 @@ class Target:
     d_out: int
     role: Role
     output: bool = False
-    kind: LayerKind = Linear()
+    kind: LayerKind = attrs.field(factory=Linear)
     maps: int = 1
     place: str = ""
     layers: tuple[str, ...] = attrs.field(default=(), repr=False)

@@ -22,12 +22,12 @@ class Mirror(Adapter):
 
     def __init__(self, base: nn.Module, adapter: LowRank) -> None:
         super().__init__(base)
-        self._adapter = (adapter,)  # in a tuple, so that it is no submodule
+        self.leader = (adapter,)  # in a tuple, so that it is no submodule
         self.transposed = kind_of(base) != adapter.kind
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B with this layer's ΔW = s · B diag(c) A."""
-        (adapter,) = self._adapter
+        (adapter,) = self.leader
         a, b = adapter.factors()
         if adapter.out_scale is not None:
             b = b * adapter.out_scale[:, None]
@@ -35,7 +35,7 @@ class Mirror(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output with the increment."""
-        (adapter,), base, kind = self._adapter, self.base, self.kind
+        (adapter,), base, kind = self.leader, self.base, self.kind
         assert kind is not None
         y: Tensor = base(x)
         a, b = self.factors()
@@ -48,3 +48,8 @@ class Mirror(Adapter):
         if adapter.dropout and z is x:
             h = h * F.dropout(torch.ones_like(h[..., :1]), adapter.dropout, self.training)
         return y + kind.up(base, h, b.to(h.dtype))
+
+
+def mirrors(module: nn.Module, adapter: nn.Module) -> bool:
+    """Return whether a module is the mirror of an adapter."""
+    return isinstance(module, Mirror) and module.leader[0] is adapter

@@ -82,7 +82,9 @@ class VectorScaled(Parameterization):
         if part.name == "A":
             return nn.init.kaiming_uniform_(new, generator=generator)
         assert isinstance(module, LowRank)
-        bound = math.sqrt(6 / max(1, module.first_rank // module.maps))  # Kaiming's, whose fan-in is the initial rank for B
+        bound = math.sqrt(
+            6 / max(1, module.first_rank // module.maps)
+        )  # Kaiming's, whose fan-in is the initial rank for B
         return nn.init.uniform_(new, -bound, bound, generator=generator)
 
     def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:

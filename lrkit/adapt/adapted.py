@@ -26,6 +26,7 @@ def attach(
     *,
     targets: str | Sequence[str] = "all-linear",
     train_also: str | Sequence[str] = "auto",
+    slices: bool = False,
 ) -> Adapted:
     """Put a method's adapters into a model, in place.
 
@@ -40,6 +41,8 @@ def attach(
             list of names or name suffixes.
         train_also: ``"auto"`` for the task head that is new (classifier, score, and the pooler before it), or a list of
             names or name suffixes of modules that train in full; an empty list for none.
+        slices: adapt the parts of fused projections (q, k and v of a ``qkv_proj``), each with a rank of its own, in the
+            place of the projection. Without it ``targets=["qkv_proj.q", "qkv_proj.v"]`` names some.
 
     Returns:
         The handle on what was attached.
@@ -50,7 +53,7 @@ def attach(
     if not isinstance(method, Method):
         raise LrkitError(f"attach takes a lrkit.Method, such as lrkit.methods.adalora(), not {method!r}")
     check_model(model)
-    return Adapted(model, method, targets, train_also)
+    return Adapted(model, method, targets, train_also, slices=slices)
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> Adapted:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import attrs
 from torch import nn
 
-from lrkit.adapt.coverage import TOLD_FROM, Coverage, coverage, percent
+from lrkit.adapt.coverage import TOLD_FROM, Coverage, coverage, partly, percent
 from lrkit.adapt.foresight import check_room
 from lrkit.adapt.heads import check_trainable, find_head, head_parameters, tell_tied
 from lrkit.adapt.targets import find_targets, together
@@ -58,6 +58,7 @@ def choose(
     train_also: str | Sequence[str],
     *,
     exact: bool,
+    slices: bool = False,
 ) -> Choice:
     """Find what `attach` is asked for in a model, and build the adapters. The model stays as it is.
 
@@ -67,11 +68,12 @@ def choose(
         targets: as `attach` takes them.
         train_also: as `attach` takes them.
         exact: `targets` and `train_also` are lists of whole names, and nothing is said of what they leave out.
+        slices: take the parts of fused projections in their places.
 
     Raises:
         LrkitError: nothing matches, or this model cannot be adapted so.
     """
-    found, offered = find(model, parameterization, targets, exact=exact)
+    found, offered = find(model, parameterization, targets, exact=exact, slices=slices)
     check_room(found, parameterization)
     head = find_head(model, train_also, exact=exact)
     names = set(parameterization.own_parameters(model))
@@ -87,7 +89,7 @@ def choose(
         ranks_of(parameterization.components, list(adapters))  # an adapter may stand in other places than the targets
     around = parameterization.wrap(model)
     _check_apart(adapters, head)
-    whole = coverage(model, [target.name for target in offered], own.values()) if offered else None
+    whole = coverage(model, [t.name for t in offered], own.values(), partly=partly(offered)) if offered else None
     if not exact:
         if targets == "all-linear" and whole is not None and 1 - whole.share > TOLD_FROM:
             warnings.warn(
@@ -99,9 +101,8 @@ def choose(
         tell_tied(model, head)
     layers, places = _placed(model, found, adapters)
     places |= mirrors(model, layers, adapters)
-    return Choice(
-        adapters, layers, places, around, head, own, flags, buffers, coverage(model, adapters, own.values()), whole
-    )
+    covered = coverage(model, adapters, own.values(), partly=partly(found))
+    return Choice(adapters, layers, places, around, head, own, flags, buffers, covered, whole)
 
 
 def _placed(
@@ -129,16 +130,23 @@ def _placed(
 
 
 def find(
-    model: nn.Module, parameterization: Parameterization, targets: str | Sequence[str], *, exact: bool
+    model: nn.Module,
+    parameterization: Parameterization,
+    targets: str | Sequence[str],
+    *,
+    exact: bool,
+    slices: bool = False,
 ) -> tuple[list[Target], list[Target]]:
     """Return the layers that `targets` means for this parameterization, and those that it has chosen them from."""
     if not parameterization.takes_targets:
-        if targets != "all-linear" and not exact:
-            raise LrkitError(f"{parameterization!r} has places of its own: leave targets out")
+        if (targets != "all-linear" and not exact) or slices:
+            raise LrkitError(
+                f"{parameterization!r} has places of its own: leave {'slices' if slices else 'targets'} out"
+            )
         return [], []
-    offered = found = together(leaders(find_targets(model, targets, exact=exact)))
+    offered = found = together(leaders(find_targets(model, targets, exact=exact, slices=slices)))
     if targets == "all-linear" and not (found := together(parameterization.choose(found))):
-        seen = coverage(model, [target.name for target in offered])
+        seen = coverage(model, [target.name for target in offered], partly=partly(offered))
         raise LrkitError(
             f"{parameterization!r} has no place in {type(model).__name__}: it chooses none of the linear layers "
             f"inside the transformer's blocks; name layers with targets{'' if seen is None else seen.words}"

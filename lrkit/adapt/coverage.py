@@ -6,6 +6,7 @@ import attrs
 from torch import Tensor, nn
 
 from lrkit.errors import pattern
+from lrkit.parameterizations.base import Target
 from lrkit.parameterizations.lowrank import layer_shape
 
 TOLD_FROM = 0.1
@@ -70,13 +71,29 @@ def block_prefixes(model: nn.Module) -> list[str]:
     return [f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and id(m) in within]
 
 
-def coverage(model: nn.Module, adapted: Collection[str], trained: Iterable[Tensor] = ()) -> Coverage | None:
+def partly(targets: Iterable[Target]) -> dict[str, int]:
+    """Return how many entries of a module's weights its adapted parts have, by the module's name."""
+    entries: dict[str, int] = {}
+    for target in targets:
+        if target.place not in ("", target.name):
+            entries[target.place] = entries.get(target.place, 0) + target.maps * target.d_in * target.d_out
+    return entries
+
+
+def coverage(
+    model: nn.Module,
+    adapted: Collection[str],
+    trained: Iterable[Tensor] = (),
+    *,
+    partly: Mapping[str, int] | None = None,
+) -> Coverage | None:
     """Measure how much of a plain model's blocks is adapted.
 
     Args:
         model: the model before anything is put into it.
         adapted: names of the modules that are adapted.
         trained: parameters that train in full.
+        partly: how many entries of a layer's weight are adapted, if its parts are, by the layer's name.
 
     Returns:
         None for a model without blocks.
@@ -97,7 +114,10 @@ def coverage(model: nn.Module, adapted: Collection[str], trained: Iterable[Tenso
             total += size
             if f"{name}.{part}.".startswith(done or ("\0",)) or id(parameter) in ids:
                 covered += size
-            else:
+                continue
+            if layer_shape(module) is not None and partly is not None:
+                covered, size = covered + partly.get(name, 0), size - partly.get(name, 0)
+            if size:
                 kind = (pattern(name), type(module).__name__)
                 before, parts = kinds.get(kind, (0, {}))
                 shown = part if part == "weight" or parameter is None else f"{part} ({parameter.ndim}-D)"

@@ -47,10 +47,11 @@ class Adapted:
         train_also: str | Sequence[str],
         *,
         exact: bool = False,
+        slices: bool = False,
         state: tuple[states.Saved, Mapping[str, Tensor]] | None = None,
     ) -> None:
         base = describe(model)  # now: a forward pass writes into its config
-        choice = choose(model, method.parameterization, targets, train_also, exact=exact)
+        choice = choose(model, method.parameterization, targets, train_also, exact=exact, slices=slices)
         # From here on the model is changed. Only the controller and the state can still refuse.
         self.model, self.method, self.head = model, method, choice.head
         self.adapters, self.around, self.coverage = choice.adapters, choice.around, choice.coverage
@@ -231,8 +232,9 @@ class Adapted:
         self._graft.check()
         if self._binding.bound:
             raise LrkitError("call unbind() before rewind()")
-        earlier = states.read(state)
-        self._binding.take(self._archive.rewind(earlier, state["tensors"], self.controller, self._binding.last()))
+        self._binding.take(
+            self._archive.rewind(states.read(state), state["tensors"], self.controller, self._binding.last())
+        )
 
     def take_ranks(self) -> None:
         """Let ``model.load_state_dict`` take weights of other ranks, for those who load them before the adaptive state."""

@@ -75,8 +75,8 @@ def _layers(model: nn.Module) -> tuple[dict[str, Found], dict[str, str]]:
                 layers[name] = Found(module, kind, name)
             else:
                 strange[name] = f"{type(module).__name__}: {reason}"
-        for each in known:
-            for part, layer in each.parts(module).items():
+        for each in known if name not in strange else ():
+            for part, layer in each.parts(module, name, model).items():
                 layers[f"{name}.{part}"] = Found(layer, each, name)
     return layers, strange
 
@@ -87,20 +87,28 @@ def _in_blocks(model: nn.Module, names: Iterable[str]) -> set[str]:
     return {name for name in names if name.startswith(prefixes) and "pooler" not in name.split(".")}
 
 
-def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool = False) -> list[Target]:
+def find_targets(
+    model: nn.Module, targets: str | Sequence[str], *, exact: bool = False, slices: bool = False
+) -> list[Target]:
     """Find the layers to adapt, in the model's order.
+
+    The parts of a fused projection, such as ``c_attn.q``, are layers beside the projection itself. A regular expression that
+    matches both means the projection, and so does an entry of a list.
 
     Args:
         model: the model.
         targets: ``"all-linear"``: every linear map inside the transformer's blocks. Another string: a regular
             expression that must match a layer's whole name. A list: names, or name suffixes at a dot.
         exact: a list holds whole names only.
+        slices: take the parts of fused projections in their places.
 
     Raises:
         LrkitError: nothing matches, a list's entry matches nothing (with the nearest name), or one names a module that
-            is not a linear map.
+            is not a linear map; or `slices`, and no projection among them has parts that are known.
     """
     layers, strange = _layers(model)
+    # A part of a module that is a layer itself: one can be adapted, or the other.
+    parts = {name: found.place for name, found in layers.items() if found.place != name and found.place in layers}
     if not isinstance(targets, str) and not (
         isinstance(targets, Sequence) and all(isinstance(target, str) for target in targets)
     ):
@@ -126,6 +134,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
                 f'targets="{cut(targets, 160)}" matches no linear layer of {type(model).__name__} (a regular expression '
                 f"must match the whole name); it has {_some(layers)}"
             )
+        chosen = {name for name in chosen if parts.get(name) not in chosen}
     else:
         chosen, odd = set(), set()
         for suffix in targets:
@@ -135,14 +144,30 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
             )
             if not named and not strangers:
                 raise LrkitError(_no_suffix(model, suffix, layers))
-            chosen, odd = chosen | named, odd | strangers
+            # Names of layers meant before there were parts: "gate" is a router where there is one.
+            chosen, odd = chosen | (named - set(parts) or named), odd | strangers
         if not chosen and odd:
             raise LrkitError(f"targets names nothing but {_odd(odd, strange)}")
         if not chosen:
             raise LrkitError("targets is an empty list: name at least one layer, or use targets='all-linear'")
     if odd:
         warnings.warn(f"left out: {_odd(odd, strange)}", LrkitWarning, stacklevel=6)
+    if slices:
+        chosen = _in_slices(model, chosen, parts, layers)
     return together(found.target(name) for name, found in layers.items() if name in chosen)
+
+
+def _in_slices(
+    model: nn.Module, chosen: Collection[str], parts: Mapping[str, str], layers: Mapping[str, object]
+) -> set[str]:
+    """Take the parts of layers in the places of those that have some."""
+    found = {name for name, place in parts.items() if place in chosen or name in chosen}
+    if not found:
+        raise LrkitError(
+            f"slices=True, and no fused projection whose parts are known is among the targets in {type(model).__name__}: "
+            f"they are {_some({name: layers[name] for name in chosen})}"
+        )
+    return found | {name for name in chosen if name not in parts.values()}
 
 
 def together(targets: Iterable[Target]) -> list[Target]:
@@ -164,6 +189,13 @@ def _odd(names: Collection[str], strange: Mapping[str, str]) -> str:
 
 def _no_suffix(model: nn.Module, suffix: str, layers: Mapping[str, object]) -> str:
     others = [m for n, m in model.named_modules() if n and (n == suffix or n.endswith(f".{suffix}"))]
+    whole, _, part = suffix.rpartition(".")
+    fused = [n for n in layers if whole and (n == whole or n.endswith(f".{whole}"))]
+    if not others and fused:
+        known = [n.removeprefix(f"{fused[0]}.") for n in layers if n.startswith(f"{fused[0]}.")]
+        return f'target "{suffix}": {fused[0]} has no part "{part}"{nearest(part, known)}; ' + (
+            f"it has {', '.join(known)}" if known else "lrkit does not know how its rows are divided"
+        )
     if others:
         if layer_shape(others[0]) is not None:
             return (

@@ -232,9 +232,8 @@ class Adapted:
         self._graft.check()
         if self._binding.bound:
             raise LrkitError("call unbind() before rewind()")
-        self._binding.take(
-            self._archive.rewind(states.read(state), state["tensors"], self.controller, self._binding.last())
-        )
+        tensors, last = state["tensors"], self._binding.last()
+        self._binding.take(self._archive.rewind(states.read(state), tensors, self.controller, last))
 
     def take_ranks(self) -> None:
         """Let ``model.load_state_dict`` take weights of other ranks, for those who load them before the adaptive state."""

@@ -124,6 +124,8 @@ def find_targets(
     elif isinstance(targets, str):
         regex = compiled(targets, "targets")
         chosen, odd = ({name for name in each if regex.fullmatch(name)} for each in (layers, strange))
+        # An expression that matches a layer and its parts means the layer.
+        chosen = {name for name in chosen if parts.get(name) not in chosen}
         if not chosen and odd:
             raise LrkitError(f'targets="{cut(targets, 160)}" names nothing but {_odd(odd, strange)}')
         if not chosen:
@@ -134,7 +136,6 @@ def find_targets(
                 f'targets="{cut(targets, 160)}" matches no linear layer of {type(model).__name__} (a regular expression '
                 f"must match the whole name); it has {_some(layers)}"
             )
-        chosen = {name for name in chosen if parts.get(name) not in chosen}
     else:
         chosen, odd = set(), set()
         for suffix in targets:

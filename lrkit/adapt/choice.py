@@ -116,6 +116,8 @@ def _placed(
     for name, adapter in adapters.items():
         if name in parts:
             layers[name] = parts[name].layer
+            if adapter is layers[name]:
+                raise LrkitError(f"{name} has no tensors of its own that could train: name {parts[name].place}")
             shared.setdefault(parts[name].place, []).append(parts[name])
         else:
             layers[name] = model.get_submodule(name)

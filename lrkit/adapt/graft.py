@@ -167,7 +167,8 @@ class Graft:
             for p in module._parameters.values():
                 owners[id(p)] = owners.get(id(p), 0) + 1
         for name in put_in:
-            _check_weight(name, self.originals[name], owners)
+            layer = self.originals[name]
+            _check_weight(name, getattr(layer, "owner", layer), owners)  # a slice's weight is its owner's
         for merge in merges.values():
             merge()
         self.masters.settle()

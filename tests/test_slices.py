@@ -153,7 +153,7 @@ def renamed(name: str) -> str:
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "elora"])
 def test_slices_equal_unfused_twins(method: str) -> None:
-    """A Phi-3 with adapted slices has the logits, gradients and merged weights of a Llama with adapted q_proj, k_proj, ..."""
+    """A Phi-3 with adapted slices has the logits, gradients and merged weights of a Llama with adapted q_proj and so on."""
     make = {
         "lora": lambda: lrkit.methods.lora(rank=3),
         "adalora": lambda: lrkit.methods.adalora(rank=3, target_rank=2),
@@ -295,6 +295,24 @@ def test_allocations_name_slices() -> None:
     assert ranks == {f"transformer.h.{i}.attn.c_attn.{p}": r for i in (0, 1) for p, r in (("q", 5), ("v", 2))}
 
 
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "neox"])
+@pytest.mark.parametrize("to", ["peft-lora", "peft-adalora", "vllm-lora", "merged"])
+def test_peft_holds_slices_as_blocks(family: str, to: str, tmp_path: Path) -> None:
+    """PEFT reads slices of different ranks and scales back as one pair of factors; the ranks add up."""
+    model = made(family)
+    plain = copy.deepcopy(model)
+    method = lrkit.methods.svd_lora(rank=lrkit.Allocation({"q": 3, "v": 1, "*": 2}))
+    adapted = lrkit.attach(model, method, slices=True, train_also=[])
+    perturb(adapted)
+    done = lrkit.export(adapted, tmp_path / "out", to=to)
+    assert done.difference < 1e-9
+    if to == "peft-lora":
+        place = next(name for name in adapted.adapters if name.endswith(".q")).removesuffix(".q")
+        assert done.ranks[place] == 6 and not any(name.endswith((".q", ".v")) for name in done.ranks)
+        again = lrkit.from_peft(plain, tmp_path / "out")
+        assert torch.allclose(again.model(IDS).logits, model(IDS).logits, atol=1e-9)
+
+
 def test_whole_layers_come_first() -> None:
     """Without slices=True, all-linear, expressions and names mean whole projections wherever they match them."""
     model = made("gpt2")
@@ -336,7 +354,7 @@ def test_unknown_slices_are_refused() -> None:
         with pytest.raises(lrkit.LrkitError, match=words):
             lrkit.attach(model, lora, targets=targets, slices=slices, train_also=[])
         assert type(model.layers[0].qkv_proj) is nn.Linear
-    with pytest.raises(lrkit.LrkitError, match="no tensors of its own.*name layers.0.qkv_proj"):
+    with pytest.raises(lrkit.LrkitError, match=r"no tensors of its own.*name layers\.0\.qkv_proj"):
         lrkit.attach(Fused(24, num_heads=2), lrkit.methods.full(), targets=["qkv_proj.q"], train_also=[])
 
 

@@ -55,8 +55,7 @@ class Adapted:
         # From here on the model is changed. Only the controller and the state can still refuse.
         self.model, self.method, self.head = model, method, choice.head
         self.adapters, self.around, self.coverage = choice.adapters, choice.around, choice.coverage
-        self._graft = Graft(model, choice)
-        self.originals = self._graft.originals
+        self._graft, self.originals = Graft(model, choice), choice.layers
         self._weights = weights.Weights(model, choice, self._graft.masters)
         self._archive = Archive(method, tuple(self.adapters), tuple(self.head), base, self._weights)
         try:
@@ -232,8 +231,8 @@ class Adapted:
         self._graft.check()
         if self._binding.bound:
             raise LrkitError("call unbind() before rewind()")
-        tensors, last = state["tensors"], self._binding.last()
-        self._binding.take(self._archive.rewind(states.read(state), tensors, self.controller, last))
+        earlier = states.read(state)
+        self._binding.take(self._archive.rewind(earlier, state["tensors"], self.controller, self._binding.last()))
 
     def take_ranks(self) -> None:
         """Let ``model.load_state_dict`` take weights of other ranks, for those who load them before the adaptive state."""

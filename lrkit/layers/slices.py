@@ -65,7 +65,8 @@ class Slice(nn.Module):
         """Return the slice's rows of a tensor that has the owner's along a dimension: a view [.., groups, size, ..]."""
         inner = dim if dim < 0 else dim + 1
         start, size = self.layout.place(self.part)
-        return fused.unflatten(dim, (self.layout.groups, -1)).narrow(inner, start, size)
+        grouped = torch.unflatten(fused, dim, (self.layout.groups, -1))
+        return grouped.narrow(inner, start, size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the owner's output [..., out_features] for x [..., in_features], of the slice's rows alone."""

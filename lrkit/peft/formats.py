@@ -18,6 +18,7 @@ from lrkit.adapt.adapted import Adapted
 from lrkit.errors import LrkitError
 from lrkit.layers import is_conv1d
 from lrkit.parameterizations.lowrank import layer_shape
+from lrkit.peft.blocks import joined
 from lrkit.peft.files import CONFIG, PREFIX, WEIGHTS, Factors, commonest
 from lrkit.settings import in_steps
 
@@ -50,7 +51,7 @@ class Draft:
     tokenizer: Any
 
     def increments(self) -> dict[str, Factors]:
-        """Return each layer's ΔW as factors, without the layers of rank 0.
+        """Return each layer's ΔW as factors, without the layers of rank 0; a fused projection's for its slices.
 
         Raises:
             LrkitError: the method trains more than low-rank increments and a head, or no layer has a rank.
@@ -71,7 +72,7 @@ class Draft:
         layers = {name: factors for name, factors in every.items() if factors.rank}
         if not layers:
             raise LrkitError(f'every layer has rank 0, and there is nothing for {self.to} to hold: export to "merged"')
-        return layers
+        return joined(layers, adapted.originals)
 
     def _factors(self, name: str, adapter: nn.Module) -> Factors:
         factors = getattr(adapter, "export_factors", None)
@@ -128,7 +129,7 @@ def _peft() -> Any:
 def _common(draft: Draft, layers: Mapping[str, Factors]) -> dict[str, Any]:
     """Return the settings that PEFT's LoRA and AdaLoRA share."""
     adapted, model = draft.adapted, draft.adapted.model
-    dropouts = {getattr(adapted.adapters[name], "dropout", 0.0) for name in layers}
+    dropouts = {getattr(adapter, "dropout", 0.0) for adapter in adapted.adapters.values()}
     kind = type(model)
     task = next((task for ending, task in _TASKS.items() if kind.__name__.endswith(ending)), None)
     # PEFT expects a trained head in a classifier's file, and vLLM's file holds none.
@@ -207,7 +208,7 @@ def _write_adalora(draft: Draft) -> dict[str, int]:
     layers = draft.increments()
     ranks = {name: layer.rank for name, layer in layers.items()}
     initial = draft.adapted.controller.run.ranks
-    first = max(*(initial[name] for name in layers), *ranks.values())
+    first = max(*(initial.get(name, 0) for name in layers), *ranks.values())
     # PEFT computes alpha / (init_r + 1e-5) for all layers alike.
     scale = commonest({name: layer.scaling for name, layer in layers.items()})
     alpha = scale * (first + 1e-5)

@@ -301,7 +301,7 @@ def test_peft_holds_slices_as_blocks(family: str, to: str, tmp_path: Path) -> No
     """PEFT reads slices of different ranks and scales back as one pair of factors; the ranks add up."""
     model = made(family)
     plain = copy.deepcopy(model)
-    method = lrkit.methods.svd_lora(rank=lrkit.Allocation({"q": 3, "v": 1, "*": 2}))
+    method = lrkit.methods.svd_lora(rank=lrkit.Allocation({"q": 3, "v": 1, "*": 2}), alpha=4)
     adapted = lrkit.attach(model, method, slices=True, train_also=[])
     perturb(adapted)
     done = lrkit.export(adapted, tmp_path / "out", to=to)
@@ -323,6 +323,10 @@ def test_whole_layers_come_first() -> None:
     assert found[0] == found[1] == found[2] and not any(name.endswith((".q", ".k", ".v")) for name in found[0])
     part = lrkit.attach(model, lrkit.methods.lora(rank=1), targets=r".*\.0\..*(\.k|c_fc)", train_also=[])
     assert list(part.adapters) == ["transformer.h.0.attn.c_attn.k", "transformer.h.0.mlp.c_fc"]
+    mixed = Fused(24, num_heads=2)
+    mixed.layers[0].q = nn.Linear(8, 8)
+    whole = lrkit.attach(mixed, lrkit.methods.lora(rank=1), targets=["q"], train_also=[])
+    assert list(whole.adapters) == ["layers.0.q"]
 
 
 class Fused(nn.Module):

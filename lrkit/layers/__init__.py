@@ -8,17 +8,28 @@ from lrkit.hookspecs import hookimpl
 from lrkit.layers.base import LayerKind, Sizes
 from lrkit.layers.convolution import Convolution
 from lrkit.layers.embedding import Embedding
+from lrkit.layers.experts import Experts
 from lrkit.layers.linear import Linear, is_conv1d
 
-__all__ = ["Convolution", "Embedding", "LayerKind", "Linear", "Sizes", "is_conv1d", "kind_of", "lrkit_layers"]
+__all__ = [
+    "Convolution",
+    "Embedding",
+    "Experts",
+    "LayerKind",
+    "Linear",
+    "Sizes",
+    "is_conv1d",
+    "kind_of",
+    "lrkit_layers",
+]
 
-BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution())
+BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution(), Experts())
 
 
 @hookimpl
 def lrkit_layers() -> Mapping[str, type[LayerKind]]:
     """Offer the built-in kinds of layers."""
-    return {"linear": Linear, "embedding": Embedding, "convolution": Convolution}
+    return {"linear": Linear, "embedding": Embedding, "convolution": Convolution, "experts": Experts}
 
 
 def kind_of(layer: nn.Module, kinds: Iterable[LayerKind] = BUILT_IN) -> LayerKind | None:

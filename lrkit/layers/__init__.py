@@ -5,31 +5,36 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from lrkit.hookspecs import hookimpl
+from lrkit.layers.around import Around
 from lrkit.layers.base import LayerKind, Sizes
 from lrkit.layers.convolution import Convolution
 from lrkit.layers.embedding import Embedding
 from lrkit.layers.experts import Experts
 from lrkit.layers.linear import Linear, is_conv1d
+from lrkit.layers.slices import Slice, Slices
 
 __all__ = [
+    "Around",
     "Convolution",
     "Embedding",
     "Experts",
     "LayerKind",
     "Linear",
     "Sizes",
+    "Slice",
+    "Slices",
     "is_conv1d",
     "kind_of",
     "lrkit_layers",
 ]
 
-BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution(), Experts())
+BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution(), Slices(), Experts())
 
 
 @hookimpl
 def lrkit_layers() -> Mapping[str, type[LayerKind]]:
     """Offer the built-in kinds of layers."""
-    return {"linear": Linear, "embedding": Embedding, "convolution": Convolution, "experts": Experts}
+    return {"linear": Linear, "embedding": Embedding, "convolution": Convolution, "slice": Slices, "experts": Experts}
 
 
 def kind_of(layer: nn.Module, kinds: Iterable[LayerKind] = BUILT_IN) -> LayerKind | None:

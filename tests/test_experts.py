@@ -13,7 +13,7 @@ from lrkit.parameterizations import LowRank
 from lrkit.parameterizations.base import Target
 
 KIND = Experts()
-HIDDEN, INNER, EXPERTS, RANK = 10, 6, 5, 2
+HIDDEN, INNER, EXPERTS, RANK = 12, 8, 5, 2
 _SIZES = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 1, "num_attention_heads": 2}
 CONFIGS = {
     "mixtral": ("Mixtral", {"num_local_experts": EXPERTS}),
@@ -43,11 +43,15 @@ def experts(kind, implementation="eager"):
     return made
 
 
+def parts(module):
+    return KIND.parts(module, "experts", module)
+
+
 def adapters(module, names, *, core=True, out_scale=True):
     """Make random low-rank adapters of stacks, as a parameterization does."""
     made = {}
     for name in names:
-        layer = KIND.parts(module)[name]
+        layer = parts(module)[name]
         sizes = KIND.sizes(layer)
         target = Target(name, layer, sizes.d_in, sizes.d_out, "ffn", kind=KIND, maps=sizes.maps)
         r = sizes.maps * RANK
@@ -135,7 +139,7 @@ def test_values_and_gradients(kind, sentinels):
     """Outputs and all gradients are those of the loop over tokens and experts."""
     module = experts(kind)
     x, index, weights = draw(sentinels=sentinels)
-    made = adapters(module, KIND.parts(module))
+    made = adapters(module, parts(module))
     y = KIND.join(module, made)(x, index, weights)
     expected = reference(module, made, x, index, weights)
     torch.testing.assert_close(y, expected)
@@ -149,7 +153,7 @@ def test_no_increment_changes_nothing(kind, implementation):
     """Without an increment the module computes as transformers' own implementations do."""
     module = experts(kind, implementation)
     x, index, weights = draw()
-    made = adapters(module, KIND.parts(module))
+    made = adapters(module, parts(module))
     for adapter in made.values():
         nn.init.zeros_(adapter.core)
     joined = KIND.join(module, made)
@@ -177,7 +181,7 @@ def test_merged_weights(kind):
     """The plain module computes the same once every increment is in its weight."""
     module = experts(kind)
     x, index, weights = draw()
-    made = adapters(module, KIND.parts(module))
+    made = adapters(module, parts(module))
     y = KIND.join(module, made)(x, index, weights)
     for adapter in made.values():
         adapter.merge()
@@ -187,7 +191,7 @@ def test_merged_weights(kind):
 def test_a_copy_has_its_own_weights():
     """A deep copy of adapted experts reads the weights of the copy."""
     module = experts("mixtral")
-    joined = KIND.join(module, adapters(module, KIND.parts(module)))
+    joined = KIND.join(module, adapters(module, parts(module)))
     twin, given = copy.deepcopy(joined), draw()
     before = joined(*given)
     for p in twin.parameters():
@@ -223,16 +227,16 @@ def test_products_have_derivatives_of_any_order():
 
 def test_other_modules_have_no_stacks():
     """Modules without the decorator's settings, or without 3-D weights, are left alone."""
-    assert not KIND.parts(nn.Linear(2, 2))
+    assert not parts(nn.Linear(2, 2))
     odd = nn.Module()
     odd.is_transposed, odd.has_bias, odd.gate_up_proj = False, False, nn.Parameter(torch.zeros(2, 2))
-    assert not KIND.parts(odd)
+    assert not parts(odd)
 
 
 def test_quantized_experts_are_refused():
     """Weights in 8-bit floats are named as the reason."""
     module = experts("mixtral")
     module.down_proj = nn.Parameter(module.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
-    parts = KIND.parts(module)
-    assert KIND.refusal(parts["gate_up_proj"]) is None
-    assert KIND.refusal(parts["down_proj"]) == "its experts are quantized (Parameter, torch.float8_e4m3fn)"
+    stacks = parts(module)
+    assert KIND.refusal(stacks["gate_up_proj"]) is None
+    assert KIND.refusal(stacks["down_proj"]) == "its experts are quantized (Parameter, torch.float8_e4m3fn)"

@@ -106,19 +106,13 @@ class Experts(LayerKind):
         ends, experts = where
         return h * by.view(len(ends), -1).index_select(0, experts)
 
-    def parts(self, layer: nn.Module) -> Mapping[str, nn.Module]:
+    def parts(self, layer: nn.Module, name: str, model: nn.Module) -> Mapping[str, nn.Module]:
         """Return the stacks of a module of experts: of gate and up together, or up alone, and of down."""
-        if not hasattr(layer, "is_transposed") or not hasattr(layer, "has_bias"):
-            return {}
-        names = (_first(layer), "down_proj")
-        weights = [getattr(layer, name, None) for name in names]
-        if not all(isinstance(weight, Tensor) and weight.ndim == 3 for weight in weights):
-            return {}
-        return {name: Stack(layer, name) for name in names}
+        return _stacks(layer)
 
     def join(self, layer: nn.Module, adapters: Mapping[str, nn.Module]) -> nn.Module:
         """Return the module of experts with adapters in the place of its stacks."""
-        return AdaptedExperts(layer, self.parts(layer), adapters)
+        return AdaptedExperts(layer, adapters)
 
 
 class AdaptedExperts(nn.Module):
@@ -126,16 +120,15 @@ class AdaptedExperts(nn.Module):
 
     Args:
         base: the module of experts.
-        stacks: its stacks by name.
-        adapters: those that take a stack's place, by the same names.
+        adapters: the adapters of its stacks by the parameter's name.
     """
 
-    def __init__(self, base: nn.Module, stacks: Mapping[str, nn.Module], adapters: Mapping[str, nn.Module]) -> None:
+    def __init__(self, base: nn.Module, adapters: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.base = base
+        self._plain = _stacks(base)  # no submodules: they have no parameters of their own
         for name, adapter in adapters.items():
             setattr(self, name, adapter)
-        self._plain = dict(stacks)  # no submodules: they have no parameters of their own
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -172,6 +165,16 @@ class AdaptedExperts(nn.Module):
         # Back in the tokens' order the k outputs of each lie side by side: a sum that no thread's turn can change.
         y = (y * weights[:, None]).index_select(0, order.argsort())
         return y.view(-1, k, y.shape[1]).sum(1).to(hidden_states.dtype)
+
+
+def _stacks(module: nn.Module) -> dict[str, Stack]:
+    """Return the stacks of a module of experts by name; empty for any other module."""
+    if not hasattr(module, "is_transposed") or not hasattr(module, "has_bias"):
+        return {}
+    names = (_first(module), "down_proj")
+    weights = [getattr(module, name, None) for name in names]
+    there = all(isinstance(weight, Tensor) and weight.ndim == 3 for weight in weights)
+    return {name: Stack(module, name) for name in names} if there else {}
 
 
 def _products(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:

@@ -90,9 +90,9 @@ def check_room(found: Sequence[Target], parameterization: Parameterization) -> N
     ranks = ranks_of(rank, [t.name for t in found])
     if not isinstance(rank, int) and not any(ranks.values()):
         raise LrkitError("rank is 0 in every adapted layer, so that no adapter would train: give one of them a rank")
-    layers = [t for t in found if any(p.device.type == "cpu" for p in t.layer.parameters())]
+    layers = [t for t in found if getattr(t.layer.weight, "device", torch.device("cpu")).type == "cpu"]
     # float32: the factors, gradients, and Adam's two moments
-    needed = 16 * sum(ranks[t.name] * (t.d_in + t.d_out) for t in layers)
+    needed = 16 * sum(t.maps * ranks[t.name] * (t.d_in + t.d_out) for t in layers)
     if needed > (memory := _memory()):
         raise LrkitError(
             f"{parameterization!r} on {len(layers)} layers would take {needed / 2**30:,.0f} GiB with gradients and Adam's "

@@ -266,9 +266,8 @@ class Allocation(Ranks):
 def sizes_of(model: "torch.nn.Module", targets: str | Sequence[str] = "all-linear") -> dict[str, tuple[int, int]]:
     """Return (d_in, d_out) of the layers of a plain model that `targets` means, as `lrkit.attach` takes it.
 
-    A stack of experts has the sizes of all its experts together: a rank of 1 is one component in each.
-    Raises:
-        LrkitError: nothing matches, or the model carries adapters, so that its layers have other names.
+    A stack of experts has the sizes of all its experts together: a rank of 1 is one component in each. Raises
+    LrkitError if nothing matches, or if the model carries adapters, so that its layers have other names.
     """
     from lrkit.adapt.graft import check_model
     from lrkit.adapt.targets import find_targets

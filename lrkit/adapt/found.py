@@ -45,7 +45,7 @@ def _is_json(path: Path) -> bool:
 def in_effect(layers: "Iterable[LayerSummary]") -> dict[str, Any]:
     """Return the ranks of layers as plain data, with the layers' sizes if every one has them.
 
-    The rank of a stack of experts is one expert's: the mean over its experts, rounded up. Its sizes are all experts' together.
+    The rank of a stack of experts is one expert's: the mean over its experts, rounded up. Sizes are all experts'.
     """
     every = list(layers)
     ranks: dict[str, Any] = {"ranks": {each.name: _per_map(each.rank, each.maps) for each in every}}

@@ -157,7 +157,7 @@ class AdaptedExperts(nn.Module):
         ends = torch.searchsorted(experts, torch.arange(count, device=experts.device), right=True, out_int32=True)
         absent, experts = experts >= count, experts.clamp(max=count - 1)
         h = up(hidden_states.index_select(0, order // k), ends, experts)
-        h = module._apply_gate(h) if first == "gate_up_proj" else module.act_fn(h)
+        h = module._apply_gate(h) if first == "gate_up_proj" else module.act_fn(h)  # noqa: SLF001
         y = down(h, ends, experts)
         if getattr(module, "has_post_expert_norm", False):
             y = module.post_expert_norm(y)

@@ -60,7 +60,7 @@ def grouped_outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 def _has_kernel(*tensors: Tensor) -> bool:
-    """Return whether torch's kernel takes these matrices: on a GPU, in bfloat16, rows or columns at multiples of 16 bytes."""
+    """Return whether torch's kernel takes these matrices: on a GPU, bfloat16, aligned to 16 bytes."""
     return hasattr(F, "grouped_mm") and all(
         t.is_cuda and t.dtype == torch.bfloat16 and sorted(t.stride()[-2:])[0] == 1 and _even(t) for t in tensors
     )

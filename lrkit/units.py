@@ -66,6 +66,11 @@ class Block:
     kind: UnitKind
     numbers: tuple[int, ...] | None = None
 
+    @property
+    def maps(self) -> int:
+        """Return how many maps of a layer the components are spread over: the number of experts in a stack; 1 otherwise."""
+        return maps_of(self.module) if self.kind == "component" else 1
+
     def tensor(self, part: Part) -> nn.Parameter:
         """Return the parameter behind one of the parts."""
         return part.of(self.module)
@@ -118,6 +123,28 @@ def blocks_of(
         elif matrices:
             blocks.append(Block(name, module, matrices, 1, kind))
     return blocks
+
+
+def maps_of(module: nn.Module) -> int:
+    """Return how many maps the layer of an adapter stacks, each with as many components: 1 but for experts."""
+    maps = getattr(module, "maps", 1)
+    return maps if isinstance(maps, int) else 1
+
+
+def evened(stays: Tensor, maps: int) -> Tensor:
+    """Return which components of a stack stay if all of its maps are to keep as many, since they lie in one tensor.
+
+    Maps that would keep fewer than another keep their first others besides. For example of two maps of three components,
+    of which [1, 0, 0] and [0, 1, 1] are to stay, [1, 1, 0] and [0, 1, 1] do.
+
+    Args:
+        stays: bool [maps · r], the components that must stay.
+        maps: how many maps there are.
+    """
+    by_map = stays.view(maps, -1)
+    most = int(by_map.sum(1).max()) if by_map.numel() else 0
+    first = by_map.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return torch.zeros_like(by_map).scatter_(1, first, True).flatten()
 
 
 def resize(p: nn.Parameter, data: Tensor) -> None:

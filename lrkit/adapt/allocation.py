@@ -266,14 +266,14 @@ class Allocation(Ranks):
 def sizes_of(model: "torch.nn.Module", targets: str | Sequence[str] = "all-linear") -> dict[str, tuple[int, int]]:
     """Return (d_in, d_out) of the layers of a plain model that `targets` means, as `lrkit.attach` takes it.
 
-    Raises:
-        LrkitError: nothing matches, or the model carries adapters, so that its layers have other names.
+    A stack of experts has the sizes of all its experts together: a rank of 1 is one component in each. Raises
+    LrkitError if nothing matches, or if the model carries adapters, so that its layers have other names.
     """
     from lrkit.adapt.graft import check_model
     from lrkit.adapt.targets import find_targets
 
     check_model(model)
-    return {target.name: (target.d_in, target.d_out) for target in find_targets(model, targets)}
+    return {t.name: (t.maps * t.d_in, t.maps * t.d_out) for t in find_targets(model, targets)}
 
 
 def _budget(sizes: Sizes, total: int | None, parameters: int | None) -> dict[str, int]:

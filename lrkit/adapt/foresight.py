@@ -94,7 +94,7 @@ def check_room(found: Sequence[Target], parameterization: Parameterization) -> N
         t for t in found if getattr(getattr(t.layer, "weight", None), "device", torch.device("cpu")).type == "cpu"
     ]
     # float32: the factors, gradients, and Adam's two moments
-    needed = 16 * sum(ranks[t.name] * (t.d_in + t.d_out) for t in layers)
+    needed = 16 * sum(t.maps * ranks[t.name] * (t.d_in + t.d_out) for t in layers)
     if needed > (memory := _memory()):
         raise LrkitError(
             f"{parameterization!r} on {len(layers)} layers would take {needed / 2**30:,.0f} GiB with gradients and Adam's "

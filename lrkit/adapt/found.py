@@ -43,11 +43,18 @@ def _is_json(path: Path) -> bool:
 
 
 def in_effect(layers: "Iterable[LayerSummary]") -> dict[str, Any]:
-    """Return the ranks of layers as plain data, with the layers' sizes if every one has them."""
+    """Return the ranks of layers as plain data, with the layers' sizes if every one has them.
+
+    The rank of a stack of experts is one expert's: the mean over its experts, rounded up. Sizes are all experts'.
+    """
     every = list(layers)
-    ranks: dict[str, Any] = {"ranks": {layer.name: layer.rank for layer in every}}
-    known = all(layer.d_in is not None and layer.d_out is not None for layer in every)
-    return {**ranks, "sizes": {layer.name: [layer.d_in, layer.d_out] for layer in every}} if known else ranks
+    ranks: dict[str, Any] = {"ranks": {each.name: _per_map(each.rank, each.maps) for each in every}}
+    sizes = {each.name: [each.maps * each.d_in, each.maps * each.d_out] for each in every if each.d_in and each.d_out}
+    return {**ranks, "sizes": sizes} if len(sizes) == len(every) else ranks
+
+
+def _per_map(rank: Any, maps: Any) -> Any:
+    return -(-rank // maps) if isinstance(rank, int) and isinstance(maps, int) and maps > 1 else rank
 
 
 def found_in(folder: Path) -> dict[str, Any]:
@@ -75,7 +82,10 @@ def found_in(folder: Path) -> dict[str, Any]:
             raise LrkitError(f"{path}: layers[{index}].name must be a text, not {shown(name)}")
         if rank is None:
             raise LrkitError(f"{path}: {name} has no rank: the run's method has no rank components to allocate")
-        ranks[name], sizes[name] = rank, [layer.get("d_in"), layer.get("d_out")]
+        maps = layer.get("maps", 1)
+        ranks[name] = _per_map(rank, maps)
+        size = [layer.get("d_in"), layer.get("d_out")]
+        sizes[name] = [maps * n if isinstance(maps, int) and isinstance(n, int) and maps > 1 else n for n in size]
     known = all(size != [None, None] for size in sizes.values())
     return {"ranks": ranks, **({"sizes": sizes} if known else {})}
 

@@ -31,8 +31,9 @@ def keep_names(adapter: nn.Module, layer: nn.Module) -> list[RemovableHandle]:
 
 def _is_own(adapter: nn.Module, name: str) -> bool:
     """Return whether a name within an adapter is one of its own, so that its layer cannot use it."""
-    first = name.partition(".")[0]
-    return any(first in table for table in (adapter._parameters, adapter._buffers, adapter._modules))
+    first, dot, _ = name.partition(".")
+    # A module of experts has a parameter gate_up_proj, and its adapter a module of that name.
+    return first in adapter._modules if dot else first in adapter._parameters or first in adapter._buffers
 
 
 def _shorten(path: str, adapter: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:

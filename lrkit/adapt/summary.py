@@ -27,6 +27,7 @@ class LayerSummary:
         average: the same, averaged over the steps so far.
         d_in: size of the layer's input; None if it is no linear map, or not known.
         d_out: size of its output, likewise.
+        maps: how many maps of these sizes the layer stacks, one per expert; the ranks are the sums over all of them.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LayerSummary:
     average: float
     d_in: int | None = None
     d_out: int | None = None
+    maps: int = 1
 
     @property
     def state(self) -> str:
@@ -52,10 +54,9 @@ class LayerSummary:
         return ", ".join(words) or "-"
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the same as plain data, without sizes that are not known."""
-        return {
-            key: value for key, value in attrs.asdict(self).items() if value is not None or key not in ("d_in", "d_out")
-        }
+        """Return the same as plain data, without sizes that are not known, and without `maps` if that is 1."""
+        silent = {"d_in": None, "d_out": None, "maps": 1}
+        return {key: value for key, value in attrs.asdict(self).items() if key not in silent or value != silent[key]}
 
 
 @attrs.frozen
@@ -121,6 +122,7 @@ class Summary:
 def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "Coverage | None" = None) -> Summary:
     """Summarize a run so far. `head`, `beside` and `coverage` are as in `Summary`."""
     from lrkit.parameterizations.adapter import layer_shape
+    from lrkit.units import maps_of
 
     kept = controller.components.kept()
     run, tally = controller.run, controller.tally
@@ -138,7 +140,11 @@ def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "C
             part.name for part in run.method.parameterization.parts if part.matrix and run.froze(part.of(module))
         )
         size = layer_shape(getattr(module, "base", module)) or (None, None)
-        layers.append(LayerSummary(name, rank, initial, frozen, run.starts[name], counts[name], average[name], *size))
+        layers.append(
+            LayerSummary(
+                name, rank, initial, frozen, run.starts[name], counts[name], average[name], *size, maps_of(module)
+            )
+        )
     return Summary(tuple(layers), head, controller.step, beside, coverage)
 
 

@@ -77,8 +77,19 @@ def _layers(model: nn.Module) -> tuple[dict[str, Found], dict[str, str]]:
                 strange[name] = f"{type(module).__name__}: {reason}"
         for each in known if name not in strange else ():
             for part, layer in each.parts(module, name, model).items():
-                layers[f"{name}.{part}"] = Found(layer, each, name)
+                reason = each.refusal(layer)
+                if reason is None:
+                    layers[f"{name}.{part}"] = Found(layer, each, name)
+                else:
+                    strange[f"{name}.{part}"] = f"{type(module).__name__}: {reason}"
     return layers, strange
+
+
+def _is_linear(model: nn.Module, name: str) -> bool:
+    """Return whether a layer that is not to be adapted is of a kind that all linear layers are; parts of modules are."""
+    owner, _, last = name.rpartition(".")
+    module = model.get_submodule(owner)._modules.get(last)
+    return module is None or layer_shape(module) is not None
 
 
 def _in_blocks(model: nn.Module, names: Iterable[str]) -> set[str]:
@@ -115,7 +126,7 @@ def find_targets(
         raise LrkitError(f'targets must be "all-linear", a regular expression or a list of names, not {shown(targets)}')
     if targets == "all-linear":
         chosen = _in_blocks(model, (name for name, found in layers.items() if found.kind.linear))
-        odd = _in_blocks(model, (name for name in strange if layer_shape(model.get_submodule(name)) is not None))
+        odd = _in_blocks(model, (name for name in strange if _is_linear(model, name)))
         if not chosen:
             raise LrkitError(
                 'targets="all-linear" found no linear layer inside transformer blocks (no nn.ModuleList holds one) in '

@@ -9,6 +9,7 @@ from lrkit.layers.around import Around
 from lrkit.layers.base import LayerKind, Sizes
 from lrkit.layers.convolution import Convolution
 from lrkit.layers.embedding import Embedding
+from lrkit.layers.experts import Experts
 from lrkit.layers.linear import Linear, is_conv1d
 from lrkit.layers.slices import Slice, Slices
 
@@ -16,6 +17,7 @@ __all__ = [
     "Around",
     "Convolution",
     "Embedding",
+    "Experts",
     "LayerKind",
     "Linear",
     "Sizes",
@@ -26,13 +28,13 @@ __all__ = [
     "lrkit_layers",
 ]
 
-BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution(), Slices())
+BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution(), Slices(), Experts())
 
 
 @hookimpl
 def lrkit_layers() -> Mapping[str, type[LayerKind]]:
     """Offer the built-in kinds of layers."""
-    return {"linear": Linear, "embedding": Embedding, "convolution": Convolution, "slice": Slices}
+    return {"linear": Linear, "embedding": Embedding, "convolution": Convolution, "slice": Slices, "experts": Experts}
 
 
 def kind_of(layer: nn.Module, kinds: Iterable[LayerKind] = BUILT_IN) -> LayerKind | None:

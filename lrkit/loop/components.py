@@ -12,7 +12,7 @@ from lrkit.loop.policy import PolicyState
 from lrkit.loop.resizing import Ranks, Resize, Resized, resize_layer
 from lrkit.loop.run import Run
 from lrkit.loop.tally import Tally
-from lrkit.units import present, split
+from lrkit.units import evened, maps_of, present, split
 
 
 @attrs.frozen(eq=False)
@@ -81,7 +81,7 @@ class Components:
         stays = {}
         for name, mask in kept.items():
             there = present(self.run.modules[name], self.run.parts)
-            stays[name] = mask.to(there.device) | there
+            stays[name] = evened(mask.to(there.device) | there, maps_of(self.run.modules[name]))
         resizes = {name: Resize(keep.nonzero().flatten()) for name, keep in stays.items() if not bool(keep.all())}
         self.resize(resizes, optimizer)
 

@@ -58,14 +58,17 @@ class Costs:
             capacity: how many units there may be at most.
         """
         layers: dict[int, list[tuple[int, int]]] = {}
+        maps = {id(block.module): block.maps for block in blocks}
         sizes = tuple(_of_unit("parameters", block, parts) for block in blocks)
         each = [_of_unit(amount, block, parts) for block in blocks]
         for cost, block in zip(each, blocks, strict=True):
             layers.setdefault(id(block.module), []).append((cost, block.count))
         if amount == "units":
-            return cls(None, sum(block.count for block in blocks), capacity, len(layers), sizes)
+            return cls(None, sum(block.count for block in blocks), capacity, sum(maps.values()), sizes)
         first = sum(cost * block.count for cost, block in zip(each, blocks, strict=True))
-        return cls(tuple(each), first, first, math.ceil(sum(map(_mean, layers.values()))), sizes)
+        return cls(
+            tuple(each), first, first, math.ceil(sum(maps[key] * _mean(units) for key, units in layers.items())), sizes
+        )
 
 
 def _mean(units: Sequence[tuple[int, int]]) -> Fraction:

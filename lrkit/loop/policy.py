@@ -51,8 +51,9 @@ class PolicyState:
     def __init__(self, index: int, policy: Policy, blocks: Sequence[Block], parts: Sequence[Part]) -> None:
         self.index, self.policy, self.blocks = index, policy, list(blocks)
         self.fate = fate_of(policy.action)
-        # Amounts that are given as an average are per layer that has such units: AFLoRA's FFN layers alone, say.
-        self.layers = len({id(block.module) for block in blocks})
+        # Amounts that are given as an average are per layer that has such units: AFLoRA's FFN layers alone, say. Each expert
+        # of a stack counts as a layer.
+        self.layers = sum({id(block.module): block.maps for block in blocks}.values())
         self.units = sum(block.count for block in blocks)
         self.costs = Costs.of(policy.scheduler.amount, blocks, parts, self.capacity)
         self.times: Timetable | None = None

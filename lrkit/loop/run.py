@@ -9,7 +9,7 @@ from lrkit.errors import LrkitError
 from lrkit.loop.policy import PolicyState
 from lrkit.loop.tally import Tally
 from lrkit.method import Method
-from lrkit.units import Block, Part, blocks_of
+from lrkit.units import Block, Part, blocks_of, maps_of
 
 
 @attrs.frozen(eq=False)
@@ -58,6 +58,13 @@ class Run:
         run = cls(method, modules, trained, others, ranks, blocks, starts)
         if any(policy.action.fate == "removed" for policy in method.policies):
             run.check_cuttable()
+        resizing = next((p.action for p in method.policies if p.action.fate == "removed" or p.action.grows), None)
+        stacks = [name for name, module in modules.items() if maps_of(module) > 1]
+        if resizing is not None and stacks:
+            raise LrkitError(
+                f"{type(resizing).__name__} cuts or adds components, and those of {stacks[0]} lie in one tensor for all experts, "
+                "as many of each: mask them (lrkit.actions.Prune), or name targets without experts"
+            )
         return run
 
     @property

@@ -21,6 +21,7 @@ from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.peft.blocks import joined
 from lrkit.peft.files import CONFIG, PREFIX, WEIGHTS, Factors, commonest
 from lrkit.settings import in_steps
+from lrkit.units import maps_of
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -83,6 +84,10 @@ class Draft:
             raise LrkitError(
                 f"{self.to} holds low-rank increments, and {name} has a {told}, which is none"
                 + ('; what can be merged goes out as "merged"' if getattr(adapter, "merge", None) else "")
+            )
+        if maps_of(adapter) > 1:
+            raise LrkitError(
+                f'{self.to} is written for layers, and {name} is a 3-D parameter of all experts: export to "merged"'
             )
         return Factors(*factors())
 

@@ -9,16 +9,27 @@ from lrkit.layers.base import LayerKind, Sizes
 from lrkit.layers.convolution import Convolution
 from lrkit.layers.embedding import Embedding
 from lrkit.layers.linear import Linear, is_conv1d
+from lrkit.layers.quantized import Quantized
 
-__all__ = ["Convolution", "Embedding", "LayerKind", "Linear", "Sizes", "is_conv1d", "kind_of", "lrkit_layers"]
+__all__ = [
+    "Convolution",
+    "Embedding",
+    "LayerKind",
+    "Linear",
+    "Quantized",
+    "Sizes",
+    "is_conv1d",
+    "kind_of",
+    "lrkit_layers",
+]
 
-BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution())
+BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution(), Quantized())
 
 
 @hookimpl
 def lrkit_layers() -> Mapping[str, type[LayerKind]]:
     """Offer the built-in kinds of layers."""
-    return {"linear": Linear, "embedding": Embedding, "convolution": Convolution}
+    return {"linear": Linear, "embedding": Embedding, "convolution": Convolution, "quantized": Quantized}
 
 
 def kind_of(layer: nn.Module, kinds: Iterable[LayerKind] = BUILT_IN) -> LayerKind | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lrkit.adapt.adapted import Adapted
 from lrkit.errors import LrkitError
-from lrkit.parameterizations.lowrank import oriented_weight
+from lrkit.layers import is_conv1d
 from lrkit.peft.files import CONFIG, PREFIX, WEIGHTS, Factors, commonest
 from lrkit.settings import in_steps
 
@@ -142,7 +142,7 @@ def _common(draft: Draft, layers: Mapping[str, Factors]) -> dict[str, Any]:
         "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "target_modules": list(layers),
         "modules_to_save": adapted.head or None,
-        "fan_in_fan_out": all(oriented_weight(layer) is not layer.weight for layer in originals),
+        "fan_in_fan_out": all(is_conv1d(layer) for layer in originals),
         "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
         "inference_mode": True,

@@ -286,7 +286,7 @@ def test_refusals_change_nothing():
     lora = lrkit.methods.lora()
     refused(models.make("bert"), lora, "matches no linear layer.*query", targets="qeury")
     refused(models.make("bert"), lora, 'did you mean "query"', targets=["qeury"])
-    refused(models.make("bert"), lora, "is a Embedding|is an? Embedding", targets=["word_embeddings"])
+    refused(models.make("bert"), lora, "is a LayerNorm", targets=["LayerNorm"])
     refused(models.make("bert"), lora, "no regular expression|not a regular expression", targets="*query")
     refused(models.make("bert"), lora, "empty list", targets=[])
     refused(models.make("bert"), lora, "both a target and part of the head", targets=["classifier", "query"])

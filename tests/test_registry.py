@@ -120,12 +120,17 @@ def threads(workers: int) -> Executor:
     return ThreadPoolExecutor(workers)
 
 
+class Dense(lrkit.layers.Linear):
+    """A kind of layer of a plug-in."""
+
+
 GOOD: dict[str, dict[str, Any]] = {
     "lrkit_parameterizations": {"halved": Halved},
     "lrkit_metrics": {"alternating": Alternating},
     "lrkit_schedulers": {"square": Square},
     "lrkit_actions": {"idle": Null},
     "lrkit_methods": {"halved": halved},
+    "lrkit_layers": {"dense": Dense},
     "lrkit_tasks": {"reviews": reviews},
     "lrkit_executors": {"threads": threads},
     "lrkit_studies": {"four-rows": 'title = "Four rows"\nbase = "lora"\n'},
@@ -182,6 +187,7 @@ def test_the_built_ins_come_through_the_same_hooks() -> None:
         "scheduler": ["constant", "linear", "cubic"],
         "action": ["prune", "freeze", "zero"],
         "method": ["full", "lora", "svd-lora", "elora", "adalora", "aflora"],
+        "layer": ["linear", "embedding", "convolution"],
         "task": ["movies", "glue", "teacher"],
         "executor": names["executor"],  # what is offered here is free
         "study": names["study"],

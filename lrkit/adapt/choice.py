@@ -10,6 +10,7 @@ from lrkit.adapt.coverage import TOLD_FROM, Coverage, coverage, percent
 from lrkit.adapt.foresight import check_room
 from lrkit.adapt.heads import check_trainable, find_head, head_parameters, tell_tied
 from lrkit.adapt.targets import find_targets, together
+from lrkit.adapt.tied import leaders, mirrors
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.parameterizations import Parameterization, Target
 from lrkit.ranks import ranks_of
@@ -20,7 +21,9 @@ class Choice:
     """The changes that an attach is going to make to a model.
 
     Args:
-        adapters: layer name to the module that takes its place, or to the layer itself.
+        adapters: layer name to the adapter, or to the layer itself.
+        layers: layer name to the layer as it is.
+        places: name of a module to the module that takes its place: an adapter, or one that holds adapters of its parts.
         around: a module that the model's calls will go through; None for none.
         head: names of the modules that train in full.
         own: the model's own parameters that train, the head's included, by name.
@@ -31,6 +34,8 @@ class Choice:
     """
 
     adapters: dict[str, nn.Module]
+    layers: dict[str, nn.Module]
+    places: dict[str, nn.Module]
     around: nn.Module | None
     head: list[str]
     own: Mapping[str, nn.Parameter]
@@ -92,7 +97,35 @@ def choose(
                 stacklevel=4,
             )
         tell_tied(model, head)
-    return Choice(adapters, around, head, own, flags, buffers, coverage(model, adapters, own.values()), whole)
+    layers, places = _placed(model, found, adapters)
+    places |= mirrors(model, layers, adapters)
+    return Choice(
+        adapters, layers, places, around, head, own, flags, buffers, coverage(model, adapters, own.values()), whole
+    )
+
+
+def _placed(
+    model: nn.Module, targets: Iterable[Target], adapters: Mapping[str, nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Return the layer of each adapter, and the modules that take places; parts of one module share its place."""
+    parts = {target.name: target for target in targets if target.place not in ("", target.name)}
+    layers: dict[str, nn.Module] = {}
+    places: dict[str, nn.Module] = {}
+    shared: dict[str, list[Target]] = {}
+    for name, adapter in adapters.items():
+        if name in parts:
+            layers[name] = parts[name].layer
+            shared.setdefault(parts[name].place, []).append(parts[name])
+        else:
+            layers[name] = model.get_submodule(name)
+            if layers[name] is not adapter:
+                places[name] = adapter
+    for place, members in shared.items():
+        if place in places:
+            raise LrkitError(f"{place} and its part {members[0].name} are both to be adapted: name one of them")
+        mine = {member.name.removeprefix(f"{place}."): adapters[member.name] for member in members}
+        places[place] = members[0].kind.join(model.get_submodule(place), mine)
+    return layers, places
 
 
 def find(
@@ -103,7 +136,7 @@ def find(
         if targets != "all-linear" and not exact:
             raise LrkitError(f"{parameterization!r} has places of its own: leave targets out")
         return [], []
-    offered = found = find_targets(model, targets, exact=exact)
+    offered = found = together(leaders(find_targets(model, targets, exact=exact)))
     if targets == "all-linear" and not (found := together(parameterization.choose(found))):
         seen = coverage(model, [target.name for target in offered])
         raise LrkitError(

@@ -95,7 +95,7 @@ def coverage(model: nn.Module, adapted: Collection[str], trained: Iterable[Tenso
                 continue
             seen.add(id(parameter))
             total += size
-            if f"{name}.".startswith(done or ("\0",)) or id(parameter) in ids:
+            if f"{name}.{part}.".startswith(done or ("\0",)) or id(parameter) in ids:
                 covered += size
             else:
                 kind = (pattern(name), type(module).__name__)

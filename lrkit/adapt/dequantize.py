@@ -1,7 +1,6 @@
 """Merging into quantized layers: each becomes a plain float ``nn.Linear`` that holds the dequantized weight and ΔW."""
 
 import sys
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -88,7 +87,7 @@ def is_packed(layer: nn.Module) -> bool:
     return features(layer) is not None and is_quantized(layer)
 
 
-def forget(model: nn.Module, merged: Mapping[str, nn.Module] | Iterable[str]) -> list[str]:
+def forget(model: nn.Module) -> list[str]:
     """Let transformers take a model as a float one if no layer is quantized any more.
 
     Returns:
@@ -96,7 +95,7 @@ def forget(model: nn.Module, merged: Mapping[str, nn.Module] | Iterable[str]) ->
     """
     left = [name for name, module in model.named_modules() if is_packed(module)]
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and merged and not left:
+    if quantizer is not None and not left:
         quantizer.remove_quantization_config(model)
         for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             model.__dict__.pop(name, None)

@@ -57,19 +57,20 @@ class Graft:
     def __init__(self, model: nn.Module, choice: Choice) -> None:
         self.model, self.adapters, self.around = model, choice.adapters, choice.around
         self.masters = Masters(model, choice.own)
-        self.originals = {name: model.get_submodule(name) for name in self.adapters}
-        self._places = _places(model, {n: m for n, m in self.originals.items() if self.adapters[n] is not m})
+        self.originals, self._stand_ins = choice.layers, choice.places
+        self._before = {name: model.get_submodule(name) for name in self._stand_ins}
+        self._places = _places(model, self._before)
         self._flags = choice.flags
         for p, _ in self._flags:
             p.requires_grad_(False)
         for p in choice.own.values():
             p.requires_grad_(True)
         for name, parent, attribute in self._places:
-            self.adapters[name].train(self.originals[name].training)
-            setattr(self.adapters[name], _MARK, True)
-            setattr(parent, attribute, self.adapters[name])
+            self._stand_ins[name].train(self._before[name].training)
+            setattr(self._stand_ins[name], _MARK, True)
+            setattr(parent, attribute, self._stand_ins[name])
         replaced = {name for name, _, _ in self._places}
-        self._handles = [handle for n in replaced for handle in keep_names(self.adapters[n], self.originals[n])]
+        self._handles = [handle for n in replaced for handle in keep_names(self._stand_ins[n], self._before[n])]
         if self.around is not None:
             _surround(model, self.around)
         self.saves = pretrained.SaveNotice(model, replaced)
@@ -99,7 +100,7 @@ class Graft:
                 return
             if self.around is not None:
                 self.around.__dict__[_ASIDE] = True
-            places = [(parent, attribute, self.originals[name]) for name, parent, attribute in self._places]
+            places = [(parent, attribute, self._before[name]) for name, parent, attribute in self._places]
             values = [(kept.tensor, self.masters.original(kept)) for kept in self.masters.kept]
             with without(places, values, self.model):
                 yield
@@ -118,7 +119,7 @@ class Graft:
         frozen = (p for p in self.model.parameters() if id(p) not in trained and not is_plain(p))
         memo: dict[int, Any] = {id(p): p for p in frozen}
         for name, _, _ in self._places:
-            memo[id(self.adapters[name])] = copy.deepcopy(self.originals[name], memo)
+            memo[id(self._stand_ins[name])] = copy.deepcopy(self._before[name], memo)
         if self.around is not None:
             memo[id(self.around)] = None
         model = copy.deepcopy(self.model, memo)
@@ -149,30 +150,32 @@ class Graft:
                 f"{type(self.around).__name__} stands around the whole model, and cannot be merged into it"
             )
         merges: dict[str, Any] = {}
-        for name, _, _ in self._places:
+        put_in = [name for name, adapter in self.adapters.items() if adapter is not self.originals[name]]
+        for name in put_in:
             merges[name] = getattr(self.adapters[name], "merge", None)
             if merges[name] is None:
                 kind = type(self.adapters[name]).__name__
                 raise LrkitError(f"{name}: {kind} cannot be merged into the layer's weight")
         owners: dict[int, int] = {}
+        # A layer that is tied to an adapted one and sees its increment changes with it.
+        follow = {id(module) for name, module in self._before.items() if name not in self.adapters}
         for module in self.model.modules():
+            if id(module) in follow:
+                continue
             for p in module._parameters.values():
                 owners[id(p)] = owners.get(id(p), 0) + 1
-        for name, _, _ in self._places:
-            if not (dequantize and is_packed(self.originals[name])):
+        packed = [n for n in put_in if dequantize and n in self._before and is_packed(self.originals[n])]
+        for name in put_in:
+            if name not in packed:
                 _check_weight(name, self.originals[name], owners)
-        plain = {
-            name: merged(self.model, name, self.adapters[name], self.originals[name])
-            for name in merges
-            if is_packed(self.originals[name])
-        }
+        plain = {name: merged(self.model, name, self.adapters[name], self.originals[name]) for name in packed}
         for name, merge in merges.items():
             if name not in plain:
                 merge()
         self.masters.settle()
-        self.originals.update(plain)
+        self._before.update(plain)
         self._leave()
-        if left := forget(self.model, plain):
+        if plain and (left := forget(self.model)):
             warnings.warn(
                 f"{len(left)} layers without adapters are still quantized ({listing(left)}), and the model's configuration says "
                 "so of all: save_pretrained would write a model that is quantized again when it is loaded",
@@ -192,14 +195,14 @@ class Graft:
         for handle in self._handles:
             handle.remove()
         for name, parent, attribute in self._places:
-            setattr(parent, attribute, self.originals[name].train(self.adapters[name].training))
+            setattr(parent, attribute, self._before[name].train(self._stand_ins[name].training))
         _leave_alone(self.model)
         for p, flag in self._flags:
             p.requires_grad_(flag)
             p.grad = None
         delattr(self.model, _MARK)
         for name, _, _ in self._places:
-            self.adapters[name].__dict__.pop(_MARK, None)
+            self._stand_ins[name].__dict__.pop(_MARK, None)
 
 
 def _places(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module, str]]:
@@ -242,8 +245,8 @@ def _check_weight(name: str, layer: nn.Module, owners: Mapping[int, int]) -> Non
         layer: the layer.
         owners: how many modules have a parameter, by its ``id``.
     """
-    weight = layer._parameters.get("weight")
-    if weight is None and not is_packed(layer):
+    weight = getattr(layer, "weight", None) if not layer._parameters else layer._parameters.get("weight")
+    if weight is None and not (is_packed(layer) and getattr(layer, "weight", None) is None):
         raise LrkitError(
             f"{name}: the base weight is computed (a parametrization, weight norm): nothing can be added to it"
         )
@@ -261,5 +264,5 @@ def _check_weight(name: str, layer: nn.Module, owners: Mapping[int, int]) -> Non
             f"{name}: {type(layer).__name__} does not compute with its weight as it is: what is added to the weight "
             "would not be what is added to the output"
         )
-    if owners[id(weight)] > 1:
+    if owners.get(id(weight), 1) > 1:
         raise LrkitError(f"{name}: the base weight is tied to another layer's, which must not change with it")

@@ -11,24 +11,73 @@ from lrkit.adapt.behaviour import strangeness
 from lrkit.adapt.coverage import block_prefixes
 from lrkit.adapt.roles import is_output, role_of
 from lrkit.errors import LrkitError, LrkitWarning, cut, listing, nearest, pattern, shown
+from lrkit.layers import LayerKind, kind_of
 from lrkit.parameterizations.base import Target
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.patterns import compiled
+from lrkit.registry import current
 
 
-def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Return the linear maps of a model by name, and those that are so by class but not by behaviour, with the reason."""
+@attrs.frozen(eq=False)
+class Found:
+    """A layer of a known kind.
+
+    Args:
+        layer: the layer, or what shows a part of a module as one.
+        kind: its kind.
+        place: name of the module whose place an adapter takes.
+    """
+
+    layer: nn.Module
+    kind: LayerKind
+    place: str
+
+    def target(self, name: str) -> Target:
+        """Return what a parameterization is told of it."""
+        sizes = self.kind.sizes(self.layer)
+        assert sizes is not None
+        return Target(
+            name,
+            self.layer,
+            sizes.d_in,
+            sizes.d_out,
+            role_of(name),
+            is_output(name),
+            kind=self.kind,
+            maps=sizes.maps,
+            place=self.place,
+        )
+
+
+def kinds() -> list[LayerKind]:
+    """Return all kinds of layers, lrkit's own first."""
+    registry = current()
+    return [registry.made("layer", name) for name in registry.names("layer")]
+
+
+def _layers(model: nn.Module) -> tuple[dict[str, Found], dict[str, str]]:
+    """Return the layers of all kinds by name, and those that are so by class but not by behaviour, with the reason."""
+    known = kinds()
     # torch's own encoder layer has a fast path that reads its linear layers' weights without calling them.
     fast = tuple(f"{n}." if n else "" for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer))
-    layers, strange = {}, {}
+    layers: dict[str, Found] = {}
+    strange: dict[str, str] = {}
     for name, module in model.named_modules():
-        shape = layer_shape(module)
-        if name and shape is not None and not (fast and name.startswith(fast)):
-            reason = strangeness(module, *shape) if isinstance(module, nn.Linear) else None
+        if not name or (fast and name.startswith(fast)):
+            continue
+        if (kind := kind_of(module, known)) is not None:
+            sizes = kind.sizes(module)
+            assert sizes is not None
+            reason = kind.refusal(module)
+            if reason is None and isinstance(module, nn.Linear):
+                reason = strangeness(module, sizes.d_in, sizes.d_out)
             if reason is None:
-                layers[name] = module
+                layers[name] = Found(module, kind, name)
             else:
                 strange[name] = f"{type(module).__name__}: {reason}"
+        for each in known:
+            for part, layer in each.parts(module).items():
+                layers[f"{name}.{part}"] = Found(layer, each, name)
     return layers, strange
 
 
@@ -51,13 +100,14 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
         LrkitError: nothing matches, a list's entry matches nothing (with the nearest name), or one names a module that
             is not a linear map.
     """
-    layers, strange = _linear_layers(model)
+    layers, strange = _layers(model)
     if not isinstance(targets, str) and not (
         isinstance(targets, Sequence) and all(isinstance(target, str) for target in targets)
     ):
         raise LrkitError(f'targets must be "all-linear", a regular expression or a list of names, not {shown(targets)}')
     if targets == "all-linear":
-        chosen, odd = _in_blocks(model, layers), _in_blocks(model, strange)
+        chosen = _in_blocks(model, (name for name, found in layers.items() if found.kind.linear))
+        odd = _in_blocks(model, (name for name in strange if layer_shape(model.get_submodule(name)) is not None))
         if not chosen:
             raise LrkitError(
                 'targets="all-linear" found no linear layer inside transformer blocks (no nn.ModuleList holds one) in '
@@ -79,26 +129,20 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
     else:
         chosen, odd = set(), set()
         for suffix in targets:
-            found, strangers = (
+            named, strangers = (
                 {name for name in each if name == suffix or (not exact and name.endswith(f".{suffix}"))}
                 for each in (layers, strange)
             )
-            if not found and not strangers:
+            if not named and not strangers:
                 raise LrkitError(_no_suffix(model, suffix, layers))
-            chosen, odd = chosen | found, odd | strangers
+            chosen, odd = chosen | named, odd | strangers
         if not chosen and odd:
             raise LrkitError(f"targets names nothing but {_odd(odd, strange)}")
         if not chosen:
             raise LrkitError("targets is an empty list: name at least one layer, or use targets='all-linear'")
     if odd:
         warnings.warn(f"left out: {_odd(odd, strange)}", LrkitWarning, stacklevel=6)
-    found_targets = []
-    for name, layer in layers.items():
-        if name in chosen:
-            shape = layer_shape(layer)
-            assert shape is not None
-            found_targets.append(Target(name, layer, *shape, role_of(name), is_output(name)))
-    return together(found_targets)
+    return together(found.target(name) for name, found in layers.items() if name in chosen)
 
 
 def together(targets: Iterable[Target]) -> list[Target]:
@@ -118,7 +162,7 @@ def _odd(names: Collection[str], strange: Mapping[str, str]) -> str:
     return f"what is linear by its class, and no linear map by what it does: {listed}"
 
 
-def _no_suffix(model: nn.Module, suffix: str, layers: dict[str, nn.Module]) -> str:
+def _no_suffix(model: nn.Module, suffix: str, layers: Mapping[str, object]) -> str:
     others = [m for n, m in model.named_modules() if n and (n == suffix or n.endswith(f".{suffix}"))]
     if others:
         if layer_shape(others[0]) is not None:
@@ -128,7 +172,7 @@ def _no_suffix(model: nn.Module, suffix: str, layers: dict[str, nn.Module]) -> s
             )
         inside = [f"{name} ({p.ndim}-D)" for name, p in others[0]._parameters.items() if p is not None and p.ndim > 2]
         holds = f", whose weights are parameters ({', '.join(inside)}) and no layers" if inside else ""
-        return f'target "{suffix}" is a {type(others[0]).__name__}{holds}: adapters take nn.Linear and Conv1D layers'
+        return f'target "{suffix}" is a {type(others[0]).__name__}{holds}: adapters take layers of known kinds'
     for name, _ in model.named_parameters():
         if name == suffix or name.endswith(f".{suffix}"):
             return _no_layer(model, name, f'target "{suffix}": ')
@@ -142,10 +186,10 @@ def _no_layer(model: nn.Module, parameter: str, before: str) -> str:
     p, kind = model.get_parameter(parameter), type(model.get_submodule(owner)).__name__
     return (
         f"{before}{name} is a {p.ndim}-D parameter of {pattern(owner) or 'the model'} ({kind}), and no layer: adapters take "
-        "nn.Linear and Conv1D layers"
+        "layers of known kinds"
     )
 
 
-def _some(layers: dict[str, nn.Module]) -> str:
+def _some(layers: Mapping[str, object]) -> str:
     names = sorted({re.sub(r"\.\d+\.", ".<i>.", name) for name in layers})
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") if names else "none"

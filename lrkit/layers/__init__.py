@@ -5,31 +5,37 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from lrkit.hookspecs import hookimpl
+from lrkit.layers.around import Around
 from lrkit.layers.base import LayerKind, Sizes
 from lrkit.layers.convolution import Convolution
 from lrkit.layers.embedding import Embedding
 from lrkit.layers.linear import Linear, is_conv1d
 from lrkit.layers.quantized import Quantized
+from lrkit.layers.slices import Slice, Slices
 
 __all__ = [
+    "Around",
     "Convolution",
     "Embedding",
     "LayerKind",
     "Linear",
     "Quantized",
     "Sizes",
+    "Slice",
+    "Slices",
     "is_conv1d",
     "kind_of",
     "lrkit_layers",
 ]
 
-BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution(), Quantized())
+BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution(), Slices(), Quantized())
 
 
 @hookimpl
 def lrkit_layers() -> Mapping[str, type[LayerKind]]:
     """Offer the built-in kinds of layers."""
-    return {"linear": Linear, "embedding": Embedding, "convolution": Convolution, "quantized": Quantized}
+    own: dict[str, type[LayerKind]] = {"linear": Linear, "embedding": Embedding, "convolution": Convolution}
+    return {**own, "slice": Slices, "quantized": Quantized}
 
 
 def kind_of(layer: nn.Module, kinds: Iterable[LayerKind] = BUILT_IN) -> LayerKind | None:

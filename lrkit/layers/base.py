@@ -77,11 +77,16 @@ class LayerKind(abc.ABC):
         """Say why this very layer cannot be adapted, although it is of this kind; None if it can."""
         return None
 
-    def parts(self, layer: nn.Module) -> Mapping[str, nn.Module]:
-        """Return the layers inside of a module that holds several, by name; empty if it is a layer itself.
+    def parts(self, layer: nn.Module, name: str, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Return the layers inside of a module that holds several, by name; empty if this kind knows none.
 
-        They are small modules that show one part of the module's weights as a layer: the q, k and v of a fused map, or the
-        stacks of a module of experts.
+        They are small modules of this kind that show one part of the module's weights as a layer: the q, k and v of a fused
+        map, or the stacks of a module of experts. The module may be a layer of another kind as well, as a fused map is.
+
+        Args:
+            layer: any module of a model.
+            name: its name in the model.
+            model: the model, for what the modules around know: a fused map's heads, for example.
         """
         return {}
 

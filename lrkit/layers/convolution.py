@@ -44,8 +44,7 @@ class Convolution(LayerKind):
         if layer.groups > 1:
             filters = filters.repeat(layer.groups, *[1] * (filters.ndim - 1))
         # The layer's own convolution, for its stride, dilation and kind of padding.
-        h: Tensor = layer._conv_forward(x.to(a.dtype), filters, None)  # type: ignore[arg-type]
-        return h
+        return layer._conv_forward(x.to(a.dtype), filters, None)  # noqa: SLF001
 
     def up(self, layer: nn.Module, h: Tensor, b: Tensor, *where: Any) -> Tensor:
         """Mix the r channels of each group into its output channels."""

@@ -1,19 +1,18 @@
 """An adapter of one layer: the base class, what an adapter has to know of its layer, and how its parameters are made."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrkit.layers import LayerKind, is_conv1d, kind_of
+from lrkit.layers import Around, LayerKind, is_conv1d, kind_of
 from lrkit.layers.probe import held
 from lrkit.units import Part
 
 __all__ = ["Adapter", "further", "is_conv1d", "layer_shape", "new_factor", "oriented_weight"]
 
 
-class Adapter(nn.Module):
+class Adapter(Around):
     """A module that takes a layer's place and keeps the layer inside of it.
 
     A subclass adds parameters and a `forward`. For example ``LowRank`` adds A and B, and returns
@@ -28,33 +27,8 @@ class Adapter(nn.Module):
     """A method that adds the adapter to the base's weight, in place, and returns the base; None if no weight can hold it."""
 
     def __init__(self, base: nn.Module, kind: LayerKind | None = None) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.kind = kind_of(base) if kind is None else kind
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # Models read settings of a layer, such as an embedding's padding_idx or a convolution's stride.
-            base = self.__dict__.get("_modules", {}).get("base")
-            if base is None or name.startswith("_") or name not in vars(base):
-                raise
-            return vars(base)[name]
-
-    @property
-    def weight(self) -> Tensor:
-        """Return the base's weight, so that code that looks at ``layer.weight.dtype`` goes on working."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Return the base's bias."""
-        bias = getattr(self.base, "bias", None)
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
 
     @torch.no_grad()
     def base_with(self, weight: Tensor) -> nn.Module:

@@ -29,6 +29,7 @@ class Target:
         output: whether it is the last map of attention or FFN, whose output is added to the residual; found by name.
         kind: what is known of its kind.
         maps: how many maps of these sizes it stacks, one per expert; its factors hold so many times r components.
+        place: name of the module whose place is taken: the layer's own, or that of the module that it is a part of.
         layers: names of all layers that are adapted, this one included; empty for this one alone.
     """
 
@@ -38,8 +39,9 @@ class Target:
     d_out: int
     role: Role
     output: bool = False
-    kind: LayerKind = Linear()
+    kind: LayerKind = attrs.field(factory=Linear)
     maps: int = 1
+    place: str = ""
     layers: tuple[str, ...] = attrs.field(default=(), repr=False)
 
     def rank_of(self, rank: Rank) -> int:

@@ -23,8 +23,8 @@ __all__ = ["LowRank", "further", "layer_shape", "low_rank_linear", "new_factor",
 class LowRank(Adapter):
     """A linear map with a low-rank increment: y = W x + s · b ∘ B (c ∘ (A x)).
 
-    The layer's kind (`lrkit.layers`) says how its input meets A and B. A layer that stacks several maps has the components of
-    all maps in one A and B, map after map.
+    The layer's kind (`lrkit.layers`) says how its input meets A and B. A layer that stacks several maps has the components
+    of all maps in one A and B, map after map.
 
     Args:
         base: the target whose place it takes, or a layer of one of lrkit's own kinds.

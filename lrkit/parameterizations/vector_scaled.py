@@ -82,7 +82,9 @@ class VectorScaled(Parameterization):
         if part.name == "A":
             return nn.init.kaiming_uniform_(new, generator=generator)
         assert isinstance(module, LowRank)
-        bound = math.sqrt(6 / max(1, module.first_rank // module.maps))  # Kaiming's, whose fan-in is the initial rank for B
+        bound = math.sqrt(
+            6 / max(1, module.first_rank // module.maps)
+        )  # Kaiming's, whose fan-in is the initial rank for B
         return nn.init.uniform_(new, -bound, bound, generator=generator)
 
     def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
@@ -104,7 +106,7 @@ class VectorScaled(Parameterization):
             return {target.name: self.build(target) for target in targets}
         if stacks := [target.name for target in targets if target.maps > 1]:
             raise LrkitError(
-                f"VectorScaled(shared=True) has one A and B for all layers, and {stacks[0]} stacks several maps: leave it out"
+                f"VectorScaled(shared=True) has one A and B for all layers, and {stacks[0]} stacks maps: leave it out"
             )
         d_in, d_out = max(target.d_in for target in targets), max(target.d_out for target in targets)
         adapters: dict[str, nn.Module] = {}

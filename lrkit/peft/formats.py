@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lrkit.adapt.adapted import Adapted
 from lrkit.errors import LrkitError
 from lrkit.layers import is_conv1d
+from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.peft.files import CONFIG, PREFIX, WEIGHTS, Factors, commonest
 from lrkit.settings import in_steps
 
@@ -146,7 +147,40 @@ def _common(draft: Draft, layers: Mapping[str, Factors]) -> dict[str, Any]:
         "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
         "inference_mode": True,
+        # An embedding's increment is in the output head, too, if that has the same weight.
+        "ensure_weight_tying": any(
+            isinstance(layer, nn.Embedding) and _tied(draft.plain, layer) for layer in originals
+        ),
     }
+
+
+def _tied(model: nn.Module, layer: nn.Module) -> bool:
+    """Return whether another module has a layer's weight."""
+    return any(m is not layer and m._parameters.get("weight") is layer.weight for m in model.modules())
+
+
+def _named(draft: Draft, name: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """Return the two factors of a layer under PEFT's names, in PEFT's shapes.
+
+    Raises:
+        LrkitError: PEFT has no such form for this layer.
+    """
+    layer = draft.plain.get_submodule(name)
+    if isinstance(layer, nn.Embedding):
+        if draft.to == "vllm-lora":
+            raise LrkitError(
+                f'vllm-lora holds linear layers, and {name} is an embedding: export to "peft-lora" or "merged"'
+            )
+        return {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b}
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
+        if draft.to == "vllm-lora" or not plain:
+            raise LrkitError(
+                f"{draft.to} has no LoRA of this {type(layer).__name__}, {name} (groups, dilation and padding modes are not "
+                'kept by PEFT): export to "merged"'
+            )
+        a, b = a.view(len(a), *layer.weight.shape[1:]), b.view(*b.shape, *[1] * (layer.weight.ndim - 2))
+    return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
 
 
 def _write_lora(draft: Draft) -> dict[str, int]:
@@ -154,8 +188,7 @@ def _write_lora(draft: Draft) -> dict[str, int]:
     tensors, ranks, alphas = draft.head(), {}, {}
     for name, layer in layers.items():
         assert layer.core is not None
-        tensors[f"{name}.lora_A.weight"] = layer.core[:, None] * layer.a
-        tensors[f"{name}.lora_B.weight"] = layer.b
+        tensors |= _named(draft, name, layer.core[:, None] * layer.a, layer.b)
         ranks[name], alpha = layer.rank, layer.scaling * layer.rank
         alphas[name] = int(alpha) if alpha == int(alpha) else alpha
     rank, alpha = commonest(ranks), commonest(alphas)
@@ -179,6 +212,8 @@ def _write_adalora(draft: Draft) -> dict[str, int]:
     scale = commonest({name: layer.scaling for name, layer in layers.items()})
     alpha = scale * (first + 1e-5)
     tensors = draft.head()
+    if odd := [name for name in layers if layer_shape(draft.plain.get_submodule(name)) is None]:
+        raise LrkitError(f'PEFT\'s AdaLoRA adapts linear layers, and {odd[0]} is none: export to "peft-lora"')
     for name, layer in layers.items():
         assert layer.core is not None
         tensors[f"{name}.lora_A"] = layer.a
@@ -226,7 +261,7 @@ def _write_vllm(draft: Draft) -> dict[str, int]:
         b = layer.b.new_zeros(layer.b.shape[0], rank)
         a[: layer.rank] = layer.core[:, None] * layer.a
         b[:, : layer.rank] = layer.b * layer.scaling
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
+        tensors |= _named(draft, name, a, b)
     # vLLM refuses modules_to_save, and any tensor in the file that is no lora_A or lora_B.
     settings = _common(draft, layers) | {"modules_to_save": None}
     if draft.adapted.head:

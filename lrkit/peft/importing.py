@@ -14,6 +14,7 @@ from lrkit.adapt.targets import find_targets
 from lrkit.errors import LrkitError, LrkitWarning, shown
 from lrkit.method import Method
 from lrkit.parameterizations import LoRA
+from lrkit.parameterizations.mirror import mirrors
 from lrkit.peft.files import CONFIG, WEIGHTS, commonest
 from lrkit.peft.saved import Saved, read_saved
 
@@ -56,6 +57,7 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
             take = getattr(adapter, "import_factors", None)
             if take is None:
                 raise LrkitError(f"{parameterization!r} has no low-rank adapters, and cannot hold what PEFT trained")
+            _check_ties(model, name, adapted, saved, folder)
             try:
                 take(*saved.layers[name])
             except LrkitError as error:
@@ -75,6 +77,23 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
             stacklevel=2,
         )
     return adapted
+
+
+def _check_ties(model: nn.Module, name: str, adapted: Adapted, saved: Saved, folder: Path) -> None:
+    """Raise LrkitError if PEFT had another increment, or none, in a layer that is tied to this one."""
+    tied = [each for each, module in model.named_modules() if mirrors(module, adapted.adapters[name])]
+    if tied and not saved.config.get("ensure_weight_tying"):
+        raise LrkitError(
+            f"{folder}: PEFT adapted {name} and not {tied[0]}, which has the same weight: lrkit adapts both or none. "
+            "Train it with ensure_weight_tying=True"
+        )
+    layer = saved.layers[name]
+    for each in tied:
+        other = saved.layers.get(each)
+        if other is not None and not (torch.equal(other.a, layer.b.t()) and torch.equal(other.b, layer.a.t())):
+            raise LrkitError(
+                f"{folder}: {each} is tied to {name}, and its increment is another: lrkit has one for both"
+            )
 
 
 def _head(model: nn.Module, saved: Saved, folder: Path) -> list[str]:

@@ -23,13 +23,13 @@ _UNDERSTOOD = {
     *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
     *("task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-    *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"),
+    *("ensure_weight_tying", "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"),
 }
 _SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
 # Starts that leave the base's weights as they were; others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 _PATTERNS = 10_000
-_KEY = re.compile(r"(.+)\.lora_([ABE])(?:\.weight)?")
+_KEY = re.compile(r"(.+)\.lora_(?:embedding_)?([ABE])(?:\.weight)?")
 
 
 @attrs.frozen(eq=False)
@@ -66,7 +66,7 @@ def read_saved(folder: Path) -> Saved:
         if match:
             found.setdefault(match[1], {})[match[2]] = tensor
         elif ".lora_" in key:
-            raise LrkitError(f"{folder}: {key} is no part of a LoRA of linear layers: lrkit cannot represent it")
+            raise LrkitError(f"{folder}: {key} is no part of a LoRA: lrkit cannot represent it")
         else:
             rest[key] = tensor
     if not found:
@@ -75,7 +75,9 @@ def read_saved(folder: Path) -> Saved:
     for name, parts in found.items():
         _check_parts(parts, name, config["peft_type"], folder)
         core = parts["E"].flatten() if "E" in parts else None
-        layers[name] = Factors(parts["A"], parts["B"], core, _scale(config, name, len(parts["A"])))
+        # A convolution's are filters: A's are the layer's in size, and B's have size 1.
+        a, b = parts["A"].flatten(1), parts["B"].flatten(1)
+        layers[name] = Factors(a, b, core, _scale(config, name, len(parts["A"])))
     return Saved(config, layers, rest)
 
 
@@ -146,14 +148,19 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _check_parts(parts: Mapping[str, Tensor], name: str, kind: str, folder: Path) -> None:
     """Raise LrkitError if the tensors of a layer are no factors of one rank."""
     told = ", ".join(f"lora_{part} {list(tensor.shape)}" for part, tensor in sorted(parts.items()))
-    if set(parts) != set("ABE" if kind == "ADALORA" else "AB") or parts["A"].ndim != 2 or parts["B"].ndim != 2:
-        raise LrkitError(f"{folder}: {name} is no {kind} of a linear layer: it has {told}")
+    if set(parts) != set("ABE" if kind == "ADALORA" else "AB") or not _are_factors(parts["A"], parts["B"]):
+        raise LrkitError(f"{folder}: {name} is no {kind} of a layer: it has {told}")
     bad = [part for part, t in parts.items() if not t.is_floating_point() or not bool(torch.isfinite(t).all())]
     if bad:
         raise LrkitError(f"{folder}: lora_{bad[0]} of {name} is not made of finite floating-point numbers")
     rank = len(parts["A"])
     if parts["B"].shape[1] != rank or ("E" in parts and parts["E"].numel() != rank):
         raise LrkitError(f"{folder}: the tensors of {name} are of different ranks: {told}")
+
+
+def _are_factors(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are matrices, or the filters of convolutions, B's of size 1."""
+    return a.ndim == b.ndim and 2 <= a.ndim <= 5 and b.numel() == b.shape[0] * b.shape[1]
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:

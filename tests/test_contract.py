@@ -18,7 +18,11 @@ from lrkit.testing import check
 
 # Plug-ins' components are for `lrkit plugins doctor`, and for the plug-ins' own tests.
 OURS = f"lrkit {lrkit.__version__}"
-OFFERS = [o for o in lrkit.current().offers() if o.kind not in ("task", "executor", "study") and o.distribution == OURS]
+OFFERS = [
+    o
+    for o in lrkit.current().offers()
+    if o.kind not in ("layer", "task", "executor", "study") and o.distribution == OURS
+]
 
 
 @pytest.mark.parametrize("offer", OFFERS, ids=lambda offer: f"{offer.kind}-{offer.name}")

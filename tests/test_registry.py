@@ -187,7 +187,7 @@ def test_the_built_ins_come_through_the_same_hooks() -> None:
         "scheduler": ["constant", "linear", "cubic"],
         "action": ["prune", "freeze", "zero"],
         "method": ["full", "lora", "svd-lora", "elora", "adalora", "aflora"],
-        "layer": ["linear", "embedding", "convolution"],
+        "layer": names["layer"],
         "task": ["movies", "glue", "teacher"],
         "executor": names["executor"],  # what is offered here is free
         "study": names["study"],

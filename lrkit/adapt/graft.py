@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -46,6 +46,13 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+class _Swap(NamedTuple):
+    """A module of the plain model, and the one that takes its place."""
+
+    before: nn.Module
+    after: nn.Module
+
+
 class Graft:
     """A model with other modules in some of its places. Making one changes the model.
 
@@ -57,20 +64,20 @@ class Graft:
     def __init__(self, model: nn.Module, choice: Choice) -> None:
         self.model, self.adapters, self.around = model, choice.adapters, choice.around
         self.masters = Masters(model, choice.own)
-        self.originals, self._stand_ins = choice.layers, choice.places
-        self._before = {name: model.get_submodule(name) for name in self._stand_ins}
-        self._places = _places(model, self._before)
+        self.originals = choice.layers
+        self._swaps = {name: _Swap(model.get_submodule(name), after) for name, after in choice.places.items()}
+        self._places = _places(model, {name: swap.before for name, swap in self._swaps.items()})
         self._flags = choice.flags
         for p, _ in self._flags:
             p.requires_grad_(False)
         for p in choice.own.values():
             p.requires_grad_(True)
         for name, parent, attribute in self._places:
-            self._stand_ins[name].train(self._before[name].training)
-            setattr(self._stand_ins[name], _MARK, True)
-            setattr(parent, attribute, self._stand_ins[name])
+            self._swaps[name].after.train(self._swaps[name].before.training)
+            setattr(self._swaps[name].after, _MARK, True)
+            setattr(parent, attribute, self._swaps[name].after)
         replaced = {name for name, _, _ in self._places}
-        self._handles = [handle for n in replaced for handle in keep_names(self._stand_ins[n], self._before[n])]
+        self._handles = [handle for n in replaced for handle in keep_names(self._swaps[n].after, self._swaps[n].before)]
         if self.around is not None:
             _surround(model, self.around)
         self.saves = pretrained.SaveNotice(model, replaced)
@@ -100,7 +107,7 @@ class Graft:
                 return
             if self.around is not None:
                 self.around.__dict__[_ASIDE] = True
-            places = [(parent, attribute, self._before[name]) for name, parent, attribute in self._places]
+            places = [(parent, attribute, self._swaps[name].before) for name, parent, attribute in self._places]
             values = [(kept.tensor, self.masters.original(kept)) for kept in self.masters.kept]
             with without(places, values, self.model):
                 yield
@@ -119,7 +126,7 @@ class Graft:
         frozen = (p for p in self.model.parameters() if id(p) not in trained and not is_plain(p))
         memo: dict[int, Any] = {id(p): p for p in frozen}
         for name, _, _ in self._places:
-            memo[id(self._stand_ins[name])] = copy.deepcopy(self._before[name], memo)
+            memo[id(self._swaps[name].after)] = copy.deepcopy(self._swaps[name].before, memo)
         if self.around is not None:
             memo[id(self.around)] = None
         model = copy.deepcopy(self.model, memo)
@@ -158,7 +165,7 @@ class Graft:
                 raise LrkitError(f"{name}: {kind} cannot be merged into the layer's weight")
         owners: dict[int, int] = {}
         # A layer that is tied to an adapted one and sees its increment changes with it.
-        follow = {id(module) for name, module in self._before.items() if name not in self.adapters}
+        follow = {id(swap.before) for name, swap in self._swaps.items() if name not in self.adapters}
         for module in self.model.modules():
             if id(module) in follow:
                 continue
@@ -195,14 +202,14 @@ class Graft:
         for handle in self._handles:
             handle.remove()
         for name, parent, attribute in self._places:
-            setattr(parent, attribute, self._before[name].train(self._stand_ins[name].training))
+            setattr(parent, attribute, self._swaps[name].before.train(self._swaps[name].after.training))
         _leave_alone(self.model)
         for p, flag in self._flags:
             p.requires_grad_(flag)
             p.grad = None
         delattr(self.model, _MARK)
         for name, _, _ in self._places:
-            self._stand_ins[name].__dict__.pop(_MARK, None)
+            self._swaps[name].after.__dict__.pop(_MARK, None)
 
 
 def _places(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module, str]]:

@@ -76,7 +76,7 @@ def _layers(model: nn.Module) -> tuple[dict[str, Found], dict[str, str]]:
             else:
                 strange[name] = f"{type(module).__name__}: {reason}"
         for each in known:
-            for part, layer in each.parts(module).items():
+            for part, layer in each.parts(module, name, model).items():
                 layers[f"{name}.{part}"] = Found(layer, each, name)
     return layers, strange
 
@@ -116,6 +116,8 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
     elif isinstance(targets, str):
         regex = compiled(targets, "targets")
         chosen, odd = ({name for name in each if regex.fullmatch(name)} for each in (layers, strange))
+        # An expression that matches a layer and its parts means the layer.
+        chosen = {name for name in chosen if layers[name].place == name or layers[name].place not in chosen}
         if not chosen and odd:
             raise LrkitError(f'targets="{cut(targets, 160)}" names nothing but {_odd(odd, strange)}')
         if not chosen:

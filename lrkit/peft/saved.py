@@ -149,7 +149,7 @@ def _check_parts(parts: Mapping[str, Tensor], name: str, kind: str, folder: Path
     """Raise LrkitError if the tensors of a layer are no factors of one rank."""
     told = ", ".join(f"lora_{part} {list(tensor.shape)}" for part, tensor in sorted(parts.items()))
     if set(parts) != set("ABE" if kind == "ADALORA" else "AB") or not _are_factors(parts["A"], parts["B"]):
-        raise LrkitError(f"{folder}: {name} is no {kind} of a layer: it has {told}")
+        raise LrkitError(f"{folder}: {name} is no {kind} of a linear layer: it has {told}")
     bad = [part for part, t in parts.items() if not t.is_floating_point() or not bool(torch.isfinite(t).all())]
     if bad:
         raise LrkitError(f"{folder}: lora_{bad[0]} of {name} is not made of finite floating-point numbers")

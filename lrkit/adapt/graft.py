@@ -171,7 +171,7 @@ class Graft:
                 continue
             for p in module._parameters.values():
                 owners[id(p)] = owners.get(id(p), 0) + 1
-        packed = [n for n in put_in if dequantize and n in self._before and is_packed(self.originals[n])]
+        packed = [n for n in put_in if dequantize and n in self._swaps and is_packed(self.originals[n])]
         for name in put_in:
             if name not in packed:
                 _check_weight(name, self.originals[name], owners)
@@ -180,7 +180,7 @@ class Graft:
             if name not in plain:
                 merge()
         self.masters.settle()
-        self._before.update(plain)
+        self._swaps.update({name: _Swap(layer, self._swaps[name].after) for name, layer in plain.items()})
         self._leave()
         if plain and (left := forget(self.model)):
             warnings.warn(

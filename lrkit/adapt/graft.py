@@ -184,8 +184,8 @@ class Graft:
         self._leave()
         if plain and (left := forget(self.model)):
             warnings.warn(
-                f"{len(left)} layers without adapters are still quantized ({listing(left)}), and the model's configuration says "
-                "so of all: save_pretrained would write a model that is quantized again when it is loaded",
+                f"{len(left)} layers without adapters are still quantized ({listing(left)}), and the model's configuration "
+                "says so of all: save_pretrained would write a model that is quantized again when it is loaded",
                 LrkitWarning,
                 stacklevel=3,
             )
@@ -263,8 +263,8 @@ def _check_weight(name: str, layer: nn.Module, owners: Mapping[int, int]) -> Non
         floating = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1
         kind: str | torch.dtype = type(layer).__name__ if weight is None else weight.dtype
         raise LrkitError(
-            f"{name}: the base weight is quantized ({type(weight).__name__ if floating else kind}), and nothing can be added to it "
-            "exactly: merge(dequantize=True) puts a float nn.Linear in its place"
+            f"{name}: the base weight is quantized ({type(weight).__name__ if floating else kind}), and nothing can be added "
+            "to it exactly: merge(dequantize=True) puts a float nn.Linear in its place"
         )
     if isinstance(layer, nn.Linear) and not is_exact(layer, layer.in_features):
         raise LrkitError(

@@ -278,8 +278,7 @@ class Adapted:
     def merge(self, *, dequantize: bool = False) -> nn.Module:
         """Add every ΔW to its base weight, take the adapters out, and return the plain model. The head stays as trained.
 
-        With `dequantize`, a float ``nn.Linear`` of dequantized weight + ΔW takes a quantized layer's place. Raise LrkitError,
-        with nothing changed, if an adapter is no ΔW of a weight, or a weight cannot be added to.
+        With `dequantize`, float layers take quantized ones' places. Raise LrkitError, with nothing changed, if that cannot be.
         """
         self.check_finished()
         self._graft.merge(dequantize=dequantize)

@@ -4,7 +4,6 @@ Each way below belongs to packages, and knows a layer by attributes. A layer tha
 so that a package that is not named here works as well.
 """
 
-import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -69,8 +68,7 @@ def _four_bits(layer: nn.Module) -> Tensor | None:
     if state is None or package is None:
         return None
     if getattr(state, "packing_format_for_cpu", False):
-        layer = copy.deepcopy(layer)
-        layer.state_dict()  # turns the CPU's order of packing back
+        return None  # evaluation on some CPUs has packed it anew, with bfloat16 scales: the layer's answers tell
     held_weight: Any = layer.weight
     whole: Tensor = package.functional.dequantize_4bit(held_weight.data, held_weight.quant_state)
     return whole

@@ -15,7 +15,7 @@ GROUP = 16
 
 
 class GPTQ(nn.Module):
-    """``TorchQuantLinear`` in 4 bits (ModelCloud/GPTQModel, nn_modules/qlinear/torch.py and __init__.py: eight rows per int32)."""
+    """``TorchQuantLinear`` in 4 bits (ModelCloud/GPTQModel, nn_modules/qlinear/torch.py: eight rows per int32)."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ from lrkit.layers.probe import answer, passes_gradient, rows
 class Quantized(LayerKind):
     """A layer that names its features, holds no layers and no float weight, and is no ``nn.Linear``.
 
-    It is known by its attributes, and by what it computes: one tensor in and out, affine on a probe, and its gradient reaches
-    its input. (bitsandbytes, torchao and quanto make subclasses of ``nn.Linear``, or leave the layer as it is.)
+    It is known by its attributes, and by what it computes: one tensor in and out, affine on a probe, and its gradient
+    reaches its input. (bitsandbytes, torchao and quanto make subclasses of ``nn.Linear``, or leave the layer as it is.)
     """
 
     linear: ClassVar[bool] = True

@@ -78,7 +78,7 @@ def _with_hooks(plain: nn.Linear, layer: nn.Module) -> nn.Linear:
     for hooks in _HOOKS:
         getattr(plain, hooks).update(getattr(layer, hooks))
     if hasattr(layer, "_hf_hook"):
-        sys.modules["accelerate.hooks"].add_hook_to_module(plain, layer._hf_hook)
+        sys.modules["accelerate.hooks"].add_hook_to_module(plain, vars(layer)["_hf_hook"])
     return plain
 
 

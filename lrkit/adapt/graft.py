@@ -263,8 +263,8 @@ def _check_weight(name: str, layer: nn.Module, owners: Mapping[int, int]) -> Non
         floating = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1
         kind: str | torch.dtype = type(layer).__name__ if weight is None else weight.dtype
         raise LrkitError(
-            f"{name}: the base weight is quantized ({type(weight).__name__ if floating else kind}), and nothing can be added "
-            "to it exactly: merge(dequantize=True) puts a float nn.Linear in its place"
+            f"{name}: the base weight is quantized ({type(weight).__name__ if floating else kind}), and nothing can be "
+            "added to it exactly: merge(dequantize=True) puts a float nn.Linear in its place"
         )
     if isinstance(layer, nn.Linear) and not is_exact(layer, layer.in_features):
         raise LrkitError(

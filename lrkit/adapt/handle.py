@@ -278,7 +278,7 @@ class Adapted:
     def merge(self, *, dequantize: bool = False) -> nn.Module:
         """Add every ΔW to its base weight, take the adapters out, and return the plain model. The head stays as trained.
 
-        With `dequantize`, float layers take quantized ones' places. Raise LrkitError, with nothing changed, if that cannot be.
+        With `dequantize`, float layers take quantized ones' places. Raise LrkitError, with nothing changed, if it cannot be.
         """
         self.check_finished()
         self._graft.merge(dequantize=dequantize)

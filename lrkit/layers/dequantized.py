@@ -1,7 +1,7 @@
 """The whole float weight of a quantized layer, by what the layer offers. No package of quantization is imported.
 
-Each way below belongs to packages, and knows a layer by attributes. A layer that no way knows answers the rows of the identity,
-so that a package that is not named here works as well.
+Each way belongs to packages, and knows a layer by attributes. A layer that no way knows answers the rows of the identity,
+so that a package not named here works too.
 """
 
 import sys

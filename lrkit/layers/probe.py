@@ -45,8 +45,8 @@ def answer(layer: nn.Module, x: Tensor) -> tuple[Tensor, object] | None:
 
     Args:
         layer: the layer. It is called without its hooks, and no gradient is kept.
-        x: the rows [n, d_in], which are cast to the weight's dtype, or to the first of float32, bfloat16 and float16 that the
-            layer can run on if the weight is packed.
+        x: the rows [n, d_in], which are cast to the weight's dtype, or to the first of float32, bfloat16 and float16 the
+            layer runs on if the weight is packed.
     """
     tensor = held(layer)
     if tensor is None or (called := can_be_called(layer)) is None:

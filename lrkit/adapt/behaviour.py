@@ -1,16 +1,11 @@
 """A test of a layer that is linear by its class: a few rows show if it computes the product with its weight."""
 
-import contextlib
-import copy
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lrkit.layers.probe import answer, rows
 from lrkit.precision import is_plain, without_autocast
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def strangeness(layer: nn.Module, d_in: int, d_out: int) -> str | None:
@@ -28,7 +23,7 @@ def strangeness(layer: nn.Module, d_in: int, d_out: int) -> str | None:
     """
     if not _has_own_forward(layer):
         return None
-    got = _run(layer, d_in)
+    got = answer(layer, rows(d_in))
     if got is None:
         return None
     x, y = got
@@ -44,7 +39,7 @@ def is_exact(layer: nn.Module, d_in: int) -> bool:
     """Return whether a layer's output is W x + b up to rounding, so that an addition to the weight is one to the output."""
     if not _has_own_forward(layer):
         return True
-    got = _run(layer, d_in)
+    got = answer(layer, rows(d_in))
     if got is None:
         return False
     x, y = got
@@ -54,37 +49,6 @@ def is_exact(layer: nn.Module, d_in: int) -> bool:
 
 def _has_own_forward(layer: nn.Module) -> bool:
     return "forward" in vars(layer) or type(layer).forward is not nn.Linear.forward
-
-
-def _run(layer: nn.Module, d_in: int) -> tuple[Tensor, object] | None:
-    """Return two rows and the layer's output for them; None if it cannot run.
-
-    A quantized layer may change its weight at its first call (bitsandbytes in 8 bits does, and then loads no checkpoint), so
-    a copy of it runs. If it cannot be copied, nothing does.
-    """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if not is_plain(weight):
-        try:
-            layer = copy.deepcopy(layer)
-        except Exception:
-            return None
-    known = weight.is_floating_point() and weight.dtype.itemsize > 1
-    for dtype in (weight.dtype,) if known else _DTYPES:
-        # Not drawn: the global generator is the caller's.
-        x = torch.linspace(-3.0, 7.0, 2 * d_in).mul(2.4).sin().mul(2.0).view(2, d_in).to(weight.device, dtype)
-        with contextlib.suppress(Exception), torch.no_grad(), _unmoved(weight.device):
-            y: object = layer.forward(x)
-            return x, y
-    return None
-
-
-@contextlib.contextmanager
-def _unmoved(device: torch.device) -> Iterator[None]:
-    """Leave random generators as they are, and switch autocast off."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), without_autocast(device.type):
-        yield
 
 
 def _error(layer: nn.Module, x: Tensor, y: Tensor) -> float | None:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,10 +13,11 @@ from torch import nn
 from lrkit.adapt import parallel, pretrained
 from lrkit.adapt.behaviour import is_exact
 from lrkit.adapt.choice import Choice
+from lrkit.adapt.dequantize import forget, is_packed, merged
 from lrkit.adapt.masters import Masters
 from lrkit.adapt.names import keep_names
 from lrkit.adapt.reference import without
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, LrkitWarning, listing
 from lrkit.precision import is_plain
 
 _MARK = "_lrkit_adapted"
@@ -141,8 +143,11 @@ class Graft:
             memo[id(p)].requires_grad_(flag)
         return model
 
-    def merge(self) -> None:
+    def merge(self, *, dequantize: bool = False) -> None:
         """Add every adapter to its layer's weight, and leave the model.
+
+        Args:
+            dequantize: whether a quantized layer gives its place to a plain ``nn.Linear``.
 
         Raises:
             LrkitError: an adapter that cannot be merged, or a weight that cannot be added to. Nothing is changed then.
@@ -166,13 +171,25 @@ class Graft:
                 continue
             for p in module._parameters.values():
                 owners[id(p)] = owners.get(id(p), 0) + 1
+        packed = [n for n in put_in if dequantize and n in self._swaps and is_packed(self.originals[n])]
         for name in put_in:
-            layer = self.originals[name]
-            _check_weight(name, getattr(layer, "owner", layer), owners)  # a slice's weight is its owner's
-        for merge in merges.values():
-            merge()
+            if name not in packed:
+                layer = self.originals[name]
+                _check_weight(name, getattr(layer, "owner", layer), owners)  # a slice's weight is its owner's
+        plain = {name: merged(self.model, name, self.adapters[name], self.originals[name]) for name in packed}
+        for name, merge in merges.items():
+            if name not in plain:
+                merge()
         self.masters.settle()
+        self._swaps.update({name: _Swap(layer, self._swaps[name].after) for name, layer in plain.items()})
         self._leave()
+        if plain and (left := forget(self.model)):
+            warnings.warn(
+                f"{len(left)} layers without adapters are still quantized ({listing(left)}), and the model's configuration "
+                "says so of all: save_pretrained would write a model that is quantized again when it is loaded",
+                LrkitWarning,
+                stacklevel=3,
+            )
 
     def detach(self) -> None:
         """Put all values back as they were before attach, and leave the model."""
@@ -237,16 +254,19 @@ def _check_weight(name: str, layer: nn.Module, owners: Mapping[int, int]) -> Non
         owners: how many modules have a parameter, by its ``id``.
     """
     weight = getattr(layer, "weight", None) if not layer._parameters else layer._parameters.get("weight")
-    if weight is None:
+    if weight is None and not (is_packed(layer) and getattr(layer, "weight", None) is None):
         raise LrkitError(
             f"{name}: the base weight is computed (a parametrization, weight norm): nothing can be added to it"
         )
-    if parallel.is_sharded(weight):
+    if weight is not None and parallel.is_sharded(weight):
         raise LrkitError(f"{name}: the base weight is sharded (DTensor): merge the unsharded model")
     if not is_plain(weight):
-        plain = weight.is_floating_point() and weight.dtype.itemsize > 1
-        kind: str | torch.dtype = type(weight).__name__ if plain else weight.dtype
-        raise LrkitError(f"{name}: the base weight is quantized ({kind}), and nothing can be added to it exactly")
+        floating = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1
+        kind: str | torch.dtype = type(layer).__name__ if weight is None else weight.dtype
+        raise LrkitError(
+            f"{name}: the base weight is quantized ({type(weight).__name__ if floating else kind}), and nothing can be "
+            "added to it exactly: merge(dequantize=True) puts a float nn.Linear in its place"
+        )
     if isinstance(layer, nn.Linear) and not is_exact(layer, layer.in_features):
         raise LrkitError(
             f"{name}: {type(layer).__name__} does not compute with its weight as it is: what is added to the weight "

@@ -275,13 +275,13 @@ class Adapted:
         """Do not warn at ``save_pretrained`` until `unbind`: an integration saves the adapters beside the model."""
         self._binding.hold(self._graft.saves.expect())
 
-    def merge(self) -> nn.Module:
+    def merge(self, *, dequantize: bool = False) -> nn.Module:
         """Add every ΔW to its base weight, take the adapters out, and return the plain model. The head stays as trained.
 
-        Raise LrkitError, with nothing changed, if an adapter is no ΔW of a weight, or a base weight cannot be added to.
+        With `dequantize`, float layers take quantized ones' places. Raise LrkitError, with nothing changed, if it cannot be.
         """
         self.check_finished()
-        self._graft.merge()
+        self._graft.merge(dequantize=dequantize)
         self._binding.leave()
         return self.model
 

@@ -11,6 +11,7 @@ from lrkit.layers.convolution import Convolution
 from lrkit.layers.embedding import Embedding
 from lrkit.layers.experts import Experts
 from lrkit.layers.linear import Linear, is_conv1d
+from lrkit.layers.quantized import Quantized
 from lrkit.layers.slices import Slice, Slices
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Experts",
     "LayerKind",
     "Linear",
+    "Quantized",
     "Sizes",
     "Slice",
     "Slices",
@@ -28,13 +30,14 @@ __all__ = [
     "lrkit_layers",
 ]
 
-BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution(), Slices(), Experts())
+BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution(), Slices(), Experts(), Quantized())
 
 
 @hookimpl
 def lrkit_layers() -> Mapping[str, type[LayerKind]]:
     """Offer the built-in kinds of layers."""
-    return {"linear": Linear, "embedding": Embedding, "convolution": Convolution, "slice": Slices, "experts": Experts}
+    own: dict[str, type[LayerKind]] = {"linear": Linear, "embedding": Embedding, "convolution": Convolution}
+    return {**own, "slice": Slices, "experts": Experts, "quantized": Quantized}
 
 
 def kind_of(layer: nn.Module, kinds: Iterable[LayerKind] = BUILT_IN) -> LayerKind | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.layers import Around, LayerKind, is_conv1d, kind_of
+from lrkit.layers.probe import held
 from lrkit.units import Part
 
 __all__ = ["Adapter", "further", "is_conv1d", "layer_shape", "new_factor", "oriented_weight"]
@@ -57,8 +58,8 @@ def new_factor(layer: nn.Module, *shape: int) -> nn.Parameter:
 
     It is at least float32: in a half-precision layer's dtype, small updates would be lost.
     """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = held(layer)
+    assert weight is not None
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
     return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
 

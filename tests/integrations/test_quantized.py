@@ -87,3 +87,52 @@ def test_plain_quantized_model_is_refused_as_before(folder, tmp_path):
     adapted.detach()
     with pytest.raises(ValueError, match="purely quantized"):
         Trainer(model=model, args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True), callbacks=[callback])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_merge_leaves_float_model(bits, folder, tmp_path):
+    """A merged model computes as the adapted one, is no quantized model any more, and loads as it was saved."""
+    model = loaded(folder, bits)
+    adapted = lrkit.attach(model, METHOD)
+    trainer(model, adapted, tmp_path).train()
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        logits = model.eval()(ids).logits
+        with pytest.raises(lrkit.LrkitError, match=r"merge\(dequantize=True\)"):
+            adapted.merge()
+        adapted.merge(dequantize=True)
+        merged = model(ids).logits
+    assert (merged - logits).norm() < 0.02 * logits.norm()
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    model.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert torch.allclose(again.eval()(ids).logits, merged, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Float8WeightOnlyConfig"]
+)
+def test_torchao_trains_merges_detaches(kind, folder):
+    """torchao's weights train, merge by dequantizing, and come back with their bits."""
+    import torchao.quantization
+
+    ids = torch.arange(3, 15)[None]
+    for end in ("merge", "detach"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        torchao.quantization.quantize_(model.model.layers, getattr(torchao.quantization, kind)())
+        before = model.eval()(ids).logits
+        adapted = lrkit.attach(model, METHOD)
+        optimizer = torch.optim.AdamW(adapted.parameters(), 1e-2)
+        adapted.bind(optimizer, total_steps=8)
+        for _ in range(8):
+            optimizer.zero_grad()
+            (model(ids, labels=ids).loss + adapted.penalty()).backward()
+            optimizer.step()
+        y = model(ids).logits
+        if end == "merge":
+            adapted.merge(dequantize=True)
+            assert (model(ids).logits - y).norm() < 0.03 * y.norm()
+        else:
+            adapted.detach()
+            assert torch.equal(model(ids).logits, before)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import lrkit
 from lrkit.parameterizations import Adapter, Target
 from lrkit.parameterizations.lowrank import new_factor, oriented_weight
+from lrkit.precision import is_plain
 from lrkit.settings import real
 
 
@@ -88,8 +89,8 @@ class LoSparse(lrkit.Parameterization):
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with its weight taken apart."""
-        weight = target.layer.weight
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        weight = getattr(target.layer, "weight", None)
+        if not is_plain(weight):
             raise lrkit.LrkitError(f"{target.name}: the weight is quantized, and LoSparse takes it apart")
         rank = math.ceil(self.ratio * target.d_out * target.d_in / (target.d_out + target.d_in))
         return LowRankPlusRows(target.layer, rank)

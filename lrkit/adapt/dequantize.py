@@ -1,0 +1,102 @@
+"""Merging into quantized layers: each becomes a plain float ``nn.Linear`` that holds the dequantized weight and ΔW."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrkit.errors import LrkitError
+from lrkit.layers import kind_of
+from lrkit.layers.dequantized import features, is_quantized, whole_weight
+from lrkit.precision import is_plain
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+)
+_HOOKS += ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
+
+
+def merged(model: nn.Module, name: str, adapter: Any, layer: nn.Module) -> nn.Linear:
+    """Return a plain layer with the dequantized weight and an adapter's ΔW. The layer and the adapter stay as they are.
+
+    The sum is made in float32, and rounded once to the dtype in which the model computes.
+
+    Args:
+        model: the adapted model.
+        name: the layer's name.
+        adapter: the adapter, which has a `merge`.
+        layer: the quantized layer.
+
+    Raises:
+        LrkitError: the layer's weight cannot be dequantized.
+    """
+    try:
+        weight = whole_weight(layer)
+    except LrkitError as error:
+        raise LrkitError(f"{name}: {error}") from None
+    dtype = _dtype(model, layer, weight)
+    bias = getattr(layer, "bias", None)
+    with torch.device("meta"):
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    plain.weight = nn.Parameter(weight.to(torch.promote_types(weight.dtype, torch.float32)), requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+    kind = adapter.kind
+    adapter.base, adapter.kind = plain, kind_of(plain)
+    try:
+        adapter.merge()
+    finally:
+        adapter.base, adapter.kind = layer, kind
+    return _with_hooks(plain.to(dtype), layer)
+
+
+def _dtype(model: nn.Module, layer: nn.Module, weight: Tensor) -> torch.dtype:
+    """Return the dtype in which a model computes.
+
+    It is the weight's own if that is a float (torchao, quanto). Otherwise most of the model's plain weights have it.
+    """
+    own: Any = getattr(layer, "weight", None)
+    if own is not None and own.is_floating_point() and own.dtype.itemsize > 1:
+        dtype: torch.dtype = own.dtype
+        return dtype
+    counts: dict[torch.dtype, int] = {}
+    for module in model.modules():
+        if not hasattr(module, "_lrkit_adapted"):
+            for p in module._parameters.values():
+                if p is not None and is_plain(p) and not p.requires_grad:
+                    counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
+    return max(counts, key=lambda each: counts[each]) if counts else weight.dtype
+
+
+def _with_hooks(plain: nn.Linear, layer: nn.Module) -> nn.Linear:
+    """Return a layer with the hooks of the one whose place it takes."""
+    for hooks in _HOOKS:
+        getattr(plain, hooks).update(getattr(layer, hooks))
+    if hasattr(layer, "_hf_hook"):
+        sys.modules["accelerate.hooks"].add_hook_to_module(plain, vars(layer)["_hf_hook"])
+    return plain
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """Return whether a layer is a quantized linear map, of ``nn.Linear`` or not."""
+    return features(layer) is not None and is_quantized(layer)
+
+
+def forget(model: nn.Module) -> list[str]:
+    """Let transformers take a model as a float one if no layer is quantized any more.
+
+    Returns:
+        The names of layers that are still quantized, in which case the model's configuration stays as it is.
+    """
+    left = [name for name, module in model.named_modules() if is_packed(module)]
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not left:
+        quantizer.remove_quantization_config(model)
+        for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            model.__dict__.pop(name, None)
+    return left

@@ -9,7 +9,7 @@ from torch import nn
 
 from lrkit.adapt.behaviour import strangeness
 from lrkit.adapt.coverage import block_prefixes
-from lrkit.adapt.roles import is_output, role_of
+from lrkit.adapt.roles import places
 from lrkit.errors import LrkitError, LrkitWarning, cut, listing, nearest, pattern, shown
 from lrkit.parameterizations.base import Target
 from lrkit.parameterizations.lowrank import layer_shape
@@ -92,12 +92,13 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], *, exact: bool 
             raise LrkitError("targets is an empty list: name at least one layer, or use targets='all-linear'")
     if odd:
         warnings.warn(f"left out: {_odd(odd, strange)}", LrkitWarning, stacklevel=6)
+    place = places(model, layers)
     found_targets = []
     for name, layer in layers.items():
         if name in chosen:
             shape = layer_shape(layer)
             assert shape is not None
-            found_targets.append(Target(name, layer, *shape, role_of(name), is_output(name)))
+            found_targets.append(Target(name, layer, *shape, *place[name]))
     return together(found_targets)
 
 

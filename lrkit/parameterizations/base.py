@@ -24,7 +24,7 @@ class Target:
         layer: the layer itself (``nn.Linear`` or transformers' ``Conv1D``).
         d_in: size of its input.
         d_out: size of its output.
-        role: ``"attention"``, ``"ffn"`` or ``"other"``, found by name.
+        role: ``"attention"``, ``"ffn"`` or ``"other"``, found by the classes around the layer and by its name.
         output: whether it is the last map of attention or FFN, whose output is added to the residual; found by name.
         layers: names of all layers that are adapted, this one included; empty for this one alone.
     """

@@ -77,7 +77,7 @@ def is_output(name: str) -> bool:
 def places(model: nn.Module, layers: Iterable[str]) -> dict[str, tuple[Role, bool]]:
     """Return the role of each layer, and whether it is the last map of its part of the block.
 
-    Inside the innermost block, the nearest class that says so gives the role (``NemotronHMLP``, even if its name is "mixer"),
+    Inside the innermost block, the nearest class that says so gives the role (``NemotronHMLP``, even if called "mixer"),
     else the components of the name do; if neither does, the block's own class, and then the block around it. A state space,
     a recurrence or a short convolution mixes tokens, and counts as attention. The last map is found by its name; if no
     name in a part of a block is known, it is the part's last layer in the model's order, unless that is a router or a map

@@ -106,7 +106,7 @@ def _place(name: str, classes: dict[str, str]) -> tuple[Role, str]:
     path = name.split(".")
     for begin, end in _segments(path):
         around = [".".join(path[:length]) for length in range(begin + 1, min(end + 1, len(path)))]
-        known = [(role, place) for place in around if (role := _by_class(classes[place])) is not None]
+        known = [(role, place) for place in around if (role := _by_class(classes.get(place, ""))) is not None]
         if known and known[-1][1] != around[0]:
             # The outermost of the same role: BERT's attention has an attention inside, and its last map outside of that.
             role = known[-1][0]

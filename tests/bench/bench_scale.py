@@ -75,7 +75,8 @@ def step(whose):
     if whose == "lrkit":
         adapted.bind(optimizer, total_steps=10)
     tokens = torch.arange(128).view(1, -1)
-    model(input_ids=tokens, labels=tokens).loss.backward()
+    loss = model(input_ids=tokens, labels=tokens).loss
+    (loss + adapted.penalty() if whose == "lrkit" else loss).backward()
     optimizer.step()
     if whose == "peft":
         adapted.base_model.update_and_allocate(1)

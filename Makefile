@@ -15,7 +15,7 @@ SOURCES  := pyproject.toml README.md LICENSE $(shell find lrkit $(PLUGINS) -name
 ARGS     ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-integrations test-lowest fuzz mutants check bench docs clean
+.PHONY: help setup demo test test-integrations test-lowest fuzz mutants roles check bench docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -59,6 +59,9 @@ test-integrations: .venv-integrations/.installed ## lrkit beside TRL, Lightning,
 
 test-lowest: .venv-lowest/.installed ## all tests with the lowest versions that lrkit admits (by hand; torch there is 5 GB)
 	@.venv-lowest/bin/python -P -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+roles: .venv/.installed ## build every family of transformers without storage: docs/roles.md (half a minute, by hand)
+	@$(PY) -P tests/roles.py
 
 mutants: .venv/.installed ## change the core's formulas one at a time: the tests must see it
 	@$(PY) -P tests/mutants.py $(ARGS)

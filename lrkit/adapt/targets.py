@@ -9,10 +9,10 @@ from torch import nn
 
 from lrkit.adapt.behaviour import strangeness
 from lrkit.adapt.coverage import block_prefixes
-from lrkit.adapt.roles import is_output, role_of
+from lrkit.adapt.roles import is_output, places, role_of
 from lrkit.errors import LrkitError, LrkitWarning, cut, listing, nearest, pattern, shown
 from lrkit.layers import LayerKind, kind_of
-from lrkit.parameterizations.base import Target
+from lrkit.parameterizations.base import Role, Target
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.patterns import compiled
 from lrkit.registry import current
@@ -32,7 +32,7 @@ class Found:
     kind: LayerKind
     place: str
 
-    def target(self, name: str) -> Target:
+    def target(self, name: str, role: Role, output: bool) -> Target:
         """Return what a parameterization is told of it."""
         sizes = self.kind.sizes(self.layer)
         assert sizes is not None
@@ -41,8 +41,8 @@ class Found:
             self.layer,
             sizes.d_in,
             sizes.d_out,
-            role_of(name),
-            is_output(name),
+            role,
+            output,
             kind=self.kind,
             maps=sizes.maps,
             place=self.place,
@@ -166,7 +166,9 @@ def find_targets(
         warnings.warn(f"left out: {_odd(odd, strange)}", LrkitWarning, stacklevel=6)
     if slices:
         chosen = _in_slices(model, chosen, parts, layers)
-    return together(found.target(name) for name, found in layers.items() if name in chosen)
+    roles = places(model, (name for name, found in layers.items() if found.kind.linear))
+    chosen_roles = {name: roles.get(name) or (roles.get(layers[name].place, (role_of(name),))[0], is_output(name)) for name in chosen}
+    return together(found.target(name, *chosen_roles[name]) for name, found in layers.items() if name in chosen)
 
 
 def _in_slices(

@@ -25,7 +25,7 @@ class Target:
         layer: the layer itself.
         d_in: size of its input.
         d_out: size of its output.
-        role: ``"attention"``, ``"ffn"`` or ``"other"``, found by name.
+        role: ``"attention"``, ``"ffn"`` or ``"other"``, found by the classes around the layer and by its name.
         output: whether it is the last map of attention or FFN, whose output is added to the residual; found by name.
         kind: what is known of its kind.
         maps: how many maps of these sizes it stacks, one per expert; its factors hold so many times r components.

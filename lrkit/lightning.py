@@ -11,8 +11,8 @@ class AdaptCallback(Callback):  # type: ignore[misc] # Lightning is not installe
     """A callback that runs an adapted model's method: ``lightning.Trainer(..., callbacks=[AdaptCallback(adapted)])``.
 
     It binds the method to the optimizers that ``configure_optimizers`` returns, adds the penalty's gradient to the factors'
-    before clipping (leave ``adapted.penalty()`` out of the loss), and keeps everything adaptive in Lightning's checkpoints, so
-    that ``fit(ckpt_path=...)`` is bitwise the run that was not interrupted.
+    before clipping (leave ``adapted.penalty()`` out of the loss), and keeps everything adaptive in Lightning's checkpoints,
+    so that ``fit(ckpt_path=...)`` is bitwise the run that was not interrupted.
 
     Args:
         adapted: the handle that `lrkit.attach` returned for the LightningModule's model.
@@ -42,7 +42,7 @@ class AdaptCallback(Callback):  # type: ignore[misc] # Lightning is not installe
         self.adapted.bind(trainer.optimizers, total_steps=total, penalty="gradient", scaler=scaler)
 
     def on_before_zero_grad(self, *_: Any) -> None:
-        """Compute the penalty's gradient: Lightning empties the gradients once per optimizer step, before it goes backward."""
+        """Compute the penalty's gradient: gradients are emptied once per optimizer step, before the first backward pass."""
         self.adapted.begin_step()
 
     def on_train_end(self, *_: Any) -> None:

@@ -144,7 +144,7 @@ def loss_of(kind, model, base, batches):
             with torch.no_grad():
                 reference = log_probs(base, ids, attention, labels)
             ratio = torch.exp(policy - policy.detach())
-            kl = torch.exp(reference - policy) - (reference - policy) - 1
+            kl = ratio * (torch.exp(reference - policy) - (reference - policy) - 1)  # with DeepSeek-V3.2's correction
             mask = labels[:, 1:] != -100
             each = (-ratio * b["advantages"].reshape(-1, 1) + 0.3 * kl) * mask
             total += each.sum() / sum(int(x["completion_mask"].sum()) for x in batches)

@@ -200,9 +200,10 @@ def test_lightning_steps_with_a_closure(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(module.adapted.parameters(), adapted.parameters(), strict=True))
 
 
-def lit(folder, epochs, checkpoint=None):
-    """Return a Lightning run with lrkit's callback, of 3 epochs of 4 steps, that ends after some or goes on from a checkpoint."""
+def lit(folder, checkpoint=None):
+    """Return a Lightning run with lrkit's callback, of 3 epochs of 4 steps, from its beginning or from a checkpoint."""
     import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
 
     from lrkit.lightning import AdaptCallback
 
@@ -217,15 +218,11 @@ def lit(folder, epochs, checkpoint=None):
         def configure_optimizers(self):
             return torch.optim.AdamW(self.adapted.parameters(), lr=1e-2)
 
-    class Stop(lightning.Callback):
-        def on_train_epoch_end(self, trainer, _):
-            trainer.should_stop = trainer.current_epoch + 1 == epochs
-
     module = Module()
     trainer = lightning.Trainer(
         max_steps=12, accelerator="cpu", logger=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder, gradient_clip_val=0.1, accumulate_grad_batches=2,
-        callbacks=[AdaptCallback(module.adapted), Stop(), lightning.pytorch.callbacks.ModelCheckpoint(folder)],
+        callbacks=[AdaptCallback(module.adapted), ModelCheckpoint(folder, save_top_k=-1)],
     )  # fmt: skip
     batches = torch.randint(4, len(WORDS), (8, 4, 8), generator=torch.Generator().manual_seed(0))
     trainer.fit(module, torch.utils.data.DataLoader(list(batches), batch_size=None), ckpt_path=checkpoint)
@@ -234,7 +231,7 @@ def lit(folder, epochs, checkpoint=None):
 
 def test_lightning_callback_is_the_loop(tmp_path):
     """With accumulation and clipping, Lightning with the callback is the bare loop with the penalty in the loss."""
-    ours, batches = lit(tmp_path, 3)
+    ours, batches = lit(tmp_path)
     model, adapted = made(0.1)
     model.train()
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
@@ -251,14 +248,13 @@ def test_lightning_callback_is_the_loop(tmp_path):
 
 
 def test_lightning_resumes_bitwise(tmp_path):
-    """``fit(ckpt_path=...)`` from the middle of the schedule ends as the run that was not interrupted."""
-    whole, _ = lit(tmp_path / "a", 3)
-    with pytest.warns(lrkit.LrkitWarning):  # it is stopped before its budget is reached
-        lit(tmp_path / "b", 1)
-    torch.manual_seed(9)
-    again, _ = lit(tmp_path / "b", 3, checkpoint=next((tmp_path / "b").glob("*.ckpt")))
-    assert again.step == 12 and again.history == whole.history
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+    """``fit(ckpt_path=...)`` from the end of the first or second epoch, within the schedule, ends as the whole run."""
+    whole, _ = lit(tmp_path / "a")
+    for epoch, step in enumerate((4, 8)):
+        torch.manual_seed(9)
+        again, _ = lit(tmp_path / f"b{epoch}", tmp_path / "a" / f"epoch={epoch}-step={step}.ckpt")
+        assert again.step == 12 and again.history == whole.history
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
 
 
 def test_accelerate_loop_is_the_loop():

@@ -220,12 +220,12 @@ def lit(folder, checkpoint=None):
 
     module = Module()
     trainer = lightning.Trainer(
-        max_steps=12, accelerator="cpu", logger=False, enable_progress_bar=False,
+        max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder, gradient_clip_val=0.1, accumulate_grad_batches=2,
         callbacks=[AdaptCallback(module.adapted), ModelCheckpoint(folder, save_top_k=-1)],
     )  # fmt: skip
     batches = torch.randint(4, len(WORDS), (8, 4, 8), generator=torch.Generator().manual_seed(0))
-    trainer.fit(module, torch.utils.data.DataLoader(list(batches), batch_size=None), ckpt_path=checkpoint)
+    trainer.fit(module, torch.utils.data.DataLoader(batches.flatten(0, 1), batch_size=4), ckpt_path=checkpoint)
     return module.adapted, batches
 
 

@@ -198,3 +198,93 @@ def test_lightning_steps_with_a_closure(tmp_path):
     assert module.adapted.history == adapted.history
     assert len(adapted.history) > 2
     assert all(torch.equal(a, b) for a, b in zip(module.adapted.parameters(), adapted.parameters(), strict=True))
+
+
+def lit(folder, checkpoint=None):
+    """Return a Lightning run with lrkit's callback, of 3 epochs of 4 steps, from its beginning or from a checkpoint."""
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from lrkit.lightning import AdaptCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.adapted = made(0.1)
+
+        def training_step(self, batch, _):
+            return self.model(input_ids=batch, labels=batch).loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.adapted.parameters(), lr=1e-2)
+
+    module = Module()
+    trainer = lightning.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, gradient_clip_val=0.1, accumulate_grad_batches=2,
+        callbacks=[AdaptCallback(module.adapted), ModelCheckpoint(folder, save_top_k=-1)],
+    )  # fmt: skip
+    batches = torch.randint(4, len(WORDS), (8, 4, 8), generator=torch.Generator().manual_seed(0))
+    trainer.fit(module, torch.utils.data.DataLoader(batches.flatten(0, 1), batch_size=4), ckpt_path=checkpoint)
+    return module.adapted, batches
+
+
+def test_lightning_callback_is_the_loop(tmp_path):
+    """With accumulation and clipping, Lightning with the callback is the bare loop with the penalty in the loss."""
+    ours, batches = lit(tmp_path)
+    model, adapted = made(0.1)
+    model.train()
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
+    adapted.bind(optimizer, total_steps=12)
+    for first, second in batches.view(4, 2, 4, 8).repeat(3, 1, 1, 1):
+        for batch in (first, second):
+            ((model(input_ids=batch, labels=batch).loss + adapted.penalty()) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(adapted.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(ours.history) > 2 and [d.kept for d in ours.history] == [d.kept for d in adapted.history]
+    for a, b in zip(ours.parameters(), adapted.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_lightning_resumes_bitwise(tmp_path):
+    """``fit(ckpt_path=...)`` from the end of the first or second epoch, within the schedule, ends as the whole run."""
+    whole, _ = lit(tmp_path / "a")
+    for epoch, step in enumerate((4, 8)):
+        torch.manual_seed(9)
+        again, _ = lit(tmp_path / f"b{epoch}", tmp_path / "a" / f"epoch={epoch}-step={step}.ckpt")
+        assert again.step == 12 and again.history == whole.history
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+
+
+def test_accelerate_loop_is_the_loop():
+    """accelerate's accumulation and clipping with the penalty in the loss: the run is that of plain torch."""
+    from accelerate import Accelerator
+
+    batches = torch.randint(4, len(WORDS), (96, 8), generator=torch.Generator().manual_seed(0))
+    model, ours = made(0.1)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-2)
+    prepared, optimizer, loader = accelerator.prepare(
+        model.train(), optimizer, torch.utils.data.DataLoader(batches, batch_size=4)
+    )
+    ours.bind(optimizer, total_steps=12)
+    for ids in loader:
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(input_ids=ids, labels=ids).loss + ours.penalty())
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(ours.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    model, adapted = made(0.1)
+    model.train()
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
+    adapted.bind(optimizer, total_steps=12)
+    for pair in batches.view(12, 2, 4, 8):
+        for ids in pair:
+            ((model(input_ids=ids, labels=ids).loss + adapted.penalty()) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(adapted.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ours.step == 12 and ours.history == adapted.history
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), adapted.parameters(), strict=True))

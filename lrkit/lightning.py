@@ -1,0 +1,50 @@
+"""lrkit in Lightning's Trainer: one callback, nothing else to call. It needs ``lightning``."""
+
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from lrkit.adapt.adapted import Adapted
+
+
+class AdaptCallback(Callback):  # type: ignore[misc] # Lightning is not installed where types are checked
+    """A callback that runs an adapted model's method: ``lightning.Trainer(..., callbacks=[AdaptCallback(adapted)])``.
+
+    It binds the method to the optimizers that ``configure_optimizers`` returns, adds the penalty's gradient to the factors'
+    before clipping (leave ``adapted.penalty()`` out of the loss), and keeps everything adaptive in Lightning's checkpoints,
+    so that ``fit(ckpt_path=...)`` is bitwise the run that was not interrupted.
+
+    Args:
+        adapted: the handle that `lrkit.attach` returned for the LightningModule's model.
+    """
+
+    def __init__(self, adapted: Adapted) -> None:
+        self.adapted = adapted
+        self._loaded: dict[str, Any] | None = None
+        adapted.take_ranks()  # Lightning loads the weights of a checkpoint, with its ranks, before any optimizer exists
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything adaptive, for the checkpoint."""
+        return self.adapted.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a checkpoint's state until training begins: the weights and the optimizers come first."""
+        self._loaded = state_dict
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Load if the Trainer resumes, then bind."""
+        self.adapted.unbind(quietly=True)
+        if self._loaded is not None:
+            self.adapted.load_state_dict(self._loaded)
+        before, self._loaded = self.adapted.step - trainer.global_step, None
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        total = before + int(trainer.estimated_stepping_batches)
+        self.adapted.bind(trainer.optimizers, total_steps=total, penalty="gradient", scaler=scaler)
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        """Compute the penalty's gradient: gradients are emptied once per optimizer step, before the first backward pass."""
+        self.adapted.begin_step()
+
+    def on_train_end(self, *_: Any) -> None:
+        """Let go of the optimizers."""
+        self.adapted.unbind()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrkit.adapt import parallel, pretrained
+from lrkit.adapt import pretrained
 from lrkit.adapt.behaviour import is_exact
 from lrkit.adapt.choice import Choice
 from lrkit.adapt.masters import Masters
@@ -17,6 +17,7 @@ from lrkit.adapt.names import keep_names
 from lrkit.adapt.reference import without
 from lrkit.errors import LrkitError
 from lrkit.precision import is_plain
+from lrkit.shards import is_sharded
 
 _MARK = "_lrkit_adapted"
 _AROUND = "lrkit_around"
@@ -38,6 +39,11 @@ def check_model(model: nn.Module) -> None:
                 f"{name or 'the model'} is PEFT's own ({type(module).__name__}): take PEFT's adapters out first "
                 "(merge_and_unload() or unload()), or let lrkit.from_peft read the folder that PEFT saved"
             )
+    if any(map(is_sharded, model.parameters())):
+        raise LrkitError(
+            "the model's weights are sharded (DTensor): attach first, then fully_shard each block and the model (tensor "
+            "parallel weights cannot be adapted)"
+        )
     if any(getattr(module, _MARK, False) for module in model.modules()):
         raise LrkitError(
             "this model already carries adapters: detach() or merge() them first (and copy a model before attach, not after)"
@@ -227,7 +233,7 @@ def _check_weight(name: str, layer: nn.Module, owners: Mapping[int, int]) -> Non
         raise LrkitError(
             f"{name}: the base weight is computed (a parametrization, weight norm): nothing can be added to it"
         )
-    if parallel.is_sharded(weight):
+    if is_sharded(weight):
         raise LrkitError(f"{name}: the base weight is sharded (DTensor): merge the unsharded model")
     if not is_plain(weight):
         plain = weight.is_floating_point() and weight.dtype.itemsize > 1

@@ -6,7 +6,6 @@ For a plain tensor each function returns what it is given, so that nobody has to
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -16,7 +15,7 @@ def is_sharded(p: Tensor) -> bool:
 
 
 def held(p: Tensor) -> Tensor:
-    """Return the piece of a tensor that this process holds, without a graph and sharing memory; a plain tensor is its own."""
+    """Return the piece of a tensor that this process holds, without a graph, sharing memory; a plain tensor whole."""
     piece: Tensor = p.detach()
     if is_sharded(p):
         sharded: Any = piece
@@ -60,7 +59,7 @@ def joined(piece: Tensor, p: Tensor) -> Tensor:
 
 
 def told(value: Tensor, p: Tensor) -> Tensor:
-    """Return a number of each process that holds pieces of a tensor [processes]; that of this one alone for a plain tensor."""
+    """Return a number of each process that holds pieces of a tensor [processes]; this one's alone for a plain tensor."""
     if not is_sharded(p):
         return value.reshape(1)
     from torch.distributed.tensor import DTensor, Shard

@@ -13,26 +13,13 @@ from sharded_worker import METHODS
 HERE = Path(__file__).parent
 
 
-def processes(world, folder):
-    """Run the worker in so many processes, and return what each has found."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    outs = [folder / f"{world}-{rank}.pt" for rank in range(world)]
-    worker = [sys.executable, "-P", str(HERE / "sharded_worker.py")]
-    running = [
-        subprocess.Popen(
-            [*worker, str(rank), str(world), str(folder / f"init-{world}"), str(folder), str(out)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]
-    errors = [process.communicate(timeout=150)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * world, errors
-    return [torch.load(out) for out in outs]
+def processes(folder, *worlds):
+    """Run the worker in so many processes, one number after the other, and return what each process has found."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-P", str(HERE / "sharded_worker.py"), str(folder), *map(str, worlds)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return {world: [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)] for world in worlds}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +27,7 @@ def runs(tmp_path_factory):
     """The runs of one process, of two and of three, each of the later ones resuming what those before it saved."""
     folder = tmp_path_factory.mktemp("sharded")
     alone = {name: sharded_worker.one(method, folder / f"{name}-1") for name, method in METHODS.items()}
-    return alone, {world: processes(world, folder) for world in (2, 3)}, folder
+    return alone, processes(folder, 2, 3), folder
 
 
 def alike(one, other):
@@ -69,7 +56,7 @@ def test_sharded_runs_resume_anywhere(runs):
     """A run that one process or two began goes on with another number of them, and ends the same."""
     alone, sharded, folder = runs
     for results in sharded.values():
-        for (name, _), found in results[0]["resumed"].items():
+        for name, found in results[0]["resumed"].items():
             alike(alone[name], found)
     for name in METHODS:
         alike(alone[name], sharded_worker.resumed(folder / f"{name}-3"))

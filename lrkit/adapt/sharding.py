@@ -92,7 +92,7 @@ def gathered(adapters: Sequence[nn.Module]) -> Iterator[None]:
                     if p is not None and id(p) not in base and is_sharded(p):
                         held.append((module._parameters, name, p))
                         full: Any = whole(p)
-                        full._is_param = True  # so that `get_parameter` takes it
+                        full._is_param = True  # noqa: SLF001 - so that `get_parameter` takes it
                         module._parameters[name] = full
         yield
     finally:

@@ -179,7 +179,7 @@ class Layout:
             yield self._gather(piece.tensors), self._gather(grads), state
 
     def finite(self, of: GradientOf = own_gradient) -> Tensor:
-        """Whether all gradients are finite, on every process: a bool scalar on the layout's device, so that nothing waits."""
+        """Whether all gradients are finite, on every process: a bool scalar on the device, so that nothing waits."""
         sums = [self._gather([g for p in piece.tensors if (g := of(p)) is not None]).sum() for piece in self.pieces]
         finite = torch.isfinite(torch.stack(sums)).all()
         return finite if self._first is None else told(finite.float(), self._first).all()
@@ -210,7 +210,7 @@ class Layout:
             return flat
         tensors = self.still if still else self.live
         shapes = [tuple(p.shape) if move is mine else self.spans[id(p)].shape for p in tensors]
-        parts = zip(flat.split([prod(shape) for shape in shapes]), shapes, tensors, strict=True)
+        parts = zip(torch.split(flat, [prod(shape) for shape in shapes]), shapes, tensors, strict=True)
         return torch.cat([flat[:0], *(move(part.view(shape), p).reshape(-1) for part, shape, p in parts)])
 
     def _gather(self, tensors: Sequence[Tensor]) -> Tensor:

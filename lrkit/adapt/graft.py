@@ -96,6 +96,11 @@ class Graft:
     def disabled(self) -> Iterator[None]:
         """Put the layers and values from before attach in their places for a while. It can be nested."""
         self.check(within=True)
+        if any(is_sharded(kept.tensor) for kept in self.masters.kept):
+            raise LrkitError(
+                "the head is sharded, and FSDP2 puts its trained values in place at each call: the model as it was is the "
+                "plain one (or attach with train_also=[])"
+            )
         self._depth += 1
         try:
             if self._depth > 1:
@@ -118,6 +123,8 @@ class Graft:
         Args:
             trained: ``id`` of every parameter that trains. Quantized and sharded ones that do not are shared with the copy.
         """
+        if any(map(is_sharded, self.model.parameters())):
+            raise LrkitError("a sharded model cannot be copied: make another from the plain one")
         # Not every quantized tensor can be copied; none of them changes.
         frozen = (p for p in self.model.parameters() if id(p) not in trained and not is_plain(p))
         memo: dict[int, Any] = {id(p): p for p in frozen}

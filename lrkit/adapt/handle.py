@@ -16,7 +16,6 @@ from lrkit.adapt.choice import choose
 from lrkit.adapt.graft import Graft
 from lrkit.adapt.reference import Reference
 from lrkit.adapt.saved import Archive, describe
-from lrkit.adapt.sharding import once
 from lrkit.adapt.summary import Summary, brief, summarize, trainable
 from lrkit.errors import LrkitError
 from lrkit.loop import state as states
@@ -242,8 +241,7 @@ class Adapted:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write everything adaptive to ``folder/lrkit.safetensors``, atomically, and return its path."""
-        path, state = Path(folder), self.state_dict()
-        return once(lambda: checkpoint.write(path, state), path / checkpoint.FILE, self._weights.parameters())
+        return checkpoint.write_once(Path(folder), self.state_dict(), self._weights.parameters())
 
     def compact(self) -> dict[str, int]:
         """Cut the components that are masked and zero away for good, and return each layer's rank. Outputs stay the same.

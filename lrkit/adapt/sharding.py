@@ -1,8 +1,7 @@
 """FSDP2 (`fully_shard`): follow parameters to the sharded ones that take their places, and refuse what cannot work."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,23 +57,6 @@ def one_seed(seed: int, trained: Sequence[nn.Parameter]) -> int:
     """Return the seed of the first process that holds a part of what trains; this one's if nothing is sharded."""
     first = next((p for p in trained if is_sharded(p)), None)
     return seed if first is None else int(told(torch.tensor(seed, dtype=torch.int64), first)[0])
-
-
-def once(write: Callable[[], Path], path: Path, trained: Sequence[nn.Parameter]) -> Path:
-    """Let the first of the processes that hold parts of what trains write a file, and the others wait for it.
-
-    Args:
-        write: writes it, and returns its path. Each process calls it if nothing is sharded.
-        path: the file's.
-        trained: all that trains.
-    """
-    first: Any = next((p for p in trained if is_sharded(p)), None)
-    if first is None:
-        return write()
-    try:
-        return path if any(first.device_mesh.get_coordinate()) else write()
-    finally:
-        told(torch.zeros(1), first)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from lrkit.adapt import checkpoint
 from lrkit.adapt.adapted import Adapted
 from lrkit.adapt.quantized import let_train
 from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.shards import is_sharded
 
 
 class AdaptCallback(TrainerCallback):
@@ -115,7 +116,7 @@ class AdaptCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write everything adaptive into the checkpoint folder."""
-        if state.is_world_process_zero:
+        if state.is_world_process_zero or any(map(is_sharded, self.adapted.parameters())):  # all give their parts
             self.adapted.save(Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(

@@ -59,21 +59,6 @@ def one(method, accumulate=1):
     return model, adapted
 
 
-def fsdp2(method):
-    from torch.distributed.fsdp import fully_shard
-
-    model, adapted, _ = start(method)
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer)
-    fully_shard(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    try:
-        adapted.bind(optimizer, total_steps=STEPS)
-    except lrkit.LrkitError as error:
-        return str(error)
-    return "bound"
-
-
 if __name__ == "__main__":
     from test_attach import METHODS
 
@@ -81,14 +66,11 @@ if __name__ == "__main__":
     mode, rank, world, init, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
     kind, _, name = mode.partition(":")
-    if kind == "fsdp2":
-        result = fsdp2(METHODS[name])
-    else:
-        model, adapted, sent = ddp(rank, world, METHODS[name], accumulate=2 if kind == "accumulate" else 1)
-        result = {
-            "weights": {k: v.clone() for k, v in model.state_dict().items()},
-            "history": [(d.step, d.budget, d.kept, d.lost, d.returned) for d in adapted.history],
-            "sent": sent,
-        }
+    model, adapted, sent = ddp(rank, world, METHODS[name], accumulate=2 if kind == "accumulate" else 1)
+    result = {
+        "weights": {k: v.clone() for k, v in model.state_dict().items()},
+        "history": [(d.step, d.budget, d.kept, d.lost, d.returned) for d in adapted.history],
+        "sent": sent,
+    }
     torch.save(result, out)
     dist.destroy_process_group()

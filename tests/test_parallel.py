@@ -64,12 +64,6 @@ def test_ddp_ranks_decide_alike_and_end_where_one_process_ends(mode, world, tmp_
         assert counts[0] - counts[-1] == 8
 
 
-def test_fsdp2_is_refused_in_one_line_where_scores_are_needed(tmp_path):
-    for text in processes("fsdp2:adalora", 2, tmp_path):
-        assert text.startswith("FSDP2 shards the adapters' parameters")
-        assert "\n" not in text
-
-
 def test_deepspeed_and_fsdp1_are_refused_in_one_line():
     model = models.make("bert")
     adapted = lrkit.attach(model, METHODS["adalora"])

@@ -10,6 +10,7 @@ from torch import Tensor
 from lrkit.actions.base import BY, Action, Ballot, By, Fate, Verdict, best, worth
 from lrkit.parameterizations.base import Parameterization
 from lrkit.settings import one_of
+from lrkit.shards import held, mine
 from lrkit.units import Block, UnitKind, split
 
 
@@ -68,5 +69,7 @@ class Prune(Action):
     @torch.no_grad()
     def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         """Zero the core value of every component that is not kept."""
-        cores: list[Tensor] = [block.core for block in blocks]
-        torch._foreach_mul_(cores, split(kept.to(cores[0]), blocks))
+        cores = [block.core for block in blocks]
+        masks = split(kept.to(cores[0].device, cores[0].dtype), blocks)
+        here = [mine(mask, core) for mask, core in zip(masks, cores, strict=True)]
+        torch._foreach_mul_([held(core) for core in cores], here)

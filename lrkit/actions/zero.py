@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrkit.actions.base import BY, Action, Ballot, By, Fate, Verdict, best
 from lrkit.settings import flag, one_of
+from lrkit.shards import held, mine
 from lrkit.units import Block, UnitKind, split
 
 
@@ -59,4 +60,4 @@ class Zero(Action):
                 state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
                 for values in (tensor, *state.values()):
                     if isinstance(values, Tensor) and values.shape == tensor.shape:
-                        values.masked_fill_(lost, 0)
+                        held(values).masked_fill_(mine(lost.expand(tensor.shape), tensor), 0)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrkit.adapt import parallel
+from lrkit.adapt import parallel, sharding
 from lrkit.adapt.heads import head_parameters
 from lrkit.adapt.optimizers import Steps, as_long_as_alive, held_by, unwrapped
 from lrkit.adapt.penalty import Penalty, looks
@@ -16,6 +16,7 @@ from lrkit.errors import LrkitError, listing
 from lrkit.loop import liveness
 from lrkit.loop.controller import Controller
 from lrkit.loop.gradients import Unclipped
+from lrkit.shards import is_sharded
 
 
 class Binding:
@@ -33,9 +34,8 @@ class Binding:
 
     def __init__(self, model: nn.Module, head: Sequence[str], weights: Weights, controller: Controller) -> None:
         self._model, self._head, self._weights, self.controller = model, head, weights, controller
-        self.penalty = Penalty(
-            controller.run.method.parameterization, controller.run.modules, weights.adapter(), controller.warn
-        )
+        self.penalty = self._new_penalty()
+        weights.on_move = self._moved
         self.last: Callable[[], Optimizer | None] = lambda: None
         """Returns the optimizers that are or were bound last, as one, if they still live."""
         self._steps: Steps | None = None
@@ -45,6 +45,21 @@ class Binding:
         self._outer = parallel.Outer(self._met)
         self._outer.hang_on(model)
         liveness.watch(self, Binding._watch)
+
+    def _new_penalty(self) -> Penalty:
+        run = self.controller.run
+        return Penalty(run.method.parameterization, run.modules, self._weights.adapter(), self.controller.warn)
+
+    def _moved(self, moves: sharding.Moves) -> None:
+        """Go on with the sharded parameters that `fully_shard` has put in the places of those that were attached."""
+        if self.bound:
+            raise LrkitError(
+                "the model was sharded after bind: call fully_shard first, then make the optimizer from "
+                "adapted.parameters(), and bind it"
+            )
+        self._weights.follow(moves)
+        self.controller = self.controller.anew(self._weights.head())
+        self.penalty = self._new_penalty()
 
     # ---- bound and let go ----
 
@@ -65,14 +80,22 @@ class Binding:
         for each in optimizers:
             if reason := parallel.refusal(self._model, each, adaptive=bool(self.controller.policies)):
                 raise LrkitError(reason)
+        trained = self._weights.parameters()
+        if reason := sharding.refusal(self._model, trained, self.controller.run):
+            raise LrkitError(reason)
+        if penalty == "gradient" and self.penalty.exists and any(map(is_sharded, trained)):
+            raise LrkitError(
+                'penalty="gradient" hooks into gradients that FSDP2 reduces past any hook: train on loss + adapted.penalty()'
+            )
         if reason := self._weights.refusal(set().union(*map(held_by, optimizers)), self.controller.run.grows):
             raise LrkitError(reason)
         if reason := self.controller.objection(total_steps):
             raise LrkitError(reason)
         self.controller.begin(total_steps)
+        self.controller.seed = sharding.one_seed(self.controller.seed, trained)
         self._steps = Steps(
             optimizers,
-            self._weights.parameters(),
+            trained,
             self._before_step,
             self._after_step,
             self.controller.warn,
@@ -156,6 +179,8 @@ class Binding:
 
     def _watch(self, optimizer: Optimizer) -> None:
         """Look at any optimizer before its step, as long as there may be something to say of it."""
+        if not (self._looked or self.bound):
+            self._weights.put_back()
         if not self._looked and held_by(optimizer) & self._weights.trained:
             self._first_look()
         # An optimizer that steps inside the bound one's step is one that it wraps.
@@ -166,7 +191,7 @@ class Binding:
         """Say that the method is not bound to an optimizer that steps the adapters' parameters."""
         if held_by(optimizer).isdisjoint(map(id, self._weights.adapter())):
             return
-        if reason := parallel.refusal(self._model, optimizer, adaptive=False):
+        if reason := sharding.refusal(self._model, self._weights.parameters(), self.controller.run):
             raise LrkitError(reason)
         if self.controller.policies or self.penalty.exists:
             self.controller.warn(

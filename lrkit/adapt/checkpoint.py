@@ -4,18 +4,21 @@ Being one file, it is replaced in one move: if a process is killed, the old stat
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lrkit.adapt.tensorfile import TensorFile, open_tensors
 from lrkit.errors import LrkitError
 from lrkit.moves import replacing
 from lrkit.reading import is_folder, parse_json
+from lrkit.shards import is_sharded, told
 
 FILE = "lrkit.safetensors"
 _KEY = "lrkit"
@@ -36,6 +39,26 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
     with replacing(folder / FILE) as draft:
         save_file(tensors, draft, metadata={_KEY: json.dumps(state["meta"])})
     return folder / FILE
+
+
+def write_once(folder: Path, state: Mapping[str, Any], trained: Sequence[Tensor]) -> Path:
+    """Write a state. If processes hold parts of what trains, the first of them writes, and the others wait for it.
+
+    Args:
+        folder: the folder.
+        state: as `write` takes it.
+        trained: all that trains.
+
+    Returns:
+        The file's path.
+    """
+    first: Any = next((p for p in trained if is_sharded(p)), None)
+    if first is None:
+        return write(folder, state)
+    try:
+        return folder / FILE if any(first.device_mesh.get_coordinate()) else write(folder, state)
+    finally:
+        told(torch.zeros(1), first)
 
 
 @attrs.frozen(eq=False)

@@ -39,7 +39,7 @@ class Choice:
     around: nn.Module | None
     head: list[str]
     own: Mapping[str, nn.Parameter]
-    flags: Sequence[tuple[nn.Parameter, bool]]
+    flags: list[tuple[nn.Parameter, bool]]
     buffers: frozenset[int]
     coverage: Coverage | None
     offered: Coverage | None

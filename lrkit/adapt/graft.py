@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lrkit.adapt import parallel, pretrained
+from lrkit.adapt import pretrained
 from lrkit.adapt.behaviour import is_exact
 from lrkit.adapt.choice import Choice
 from lrkit.adapt.dequantize import forget, is_packed, merged
@@ -19,6 +19,7 @@ from lrkit.adapt.names import keep_names
 from lrkit.adapt.reference import without
 from lrkit.errors import LrkitError, LrkitWarning, listing
 from lrkit.precision import is_plain
+from lrkit.shards import is_sharded
 
 _MARK = "_lrkit_adapted"
 _AROUND = "lrkit_around"
@@ -40,6 +41,11 @@ def check_model(model: nn.Module) -> None:
                 f"{name or 'the model'} is PEFT's own ({type(module).__name__}): take PEFT's adapters out first "
                 "(merge_and_unload() or unload()), or let lrkit.from_peft read the folder that PEFT saved"
             )
+    if any(map(is_sharded, model.parameters())):
+        raise LrkitError(
+            "the model's weights are sharded (DTensor): attach first, then fully_shard each block and the model (tensor "
+            "parallel weights cannot be adapted)"
+        )
     if any(getattr(module, _MARK, False) for module in model.modules()):
         raise LrkitError(
             "this model already carries adapters: detach() or merge() them first (and copy a model before attach, not after)"
@@ -100,6 +106,11 @@ class Graft:
     def disabled(self) -> Iterator[None]:
         """Put the layers and values from before attach in their places for a while. It can be nested."""
         self.check(within=True)
+        if any(is_sharded(kept.tensor) for kept in self.masters.kept):
+            raise LrkitError(
+                "the head is sharded, and FSDP2 puts its trained values in place at each call: the model as it was is the "
+                "plain one (or attach with train_also=[])"
+            )
         self._depth += 1
         try:
             if self._depth > 1:
@@ -122,6 +133,8 @@ class Graft:
         Args:
             trained: ``id`` of every parameter that trains. Quantized and sharded ones that do not are shared with the copy.
         """
+        if any(map(is_sharded, self.model.parameters())):
+            raise LrkitError("a sharded model cannot be copied: make another from the plain one")
         # Not every quantized tensor can be copied; none of them changes.
         frozen = (p for p in self.model.parameters() if id(p) not in trained and not is_plain(p))
         memo: dict[int, Any] = {id(p): p for p in frozen}
@@ -258,7 +271,7 @@ def _check_weight(name: str, layer: nn.Module, owners: Mapping[int, int]) -> Non
         raise LrkitError(
             f"{name}: the base weight is computed (a parametrization, weight norm): nothing can be added to it"
         )
-    if weight is not None and parallel.is_sharded(weight):
+    if weight is not None and is_sharded(weight):
         raise LrkitError(f"{name}: the base weight is sharded (DTensor): merge the unsharded model")
     if not is_plain(weight):
         floating = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1

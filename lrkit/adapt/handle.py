@@ -241,7 +241,7 @@ class Adapted:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write everything adaptive to ``folder/lrkit.safetensors``, atomically, and return its path."""
-        return checkpoint.write(Path(folder), self.state_dict())
+        return checkpoint.write_once(Path(folder), self.state_dict(), self._weights.parameters())
 
     def compact(self) -> dict[str, int]:
         """Cut the components that are masked and zero away for good, and return each layer's rank. Outputs stay the same.

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrkit.adapt.parallel import is_sharded
 from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.precision import is_plain
+from lrkit.shards import is_sharded
 
 _HEADS = ("classifier", "score", "head", "classification_head", "qa_outputs")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.precision import is_plain
+from lrkit.shards import like
 
 _HALF = (torch.float16, torch.bfloat16)
 _HELD = "_lrkit_masters"
@@ -66,6 +67,13 @@ class Masters:
                         module.register_forward_pre_hook(_Round(owner, names, self.witness)),
                         module.register_forward_hook(_Back(owner), always_call=True),
                     ]
+
+    def follow(self, moves: Mapping[int, nn.Parameter]) -> None:
+        """Keep copies for the sharded parameters that have taken the places of those that were attached, by ``id``."""
+        moved = [moves.get(id(kept.tensor), kept.tensor) for kept in self.kept]
+        self.kept = [_Kept(p, like(kept.copy, p)) for kept, p in zip(self.kept, moved, strict=True)]
+        if self.witness is not None:
+            self.witness = moves.get(id(self.witness), self.witness)
 
     def original(self, kept: _Kept) -> Tensor:
         """Return the copy from before attach, on the parameter's device, and in the precision that the model was cast to."""

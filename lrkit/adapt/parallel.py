@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -22,11 +22,6 @@ def refusal(model: nn.Module, optimizer: object, *, adaptive: bool) -> str | Non
         optimizer: the one that trains the adapters.
         adaptive: whether the method decides anything.
     """
-    if any(is_sharded(p) for p in model.parameters()):
-        return (
-            "FSDP2 shards the adapters' parameters, of which scores need whole ones, and does not reduce the gradients of "
-            "those that it is told to ignore, so that each process would train adapters of its own: use DDP (or one process)"
-        )
     if not adaptive:
         return None
     if any(cls.__module__.split(".")[0] == "deepspeed" for cls in type(optimizer).__mro__):
@@ -34,11 +29,6 @@ def refusal(model: nn.Module, optimizer: object, *, adaptive: bool) -> str | Non
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         return "FSDP1 flattens the adapters' parameters, and scores need whole ones: use DDP"
     return None
-
-
-def is_sharded(p: Tensor) -> bool:
-    """Return whether several processes hold pieces of a tensor."""
-    return type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor"
 
 
 def wrapper() -> DistributedDataParallel | None:

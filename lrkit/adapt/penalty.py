@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lrkit.adapt.sharding import gathered
 from lrkit.loop.gradients import Unclipped, on_gradient
 from lrkit.parameterizations import Parameterization
+from lrkit.shards import whole
 
 FELT = 0.1
 """Gradients of a smaller norm are not compared, since clipping, mostly at 1, does not change them. For example the task of a
@@ -65,11 +67,16 @@ class Penalty:
     def exists(self) -> bool:
         """Return whether the method has a penalty."""
         with torch.no_grad():
-            return self._parameterization.penalty(self._adapters) is not None
+            return self._compute() is not None
+
+    def _compute(self) -> Tensor | None:
+        """Return γ R from whole factors, a scalar that is the same on every process."""
+        with gathered(self._adapters):
+            return self._parameterization.penalty(self._adapters)
 
     def value(self) -> Tensor | None:
         """Return γ R, a scalar for the loss that notes the arrival of its gradient; None for a method without a penalty."""
-        value = self._parameterization.penalty(self._adapters)
+        value = self._compute()
         if value is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._idle = not value.requires_grad
             if value.requires_grad:
@@ -132,7 +139,7 @@ class Penalty:
         due, self._due = self._due, {}  # the hooks on the factors are called with this gradient too
         try:
             with torch.enable_grad():
-                value = self._parameterization.penalty(self._adapters)
+                value = self._compute()
                 if value is None or not value.requires_grad:
                     return value, []
                 live = [p for p in self._factors if p.requires_grad]
@@ -173,12 +180,12 @@ class Penalty:
         device = self._factors[0].device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for p in self._factors:
-            whole, pull = gradients.of(p), pulls.get(id(p))
-            if pull is None and whole is None:
+            grad, pull = gradients.of(p), pulls.get(id(p))
+            if pull is None and grad is None:
                 continue
             pull = torch.zeros_like(p) if pull is None else pull
-            task = torch.zeros_like(pull) if whole is None else whole / weight - pull
-            squares = [each.double().square().sum().to(device) for each in (pull, task)]
+            task = torch.zeros_like(pull) if grad is None else grad / weight - pull
+            squares = [whole(each).double().square().sum().to(device) for each in (pull, task)]
             sums += torch.stack(squares)
         self._norms.append(sums.sqrt())
         if not last:

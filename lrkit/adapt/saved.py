@@ -17,6 +17,7 @@ from lrkit.errors import LrkitError, shown
 from lrkit.loop import state as states
 from lrkit.loop.controller import Controller
 from lrkit.method import Method
+from lrkit.shards import whole
 
 WEIGHT = "weight."
 """Prefix of the model's tensors in a state, before their names in the model."""
@@ -52,7 +53,7 @@ class Archive:
         """Return copies of all that is adaptive: ``{"meta": JSON data, "tensors": name to tensor}``."""
         if cast := self.weights.cast():
             controller.warn("cast", cast)
-        weights = {WEIGHT + name: tensor.detach().clone() for name, tensor in self.weights.saved().items()}
+        weights = {WEIGHT + name: whole(tensor.detach()).clone() for name, tensor in self.weights.saved().items()}
         saved = controller.saved(to_plain(self.method), self.head, copy.deepcopy(self.base))
         layers = summarize(controller, 0).layers
         ranked = bool(layers) and all(layer.rank is not None for layer in layers)

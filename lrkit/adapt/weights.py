@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from lrkit.adapt.choice import Choice
 from lrkit.adapt.heads import head_parameters
 from lrkit.adapt.masters import Masters
+from lrkit.adapt.sharding import Moves, is_managed, several
 from lrkit.errors import shown
 from lrkit.loop.state import misfit
+from lrkit.shards import held, is_sharded, mine
 from lrkit.units import Part, resize
 
 LastOptimizer = Callable[[], torch.optim.Optimizer | None]
@@ -28,6 +30,11 @@ class Weights:
 
     def __init__(self, model: nn.Module, choice: Choice, masters: Masters) -> None:
         self._model, self._masters = model, masters
+        self._flags = choice.flags
+        self._places = {id(p): (m, key) for m in model.modules() for key, p in m._parameters.items() if p is not None}
+        self._managed: list[Any] = []
+        self.on_move: Callable[[Moves], None] = self.follow
+        """Called if sharded parameters have taken the places of those that were attached: with `follow`, unless replaced."""
         self._head = {id(p) for p in head_parameters(model, choice.head)}
         self.added = choice.added
         self.trained = {id(p) for p in model.parameters() if p.requires_grad}
@@ -42,8 +49,38 @@ class Weights:
         self._dtypes = {id(p): p.dtype for p in self.parameters()}
 
     def put_back(self) -> None:
-        """Put float32 parameters back in their places, if a call of the model was broken off (Ctrl-C)."""
+        """Let parameters stand in their places as they do between the model's calls.
+
+        Float32 ones are put back if a call was broken off (Ctrl-C), sharded ones if FSDP2 has left whole ones there for
+        the next call. If `fully_shard` has made new ones since attach, they are followed.
+        """
         self._masters.put_back()
+        for module in self._managed:
+            module.reshard()
+        if several() and (moves := self._moves()):
+            self.on_move(moves)
+
+    def _moves(self) -> dict[int, nn.Parameter]:
+        """Return the sharded parameters that stand where others stood, by the ``id`` of those."""
+        now = ((key, module._parameters[name]) for key, (module, name) in self._places.items())
+        return {key: p for key, p in now if p is not None and id(p) != key and is_sharded(p)}
+
+    def follow(self, moves: Moves) -> None:
+        """Take sharded parameters for those whose places they have taken."""
+
+        def now(old: int) -> int:
+            return id(moves[old]) if old in moves else old
+
+        for known in (self._head, self.added, self.trained, self._saved):
+            ids = set(map(now, known))
+            known.clear()
+            known |= ids
+        self._empty = {now(old): moves.get(id(p), p) for old, p in self._empty.items()}
+        self._dtypes = {now(old): dtype for old, dtype in self._dtypes.items()}
+        self._places = {now(old): place for old, place in self._places.items()}
+        self._flags[:] = [(moves.get(id(p), p), flag) for p, flag in self._flags]
+        self._masters.follow(moves)
+        self._managed = [module for module in self._model.modules() if is_managed(module)]
 
     # ---- what trains ----
 
@@ -119,11 +156,13 @@ class Weights:
         if set(saved) != set(given):
             raise misfit(f"{_listed(set(saved) ^ set(given))} missing or not expected")
         for name, tensor in given.items():
-            mine = saved[name]
-            if tensor.shape != shapes.get(id(mine), mine.shape):
-                raise misfit(f"{name} is {list(tensor.shape)}, here {list(mine.shape)}")
-            if tensor.dtype != mine.dtype and not (tensor.is_floating_point() and mine.is_floating_point()):
-                raise misfit(f"{name} is {tensor.dtype}, here {mine.dtype}")
+            here = saved[name]
+            if tensor.shape != shapes.get(id(here), here.shape):
+                raise misfit(f"{name} is {list(tensor.shape)}, here {list(here.shape)}")
+            if tensor.dtype != here.dtype and not (tensor.is_floating_point() and here.is_floating_point()):
+                raise misfit(f"{name} is {tensor.dtype}, here {here.dtype}")
+            if tensor.shape != here.shape and is_sharded(here):
+                raise misfit(f"{name} has other ranks, and is sharded: load it into the model before fully_shard")
 
     @torch.no_grad()
     def take(self, given: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None) -> str | None:
@@ -155,7 +194,7 @@ class Weights:
             if tensor.shape != p.shape:
                 assert isinstance(p, nn.Parameter)  # `check` was given other shapes for components alone
                 _make_room(p, tensor.shape, optimizer)
-            p.copy_(tensor)
+            held(p).copy_(mine(tensor, p))
         self._set_flags()  # the state may be of an earlier step, when less was frozen
         return told
 

@@ -6,6 +6,10 @@ layers there are. Blocks of one shape lie together, part by part, so that unit s
 Statistics lie in one flat tensor; weights and gradients are gathered a *piece* at a time. On a CPU a piece is small enough
 to stay in the cache while a metric works on it, and is never written to memory as a whole; on other devices, where each
 operation costs a launch, everything is one piece.
+
+Of a tensor that is sharded over processes (FSDP2) this one holds a part. Flat tensors of what is *held* have the entries of
+that part alone, and a metric works on them; `Layout.whole` puts the parts of all processes together, and units are scored
+from whole flat tensors, alike on every process. Where nothing is sharded the two are the same.
 """
 
 import functools
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 
 from lrkit.loop.native import Compiled
 from lrkit.metrics import Parts
+from lrkit.shards import held, is_sharded, joined, mine, told
 from lrkit.units import Block, Part
 
 GradientOf = Callable[[nn.Parameter], Tensor | None]
@@ -61,7 +66,7 @@ class _Piece:
 
 @attrs.frozen(eq=False)
 class Span:
-    """Where one tensor's entries lie: among the live or the still ones, from an offset on, in its shape."""
+    """Where the held entries of one tensor lie: among the live or the still ones, from an offset on, in their shape."""
 
     still: bool
     offset: int
@@ -107,7 +112,7 @@ class Layout:
         self.groups: list[_Group] = []
         self.spans: dict[int, Span] = {}
         self.device = blocks[0].tensors[0].device if blocks else torch.device("cpu")
-        sizes, shapes = {True: 0, False: 0}, []
+        sizes, here, shapes = {True: 0, False: 0}, {True: 0, False: 0}, []
         places: list[int | None] = [None] * self.units
         place = 0
         unit_of: list[int] = []
@@ -119,10 +124,12 @@ class Layout:
                 still, size = not trains, prod(shape)
                 axis = part.axis if first.kind == "component" else None
                 slabs.append(_Slab(still, sizes[still], shape, axis))
-                for number, (_, block, own) in enumerate(members):
+                for _, block, own in members:
                     p = block.tensor(own[position])
                     (self.still if still else self.live).append(p)
-                    self.spans[id(p)] = Span(still, sizes[still] + number * size, shape)
+                    mine_of = tuple(held(p).shape) if is_sharded(p) else shape
+                    self.spans[id(p)] = Span(still, here[still], mine_of)
+                    here[still] += prod(mine_of)
                 sizes[still] += size * len(members)
                 if not still:
                     unit_of += range(place, place + first.count * len(members))
@@ -132,6 +139,8 @@ class Layout:
                 places[begin : begin + block.count] = range(place, place + block.count)
                 place += block.count
         self.size, self.still_size = sizes[False], sizes[True]
+        self.held, self.still_held = here[False], here[True]
+        self._first = next((p for p in (*self.live, *self.still) if is_sharded(p)), None)
         # The place of each unit among the units of all groups; those that are not present come after the last.
         self._order = self._whole(place if p is None else p for p in places)
         # The unit of each place of a live tensor.
@@ -139,12 +148,14 @@ class Layout:
         self._unit_of = self._whole(unit_at[p] for p in unit_of)
         absent = torch.tensor([p is None for p in places], dtype=torch.bool, device=self.device)
         self._absent = absent if None in places else absent[:0].clone()
-        self.native = Compiled(self.live, shapes)
+        # A unit's mean takes entries of all processes: the compiled path knows whole tensors alone.
+        self.native = Compiled(self.live, shapes) if self._first is None else Compiled([], [])
 
     @functools.cached_property
     def pieces(self) -> list[_Piece]:
         """The live tensors by pieces: small ones on a CPU, one on other devices."""
-        return list(_pieces(self.live, _PIECE if self.device.type == "cpu" else self.size))
+        sizes = [prod(self.spans[id(p)].shape) for p in self.live]
+        return list(_pieces(self.live, sizes, _PIECE if self.device.type == "cpu" else self.size))
 
     def _whole(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.int32, device=self.device)
@@ -168,18 +179,44 @@ class Layout:
             yield self._gather(piece.tensors), self._gather(grads), state
 
     def finite(self, of: GradientOf = own_gradient) -> Tensor:
-        """Whether all gradients are finite: a bool scalar on the layout's device, so that nothing waits for it."""
+        """Whether all gradients are finite, on every process: a bool scalar on the device, so that nothing waits."""
         sums = [self._gather([g for p in piece.tensors if (g := of(p)) is not None]).sum() for piece in self.pieces]
-        return torch.isfinite(torch.stack(sums)).all()
+        finite = torch.isfinite(torch.stack(sums)).all()
+        return finite if self._first is None else told(finite.float(), self._first).all()
 
     def weights(self) -> Tensor:
-        """The live entries [size] in float32."""
+        """The live entries that this process holds [held] in float32."""
         return self._gather(self.live)
+
+    def whole(self, flat: Tensor, *, still: bool = False) -> Tensor:
+        """All entries, of those that each process holds.
+
+        Args:
+            flat: of the live ones [held], or of the still ones [still_held].
+            still: which of the two.
+
+        Returns:
+            [size] or [still_size]; `flat` itself where nothing is sharded.
+        """
+        return self._over(flat, joined, still=still)
+
+    def mine(self, flat: Tensor, *, still: bool = False) -> Tensor:
+        """The entries that this process holds, out of all: the inverse of `whole`."""
+        return self._over(flat, mine, still=still)
+
+    def _over(self, flat: Tensor, move: Callable[[Tensor, Tensor], Tensor], *, still: bool) -> Tensor:
+        """Move a flat tensor, one parameter's entries at a time."""
+        if self._first is None:
+            return flat
+        tensors = self.still if still else self.live
+        shapes = [tuple(p.shape) if move is mine else self.spans[id(p)].shape for p in tensors]
+        parts = zip(torch.split(flat, [prod(shape) for shape in shapes]), shapes, tensors, strict=True)
+        return torch.cat([flat[:0], *(move(part.view(shape), p).reshape(-1) for part, shape, p in parts)])
 
     def _gather(self, tensors: Sequence[Tensor]) -> Tensor:
         if not tensors:
             return torch.zeros(0, dtype=torch.float32, device=self.device)
-        return torch.cat([t.detach().reshape(-1).to(self.device, torch.float32) for t in tensors])
+        return torch.cat([held(t).reshape(-1).to(self.device, torch.float32) for t in tensors])
 
     def reduce(
         self, live: Tensor, still: Tensor, rule: Callable[[Parts], Tensor], draw: Callable[[], Tensor] | None = None
@@ -260,15 +297,15 @@ def _as_units(shape: tuple[int, ...], axis: int | None) -> tuple[int, int, int]:
     return prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
 
 
-def _pieces(tensors: Sequence[nn.Parameter], limit: int) -> Iterator[_Piece]:
+def _pieces(tensors: Sequence[nn.Parameter], sizes: Sequence[int], limit: int) -> Iterator[_Piece]:
     """Cut a list of tensors into runs of up to `limit` entries; a larger tensor is a run of its own."""
     run: list[nn.Parameter] = []
     start = size = 0
-    for p in tensors:
-        if run and size + p.numel() > limit:
+    for p, entries in zip(tensors, sizes, strict=True):
+        if run and size + entries > limit:
             yield _Piece(run, slice(start, start + size))
             run, start, size = [], start + size, 0
         run.append(p)
-        size += p.numel()
+        size += entries
     if run:
         yield _Piece(run, slice(start, start + size))

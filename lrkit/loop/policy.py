@@ -167,17 +167,18 @@ class PolicyState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return mask and statistics by the names that a state has for them."""
-        prefix, own = f"policy.{self.index}", self.statistics
-        buffers = {f"{prefix}.buffer.{name}": flat for name, flat in own.buffers.items()}
-        return {f"{prefix}.kept": self.kept, f"{prefix}.still": own.still, **buffers}
+        prefix, (buffers, still) = f"policy.{self.index}", self.statistics.whole()
+        named = {f"{prefix}.buffer.{name}": flat for name, flat in buffers.items()}
+        return {f"{prefix}.kept": self.kept, f"{prefix}.still": still, **named}
 
     def remember(self, tensors: Mapping[str, Tensor], observations: int) -> None:
         """Take over the statistics of a state, whose tensors `tensors` has named; the mask is there already."""
         prefix, device, metric = f"policy.{self.index}", self.kept.device, self.policy.metric
         names = () if self.ended else metric.buffers
-        buffers = {name: tensors[f"{prefix}.buffer.{name}"].to(device, copy=True) for name in names}
-        still = tensors[f"{prefix}.still"].to(device, copy=True)
-        self.statistics = Statistics(metric, self.layout(), buffers, still, observations)
+        layout = self.layout()
+        buffers = {name: layout.mine(tensors[f"{prefix}.buffer.{name}"].to(device, copy=True)) for name in names}
+        still = layout.mine(tensors[f"{prefix}.still"].to(device, copy=True), still=True)
+        self.statistics = Statistics(metric, layout, buffers, still, observations)
 
     def end(self) -> None:
         """Drop the statistics after the last decision: they have done their work."""

@@ -94,6 +94,15 @@ class Run:
         parts = self.method.parameterization.parts
         return [PolicyState(index, policy, blocks, parts) for index, (policy, blocks) in each]
 
+    def anew(self, others: Sequence[nn.Parameter]) -> "Run":
+        """Return the same run, with all parameters looked up again: others may stand in their places now.
+
+        Args:
+            others: what trains beside the adapters, as it is now.
+        """
+        blocks = [[attrs.evolve(block) for block in each] for each in self.blocks]
+        return attrs.evolve(self, others=others, blocks=blocks)
+
     def froze(self, tensor: Tensor) -> bool:
         """Say whether a tensor trained when the run began and was frozen on the way."""
         return id(tensor) in self.trained and not tensor.requires_grad and tensor.numel() > 0

@@ -13,6 +13,7 @@ from lrkit.loop.layout import GradientOf, Layout, own_gradient
 from lrkit.loop.native import kernel_of
 from lrkit.loop.resizing import Resized
 from lrkit.metrics import Metric
+from lrkit.shards import held
 
 
 @attrs.frozen
@@ -36,8 +37,8 @@ class Statistics:
     Args:
         metric: the metric.
         layout: where each entry lies.
-        buffers: by the metric's names [layout.size] each; zero by default.
-        still: last scores of entries that stopped training [layout.still_size]; zero by default.
+        buffers: by the metric's names [layout.held] each; zero by default.
+        still: last scores of entries that stopped training [layout.still_held]; zero by default.
         observations: how many steps have been observed.
     """
 
@@ -51,8 +52,8 @@ class Statistics:
     ) -> None:
         self.metric, self.layout, self.observations = metric, layout, observations
         self._kernel = kernel_of(metric)
-        self.buffers = {n: self._zeros(layout.size) for n in metric.buffers} if buffers is None else dict(buffers)
-        self.still = self._zeros(layout.still_size) if still is None else still
+        self.buffers = {n: self._zeros(layout.held) for n in metric.buffers} if buffers is None else dict(buffers)
+        self.still = self._zeros(layout.still_held) if still is None else still
         self._finite: Tensor | None = None  # on a device: not looked at before somebody waits for it
         self._means: Tensor | None = None  # scores that were made with the last observation
 
@@ -107,7 +108,16 @@ class Statistics:
 
     def entries(self) -> Tensor:
         """Return the entry-wise scores of what still trains [layout.size]."""
+        return self.layout.whole(self._held_entries())
+
+    def _held_entries(self) -> Tensor:
+        """Return those of what this process holds [layout.held]."""
         return self.metric.score(self.layout.weights(), self.buffers)
+
+    def whole(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the buffers [layout.size] and the last scores of what is still [layout.still_size], of all processes."""
+        buffers = {name: self.layout.whole(flat) for name, flat in self.buffers.items()}
+        return buffers, self.layout.whole(self.still, still=True)
 
     def scores(self, draw: Callable[[], Tensor]) -> Tensor:
         """Return unit scores [units], -inf for a unit that is out for good.
@@ -120,7 +130,8 @@ class Statistics:
             if self.layout.native.usable(mean, deviation):
                 means = self._means if self._means is not None else self.layout.native.score(mean, deviation)
                 return self.layout.reduce_means(means)
-        return self.layout.reduce(self.entries(), self.still, self.metric.reduce, draw)
+        still = self.layout.whole(self.still, still=True)
+        return self.layout.reduce(self.entries(), still, self.metric.reduce, draw)
 
     def decided(self) -> None:
         """Forget the scores that were made for a decision."""
@@ -141,12 +152,12 @@ class Statistics:
             span = old.spans.get(id(p))
             # A tensor that trains again begins anew; one that stops while it is resized has no scores for fresh components.
             if span is None or (span.still and not still) or (still and not span.still and id(p) in resized):
-                return self._zeros(p.numel())
+                return self._zeros(held(p).numel())
             piece = span.of(flat, self.still)
             return (resized[id(p)].of(piece) if id(p) in resized else piece).reshape(-1)
 
         stops = any(id(p) in old.spans and not old.spans[id(p)].still and id(p) not in resized for p in layout.still)
-        last = self.entries() if stops else self._zeros(old.size)
+        last = self._held_entries() if stops else self._zeros(old.held)
         still = torch.cat([self._zeros(0), *(carried(p, last, still=True) for p in layout.still)])
         buffers = {
             name: torch.cat([self._zeros(0), *(carried(p, flat, still=False) for p in layout.live)])

@@ -1,0 +1,82 @@
+"""FSDP2 (`fully_shard`): follow parameters to the sharded ones that take their places, and refuse what cannot work."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrkit.loop.run import Run
+from lrkit.shards import is_sharded, told, whole
+
+Moves = Mapping[int, nn.Parameter]
+"""The parameter that stands in another one's place now, by the ``id`` of the one that stood there."""
+
+
+def refusal(model: nn.Module, trained: Sequence[nn.Parameter], run: Run) -> str | None:
+    """Say why a method cannot run on sharded parameters; None if it can, or if nothing is sharded.
+
+    Args:
+        model: the adapted model, as it is now.
+        trained: all that trains.
+        run: the method on its adapters.
+    """
+    if not any(is_sharded(p) for p in model.parameters()):
+        return None
+    if not any(is_managed(module) for module in model.modules()):
+        return (
+            "the model's weights are sharded, and not by FSDP2 (fully_shard): tensor parallel training is not supported"
+        )
+    left = sum(not is_sharded(p) for p in trained if p.numel())
+    if left:
+        return (
+            f"{left} of the {len(trained)} tensors that train are whole beside sharded ones, and FSDP2 does not average "
+            "their gradients: attach first, then fully_shard each block and the model, without ignored_params"
+        )
+    if run.grows or any(policy.action.fate == "removed" for policy in run.method.policies):
+        return (
+            "the method cuts or adds components, which sharded parameters (FSDP2) cannot follow: use DDP or one process"
+        )
+    if any(part.shared for part in run.method.parameterization.parts):
+        return "the layers share matrices, which FSDP2 gathers for one block at a time: use DDP or one process"
+    return None
+
+
+def several() -> bool:
+    """Return whether this is one of several processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Return whether `fully_shard` was called on a module."""
+    return any(c.__name__ == "FSDPModule" for c in type(module).__mro__)
+
+
+def one_seed(seed: int, trained: Sequence[nn.Parameter]) -> int:
+    """Return the seed of the first process that holds a part of what trains; this one's if nothing is sharded."""
+    first = next((p for p in trained if is_sharded(p)), None)
+    return seed if first is None else int(told(torch.tensor(seed, dtype=torch.int64), first)[0])
+
+
+@contextmanager
+def gathered(adapters: Sequence[nn.Module]) -> Iterator[None]:
+    """Put whole tensors in the places of sharded parameters for a while; gradients go back to each process's part.
+
+    Call it on every process alike. The base layers of the adapters stay as they are.
+    """
+    held: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+    try:
+        for adapter in adapters:
+            base = {id(p) for p in getattr(adapter, "base", nn.Module()).parameters()}
+            for module in adapter.modules():
+                for name, p in list(module._parameters.items()):
+                    if p is not None and id(p) not in base and is_sharded(p):
+                        held.append((module._parameters, name, p))
+                        full: Any = whole(p)
+                        full._is_param = True  # noqa: SLF001 - so that `get_parameter` takes it
+                        module._parameters[name] = full
+        yield
+    finally:
+        for table, name, p in held:
+            table[name] = p

@@ -1,0 +1,173 @@
+"""Gloo processes that shard a model by FSDP2; run by test_sharded.py with: FOLDER WORLD [WORLD ...]."""
+
+import multiprocessing
+import sys
+from pathlib import Path
+
+import attrs
+import models
+import torch
+import torch.distributed as dist
+
+import lrkit
+from lrkit.shards import like, whole
+
+STEPS, HALF = 12, 7
+METHODS = {
+    "adalora": lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=3, interval=2),
+    "aflora": attrs.evolve(
+        lrkit.methods.aflora(rank=4, warmup=2, final=3), action=lrkit.actions.Freeze(rule="quantile")
+    ),
+    "zero by chance": attrs.evolve(
+        lrkit.methods.lora(rank=4),
+        metric=lrkit.metrics.Random(),
+        scheduler=lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=3).scheduler,
+        action=lrkit.actions.Zero(),
+    ),
+}
+
+
+def shard(model, **how):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, **how)
+    return fully_shard(model, **how)
+
+
+def plain(seed=3):
+    return models.make("bert", seed=seed).double().eval()  # no dropout: all processes see the network of one
+
+
+def optimizer_of(adapted):
+    return torch.optim.AdamW(adapted.parameters(), lr=1e-2, weight_decay=0.05)
+
+
+def train(model, adapted, optimizer, begin, end, rank=0, world=1):
+    adapted.bind(optimizer, total_steps=STEPS)
+    for step in range(begin, end):
+        mine = {k: v[rank::world] for k, v in models.batch(seed=step, rows=12).items()}
+        (model(**mine).loss + adapted.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.unbind(quietly=True)
+
+
+def gathered(optimizer):
+    """An optimizer's state in whole tensors."""
+    state = optimizer.state_dict()
+    state["state"] = {
+        i: {k: whole(v).clone() if isinstance(v, torch.Tensor) else v for k, v in each.items()}
+        for i, each in state["state"].items()
+    }
+    return state
+
+
+def scattered(optimizer, state):
+    """Take `gathered` over."""
+    ps = [p for group in optimizer.param_groups for p in group["params"]]
+    each = {
+        i: {k: like(v, ps[i]) if v.shape == ps[i].shape else v.clone() for k, v in values.items()}
+        for i, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": each})
+
+
+def end(adapted):
+    state = adapted.state_dict()
+    history = [(d.step, d.budget, d.kept, d.lost, d.returned) for d in adapted.history]
+    return {"tensors": state["tensors"], "history": history, "sums": state["meta"]["sums"]}
+
+
+def one(method, folder=None, rank=0, world=1, cut=lambda model: None):
+    """A whole run, saved on the way."""
+    model = plain()
+    adapted = lrkit.attach(model, method, targets=["query", "output.dense"])
+    adapted.controller.seed += rank  # a program may seed its processes unlike
+    cut(model)
+    optimizer = optimizer_of(adapted)
+    train(model, adapted, optimizer, 0, HALF, rank, world)
+    if folder is not None:
+        adapted.save(folder)
+        state = gathered(optimizer)
+        if not rank:
+            torch.save(state, folder / "optimizer.pt")
+    train(model, adapted, optimizer, HALF, STEPS, rank, world)
+    return end(adapted)
+
+
+def resumed(folder, rank=0, world=1, cut=lambda model: None):
+    """The second half of a run that another number of processes began."""
+    model = plain()
+    adapted = lrkit.load(model, folder)
+    cut(model)
+    optimizer = optimizer_of(adapted)
+    scattered(optimizer, torch.load(folder / "optimizer.pt"))
+    train(model, adapted, optimizer, HALF, STEPS, rank, world)
+    return end(adapted)
+
+
+def message(call):
+    try:
+        call()
+    except lrkit.LrkitError as error:
+        return str(error)
+    return "nothing"
+
+
+def refusals():
+    said = {}
+    model = plain()
+    shard(model)
+    said["before"] = message(lambda: lrkit.attach(model, METHODS["zero by chance"]))
+    model = plain()
+    adapted = lrkit.attach(model, METHODS["zero by chance"])
+    shard(model, ignored_params=set(adapted.adapter_parameters()))
+    said["whole"] = message(lambda: adapted.bind(optimizer_of(adapted), total_steps=STEPS))
+    for name, method in {
+        "cut": attrs.evolve(METHODS["adalora"], action=lrkit.actions.Prune(cut="end")),
+        "shared": lrkit.methods.elora(rank=8, shared=True),
+    }.items():
+        model = plain()
+        adapted = lrkit.attach(model, method)
+        shard(model)
+        said[name] = message(lambda a=adapted: a.bind(optimizer_of(a), total_steps=STEPS))
+    model = plain()
+    adapted = lrkit.attach(model, METHODS["adalora"])
+    adapted.bind(optimizer_of(adapted), total_steps=STEPS)
+    shard(model)
+    said["late"] = message(lambda: list(adapted.parameters()))
+    model = plain()
+    adapted = lrkit.attach(model, METHODS["adalora"])
+    shard(model)
+    optimizer = optimizer_of(adapted)
+    said["gradient"] = message(lambda: adapted.bind(optimizer, total_steps=STEPS, penalty="gradient"))
+    said["merge"] = message(adapted.merge)
+    return said
+
+
+def work(rank, world, folder):
+    """All clauses in one process of so many."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init-{world}", rank=rank, world_size=world)
+    result = {"run": {}, "resumed": {}}
+    for name, method in METHODS.items():
+        result["run"][name] = one(method, folder / f"{name}-{world}", rank, world, shard)
+        result["resumed"][name] = resumed(folder / f"{name}-{world - 1}", rank, world, shard)
+    if world == 2:
+        result["said"] = refusals()
+    torch.save(result, folder / f"{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # Forked before anything is computed: torch and transformers are imported once.
+    fork = multiprocessing.get_context("fork")
+    for world in map(int, sys.argv[2:]):
+        running = [fork.Process(target=work, args=(rank, world, Path(sys.argv[1]))) for rank in range(world)]
+        for process in running:
+            process.start()
+        for process in running:
+            process.join()
+        if any(process.exitcode for process in running):
+            sys.exit(1)

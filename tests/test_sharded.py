@@ -1,0 +1,81 @@
+"""FSDP2: two and three processes that hold a part of each tensor, against one that holds all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sharded_worker
+import torch
+from sharded_worker import METHODS
+
+HERE = Path(__file__).parent
+
+
+def processes(folder, *worlds):
+    """Run the worker in so many processes, one number after the other, and return what each process has found."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-P", str(HERE / "sharded_worker.py"), str(folder), *map(str, worlds)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return {world: [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)] for world in worlds}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The runs of one process, of two and of three, each of the later ones resuming what those before it saved."""
+    folder = tmp_path_factory.mktemp("sharded")
+    alone = {name: sharded_worker.one(method, folder / f"{name}-1") for name, method in METHODS.items()}
+    return alone, processes(folder, 2, 3), folder
+
+
+def alike(one, other):
+    """Two ends of one run: the same decisions, and weights and statistics to rounding."""
+    assert one["history"] == other["history"]
+    assert one["sums"] == other["sums"]
+    assert one["tensors"].keys() == other["tensors"].keys()
+    for key, value in one["tensors"].items():
+        loose = {"rtol": 1e-3, "atol": 1e-9} if value.dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-9}
+        torch.testing.assert_close(other["tensors"][key], value, **loose, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_sharded_equals_one_process(runs):
+    """Every method ends where one process ends, on two processes and on three, which all hold the same."""
+    alone, sharded, _ = runs
+    for results in sharded.values():
+        for name in METHODS:
+            alike(alone[name], results[0]["run"][name])
+            for other in results[1:]:
+                assert results[0]["run"][name]["history"] == other["run"][name]["history"]
+                mine, theirs = results[0]["run"][name]["tensors"], other["run"][name]["tensors"]
+                assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+
+
+def test_sharded_runs_resume_anywhere(runs):
+    """A run that one process or two began goes on with another number of them, and ends the same."""
+    alone, sharded, folder = runs
+    for results in sharded.values():
+        for name, found in results[0]["resumed"].items():
+            alike(alone[name], found)
+    for name in METHODS:
+        alike(alone[name], sharded_worker.resumed(folder / f"{name}-3"))
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("before", "attach first, then fully_shard"),
+        ("whole", "does not average their gradients"),
+        ("cut", "cuts or adds components"),
+        ("shared", "share matrices"),
+        ("late", "sharded after bind"),
+        ("gradient", r"train on loss \+ adapted.penalty"),
+        ("merge", "base weight is sharded"),
+    ],
+)
+def test_sharded_refusals_are_lines(case, words, runs):
+    """Whatever sharded parameters cannot do is refused on every process in one line."""
+    for result in runs[1][2]:
+        assert words.replace("\\", "") in result["said"][case]
+        assert "\n" not in result["said"][case]

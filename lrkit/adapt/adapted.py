@@ -26,6 +26,7 @@ def attach(
     *,
     targets: str | Sequence[str] = "all-linear",
     train_also: str | Sequence[str] = "auto",
+    exclude: str | Sequence[str] = (),
 ) -> Adapted:
     """Put a method's adapters into a model, in place.
 
@@ -40,6 +41,8 @@ def attach(
             list of names or name suffixes.
         train_also: ``"auto"`` for the task head that is new (classifier, score, and the pooler before it), or a list of
             names or name suffixes of modules that train in full; an empty list for none.
+        exclude: layers to leave out of those that `targets` means: a regular expression that matches whole layer names, or a
+            list of names or name suffixes, each of which must match one of them. For example ``exclude=["lm_head"]``.
 
     Returns:
         The handle on what was attached.
@@ -50,7 +53,7 @@ def attach(
     if not isinstance(method, Method):
         raise LrkitError(f"attach takes a lrkit.Method, such as lrkit.methods.adalora(), not {method!r}")
     check_model(model)
-    return Adapted(model, method, targets, train_also)
+    return Adapted(model, method, targets, train_also, exclude=exclude)
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> Adapted:

@@ -7,6 +7,7 @@ import attrs
 from torch import nn
 
 from lrkit.adapt.coverage import TOLD_FROM, Coverage, coverage, percent
+from lrkit.adapt.exclusion import leave_out
 from lrkit.adapt.foresight import check_room
 from lrkit.adapt.heads import check_trainable, find_head, head_parameters, tell_tied
 from lrkit.adapt.targets import find_targets, together
@@ -53,6 +54,7 @@ def choose(
     train_also: str | Sequence[str],
     *,
     exact: bool,
+    exclude: str | Sequence[str] = (),
 ) -> Choice:
     """Find what `attach` is asked for in a model, and build the adapters. The model stays as it is.
 
@@ -62,11 +64,12 @@ def choose(
         targets: as `attach` takes them.
         train_also: as `attach` takes them.
         exact: `targets` and `train_also` are lists of whole names, and nothing is said of what they leave out.
+        exclude: as `attach` takes it.
 
     Raises:
         LrkitError: nothing matches, or this model cannot be adapted so.
     """
-    found, offered = find(model, parameterization, targets, exact=exact)
+    found, offered = find(model, parameterization, targets, exact=exact, exclude=exclude)
     check_room(found, parameterization)
     head = find_head(model, train_also, exact=exact)
     names = set(parameterization.own_parameters(model))
@@ -96,10 +99,20 @@ def choose(
 
 
 def find(
-    model: nn.Module, parameterization: Parameterization, targets: str | Sequence[str], *, exact: bool
+    model: nn.Module,
+    parameterization: Parameterization,
+    targets: str | Sequence[str],
+    *,
+    exact: bool,
+    exclude: str | Sequence[str] = (),
 ) -> tuple[list[Target], list[Target]]:
-    """Return the layers that `targets` means for this parameterization, and those that it has chosen them from."""
+    """Return the layers that `targets` means for this parameterization, and those that it has chosen them from.
+
+    `exclude` is taken from the former alone.
+    """
     if not parameterization.takes_targets:
+        if len(exclude):
+            raise LrkitError(f"{parameterization!r} has places of its own: leave exclude out")
         if targets != "all-linear" and not exact:
             raise LrkitError(f"{parameterization!r} has places of its own: leave targets out")
         return [], []
@@ -110,7 +123,7 @@ def find(
             f"{parameterization!r} has no place in {type(model).__name__}: it chooses none of the linear layers "
             f"inside the transformer's blocks; name layers with targets{'' if seen is None else seen.words}"
         )
-    return found, offered
+    return leave_out(found, exclude), offered
 
 
 def _check_apart(layers: Iterable[str], head: Sequence[str]) -> None:

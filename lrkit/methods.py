@@ -14,7 +14,7 @@ from lrkit.hookspecs import hookimpl
 from lrkit.method import Method
 from lrkit.metrics import GradientUncertainty, SensitivityUncertainty
 from lrkit.parameterizations import SVD, Full, LoRA, VectorScaled
-from lrkit.ranks import Rank
+from lrkit.ranks import Rank, Scale
 from lrkit.schedulers import Cubic
 from lrkit.settings import Time
 
@@ -24,15 +24,16 @@ def full() -> Method:
     return Method(parameterization=Full())
 
 
-def lora(*, rank: Rank = 8, alpha: float = 16.0, dropout: float = 0.0) -> Method:
+def lora(*, rank: Rank = 8, alpha: float = 16.0, dropout: float = 0.0, scale: Scale = "rank") -> Method:
     """LoRA (Hu et al., arXiv 2106.09685): ΔW = (α/r) B A at a fixed rank.
 
     Args:
         rank: r, or a table of layer or pattern to rank, such as a `lrkit.Allocation`.
         alpha: α.
         dropout: on the adapter's input, while training.
+        scale: ``"rank"`` for α/r; ``"sqrt-rank"`` for α/√r (rsLoRA, arXiv 2312.03732).
     """
-    return Method(parameterization=LoRA(rank=rank, alpha=alpha, dropout=dropout))
+    return Method(parameterization=LoRA(rank=rank, alpha=alpha, dropout=dropout, scale=scale))
 
 
 def svd_lora(

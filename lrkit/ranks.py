@@ -9,6 +9,7 @@ block's query 2, every other query 8, and the rest nothing.
 """
 
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -29,6 +30,9 @@ Rank = int | Mapping[str, int]
 ScaleBy = Literal["own-rank", "mean-rank"]
 """The r in α/r if ranks differ: each layer's own, or the mean over all adapted layers."""
 SCALES: tuple[ScaleBy, ...] = ("own-rank", "mean-rank")
+Scale = Literal["rank", "sqrt-rank"]
+"""The scale's divisor: r, as in LoRA, or √r, as in rsLoRA (arXiv 2312.03732)."""
+DIVISORS: tuple[Scale, ...] = ("rank", "sqrt-rank")
 
 _PLAIN = re.compile(r"[\w.-]+")
 _ENTRIES = 100_000
@@ -182,6 +186,11 @@ def scale_rank(rank: Rank, layer: str, layers: Sequence[str], by: ScaleBy) -> fl
         return max(1, rank_at(rank, layer))
     every = ranks_of(rank, layers)
     return sum(every.values()) / len(every)
+
+
+def divisor(rank: float, scale: Scale) -> float:
+    """Return r or √r: α is divided by it. Sources: arXiv 2106.09685, section 4.1; arXiv 2312.03732, Theorem 3.2."""
+    return math.sqrt(rank) if scale == "sqrt-rank" else rank
 
 
 def most_of(rank: Rank) -> int:

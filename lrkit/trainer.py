@@ -1,11 +1,15 @@
 """lrkit in transformers' Trainer: one callback, nothing else to call."""
 
+import inspect
+import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lrkit.adapt import checkpoint
@@ -31,11 +35,16 @@ class AdaptCallback(TrainerCallback):
         adapted: the handle that `lrkit.attach` returned for the Trainer's model.
         resume_from: the checkpoint folder to load, if it is not ``args.resume_from_checkpoint`` and not in the
             Trainer's ``output_dir``.
+        log: whether the Trainer's trackers (``report_to``) get ranks, budget, scores and the penalty beside each loss, by
+            the names of `figures`.
     """
 
-    def __init__(self, adapted: Adapted, resume_from: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, adapted: Adapted, resume_from: str | os.PathLike[str] | None = None, *, log: bool = False
+    ) -> None:
         self.adapted = adapted
         self.resume_from = resume_from
+        self.log = log
         self._training = False
         self._start: dict[str, Any] | None = None
         let_train(adapted)
@@ -72,6 +81,8 @@ class AdaptCallback(TrainerCallback):
         )
         self.adapted.expect_saves()  # `on_save` writes the adapters beside the model
         self._training = True
+        if self.log:
+            _put_first(_Figures(self))
 
     def _check_step(self, state: TrainerState) -> None:
         """Refuse a state that is not of the step at which the Trainer resumes.
@@ -107,12 +118,17 @@ class AdaptCallback(TrainerCallback):
         self.adapted.begin_step()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log the penalty beside the loss, under a name of its own."""
-        penalty, logs = self.adapted.penalty_added, kwargs.get("logs")
-        if logs is not None and "loss" in logs and penalty is not None:
-            logs["penalty"] = penalty
-            if state.log_history:
-                state.log_history[-1]["penalty"] = penalty
+        """Log the penalty beside the loss, under a name of its own, and with ``log=True`` the `figures`."""
+        logs = kwargs.get("logs")
+        if logs is None or "loss" not in logs:
+            return
+        penalty = self.adapted.penalty_added
+        more = {} if penalty is None else {"penalty": penalty}
+        if self.log and not any(name.startswith(_PREFIX) for name in logs):
+            more |= figures(self.adapted)
+        logs.update(more)
+        if state.log_history:
+            state.log_history[-1].update(more)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write everything adaptive into the checkpoint folder."""
@@ -128,3 +144,62 @@ class AdaptCallback(TrainerCallback):
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and (Path(best) / checkpoint.FILE).is_file():
             self.adapted.load_state_dict(checkpoint.read(Path(best)))
+
+
+_PREFIX = "lrkit/"
+
+
+def figures(adapted: Adapted) -> dict[str, float]:
+    """Return what a method does at this step as numbers for a tracker, by name.
+
+    - ``lrkit/rank/total``, ``mean``, ``min``, ``max``: over the layers with rank components, masked ones not counted;
+    - ``lrkit/trainable``: adapter parameters in effect;
+    - ``lrkit/budget`` and ``lrkit/kept``: of the last decision, in units (or what its scheduler counts);
+    - ``lrkit/score/mean``, ``min``, ``max``: of the units' present scores, until the last decision.
+
+    Those of further policies begin with ``lrkit/1/``, ``lrkit/2/``, ... A figure that the method does not have is left out.
+    """
+    layers = adapted.summary().layers
+    ranks = [layer.rank for layer in layers if layer.rank is not None]
+    found: dict[str, float] = {f"{_PREFIX}trainable": sum(layer.now for layer in layers)}
+    if ranks:
+        found[f"{_PREFIX}rank/total"] = sum(ranks)
+        found |= _spread(f"{_PREFIX}rank", ranks)
+    last = {decision.policy: decision for decision in adapted.history}
+    for policy in range(len(adapted.controller.policies)):
+        prefix = f"{_PREFIX}{policy}/" if policy else _PREFIX
+        if policy in last:
+            found |= {f"{prefix}budget": last[policy].budget, f"{prefix}kept": last[policy].kept}
+        scores = [score for score in adapted.scores(policy).values() if math.isfinite(score)]
+        found |= _spread(f"{prefix}score", scores) if scores else {}
+    return found
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {f"{name}/mean": sum(values) / len(values), f"{name}/min": min(values), f"{name}/max": max(values)}
+
+
+class _Figures(TrainerCallback):
+    """Adds to the logs before the trackers read them: the Trainer calls them ahead of all callbacks that users give."""
+
+    def __init__(self, callback: AdaptCallback) -> None:
+        self.callback = callback
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Add the figures."""
+        self.callback.on_log(*args, **kwargs)
+
+
+def _put_first(figures: _Figures) -> None:
+    """Put a callback before all others of the Trainer that is calling now; if none is, leave it out.
+
+    A callback is told of no Trainer, so that the list is found on the call stack.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back
+    if frame is not None:
+        handler = frame.f_locals["self"]
+        # A new list: the handler is going through the old one.
+        others = [each for each in handler.callbacks if not isinstance(each, _Figures)]
+        handler.callbacks = [figures, *others]

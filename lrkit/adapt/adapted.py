@@ -27,6 +27,7 @@ def attach(
     targets: str | Sequence[str] = "all-linear",
     train_also: str | Sequence[str] = "auto",
     slices: bool = False,
+    exclude: str | Sequence[str] = (),
 ) -> Adapted:
     """Put a method's adapters into a model, in place.
 
@@ -43,6 +44,8 @@ def attach(
             names or name suffixes of modules that train in full; an empty list for none.
         slices: adapt the parts of fused projections (q, k and v of a ``qkv_proj``), each with a rank of its own, in the
             place of the projection. Without it ``targets=["qkv_proj.q", "qkv_proj.v"]`` names some.
+        exclude: layers to leave out of those that `targets` means: a regular expression that matches whole layer names, or a
+            list of names or name suffixes, each of which must match one of them. For example ``exclude=["lm_head"]``.
 
     Returns:
         The handle on what was attached.
@@ -53,7 +56,7 @@ def attach(
     if not isinstance(method, Method):
         raise LrkitError(f"attach takes a lrkit.Method, such as lrkit.methods.adalora(), not {method!r}")
     check_model(model)
-    return Adapted(model, method, targets, train_also, slices=slices)
+    return Adapted(model, method, targets, train_also, exclude=exclude, slices=slices)
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> Adapted:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from lrkit.adapt import found, sharing
+from lrkit.adapt.budget import as_seed, budget, sizes_of
 from lrkit.adapt.sharing import Sizes
 from lrkit.errors import LrkitError, listing, quoted, shown
-from lrkit.ranks import MOST, REST, Ranks, ranks_of
+from lrkit.ranks import REST, Ranks, ranks_of
 from lrkit.settings import refuse_others
 
 if TYPE_CHECKING:
@@ -102,21 +103,32 @@ class Allocation(Ranks):
 
     # ---- made of others ----
 
-    def on(self, model: "torch.nn.Module", targets: str | Sequence[str] = "all-linear") -> "Allocation":
+    def on(
+        self,
+        model: "torch.nn.Module",
+        targets: str | Sequence[str] = "all-linear",
+        exclude: str | Sequence[str] = (),
+    ) -> "Allocation":
         """Return the same for the layers of a model, by whole names and with their sizes.
 
         Args:
             model: a plain model.
             targets: which layers, as `lrkit.attach` takes it.
+            exclude: which of them to leave out, as `lrkit.attach` takes it.
 
         Raises:
             LrkitError: an entry matches no layer, or a layer has no entry.
         """
-        sizes = sizes_of(model, targets)
+        sizes = sizes_of(model, targets, exclude)
         return Allocation(ranks_of(self, list(sizes)), sizes)
 
     def shuffled(
-        self, *, seed: int, model: "torch.nn.Module | None" = None, targets: str | Sequence[str] = "all-linear"
+        self,
+        *,
+        seed: int,
+        model: "torch.nn.Module | None" = None,
+        targets: str | Sequence[str] = "all-linear",
+        exclude: str | Sequence[str] = (),
     ) -> "Allocation":
         """Permute the ranks among layers of equal d_in + d_out, so that ranks and parameters stay in sum.
 
@@ -124,11 +136,12 @@ class Allocation(Ranks):
             seed: of the permutation.
             model: a plain model with the layers, for an allocation without sizes.
             targets: which of its layers.
+            exclude: which of them to leave out.
         """
         if model is not None:
-            return self.on(model, targets).shuffled(seed=seed)
+            return self.on(model, targets, exclude).shuffled(seed=seed)
         sizes = self._known("shuffled")
-        return Allocation(sharing.shuffled(self.layers(), sizes, _seed(seed)), sizes)
+        return Allocation(sharing.shuffled(self.layers(), sizes, as_seed(seed)), sizes)
 
     def like(self, kind: Kind, *, seed: int = 0) -> "Allocation":
         """Return a control of this allocation: on the same layers, with as many parameters within one component.
@@ -148,7 +161,7 @@ class Allocation(Ranks):
         sizes, cost = self._known(kind), self.parameters
         if kind == "uniform":
             return Allocation(sharing.uniform(sizes, cost=cost), sizes)
-        return Allocation(sharing.at_random(sizes, _seed(seed), cost=cost), sizes)
+        return Allocation(sharing.at_random(sizes, as_seed(seed), cost=cost), sizes)
 
     @classmethod
     def uniform(
@@ -158,6 +171,7 @@ class Allocation(Ranks):
         total: int | None = None,
         parameters: int | None = None,
         targets: str | Sequence[str] = "all-linear",
+        exclude: str | Sequence[str] = (),
     ) -> "Allocation":
         """Give every layer of a model the same rank; what is left over is one more in layers spread evenly over it.
 
@@ -166,9 +180,10 @@ class Allocation(Ranks):
             total: the sum of ranks, which is met exactly; or
             parameters: the most parameters, of which less than one component of a layer is left.
             targets: which layers, as `lrkit.attach` takes it.
+            exclude: which of them to leave out, as `lrkit.attach` takes it.
         """
-        sizes = sizes_of(model, targets)
-        return cls(sharing.uniform(sizes, **_budget(sizes, total, parameters)), sizes)
+        sizes = sizes_of(model, targets, exclude)
+        return cls(sharing.uniform(sizes, **budget(sizes, total, parameters)), sizes)
 
     @classmethod
     def random(
@@ -179,6 +194,7 @@ class Allocation(Ranks):
         total: int | None = None,
         parameters: int | None = None,
         targets: str | Sequence[str] = "all-linear",
+        exclude: str | Sequence[str] = (),
     ) -> "Allocation":
         """Give each component to a layer of a model that is drawn, every layer with the same chance.
 
@@ -188,9 +204,10 @@ class Allocation(Ranks):
             total: the sum of ranks, which is met exactly; or
             parameters: the most parameters, of which less than the smallest component is left.
             targets: which layers, as `lrkit.attach` takes it.
+            exclude: which of them to leave out, as `lrkit.attach` takes it.
         """
-        sizes = sizes_of(model, targets)
-        return cls(sharing.at_random(sizes, _seed(seed), **_budget(sizes, total, parameters)), sizes)
+        sizes = sizes_of(model, targets, exclude)
+        return cls(sharing.at_random(sizes, as_seed(seed), **budget(sizes, total, parameters)), sizes)
 
     @classmethod
     def from_layers(cls, layers: "Iterable[LayerSummary]") -> "Allocation":
@@ -261,39 +278,6 @@ class Allocation(Ranks):
             return super().__repr__()
         layers, total, cost = len(self._sizes), self.total, self.parameters
         return f"Allocation({layers} layers, {total:,} components, {cost:,} parameters)"
-
-
-def sizes_of(model: "torch.nn.Module", targets: str | Sequence[str] = "all-linear") -> dict[str, tuple[int, int]]:
-    """Return (d_in, d_out) of the layers of a plain model that `targets` means, as `lrkit.attach` takes it.
-
-    A stack of experts has the sizes of all its experts together: a rank of 1 is one component in each. Raises
-    LrkitError if nothing matches, or if the model carries adapters, so that its layers have other names.
-    """
-    from lrkit.adapt.graft import check_model
-    from lrkit.adapt.targets import find_targets
-
-    check_model(model)
-    return {t.name: (t.maps * t.d_in, t.maps * t.d_out) for t in find_targets(model, targets)}
-
-
-def _budget(sizes: Sizes, total: int | None, parameters: int | None) -> dict[str, int]:
-    """Return the one budget that was given, by the argument of `sharing`'s functions."""
-    if (total is None) == (parameters is None):
-        raise LrkitError("give either total (a sum of ranks) or parameters")
-    name, value = ("total", total) if parameters is None else ("parameters", parameters)
-    least = 1 if parameters is None else min(map(sum, sizes.values()))
-    most = MOST * (len(sizes) if parameters is None else sum(map(sum, sizes.values())))
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise LrkitError(
-            f"{name} must be an int from {least:,} to {most:,} for these {len(sizes)} layers, not {shown(value)}"
-        )
-    return {"total" if parameters is None else "cost": value}
-
-
-def _seed(seed: int) -> int:
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise LrkitError(f"seed must be an int, not {shown(seed)}")
-    return seed
 
 
 __all__ = ["Allocation", "sizes_of"]

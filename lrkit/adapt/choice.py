@@ -7,6 +7,7 @@ import attrs
 from torch import nn
 
 from lrkit.adapt.coverage import TOLD_FROM, Coverage, coverage, partly, percent
+from lrkit.adapt.exclusion import leave_out
 from lrkit.adapt.foresight import check_room
 from lrkit.adapt.heads import check_trainable, find_head, head_parameters, tell_tied
 from lrkit.adapt.targets import find_targets, together
@@ -59,6 +60,7 @@ def choose(
     *,
     exact: bool,
     slices: bool = False,
+    exclude: str | Sequence[str] = (),
 ) -> Choice:
     """Find what `attach` is asked for in a model, and build the adapters. The model stays as it is.
 
@@ -69,11 +71,12 @@ def choose(
         train_also: as `attach` takes them.
         exact: `targets` and `train_also` are lists of whole names, and nothing is said of what they leave out.
         slices: take the parts of fused projections in their places.
+        exclude: as `attach` takes it.
 
     Raises:
         LrkitError: nothing matches, or this model cannot be adapted so.
     """
-    found, offered = find(model, parameterization, targets, exact=exact, slices=slices)
+    found, offered = find(model, parameterization, targets, exact=exact, exclude=exclude, slices=slices)
     check_room(found, parameterization)
     head = find_head(model, train_also, exact=exact)
     names = set(parameterization.own_parameters(model))
@@ -138,9 +141,15 @@ def find(
     *,
     exact: bool,
     slices: bool = False,
+    exclude: str | Sequence[str] = (),
 ) -> tuple[list[Target], list[Target]]:
-    """Return the layers that `targets` means for this parameterization, and those that it has chosen them from."""
+    """Return the layers that `targets` means for this parameterization, and those that it has chosen them from.
+
+    `exclude` is taken from the former alone.
+    """
     if not parameterization.takes_targets:
+        if len(exclude):
+            raise LrkitError(f"{parameterization!r} has places of its own: leave exclude out")
         if (targets != "all-linear" and not exact) or slices:
             raise LrkitError(
                 f"{parameterization!r} has places of its own: leave {'slices' if slices else 'targets'} out"
@@ -153,7 +162,7 @@ def find(
             f"{parameterization!r} has no place in {type(model).__name__}: it chooses none of the linear layers "
             f"inside the transformer's blocks; name layers with targets{'' if seen is None else seen.words}"
         )
-    return found, offered
+    return leave_out(found, exclude), offered
 
 
 def _check_apart(layers: Iterable[str], head: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from lrkit.layers import kind_of
 from lrkit.layers.dequantized import features, is_quantized, whole_weight
 from lrkit.precision import is_plain
 
-_HOOKS = (
+_HOOKS: tuple[str, ...] = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",

@@ -1,7 +1,7 @@
 """The handle on an adapted model: all that a user calls, handed on to the rooms that do it."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from lrkit.adapt.graft import Graft
 from lrkit.adapt.reference import Reference
 from lrkit.adapt.saved import Archive, describe
 from lrkit.adapt.summary import Summary, brief, summarize, trainable
+from lrkit.adapt.trained import Trained
 from lrkit.errors import LrkitError
 from lrkit.loop import state as states
 from lrkit.loop.controller import Controller
@@ -26,7 +27,7 @@ from lrkit.loop.run import Run
 from lrkit.method import Method
 
 
-class Adapted:
+class Adapted(Trained):
     """A model with a method's adapters in it. Made by `attach` and `load`.
 
     Attributes:
@@ -47,11 +48,13 @@ class Adapted:
         train_also: str | Sequence[str],
         *,
         exact: bool = False,
+        exclude: str | Sequence[str] = (),
         slices: bool = False,
         state: tuple[states.Saved, Mapping[str, Tensor]] | None = None,
     ) -> None:
         base = describe(model)  # now: a forward pass writes into its config
-        choice = choose(model, method.parameterization, targets, train_also, exact=exact, slices=slices)
+        parameterization = method.parameterization
+        choice = choose(model, parameterization, targets, train_also, exact=exact, exclude=exclude, slices=slices)
         # From here on the model is changed. Only the controller and the state can still refuse.
         self.model, self.method, self.head = model, method, choice.head
         self.adapters, self.around, self.coverage = choice.adapters, choice.around, choice.coverage
@@ -72,30 +75,6 @@ class Adapted:
             except BaseException:
                 self.detach()
                 raise
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield names and tensors of all that trains or was frozen on the way, head included, in the model's order."""
-        self._graft.check()
-        yield from self._weights.named()
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield all that trains or was frozen on the way, head included, for the optimizer (the same groups on resume)."""
-        return (p for _, p in self.named_parameters())
-
-    def adapter_parameters(self) -> list[nn.Parameter]:
-        """Return all that trains without the head."""
-        self._graft.check()
-        return self._weights.adapter()
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Return the head's parameters."""
-        self._graft.check()
-        return self._weights.head()
-
-    def added_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that were put into the model, whether they train or not."""
-        self._graft.check()
-        return [p for p in self.model.parameters() if id(p) in self._weights.added]
 
     def bind(
         self,

@@ -142,7 +142,16 @@ def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "C
         size = layer_shape(getattr(module, "base", module)) or (None, None)
         layers.append(
             LayerSummary(
-                name, rank, initial, frozen, run.starts[name], counts[name], average[name], *size, maps_of(module)
+                name,
+                rank,
+                initial,
+                frozen,
+                run.starts[name],
+                counts[name],
+                average[name],
+                size[0],
+                size[1],
+                maps_of(module),
             )
         )
     return Summary(tuple(layers), head, controller.step, beside, coverage)

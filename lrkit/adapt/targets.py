@@ -167,7 +167,10 @@ def find_targets(
     if slices:
         chosen = _in_slices(model, chosen, parts, layers)
     roles = places(model, (name for name, found in layers.items() if found.kind.linear))
-    chosen_roles = {name: roles.get(name) or (roles.get(layers[name].place, (role_of(name),))[0], is_output(name)) for name in chosen}
+    chosen_roles = {
+        name: roles.get(name) or (roles.get(layers[name].place, (role_of(name),))[0], is_output(name))
+        for name in chosen
+    }
     return together(found.target(name, *chosen_roles[name]) for name, found in layers.items() if name in chosen)
 
 

@@ -44,7 +44,8 @@ class Convolution(LayerKind):
         if layer.groups > 1:
             filters = filters.repeat(layer.groups, *[1] * (filters.ndim - 1))
         # The layer's own convolution, for its stride, dilation and kind of padding.
-        return layer._conv_forward(x.to(a.dtype), filters, None)  # noqa: SLF001
+        h: Tensor = layer._conv_forward(x.to(a.dtype), filters, None)  # noqa: SLF001
+        return h
 
     def up(self, layer: nn.Module, h: Tensor, b: Tensor, *where: Any) -> Tensor:
         """Mix the r channels of each group into its output channels."""

@@ -40,7 +40,7 @@ def features(layer: nn.Module) -> tuple[int, int] | None:
 def whole_weight(layer: nn.Module) -> Tensor:
     """Return the weight of a quantized layer as a float tensor [d_out, d_in], which the caller may change.
 
-    Two rows then go through the layer: its answer must be that of the weight up to a tenth of its norm, which is far more than
+    Two rows then go through the layer: its answer must be that of the weight up to a tenth of its norm, far more than
     quantized inputs cost and far less than a weight that was unpacked in a wrong order.
 
     Raises:

@@ -150,7 +150,8 @@ class AdaptedExperts(nn.Module):
         Returns:
             [tokens, hidden].
         """
-        module, first = self.base, _first(self.base)
+        module: Any = self.base
+        first = _first(module)
         up, down = (self._modules.get(name) or self._plain[name] for name in (first, "down_proj"))
         count, k = len(self._plain[first].weight), top_k_index.shape[-1]
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
@@ -164,7 +165,8 @@ class AdaptedExperts(nn.Module):
         weights = top_k_weights.reshape(-1).index_select(0, order).masked_fill(absent, 0)
         # Back in the tokens' order the k outputs of each lie side by side: a sum that no thread's turn can change.
         y = (y * weights[:, None]).index_select(0, order.argsort())
-        return y.view(-1, k, y.shape[1]).sum(1).to(hidden_states.dtype)
+        out: Tensor = y.view(-1, k, y.shape[1]).sum(1).to(hidden_states.dtype)
+        return out
 
 
 def _stacks(module: nn.Module) -> dict[str, Stack]:

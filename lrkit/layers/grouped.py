@@ -113,11 +113,11 @@ grouped_mm.register_autograd(_mm_backward, setup_context=_keep)
 grouped_outer.register_autograd(_outer_backward, setup_context=_keep)
 
 
-@register_flop_formula(torch.ops.lrkit.grouped_mm)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.lrkit.grouped_mm)
 def _(x: torch.Size, w: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * x[0] * w[1] * w[2]
 
 
-@register_flop_formula(torch.ops.lrkit.grouped_outer)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.lrkit.grouped_outer)
 def _(g: torch.Size, x: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * g[0] * g[1] * x[1]

@@ -62,7 +62,7 @@ class Run:
         stacks = [name for name, module in modules.items() if maps_of(module) > 1]
         if resizing is not None and stacks:
             raise LrkitError(
-                f"{type(resizing).__name__} cuts or adds components, and those of {stacks[0]} lie in one tensor for all experts, "
+                f"{type(resizing).__name__} cuts or adds components, and all experts of {stacks[0]} have one tensor, "
                 "as many of each: mask them (lrkit.actions.Prune), or name targets without experts"
             )
         return run

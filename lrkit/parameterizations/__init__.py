@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from lrkit.hookspecs import hookimpl
 from lrkit.parameterizations.adapter import Adapter
 from lrkit.parameterizations.base import Parameterization, Role, Target
+from lrkit.parameterizations.dora import DoRA
 from lrkit.parameterizations.full import Full
 from lrkit.parameterizations.lora import LoRA
 from lrkit.parameterizations.lowrank import LowRank, low_rank_linear
@@ -21,6 +22,7 @@ def lrkit_parameterizations() -> Mapping[str, type[Parameterization]]:
 __all__ = [
     "SVD",
     "Adapter",
+    "DoRA",
     "Full",
     "LoRA",
     "LowRank",

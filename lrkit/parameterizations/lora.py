@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lrkit.parameterizations.adapter import further, new_factor
 from lrkit.parameterizations.base import Parameterization, Target
 from lrkit.parameterizations.lowrank import LowRank
-from lrkit.ranks import SCALES, Rank, ScaleBy, as_rank, is_rank
+from lrkit.ranks import DIVISORS, SCALES, Rank, Scale, ScaleBy, as_rank, divisor, is_rank
 from lrkit.settings import one_of, real
 from lrkit.units import Part
 
@@ -27,6 +27,7 @@ class LoRA(Parameterization):
         alpha: α; the increment is scaled by α/r.
         scale_by: the r of the scale if ranks differ: each layer's ``"own-rank"``, or the ``"mean-rank"`` over all layers.
         dropout: probability of dropping an entry of the adapter's input while training.
+        scale: ``"rank"`` for α/r; ``"sqrt-rank"`` for α/√r, which is rsLoRA's (arXiv 2312.03732) and PEFT's ``use_rslora``.
     """
 
     learning_rate: ClassVar[float] = 1e-3
@@ -35,6 +36,7 @@ class LoRA(Parameterization):
     alpha: float = attrs.field(default=16.0, validator=real(0.0, above=True))
     dropout: float = attrs.field(default=0.0, validator=real(0.0, 1.0, below=True))
     scale_by: ScaleBy = attrs.field(default="own-rank", validator=one_of(SCALES))
+    scale: Scale = attrs.field(default="rank", validator=one_of(DIVISORS))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -49,7 +51,7 @@ class LoRA(Parameterization):
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
         """Draw further rows of A, Kaiming-uniform, or make columns of B, zero, as at the start.
 
-        The scale stays α/r with the initial r.
+        The scale stays as it was with the initial r.
         """
         new = further(module, part, count)
         return (
@@ -66,5 +68,5 @@ class LoRA(Parameterization):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         b = new_factor(target.layer, target.d_out, rank)
         nn.init.zeros_(b)
-        scaling = self.alpha / target.scale_rank(self.rank, self.scale_by)
+        scaling = self.alpha / divisor(target.scale_rank(self.rank, self.scale_by), self.scale)
         return LowRank(target, a, b, scaling=scaling, dropout=self.dropout)

@@ -11,7 +11,7 @@ from lrkit.parameterizations.adapter import further, new_factor
 from lrkit.parameterizations.base import Parameterization, Target
 from lrkit.parameterizations.lowrank import LowRank
 from lrkit.parameterizations.orthogonality import orthogonality
-from lrkit.ranks import SCALES, Rank, ScaleBy, as_rank, is_rank
+from lrkit.ranks import DIVISORS, SCALES, Rank, Scale, ScaleBy, as_rank, divisor, is_rank
 from lrkit.settings import one_of, real
 from lrkit.units import Part
 
@@ -33,6 +33,8 @@ class SVD(Parameterization):
         orthogonality_norm: ``"mean"`` is the released code's and PEFT's mean over all P and Q of the un-squared norm;
             ``"squared"`` is Eq. 4, Σ (‖PᵀP - I‖_F² + ‖QQᵀ - I‖_F²), which grows with the number of layers and outweighs the
             task in a short run.
+        scale: the scale's divisor if there is an α: ``"rank"`` as above; ``"sqrt-rank"`` for √(r + 1e-5), as rsLoRA
+            has it (arXiv 2312.03732).
     """
 
     learning_rate: ClassVar[float] = 1e-2
@@ -44,6 +46,7 @@ class SVD(Parameterization):
     orthogonality: float = attrs.field(default=0.1, validator=real(0.0))
     orthogonality_norm: Literal["squared", "mean"] = attrs.field(default="mean", validator=one_of(("squared", "mean")))
     scale_by: ScaleBy = attrs.field(default="own-rank", validator=one_of(SCALES))
+    scale: Scale = attrs.field(default="rank", validator=one_of(DIVISORS))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -68,7 +71,9 @@ class SVD(Parameterization):
         nn.init.normal_(p, std=self.init_std)
         core = new_factor(target.layer, rank)
         nn.init.zeros_(core)
-        scaling = 1.0 if self.alpha is None else self.alpha / (target.scale_rank(self.rank, self.scale_by) + 1e-5)
+        scaling = 1.0
+        if self.alpha is not None:
+            scaling = self.alpha / divisor(target.scale_rank(self.rank, self.scale_by) + 1e-5, self.scale)
         return LowRank(target, q, p, core=core, scaling=scaling)
 
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -149,6 +150,9 @@ def _method_of(saved: Saved) -> Method:
     ranks = {name: factors.rank for name, factors in saved.layers.items()}
     scales = {name: factors.scaling for name, factors in saved.layers.items()}
     scale, rank = commonest(scales), commonest(ranks)
+    if config.get("use_rslora"):
+        each: Any = rank if set(ranks.values()) == {rank} else ranks
+        return methods.lora(rank=each, alpha=float(config["lora_alpha"]), dropout=saved.dropout, scale="sqrt-rank")
     if set(ranks.values()) == {rank}:
         return methods.lora(rank=rank, alpha=scale * rank, dropout=saved.dropout)
     if set(scales.values()) == {scale}:

@@ -255,8 +255,13 @@ def leaves(plain: Any, path: str = "") -> dict[str, Any]:
 ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full": ({}, {}),
     "lora": (
-        {"rank": 3, "alpha": 5.5, "dropout": 0.25},
-        {"parameterization.rank": 3, "parameterization.alpha": 5.5, "parameterization.dropout": 0.25},
+        {"rank": 3, "alpha": 5.5, "dropout": 0.25, "scale": "sqrt-rank"},
+        {
+            "parameterization.rank": 3,
+            "parameterization.alpha": 5.5,
+            "parameterization.dropout": 0.25,
+            "parameterization.scale": "sqrt-rank",
+        },
     ),
     "svd-lora": (
         {"rank": 3, "alpha": 5.5, "orthogonality": 0.75},

@@ -12,12 +12,12 @@ import lrkit
 from lrkit.adapt.roles import places
 from lrkit.adapt.targets import find_targets
 
-# From each model's code, for stacks of two blocks: layers of attention, of FFN and of neither; last maps of attention and
+# Read off each model's code and names, for stacks of two blocks: layers of attention, of FFN and of neither; last maps of attention and
 # of FFN. Experts of Mixtral and GPT-OSS are parameters; an encoder-decoder has six attentions in four blocks.
 COUNTS = {
     "llama": (8, 6, 0, 2, 2),
     "gemma3_text": (8, 6, 0, 2, 2),
-    "qwen3_next": (6, 8, 0, 2, 2),
+    "qwen3_next": (6, 12, 0, 2, 4),
     "gpt2": (4, 4, 0, 2, 2),
     "gpt_neox": (4, 4, 0, 2, 2),
     "bloom": (4, 4, 0, 2, 2),
@@ -33,11 +33,11 @@ COUNTS = {
     "whisper": (24, 8, 0, 6, 4),
     "wav2vec2": (8, 4, 0, 2, 2),
     "wav2vec2-conformer": (10, 8, 0, 2, 4),
-    "mixtral": (8, 0, 0, 2, 0),
-    "qwen2_moe": (8, 8, 0, 2, 2),
-    "gpt_oss": (8, 0, 0, 2, 0),
+    "mixtral": (8, 4, 0, 2, 2),
+    "qwen2_moe": (8, 12, 0, 2, 4),
+    "gpt_oss": (8, 4, 0, 2, 2),
     "mamba": (8, 0, 0, 2, 0),
-    "nemotron_h": (2, 2, 0, 1, 1),
+    "nemotron_h": (2, 4, 0, 1, 2),
     "recurrent_gemma": (6, 6, 0, 2, 2),
     "vit": (8, 4, 0, 2, 2),
     "swin": (16, 8, 1, 4, 4),

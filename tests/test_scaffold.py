@@ -184,7 +184,7 @@ def test_lrkit_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     (report,) = examine("lrkit", Registry(discover=False))
     assert (report.distribution, report.version, report.sound) == ("lrkit", lrkit.__version__, True)
     notes = {c.kind for c in report.components if c.kept is None}
-    assert notes == {"task", "executor", "study"}
+    assert notes == {"layer", "task", "executor", "study"}
 
 
 def test_contested_names_are_problems() -> None:

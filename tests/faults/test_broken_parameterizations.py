@@ -92,7 +92,7 @@ def parameterization_that_takes_from_the_weight():
     return gates(Module)
 
 
-@fault(LEFT, MERGE)
+@fault(LEFT)
 def parameterization_that_hides_the_layer():
     class Module(Gated):
         def __init__(self, base, rank):

@@ -26,7 +26,7 @@ class BitFit(lrkit.Parameterization):
 
     def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
         """Choose the layers that have a bias."""
-        return [target for target in targets if target.layer.bias is not None]
+        return [target for target in targets if target.maps == 1 and target.layer.bias is not None]
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer itself."""

@@ -174,7 +174,7 @@ class Houlsby(_Bottlenecks):
 
     def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
         """Choose the last maps of attention and of FFN."""
-        return [target for target in targets if target.output and target.role in ("attention", "ffn")]
+        return [t for t in targets if t.maps == 1 and t.output and t.role in ("attention", "ffn")]
 
     def _beside(self, model: nn.Module, target: Target) -> tuple[str, nn.Module]:
         name = _sibling(model, target, lambda module: isinstance(module, nn.Dropout))
@@ -206,7 +206,7 @@ class Pfeiffer(_Bottlenecks):
 
     def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
         """Choose the last maps of FFN."""
-        return [target for target in targets if target.output and target.role == "ffn"]
+        return [t for t in targets if t.maps == 1 and t.output and t.role == "ffn"]
 
     def _beside(self, model: nn.Module, target: Target) -> tuple[str, nn.Module]:
         name = _sibling(model, target, _is_norm(target.d_out))

@@ -1,6 +1,7 @@
 """LoSparse: a weight as a low-rank matrix and a residual with few rows, W = U V + S (Li et al., arXiv 2306.11222)."""
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import attrs
@@ -86,6 +87,10 @@ class LoSparse(lrkit.Parameterization):
     def components(self) -> None:
         """Return None: there are as many as the layer has outputs."""
         return None
+
+    def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
+        """Choose all but stacks of experts, whose weights are no matrices."""
+        return [target for target in targets if target.maps == 1]
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with its weight taken apart."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.loop.native import Compiled
-from lrkit.loop.pieces import Piece, pieces_of
+from lrkit.loop.pieces import Piece, as_units, pieces_of
 from lrkit.metrics import Parts
 from lrkit.shards import held, is_sharded, joined, mine, told
 from lrkit.units import Block, Part
@@ -126,7 +126,7 @@ class Layout:
                 sizes[still] += size * len(members)
                 if not still:
                     unit_of += range(place, place + first.count * len(members))
-                    shapes += [_as_units(shape, axis)] * len(members)
+                    shapes += [as_units(shape, axis)] * len(members)
             self.groups.append(_Group(len(members), first.count, tuple(slabs)))
             for begin, block, _ in members:
                 places[begin : begin + block.count] = range(place, place + block.count)
@@ -294,10 +294,3 @@ def _alike(
             gathered.setdefault(key, []).append((start, block, parts))
         start += block.count
     return list(gathered.values())
-
-
-def _as_units(shape: tuple[int, ...], axis: int | None) -> tuple[int, int, int]:
-    """A tensor's shape as [outer, units, inner]."""
-    if axis is None:
-        return 1, 1, prod(shape)
-    return prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])

@@ -1,6 +1,7 @@
-"""Runs of neighbouring tensors that are gathered together, so that what a metric works on stays in a CPU's cache."""
+"""Tensors by pieces: runs of neighbours that fit into a CPU's cache together; and one as units see it."""
 
 from collections.abc import Iterator, Sequence
+from math import prod
 
 import attrs
 from torch import nn
@@ -26,3 +27,10 @@ def pieces_of(tensors: Sequence[nn.Parameter], sizes: Sequence[int], limit: int)
         size += entries
     if run:
         yield Piece(run, slice(start, start + size))
+
+
+def as_units(shape: tuple[int, ...], axis: int | None) -> tuple[int, int, int]:
+    """Return a tensor's shape as [outer, units, inner]."""
+    if axis is None:
+        return 1, 1, prod(shape)
+    return prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])

@@ -58,7 +58,10 @@ class Binding:
                 "adapted.parameters(), and bind it"
             )
         self._weights.follow(moves)
-        self.controller = self.controller.anew(self._weights.head())
+        old = self.controller
+        run, saved = old.run.anew(self._weights.head()), old.saved({}, (), None)
+        self.controller = Controller(run, saved, old.tensors(), old.warn)
+        self.controller.schedule(old.total_steps)
         self.penalty = self._new_penalty()
 
     # ---- bound and let go ----

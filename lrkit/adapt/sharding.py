@@ -53,6 +53,14 @@ def is_managed(module: nn.Module) -> bool:
     return any(c.__name__ == "FSDPModule" for c in type(module).__mro__)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let sharded parameters stand in their places again if FSDP2 has left whole ones there for the next call."""
+    for module in model.modules():
+        if is_managed(module):
+            managed: Any = module
+            managed.reshard()
+
+
 def one_seed(seed: int, trained: Sequence[nn.Parameter]) -> int:
     """Return the seed of the first process that holds a part of what trains; this one's if nothing is sharded."""
     first = next((p for p in trained if is_sharded(p)), None)

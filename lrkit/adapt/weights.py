@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lrkit.adapt.choice import Choice
 from lrkit.adapt.heads import head_parameters
 from lrkit.adapt.masters import Masters
-from lrkit.adapt.sharding import Moves, is_managed, several
+from lrkit.adapt.sharding import Moves, reshard, several
 from lrkit.errors import shown
 from lrkit.loop.state import misfit
 from lrkit.shards import held, is_sharded, mine
@@ -32,7 +32,6 @@ class Weights:
         self._model, self._masters = model, masters
         self._flags = choice.flags
         self._places = {id(p): (m, key) for m in model.modules() for key, p in m._parameters.items() if p is not None}
-        self._managed: list[Any] = []
         self.on_move: Callable[[Moves], None] = self.follow
         """Called if sharded parameters have taken the places of those that were attached: with `follow`, unless replaced."""
         self._head = {id(p) for p in head_parameters(model, choice.head)}
@@ -55,10 +54,10 @@ class Weights:
         the next call. If `fully_shard` has made new ones since attach, they are followed.
         """
         self._masters.put_back()
-        for module in self._managed:
-            module.reshard()
-        if several() and (moves := self._moves()):
-            self.on_move(moves)
+        if several():
+            reshard(self._model)
+            if moves := self._moves():
+                self.on_move(moves)
 
     def _moves(self) -> dict[int, nn.Parameter]:
         """Return the sharded parameters that stand where others stood, by the ``id`` of those."""
@@ -80,7 +79,6 @@ class Weights:
         self._places = {now(old): place for old, place in self._places.items()}
         self._flags[:] = [(moves.get(id(p), p), flag) for p, flag in self._flags]
         self._masters.follow(moves)
-        self._managed = [module for module in self._model.modules() if is_managed(module)]
 
     # ---- what trains ----
 

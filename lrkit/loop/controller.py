@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrkit.errors import Once, listing
 from lrkit.loop import fitting, rules
@@ -94,12 +94,6 @@ class Controller:
         """
         made = Controller(self.run, saved, tensors, self.warn)
         made.schedule(max(self.total_steps or 0, made.total_steps or 0) or None)
-        return made
-
-    def anew(self, others: Sequence[nn.Parameter]) -> "Controller":
-        """Return the same loop over the parameters that stand in the adapters' places now. Arguments as in `Run.anew`."""
-        made = Controller(self.run.anew(others), self.saved({}, (), None), self.tensors(), self.warn)
-        made.schedule(self.total_steps)
         return made
 
     def check(self, saved: Saved, tensors: Mapping[str, Tensor]) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.loop.native import Compiled
+from lrkit.loop.pieces import Piece, as_units, pieces_of
 from lrkit.metrics import Parts
 from lrkit.shards import held, is_sharded, joined, mine, told
 from lrkit.units import Block, Part
@@ -54,14 +55,6 @@ class _Group:
     blocks: int
     units: int
     slabs: tuple[_Slab, ...]
-
-
-@attrs.frozen(eq=False)
-class _Piece:
-    """Neighbouring tensors, and where their entries lie."""
-
-    tensors: list[nn.Parameter]
-    where: slice
 
 
 @attrs.frozen(eq=False)
@@ -133,14 +126,12 @@ class Layout:
                 sizes[still] += size * len(members)
                 if not still:
                     unit_of += range(place, place + first.count * len(members))
-                    shapes += [_as_units(shape, axis)] * len(members)
+                    shapes += [as_units(shape, axis)] * len(members)
             self.groups.append(_Group(len(members), first.count, tuple(slabs)))
             for begin, block, _ in members:
                 places[begin : begin + block.count] = range(place, place + block.count)
                 place += block.count
         self.size, self.still_size = sizes[False], sizes[True]
-        self.held, self.still_held = here[False], here[True]
-        self._first = next((p for p in (*self.live, *self.still) if is_sharded(p)), None)
         # The place of each unit among the units of all groups; those that are not present come after the last.
         self._order = self._whole(place if p is None else p for p in places)
         # The unit of each place of a live tensor.
@@ -152,10 +143,25 @@ class Layout:
         self.native = Compiled(self.live, shapes) if self._first is None else Compiled([], [])
 
     @functools.cached_property
-    def pieces(self) -> list[_Piece]:
+    def _first(self) -> nn.Parameter | None:
+        """The first tensor that is sharded; None if none is."""
+        return next((p for p in (*self.live, *self.still) if is_sharded(p)), None)
+
+    @functools.cached_property
+    def held(self) -> int:
+        """How many of the live entries this process holds."""
+        return sum(prod(self.spans[id(p)].shape) for p in self.live)
+
+    @functools.cached_property
+    def still_held(self) -> int:
+        """How many of the still entries this process holds."""
+        return sum(prod(self.spans[id(p)].shape) for p in self.still)
+
+    @functools.cached_property
+    def pieces(self) -> list[Piece]:
         """The live tensors by pieces: small ones on a CPU, one on other devices."""
         sizes = [prod(self.spans[id(p)].shape) for p in self.live]
-        return list(_pieces(self.live, sizes, _PIECE if self.device.type == "cpu" else self.size))
+        return list(pieces_of(self.live, sizes, _PIECE if self.device.type == "cpu" else self.size))
 
     def _whole(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.int32, device=self.device)
@@ -288,24 +294,3 @@ def _alike(
             gathered.setdefault(key, []).append((start, block, parts))
         start += block.count
     return list(gathered.values())
-
-
-def _as_units(shape: tuple[int, ...], axis: int | None) -> tuple[int, int, int]:
-    """A tensor's shape as [outer, units, inner]."""
-    if axis is None:
-        return 1, 1, prod(shape)
-    return prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
-
-
-def _pieces(tensors: Sequence[nn.Parameter], sizes: Sequence[int], limit: int) -> Iterator[_Piece]:
-    """Cut a list of tensors into runs of up to `limit` entries; a larger tensor is a run of its own."""
-    run: list[nn.Parameter] = []
-    start = size = 0
-    for p, entries in zip(tensors, sizes, strict=True):
-        if run and size + entries > limit:
-            yield _Piece(run, slice(start, start + size))
-            run, start, size = [], start + size, 0
-        run.append(p)
-        size += entries
-    if run:
-        yield _Piece(run, slice(start, start + size))

@@ -68,7 +68,7 @@ class Block:
 
     @property
     def maps(self) -> int:
-        """Return how many maps of a layer the components are spread over: the number of experts in a stack; 1 otherwise."""
+        """Return over how many maps of a layer the components are spread, which is 1 but for stacks of experts."""
         return maps_of(self.module) if self.kind == "component" else 1
 
     def tensor(self, part: Part) -> nn.Parameter:

@@ -12,8 +12,8 @@ import lrkit
 from lrkit.adapt.roles import places
 from lrkit.adapt.targets import find_targets
 
-# Read off each model's code and names, for stacks of two blocks: layers of attention, of FFN and of neither; last maps of attention and
-# of FFN. Experts of Mixtral and GPT-OSS are parameters; an encoder-decoder has six attentions in four blocks.
+# Read off each model's code and names: layers of attention, of FFN, others; last maps of attention, of FFN.
+# A stack of experts is one layer for each of its parameters; an encoder-decoder has six attentions in four blocks.
 COUNTS = {
     "llama": (8, 6, 0, 2, 2),
     "gemma3_text": (8, 6, 0, 2, 2),

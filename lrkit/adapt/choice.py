@@ -104,7 +104,9 @@ def choose(
         tell_tied(model, head)
     for target in found:
         if target.maps > 1 and getattr(adapters.get(target.name, target), "maps", 1) != target.maps:
-            raise LrkitError(f"{target.name} stacks experts, which {parameterization!r} cannot adapt: leave it out by exclude")
+            raise LrkitError(
+                f"{target.name} stacks experts, which {parameterization!r} cannot adapt: leave it out by exclude"
+            )
     layers, places = _placed(model, found, adapters)
     places |= mirrors(model, layers, adapters)
     covered = coverage(model, adapters, own.values(), partly=partly(found))

@@ -46,7 +46,7 @@ class Slice(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Return the slice's rows [out_features, in_features]: a view if the rows are one group, a copy otherwise.
+        """Return the slice's rows [out_features, in_features], a view if the rows are one group and a copy otherwise.
 
         It is the owner's whole weight if that is not a plain tensor (quantized, sharded), which has no rows to show.
         """

@@ -43,7 +43,22 @@ def test_what_is_left_out_is_said(name):
     assert sum(each.share for each in summary.coverage.left_out) == pytest.approx(1 - share)
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "gpt-oss", "jamba", "gpt2-lm", "t5-lm", "wav2vec2", "swin", "siglip", "llava", "modernbert"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3-moe",
+        "mixtral",
+        "gpt-oss",
+        "jamba",
+        "gpt2-lm",
+        "t5-lm",
+        "wav2vec2",
+        "swin",
+        "siglip",
+        "llava",
+        "modernbert",
+    ],
+)
 def test_what_is_covered_is_silent(name):
     """A model whose blocks are linear layers but for a tenth is attached to without a word, and shown all the same."""
     adapted = lrkit.attach(zoo.make(name), LORA)
@@ -56,7 +71,9 @@ def test_experts_are_layers():
     adapted = lrkit.attach(zoo.make("qwen3-moe"), LORA, targets=["gate_up_proj"])
     assert all(name.endswith("mlp.experts.gate_up_proj") for name in adapted.adapters)
     adapted = lrkit.attach(zoo.make("mixtral"), LORA, targets=r".*experts\.down_proj")
-    assert len(adapted.adapters) == sum(n.endswith("experts.down_proj") for n, _ in zoo.make("mixtral").named_parameters())
+    assert len(adapted.adapters) == sum(
+        n.endswith("experts.down_proj") for n, _ in zoo.make("mixtral").named_parameters()
+    )
     adapted = lrkit.attach(zoo.make("mixtral"), lrkit.methods.aflora(rank=2))
     assert any("experts" in name for name in adapted.scores())
 

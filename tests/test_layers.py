@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from increments import delta_of, perturb
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,21 +32,6 @@ class Convolving(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.layer(x)
         return out
-
-
-def perturb(adapted: lrkit.Adapted) -> None:
-    """Give every trainable tensor random values, so that ΔW is not zero."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) * 0.3)
-
-
-def delta_of(adapter: Any) -> Tensor:
-    """Return s · b ∘ B diag(c) A from the adapter's tensors."""
-    b = adapter.B if adapter.core is None else adapter.B * adapter.core
-    delta = adapter.scaling * b @ adapter.A
-    return delta if adapter.out_scale is None else delta * adapter.out_scale[:, None]
 
 
 @settings(max_examples=40, deadline=None)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from increments import delta_of, perturb
 from torch import Tensor, nn
 
 import lrkit
@@ -74,21 +75,6 @@ def slices(model: nn.Module) -> dict[str, Slice]:
     kind = Slices()
     each = ((n, p, part) for n, m in model.named_modules() for p, part in kind.parts(m, n, model).items())
     return {f"{name}.{part}": layer for name, part, layer in each if isinstance(layer, Slice)}
-
-
-def perturb(adapted: lrkit.Adapted) -> None:
-    """Give every trainable tensor random values, so that ΔW is not zero."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) * 0.3)
-
-
-def delta_of(adapter: Any) -> Tensor:
-    """Return s · b ∘ B diag(c) A from the adapter's tensors."""
-    b = adapter.B if adapter.core is None else adapter.B * adapter.core
-    delta: Tensor = adapter.scaling * b @ adapter.A
-    return delta if adapter.out_scale is None else delta * adapter.out_scale[:, None]
 
 
 IDS = torch.tensor([[5, 9, 3, 30, 12, 7], [8, 4, 41, 6, 20, 33]])

@@ -11,14 +11,15 @@ from lrkit.layers import kind_of
 from lrkit.layers.dequantized import features, is_quantized, whole_weight
 from lrkit.precision import is_plain
 
-_HOOKS: tuple[str, ...] = (
+_HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
     "_backward_pre_hooks",
     "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
 )
-_HOOKS += ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
 def merged(model: nn.Module, name: str, adapter: Any, layer: nn.Module) -> nn.Linear:

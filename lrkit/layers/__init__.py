@@ -30,14 +30,21 @@ __all__ = [
     "lrkit_layers",
 ]
 
-BUILT_IN: tuple[LayerKind, ...] = (Linear(), Embedding(), Convolution(), Slices(), Experts(), Quantized())
+_BY_NAME: Mapping[str, type[LayerKind]] = {
+    "linear": Linear,
+    "embedding": Embedding,
+    "convolution": Convolution,
+    "slice": Slices,
+    "experts": Experts,
+    "quantized": Quantized,
+}
+BUILT_IN: tuple[LayerKind, ...] = tuple(kind() for kind in _BY_NAME.values())
 
 
 @hookimpl
 def lrkit_layers() -> Mapping[str, type[LayerKind]]:
     """Offer the built-in kinds of layers."""
-    own: dict[str, type[LayerKind]] = {"linear": Linear, "embedding": Embedding, "convolution": Convolution}
-    return {**own, "slice": Slices, "experts": Experts, "quantized": Quantized}
+    return _BY_NAME
 
 
 def kind_of(layer: nn.Module, kinds: Iterable[LayerKind] = BUILT_IN) -> LayerKind | None:

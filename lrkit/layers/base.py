@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import attrs
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 @attrs.frozen
@@ -46,9 +47,8 @@ class LayerKind(abc.ABC):
     def weight(self, layer: nn.Module) -> Tensor:
         """Return W as [d_out, d_in], or [maps, d_out, d_in] of a stack: a view of the layer's weight if possible."""
 
-    @abc.abstractmethod
     def down(self, layer: nn.Module, x: Tensor, a: Tensor, *where: Any) -> Tensor:
-        """Return A x: r features in the place of the layer's.
+        """Return A x: r features in the place of the layer's. Of rows [..., d_in] unless overridden.
 
         Args:
             layer: the layer.
@@ -56,10 +56,14 @@ class LayerKind(abc.ABC):
             a: A [r, d_in], in the dtype of the layer's output.
             where: the layer's further arguments.
         """
+        return F.linear(x.to(a.dtype), a)
 
-    @abc.abstractmethod
     def up(self, layer: nn.Module, h: Tensor, b: Tensor, *where: Any) -> Tensor:
-        """Return B h, in the shape of the layer's output. `h` is what `down` returned, or that scaled."""
+        """Return B h, in the shape of the layer's output: rows [..., d_out] unless overridden.
+
+        `h` is what `down` returned, or that scaled.
+        """
+        return F.linear(h, b.to(h.dtype))
 
     def scale(self, layer: nn.Module, h: Tensor, by: Tensor, *where: Any) -> Tensor:
         """Return features multiplied by a vector: core values [r] after `down`, an output scale [d_out] after `up`."""

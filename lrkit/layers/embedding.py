@@ -34,7 +34,3 @@ class Embedding(LayerKind):
         """Return the columns of A [..., r] for token ids x [...]."""
         assert isinstance(layer, nn.Embedding)
         return F.embedding(x, a.t(), layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
-
-    def up(self, layer: nn.Module, h: Tensor, b: Tensor, *where: Any) -> Tensor:
-        """Return B h [..., width]."""
-        return F.linear(h, b.to(h.dtype))

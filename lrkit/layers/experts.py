@@ -55,7 +55,7 @@ class Stack(nn.Module):
             [n, d_out].
         """
         matrices, bias = self.matrices, self.bias
-        y: Tensor = grouped_mm(x.to(matrices.dtype), matrices, ends)
+        y = _products(x.to(matrices.dtype), matrices, ends)
         return y if bias is None else y + bias.index_select(0, experts)
 
     def extra_repr(self) -> str:

@@ -1,11 +1,10 @@
 """Linear maps: ``nn.Linear`` and transformers' ``Conv1D``."""
 
 import sys
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import attrs
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lrkit.layers.base import LayerKind, Sizes
 from lrkit.precision import is_plain
@@ -45,14 +44,6 @@ class Linear(LayerKind):
         weight = layer.weight
         assert isinstance(weight, Tensor)
         return weight if type(layer) is nn.Linear or not is_conv1d(layer) else weight.t()
-
-    def down(self, layer: nn.Module, x: Tensor, a: Tensor, *where: Any) -> Tensor:
-        """Return A x [..., r] for x [..., d_in]."""
-        return F.linear(x.to(a.dtype), a)
-
-    def up(self, layer: nn.Module, h: Tensor, b: Tensor, *where: Any) -> Tensor:
-        """Return B h [..., d_out]."""
-        return F.linear(h, b.to(h.dtype))
 
     def plain_weight(self, layer: nn.Module) -> Tensor | None:
         """Return the weight, unless the layer must be called itself.

@@ -1,10 +1,9 @@
 """Quantized linear maps that are no ``nn.Linear``: the layers of GPTQ, AWQ and HQQ."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import attrs
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lrkit.errors import LrkitError
 from lrkit.layers.base import LayerKind, Sizes
@@ -44,14 +43,6 @@ class Quantized(LayerKind):
     def write(self, layer: nn.Module, weight: Tensor) -> None:
         """Refuse: nothing can be written into a quantized weight exactly."""
         raise LrkitError(f"a {type(layer).__name__} is quantized: nothing can be written into its weight exactly")
-
-    def down(self, layer: nn.Module, x: Tensor, a: Tensor, *where: Any) -> Tensor:
-        """Return A x [..., r] for x [..., d_in]."""
-        return F.linear(x.to(a.dtype), a)
-
-    def up(self, layer: nn.Module, h: Tensor, b: Tensor, *where: Any) -> Tensor:
-        """Return B h [..., d_out]."""
-        return F.linear(h, b.to(h.dtype))
 
 
 def not_affine(layer: nn.Module, d_in: int, d_out: int) -> str | None:

@@ -1,7 +1,6 @@
 """Slices of fused projections: q, k and v of one linear map that computes all three, each as a layer of its own."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import attrs
 import torch
@@ -98,14 +97,6 @@ class Slices(LayerKind):
         assert isinstance(layer, Slice)
         rows = layer.rows(_LINEAR.weight(layer.owner))
         rows.copy_(weight.view(rows.shape))
-
-    def down(self, layer: nn.Module, x: Tensor, a: Tensor, *where: Any) -> Tensor:
-        """Return A x [..., r] for x [..., d_in]."""
-        return _LINEAR.down(layer, x, a)
-
-    def up(self, layer: nn.Module, h: Tensor, b: Tensor, *where: Any) -> Tensor:
-        """Return B h [..., d_out]."""
-        return _LINEAR.up(layer, h, b)
 
     def plain_weight(self, layer: nn.Module) -> Tensor | None:
         """Return the slice's rows if they are a view of a plain layer's weight.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrkit.errors import LrkitError
-from lrkit.layers import kind_of
+from lrkit.layers import LayerKind, kind_of
 from lrkit.parameterizations.adapter import Adapter, further, layer_shape, new_factor, oriented_weight
 from lrkit.parameterizations.base import Target
 from lrkit.parameterizations.lowrank_kernel import low_rank_linear
@@ -111,20 +111,42 @@ class LowRank(Adapter):
     def reference(self, x: Tensor, *where: Any) -> Tensor:
         """Compute the output by the formula as it is read. `forward` does the same, fused if possible."""
         y: Tensor = self.base(x, *where)
-        a, b = self.factors()
-        kind, base = self.kind, self.base
+        out = self.increment(self.base, self.kind, x, y.dtype, *self.factors(), *where)
+        if self.out_scale is not None and self.kind is not None:
+            out = self.kind.scale(self.base, out, self.out_scale.to(out.dtype), *where)
+        return y + out
+
+    def increment(
+        self,
+        base: nn.Module,
+        kind: LayerKind | None,
+        x: Tensor,
+        dtype: torch.dtype,
+        a: Tensor,
+        b: Tensor,
+        *where: Any,
+    ) -> Tensor:
+        """Return s · B (c ∘ (A x)) for a layer's input, without the output scale.
+
+        Args:
+            base: the layer.
+            kind: its kind.
+            x: its input.
+            dtype: of its output.
+            a: A.
+            b: B.
+            where: the layer's further arguments.
+        """
         assert kind is not None
         # Beside a half-precision base the factors are float32, and compute in the output's dtype.
-        z = F.dropout(x, self.dropout, self.training).to(y.dtype) if x.is_floating_point() else x
-        h = kind.down(base, z, a.to(y.dtype), *where) * self.scaling
+        one_hot = not x.is_floating_point()
+        z = x if one_hot else F.dropout(x, self.dropout, self.training).to(dtype)
+        h = kind.down(base, z, a.to(dtype), *where) * self.scaling
         if self.core is not None:
             h = kind.scale(base, h, self.core.to(h.dtype), *where)
-        if self.dropout and z is x:  # the input is one-hot: its one entry is dropped or not
+        if self.dropout and one_hot:  # the one entry of the input is dropped or not
             h = h * F.dropout(torch.ones_like(h[..., :1]), self.dropout, self.training)
-        out = kind.up(base, h, b.to(h.dtype), *where)
-        if self.out_scale is not None:
-            out = kind.scale(base, out, self.out_scale.to(out.dtype), *where)
-        return y + out
+        return kind.up(base, h, b.to(h.dtype), *where)
 
     def forward(self, x: Tensor, *where: Any) -> Tensor:
         """Return y [..., d_out] for x [..., d_in]; of other kinds of layers, in the layer's own shapes.

@@ -1,8 +1,6 @@
 """The other side of a tied weight: a layer that has another layer's weight sees its increment too."""
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lrkit.layers import kind_of
 from lrkit.parameterizations.adapter import Adapter
@@ -35,19 +33,10 @@ class Mirror(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output with the increment."""
-        (adapter,), base, kind = self.leader, self.base, self.kind
-        assert kind is not None
-        y: Tensor = base(x)
+        (adapter,) = self.leader
+        y: Tensor = self.base(x)
         a, b = self.factors()
-        if not len(a):
-            return y
-        z = F.dropout(x, adapter.dropout, self.training).to(y.dtype) if x.is_floating_point() else x
-        h = kind.down(base, z, a.to(y.dtype)) * adapter.scaling
-        if adapter.core is not None:
-            h = kind.scale(base, h, adapter.core.to(h.dtype))
-        if adapter.dropout and z is x:
-            h = h * F.dropout(torch.ones_like(h[..., :1]), adapter.dropout, self.training)
-        return y + kind.up(base, h, b.to(h.dtype))
+        return y + adapter.increment(self.base, self.kind, x, y.dtype, a, b) if len(a) else y
 
 
 def mirrors(module: nn.Module, adapter: nn.Module) -> bool:

@@ -1,17 +1,17 @@
 """The penalty and the schedule in other people's real trainers: TRL, sentence-transformers, Lightning."""
 
 import pytest
+import small_words
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from small_words import WORDS, tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import lrkit
 from lrkit.models import minilm_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
-WORDS = ["[PAD]", "[UNK]", "<s>", "</s>", "good", "bad", "film", "plot", "a", "the", "is", "was", "not", "very"]
 CONFIG = {
     "vocab_size": len(WORDS),
     "hidden_size": 32,
@@ -22,28 +22,7 @@ CONFIG = {
     "bos_token_id": 2,
     "eos_token_id": 3,
 }
-COMMON = {
-    "max_steps": 12,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "report_to": [],
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "bf16": False,
-    "logging_steps": 4,
-    "dataloader_pin_memory": False,
-}
-
-
-def tokenizer():
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>", eos_token="</s>"
-    )
-    made.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    return made
+COMMON = small_words.COMMON | {"max_steps": 12}
 
 
 def made(gamma, cls=LlamaForCausalLM):

@@ -4,15 +4,15 @@ import copy
 import math
 
 import pytest
+import small_words
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from small_words import WORDS, tokenizer
 from torch.nn import functional
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
     TrainerCallback,
 )
 from trl import (
@@ -30,27 +30,7 @@ import lrkit
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
-WORDS = ["[PAD]", "[UNK]", "<s>", "</s>", "good", "bad", "film", "plot", "a", "the", "is", "was", "not", "very"]
-COMMON = {
-    "max_steps": 8,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "report_to": [],
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "bf16": False,
-    "logging_steps": 4,
-    "dataloader_pin_memory": False,
-}
-
-
-def tokenizer():
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>", eos_token="</s>"
-    )
+COMMON = small_words.COMMON | {"max_steps": 8}
 
 
 def plain(kind="sft", **settings):

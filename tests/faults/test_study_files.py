@@ -351,6 +351,20 @@ def test_profiles_on_the_command_line(registry, capsys, tmp_path):
     assert code == 2 and '(did you mean "paper"?); there are minilm, paper' in err
 
 
+def test_folders_hide_no_study(registry, capsys, tmp_path, monkeypatch):
+    """A study is found by its name beside a folder of that name: the one that it was run into. A file goes first."""
+    monkeypatch.chdir(tmp_path)
+    for name in (shipped := Registry(discover=False).names("study")):
+        plain = read_study(name)
+        (tmp_path / name).mkdir()
+        assert read_study(name) == plain
+    code, _, err = call(capsys, "ablate", "teacher", "--out", "teacher", "--dry-run", "--json")
+    assert code == 0, err
+    (tmp_path / shipped[0]).rmdir()
+    (tmp_path / shipped[0]).write_text(TEXT)
+    assert read_study(shipped[0]).title == "A plug-in's"
+
+
 def test_profiles_from_python(tmp_path):
     """`lrkit.ablate` takes a study's name and a profile, and refuses a profile of what is no study file."""
     with pytest.raises(lrkit.LrkitError, match='hybrid has no profile "tiny"; there are minilm, paper'):

@@ -143,8 +143,8 @@ def study_named(source: str, changes: Mapping[str, Any] | None = None, *, profil
     """Read a study from a TOML file, or take one that ships.
 
     Args:
-        source: a path that ends in ``.toml``, or a name in `lrkit.study.catalogue.shipped`. A file of that name goes first; a
-            folder of that name, for example the one that the study was run into, does not.
+        source: a path that ends in ``.toml``, or a name in `lrkit.study.catalogue.shipped`. A file of that name goes first;
+            a folder of that name, for example the one that the study was run into, does not.
         changes: values that replace the file's, by field.
         profile: one of the file's profiles; None for its first.
 

@@ -160,6 +160,93 @@ def test_renormalising_embeddings_are_left_out() -> None:
         lrkit.attach(model, lrkit.methods.lora(), targets=["embed"], train_also=[])
 
 
+SCALED = {
+    "gemma3": (
+        "Gemma3TextConfig", "Gemma3ForCausalLM", {"num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True}
+    ),
+    "bigbird-pegasus": ("BigBirdPegasusConfig", "BigBirdPegasusForCausalLM", {"attention_type": "original_full"}),
+    "biogpt": ("BioGptConfig", "BioGptForCausalLM", {"scale_embedding": True}),
+    "bart": ("BartConfig", "BartForCausalLM", {"scale_embedding": True, "tie_word_embeddings": False}),
+}  # fmt: skip
+"""Models whose embedding multiplies its rows, and settings that make them small."""
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_scaled_embeddings_are_exact(family: str, tmp_path: Path) -> None:
+    """An embedding that scales its rows scales ΔW's too: adapted, merged and PEFT's outputs are one."""
+    import transformers
+
+    torch.manual_seed(4)
+    named, of, more = SCALED[family]
+    config = getattr(transformers, named)(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, d_model=16,
+        attention_heads=2, num_layers=1, ffn_dim=24, decoder_layers=1, decoder_ffn_dim=24, decoder_attention_heads=2,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more,
+    )  # fmt: skip
+    model = getattr(transformers, of)(config).double().eval()
+    plain, ids = copy.deepcopy(model), torch.randint(3, 50, (2, 6))
+    adapted = lrkit.attach(model, lrkit.methods.svd_lora(rank=3), targets=["embed_tokens"], train_also=[])
+    perturb(adapted)
+    (name,) = adapted.adapters
+    layer = plain.get_submodule(name)
+    assert layer.embed_scale != 1 and type(layer) is not nn.Embedding
+    delta = delta_of(adapted.adapters[name]).t()
+    with torch.no_grad():
+        wanted = (layer.weight + delta)[ids] * layer.embed_scale
+        assert torch.allclose(model.get_submodule(name)(ids), wanted, rtol=1e-6)
+        logits = model(ids).logits
+    lrkit.export(adapted, tmp_path / "out")
+    again = copy.deepcopy(plain)
+    lrkit.from_peft(again, tmp_path / "out")
+    assert torch.allclose(again(ids).logits, logits, atol=1e-5)
+    assert torch.allclose(adapted.merge()(ids).logits, logits, atol=1e-9)
+
+
+class Normed(nn.Embedding):
+    """Normalises the rows."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.normalize(super().forward(ids), dim=-1)
+
+
+class Shifted(nn.Embedding):
+    """Learnt positions, as BART's."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(torch.arange(ids.shape[1], device=ids.device).expand_as(ids) + 1)
+
+
+class Masked(nn.Embedding):
+    """Positions by a mask, as OPT's."""
+
+    def forward(self, mask: Tensor, past: int) -> Tensor:
+        return super().forward(mask.cumsum(1) + past)
+
+
+class Decoupled(nn.Embedding):
+    """Two tables, as Idefics'."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.more = nn.Embedding(3, sizes[1])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids.clamp(max=self.num_embeddings - 1))
+        return torch.where((ids < self.num_embeddings)[..., None], rows, self.more(ids % 3))
+
+
+@pytest.mark.parametrize("kind", [Normed, Shifted, Masked, Decoupled])
+@pytest.mark.parametrize("targets", [["layer", "other"], ".*"])
+def test_strange_embeddings_are_left_out(kind: type[nn.Embedding], targets: Any) -> None:
+    """What is an embedding by its class and none by what it does is left out, and said."""
+    model = nn.Sequential()
+    model.add_module("layer", kind(9, 4))
+    model.add_module("other", nn.Embedding(9, 4))
+    with pytest.warns(lrkit.LrkitWarning, match=f"layer .{kind.__name__}: "):
+        adapted = lrkit.attach(model, lrkit.methods.lora(rank=2), targets=targets, train_also=[])
+    assert "layer" not in adapted.adapters and "other" in adapted.adapters
+
+
 def test_embeddings_save_and_load(tmp_path: Path) -> None:
     """A saved embedding adapter with pruned components comes back with the same outputs."""
     torch.manual_seed(1)

@@ -351,6 +351,27 @@ def test_peft_reads_embeddings_and_convolutions(tmp_path: Path) -> None:
         lrkit.export(adapted, tmp_path / "other", to="peft-adalora", batch={"input_ids": ids})
 
 
+class Pictures(nn.Module):
+    """A convolution that does not cast its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        out: Tensor = self.last(self.conv(pixel_values).mean(dim=(2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_export_takes_ordinary_batches(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The batch of the check may be in the model's dtype or in float64."""
+    adapted = lrkit.attach(Pictures(), lrkit.methods.lora(rank=2), targets=["conv", "last"], train_also=[])
+    perturb(adapted)
+    batch = {"pixel_values": torch.randn(2, 3, 8, 8, dtype=dtype)}
+    assert lrkit.export(adapted, tmp_path / "out", batch=batch).difference < 1e-6
+
+
 def test_peft_reads_tied_embeddings(tmp_path: Path) -> None:
     """PEFT ties the head to the embedding's adapter, as lrkit does; without that, from_peft refuses."""
     import transformers

@@ -9,7 +9,7 @@ from torch import nn
 from lrkit.adapt.coverage import TOLD_FROM, Coverage, coverage, partly, percent
 from lrkit.adapt.exclusion import leave_out
 from lrkit.adapt.foresight import check_room
-from lrkit.adapt.heads import check_trainable, find_head, head_parameters, tell_tied
+from lrkit.adapt.heads import check_trainable, find_head, head_parameters, tell_left, tell_running, tell_tied
 from lrkit.adapt.targets import find_targets, together
 from lrkit.adapt.tied import leaders, mirrors
 from lrkit.errors import LrkitError, LrkitWarning
@@ -102,6 +102,8 @@ def choose(
                 stacklevel=4,
             )
         tell_tied(model, head)
+        tell_left(model, train_also, [*head, *adapters])
+        tell_running(model)
     for target in found:
         if target.maps > 1 and getattr(adapters.get(target.name, target), "maps", 1) != target.maps:
             raise LrkitError(

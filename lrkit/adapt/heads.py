@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
+from lrkit.errors import LrkitError, LrkitWarning, listing, nearest, shown
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.precision import is_plain
 from lrkit.shards import is_sharded
 
+_RUNNING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)  # noqa: SLF001 (torch offers no other)
 _HEADS = ("classifier", "score", "head", "classification_head", "qa_outputs")
 
 
@@ -131,6 +132,48 @@ def tell_tied(model: nn.Module, head: Sequence[str]) -> None:
     if others:
         warnings.warn(
             f"{', '.join(head)} is tied to {', '.join(others)}, which trains and moves with it",
+            LrkitWarning,
+            stacklevel=5,
+        )
+
+
+def tell_left(model: nn.Module, train_also: str | Sequence[str], trains: Sequence[str]) -> None:
+    """Warn if modules are named to train in full, and a task head that ``"auto"`` would have found is not among them.
+
+    Args:
+        model: the model.
+        train_also: as `find_head` takes it. An empty list leaves the head alone on purpose.
+        trains: names of the modules that train.
+    """
+    if train_also == "auto" or not train_also:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of poolers
+        new = find_head(model, "auto")
+    if new and not any(_overlap(name, each) for name in new for each in trains):
+        warnings.warn(
+            f'{", ".join(new)} stays as it is: train_also names other modules, and not the head, which train_also="auto" '
+            "would train; if it is new, name it too",
+            LrkitWarning,
+            stacklevel=5,
+        )
+
+
+def _overlap(one: str, other: str) -> bool:
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def tell_running(model: nn.Module) -> None:
+    """Warn of running statistics, which move in training mode although nothing of them is a parameter."""
+    running = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _RUNNING) and module.running_mean is not None and module.momentum != 0
+    ]
+    if running:
+        warnings.warn(
+            f"{listing(running)}: running statistics move in training mode, and are neither saved with the adapters nor put "
+            "back by detach; with momentum = 0 they stay",
             LrkitWarning,
             stacklevel=5,
         )

@@ -160,7 +160,10 @@ def _logits(
         for config, _ in chosen:
             setattr(config, _EXPERTS, "eager")
         model.eval()
-        output = torch.func.functional_call(model, wide, kwargs=dict(batch), tie_weights=True)
+        given = {
+            name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in batch.items()
+        }
+        output = torch.func.functional_call(model, wide, kwargs=given, tie_weights=True)
     finally:
         for config, implementation in chosen:
             setattr(config, _EXPERTS, implementation)

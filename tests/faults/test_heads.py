@@ -92,6 +92,26 @@ def test_tied_heads_train(name, dtype, tmp_path):
         assert torch.equal(model(input_ids=IDS, labels=IDS).logits, trained)
 
 
+@pytest.mark.parametrize(
+    ("train_also", "left"),
+    [(["word_embeddings"], "pooler, classifier"), ("query", "pooler, classifier"), (["classifier"], ""), ([], "")],
+)
+def test_left_heads_are_told(train_also, left):
+    """A new head that other modules' names leave out is named; one that is left out on purpose is not."""
+    _, told = said(lambda: lrkit.attach(models.make("bert"), LORA, targets=["key"], train_also=train_also))
+    assert (f"{left} stays as it is: train_also names other" in told) if left else not told
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.SyncBatchNorm, nn.InstanceNorm1d])
+def test_running_statistics_are_told(kind):
+    """Statistics that move in training are named, since they are not saved; with momentum 0 they stay."""
+    settings = {"track_running_stats": True}
+    with pytest.warns(lrkit.LrkitWarning, match="^2: running statistics move in training mode"):
+        lrkit.attach(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), kind(4, **settings)), LORA, targets=["0"], train_also=[])
+    for still in (kind(4, momentum=0.0, **settings), kind(4, track_running_stats=False)):
+        lrkit.attach(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), still), LORA, targets=["0"], train_also=[])
+
+
 class TwoHeads(nn.Module):
     def __init__(self):
         super().__init__()

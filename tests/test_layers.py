@@ -1,6 +1,7 @@
 """Kinds of layers: embeddings, convolutions and what a plug-in adds, against the formula in float64."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -115,6 +116,21 @@ def test_tied_embeddings_agree(method: str) -> None:
     adapted.merge()
     assert model.head.weight is model.embed.weight
     assert torch.allclose(model(ids), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_heads_that_are_read_are_told(calls: bool) -> None:
+    """A loss that reads a tied head's weight misses its increment, which is said at the first step; a call is not."""
+    model = Tied()
+    adapted = lrkit.attach(model, lrkit.methods.lora(rank=2), targets=["embed"], train_also=[])
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.1)
+    adapted.bind(optimizer, total_steps=2)
+    hidden = model.embed(torch.tensor([[1, 2]]))
+    (model.head(hidden) if calls else hidden @ model.head.weight.t()).square().sum().backward()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert [str(each.message).split(" is tied")[0] for each in told] == ([] if calls else ["head"])
 
 
 def test_detach_restores_ties() -> None:

@@ -11,6 +11,7 @@ from lrkit.adapt.heads import head_parameters
 from lrkit.adapt.optimizers import Steps, as_long_as_alive, held_by, unwrapped
 from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.saved import Loaded
+from lrkit.adapt.tied import passed_by
 from lrkit.adapt.weights import Weights
 from lrkit.errors import LrkitError, listing
 from lrkit.loop import liveness
@@ -220,6 +221,12 @@ class Binding:
                 "head",
                 f"no gradient reaches {listing(silent)}, which trains in full: the loss does not depend on it. Leave it out "
                 "with train_also",
+            )
+        if passed := passed_by(self._model):
+            self.controller.warn(
+                "passed by",
+                f"{listing(passed)} is tied to an adapted embedding and has not been called: a loss that reads its weight, "
+                "as TRL's do, misses the ΔW that the model's own outputs have. Leave the embedding out of targets",
             )
         ddp = self._outer.ddp
         if ddp is not None and (dead or silent) and not (ddp.find_unused_parameters or ddp.static_graph):

@@ -44,4 +44,9 @@ def mirrors(model: nn.Module, layers: Mapping[str, nn.Module], adapters: Mapping
     return found
 
 
-__all__ = ["leaders", "mirrors"]
+def passed_by(model: nn.Module) -> list[str]:
+    """Name the layers that are tied to an adapted embedding and have never been called."""
+    return [name for name, module in model.named_modules() if isinstance(module, Mirror) and not module.called]
+
+
+__all__ = ["leaders", "mirrors", "passed_by"]

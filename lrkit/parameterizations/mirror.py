@@ -16,12 +16,16 @@ class Mirror(Adapter):
     Args:
         base: the layer whose place it takes.
         adapter: the adapter of the layer that it shares the weight with.
+
+    Attributes:
+        called: whether it has been called. A loss that reads its weight instead misses the increment.
     """
 
     def __init__(self, base: nn.Module, adapter: LowRank) -> None:
         super().__init__(base)
         self.leader = (adapter,)  # in a tuple, so that it is no submodule
         self.transposed = kind_of(base) != adapter.kind
+        self.called = False
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B with this layer's ΔW = s · B diag(c) A."""
@@ -34,6 +38,8 @@ class Mirror(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output with the increment."""
         (adapter,) = self.leader
+        if not self.called:
+            self.called = True
         y: Tensor = self.base(x)
         a, b = self.factors()
         return y + adapter.increment(self.base, self.kind, x, y.dtype, a, b) if len(a) else y

@@ -4,9 +4,7 @@ import collections
 
 import families
 import pytest
-import torch
 from torch import nn
-from transformers import AutoModel, LlamaConfig
 
 import lrkit
 from lrkit.adapt.roles import places
@@ -96,24 +94,15 @@ def test_classes_tell_roles():
     }
 
 
-@pytest.mark.parametrize(("width", "inner", "blocks", "heads"), [(2048, 8192, 16, 32), (8192, 28672, 80, 64)])
-def test_llamas_without_storage(width, inner, blocks, heads):
+@pytest.mark.parametrize("size", families.LLAMAS)
+def test_llamas_without_storage(size):
     """A Llama of 1 B or 70 B parameters takes adapters on the meta device, as many numbers as its shapes say."""
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    )
-    with torch.device("meta"):
-        model = AutoModel.from_config(config)
+    width, inner, blocks, heads = families.LLAMAS[size]
+    model = families.llama(size)
     narrow = 8 * width // heads
     sizes = 2 * 2 * width + 2 * (width + narrow) + 3 * (width + inner)
-    for method, per_layer in ((lrkit.methods.lora(rank=8), 0), (lrkit.methods.adalora(), 12)):
-        rank = per_layer or 8
+    for method, core in ((lrkit.methods.lora(rank=8), 0), (lrkit.methods.adalora(rank=8, target_rank=4), 8)):
         adapted = lrkit.attach(model, method)
         assert len(adapted.adapters) == 7 * blocks
-        assert sum(p.numel() for p in adapted.adapter_parameters()) == blocks * (rank * sizes + 7 * per_layer)
+        assert sum(p.numel() for p in adapted.adapter_parameters()) == blocks * (8 * sizes + 7 * core)
         adapted.detach()

@@ -109,14 +109,17 @@ def step_of(model, parameters, data, penalty=None):
     return step, optimizer
 
 
-def ours(model, data, method, targets):
+def ours(model, data, method, targets, total_steps=subjects.LONG):
+    """Attach a method of lrkit's, and return its step."""
     adapted = lrkit.attach(model, method, targets=targets, train_also=[])
     step, optimizer = step_of(model, adapted.parameters(), data, adapted.penalty if adapted.has_penalty else None)
-    adapted.bind(optimizer, total_steps=subjects.LONG)
+    adapted.bind(optimizer, total_steps=total_steps)
+    step.adapted = adapted
     return step
 
 
 def theirs(model, data, targets):
+    """Attach PEFT's LoRA, and return its step."""
     model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, **targets))
     return step_of(model, [p for p in model.parameters() if p.requires_grad], data)[0]
 

@@ -96,8 +96,8 @@ check: .venv/.installed ## lint, format, rooms, types, documentation
 docs: .venv/.installed ## build the documentation into docs/_build/html; a warning is an error
 	$(PY) -P -m sphinx -q -n -W --keep-going -b html docs docs/_build/html
 
-bench: .venv/.installed ## every benchmark in tests/bench, and one table (12 minutes; ARGS="--rounds 0.3" for a look)
-	@out=$$(mktemp -d); export PYTHONPATH=tests/bench; \
+bench: .venv/.installed ## every benchmark in tests/bench, and one table (15 minutes; ARGS="--rounds 0.3" for a look)
+	@out=$$(mktemp -d); export PYTHONPATH=tests/bench:tests; \
 	for f in tests/bench/bench_*.py; do \
 	  echo "== $$f"; $(PY) -P "$$f" --json "$$out/$$(basename $$f .py).json" $(ARGS) || exit 1; \
 	done; \

@@ -58,6 +58,30 @@ def build(name: str, depth: int = DEPTH) -> nn.Module:
             return AutoModel.from_config(config)
 
 
+LLAMAS = {"1 B": (2048, 8192, 16, 32), "70 B": (8192, 28672, 80, 64)}
+"""Width, width of the FFN, blocks and heads of Llamas by size; each has 8 heads of keys and values."""
+
+
+def llama(size: str, **settings: Any) -> nn.Module:
+    """Build a Llama of 1 B or 70 B parameters with its head on the meta device; settings are its configuration's."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    width, inner, blocks, heads = LLAMAS[size]
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=size == "1 B",
+        use_cache=False,
+        **settings,
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def _shorten(config: Any, depth: int) -> None:
     """Cut the number of layers, and the lists that have one entry per layer."""
     longest = {getattr(config, field, None) for field in _DEPTHS}

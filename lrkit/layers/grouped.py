@@ -33,7 +33,7 @@ def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
             return y.masked_fill_(beyond[:, None], 0)  # the kernel leaves them as they were
         y = x.new_zeros(len(x), w.shape[1])
         for group, rows in _groups(ends):
-            torch.mm(x[rows], w[group].t(), out=y[rows])
+            _product(x[rows], w[group].t(), y[rows], thin=min(w.shape[1:]) <= _THIN)
         return y
 
 
@@ -55,8 +55,24 @@ def grouped_outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
             return sums
         sums = x.new_zeros(len(ends), g.shape[1], x.shape[1])
         for group, rows in _groups(ends):
-            torch.mm(g[rows].t(), x[rows], out=sums[group])
+            _product(g[rows].t(), x[rows], sums[group], thin=min(sums.shape[1:]) <= _THIN)
         return sums
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, thin: bool) -> None:
+    """Write a b into `out`, by way of float32 if that is cheaper: for thin matrices in half precision on a CPU.
+
+    There oneDNN compiles a product anew for every number of rows, which takes longer than a thin product itself. It keeps
+    1,024 of them, fewer than the experts of a few layers need, and the numbers of rows change from batch to batch.
+    """
+    if thin and a.dtype.itemsize == 2 and a.device.type == "cpu":
+        out.copy_(a.float() @ b.float())
+    else:
+        torch.mm(a, b, out=out)
+
+
+_THIN = 64
+"""Of a matrix's two sizes the smaller one, up to which it is thin; a rank, that is."""
 
 
 def _has_kernel(*tensors: Tensor) -> bool:

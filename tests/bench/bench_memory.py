@@ -38,7 +38,8 @@ def run(kind):
 
 
 def state():
-    """Bytes of lrkit's own for each adapter parameter: at first, when half has frozen, and at the end."""
+    """Bytes of lrkit's own for each adapter parameter, step by step: of a BERT, of experts and of an embedding."""
+    import bench_layers
     import subjects
     import torch
 
@@ -46,19 +47,25 @@ def state():
     from lrkit import accounting
 
     torch.manual_seed(0)
-    base, data = subjects.bert(width=128, layers=4), subjects.batch(2, 8)
     out = {}
+    experts, batch, targets, _ = bench_layers.SUBJECTS["experts like Mixtral's, 2x256 tokens"]
+    embedding, ids, embed, _ = bench_layers.SUBJECTS["an embedding of 32,000 x 768, 16x128 tokens"]
     for name, method in (
         ("AdaLoRA", subjects.adalora(final=4)),
         ("AFLoRA", lrkit.methods.aflora(rank=12, train="both", warmup=2, final=2)),
     ):
-        step = subjects.ours(base, data, method, total_steps=12)
-        parameters = sum(p.numel() for p in step.adapted.adapter_parameters())
-        series = []
-        for _ in range(12):
-            step()
-            series.append(accounting.memory(step.adapted).adaptive / parameters)
-        out[name] = series
+        base, data = subjects.bert(width=128, layers=4), subjects.batch(2, 8)
+        steps = {
+            name: subjects.ours(base, data, method, total_steps=12),
+            f"{name}, experts": bench_layers.ours(experts(), batch, method, targets, total_steps=12),
+            f"{name}, an embedding": bench_layers.ours(embedding(), ids, method, embed, total_steps=12),
+        }
+        for what, step in steps.items():
+            parameters = sum(p.numel() for p in step.adapted.adapter_parameters())
+            out[what] = []
+            for _ in range(12):
+                step()
+                out[what].append(accounting.memory(step.adapted).adaptive / parameters)
     return out
 
 
@@ -70,7 +77,7 @@ def main():
         falling = all(b <= a for a, b in itertools.pairwise(series)) and series[-1] < 0.1
         rows.append(
             harness.Row(
-                what=f"lrkit's own state, {name} r = 12, bytes for each adapter parameter: first, middle, end",
+                what=f"lrkit's own state, {name}, r = 12, bytes for each adapter parameter: first, middle, end",
                 target="at most 8, given back",
                 measured=f"{series[0]:.2f}, {series[5]:.2f}, {series[-1]:.2f}",
                 # A mask of one byte for each component is beside the two float32 statistics.

@@ -25,14 +25,25 @@ METHODS = {
         action=lrkit.actions.Zero(),
     ),
 }
+METHODS["adalora by gradient"] = attrs.evolve(
+    METHODS["adalora"], metric=attrs.evolve(METHODS["adalora"].metric, measure="before-clipping")
+)
 
 
-def shard(model, **how):
+def shard(model, blocks=True, **how):
     from torch.distributed.fsdp import fully_shard
 
-    for layer in model.bert.encoder.layer:
+    for layer in model.bert.encoder.layer if blocks else ():
         fully_shard(layer, **how)
     return fully_shard(model, **how)
+
+
+def shard_as_one(model):
+    """Gather and reduce everything at once. FSDP2 leaves such parameters whole after an evaluation."""
+    return shard(model, blocks=False)
+
+
+CUTS = dict.fromkeys(METHODS, shard) | {"adalora by gradient": shard_as_one}
 
 
 def plain(seed=3):
@@ -44,10 +55,31 @@ def optimizer_of(adapted):
 
 
 def train(model, adapted, optimizer, begin, end, rank=0, world=1):
+    if adapted.method == METHODS["adalora by gradient"]:
+        return by_gradient(model, adapted, optimizer, begin, end, rank, world)
     adapted.bind(optimizer, total_steps=STEPS)
     for step in range(begin, end):
         mine = {k: v[rank::world] for k, v in models.batch(seed=step, rows=12).items()}
         (model(**mine).loss + adapted.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.unbind(quietly=True)
+
+
+def by_gradient(model, adapted, optimizer, begin, end, rank, world):
+    """Train as the Trainer does: the loss is the task's, of two batches whose gradients are summed, and clipped."""
+    adapted.bind(optimizer, total_steps=STEPS, penalty="gradient")
+    for step in range(begin, end):
+        batch = models.batch(seed=step, rows=12)
+        with torch.no_grad():
+            model(**batch)
+        adapted.begin_step()
+        for half in range(2):
+            if step % 2 and world > 1:  # reduced once, or twice
+                model.set_requires_gradient_sync(half == 1)
+            mine = {k: v[half::2][rank::world] for k, v in batch.items()}
+            (model(**mine).loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(adapted.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
     adapted.unbind(quietly=True)
@@ -140,8 +172,6 @@ def refusals():
     model = plain()
     adapted = lrkit.attach(model, METHODS["adalora"])
     shard(model)
-    optimizer = optimizer_of(adapted)
-    said["gradient"] = message(lambda: adapted.bind(optimizer, total_steps=STEPS, penalty="gradient"))
     said["merge"] = message(adapted.merge)
     return said
 
@@ -152,8 +182,8 @@ def work(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/init-{world}", rank=rank, world_size=world)
     result = {"run": {}, "resumed": {}}
     for name, method in METHODS.items():
-        result["run"][name] = one(method, folder / f"{name}-{world}", rank, world, shard)
-        result["resumed"][name] = resumed(folder / f"{name}-{world - 1}", rank, world, shard)
+        result["run"][name] = one(method, folder / f"{name}-{world}", rank, world, CUTS[name])
+        result["resumed"][name] = resumed(folder / f"{name}-{world - 1}", rank, world, CUTS[name])
     if world == 2:
         result["said"] = refusals()
     torch.save(result, folder / f"{world}-{rank}.pt")

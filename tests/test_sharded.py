@@ -36,8 +36,8 @@ def alike(one, other):
     assert one["sums"] == other["sums"]
     assert one["tensors"].keys() == other["tensors"].keys()
     for key, value in one["tensors"].items():
-        loose = {"rtol": 1e-3, "atol": 1e-9} if value.dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-9}
-        torch.testing.assert_close(other["tensors"][key], value, **loose, msg=lambda m, k=key: f"{k}: {m}")
+        rounding = {"rtol": 1e-5, "atol": 1e-9} if value.dtype == torch.float32 else {"rtol": 0, "atol": 1e-14}
+        torch.testing.assert_close(other["tensors"][key], value, **rounding, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_sharded_equals_one_process(runs):
@@ -70,12 +70,11 @@ def test_sharded_runs_resume_anywhere(runs):
         ("cut", "cuts or adds components"),
         ("shared", "share matrices"),
         ("late", "sharded after bind"),
-        ("gradient", r"train on loss \+ adapted.penalty"),
         ("merge", "base weight is sharded"),
     ],
 )
 def test_sharded_refusals_are_lines(case, words, runs):
     """Whatever sharded parameters cannot do is refused on every process in one line."""
     for result in runs[1][2]:
-        assert words.replace("\\", "") in result["said"][case]
+        assert words in result["said"][case]
         assert "\n" not in result["said"][case]

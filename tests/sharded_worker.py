@@ -1,15 +1,20 @@
 """Gloo processes that shard a model by FSDP2; run by test_sharded.py with: FOLDER WORLD [WORLD ...]."""
 
+import errno
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
 import attrs
 import models
+import pytest
 import torch
 import torch.distributed as dist
+import transformers
 
 import lrkit
+from lrkit.adapt import checkpoint
 from lrkit.shards import like, whole
 
 STEPS, HALF = 12, 7
@@ -56,7 +61,8 @@ def optimizer_of(adapted):
 
 def train(model, adapted, optimizer, begin, end, rank=0, world=1):
     if adapted.method == METHODS["adalora by gradient"]:
-        return by_gradient(model, adapted, optimizer, begin, end, rank, world)
+        by_gradient(model, adapted, optimizer, begin, end, rank, world)
+        return
     adapted.bind(optimizer, total_steps=STEPS)
     for step in range(begin, end):
         mine = {k: v[rank::world] for k, v in models.batch(seed=step, rows=12).items()}
@@ -139,12 +145,58 @@ def resumed(folder, rank=0, world=1, cut=lambda model: None):
     return end(adapted)
 
 
-def message(call):
+def message(call, kind=lrkit.LrkitError):
     try:
         call()
-    except lrkit.LrkitError as error:
+    except kind as error:
         return str(error)
     return "nothing"
+
+
+def tensor_parallel(folder, rank, world):
+    """A model of transformers that is tensor parallel when it comes, and layers that are after attach."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder / "llama", tp_plan="auto", device_mesh=mesh
+    )
+    said = {"tp_plan": message(lambda: lrkit.attach(model, lrkit.methods.lora()))}
+    model = plain()
+    adapted = lrkit.attach(model, lrkit.methods.lora(), targets=["query"])
+    parallelize_module(model.bert.encoder.layer[0], mesh, {"intermediate.dense": ColwiseParallel()})
+    said["parallelize"] = message(lambda: adapted.bind(optimizer_of(adapted), total_steps=STEPS))
+    return said
+
+
+def saves(folder, rank):
+    """Saves that fail on the process that writes, and at last one that another process does not live to see."""
+    model = plain()
+    adapted = lrkit.attach(model, METHODS["adalora"])
+    shard(model)
+    adapted.save(folder / "saved")
+    file = folder / "saved" / checkpoint.FILE
+    before, said = file.read_bytes(), {}
+    (folder / "occupied").touch()
+    said["occupied"] = message(lambda: adapted.save(folder / "occupied"), OSError)
+
+    def full(tensors, draft, metadata):
+        draft.write_bytes(before[: len(before) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        said["full"] = message(lambda: adapted.save(folder / "saved"), OSError)
+    said["kept"] = file.read_bytes() == before
+    torch.save(said, folder / f"saves-{rank}.pt")
+    dist.barrier()
+    if rank:
+        os._exit(0)
+    said["alone"] = message(lambda: adapted.save(folder / "saved"), RuntimeError)
+    said["kept"] &= file.read_bytes() == before
+    torch.save(said, folder / f"saves-{rank}.pt")
+    os._exit(0)
 
 
 def refusals():
@@ -171,6 +223,11 @@ def refusals():
     said["late"] = message(lambda: list(adapted.parameters()))
     model = plain()
     adapted = lrkit.attach(model, METHODS["adalora"])
+    stale = optimizer_of(adapted)
+    shard(model)
+    said["stale"] = message(lambda: adapted.bind(stale, total_steps=STEPS))
+    model = plain()
+    adapted = lrkit.attach(model, METHODS["adalora"])
     shard(model)
     said["merge"] = message(adapted.merge)
     return said
@@ -185,8 +242,10 @@ def work(rank, world, folder):
         result["run"][name] = one(method, folder / f"{name}-{world}", rank, world, CUTS[name])
         result["resumed"][name] = resumed(folder / f"{name}-{world - 1}", rank, world, CUTS[name])
     if world == 2:
-        result["said"] = refusals()
+        result["said"] = refusals() | tensor_parallel(folder, rank, world)
     torch.save(result, folder / f"{world}-{rank}.pt")
+    if world == 2:
+        saves(folder, rank)
     dist.destroy_process_group()
 
 

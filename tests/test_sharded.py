@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import models
 import pytest
 import sharded_worker
 import torch
@@ -26,6 +27,7 @@ def processes(folder, *worlds):
 def runs(tmp_path_factory):
     """The runs of one process, of two and of three, each of the later ones resuming what those before it saved."""
     folder = tmp_path_factory.mktemp("sharded")
+    models.make("llama").save_pretrained(folder / "llama")
     alone = {name: sharded_worker.one(method, folder / f"{name}-1") for name, method in METHODS.items()}
     return alone, processes(folder, 2, 3), folder
 
@@ -62,6 +64,16 @@ def test_sharded_runs_resume_anywhere(runs):
         alike(alone[name], sharded_worker.resumed(folder / f"{name}-3"))
 
 
+def test_failed_saves_fail_everywhere(runs):
+    """A save that fails where it is written raises the same line on every process, and leaves the old file."""
+    first, second = (torch.load(runs[2] / f"saves-{rank}.pt") for rank in range(2))
+    for case, words in {"occupied": "File exists", "full": "No space left"}.items():
+        assert words in first[case]
+        assert first[case] == second[case]
+    assert first["alone"] != "nothing"
+    assert first["kept"]
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [
@@ -70,7 +82,10 @@ def test_sharded_runs_resume_anywhere(runs):
         ("cut", "cuts or adds components"),
         ("shared", "share matrices"),
         ("late", "sharded after bind"),
+        ("stale", "make it from adapted.parameters() after fully_shard"),
         ("merge", "base weight is sharded"),
+        ("tp_plan", "tensor parallel layers (tp_plan, parallelize_module) cannot be adapted"),
+        ("parallelize", "tensor parallel layers (tp_plan, parallelize_module) cannot be adapted"),
     ],
 )
 def test_sharded_refusals_are_lines(case, words, runs):

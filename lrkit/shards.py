@@ -59,11 +59,19 @@ def joined(piece: Tensor, p: Tensor) -> Tensor:
 
 
 def told(value: Tensor, p: Tensor) -> Tensor:
-    """Return a number of each process that holds pieces of a tensor [processes]; this one's alone for a plain tensor."""
+    """Return values that each process that holds pieces of a tensor has, of one shape for all of them.
+
+    Args:
+        value: this process's [*shape].
+        p: the tensor.
+
+    Returns:
+        [processes, *shape]; this one's alone [1, *shape] for a plain tensor.
+    """
     if not is_sharded(p):
-        return value.reshape(1)
+        return value[None]
     from torch.distributed.tensor import DTensor, Shard
 
     sharded: Any = p
     mesh = sharded.device_mesh
-    return whole(DTensor.from_local(value.reshape(1).to(p.device), mesh, [Shard(0)] * mesh.ndim, run_check=False))
+    return whole(DTensor.from_local(value[None].to(p.device), mesh, [Shard(0)] * mesh.ndim, run_check=False))

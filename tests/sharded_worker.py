@@ -1,15 +1,20 @@
 """Gloo processes that shard a model by FSDP2; run by test_sharded.py with: FOLDER WORLD [WORLD ...]."""
 
+import errno
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
 import attrs
 import models
+import pytest
 import torch
 import torch.distributed as dist
+import transformers
 
 import lrkit
+from lrkit.adapt import checkpoint
 from lrkit.shards import like, whole
 
 STEPS, HALF = 12, 7
@@ -25,14 +30,25 @@ METHODS = {
         action=lrkit.actions.Zero(),
     ),
 }
+METHODS["adalora by gradient"] = attrs.evolve(
+    METHODS["adalora"], metric=attrs.evolve(METHODS["adalora"].metric, measure="before-clipping")
+)
 
 
-def shard(model, **how):
+def shard(model, blocks=True, **how):
     from torch.distributed.fsdp import fully_shard
 
-    for layer in model.bert.encoder.layer:
+    for layer in model.bert.encoder.layer if blocks else ():
         fully_shard(layer, **how)
     return fully_shard(model, **how)
+
+
+def shard_as_one(model):
+    """Gather and reduce everything at once. FSDP2 leaves such parameters whole after an evaluation."""
+    return shard(model, blocks=False)
+
+
+CUTS = dict.fromkeys(METHODS, shard) | {"adalora by gradient": shard_as_one}
 
 
 def plain(seed=3):
@@ -44,10 +60,32 @@ def optimizer_of(adapted):
 
 
 def train(model, adapted, optimizer, begin, end, rank=0, world=1):
+    if adapted.method == METHODS["adalora by gradient"]:
+        by_gradient(model, adapted, optimizer, begin, end, rank, world)
+        return
     adapted.bind(optimizer, total_steps=STEPS)
     for step in range(begin, end):
         mine = {k: v[rank::world] for k, v in models.batch(seed=step, rows=12).items()}
         (model(**mine).loss + adapted.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.unbind(quietly=True)
+
+
+def by_gradient(model, adapted, optimizer, begin, end, rank, world):
+    """Train as the Trainer does: the loss is the task's, of two batches whose gradients are summed, and clipped."""
+    adapted.bind(optimizer, total_steps=STEPS, penalty="gradient")
+    for step in range(begin, end):
+        batch = models.batch(seed=step, rows=12)
+        with torch.no_grad():
+            model(**batch)
+        adapted.begin_step()
+        for half in range(2):
+            if step % 2 and world > 1:  # reduced once, or twice
+                model.set_requires_gradient_sync(half == 1)
+            mine = {k: v[half::2][rank::world] for k, v in batch.items()}
+            (model(**mine).loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(adapted.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
     adapted.unbind(quietly=True)
@@ -107,12 +145,58 @@ def resumed(folder, rank=0, world=1, cut=lambda model: None):
     return end(adapted)
 
 
-def message(call):
+def message(call, kind=lrkit.LrkitError):
     try:
         call()
-    except lrkit.LrkitError as error:
+    except kind as error:
         return str(error)
     return "nothing"
+
+
+def tensor_parallel(folder, rank, world):
+    """A model of transformers that is tensor parallel when it comes, and layers that are after attach."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder / "llama", tp_plan="auto", device_mesh=mesh
+    )
+    said = {"tp_plan": message(lambda: lrkit.attach(model, lrkit.methods.lora()))}
+    model = plain()
+    adapted = lrkit.attach(model, lrkit.methods.lora(), targets=["query"])
+    parallelize_module(model.bert.encoder.layer[0], mesh, {"intermediate.dense": ColwiseParallel()})
+    said["parallelize"] = message(lambda: adapted.bind(optimizer_of(adapted), total_steps=STEPS))
+    return said
+
+
+def saves(folder, rank):
+    """Saves that fail on the process that writes, and at last one that another process does not live to see."""
+    model = plain()
+    adapted = lrkit.attach(model, METHODS["adalora"])
+    shard(model)
+    adapted.save(folder / "saved")
+    file = folder / "saved" / checkpoint.FILE
+    before, said = file.read_bytes(), {}
+    (folder / "occupied").touch()
+    said["occupied"] = message(lambda: adapted.save(folder / "occupied"), OSError)
+
+    def full(tensors, draft, metadata):
+        draft.write_bytes(before[: len(before) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        said["full"] = message(lambda: adapted.save(folder / "saved"), OSError)
+    said["kept"] = file.read_bytes() == before
+    torch.save(said, folder / f"saves-{rank}.pt")
+    dist.barrier()
+    if rank:
+        os._exit(0)
+    said["alone"] = message(lambda: adapted.save(folder / "saved"), RuntimeError)
+    said["kept"] &= file.read_bytes() == before
+    torch.save(said, folder / f"saves-{rank}.pt")
+    os._exit(0)
 
 
 def refusals():
@@ -139,9 +223,12 @@ def refusals():
     said["late"] = message(lambda: list(adapted.parameters()))
     model = plain()
     adapted = lrkit.attach(model, METHODS["adalora"])
+    stale = optimizer_of(adapted)
     shard(model)
-    optimizer = optimizer_of(adapted)
-    said["gradient"] = message(lambda: adapted.bind(optimizer, total_steps=STEPS, penalty="gradient"))
+    said["stale"] = message(lambda: adapted.bind(stale, total_steps=STEPS))
+    model = plain()
+    adapted = lrkit.attach(model, METHODS["adalora"])
+    shard(model)
     said["merge"] = message(adapted.merge)
     return said
 
@@ -152,11 +239,13 @@ def work(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/init-{world}", rank=rank, world_size=world)
     result = {"run": {}, "resumed": {}}
     for name, method in METHODS.items():
-        result["run"][name] = one(method, folder / f"{name}-{world}", rank, world, shard)
-        result["resumed"][name] = resumed(folder / f"{name}-{world - 1}", rank, world, shard)
+        result["run"][name] = one(method, folder / f"{name}-{world}", rank, world, CUTS[name])
+        result["resumed"][name] = resumed(folder / f"{name}-{world - 1}", rank, world, CUTS[name])
     if world == 2:
-        result["said"] = refusals()
+        result["said"] = refusals() | tensor_parallel(folder, rank, world)
     torch.save(result, folder / f"{world}-{rank}.pt")
+    if world == 2:
+        saves(folder, rank)
     dist.destroy_process_group()
 
 

@@ -17,7 +17,6 @@ from lrkit.errors import LrkitError, listing
 from lrkit.loop import liveness
 from lrkit.loop.controller import Controller
 from lrkit.loop.gradients import Unclipped
-from lrkit.shards import is_sharded
 
 
 class Binding:
@@ -87,10 +86,6 @@ class Binding:
         trained = self._weights.parameters()
         if reason := sharding.refusal(self._model, trained, self.controller.run):
             raise LrkitError(reason)
-        if penalty == "gradient" and self.penalty.exists and any(map(is_sharded, trained)):
-            raise LrkitError(
-                'penalty="gradient" hooks into gradients that FSDP2 reduces past any hook: train on loss + adapted.penalty()'
-            )
         if reason := self._weights.refusal(set().union(*map(held_by, optimizers)), self.controller.run.grows):
             raise LrkitError(reason)
         if reason := self.controller.objection(total_steps):
@@ -148,6 +143,11 @@ class Binding:
             parallel.follow(self._outer.ddp)
 
     # ---- at each step ----
+
+    def begin_step(self) -> None:
+        """Compute the penalty's gradient, if it is added while training."""
+        self._weights.put_back()
+        self.penalty.begin()
 
     def _before_step(self, scale: Tensor | None) -> None:
         self._weights.put_back()

@@ -22,6 +22,8 @@ from lrkit.shards import is_sharded, told
 
 FILE = "lrkit.safetensors"
 _KEY = "lrkit"
+_WORDS = 1000
+"""Bytes of an error's words that one process tells the others."""
 
 
 def write(folder: Path, state: Mapping[str, Any]) -> Path:
@@ -44,6 +46,8 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
 def write_once(folder: Path, state: Mapping[str, Any], trained: Sequence[Tensor]) -> Path:
     """Write a state. If processes hold parts of what trains, the first of them writes, and the others wait for it.
 
+    If it fails there, all of them raise: the first its own error, and the others an OSError with the same words.
+
     Args:
         folder: the folder.
         state: as `write` takes it.
@@ -55,10 +59,19 @@ def write_once(folder: Path, state: Mapping[str, Any], trained: Sequence[Tensor]
     first: Any = next((p for p in trained if is_sharded(p)), None)
     if first is None:
         return write(folder, state)
-    try:
-        return folder / FILE if any(first.device_mesh.get_coordinate()) else write(folder, state)
-    finally:
-        told(torch.zeros(1), first)
+    failure: BaseException | None = None
+    if not any(first.device_mesh.get_coordinate()):
+        try:
+            write(folder, state)
+        except BaseException as error:
+            failure = error
+    words = b"" if failure is None else (f"{failure}" or type(failure).__name__).encode()[:_WORDS]
+    said = bytes(told(torch.tensor(list(words.ljust(_WORDS, b"\0")), dtype=torch.uint8), first)[0].tolist())
+    if failure is not None:
+        raise failure
+    if words := said.rstrip(b"\0"):
+        raise OSError(words.decode(errors="replace"))
+    return folder / FILE
 
 
 @attrs.frozen(eq=False)

@@ -17,6 +17,7 @@ from lrkit.adapt.dequantize import forget, is_packed, merged
 from lrkit.adapt.masters import Masters
 from lrkit.adapt.names import keep_names
 from lrkit.adapt.reference import without
+from lrkit.adapt.sharding import refusal_to_attach
 from lrkit.errors import LrkitError, LrkitWarning, listing
 from lrkit.precision import is_plain
 from lrkit.shards import is_sharded
@@ -41,11 +42,8 @@ def check_model(model: nn.Module) -> None:
                 f"{name or 'the model'} is PEFT's own ({type(module).__name__}): take PEFT's adapters out first "
                 "(merge_and_unload() or unload()), or let lrkit.from_peft read the folder that PEFT saved"
             )
-    if any(map(is_sharded, model.parameters())):
-        raise LrkitError(
-            "the model's weights are sharded (DTensor): attach first, then fully_shard each block and the model (tensor "
-            "parallel weights cannot be adapted)"
-        )
+    if reason := refusal_to_attach(model):
+        raise LrkitError(reason)
     if any(getattr(module, _MARK, False) for module in model.modules()):
         raise LrkitError(
             "this model already carries adapters: detach() or merge() them first (and copy a model before attach, not after)"

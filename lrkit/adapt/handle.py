@@ -102,7 +102,7 @@ class Adapted(Trained):
 
     def begin_step(self) -> None:
         """Prepare the backward passes of one optimizer step, if bound with ``penalty="gradient"``."""
-        self._binding.penalty.begin()
+        self._binding.begin_step()
 
     def check_schedule(self, total_steps: int) -> None:
         """Raise LrkitError if a schedule of the method does not fit a run of so many steps."""

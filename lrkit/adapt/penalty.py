@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from lrkit.adapt.sharding import gathered
 from lrkit.loop.gradients import Unclipped, on_gradient
 from lrkit.parameterizations import Parameterization
-from lrkit.shards import whole
+from lrkit.shards import held, whole
 
 FELT = 0.1
 """Gradients of a smaller norm are not compared, since clipping, mostly at 1, does not change them. For example the task of a
@@ -130,7 +130,7 @@ class Penalty:
         if not self._adding:
             return
         value, grads = self._gradient()
-        self._due, self._given = {id(p): g for p, g in grads}, set()
+        self._due, self._given = {id(p): held(g) for p, g in grads}, set()
         self._weight, self._idle = None, not grads
         self.last = value
 

@@ -14,6 +14,21 @@ Moves = Mapping[int, nn.Parameter]
 """The parameter that stands in another one's place now, by the ``id`` of the one that stood there."""
 
 
+_TENSOR_PARALLEL = (
+    "the model's weights are sharded, and not by FSDP2: tensor parallel layers (tp_plan, parallelize_module) cannot be "
+    "adapted. Load the model without tp_plan, attach, and use DDP or fully_shard"
+)
+
+
+def refusal_to_attach(model: nn.Module) -> str | None:
+    """Say why adapters cannot go into a model whose weights are sharded; None if they are not."""
+    if not any(map(is_sharded, model.parameters())):
+        return None
+    if not any(map(is_managed, model.modules())):
+        return _TENSOR_PARALLEL
+    return "the model's weights are sharded already: attach first, then fully_shard each block and the model"
+
+
 def refusal(model: nn.Module, trained: Sequence[nn.Parameter], run: Run) -> str | None:
     """Say why a method cannot run on sharded parameters; None if it can, or if nothing is sharded.
 
@@ -24,10 +39,8 @@ def refusal(model: nn.Module, trained: Sequence[nn.Parameter], run: Run) -> str 
     """
     if not any(is_sharded(p) for p in model.parameters()):
         return None
-    if not any(is_managed(module) for module in model.modules()):
-        return (
-            "the model's weights are sharded, and not by FSDP2 (fully_shard): tensor parallel training is not supported"
-        )
+    if not any(map(is_managed, model.modules())):
+        return _TENSOR_PARALLEL
     left = sum(not is_sharded(p) for p in trained if p.numel())
     if left:
         return (

@@ -121,9 +121,10 @@ class Weights:
             )
         missing = [name for name, p in named if (p.requires_grad or (grows and not p.numel())) and id(p) not in held]
         if missing:
+            when = " after fully_shard" if any(is_sharded(p) for _, p in named) else ""
             return (
                 f"the optimizer does not hold {len(missing)} of the parameters that the method trains, such as "
-                f'"{missing[0]}": make it from adapted.parameters()'
+                f'"{missing[0]}": make it from adapted.parameters(){when}'
             )
         return None
 

@@ -6,9 +6,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lrkit.shards import held, is_sharded
+
 
 def on_gradient(p: nn.Parameter, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Call a hook with each gradient that arrives at a parameter, before it is accumulated; it may return another one."""
+    """Call a hook with each gradient that arrives at a parameter, before it is accumulated; it may return another one.
+
+    FSDP2 reduces gradients past such hooks. For a sharded parameter the hook is called after that instead, with this
+    process's part of the sum so far.
+    """
+    if is_sharded(p):
+
+        def reduced(p: Tensor) -> None:
+            assert p.grad is not None  # it has just arrived
+            part = held(p.grad)
+            if (other := hook(part)) is not None:
+                part.copy_(other)
+
+        return on_accumulated(p, reduced)
     return _hooked(p, lambda: p.register_hook(hook))  # type: ignore[no-untyped-call]
 
 

@@ -61,3 +61,21 @@ def quiet_transformers() -> Iterator[None]:
             hook(previous_hook)
         elif bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def experts_by(model: Any, implementation: str) -> Iterator[None]:
+    """Let a model compute its experts that are not adapted by another of transformers' implementations meanwhile.
+
+    For example its default, torch's product of sorted rows, has no float64, and on the meta device bfloat16 alone.
+    """
+    name = "_experts_implementation"
+    configs = {id(config): config for m in model.modules() if hasattr(config := getattr(m, "config", None), name)}
+    chosen = [(config, getattr(config, name)) for config in configs.values()]
+    try:
+        for config, _ in chosen:
+            setattr(config, name, implementation)
+        yield
+    finally:
+        for config, before in chosen:
+            setattr(config, name, before)

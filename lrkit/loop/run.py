@@ -62,8 +62,8 @@ class Run:
         stacks = [name for name, module in modules.items() if maps_of(module) > 1]
         if resizing is not None and stacks:
             raise LrkitError(
-                f"{type(resizing).__name__} cuts or adds components, and all experts of {stacks[0]} have one tensor, "
-                "as many of each: mask them (lrkit.actions.Prune), or name targets without experts"
+                f"{resizing!r} cuts or adds components, and all experts of {stacks[0]} have one tensor, as many of each: "
+                'mask them by Prune(cut="never") and cut after training by compact(), or leave experts out by exclude'
             )
         return run
 

@@ -1,6 +1,6 @@
 """Full fine-tuning: every parameter of the model trains, and ΔW is not factored at all."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import attrs
@@ -25,6 +25,10 @@ class Full(Parameterization):
     def parts(self) -> tuple[Part, ...]:
         """Declare the layer's own weight."""
         return (Part("weight", matrix=True),)
+
+    def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
+        """Choose all but stacks of experts, whose weights are no matrices. They train with the rest."""
+        return [target for target in targets if target.maps == 1]
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer itself."""

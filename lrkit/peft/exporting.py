@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from lrkit.adapt.adapted import Adapted
 from lrkit.errors import LrkitError, nearest
-from lrkit.models import quiet_transformers
+from lrkit.models import experts_by, quiet_transformers
 from lrkit.moves import umask
 from lrkit.peft.formats import TARGETS, Draft
 
 TOLERANCE = 1e-6
 """How far logits may be apart, in float64 arithmetic; a share of the largest logit if that is above 1."""
-_EXPERTS = "_experts_implementation"
 
 
 @attrs.frozen(kw_only=True)
@@ -153,20 +152,14 @@ def _logits(
     modes = [(module, module.training) for module in model.modules()]
     state = [*model.named_parameters(), *model.named_buffers()]
     wide = {name: as_computed(t).detach().double() for name, t in state if t.is_floating_point()}
-    # torch's product of sorted rows, which transformers takes for experts by default, has no float64.
-    configs = {id(config): config for m in model.modules() if hasattr(config := getattr(m, "config", None), _EXPERTS)}
-    chosen = [(config, getattr(config, _EXPERTS)) for config in configs.values()]
     try:
-        for config, _ in chosen:
-            setattr(config, _EXPERTS, "eager")
         model.eval()
         given = {
             name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in batch.items()
         }
-        output = torch.func.functional_call(model, wide, kwargs=given, tie_weights=True)
+        with experts_by(model, "eager"):
+            output = torch.func.functional_call(model, wide, kwargs=given, tie_weights=True)
     finally:
-        for config, implementation in chosen:
-            setattr(config, _EXPERTS, implementation)
         for module, training in modes:
             module.training = training
     if isinstance(output, Tensor):

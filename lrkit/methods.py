@@ -13,7 +13,7 @@ from lrkit.errors import LrkitError
 from lrkit.hookspecs import hookimpl
 from lrkit.method import Method
 from lrkit.metrics import GradientUncertainty, SensitivityUncertainty
-from lrkit.parameterizations import SVD, Full, LoRA, VectorScaled
+from lrkit.parameterizations import SVD, DoRA, Full, LoRA, VectorScaled
 from lrkit.ranks import Rank, Scale
 from lrkit.schedulers import Cubic
 from lrkit.settings import Time
@@ -34,6 +34,18 @@ def lora(*, rank: Rank = 8, alpha: float = 16.0, dropout: float = 0.0, scale: Sc
         scale: ``"rank"`` for α/r; ``"sqrt-rank"`` for α/√r (rsLoRA, arXiv 2312.03732).
     """
     return Method(parameterization=LoRA(rank=rank, alpha=alpha, dropout=dropout, scale=scale))
+
+
+def dora(*, rank: Rank = 8, alpha: float = 16.0, dropout: float = 0.0, scale: Scale = "rank") -> Method:
+    """DoRA (Liu et al., arXiv 2402.09353): a magnitude per output beside LoRA's ΔW, W' = m ∘ (W + ΔW) / ‖W + ΔW‖.
+
+    Args:
+        rank: r, or a table of layer or pattern to rank, such as a `lrkit.Allocation`.
+        alpha: α.
+        dropout: on the adapter's input, while training.
+        scale: ``"rank"`` for α/r; ``"sqrt-rank"`` for α/√r (rsLoRA, arXiv 2312.03732).
+    """
+    return Method(parameterization=DoRA(rank=rank, alpha=alpha, dropout=dropout, scale=scale))
 
 
 def svd_lora(
@@ -201,6 +213,7 @@ def lrkit_methods() -> Mapping[str, Callable[..., Method]]:
     return {
         "full": full,
         "lora": lora,
+        "dora": dora,
         "svd-lora": svd_lora,
         "elora": elora,
         "adalora": adalora,

@@ -17,12 +17,14 @@ class Factors(NamedTuple):
         b: B, [outputs, rank].
         core: c, [rank]; None for ones.
         scaling: s.
+        magnitude: m of DoRA, [outputs]; None if there is none.
     """
 
     a: Tensor
     b: Tensor
     core: Tensor | None
     scaling: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:

@@ -7,13 +7,16 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from test_attach import METHODS, fit, logits
+from test_export import ALL, FIRST, base, from_elsewhere, peft_lora, read
 from torch import nn
 
 import lrkit
 from lrkit.parameterizations import DoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+
 
 def perturbed(adapted):
     """Move every trained tensor a little, so that ΔW is not zero and magnitudes are no norms."""
@@ -35,9 +38,7 @@ def formula(adapter):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_dora_has_pefts_numbers(dropout):
     """Outputs and gradients are those of PEFT's ``use_dora`` with the same tensors and the same entries dropped."""
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, use_dora=True, target_modules=["query", "value"], lora_dropout=dropout
-    )
+    config = peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["query", "value"], lora_dropout=dropout)
     theirs = peft.get_peft_model(models.make("bert"), config)
     model = models.make("bert")
     method = lrkit.methods.dora(rank=4, alpha=8.0, dropout=dropout)
@@ -132,7 +133,7 @@ def test_tied_embedding_is_refused():
     """An output head that is tied to the embedding would need the magnitude at its input: one line says so."""
     config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=8)
     model = transformers.GPT2LMHeadModel(config)
-    with pytest.raises(lrkit.LrkitError, match="lm_head is tied to transformer.wte, and Magnitude cannot serve both"):
+    with pytest.raises(lrkit.LrkitError, match=r"lm_head is tied to transformer.wte, and Magnitude cannot serve both"):
         lrkit.attach(model, lrkit.methods.dora(), targets=["wte"], train_also=[])
 
 
@@ -142,6 +143,76 @@ def test_quantized_base_is_refused():
     model[0].weight = nn.Parameter(torch.zeros(5, 6, dtype=torch.int8), requires_grad=False)
     with pytest.raises(lrkit.LrkitError, match="0: DoRA reads the base's weight, which is quantized here: use LoRA"):
         lrkit.attach(model, lrkit.methods.dora(), targets=["0"], train_also=[])
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "settings"),
+    [
+        ("bert", METHODS["dora"], {"targets": ["query", "word_embeddings"]}),
+        ("gpt2", lrkit.methods.dora(rank=3, scale="sqrt-rank"), {}),
+        ("gpt2", lrkit.methods.dora(rank=2), {"targets": ["c_attn.v", "c_fc"]}),
+    ],
+)
+def test_export_has_magnitudes(name, method, settings, tmp_path):
+    """PEFT alone has the logits, pruned to rank 0, for embeddings, Conv1D and slices; lrkit reads what it wrote."""
+    model = models.make(name)
+    adapted = lrkit.attach(model, method, **settings)
+    fit(model, adapted, steps=8, total=8)
+    (first, *_) = adapted.adapters.values()
+    if first.core is not None:
+        first.core.data.zero_()
+    expected = logits(model)
+    lrkit.export(adapted, tmp_path / "it")
+    torch.testing.assert_close(logits(read(tmp_path / "it", "peft-lora", name)), expected, rtol=0, atol=1e-5)
+    again = base(name)
+    lrkit.from_peft(again, tmp_path / "it")
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-5)
+    for to in ("peft-adalora", "vllm-lora"):
+        with pytest.raises(
+            lrkit.LrkitError, match=rf'{to} holds .* magnitude \(DoRA\): export to "peft-lora" or "merged"'
+        ):
+            lrkit.export(adapted, tmp_path / to, to=to)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("bert", {"rank_pattern": {FIRST: 2}, "lora_dropout": 0.1, "target_modules": [*ALL, "word_embeddings"]}),
+        ("gpt2", {"use_rslora": True, "target_modules": ["c_attn", "c_fc"]}),
+    ],
+)
+def test_pefts_dora_comes_in(name, settings, tmp_path):
+    """A DoRA that PEFT trained has PEFT's logits, trains on, and goes out again."""
+    theirs = from_elsewhere(name, peft_lora(use_dora=True, **settings), tmp_path / "theirs")
+    model = base(name)
+    adapted = lrkit.from_peft(model, tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=1e-6)
+    assert adapted.method.parameterization.dropout == settings.get("lora_dropout", 0.0)
+    fit(model, adapted, steps=4)
+    lrkit.export(adapted, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(base(name), str(tmp_path / "again"))
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
+    weights = tmp_path / "theirs" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(key for key in tensors if key.endswith("magnitude_vector"))
+    save_file(tensors | {name: tensors[name][1:].clone()}, weights)
+    with pytest.raises(lrkit.LrkitError, match="has not one magnitude per output"):
+        lrkit.from_peft(base("bert"), tmp_path / "theirs")
+
+
+def test_lora_becomes_dora(tmp_path):
+    """A LoRA of PEFT's goes on as a DoRA with the same outputs; a DoRA needs a method with magnitudes."""
+    model = models.make("bert")
+    adapted = perturbed(lrkit.attach(model, lrkit.methods.lora(rank=3)))
+    expected = logits(model)
+    lrkit.export(adapted, tmp_path / "lora")
+    for form in ("lora", "svd"):
+        other = base("bert")
+        dora = lrkit.from_peft(other, tmp_path / "lora", lrkit.Method(parameterization=DoRA(rank=4, form=form)))
+        torch.testing.assert_close(logits(other), expected, rtol=0, atol=1e-5)
+    lrkit.export(dora, tmp_path / "dora")
+    with pytest.raises(lrkit.LrkitError, match=r"it has a magnitude \(use_dora\): give a method that has one"):
+        lrkit.from_peft(base("bert"), tmp_path / "dora", lrkit.methods.lora(rank=4))
 
 
 def test_dora_can_be_pruned():

@@ -117,7 +117,7 @@ class LowRank(Adapter):
         return y + out
 
     def dropped(self, x: Tensor) -> Tensor:
-        """Return the layer's input as the adapter sees it: while training, some entries are dropped. Tokens stay as they are."""
+        """Return the layer's input as the adapter sees it: some entries dropped while training; no token ids."""
         return F.dropout(x, self.dropout, self.training) if x.is_floating_point() else x
 
     def increment(

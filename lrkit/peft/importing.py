@@ -63,7 +63,9 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
             plain = factors.magnitude is None
             try:
                 if not plain and not hasattr(adapter, "magnitude"):
-                    raise LrkitError("it has a magnitude (use_dora): give a method that has one, such as lrkit.methods.dora()")
+                    raise LrkitError(
+                        "it has a magnitude (use_dora): give a method that has one, such as lrkit.methods.dora()"
+                    )
                 take(*factors[:4] if plain else factors)
             except LrkitError as error:
                 raise LrkitError(f"{parameterization!r} cannot hold {name}: {error}") from None

@@ -255,12 +255,13 @@ def leaves(plain: Any, path: str = "") -> dict[str, Any]:
 ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full": ({}, {}),
     "lora": (
-        {"rank": 3, "alpha": 5.5, "dropout": 0.25, "scale": "sqrt-rank"},
+        {"rank": 3, "alpha": 5.5, "dropout": 0.25, "scale": "sqrt-rank", "init": "pissa"},
         {
             "parameterization.rank": 3,
             "parameterization.alpha": 5.5,
             "parameterization.dropout": 0.25,
             "parameterization.scale": "sqrt-rank",
+            "parameterization.init": "pissa",
         },
     ),
     "dora": (

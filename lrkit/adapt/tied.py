@@ -36,8 +36,7 @@ def mirrors(model: nn.Module, layers: Mapping[str, nn.Module], adapters: Mapping
         if leader is None or id(module) in taken or adapters[leader] is layers[leader]:
             continue
         adapter = adapters[leader]
-        # A subclass may compute something else than W + ΔW.
-        if kind_of(module) is None or type(adapter) is not LowRank:
+        if kind_of(module) is None or not (isinstance(adapter, LowRank) and adapter.additive):
             raise LrkitError(
                 f"{name} is tied to {leader}, and {type(adapter).__name__} cannot serve both: leave {leader} out"
             )

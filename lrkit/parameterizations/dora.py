@@ -1,6 +1,6 @@
 """DoRA: W' = m ∘ (W + ΔW) / ‖W + ΔW‖, a magnitude per output and a low-rank direction (arXiv 2402.09353, Eq. 5)."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
@@ -35,6 +35,7 @@ class Magnitude(LowRank):
         dropout: probability with which an entry of the adapter's input is dropped while training.
     """
 
+    additive: ClassVar[bool] = False
     magnitude: nn.Parameter
 
     def __init__(

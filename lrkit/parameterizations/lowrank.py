@@ -4,7 +4,7 @@ LoRA, SVD (P = B, Λ = c, Q = A) and vector-scaled LoRA (Λ_b = b, Λ_d = c) dif
 which of them train. `LowRank.reference` is the formula as it is read; `lowrank_kernel` is the same in one autograd function.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class LowRank(Adapter):
     B: nn.Parameter
     core: nn.Parameter | None
     out_scale: nn.Parameter | None
+    additive: ClassVar[bool] = True
+    """Whether the layer computes (W + ΔW) x + bias, with ΔW by `factors`. So a layer that is tied to it can follow."""
     fused = True
     """Set to False on the class to compute every adapter by `reference`, for tests and comparisons."""
 
@@ -219,11 +221,7 @@ class LowRank(Adapter):
         Raises:
             LrkitError: the sizes differ, this adapter has fewer than r components, or layers share its matrices.
         """
-        if (
-            "_owner" in self.__dict__
-            or self.factors()[0].shape != self.A.shape
-            or self.factors()[1].shape != self.B.shape
-        ):
+        if "_owner" in self.__dict__ or (self.A.shape[1], self.B.shape[0]) != (self.d_in, self.d_out):
             raise LrkitError("layers share one A and B, and each would need its own")
         if (b.shape[0], a.shape[1]) != (self.d_out, self.d_in):
             raise LrkitError(

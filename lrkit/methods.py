@@ -13,7 +13,8 @@ from lrkit.errors import LrkitError
 from lrkit.hookspecs import hookimpl
 from lrkit.method import Method
 from lrkit.metrics import GradientUncertainty, SensitivityUncertainty
-from lrkit.parameterizations import SVD, Full, LoRA, VectorScaled
+from lrkit.parameterizations import SVD, DoRA, Full, LoRA, VectorScaled
+from lrkit.parameterizations.starts import Init
 from lrkit.ranks import Rank, Scale
 from lrkit.schedulers import Cubic
 from lrkit.settings import Time
@@ -24,7 +25,9 @@ def full() -> Method:
     return Method(parameterization=Full())
 
 
-def lora(*, rank: Rank = 8, alpha: float = 16.0, dropout: float = 0.0, scale: Scale = "rank") -> Method:
+def lora(
+    *, rank: Rank = 8, alpha: float = 16.0, dropout: float = 0.0, scale: Scale = "rank", init: Init = "kaiming"
+) -> Method:
     """LoRA (Hu et al., arXiv 2106.09685): ΔW = (α/r) B A at a fixed rank.
 
     Args:
@@ -32,8 +35,21 @@ def lora(*, rank: Rank = 8, alpha: float = 16.0, dropout: float = 0.0, scale: Sc
         alpha: α.
         dropout: on the adapter's input, while training.
         scale: ``"rank"`` for α/r; ``"sqrt-rank"`` for α/√r (rsLoRA, arXiv 2312.03732).
+        init: ``"kaiming"``, or from the base's weight: ``"pissa"``, ``"pissa-fast"`` or ``"olora"``; or ``"orthogonal"``.
     """
-    return Method(parameterization=LoRA(rank=rank, alpha=alpha, dropout=dropout, scale=scale))
+    return Method(parameterization=LoRA(rank=rank, alpha=alpha, dropout=dropout, scale=scale, init=init))
+
+
+def dora(*, rank: Rank = 8, alpha: float = 16.0, dropout: float = 0.0, scale: Scale = "rank") -> Method:
+    """DoRA (Liu et al., arXiv 2402.09353): a magnitude per output beside LoRA's ΔW, W' = m ∘ (W + ΔW) / ‖W + ΔW‖.
+
+    Args:
+        rank: r, or a table of layer or pattern to rank, such as a `lrkit.Allocation`.
+        alpha: α.
+        dropout: on the adapter's input, while training.
+        scale: ``"rank"`` for α/r; ``"sqrt-rank"`` for α/√r (rsLoRA, arXiv 2312.03732).
+    """
+    return Method(parameterization=DoRA(rank=rank, alpha=alpha, dropout=dropout, scale=scale))
 
 
 def svd_lora(
@@ -201,6 +217,7 @@ def lrkit_methods() -> Mapping[str, Callable[..., Method]]:
     return {
         "full": full,
         "lora": lora,
+        "dora": dora,
         "svd-lora": svd_lora,
         "elora": elora,
         "adalora": adalora,

@@ -444,7 +444,7 @@ def test_a_run_in_full(call: Call, model: str, data: str, tmp_path: Path) -> Non
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "svd-lora", "elora", "adalora", "aflora"])
+@pytest.mark.parametrize("name", ["full", "lora", "dora", "svd-lora", "elora", "adalora", "aflora"])
 def test_every_method_trains(call: Call, model: str, data: str, name: str) -> None:
     """With --json there is JSON on stdout, and nothing else."""
     code, stdout, stderr = call("run", name, "--model", model, "--data", data, "--json", *SHORT)
@@ -563,7 +563,7 @@ def test_methods_lists_parts(call: Call) -> None:
     code, stdout, stderr = call("methods", "--json")
     assert (code, stderr) == (0, "")
     listed = json.loads(stdout)
-    assert list(listed) == ["full", "lora", "svd-lora", "elora", "adalora", "aflora"]
+    assert list(listed) == ["full", "lora", "dora", "svd-lora", "elora", "adalora", "aflora"]
     for name, plain in listed.items():
         assert from_plain(plain) == lrkit.registry.current().get("method", name)()
 

@@ -410,7 +410,7 @@ def spoil(folder: Path, **changes: Any) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": ({"use_dora": True}, "cannot represent an adapter with use_dora=True exactly"),
+    "DoRA without magnitudes": ({"use_dora": True}, "is no LORA of a linear layer: it has lora_A [4, 32], lora_B"),
     "biases": ({"bias": "all"}, "cannot represent an adapter with bias='all' exactly"),
     "a bias in B": ({"lora_bias": True}, "cannot represent an adapter with lora_bias=True exactly"),
     "replicated layers": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication="),
@@ -466,7 +466,8 @@ def test_unfit_files_are_refused(tmp_path: Path) -> None:
         ({some: None}, "is no LORA of a linear layer: it has lora_A"),
         ({some: torch.zeros(32, 3)}, "of different ranks"),
         ({some: torch.zeros(31, 4)}, "the layer is 32 x 48, and what is given is 31 x 48"),
-        ({some.replace("lora_B.weight", "lora_magnitude_vector"): torch.zeros(32)}, "lora_magnitude_vector is no part"),
+        ({some.replace("lora_B.weight", "lora_gate"): torch.zeros(32)}, "lora_gate is no part"),
+        ({some.replace("lora_B.weight", "lora_magnitude_vector"): torch.zeros(32)}, r"lora_magnitude_vector \[32\]"),
         (
             {"base_model.model.bert.pooler.dense.weight": torch.zeros(32, 32)},
             "pooler.dense.weight is in the file, and in no",

@@ -103,9 +103,9 @@ def test_every_combination_trains_or_is_refused(names):
 
 def test_what_fits_is_what_the_design_says():
     fits = {names for names in itertools.product(*NAMES.values()) if built(names)[0] is not None}
-    prunable, freezable = {"svd", "vector-scaled"}, {"full", "lora", "svd", "vector-scaled"}
+    prunable, freezable = {"svd", "vector-scaled"}, {"full", "lora", "svd", "vector-scaled", "dora"}
     for p, m, s, a in itertools.product(
-        ("full", "lora", "svd", "vector-scaled"),
+        ("full", "lora", "svd", "vector-scaled", "dora"),
         ("magnitude", "sensitivity", "sensitivity-uncertainty", "gradient-uncertainty", "ratio-uncertainty"),
         ("constant", "linear", "cubic"),
         ("prune", "freeze", "zero"),
@@ -113,7 +113,7 @@ def test_what_fits_is_what_the_design_says():
         expected = {
             "prune": p in prunable,
             "freeze": p in freezable and m != "magnitude",
-            "zero": p in prunable or (p == "lora" and m != "magnitude"),
+            "zero": p in prunable or (p in ("lora", "dora") and m != "magnitude"),
         }[a]
         assert ((p, m, s, a) in fits) == expected, (p, m, s, a)
 

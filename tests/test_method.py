@@ -23,13 +23,13 @@ from lrkit.errors import LrkitError
 from lrkit.fit import most_units
 from lrkit.method import FIELDS
 from lrkit.metrics import GradientUncertainty, Magnitude, RatioUncertainty, Sensitivity, SensitivityUncertainty
-from lrkit.parameterizations import SVD, Full, LoRA, VectorScaled
+from lrkit.parameterizations import SVD, DoRA, Full, LoRA, VectorScaled
 from lrkit.registry import Registry
 from lrkit.schedulers import Constant, Cubic, Linear, Scheduler
 from lrkit.settings import real
 from lrkit.units import blocks_of
 
-NAMES = ["full", "lora", "svd-lora", "elora", "adalora", "aflora"]
+NAMES = ["full", "lora", "dora", "svd-lora", "elora", "adalora", "aflora"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -255,6 +255,16 @@ def leaves(plain: Any, path: str = "") -> dict[str, Any]:
 ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full": ({}, {}),
     "lora": (
+        {"rank": 3, "alpha": 5.5, "dropout": 0.25, "scale": "sqrt-rank", "init": "pissa"},
+        {
+            "parameterization.rank": 3,
+            "parameterization.alpha": 5.5,
+            "parameterization.dropout": 0.25,
+            "parameterization.scale": "sqrt-rank",
+            "parameterization.init": "pissa",
+        },
+    ),
+    "dora": (
         {"rank": 3, "alpha": 5.5, "dropout": 0.25, "scale": "sqrt-rank"},
         {
             "parameterization.rank": 3,
@@ -403,6 +413,7 @@ def test_the_compositions_of_the_papers() -> None:
     same(methods.elora(), Method(parameterization=VectorScaled(rank=1024, train="none", d_init=0.1)))
     same(methods.full(), Method(parameterization=Full()))
     assert type(methods.lora().parameterization) is LoRA
+    same(methods.dora(), Method(parameterization=DoRA(rank=8, alpha=16.0, form="lora", dropout=0.0)))
     assert type(methods.svd_lora().parameterization) is SVD
 
 

@@ -175,7 +175,7 @@ def test_the_built_ins_come_through_the_same_hooks() -> None:
     assert {o.distribution for o in registry.offers()} == {f"lrkit {lrkit.__version__}"}
     names = {kind: registry.names(kind) for kind in KINDS}
     assert names == {
-        "parameterization": ["full", "lora", "svd", "vector-scaled"],
+        "parameterization": ["full", "lora", "svd", "vector-scaled", "dora"],
         "metric": [
             "magnitude",
             "sensitivity",
@@ -186,7 +186,7 @@ def test_the_built_ins_come_through_the_same_hooks() -> None:
         ],
         "scheduler": ["constant", "linear", "cubic"],
         "action": ["prune", "freeze", "zero"],
-        "method": ["full", "lora", "svd-lora", "elora", "adalora", "aflora"],
+        "method": ["full", "lora", "dora", "svd-lora", "elora", "adalora", "aflora"],
         "layer": names["layer"],
         "task": ["movies", "glue", "teacher"],
         "executor": names["executor"],  # what is offered here is free

@@ -26,7 +26,7 @@ def mirrors(model: nn.Module, layers: Mapping[str, nn.Module], adapters: Mapping
         adapters: layer name to adapter.
 
     Raises:
-        LrkitError: a tied embedding has an adapter without factors, which cannot be mirrored.
+        LrkitError: a tied embedding has an adapter that is not W + ΔW by factors, which cannot be mirrored.
     """
     embeddings = {id(layer.weight): name for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
     taken = {id(layer) for layer in layers.values()}
@@ -36,7 +36,7 @@ def mirrors(model: nn.Module, layers: Mapping[str, nn.Module], adapters: Mapping
         if leader is None or id(module) in taken or adapters[leader] is layers[leader]:
             continue
         adapter = adapters[leader]
-        if kind_of(module) is None or not isinstance(adapter, LowRank):
+        if kind_of(module) is None or not (isinstance(adapter, LowRank) and adapter.additive):
             raise LrkitError(
                 f"{name} is tied to {leader}, and {type(adapter).__name__} cannot serve both: leave {leader} out"
             )

@@ -16,7 +16,7 @@ from lrkit.parameterizations.vector_scaled import VectorScaled
 @hookimpl
 def lrkit_parameterizations() -> Mapping[str, type[Parameterization]]:
     """Offer the built-in parameterizations."""
-    return {"full": Full, "lora": LoRA, "svd": SVD, "vector-scaled": VectorScaled}
+    return {"full": Full, "lora": LoRA, "svd": SVD, "vector-scaled": VectorScaled, "dora": DoRA}
 
 
 __all__ = [

@@ -1,127 +1,164 @@
 """DoRA: W' = m ∘ (W + ΔW) / ‖W + ΔW‖, a magnitude per output and a low-rank direction (arXiv 2402.09353, Eq. 5)."""
 
-import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lrkit.errors import LrkitError
-from lrkit.parameterizations.adapter import Adapter, further, new_factor, oriented_weight
+from lrkit.layers.dequantized import is_quantized
+from lrkit.parameterizations.adapter import new_factor
 from lrkit.parameterizations.base import Parameterization, Target
-from lrkit.precision import is_plain
-from lrkit.ranks import DIVISORS, SCALES, Rank, Scale, ScaleBy, as_rank, divisor, is_rank
+from lrkit.parameterizations.lora import LoRA
+from lrkit.parameterizations.lowrank import LowRank
+from lrkit.parameterizations.svd import SVD
+from lrkit.precision import without_autocast
+from lrkit.ranks import DIVISORS, SCALES, Rank, Scale, ScaleBy, as_rank, is_rank
 from lrkit.settings import one_of, real
 from lrkit.units import Part
 
-_STD = 0.02
 
+class Magnitude(LowRank):
+    """A linear map with a low-rank increment and a trained magnitude per output: y = m/n ∘ (W x + ΔW x) + bias.
 
-class Magnitude(Adapter):
-    """A linear map with a trained magnitude per output: y = m/n ∘ (W x + s · B (c ∘ (A x))) + bias.
-
-    n is the row norm ‖W + s B diag(c) A‖, through which no gradient flows (arXiv 2402.09353, section 4.3). It is computed
-    from ‖W‖² + 2⟨W, ΔW⟩ + ‖ΔW‖² in the low-rank form, so that no d_out x d_in matrix is made.
+    n is the row norm ‖W + ΔW‖, through which no gradient flows (arXiv 2402.09353, section 4.3). It is computed from
+    ‖W‖² + 2⟨W, ΔW⟩ + ‖ΔW‖² in the low-rank form, so that no d_out x d_in matrix is made. While training with dropout, the
+    correction (m/n - 1) ∘ W x takes the input with the same entries dropped as ΔW x does, as in PEFT.
 
     Args:
-        base: the layer.
+        base: the target whose place it takes.
         a: A [r, d_in].
         b: B [d_out, r].
-        core: c [r]; None for ones.
+        core: c [r] or None.
         scaling: s.
+        dropout: probability with which an entry of the adapter's input is dropped while training.
     """
 
-    A: nn.Parameter
-    B: nn.Parameter
-    core: nn.Parameter | None
+    additive: ClassVar[bool] = False
     magnitude: nn.Parameter
 
     def __init__(
-        self, base: nn.Module, a: nn.Parameter, b: nn.Parameter, core: nn.Parameter | None, scaling: float
+        self,
+        base: Target,
+        a: nn.Parameter,
+        b: nn.Parameter,
+        *,
+        core: nn.Parameter | None,
+        scaling: float,
+        dropout: float,
     ) -> None:
-        super().__init__(base)
-        self.A, self.B = a, b
-        self.register_parameter("core", core)
-        self.scaling = scaling
-        self.magnitude = new_factor(base, len(b))
+        super().__init__(base, a, b, core=core, scaling=scaling, dropout=dropout)
+        self.magnitude = new_factor(base.layer, self.maps * self.d_out)
         with torch.no_grad():
-            self.magnitude.copy_(self._base_squares().sqrt())
+            self.magnitude.copy_(self._base_squares().sqrt().flatten())
 
-    @property
-    def rank(self) -> int:
-        """Return how many rank components are stored, masked ones included."""
-        return self.A.shape[0]
+    def _weight(self) -> Tensor:
+        """Return W [d_out, d_in], or [maps, d_out, d_in]."""
+        assert self.kind is not None
+        return self.kind.weight(self.base)
 
     def _base_squares(self) -> Tensor:
-        """Return ‖W‖² of each row [d_out], in the factors' dtype."""
-        norms: Tensor = torch.linalg.vector_norm(oriented_weight(self.base), dim=1, dtype=self.A.dtype)
+        """Return ‖W‖² of each row, in the factors' dtype."""
+        norms: Tensor = torch.linalg.vector_norm(self._weight(), dim=-1, dtype=self.A.dtype)
         return norms.square()
-
-    def _scaled(self) -> Tensor:
-        """Return s · B diag(c)."""
-        b = self.B if self.core is None else self.B * self.core
-        return b * self.scaling
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """Return ‖W + ΔW‖ of each row, [d_out]."""
-        weight, a, b = oriented_weight(self.base), self.A, self._scaled()
-        across = 2 * (weight @ a.t().to(weight.dtype)).to(a.dtype) + b @ (a @ a.t())
-        squares = self._base_squares() + (across * b).sum(1)
-        return squares.clamp_min(torch.finfo(a.dtype).tiny).sqrt()
+        """Return ‖W + ΔW‖ of each row [d_out], map after map."""
+        a, b = self.factors()
+        b = (b if self.core is None else b * self.core) * self.scaling
+        if self.maps > 1:
+            a, b = a.view(self.maps, -1, self.d_in), b.view(self.d_out, self.maps, -1).transpose(0, 1)
+        weight = self._weight()
+        with without_autocast(weight.device.type):
+            across = 2 * (weight @ a.mT.to(weight.dtype)).to(a.dtype) + b @ (a @ a.mT)
+            squares = self._base_squares() + (across * b).sum(-1)
+        return squares.clamp_min(torch.finfo(a.dtype).tiny).sqrt().flatten()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., d_out] for x [..., d_in]."""
-        y: Tensor = self.base(x)
-        ratio = (self.magnitude / self.norms()).to(y.dtype)
-        h = F.linear(F.linear(x.to(y.dtype), self.A.to(y.dtype)), self._scaled().to(y.dtype))
-        plain = y if self.bias is None else y - self.bias.to(y.dtype)
-        # Exactly y at the start, where the ratio is 1 and h is 0.
-        return y + (ratio - 1) * plain + ratio * h
+    def forward(self, x: Tensor, *where: Any) -> Tensor:
+        """Return y [..., d_out] for x [..., d_in]; of other kinds of layers, in the layer's own shapes.
+
+        Args:
+            x: the layer's input.
+            where: its further arguments.
+        """
+        base, kind = self.base, self.kind
+        assert kind is not None
+        y: Tensor = base(x, *where)
+        z = self.dropped(x) if self.dropout and self.training else x
+        plain: Tensor = y if z is x else base(z, *where)
+        if self.bias is not None:
+            plain = plain - kind.scale(base, torch.ones_like(y[..., :1]), self.bias.to(y.dtype), *where)
+        ratio = self.magnitude / self.norms()
+        delta = self.increment(base, kind, z, y.dtype, *self.factors(), *where)
+        # Exactly y at the start, where the ratio is 1 and ΔW is 0.
+        further = kind.scale(base, plain, (ratio - 1).to(y.dtype), *where)
+        return y + further + kind.scale(base, delta, ratio.to(y.dtype), *where)
+
+    def merged_weight(self) -> Tensor:
+        """Return W' in the factors' dtype, in the shape of `delta`."""
+        ratio = (self.magnitude / self.norms()).view(-1 if self.maps == 1 else (self.maps, -1)).unsqueeze(-1)
+        return super().merged_weight().mul_(ratio)
 
     @torch.no_grad()
-    def merge(self) -> nn.Module:
-        """Write W' into the base's weight, in place, and return the base."""
-        ratio = (self.magnitude / self.norms())[:, None]
-        delta = self._scaled() @ self.A
-        return self.base_with(ratio * (oriented_weight(self.base).to(delta.dtype) + delta))
+    def export_factors(self) -> tuple[Any, ...]:
+        """Return A, B, c, s and m. If no component is left, there is one that adds nothing: m needs a place beside it."""
+        a, b, core, scaling = super().export_factors()
+        if not len(core):
+            a, b, core = a.new_zeros(1, self.d_in), b.new_zeros(self.d_out, 1), core.new_ones(1)
+        return a, b, core, scaling, self.magnitude
 
-    def extra_repr(self) -> str:
-        """Return the sizes for ``print(model)``."""
-        return f"rank={self.rank}, scaling={self.scaling:g}"
+    @torch.no_grad()
+    def import_factors(
+        self, a: Tensor, b: Tensor, core: Tensor | None, scaling: float, magnitude: Tensor | None = None
+    ) -> None:
+        """Take over A, B, c, s and m. Without m the layer is W + ΔW: m is its row norms.
+
+        Raises:
+            LrkitError: the sizes differ, or this adapter has fewer than r components.
+        """
+        super().import_factors(a, b, core, scaling)
+        if magnitude is not None and magnitude.numel() != self.magnitude.numel():
+            raise LrkitError(f"it has {self.magnitude.numel()} outputs, and {magnitude.numel()} magnitudes are given")
+        self.magnitude.copy_(self.norms() if magnitude is None else magnitude.flatten())
 
 
 @attrs.frozen(kw_only=True)
 class DoRA(Parameterization):
-    """W' = m ∘ (W + ΔW) / ‖W + ΔW‖ with m [d_out] at the base's row norms at first.
+    """W' = m ∘ (W + ΔW) / ‖W + ΔW‖ with ΔW low-rank and m [d_out] at the base's row norms at first.
 
     Source: arXiv 2402.09353, Eq. 5, with the norm held constant in the gradient (its section 4.3), as in PEFT's
-    ``use_dora``. The base's weight is read, so that it may not be quantized.
+    ``use_dora``. The base's weight is read at every call, so that it may not be quantized.
 
     Args:
-        rank: r, or a table of layer or pattern to rank.
+        rank: r, or a table of layer or pattern to rank; 0 leaves a layer its magnitude alone.
         alpha: α; ΔW is scaled by α/r.
-        form: ``"lora"``: ΔW = (α/r) B A, as published; ``"svd"``: ΔW = (α/r) P Λ Q, whose core values λ let
-            `lrkit.actions.Prune` take components out.
+        form: ``"lora"``: ΔW = (α/r) B A as `LoRA` has it, which is as published; ``"svd"``: (α/r) P Λ Q as `SVD` has it,
+            without its penalty: its core values λ let `lrkit.actions.Prune` take components out.
+        dropout: probability of dropping an entry of the adapter's input while training.
         scale_by: the r of the scale if ranks differ: each layer's ``"own-rank"``, or the ``"mean-rank"`` over all layers.
         scale: ``"rank"`` for α/r; ``"sqrt-rank"`` for α/√r.
     """
 
-    learning_rate: ClassVar[float] = 1e-3
-
     rank: Rank = attrs.field(default=8, converter=as_rank, validator=is_rank())
     alpha: float = attrs.field(default=16.0, validator=real(0.0, above=True))
     form: Literal["lora", "svd"] = attrs.field(default="lora", validator=one_of(("lora", "svd")))
+    dropout: float = attrs.field(default=0.0, validator=real(0.0, 1.0, below=True))
     scale_by: ScaleBy = attrs.field(default="own-rank", validator=one_of(SCALES))
     scale: Scale = attrs.field(default="rank", validator=one_of(DIVISORS))
 
     @property
+    def direction(self) -> LoRA | SVD:
+        """Return the parameterization of ΔW."""
+        if self.form == "lora":
+            return LoRA(rank=self.rank, alpha=self.alpha, scale_by=self.scale_by, scale=self.scale)
+        return SVD(rank=self.rank, alpha=self.alpha, scale_by=self.scale_by, scale=self.scale, orthogonality=0.0)
+
+    @property
     def parts(self) -> tuple[Part, ...]:
-        """Declare A, B and m, and in SVD form the core values."""
-        core = (Part("core", axis=0, core=True),) if self.form == "svd" else ()
-        return (*core, Part("A", axis=0, matrix=True), Part("B", axis=1, matrix=True), Part("magnitude"))
+        """Declare the tensors of ΔW, and m."""
+        return (*self.direction.parts, Part("magnitude"))
 
     @property
     def components(self) -> Rank:
@@ -129,34 +166,17 @@ class DoRA(Parameterization):
         return self.rank
 
     def build(self, target: Target) -> nn.Module:
-        """Return the layer with the factors and the magnitude beside it. Raise LrkitError if its weight is quantized."""
-        if not is_plain(oriented_weight(target.layer)):
-            raise LrkitError(
-                f"{target.name}: DoRA reads the base's weight, which is quantized or sharded here: use LoRA"
-            )
-        rank = target.rank_of(self.rank)
-        a = new_factor(target.layer, rank, target.d_in)
-        b = new_factor(target.layer, target.d_out, rank)
-        core = None
-        if self.form == "svd":
-            nn.init.normal_(a, std=_STD)
-            nn.init.normal_(b, std=_STD)
-            core = new_factor(target.layer, rank)
-            nn.init.zeros_(core)
-        else:
-            if rank:
-                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            nn.init.zeros_(b)
-        scaling = self.alpha / divisor(target.scale_rank(self.rank, self.scale_by), self.scale)
-        return Magnitude(target.layer, a, b, core, scaling)
+        """Return the layer with the factors and the magnitude beside it.
+
+        Raises:
+            LrkitError: its weight is quantized.
+        """
+        if is_quantized(target.layer):
+            raise LrkitError(f"{target.name}: DoRA reads the base's weight, which is quantized here: use LoRA")
+        low = self.direction.build(target)
+        assert isinstance(low, LowRank)
+        return Magnitude(target, low.A, low.B, core=low.core, scaling=low.scaling, dropout=self.dropout)
 
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
-        """Draw further rows of A or columns of B, as at the start."""
-        new = further(module, part, count)
-        if self.form == "svd":
-            return nn.init.normal_(new, std=_STD, generator=generator)
-        return (
-            nn.init.zeros_(new)
-            if part.name == "B"
-            else nn.init.kaiming_uniform_(new, math.sqrt(5), generator=generator)
-        )
+        """Draw further components of ΔW, as at the start."""
+        return self.direction.fresh(part, module, count, generator)

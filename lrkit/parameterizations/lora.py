@@ -7,9 +7,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit.parameterizations.adapter import further, new_factor
+from lrkit.parameterizations.adapter import further
 from lrkit.parameterizations.base import Parameterization, Target
-from lrkit.parameterizations.lowrank import LowRank
+from lrkit.parameterizations.starts import INITS, Init, begin
 from lrkit.ranks import DIVISORS, SCALES, Rank, Scale, ScaleBy, as_rank, divisor, is_rank
 from lrkit.settings import one_of, real
 from lrkit.units import Part
@@ -17,7 +17,7 @@ from lrkit.units import Part
 
 @attrs.frozen(kw_only=True)
 class LoRA(Parameterization):
-    """ΔW = (α/r) B A, with A [r, d_in] Kaiming-uniform (a = √5) and B [d_out, r] zero at first.
+    """ΔW = (α/r) B A, with A [r, d_in] Kaiming-uniform (a = √5) and B [d_out, r] zero at first (or by `init`).
 
     Source: arXiv 2106.09685, section 4.1. It has rank components (doublets B[:, i], A[i, :]) but no core value, so that
     `lrkit.actions.Prune` refuses it.
@@ -28,6 +28,12 @@ class LoRA(Parameterization):
         scale_by: the r of the scale if ranks differ: each layer's ``"own-rank"``, or the ``"mean-rank"`` over all layers.
         dropout: probability of dropping an entry of the adapter's input while training.
         scale: ``"rank"`` for α/r; ``"sqrt-rank"`` for α/√r, which is rsLoRA's (arXiv 2312.03732) and PEFT's ``use_rslora``.
+        init: how A and B begin, PEFT's ``init_lora_weights``. ``"kaiming"``: as above. ``"orthogonal"``: both random, with
+            B A = 0; r must be even. From the base's weight W: ``"pissa"``, its r largest singular values with their
+            vectors (arXiv 2404.02948); ``"pissa-fast"``, the same by a randomized SVD, which large weights need;
+            ``"olora"``, the first r columns and rows of W = Q R (arXiv 2406.01775). These three begin with B A ≠ 0: the
+            increment is counted from there, (α/r) (B A - B₀ A₀), and the base's weight stays as it is. Components that are
+            added later begin as in ``"kaiming"``.
     """
 
     learning_rate: ClassVar[float] = 1e-3
@@ -37,6 +43,7 @@ class LoRA(Parameterization):
     dropout: float = attrs.field(default=0.0, validator=real(0.0, 1.0, below=True))
     scale_by: ScaleBy = attrs.field(default="own-rank", validator=one_of(SCALES))
     scale: Scale = attrs.field(default="rank", validator=one_of(DIVISORS))
+    init: Init = attrs.field(default="kaiming", validator=one_of(INITS))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -62,11 +69,5 @@ class LoRA(Parameterization):
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with A and B beside it."""
-        rank = target.components_of(self.rank)
-        a = new_factor(target.layer, rank, target.d_in)
-        if rank:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        b = new_factor(target.layer, target.d_out, rank)
-        nn.init.zeros_(b)
         scaling = self.alpha / divisor(target.scale_rank(self.rank, self.scale_by), self.scale)
-        return LowRank(target, a, b, scaling=scaling, dropout=self.dropout)
+        return begin(self.init, target, target.rank_of(self.rank), scaling, self.dropout)

@@ -4,7 +4,7 @@ LoRA, SVD (P = B, Λ = c, Q = A) and vector-scaled LoRA (Λ_b = b, Λ_d = c) dif
 which of them train. `LowRank.reference` is the formula as it is read; `lowrank_kernel` is the same in one autograd function.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class LowRank(Adapter):
     B: nn.Parameter
     core: nn.Parameter | None
     out_scale: nn.Parameter | None
+    additive: ClassVar[bool] = True
+    """Whether the layer computes (W + ΔW) x + bias, with ΔW by `factors`. So a layer that is tied to it can follow."""
     fused = True
     """Set to False on the class to compute every adapter by `reference`, for tests and comparisons."""
 
@@ -111,10 +113,14 @@ class LowRank(Adapter):
     def reference(self, x: Tensor, *where: Any) -> Tensor:
         """Compute the output by the formula as it is read. `forward` does the same, fused if possible."""
         y: Tensor = self.base(x, *where)
-        out = self.increment(self.base, self.kind, x, y.dtype, *self.factors(), *where)
+        out = self.increment(self.base, self.kind, self.dropped(x), y.dtype, *self.factors(), *where)
         if self.out_scale is not None and self.kind is not None:
             out = self.kind.scale(self.base, out, self.out_scale.to(out.dtype), *where)
         return y + out
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return the layer's input as the adapter sees it: some entries dropped while training; no token ids."""
+        return F.dropout(x, self.dropout, self.training) if x.is_floating_point() else x
 
     def increment(
         self,
@@ -131,7 +137,7 @@ class LowRank(Adapter):
         Args:
             base: the layer.
             kind: its kind.
-            x: its input.
+            x: its input, as `dropped` returns it.
             dtype: of its output.
             a: A.
             b: B.
@@ -140,7 +146,7 @@ class LowRank(Adapter):
         assert kind is not None
         # Beside a half-precision base the factors are float32, and compute in the output's dtype.
         one_hot = not x.is_floating_point()
-        z = x if one_hot else F.dropout(x, self.dropout, self.training).to(dtype)
+        z = x if one_hot else x.to(dtype)
         h = kind.down(base, z, a.to(dtype), *where) * self.scaling
         if self.core is not None:
             h = kind.scale(base, h, self.core.to(h.dtype), *where)
@@ -179,15 +185,18 @@ class LowRank(Adapter):
             a, b, core, out_scale = _cast(x.dtype, a, b, core, out_scale)
         return low_rank_linear(x, weight, bias, a, b, core, out_scale, self.scaling)
 
-    def merge(self) -> nn.Module:
-        """Add ΔW to the base weight, in place, and return the base."""
-        with torch.no_grad():
-            assert self.kind is not None
-            # One rounding, from the wider dtype: a bf16 weight is not rounded twice.
-            return self.base_with(self.kind.weight(self.base).to(self.A.dtype) + self.delta())
+    def merged_weight(self) -> Tensor:
+        """Return W + ΔW in the factors' dtype, in the shape of `delta`."""
+        assert self.kind is not None
+        return self.kind.weight(self.base).to(self.A.dtype) + self.delta()
 
     @torch.no_grad()
-    def export_factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
+    def merge(self) -> nn.Module:
+        """Add ΔW to the base weight, in place, and return the base."""
+        return self.base_with(self.merged_weight())  # one rounding: a bf16 weight is not rounded twice
+
+    @torch.no_grad()
+    def export_factors(self) -> tuple[Any, ...]:
         """Return A [r, d_in], B [d_out, r], c [r] and s with ΔW = s · B diag(c) A, without components whose c is zero."""
         a, b = self.factors()
         core = a.new_ones(len(a)) if self.core is None else self.core
@@ -212,11 +221,7 @@ class LowRank(Adapter):
         Raises:
             LrkitError: the sizes differ, this adapter has fewer than r components, or layers share its matrices.
         """
-        if (
-            "_owner" in self.__dict__
-            or self.factors()[0].shape != self.A.shape
-            or self.factors()[1].shape != self.B.shape
-        ):
+        if "_owner" in self.__dict__ or (self.A.shape[1], self.B.shape[0]) != (self.d_in, self.d_out):
             raise LrkitError("layers share one A and B, and each would need its own")
         if (b.shape[0], a.shape[1]) != (self.d_out, self.d_in):
             raise LrkitError(

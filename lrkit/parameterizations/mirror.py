@@ -42,7 +42,7 @@ class Mirror(Adapter):
             self.called = True
         y: Tensor = self.base(x)
         a, b = self.factors()
-        return y + adapter.increment(self.base, self.kind, x, y.dtype, a, b) if len(a) else y
+        return y + adapter.increment(self.base, self.kind, adapter.dropped(x), y.dtype, a, b) if len(a) else y
 
 
 def mirrors(module: nn.Module, adapter: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.layers import Slice
+from lrkit.parameterizations.adapter import oriented_weight
 from lrkit.peft.files import Factors
 
 
@@ -41,4 +42,16 @@ def _block(slices: list[tuple[Slice, Factors]]) -> Factors:
         rows = layer.rows(b)[..., first : first + each.rank]
         rows.copy_(each.b.view(rows.shape))
         cores.append(each.core * (each.scaling / scaling))
-    return Factors(torch.cat([each.a for _, each in slices]), b, torch.cat(cores), scaling)
+    return Factors(torch.cat([each.a for _, each in slices]), b, torch.cat(cores), scaling, _magnitude(slices))
+
+
+def _magnitude(slices: list[tuple[Slice, Factors]]) -> Tensor | None:
+    """Return m of all rows of a projection: those that no slice adapts keep the norms that they have."""
+    if all(each.magnitude is None for _, each in slices):
+        return None
+    norms: Tensor = torch.linalg.vector_norm(oriented_weight(slices[0][0].owner), dim=1).to(slices[0][1].b.dtype)
+    for layer, each in slices:
+        assert each.magnitude is not None
+        rows = layer.rows(norms)
+        rows.copy_(each.magnitude.view(rows.shape))
+    return norms

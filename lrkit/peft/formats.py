@@ -19,7 +19,7 @@ from lrkit.errors import LrkitError
 from lrkit.layers import is_conv1d
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.peft.blocks import joined
-from lrkit.peft.files import CONFIG, PREFIX, WEIGHTS, Factors, commonest
+from lrkit.peft.files import CONFIG, PREFIX, WEIGHTS, Factors, commonest, named
 from lrkit.settings import in_steps
 from lrkit.units import maps_of
 
@@ -89,10 +89,19 @@ class Draft:
             raise LrkitError(
                 f'{self.to} is written for layers, and {name} is a 3-D parameter of all experts: export to "merged"'
             )
-        return Factors(*factors())
+        found = Factors(*factors())
+        if found.magnitude is not None and self.to != "peft-lora":
+            raise LrkitError(
+                f'{self.to} holds low-rank increments, and {name} has a magnitude (DoRA): export to "peft-lora" or "merged"'
+            )
+        return found
 
     def _in_head(self, name: str) -> bool:
         return name.startswith(tuple(f"{head}." for head in self.adapted.head) or ("\0",))
+
+    def named(self, name: str, a: Tensor, b: Tensor, magnitude: Tensor | None = None) -> dict[str, Tensor]:
+        """Return a layer's factors under PEFT's names, in PEFT's shapes."""
+        return named(self.plain.get_submodule(name), name, self.to, a, b, magnitude)
 
     def head(self) -> dict[str, Tensor]:
         """Return the head's parameters as they were trained."""
@@ -165,42 +174,19 @@ def _tied(model: nn.Module, layer: nn.Module) -> bool:
     return any(m is not layer and m._parameters.get("weight") is layer.weight for m in model.modules())
 
 
-def _named(draft: Draft, name: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """Return the two factors of a layer under PEFT's names, in PEFT's shapes.
-
-    Raises:
-        LrkitError: PEFT has no such form for this layer.
-    """
-    layer = draft.plain.get_submodule(name)
-    if isinstance(layer, nn.Embedding):
-        if draft.to == "vllm-lora":
-            raise LrkitError(
-                f'vllm-lora holds linear layers, and {name} is an embedding: export to "peft-lora" or "merged"'
-            )
-        return {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b}
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
-        if draft.to == "vllm-lora" or not plain:
-            raise LrkitError(
-                f"{draft.to} has no LoRA of this {type(layer).__name__}, {name} (groups, dilation and padding modes are not "
-                'kept by PEFT): export to "merged"'
-            )
-        a, b = a.view(len(a), *layer.weight.shape[1:]), b.view(*b.shape, *[1] * (layer.weight.ndim - 2))
-    return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-
-
 def _write_lora(draft: Draft) -> dict[str, int]:
     layers = draft.increments()
     tensors, ranks, alphas = draft.head(), {}, {}
     for name, layer in layers.items():
         assert layer.core is not None
-        tensors |= _named(draft, name, layer.core[:, None] * layer.a, layer.b)
+        tensors |= draft.named(name, layer.core[:, None] * layer.a, layer.b, layer.magnitude)
         ranks[name], alpha = layer.rank, layer.scaling * layer.rank
         alphas[name] = int(alpha) if alpha == int(alpha) else alpha
     rank, alpha = commonest(ranks), commonest(alphas)
     config = _peft().LoraConfig(
         r=rank,
         lora_alpha=alpha,  # PEFT computes alpha / r: a float serves
+        use_dora=any(layer.magnitude is not None for layer in layers.values()),
         rank_pattern={name: r for name, r in ranks.items() if r != rank},
         alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
         **_common(draft, layers),
@@ -267,7 +253,7 @@ def _write_vllm(draft: Draft) -> dict[str, int]:
         b = layer.b.new_zeros(layer.b.shape[0], rank)
         a[: layer.rank] = layer.core[:, None] * layer.a
         b[:, : layer.rank] = layer.b * layer.scaling
-        tensors |= _named(draft, name, a, b)
+        tensors |= draft.named(name, a, b)
     # vLLM refuses modules_to_save, and any tensor in the file that is no lora_A or lora_B.
     settings = _common(draft, layers) | {"modules_to_save": None}
     if draft.adapted.head:

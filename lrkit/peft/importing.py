@@ -14,14 +14,14 @@ from lrkit.adapt.foresight import check_fresh, weightless
 from lrkit.adapt.targets import find_targets
 from lrkit.errors import LrkitError, LrkitWarning, shown
 from lrkit.method import Method
-from lrkit.parameterizations import LoRA
+from lrkit.parameterizations import DoRA, LoRA
 from lrkit.parameterizations.mirror import mirrors
 from lrkit.peft.files import CONFIG, WEIGHTS, commonest
 from lrkit.peft.saved import Saved, read_saved
 
 
 def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method | None = None) -> Adapted:
-    """Attach a LoRA or AdaLoRA that PEFT trained, to go on from it with any method.
+    """Attach a LoRA, DoRA or AdaLoRA that PEFT trained, to go on from it with any method.
 
     The outputs are PEFT's. The layers are those in the file. Modules that PEFT saved in full (``modules_to_save``: a
     classifier, for example) are the head, and train on.
@@ -38,7 +38,7 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
         The handle, to be bound to an optimizer.
 
     Raises:
-        LrkitError: no such files, an adapter that lrkit cannot represent exactly (DoRA, trained biases, replicated
+        LrkitError: no such files, an adapter that lrkit cannot represent exactly (trained biases, replicated
             layers), or a method that cannot hold it. The model is then as it was.
     """
     check_model(model)
@@ -59,8 +59,14 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
             if take is None:
                 raise LrkitError(f"{parameterization!r} has no low-rank adapters, and cannot hold what PEFT trained")
             _check_ties(model, name, adapted, saved, folder)
+            factors = saved.layers[name]
+            plain = factors.magnitude is None
             try:
-                take(*saved.layers[name])
+                if not plain and not hasattr(adapter, "magnitude"):
+                    raise LrkitError(
+                        "it has a magnitude (use_dora): give a method that has one, such as lrkit.methods.dora()"
+                    )
+                take(*factors[:4] if plain else factors)
             except LrkitError as error:
                 raise LrkitError(f"{parameterization!r} cannot hold {name}: {error}") from None
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -150,15 +156,13 @@ def _method_of(saved: Saved) -> Method:
     ranks = {name: factors.rank for name, factors in saved.layers.items()}
     scales = {name: factors.scaling for name, factors in saved.layers.items()}
     scale, rank = commonest(scales), commonest(ranks)
+    settings: dict[str, Any] = {"rank": rank if set(ranks.values()) == {rank} else ranks, "dropout": saved.dropout}
     if config.get("use_rslora"):
-        each: Any = rank if set(ranks.values()) == {rank} else ranks
-        return methods.lora(rank=each, alpha=float(config["lora_alpha"]), dropout=saved.dropout, scale="sqrt-rank")
-    if set(ranks.values()) == {rank}:
-        return methods.lora(rank=rank, alpha=scale * rank, dropout=saved.dropout)
-    if set(scales.values()) == {scale}:
-        mean = sum(ranks.values()) / len(ranks)
-        lora = LoRA(rank=ranks, alpha=scale * mean, dropout=saved.dropout, scale_by="mean-rank")
+        settings |= {"alpha": float(config["lora_alpha"]), "scale": "sqrt-rank"}
+    elif set(ranks.values()) == {rank}:
+        settings |= {"alpha": scale * rank}
+    elif set(scales.values()) == {scale}:
+        settings |= {"alpha": scale * sum(ranks.values()) / len(ranks), "scale_by": "mean-rank"}
     else:
-        alpha = commonest({name: scales[name] * rank for name, rank in ranks.items()})
-        lora = LoRA(rank=ranks, alpha=alpha, dropout=saved.dropout)
-    return Method(parameterization=lora)
+        settings |= {"alpha": commonest({name: scales[name] * rank for name, rank in ranks.items()})}
+    return Method(parameterization=(DoRA if config.get("use_dora") else LoRA)(**settings))

@@ -23,13 +23,15 @@ _UNDERSTOOD = {
     *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
     *("task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-    *("ensure_weight_tying", "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"),
+    *("use_dora", "ensure_weight_tying"),
+    *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"),
 }
 _SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
 # Starts that leave the base's weights as they were; others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 _PATTERNS = 10_000
-_KEY = re.compile(r"(.+)\.lora_(?:embedding_)?([ABE])(?:\.weight)?")
+_MAGNITUDE = "magnitude_vector"
+_KEY = re.compile(r"(.+)\.lora_(?:embedding_)?([ABE]|magnitude_vector)(?:\.weight)?")
 
 
 @attrs.frozen(eq=False)
@@ -73,11 +75,12 @@ def read_saved(folder: Path) -> Saved:
         raise LrkitError(f"{folder / WEIGHTS} holds no lora_A and lora_B")
     layers = {}
     for name, parts in found.items():
-        _check_parts(parts, name, config["peft_type"], folder)
+        _check_parts(parts, name, config, folder)
         core = parts["E"].flatten() if "E" in parts else None
         # A convolution's are filters: A's are the layer's in size, and B's have size 1.
         a, b = parts["A"].flatten(1), parts["B"].flatten(1)
-        layers[name] = Factors(a, b, core, _scale(config, name, len(parts["A"])))
+        magnitude = parts["magnitude_vector"].flatten() if _MAGNITUDE in parts else None
+        layers[name] = Factors(a, b, core, _scale(config, name, len(parts["A"])), magnitude)
     return Saved(config, layers, rest)
 
 
@@ -145,10 +148,12 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _check_parts(parts: Mapping[str, Tensor], name: str, kind: str, folder: Path) -> None:
+def _check_parts(parts: Mapping[str, Tensor], name: str, config: Mapping[str, Any], folder: Path) -> None:
     """Raise LrkitError if the tensors of a layer are no factors of one rank."""
+    kind = config["peft_type"]
+    wanted = {*("ABE" if kind == "ADALORA" else "AB"), *([_MAGNITUDE] if config.get("use_dora") else [])}
     told = ", ".join(f"lora_{part} {list(tensor.shape)}" for part, tensor in sorted(parts.items()))
-    if set(parts) != set("ABE" if kind == "ADALORA" else "AB") or not _are_factors(parts["A"], parts["B"]):
+    if set(parts) != wanted or not _are_factors(parts["A"], parts["B"]):
         raise LrkitError(f"{folder}: {name} is no {kind} of a linear layer: it has {told}")
     bad = [part for part, t in parts.items() if not t.is_floating_point() or not bool(torch.isfinite(t).all())]
     if bad:
@@ -156,6 +161,8 @@ def _check_parts(parts: Mapping[str, Tensor], name: str, kind: str, folder: Path
     rank = len(parts["A"])
     if parts["B"].shape[1] != rank or ("E" in parts and parts["E"].numel() != rank):
         raise LrkitError(f"{folder}: the tensors of {name} are of different ranks: {told}")
+    if _MAGNITUDE in parts and parts[_MAGNITUDE].numel() != len(parts["B"]):
+        raise LrkitError(f"{folder}: {name} has not one magnitude per output: {told}")
 
 
 def _are_factors(a: Tensor, b: Tensor) -> bool:

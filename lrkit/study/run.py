@@ -135,7 +135,7 @@ def train(
     )
     # The adapters' start and dropout must not depend on what the head's start drew.
     torch.manual_seed(settings.seed)
-    adapted = attach(net, method, targets=targets, train_also=train_also)
+    adapted = attach(net, method, targets=targets, train_also=train_also, **settings.attach)
     tell(f"training {steps:,} steps")
     threads = torch.get_num_threads()
     try:

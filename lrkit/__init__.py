@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lrkit.method import Method, Policy
     from lrkit.metrics import Metric
     from lrkit.parameterizations import Parameterization
-    from lrkit.peft import export, from_peft
+    from lrkit.peft import export, from_peft, push_to_hub
     from lrkit.registry import Registry, current
     from lrkit.schedulers import Scheduler
     from lrkit.study.ablate import ablate
@@ -55,6 +55,7 @@ _HOMES = {
     "from_plain": "compose",
     "hookimpl": "hookspecs",
     "load": "adapt.adapted",
+    "push_to_hub": "peft",
     "to_plain": "compose",
     "tune": "study.tune",
     "with_component": "compose",
@@ -91,6 +92,7 @@ __all__ = [
     "metrics",
     "parameterizations",
     "peft",
+    "push_to_hub",
     "schedulers",
     "tasks",
     "testing",

@@ -63,7 +63,7 @@ def count(method: "Method", model: nn.Module, *, total_steps: int, **attach_sett
         method: the method.
         model: any model, on the meta device if it has no weights. It is given back as it was.
         total_steps: optimizer steps of the run.
-        **attach_settings: ``targets``, ``train_also`` and ``exclude`` of `lrkit.attach`.
+        **attach_settings: of `lrkit.attach`: ``targets``, ``train_also``, ``exclude``, ``slices``.
 
     Raises:
         LrkitError: the method does not fit the model or the length of the run.
@@ -228,7 +228,7 @@ def flops_on(method: "Method", model: nn.Module, tokens: int, **attach_settings:
         method: the method.
         model: a model that takes ``input_ids`` and ``attention_mask``, on any device.
         tokens: length of the sequence.
-        **attach_settings: ``targets``, ``train_also`` and ``exclude`` of `lrkit.attach`.
+        **attach_settings: of `lrkit.attach`: ``targets``, ``train_also``, ``exclude``, ``slices``.
     """
     adapted = attach(model, method, **attach_settings)
     try:

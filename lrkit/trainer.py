@@ -1,22 +1,24 @@
 """lrkit in transformers' Trainer: one callback, nothing else to call."""
 
-import inspect
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lrkit.adapt import checkpoint
 from lrkit.adapt.adapted import Adapted
 from lrkit.adapt.quantized import let_train
-from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.errors import LrkitError, LrkitWarning, shown
 from lrkit.shards import is_sharded
+
+_Trainer = TypeVar("_Trainer", bound=Trainer)
+_trackers: Callable[[Any], list[type[TrainerCallback]]] = get_reporting_integration_callbacks
 
 
 class AdaptCallback(TrainerCallback):
@@ -35,19 +37,44 @@ class AdaptCallback(TrainerCallback):
         adapted: the handle that `lrkit.attach` returned for the Trainer's model.
         resume_from: the checkpoint folder to load, if it is not ``args.resume_from_checkpoint`` and not in the
             Trainer's ``output_dir``.
-        log: whether the Trainer's trackers (``report_to``) get ranks, budget, scores and the penalty beside each loss, by
-            the names of `figures`.
+        log: True to log `figures` (ranks, budget, scores) beside each loss, as the penalty always is; ``"layers"`` for each
+            layer's rank as well. Trackers (``report_to``) get it if the callback is installed: see `install`.
     """
 
     def __init__(
-        self, adapted: Adapted, resume_from: str | os.PathLike[str] | None = None, *, log: bool = False
+        self,
+        adapted: Adapted,
+        resume_from: str | os.PathLike[str] | None = None,
+        *,
+        log: bool | Literal["layers"] = False,
     ) -> None:
+        if log not in (True, False, "layers"):
+            raise LrkitError(f'log must be True, False or "layers", not {shown(log)}')
         self.adapted = adapted
         self.resume_from = resume_from
         self.log = log
-        self._training = False
+        self._training = self._installed = False
         self._start: dict[str, Any] | None = None
         let_train(adapted)
+
+    def install(self, trainer: _Trainer) -> _Trainer:
+        """Put this callback ahead of a Trainer's trackers, so that they get what it logs. Return the Trainer.
+
+        A Trainer calls the trackers of ``report_to`` before all callbacks that it is given, and tells a callback neither of
+        itself nor of them. For example ``AdaptCallback(adapted, log=True).install(Trainer(...))``, with or without
+        the callback in ``callbacks=``.
+
+        Args:
+            trainer: the Trainer of the adapted model, or one that derives from it, before ``train()``.
+        """
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+            self.adapted.take_ranks()
+        for kind in _trackers(trainer.args.report_to):
+            if (tracker := trainer.pop_callback(kind)) is not None:
+                trainer.add_callback(tracker)
+        self._installed = True
+        return trainer
 
     def on_init_end(self, *_: Any, **kwargs: Any) -> None:
         """Let a checkpoint of other ranks be loaded: the Trainer loads model weights before it calls `on_train_begin`."""
@@ -81,8 +108,14 @@ class AdaptCallback(TrainerCallback):
         )
         self.adapted.expect_saves()  # `on_save` writes the adapters beside the model
         self._training = True
-        if self.log:
-            _put_first(_Figures(self))
+        trackers = _trackers(args.report_to)
+        if self.log and trackers and not self._installed:
+            warnings.warn(
+                f"log={self.log!r}: {', '.join(kind.__name__ for kind in trackers)} of report_to is called before this "
+                "callback and gets nothing of it: call AdaptCallback.install(trainer) before trainer.train()",
+                LrkitWarning,
+                stacklevel=2,
+            )
 
     def _check_step(self, state: TrainerState) -> None:
         """Refuse a state that is not of the step at which the Trainer resumes.
@@ -118,14 +151,14 @@ class AdaptCallback(TrainerCallback):
         self.adapted.begin_step()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log the penalty beside the loss, under a name of its own, and with ``log=True`` the `figures`."""
+        """Log the penalty beside the loss, under a name of its own, and the `figures` if they are asked for."""
         logs = kwargs.get("logs")
         if logs is None or "loss" not in logs:
             return
         penalty = self.adapted.penalty_added
         more = {} if penalty is None else {"penalty": penalty}
-        if self.log and not any(name.startswith(_PREFIX) for name in logs):
-            more |= figures(self.adapted)
+        if self.log:
+            more |= figures(self.adapted, layers=self.log == "layers")
         logs.update(more)
         if state.log_history:
             state.log_history[-1].update(more)
@@ -149,22 +182,28 @@ class AdaptCallback(TrainerCallback):
 _PREFIX = "lrkit/"
 
 
-def figures(adapted: Adapted) -> dict[str, float]:
+def figures(adapted: Adapted, *, layers: bool = False) -> dict[str, float]:
     """Return what a method does at this step as numbers for a tracker, by name.
 
     - ``lrkit/rank/total``, ``mean``, ``min``, ``max``: over the layers with rank components, masked ones not counted;
+    - ``lrkit/rank/LAYER``: each layer's, if `layers`;
     - ``lrkit/trainable``: adapter parameters in effect;
     - ``lrkit/budget`` and ``lrkit/kept``: of the last decision, in units (or what its scheduler counts);
     - ``lrkit/score/mean``, ``min``, ``max``: of the units' present scores, until the last decision.
 
     Those of further policies begin with ``lrkit/1/``, ``lrkit/2/``, ... A figure that the method does not have is left out.
+
+    Args:
+        adapted: the handle.
+        layers: return each layer's rank as well.
     """
-    layers = adapted.summary().layers
-    ranks = [layer.rank for layer in layers if layer.rank is not None]
-    found: dict[str, float] = {f"{_PREFIX}trainable": sum(layer.now for layer in layers)}
+    found: dict[str, float] = {f"{_PREFIX}trainable": sum(layer.now for layer in adapted.summary().layers)}
+    ranks = {layer.name: layer.rank for layer in adapted.summary().layers if layer.rank is not None}
     if ranks:
-        found[f"{_PREFIX}rank/total"] = sum(ranks)
-        found |= _spread(f"{_PREFIX}rank", ranks)
+        found[f"{_PREFIX}rank/total"] = sum(ranks.values())
+        found |= _spread(f"{_PREFIX}rank", list(ranks.values()))
+    if layers:
+        found |= {f"{_PREFIX}rank/{name}": rank for name, rank in ranks.items()}
     last = {decision.policy: decision for decision in adapted.history}
     for policy in range(len(adapted.controller.policies)):
         prefix = f"{_PREFIX}{policy}/" if policy else _PREFIX
@@ -177,29 +216,3 @@ def figures(adapted: Adapted) -> dict[str, float]:
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
     return {f"{name}/mean": sum(values) / len(values), f"{name}/min": min(values), f"{name}/max": max(values)}
-
-
-class _Figures(TrainerCallback):
-    """Adds to the logs before the trackers read them: the Trainer calls them ahead of all callbacks that users give."""
-
-    def __init__(self, callback: AdaptCallback) -> None:
-        self.callback = callback
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Add the figures."""
-        self.callback.on_log(*args, **kwargs)
-
-
-def _put_first(figures: _Figures) -> None:
-    """Put a callback before all others of the Trainer that is calling now; if none is, leave it out.
-
-    A callback is told of no Trainer, so that the list is found on the call stack.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
-        frame = frame.f_back
-    if frame is not None:
-        handler = frame.f_locals["self"]
-        # A new list: the handler is going through the old one.
-        others = [each for each in handler.callbacks if not isinstance(each, _Figures)]
-        handler.callbacks = [figures, *others]

@@ -574,6 +574,19 @@ def test_command_exports_run(call: Any, ran: Path, tmp_path: Path, to: str) -> N
     assert code == 0 and "logits are within" in out and "config.json" in out
 
 
+def test_command_pushes(call: Any, ran: Path, tmp_path: Path) -> None:
+    """``lrkit export --push --dry-run`` says which files of what size would be uploaded; a folder keeps them."""
+    asked = ("export", ran / "run", "--to", "peft-lora", "--push", "me/mine", "--dry-run")
+    code, out, err = call(*asked, "--out", tmp_path / "out", "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)["pushed"]
+    there = {str(f.relative_to(tmp_path / "out")): f.stat().st_size for f in (tmp_path / "out").iterdir()}
+    assert told == {"repo_id": "me/mine", "url": None, "files": there} and "README.md" in there
+    code, out, err = call(*asked)
+    assert (code, err) == (0, "") and "written" not in out
+    assert f"me/mine would get README.md ({there['README.md']:,} bytes)" in " ".join(out.split())
+
+
 def test_command_refuses(call: Any, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each mistake ends with code 2 and one line, and nothing is written."""
 
@@ -585,6 +598,9 @@ def test_command_refuses(call: Any, ran: Path, tmp_path: Path, monkeypatch: pyte
 
     to, out = ("--to", "peft-lora"), ("--out", tmp_path / "out")
     refused("no lrkit state at", tmp_path / "nothing", *to, *out)
+    refused("say where to: --out DIR, --push USER/NAME, or both", ran / "run", *to)
+    refused("--dry-run and --private are of --push", ran / "run", *to, *out, "--dry-run")
+    refused('a name on the hub is "user/name"', ran / "run", *to, *out, "--push", "a/b/c")
     refused(
         'no export to "peft" .*there are peft-lora, peft-adalora, vllm-lora, merged', ran / "run", "--to", "peft", *out
     )

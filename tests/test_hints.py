@@ -13,7 +13,15 @@ from lrkit.registry import Registry
 from lrkit.study.run_settings import RunSettings, settings_from
 
 RUN = [field.name for field in attrs.fields(RunSettings)]
-VALUES = {"lr_warmup": "0.1", "eval_every": "0.5", "bf16": "true", "devices": "1", "lr": "1e-3", "head_lr": "1e-3"}
+VALUES = {
+    "slices": "true",
+    "lr_warmup": "0.1",
+    "eval_every": "0.5",
+    "bf16": "true",
+    "devices": "1",
+    "lr": "1e-3",
+    "head_lr": "1e-3",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -404,7 +404,7 @@ def test_time_left_estimate(cells, workers):
 
 
 def test_curves_reach_tensorboard(place, tmp_path):
-    """Losses and scores go to TensorBoard if it is asked for."""
+    """Losses, scores and ranks go to TensorBoard if it is asked for."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     lrkit.ablate(
@@ -425,6 +425,7 @@ def test_curves_reach_tensorboard(place, tmp_path):
     written = [line["loss"] for line in lines if "loss" in line]
     assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(written)
     assert len(events.Scalars("eval/accuracy")) == 2
+    assert [e.value for e in events.Scalars("train/lrkit/rank/mean")] == [8.0] * 4
 
 
 def test_ablate_takes_components(place, tmp_path):

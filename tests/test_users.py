@@ -9,6 +9,7 @@ import torch
 from test_attach import fit, logits
 from test_trainer import trainer
 from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 import lrkit
 from lrkit import accounting
@@ -237,14 +238,36 @@ class Tracker(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def test_trackers_get_the_figures(tmp_path):
-    """A tracker that the Trainer calls before all callbacks gets ranks, budget, scores and penalty with each loss."""
+@pytest.fixture
+def report_to(monkeypatch):
+    """The name by which ``report_to`` finds `Tracker`."""
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "stand-in", Tracker)
+    return ["stand-in"]
+
+
+def tracked(run):
+    """What the tracker of a Trainer got beside each loss."""
+    (tracker,) = (each for each in run.callback_handler.callbacks if isinstance(each, Tracker))
+    return [logs for logs in tracker.logs if "loss" in logs]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_trackers_get_the_figures(given, report_to, tmp_path):
+    """A tracker of ``report_to`` gets ranks, budget, scores and penalty with each loss, once; so does the Trainer's log."""
     method = lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=5)
-    tracker = Tracker()
-    run, adapted = trainer("bert", method, tmp_path, callback=lambda a: lrkit.trainer.AdaptCallback(a, log=True))
-    run.callback_handler.callbacks.insert(0, tracker)
+    callback = []
+
+    def make(adapted):
+        callback.append(lrkit.trainer.AdaptCallback(adapted, log=True))
+        return callback[0] if given else Tracker()
+
+    run, adapted = trainer("bert", method, tmp_path, callback=make, report_to=report_to)
+    if not given:
+        run.remove_callback(run.callback_handler.callbacks[-2])  # the one in the callback's place
+    assert callback[0].install(run) is run
+    assert run.callback_handler.callbacks.count(callback[0]) == 1
     run.train()
-    losses = [logs for logs in tracker.logs if "loss" in logs]
+    losses = tracked(run)
     assert len(losses) == 20 and all("penalty" in logs for logs in losses)
     assert losses[0]["lrkit/rank/total"] == 48 and losses[-1]["lrkit/rank/total"] == 24
     assert losses[-1]["lrkit/rank/total"] == adapted.allocation().total and losses[-1]["lrkit/rank/mean"] == 2
@@ -256,6 +279,35 @@ def test_trackers_get_the_figures(tmp_path):
     assert "lrkit/score/mean" not in losses[-1]
     history = [entry for entry in run.state.log_history if "loss" in entry]
     assert [e["lrkit/trainable"] for e in history] == [e["lrkit/trainable"] for e in losses]
+
+
+def test_layers_are_logged_each(report_to, tmp_path):
+    """``log="layers"`` sends each layer's rank; another word is refused."""
+    method = lrkit.methods.adalora(rank=4, target_rank=2, warmup=1, final=1)
+    run, adapted = trainer(
+        "bert",
+        method,
+        tmp_path,
+        callback=lambda a: lrkit.trainer.AdaptCallback(a, log="layers"),
+        report_to=report_to,
+        max_steps=6,
+    )
+    run.callback_handler.callbacks[-2].install(run)
+    run.train()
+    ranks = {layer: tracked(run)[-1][f"lrkit/rank/{layer}"] for layer in adapted.adapters}
+    assert ranks == adapted.allocation().layers()
+    with pytest.raises(lrkit.LrkitError, match="log must be True, False"):
+        lrkit.trainer.AdaptCallback(adapted, log="layer")
+
+
+def test_a_missing_install_is_told(report_to, tmp_path):
+    """Trackers that come before the callback get nothing of it, and one line says what to call."""
+    callback = lambda a: lrkit.trainer.AdaptCallback(a, log=True)  # noqa: E731
+    run, _ = trainer("bert", lrkit.methods.lora(rank=2), tmp_path, callback=callback, report_to=report_to, max_steps=2)
+    with pytest.warns(lrkit.LrkitWarning, match=r"Tracker of report_to .* AdaptCallback\.install\(trainer\)"):
+        run.train()
+    assert not any(name.startswith("lrkit/") for logs in tracked(run) for name in logs)
+    assert "lrkit/rank/total" in run.state.log_history[0]
 
 
 def test_figures_are_asked_for(tmp_path):

@@ -108,6 +108,7 @@ class Allocation(Ranks):
         model: "torch.nn.Module",
         targets: str | Sequence[str] = "all-linear",
         exclude: str | Sequence[str] = (),
+        slices: bool = False,
     ) -> "Allocation":
         """Return the same for the layers of a model, by whole names and with their sizes.
 
@@ -115,11 +116,12 @@ class Allocation(Ranks):
             model: a plain model.
             targets: which layers, as `lrkit.attach` takes it.
             exclude: which of them to leave out, as `lrkit.attach` takes it.
+            slices: take the parts of fused projections in their places, as `lrkit.attach` does.
 
         Raises:
             LrkitError: an entry matches no layer, or a layer has no entry.
         """
-        sizes = sizes_of(model, targets, exclude)
+        sizes = sizes_of(model, targets, exclude, slices)
         return Allocation(ranks_of(self, list(sizes)), sizes)
 
     def shuffled(
@@ -129,6 +131,7 @@ class Allocation(Ranks):
         model: "torch.nn.Module | None" = None,
         targets: str | Sequence[str] = "all-linear",
         exclude: str | Sequence[str] = (),
+        slices: bool = False,
     ) -> "Allocation":
         """Permute the ranks among layers of equal d_in + d_out, so that ranks and parameters stay in sum.
 
@@ -137,9 +140,10 @@ class Allocation(Ranks):
             model: a plain model with the layers, for an allocation without sizes.
             targets: which of its layers.
             exclude: which of them to leave out.
+            slices: take the parts of fused projections in their places.
         """
         if model is not None:
-            return self.on(model, targets, exclude).shuffled(seed=seed)
+            return self.on(model, targets, exclude, slices).shuffled(seed=seed)
         sizes = self._known("shuffled")
         return Allocation(sharing.shuffled(self.layers(), sizes, as_seed(seed)), sizes)
 
@@ -172,6 +176,7 @@ class Allocation(Ranks):
         parameters: int | None = None,
         targets: str | Sequence[str] = "all-linear",
         exclude: str | Sequence[str] = (),
+        slices: bool = False,
     ) -> "Allocation":
         """Give every layer of a model the same rank; what is left over is one more in layers spread evenly over it.
 
@@ -181,8 +186,9 @@ class Allocation(Ranks):
             parameters: the most parameters, of which less than one component of a layer is left.
             targets: which layers, as `lrkit.attach` takes it.
             exclude: which of them to leave out, as `lrkit.attach` takes it.
+            slices: take the parts of fused projections in their places, as `lrkit.attach` does.
         """
-        sizes = sizes_of(model, targets, exclude)
+        sizes = sizes_of(model, targets, exclude, slices)
         return cls(sharing.uniform(sizes, **budget(sizes, total, parameters)), sizes)
 
     @classmethod
@@ -195,6 +201,7 @@ class Allocation(Ranks):
         parameters: int | None = None,
         targets: str | Sequence[str] = "all-linear",
         exclude: str | Sequence[str] = (),
+        slices: bool = False,
     ) -> "Allocation":
         """Give each component to a layer of a model that is drawn, every layer with the same chance.
 
@@ -205,8 +212,9 @@ class Allocation(Ranks):
             parameters: the most parameters, of which less than the smallest component is left.
             targets: which layers, as `lrkit.attach` takes it.
             exclude: which of them to leave out, as `lrkit.attach` takes it.
+            slices: take the parts of fused projections in their places, as `lrkit.attach` does.
         """
-        sizes = sizes_of(model, targets, exclude)
+        sizes = sizes_of(model, targets, exclude, slices)
         return cls(sharing.at_random(sizes, as_seed(seed), **budget(sizes, total, parameters)), sizes)
 
     @classmethod

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from lrkit.adapt.grammar import entries
 from lrkit.adapt.targets import together
-from lrkit.errors import LrkitError, cut, listing, nearest, pattern, shown
+from lrkit.errors import LrkitError, cut, listing, nearest, pattern
 from lrkit.parameterizations.base import Target
-from lrkit.patterns import compiled
 
 
 def leave_out(targets: Sequence[Target], exclude: str | Sequence[str]) -> list[Target]:
@@ -19,36 +19,21 @@ def leave_out(targets: Sequence[Target], exclude: str | Sequence[str]) -> list[T
     Raises:
         LrkitError: an entry matches no layer that was chosen (with the nearest name), or no layer is left.
     """
-    if not isinstance(exclude, str) and not (
-        isinstance(exclude, Sequence) and all(isinstance(entry, str) for entry in exclude)
-    ):
-        raise LrkitError(f"exclude must be a regular expression or a list of names, not {shown(exclude)}")
     names = [target.name for target in targets]
     out: set[str] = set()
-    if isinstance(exclude, str):
-        regex = compiled(exclude, "exclude")
-        out = {name for name in names if regex.fullmatch(name)}
-        if not out:
+    for entry, fits in entries(exclude, "exclude", "a regular expression or a list of names"):
+        found = set(filter(fits, names))
+        if not found:
+            whole = isinstance(exclude, str)
+            endings = () if whole else {name.rpartition(".")[2] for name in names} | set(names)
             raise LrkitError(
-                f'exclude="{cut(exclude, 160)}" matches none of the {len(names)} layers that targets chose (a regular '
-                f"expression must match the whole name); they are {_kinds(names)}"
+                f'exclude: "{cut(entry, 160)}" matches none of the {len(names)} layers that targets chose'
+                f"{' (a regular expression must match the whole name)' if whole else nearest(entry, endings)}; "
+                f"they are {listing(list(dict.fromkeys(map(pattern, names))))}"
             )
-    else:
-        for entry in exclude:
-            found = {name for name in names if name == entry or name.endswith(f".{entry}")}
-            if not found:
-                endings = {name.rpartition(".")[2] for name in names} | set(names)
-                raise LrkitError(
-                    f'exclude: "{cut(entry, 160)}" matches none of the {len(names)} layers that targets chose'
-                    f"{nearest(entry, endings)}; they are {_kinds(names)}"
-                )
-            out |= found
+        out |= found
     if not out:
         return list(targets)
     if len(out) == len(names):
         raise LrkitError(f"exclude leaves out all {len(names)} layers that targets chose: nothing is left to adapt")
     return together(target for target in targets if target.name not in out)
-
-
-def _kinds(names: Sequence[str]) -> str:
-    return listing(list(dict.fromkeys(map(pattern, names))))

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrkit.errors import LrkitError, LrkitWarning, listing, nearest, shown
+from lrkit.adapt.grammar import entries
+from lrkit.errors import LrkitError, LrkitWarning, listing, nearest
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.precision import is_plain
 from lrkit.shards import is_sharded
@@ -31,15 +32,12 @@ def find_head(model: nn.Module, train_also: str | Sequence[str], *, exact: bool 
         LrkitError: an entry of the list matches nothing.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    if not isinstance(train_also, str) and not (
-        isinstance(train_also, Sequence) and all(isinstance(name, str) for name in train_also)
-    ):
-        raise LrkitError(f'train_also must be "auto" or a list of names, not {shown(train_also)}')
     if train_also == "auto":
         return _auto(model, modules)
     chosen: list[str] = []
-    for suffix in [train_also] if isinstance(train_also, str) else train_also:
-        found = [name for name in modules if name == suffix or (not exact and name.endswith(f".{suffix}"))]
+    given = [train_also] if isinstance(train_also, str) else train_also
+    for suffix, fits in entries(given, "train_also", '"auto" or a list of names', exact=exact):
+        found = list(filter(fits, modules))
         if not found:
             endings = {name.rsplit(".", 1)[-1] for name in modules}
             raise LrkitError(

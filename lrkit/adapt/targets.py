@@ -9,12 +9,12 @@ from torch import nn
 
 from lrkit.adapt.behaviour import strangeness
 from lrkit.adapt.coverage import block_prefixes
+from lrkit.adapt.grammar import entries
 from lrkit.adapt.roles import is_output, places, role_of
-from lrkit.errors import LrkitError, LrkitWarning, cut, listing, nearest, pattern, shown
+from lrkit.errors import LrkitError, LrkitWarning, cut, listing, nearest, pattern
 from lrkit.layers import LayerKind, kind_of
 from lrkit.parameterizations.base import Role, Target
 from lrkit.parameterizations.lowrank import layer_shape
-from lrkit.patterns import compiled
 from lrkit.registry import current
 
 
@@ -120,10 +120,6 @@ def find_targets(
     layers, strange = _layers(model)
     # A part of a module that is a layer itself: one can be adapted, or the other.
     parts = {name: found.place for name, found in layers.items() if found.place != name and found.place in layers}
-    if not isinstance(targets, str) and not (
-        isinstance(targets, Sequence) and all(isinstance(target, str) for target in targets)
-    ):
-        raise LrkitError(f'targets must be "all-linear", a regular expression or a list of names, not {shown(targets)}')
     if targets == "all-linear":
         chosen = _in_blocks(model, (name for name, found in layers.items() if found.kind.linear))
         odd = _in_blocks(model, (name for name in strange if _is_linear(model, name)))
@@ -132,34 +128,24 @@ def find_targets(
                 'targets="all-linear" found no linear layer inside transformer blocks (no nn.ModuleList holds one) in '
                 f"{type(model).__name__}: name the layers; it has {_some(layers)}"
             )
-    elif isinstance(targets, str):
-        regex = compiled(targets, "targets")
-        chosen, odd = ({name for name in each if regex.fullmatch(name)} for each in (layers, strange))
-        # An expression that matches a layer and its parts means the layer.
-        chosen = {name for name in chosen if parts.get(name) not in chosen}
-        if not chosen and odd:
-            raise LrkitError(f'targets="{cut(targets, 160)}" names nothing but {_odd(odd, strange)}')
-        if not chosen:
-            for name, _ in model.named_parameters():
-                if regex.fullmatch(name) or regex.fullmatch(name.rpartition(".")[0]):
-                    raise LrkitError(_no_layer(model, name, f'targets="{targets}" matches no linear layer: '))
-            raise LrkitError(
-                f'targets="{cut(targets, 160)}" matches no linear layer of {type(model).__name__} (a regular expression '
-                f"must match the whole name); it has {_some(layers)}"
-            )
     else:
         chosen, odd = set(), set()
-        for suffix in targets:
-            named, strangers = (
-                {name for name in each if name == suffix or (not exact and name.endswith(f".{suffix}"))}
-                for each in (layers, strange)
-            )
+        choices = '"all-linear", a regular expression or a list of names'
+        for entry, fits in entries(targets, "targets", choices, exact=exact):
+            named, strangers = (set(filter(fits, each)) for each in (layers, strange))
+            if isinstance(targets, str):
+                # An expression that matches a layer and its parts means the layer.
+                named = {name for name in named if parts.get(name) not in named}
+            else:
+                # Names of layers meant before there were parts: "gate" is a router where there is one.
+                named = named - set(parts) or named
             if not named and not strangers:
-                raise LrkitError(_no_suffix(model, suffix, layers))
-            # Names of layers meant before there were parts: "gate" is a router where there is one.
-            chosen, odd = chosen | (named - set(parts) or named), odd | strangers
+                tell = _no_match if isinstance(targets, str) else _no_suffix
+                raise LrkitError(tell(model, entry, layers))
+            chosen, odd = chosen | named, odd | strangers
         if not chosen and odd:
-            raise LrkitError(f"targets names nothing but {_odd(odd, strange)}")
+            before = f'targets="{cut(targets, 160)}"' if isinstance(targets, str) else "targets"
+            raise LrkitError(f"{before} names nothing but {_odd(odd, strange)}")
         if not chosen:
             raise LrkitError("targets is an empty list: name at least one layer, or use targets='all-linear'")
     if odd:
@@ -202,6 +188,17 @@ def _odd(names: Collection[str], strange: Mapping[str, str]) -> str:
             reasons.setdefault(strange[name], []).append(name)
     listed = "; ".join(f"{listing(each)} ({reason})" for reason, each in reasons.items())
     return f"what is linear by its class, and no linear map by what it does: {listed}"
+
+
+def _no_match(model: nn.Module, targets: str, layers: Mapping[str, object]) -> str:
+    """Say why an expression names no layer."""
+    for name, _ in model.named_parameters():
+        if any(re.fullmatch(targets, each) for each in (name, name.rpartition(".")[0])):
+            return _no_layer(model, name, f'targets="{targets}" matches no linear layer: ')
+    return (
+        f'targets="{cut(targets, 160)}" matches no linear layer of {type(model).__name__} (a regular expression must match '
+        f"the whole name); it has {_some(layers)}"
+    )
 
 
 def _no_suffix(model: nn.Module, suffix: str, layers: Mapping[str, object]) -> str:

@@ -21,8 +21,15 @@ def export(
         ),
     ],
     to: Annotated[str, typer.Option(help="peft-lora, peft-adalora, vllm-lora or merged.")],
-    out: Annotated[Path, typer.Option(help="A new folder.")],
+    out: Annotated[Path | None, typer.Option(help="A new folder; with --push it may be left out.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="The base model, if RUN's own is not at hand.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload it to the Hugging Face hub, with a model card.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: a new repository is private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --push: show what would be uploaded, without a network.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a trained run for PEFT, vLLM or transformers.
@@ -41,7 +48,12 @@ def export(
         raise LrkitError(
             f'there is no export to "{to}"{nearest(to, peft.TARGETS)}; there are {", ".join(peft.TARGETS)}'
         )
-    new_folder(out)
+    if push is None and (dry_run or private):
+        raise LrkitError("--dry-run and --private are of --push USER/NAME")
+    if out is None and push is None:
+        raise LrkitError("say where to: --out DIR, --push USER/NAME, or both")
+    if out is not None:
+        new_folder(out)
     with checkpoint.stored(run) as stored:
         base = state.read({"meta": stored.meta, "tensors": {}}).base
         trained = {name.removeprefix("weight.") for name in stored.shapes}
@@ -51,9 +63,18 @@ def export(
     adapted = load(net, run)
     if to == "merged" and tokenizer is None:
         warnings.warn("the base model has no tokenizer, so none is written", LrkitWarning, stacklevel=1)
-    exported = peft.export(adapted, out, to=to, tokenizer=tokenizer)
+    pushed = None
+    if push is not None:
+        pushed = peft.push_to_hub(
+            adapted, push, to=to, folder=out, private=private or None, dry_run=dry_run, tokenizer=tokenizer
+        )
+        exported = pushed.exported
+    else:
+        assert out is not None
+        exported = peft.export(adapted, out, to=to, tokenizer=tokenizer)
     if as_json:
-        screen.say_json(attrs.asdict(exported) | {"tolerance": peft.TOLERANCE})
+        more = {} if pushed is None else {"pushed": {"repo_id": push, "url": pushed.url, "files": pushed.files}}
+        screen.say_json(attrs.asdict(exported) | {"tolerance": peft.TOLERANCE} | more)
         return
     ranks = exported.ranks.values()
     low, high = (min(ranks), max(ranks)) if ranks else (0, 0)
@@ -63,7 +84,11 @@ def export(
     screen.say(
         f"{what}; read back, logits are within {exported.difference:.1g} (the largest is {exported.largest:.3g})"
     )
-    screen.say("written: " + " ".join(str(out / name) for name in exported.files))
+    if out is not None:
+        screen.say("written: " + " ".join(str(out / name) for name in exported.files))
+    if pushed is not None:
+        files = ", ".join(f"{name} ({size:,} bytes)" for name, size in pushed.files.items())
+        screen.say(f"{push} would get {files}" if pushed.url is None else f"uploaded to {pushed.url}: {files}")
 
 
 def _model_of(run: Path) -> str | None:

@@ -41,6 +41,7 @@ _RUN = {
     "eval_steps": "eval_every",
     "num_threads": "threads",
     "random_seed": "seed",
+    "exclude_modules": "exclude",
 }
 _METHOD = {
     "r": "rank",

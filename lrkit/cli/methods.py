@@ -65,17 +65,19 @@ def params(
 
     from lrkit.accounting import count, flops_on
     from lrkit.study.models import empty_model
+    from lrkit.study.run_settings import attach_settings
 
     if ranks is not None and not method:
         raise LrkitError("--ranks is of methods that are named: name one")
-    given = None if ranks is None else words.ranks(ranks, model, "all-linear")
+    given = None if ranks is None else words.ranks(ranks, model, "all-linear", sets or [])
     composed = _composed(method or [], sets or [], swap or [], given)
+    where = attach_settings(words.divided(sets or [])[1])
     net = empty_model(model)
     plain: dict[str, Any] = {}
     rows = []
     for name, each in composed.items():
         try:
-            counted = count(each, net, total_steps=steps)
+            counted = count(each, net, total_steps=steps, **where)
         except LrkitError as error:
             if method:
                 raise
@@ -84,7 +86,7 @@ def params(
         plain[name] = attrs.asdict(counted)
         rows.append([name, *_counts(each, counted)])
         if tokens:
-            work = flops_on(each, net, tokens)
+            work = flops_on(each, net, tokens, **where)
             plain[name]["flops"] = {"forward": work.forward, "backward": work.backward, "tokens": tokens}
             rows[-1] += [screen.whole(f"{way / tokens / 2e6:,.2f} M") for way in (work.forward, work.backward)]
     if as_json:
@@ -106,6 +108,7 @@ def _composed(
 ) -> "dict[str, Method]":
     """Compose the methods that are named; or all, without those that cannot be made even as they are."""
     from lrkit.registry import current
+    from lrkit.study.run_settings import ATTACH
 
     composed = {}
     for name in names or current().names("method"):
@@ -116,9 +119,9 @@ def _composed(
                 raise
             screen.left_out(name, error)
             continue
-        if run:
+        if others := [key for key in run if key not in ATTACH]:
             raise LrkitError(
-                f"run.{next(iter(run))} is a setting of a run, and nothing runs here: use --steps for its length"
+                f"run.{others[0]} is a setting of a run, and nothing runs here: use --steps for its length"
             )
     return composed
 

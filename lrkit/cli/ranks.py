@@ -1,8 +1,8 @@
 """Read what is typed after ``--ranks``: a file, a run, ``uniform`` or ``random:SEED``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -28,7 +28,7 @@ class Reader:
     shares: bool
 
 
-def reader(text: str, model: "Callable[[], nn.Module]", targets: str | Sequence[str]) -> Reader:
+def reader(text: str, model: "Callable[[], nn.Module]", where: Mapping[str, Any]) -> Reader:
     """Return what gives a method the ranks that ``--ranks`` asks for.
 
     ``uniform`` and ``random:SEED`` keep the total that the method has by itself: the sum of its rank over its layers.
@@ -36,7 +36,7 @@ def reader(text: str, model: "Callable[[], nn.Module]", targets: str | Sequence[
     Args:
         text: a file that ends in .toml or .json, a run's folder, ``uniform``, or ``random:SEED``.
         model: gives the plain model; without weights will do. It is asked for layers by the last two alone.
-        targets: which layers, as `lrkit.attach` takes it.
+        where: which layers: ``targets``, ``exclude`` and ``slices`` as `lrkit.attach` takes them.
 
     Raises:
         LrkitError: it is none of these.
@@ -46,7 +46,7 @@ def reader(text: str, model: "Callable[[], nn.Module]", targets: str | Sequence[
         return Reader(lambda _: _read(text), shares=False)
     if (word == "random") != bool(colon) or (colon and not seed.isdecimal()):
         raise LrkitError(f'--ranks takes FILE, RUN, uniform or random:SEED (such as random:0), not "{text}"')
-    return Reader(lambda method: _shared(method, model(), targets, int(seed) if colon else None), shares=True)
+    return Reader(lambda method: _shared(method, model(), where, int(seed) if colon else None), shares=True)
 
 
 def _read(text: str) -> "Allocation":
@@ -62,14 +62,13 @@ def _read(text: str) -> "Allocation":
     return Allocation.from_run(path)
 
 
-def _shared(method: "Method", model: "nn.Module", targets: str | Sequence[str], seed: int | None) -> "Allocation":
-    from lrkit.adapt import sharing
+def _shared(method: "Method", model: "nn.Module", where: Mapping[str, Any], seed: int | None) -> "Allocation":
+    from lrkit.adapt import budget, sharing
     from lrkit.adapt.allocation import Allocation
     from lrkit.adapt.choice import find
     from lrkit.ranks import ranks_of
 
-    found, _ = find(model, method.parameterization, targets, exact=False)
-    sizes = {target.name: (target.d_in, target.d_out) for target in found}
+    sizes = budget.sizes(find(model, method.parameterization, exact=False, **where)[0])
     total = sum(ranks_of(method.parameterization.components or 0, list(sizes)).values())
     ranks = sharing.uniform(sizes, total=total) if seed is None else sharing.at_random(sizes, seed, total=total)
     return Allocation(ranks, sizes)

@@ -91,9 +91,8 @@ def run(
 
     After Ctrl-C the same command with the same --out goes on where it was.
     """
-    composed, changes = words.to_run(
-        method, all_methods, sets or [], swap or [], None if ranks is None else words.ranks(ranks, model, targets)
-    )
+    given = None if ranks is None else words.ranks(ranks, model, targets, sets or [])
+    composed, changes = words.to_run(method, all_methods, sets or [], swap or [], given)
     # After the line above, so that a command without a method is answered at once.
     from lrkit.study.progress import Phases
     from lrkit.study.resume import FOLDER, Unfinished

@@ -54,11 +54,12 @@ def targets(text: str) -> str | list[str]:
     return text if text == "all-linear" or not re.fullmatch(r"[\w.,]+", text) else names(text)
 
 
-def ranks(text: str, model: str, within: str) -> Reader:
-    """Read ``--ranks`` for the layers that ``--model`` and ``--targets`` name."""
+def ranks(text: str, model: str, within: str, sets: Sequence[str]) -> Reader:
+    """Read ``--ranks`` for the layers that ``--model``, ``--targets`` and ``--set run.exclude`` or ``run.slices`` name."""
     from lrkit.study.models import empty_model
+    from lrkit.study.run_settings import attach_settings
 
-    return reader(text, lambda: empty_model(model), targets(within))
+    return reader(text, lambda: empty_model(model), {"targets": targets(within), **attach_settings(divided(sets)[1])})
 
 
 def train_also(text: str | None) -> str | list[str]:
@@ -76,9 +77,15 @@ def task(name: str | None, data: Path | None) -> "Task":
     return load_task(name, data=data, tasks=registered_tasks())
 
 
+def _setting(key: str, said: str) -> Any:
+    """Read the value of a setting: of layers' names as ``--targets`` is read, of any other as `value` does."""
+    given = value(said)
+    return targets(said) if key == "run.exclude" and not isinstance(given, list) else given
+
+
 def divided(sets: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divide what was typed after ``--set`` into settings of the method and, without "run.", settings of the run."""
-    pairs = {key: value(said) for key, said in map(pair, sets)}
+    pairs = {key: _setting(key, said) for key, said in map(pair, sets)}
     run = {key.removeprefix("run."): each for key, each in pairs.items() if key.startswith("run.")}
     return {key: each for key, each in pairs.items() if not key.startswith("run.")}, run
 

@@ -15,9 +15,10 @@ from typing import Any
 import attrs
 
 from lrkit.reading import opened
+from lrkit.settings import as_plain
 from lrkit.study.asked import TaskSpec
 from lrkit.study.needs import Need, needs_from
-from lrkit.study.run_settings import rates
+from lrkit.study.run_settings import ATTACH, rates
 from lrkit.study.store import digest_of
 
 _SPLITS = ("train", "validation")
@@ -32,7 +33,8 @@ class Cell:
         model: the model that was asked for.
         targets: as `lrkit.attach` takes it.
         method: plain data.
-        run: plain data of `RunSettings` with the learning rates in force; seed included, threads left out.
+        run: plain data of `RunSettings` with the learning rates in force; seed included; without threads, and
+            without those of `ATTACH` that are at their defaults.
         versions: of whatever can change the result; file digests of a data or model folder, and of the code.
         train_also: as `lrkit.attach` takes it.
         needs: what it takes from other cells, in the order in which it is filled in.
@@ -123,8 +125,8 @@ def make_cell(
         run: plain data of `RunSettings`.
         train_also: as `lrkit.attach` takes it.
     """
-    # Threads change the speed, and the last bits; they are in env.json.
-    settings = {key: value for key, value in run.items() if key != "threads"}
+    # Threads change the speed, and the last bits; they are in env.json. Keys are as they were before there was a choice.
+    settings = {key: value for key, value in as_plain(run).items() if key != "threads" and (value or key not in ATTACH)}
     settings["lr"], settings["head_lr"] = _rates(method, run)
     where = {
         "task": task.task,

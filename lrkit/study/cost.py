@@ -26,7 +26,7 @@ from lrkit.study.cell import Cell
 from lrkit.study.cell_folder import is_packed
 from lrkit.study.jobs import cell_of
 from lrkit.study.plan import Plan, Row
-from lrkit.study.run_settings import settings_from, steps_of
+from lrkit.study.run_settings import attach_settings, settings_from, steps_of
 from lrkit.study.store import digest_of, lock, read_json, write_json
 from lrkit.study.study_file import CostEntry, StudyFile, read_study_file, write_study_file
 
@@ -161,9 +161,8 @@ class _Side:
 
         torch.manual_seed(0)
         self.net, self.objective = net.to(device), objective
-        self.adapted: Adapted = attach(
-            net, from_plain(cell["method"]), targets=cell["targets"], train_also=cell["train_also"]
-        )
+        where = {"targets": cell["targets"], "train_also": cell["train_also"], **attach_settings(cell["run"])}
+        self.adapted: Adapted = attach(net, from_plain(cell["method"]), **where)
         if state is not None:
             self.adapted.load_state_dict(checkpoint.read(state))
         self.optimizer = torch.optim.AdamW(self.adapted.parameters(), lr=1e-5)

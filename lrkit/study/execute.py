@@ -75,7 +75,7 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
             try:
                 if row.control is not None:
                     row.control.check_task(task, net)
-                adapted = attach(net, plan.method(row, spec), **row.attach)
+                adapted = attach(net, plan.method(row, spec), **row.attach, **settings.attach)
                 try:
                     adapted.check_schedule(length)
                 finally:

@@ -135,7 +135,7 @@ def train(
     )
     # The adapters' start and dropout must not depend on what the head's start drew.
     torch.manual_seed(settings.seed)
-    adapted = attach(net, method, targets=targets, train_also=train_also)
+    adapted = attach(net, method, targets=targets, train_also=train_also, **settings.attach)
     tell(f"training {steps:,} steps")
     threads = torch.get_num_threads()
     try:
@@ -174,6 +174,8 @@ def _train(
     log_every = max(1, steps // 500)
     watch = Watch(progress)
     recorder = None if record is None else Recorder(record, adapted, log_every)
+    trackers = () if record is None else record.report_to
+    callback = AdaptCallback(adapted, log=bool(trackers))
     closed = contextlib.nullcontext() if recorder is None else contextlib.closing(recorder)
     with tempfile.TemporaryDirectory() as empty, warnings.catch_warnings(), closed:
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -187,15 +189,16 @@ def _train(
             in_force,
             log_every=log_every,
             folder=Path(empty) if record is None else record.checkpoints,
-            report_to=() if record is None else record.report_to,
+            report_to=trackers,
             compute_metrics=lambda p: task.score(p.predictions, p.label_ids),
             callbacks=[
-                AdaptCallback(adapted),
+                callback,
                 watch,
                 *([] if recorder is None else [recorder]),
                 *([] if stop is None else [Ending(stop)]),
             ],
         )
+        callback.install(trainer)
         latest = None if record is None else record.latest()
         try:
             trainer.train(resume_from_checkpoint=None if latest is None else str(latest))

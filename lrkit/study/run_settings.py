@@ -1,6 +1,6 @@
 """The settings of a run: steps, rates, batches and seed. No torch here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -14,6 +14,17 @@ Progress = Callable[[int, int, float | None], None]
 
 def _optional(validator: Any) -> Any:
     return attrs.validators.optional(validator)
+
+
+def _names(value: Any) -> str | tuple[str, ...]:
+    names = value if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise LrkitError(f"RunSettings.exclude must be a regular expression or a list of names, not {shown(value)}")
+    return names
+
+
+ATTACH = ("exclude", "slices")
+"""The settings that are arguments of `lrkit.attach`. A cell holds those alone that differ from their defaults."""
 
 
 @attrs.frozen(kw_only=True)
@@ -39,6 +50,9 @@ class RunSettings:
         devices: processes that share each batch (data parallel); only a study's cells can have more than one.
         seed: of everything random.
         threads: CPU threads; None for torch's own choice.
+        exclude: layers to leave out of those that targets mean, as `lrkit.attach` takes it. On the command line names joined
+            by commas, or a regular expression.
+        slices: adapt the parts of fused projections (q, k and v of a ``qkv_proj``) in their places, as `lrkit.attach` does.
     """
 
     steps: int | None = attrs.field(default=None, validator=_optional(whole(1)))
@@ -58,6 +72,13 @@ class RunSettings:
     devices: int = attrs.field(default=1, validator=whole(1, 64))
     seed: int = attrs.field(default=0, validator=whole(0, 2**32 - 1))
     threads: int | None = attrs.field(default=None, validator=_optional(whole(1, 1024)))
+    exclude: str | tuple[str, ...] = attrs.field(default=(), converter=_names)
+    slices: bool = attrs.field(default=False, validator=flag())
+
+    @property
+    def attach(self) -> dict[str, Any]:
+        """Return those that are arguments of `lrkit.attach`."""
+        return {name: getattr(self, name) for name in ATTACH}
 
     def __attrs_post_init__(self) -> None:
         """Refuse learning rates that float32 cannot hold, and batches that devices cannot share."""
@@ -80,6 +101,11 @@ def settings_from(changes: dict[str, Any]) -> RunSettings:
         return RunSettings(**check_settings(RunSettings, changes, "run"))
     except LrkitError as error:
         raise LrkitError(str(error).replace("RunSettings.", "run.")) from None
+
+
+def attach_settings(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `lrkit.attach` among a run's settings, which are plain data. Raises as `settings_from`."""
+    return settings_from({name: run[name] for name in ATTACH if name in run}).attach
 
 
 HEAD_LR = 1e-3

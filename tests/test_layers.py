@@ -133,6 +133,16 @@ def test_heads_that_are_read_are_told(calls: bool) -> None:
     assert [str(each.message).split(" is tied")[0] for each in told] == ([] if calls else ["head"])
 
 
+def test_heads_apart_are_told() -> None:
+    """An adapter on one of two layers with one weight is said at once, and not only if it is to be merged."""
+    with pytest.warns(lrkit.LrkitWarning, match="^head has its weight from embed.*: name embed instead"):
+        adapted = lrkit.attach(Tied(), lrkit.methods.lora(rank=2), targets=["head"], train_also=[])
+    with pytest.raises(lrkit.LrkitError, match="head: the base weight is tied"):
+        adapted.merge()
+    with pytest.raises(lrkit.LrkitError, match=r"slices must be True or False, not \['q'\].*c_attn.q"):
+        lrkit.attach(Tied(), lrkit.methods.lora(rank=2), targets=["head"], slices=["q"])  # type: ignore[arg-type]
+
+
 def test_detach_restores_ties() -> None:
     """Detaching puts the tied layers back."""
     model = Tied()

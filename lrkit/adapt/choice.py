@@ -11,8 +11,8 @@ from lrkit.adapt.exclusion import leave_out
 from lrkit.adapt.foresight import check_room
 from lrkit.adapt.heads import check_trainable, find_head, head_parameters, tell_left, tell_running, tell_tied
 from lrkit.adapt.targets import find_targets, together
-from lrkit.adapt.tied import leaders, mirrors
-from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.adapt.tied import leaders, mirrors, tell_apart
+from lrkit.errors import LrkitError, LrkitWarning, shown
 from lrkit.parameterizations import Parameterization, Target
 from lrkit.ranks import ranks_of
 
@@ -111,6 +111,8 @@ def choose(
             )
     layers, places = _placed(model, found, adapters)
     places |= mirrors(model, layers, adapters)
+    if not exact:
+        tell_apart(model, layers, places)
     covered = coverage(model, adapters, own.values(), partly=partly(found))
     return Choice(adapters, layers, places, around, head, own, flags, buffers, covered, whole)
 
@@ -154,6 +156,10 @@ def find(
 
     `exclude` is taken from the former alone.
     """
+    if not isinstance(slices, bool):
+        raise LrkitError(
+            f"slices must be True or False, not {shown(slices)}: name single slices in targets, such as c_attn.q"
+        )
     if not parameterization.takes_targets:
         if len(exclude):
             raise LrkitError(f"{parameterization!r} has places of its own: leave exclude out")

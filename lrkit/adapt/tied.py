@@ -1,10 +1,11 @@
 """Weights that several layers share: if an embedding is adapted, the layers that are tied to it see its ΔW too."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.layers import kind_of
 from lrkit.parameterizations.base import Target
 from lrkit.parameterizations.lowrank import LowRank
@@ -44,9 +45,32 @@ def mirrors(model: nn.Module, layers: Mapping[str, nn.Module], adapters: Mapping
     return found
 
 
+def tell_apart(model: nn.Module, layers: Mapping[str, nn.Module], places: Collection[str]) -> None:
+    """Warn if an adapted layer has its weight from a layer that will not see its increment.
+
+    Args:
+        model: the plain model.
+        layers: layer name to the layer that is adapted.
+        places: names of the modules that adapters or mirrors take the places of.
+    """
+    mine = {
+        id(weight): name for name, layer in layers.items() if (weight := layer._parameters.get("weight")) is not None
+    }
+    for other, module in model.named_modules():
+        name = mine.get(id(module._parameters.get("weight")))
+        if name is not None and other not in places and module is not layers[name]:
+            embeds = isinstance(module, nn.Embedding)
+            warnings.warn(
+                f"{name} has its weight from {other}, which will not see its ΔW, so that it cannot be merged"
+                + (f": name {other} instead, and both see one" if embeds else ""),
+                LrkitWarning,
+                stacklevel=5,
+            )
+
+
 def passed_by(model: nn.Module) -> list[str]:
     """Name the layers that are tied to an adapted embedding and have never been called."""
     return [name for name, module in model.named_modules() if isinstance(module, Mirror) and not module.called]
 
 
-__all__ = ["leaders", "mirrors", "passed_by"]
+__all__ = ["leaders", "mirrors", "passed_by", "tell_apart"]

@@ -13,21 +13,23 @@ class Factors(NamedTuple):
     """ΔW = s · B diag(c) A of one layer, in the order of ``export_factors`` and ``import_factors``.
 
     Args:
-        a: A, [rank, inputs].
-        b: B, [outputs, rank].
-        core: c, [rank]; None for ones.
+        a: A, [rank, inputs]; [maps · rank, inputs] of a stack of experts, expert after expert.
+        b: B, [outputs, rank]; [outputs, maps · rank].
+        core: c, [rank]; [maps · rank]; None for ones.
         scaling: s.
+        maps: how many maps the layer stacks.
     """
 
     a: Tensor
     b: Tensor
     core: Tensor | None
     scaling: float
+    maps: int = 1
 
     @property
     def rank(self) -> int:
-        """The number of components."""
-        return len(self.a)
+        """The number of components of each map."""
+        return len(self.a) // self.maps
 
 
 def commonest(values: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lrkit.adapt.adapted import Adapted
 from lrkit.errors import LrkitError
 from lrkit.peft.blocks import joined
-from lrkit.peft.files import CONFIG, PREFIX, WEIGHTS, Factors
+from lrkit.peft.files import CONFIG, PREFIX, WEIGHTS, Factors, peft
 from lrkit.units import maps_of
 
 
@@ -70,7 +70,7 @@ class Draft:
                 f"{self.to} holds low-rank increments, and {name} has a {told}, which is none"
                 + ('; what can be merged goes out as "merged"' if getattr(adapter, "merge", None) else "")
             )
-        return Factors(*factors(), maps_of(adapter))
+        return Factors(*factors())._replace(maps=maps_of(adapter))
 
     def layer(self, name: str) -> nn.Module:
         """Return a layer, or what shows a part of a module as one; of a fused projection's slices, the projection."""
@@ -109,16 +109,3 @@ class Draft:
         is_adapter = (self.folder / CONFIG).is_file()
         model: nn.Module = peft().PeftModel.from_pretrained(plain, str(self.folder)) if is_adapter else plain
         return model
-
-
-def peft() -> Any:
-    """Return PEFT itself.
-
-    Raises:
-        LrkitError: it is not installed.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise LrkitError('writing PEFT\'s formats needs PEFT to read them back: pip install "lrkit[peft]"') from None
-    return peft

@@ -1,9 +1,11 @@
-"""Name PEFT's files and the parts of one layer, for both directions."""
+"""PEFT itself, its files and the parts of one layer, for both directions."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from lrkit.errors import LrkitError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -36,3 +38,16 @@ def commonest(values: Mapping[str, Any]) -> Any:
     """Return the value that most layers have, so that the pattern of exceptions is short."""
     every = list(values.values())
     return max(dict.fromkeys(every), key=every.count)
+
+
+def peft() -> Any:
+    """Return PEFT itself.
+
+    Raises:
+        LrkitError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise LrkitError('writing PEFT\'s formats needs PEFT to read them back: pip install "lrkit[peft]"') from None
+    return peft

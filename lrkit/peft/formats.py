@@ -16,8 +16,8 @@ from lrkit.errors import LrkitError
 from lrkit.layers import is_conv1d
 from lrkit.layers.experts import Stack
 from lrkit.parameterizations.lowrank import layer_shape
-from lrkit.peft.draft import Draft, peft
-from lrkit.peft.files import Factors, commonest
+from lrkit.peft.draft import Draft
+from lrkit.peft.files import Factors, commonest, peft
 from lrkit.peft.stacks import as_parameters, interleaved, wrapper
 from lrkit.settings import in_steps
 
@@ -187,8 +187,7 @@ def _write_vllm(draft: Draft) -> dict[str, int]:
         b[:, : layer.rank] = layer.b * layer.scaling
         tensors |= _named(draft, layers, name, a, b)
     # vLLM refuses modules_to_save, and any tensor in the file that is no lora_A or lora_B.
-    parameters = as_parameters(draft.plain, originals)
-    settings = _common(draft, layers, parameters) | {"modules_to_save": None}
+    settings = _common(draft, layers, as_parameters(draft.plain, originals)) | {"modules_to_save": None}
     if draft.adapted.head:
         parameters = dict(draft.plain.named_parameters())
         with torch.no_grad():

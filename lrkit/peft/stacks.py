@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lrkit.errors import LrkitError
 from lrkit.layers.experts import Stack
+from lrkit.peft.files import peft
 
 _INNER = ".base_layer"
 
@@ -29,10 +30,9 @@ def as_parameters(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str
 
 def _is_taken(model: nn.Module, target: str) -> bool:
     """Return whether PEFT takes a target for something else in this model."""
-    from peft import LoraConfig
+    config = peft().LoraConfig(target_modules=[target])
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    config = LoraConfig(target_modules=[target])
     try:
         convert_peft_config_for_transformers(config, model, None)
     except ValueError:  # it misses the expert's other parts

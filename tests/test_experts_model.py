@@ -7,7 +7,6 @@ import torch
 import zoo
 
 import lrkit
-from lrkit.errors import LrkitError
 from lrkit.methods import adalora, aflora, elora, lora
 from lrkit.units import evened
 
@@ -122,14 +121,6 @@ def test_every_map_keeps_as_many():
     assert evened(stays, 2).tolist() == [True, True, False, False, True, True]
     assert evened(stays, 1).equal(stays)
     assert not evened(torch.zeros(6, dtype=torch.bool), 3).any()
-
-
-def test_peft_formats_are_refused(tmp_path):
-    """PEFT's formats hold layers, and say that experts go out merged."""
-    _, adapted = trained(method="lora")
-    for to in ("peft-lora", "vllm-lora"):
-        with pytest.raises(LrkitError, match="is a 3-D parameter of all experts"):
-            lrkit.export(adapted, tmp_path / to, to=to)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])

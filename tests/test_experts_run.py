@@ -160,7 +160,7 @@ def test_experts_that_cannot_be_held():
     assert net.model.layers[0].mlp.experts.down_proj.requires_grad
     adapted.detach()
     with pytest.raises(
-        LrkitError, match="one A and B for all layers, and model.layers.0.mlp.experts.gate_up_proj stacks"
+        LrkitError, match=r"one A and B for all layers, and model\.layers\.0\.mlp.experts\.gate_up_proj stacks"
     ):
         lrkit.attach(net, elora(rank=4, shared=True))
 

@@ -226,7 +226,7 @@ def test_lost_heads_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def forgetful(tensors: dict[str, torch.Tensor], *rest: Any, **more: Any) -> None:
         save_file({k: v + 0.01 if "pooler.dense.bias" in k else v for k, v in tensors.items()}, *rest, **more)
 
-    monkeypatch.setattr("lrkit.peft.formats.save_file", forgetful)
+    monkeypatch.setattr("lrkit.peft.draft.save_file", forgetful)
     with pytest.raises(lrkit.LrkitError, match="was removed"):
         lrkit.export(adapted, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from lrkit.parameterizations.adapter import Adapter, further, layer_shape, new_f
 from lrkit.parameterizations.base import Target
 from lrkit.parameterizations.lowrank_kernel import low_rank_linear
 from lrkit.precision import is_autocast_on
+from lrkit.units import evened
 
 __all__ = ["LowRank", "further", "layer_shape", "low_rank_linear", "new_factor", "oriented_weight"]
 
@@ -197,12 +198,15 @@ class LowRank(Adapter):
 
     @torch.no_grad()
     def export_factors(self) -> tuple[Any, ...]:
-        """Return A [r, d_in], B [d_out, r], c [r] and s with ΔW = s · B diag(c) A, without components whose c is zero."""
+        """Return A [r, d_in], B [d_out, r], c [r] and s with ΔW = s · B diag(c) A, without components whose c is zero.
+
+        Of a layer that stacks several maps they are those of all maps, [maps · r], as many of each.
+        """
         a, b = self.factors()
         core = a.new_ones(len(a)) if self.core is None else self.core
         if self.out_scale is not None:
-            b = b * self.out_scale[:, None]
-        there = core.nonzero().flatten()
+            b = (b.view(self.d_out, self.maps, -1) * self.out_scale.view(self.maps, -1).t()[..., None]).flatten(1)
+        there = evened(core != 0, self.maps).nonzero().flatten()
         return a[there], b[:, there], core[there], self.scaling
 
     @torch.no_grad()
@@ -210,7 +214,8 @@ class LowRank(Adapter):
         """Take over ΔW = s · B diag(c) A exactly. Components beyond those given add nothing at first.
 
         If this adapter has core values and none are given, they become ΔW's singular values. An SVD of the product has at
-        most r components, so nothing is lost.
+        most r components, so nothing is lost. Of a layer that stacks several maps the sizes are [maps · r], and the SVD is
+        each map's.
 
         Args:
             a: A [r, d_in].
@@ -227,28 +232,31 @@ class LowRank(Adapter):
             raise LrkitError(
                 f"the layer is {self.d_out} x {self.d_in}, and what is given is {b.shape[0]} x {a.shape[1]}"
             )
-        if len(a) > self.rank:
-            raise LrkitError(
-                f"rank {self.rank} cannot hold {len(a)} components: give a method of rank {len(a)} or more"
-            )
+        rank, room = len(a) // self.maps, self.rank // self.maps
+        if rank > room:
+            raise LrkitError(f"rank {room} cannot hold {rank} components: give a method of rank {rank} or more")
         a, b = a.double(), b.double()
         if core is not None:
             core = core.double()
         elif self.core is not None:
-            a, b, core = _singular(a, b)
-        rank, ratio = len(a), scaling / self.scaling
+            maps = zip(
+                a.view(self.maps, rank, self.d_in), b.reshape(self.d_out, self.maps, rank).unbind(1), strict=True
+            )
+            parts = zip(*(_singular(*each) for each in maps), strict=True)
+            a, b, core = (torch.cat(each, dim=axis) for each, axis in zip(parts, (0, 1, 0), strict=True))
+        rank, ratio = len(a) // self.maps, scaling / self.scaling
         if self.core is None:
             a = a if core is None else core[:, None] * a
             b = b * ratio
-            self.B[:, rank:] = 0
+            self.B.zero_()
         else:
             assert core is not None
             self.core.zero_()
-            self.core[:rank] = core * ratio
+            self.core.view(self.maps, room)[:, :rank] = (core * ratio).view(self.maps, rank).to(self.core)
         if self.out_scale is not None:
             self.out_scale.fill_(1)
-        self.A[:rank] = a.to(self.A)
-        self.B[:, :rank] = b.to(self.B)
+        self.A.view(self.maps, room, self.d_in)[:, :rank] = a.view(self.maps, rank, self.d_in).to(self.A)
+        self.B.view(self.d_out, self.maps, room)[..., :rank] = b.reshape(self.d_out, self.maps, rank).to(self.B)
 
     def extra_repr(self) -> str:
         """Return the sizes for ``print(model)``."""

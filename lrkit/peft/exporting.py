@@ -17,7 +17,8 @@ from lrkit.adapt.adapted import Adapted
 from lrkit.errors import LrkitError, nearest
 from lrkit.models import experts_by, quiet_transformers
 from lrkit.moves import umask
-from lrkit.peft.formats import TARGETS, Draft
+from lrkit.peft.draft import Draft
+from lrkit.peft.formats import TARGETS
 
 TOLERANCE = 1e-6
 """How far logits may be apart, in float64 arithmetic; a share of the largest logit if that is above 1."""

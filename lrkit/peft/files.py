@@ -1,9 +1,9 @@
-"""Name PEFT's files and the parts of one layer, for both directions."""
+"""PEFT itself, its files and the parts of one layer, for both directions."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrkit.errors import LrkitError
 
@@ -15,11 +15,12 @@ class Factors(NamedTuple):
     """ΔW = s · B diag(c) A of one layer, in the order of ``export_factors`` and ``import_factors``.
 
     Args:
-        a: A, [rank, inputs].
-        b: B, [outputs, rank].
-        core: c, [rank]; None for ones.
+        a: A, [rank, inputs]; [maps · rank, inputs] of a stack of experts, expert after expert.
+        b: B, [outputs, rank]; [outputs, maps · rank].
+        core: c, [rank]; [maps · rank]; None for ones.
         scaling: s.
         magnitude: m of DoRA, [outputs]; None if there is none.
+        maps: how many maps the layer stacks.
     """
 
     a: Tensor
@@ -27,11 +28,12 @@ class Factors(NamedTuple):
     core: Tensor | None
     scaling: float
     magnitude: Tensor | None = None
+    maps: int = 1
 
     @property
     def rank(self) -> int:
-        """The number of components."""
-        return len(self.a)
+        """The number of components of each map."""
+        return len(self.a) // self.maps
 
 
 def commonest(values: Mapping[str, Any]) -> Any:
@@ -40,29 +42,14 @@ def commonest(values: Mapping[str, Any]) -> Any:
     return max(dict.fromkeys(every), key=every.count)
 
 
-def named(
-    layer: nn.Module, name: str, to: str, a: Tensor, b: Tensor, magnitude: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Return the two factors of a layer, and its magnitude, under PEFT's names, in PEFT's shapes.
+def peft() -> Any:
+    """Return PEFT itself.
 
     Raises:
-        LrkitError: PEFT has no such form for this layer.
+        LrkitError: it is not installed.
     """
-    beside = {} if magnitude is None else {f"{name}.lora_magnitude_vector": magnitude}
-    if isinstance(layer, nn.Embedding):
-        if to == "vllm-lora":
-            raise LrkitError(
-                f'vllm-lora holds linear layers, and {name} is an embedding: export to "peft-lora" or "merged"'
-            )
-        return {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b, **beside}
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
-        if to == "vllm-lora" or not plain:
-            raise LrkitError(
-                f"{to} has no LoRA of this {type(layer).__name__}, {name} (groups, dilation and padding modes are not "
-                'kept by PEFT): export to "merged"'
-            )
-        ones = [1] * (layer.weight.ndim - 2)
-        a, b = a.view(len(a), *layer.weight.shape[1:]), b.view(*b.shape, *ones)
-        beside = {key: m.view(1, -1, *ones) for key, m in beside.items()}
-    return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b, **beside}
+    try:
+        import peft
+    except ImportError:
+        raise LrkitError('writing PEFT\'s formats needs PEFT to read them back: pip install "lrkit[peft]"') from None
+    return peft

@@ -43,7 +43,7 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
     """
     check_model(model)
     folder = Path(folder)
-    saved = read_saved(folder)
+    saved = read_saved(folder, model)
     head = _head(model, saved, folder)
     method = _method_of(saved) if method is None else method
     if not isinstance(method, Method):
@@ -66,7 +66,7 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
                     raise LrkitError(
                         "it has a magnitude (use_dora): give a method that has one, such as lrkit.methods.dora()"
                     )
-                take(*factors[:4] if plain else factors)
+                take(*factors[: 4 if plain else 5])
             except LrkitError as error:
                 raise LrkitError(f"{parameterization!r} cannot hold {name}: {error}") from None
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -110,7 +110,8 @@ def _head(model: nn.Module, saved: Saved, folder: Path) -> list[str]:
         LrkitError: a layer or a parameter that the model does not have, or has in another shape.
     """
     modules = dict(model.named_modules())
-    if odd_layers := [name for name in saved.layers if name not in modules]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if odd_layers := [name for name in saved.layers if name not in modules and name not in parameters]:
         raise LrkitError(f"{folder} does not fit {type(model).__name__}: it has no layer {shown(odd_layers[0])}")
     wanted = tuple(saved.config.get("modules_to_save") or ())
     listed = [
@@ -119,7 +120,6 @@ def _head(model: nn.Module, saved: Saved, folder: Path) -> list[str]:
         if any(name == w or name.endswith(f".{w}") for w in wanted) and any(True for _ in module.parameters())
     ]
     head = [name for name in listed if any(key.startswith(f"{name}.") for key in saved.rest)]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     inside = {n for n in parameters if n.startswith(tuple(f"{name}." for name in head) or ("\0",))}
     odd = sorted(inside ^ set(saved.rest))
     if odd:

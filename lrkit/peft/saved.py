@@ -8,12 +8,13 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrkit.adapt.tensorfile import open_tensors
 from lrkit.errors import LrkitError, shown
 from lrkit.patterns import compiled
 from lrkit.peft.files import CONFIG, PREFIX, WEIGHTS, Factors
+from lrkit.peft.stacks import interleaved, parameter
 from lrkit.reading import read_json
 
 # Settings that lrkit reproduces, or that do not affect a trained adapter's outputs. Any other setting is refused if it
@@ -22,8 +23,8 @@ _UNDERSTOOD = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_dropout"),
     *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
     *("task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-    *("use_dora", "ensure_weight_tying"),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("fan_in_fan_out", "use_dora", "ensure_weight_tying"),
     *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"),
 }
 _SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
@@ -54,8 +55,12 @@ class Saved:
         return self.config.get("lora_dropout") or 0.0
 
 
-def read_saved(folder: Path) -> Saved:
+def read_saved(folder: Path, model: nn.Module) -> Saved:
     """Read a folder that PEFT's ``save_pretrained`` wrote.
+
+    Args:
+        folder: the folder.
+        model: the base model, which says what the parameters are that PEFT adapted.
 
     Raises:
         LrkitError: no such files, damaged ones, or an adapter that lrkit cannot represent exactly.
@@ -74,14 +79,34 @@ def read_saved(folder: Path) -> Saved:
     if not found:
         raise LrkitError(f"{folder / WEIGHTS} holds no lora_A and lora_B")
     layers = {}
-    for name, parts in found.items():
-        _check_parts(parts, name, config, folder)
+    for key, parts in found.items():
+        _check_parts(parts, key, config, folder)
         core = parts["E"].flatten() if "E" in parts else None
         # A convolution's are filters: A's are the layer's in size, and B's have size 1.
         a, b = parts["A"].flatten(1), parts["B"].flatten(1)
-        magnitude = parts["magnitude_vector"].flatten() if _MAGNITUDE in parts else None
-        layers[name] = Factors(a, b, core, _scale(config, name, len(parts["A"])), magnitude)
+        magnitude = parts[_MAGNITUDE].flatten() if _MAGNITUDE in parts else None
+        name, maps = _place(model, key, config, len(a), folder)
+        rank = len(a) // maps
+        b = b if maps == 1 else interleaved(b, rank)
+        layers[name.removesuffix(".weight")] = Factors(a, b, core, _scale(config, name, rank), magnitude, maps)
     return Saved(config, layers, rest)
+
+
+def _place(model: nn.Module, key: str, config: Mapping[str, Any], rows: int, folder: Path) -> tuple[str, int]:
+    """Return what a key stands for, the name of a module or of a parameter, and how many maps that stacks."""
+    try:
+        name = parameter(model, key, config.get("target_parameters") or ())
+    except LrkitError as error:
+        raise LrkitError(f"{folder} does not fit {type(model).__name__}: {error}") from None
+    found = dict(model.named_parameters()).get(name)
+    maps = 1 if found is None or found.ndim < 3 else len(found)
+    if rows % maps:
+        raise LrkitError(f"{folder} does not fit: lora_A of {name} has {rows} rows, and there are {maps} experts here")
+    if maps > 1 and (str(config.get("peft_version") or "0.17") + ".").startswith(("0.17.", "0.18.")):
+        raise LrkitError(
+            f"{folder}: PEFT before 0.19 kept A and B of experts the other way around: lrkit cannot represent {name} exactly"
+        )
+    return name, maps
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

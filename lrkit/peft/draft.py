@@ -74,8 +74,8 @@ class Draft:
         if found.magnitude is not None and (self.to != "peft-lora" or found.maps > 1):
             raise LrkitError(
                 f"{self.to} holds low-rank increments, and {name} has a magnitude (DoRA)"
-                + (" for each expert, which PEFT has not" if found.maps > 1 else "")
-                + ': export to "merged"'
+                + (' for each expert, which PEFT has not: export to "merged"' if found.maps > 1 else "")
+                + (': export to "peft-lora" or "merged"' if found.maps == 1 else "")
             )
         return found
 

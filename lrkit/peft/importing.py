@@ -1,10 +1,13 @@
 """Attach an adapter that PEFT trained, to go on from it with any method."""
 
+import math
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from torch import nn
 
@@ -12,7 +15,7 @@ from lrkit import methods
 from lrkit.adapt.adapted import Adapted, check_model
 from lrkit.adapt.foresight import check_fresh, weightless
 from lrkit.adapt.targets import find_targets
-from lrkit.errors import LrkitError, LrkitWarning, shown
+from lrkit.errors import LrkitError, LrkitWarning, listing, shown
 from lrkit.method import Method
 from lrkit.parameterizations import DoRA, LoRA
 from lrkit.parameterizations.mirror import mirrors
@@ -43,8 +46,9 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
     """
     check_model(model)
     folder = Path(folder)
-    saved = read_saved(folder, model)
+    saved = _without_base(model, read_saved(folder, model), folder)
     head = _head(model, saved, folder)
+    method_is_ours = method is None
     method = _method_of(saved) if method is None else method
     if not isinstance(method, Method):
         raise LrkitError(f"from_peft takes a lrkit.Method, such as lrkit.methods.adalora(), not {shown(method)}")
@@ -76,6 +80,13 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
     except BaseException:
         adapted.detach()
         raise
+    if method_is_ours and (odd := _other_scales(adapted, saved)):
+        warnings.warn(
+            f"PEFT trained {listing(odd)} with other scales than {parameterization!r} has (alpha_pattern): outputs are the "
+            "same, training is not",
+            LrkitWarning,
+            stacklevel=2,
+        )
     if any(getattr(adapter, "dropout", 0.0) != saved.dropout for adapter in adapted.adapters.values()):
         warnings.warn(
             f"PEFT trained with lora_dropout={saved.dropout}, and {parameterization!r} goes on with another: outputs are "
@@ -84,6 +95,14 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
             stacklevel=2,
         )
     return adapted
+
+
+def _other_scales(adapted: Adapted, saved: Saved) -> list[str]:
+    """Name the layers whose scale is not PEFT's, so that their factors were taken over in other sizes."""
+    scales = {name: getattr(adapter, "scaling", None) for name, adapter in adapted.adapters.items()}
+    return [
+        n for n, s in scales.items() if s is not None and not math.isclose(s, saved.layers[n].scaling, rel_tol=1e-6)
+    ]
 
 
 def _check_ties(model: nn.Module, name: str, adapted: Adapted, saved: Saved, folder: Path) -> None:
@@ -103,6 +122,44 @@ def _check_ties(model: nn.Module, name: str, adapted: Adapted, saved: Saved, fol
             )
 
 
+def _without_base(model: nn.Module, saved: Saved, folder: Path) -> Saved:
+    """Leave out the weights that PEFT saved although they are the base's own, as it does with embeddings by default.
+
+    Raises:
+        LrkitError: they are not those of this model.
+    """
+    parameters, rest = dict(model.named_parameters(remove_duplicate=False)), {}
+    for key, tensor in saved.rest.items():
+        name = key.replace(".base_layer.", ".")
+        there = parameters.get(name)
+        same = there is not None and there.shape == tensor.shape and torch.equal(there.to(tensor), tensor)
+        if name != key and not same:
+            raise LrkitError(
+                f"{folder}: PEFT saved the base's {name} too, {list(tensor.shape)}, and that of this model is another: load "
+                "the base that PEFT had, with as many tokens"
+            )
+        if not same or _is_saved(name.rpartition(".")[0], saved):
+            rest[name] = tensor
+    return attrs.evolve(saved, rest=rest)
+
+
+def _is_saved(module: str, saved: Saved) -> bool:
+    """Return whether PEFT saved a module in full because it was told to."""
+    return any(f".{module}.".find(f".{each}.") >= 0 for each in saved.config.get("modules_to_save") or ())
+
+
+def _check_layer(name: str, layer: nn.Module, folder: Path) -> None:
+    """Raise LrkitError for a convolution whose increment PEFT computes in another way than the layer itself."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (layer.padding_mode, {*layer.dilation}) != (
+        "zeros",
+        {1},
+    ):
+        raise LrkitError(
+            f"{folder}: {name} is a convolution with padding_mode={layer.padding_mode} and dilation={layer.dilation}, which "
+            "PEFT's increment does not keep: lrkit cannot represent it exactly"
+        )
+
+
 def _head(model: nn.Module, saved: Saved, folder: Path) -> list[str]:
     """Find the modules that PEFT saved in full, and check that everything in the file fits the model.
 
@@ -113,6 +170,8 @@ def _head(model: nn.Module, saved: Saved, folder: Path) -> list[str]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if odd_layers := [name for name in saved.layers if name not in modules and name not in parameters]:
         raise LrkitError(f"{folder} does not fit {type(model).__name__}: it has no layer {shown(odd_layers[0])}")
+    for name in saved.layers:
+        _check_layer(name, modules.get(name, model), folder)
     wanted = tuple(saved.config.get("modules_to_save") or ())
     listed = [
         name
@@ -121,7 +180,8 @@ def _head(model: nn.Module, saved: Saved, folder: Path) -> list[str]:
     ]
     head = [name for name in listed if any(key.startswith(f"{name}.") for key in saved.rest)]
     inside = {n for n in parameters if n.startswith(tuple(f"{name}." for name in head) or ("\0",))}
-    odd = sorted(inside ^ set(saved.rest))
+    tied = _tied_to(parameters, inside, saved, folder)
+    odd = sorted((inside ^ set(saved.rest)) - tied)
     if odd:
         where = "is in the file, and in no head of this model" if odd[0] in saved.rest else "is not in the file"
         raise LrkitError(f"{folder} does not fit {type(model).__name__}: {odd[0]} {where}")
@@ -135,6 +195,25 @@ def _head(model: nn.Module, saved: Saved, folder: Path) -> list[str]:
                 f"{folder} does not fit: {name} is {list(tensor.shape)} there, and {list(parameters[name].shape)} here"
             )
     return head
+
+
+def _tied_to(parameters: Mapping[str, nn.Parameter], head: set[str], saved: Saved, folder: Path) -> set[str]:
+    """Name the parameters outside of the head that are the head's too.
+
+    Raises:
+        LrkitError: PEFT trained a copy of what this model has in two places.
+    """
+    inside = {id(parameters[name]): name for name in head}
+    tied = {name: inside[id(p)] for name, p in parameters.items() if id(p) in inside and name not in head}
+    for name, owner in tied.items():
+        if not saved.config.get("ensure_weight_tying") or not torch.equal(
+            saved.rest.get(name, saved.rest[owner]), saved.rest[owner]
+        ):
+            raise LrkitError(
+                f"{folder}: PEFT trained a copy of {owner}, and {name}, which has the same weight here, is another there: "
+                "load the base with tie_word_embeddings=False"
+            )
+    return set(tied)
 
 
 def _method_of(saved: Saved) -> Method:

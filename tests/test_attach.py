@@ -29,6 +29,7 @@ METHODS = {
     "adalora": lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=5),
     "aflora": lrkit.methods.aflora(rank=4, warmup=2, final=6),
     "hybrid": HYBRID,
+    "pissa": lrkit.methods.lora(rank=4, alpha=2.0, init="pissa"),
     "dora": attrs.evolve(
         lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=5),
         parameterization=lrkit.parameterizations.DoRA(rank=4, form="svd"),

@@ -54,7 +54,6 @@ class Started(LowRank):
     def import_factors(self, a: Tensor, b: Tensor, core: Tensor | None, scaling: float) -> None:
         """Take over ΔW = s · B diag(c) A exactly: it is no longer counted from where this adapter began."""
         super().import_factors(a, b, core, scaling)
-        self.start_A.zero_()
         self.start_B.zero_()
 
 
@@ -110,7 +109,7 @@ def _weight(target: Target) -> Tensor:
 @torch.no_grad()
 def _from_base(init: Init, weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """Return A [.., r, d_in] and B [.., d_out, r] from W [.., d_out, d_in]."""
-    if init == "olora":  # arXiv 2406.01775, section 3: W = Q R
+    if init == "olora":  # arXiv 2406.01775: W = Q R
         q, triangle = torch.linalg.qr(weight)
         return triangle[..., :rank, :], q[..., :rank]
     if init == "pissa":  # arXiv 2404.02948, Eq. 2 and 3: W = U S Vᵀ

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -17,7 +17,6 @@ from lrkit.adapt.quantized import let_train
 from lrkit.errors import LrkitError, LrkitWarning, shown
 from lrkit.shards import is_sharded
 
-_Trainer = TypeVar("_Trainer", bound=Trainer)
 _trackers: Callable[[Any], list[type[TrainerCallback]]] = get_reporting_integration_callbacks
 
 
@@ -57,7 +56,7 @@ class AdaptCallback(TrainerCallback):
         self._start: dict[str, Any] | None = None
         let_train(adapted)
 
-    def install(self, trainer: _Trainer) -> _Trainer:
+    def install(self, trainer: Trainer) -> Trainer:
         """Put this callback ahead of a Trainer's trackers, so that they get what it logs. Return the Trainer.
 
         A Trainer calls the trackers of ``report_to`` before all callbacks that it is given, and tells a callback neither of

@@ -315,3 +315,34 @@ def test_figures_are_asked_for(tmp_path):
     run, _ = trainer("bert", lrkit.methods.lora(rank=2), tmp_path, max_steps=2)
     run.train()
     assert not any(name.startswith("lrkit/") for entry in run.state.log_history for name in entry)
+
+
+# ---- several adapters ------------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_switched(tmp_path):
+    """Runs of two methods on one base, exported, are switched in one PEFT model, there and back, and reloaded by lrkit."""
+    peft = pytest.importorskip("peft")
+    methods = {
+        "first": lrkit.methods.adalora(rank=4, target_rank=2, warmup=1, final=1),
+        "second": lrkit.methods.aflora(rank=3),
+    }
+    expected = {}
+    for seed, (name, method) in enumerate(methods.items()):
+        adapted = lrkit.attach(models.make("bert"), method)
+        torch.manual_seed(seed)
+        fit(adapted.model, adapted, steps=20)
+        expected[name] = logits(adapted.model)
+        lrkit.export(adapted, tmp_path / name)
+        adapted.save(tmp_path / name / "run")
+    both = peft.PeftModel.from_pretrained(models.make("bert"), str(tmp_path / "first"), adapter_name="first")
+    both.load_adapter(str(tmp_path / "second"), adapter_name="second")
+    model = models.make("bert")
+    for name in ("second", "first", "second"):
+        both.set_adapter(name)
+        assert torch.allclose(logits(both), expected[name], atol=1e-6)
+        adapted = lrkit.load(model, tmp_path / name / "run")
+        assert torch.equal(logits(model), expected[name])
+        adapted.detach()
+    assert torch.equal(logits(model), logits(models.make("bert")))
+    assert (expected["first"] - expected["second"]).abs().max() > 0.01

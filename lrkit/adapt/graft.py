@@ -46,7 +46,8 @@ def check_model(model: nn.Module) -> None:
         raise LrkitError(reason)
     if any(getattr(module, _MARK, False) for module in model.modules()):
         raise LrkitError(
-            "this model already carries adapters: detach() or merge() them first (and copy a model before attach, not after)"
+            "this model already carries adapters, and holds one method at a time: detach() or merge() them first (and copy "
+            "a model before attach, not after), or lrkit.export each and switch between them in PEFT with load_adapter"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lrkit.adapt.adapted import Adapted
 from lrkit.compose import to_plain
@@ -32,16 +32,14 @@ def card(adapted: Adapted, exported: Exported, repo_id: str, base_model: str | N
     """
     base = _base(adapted) if base_model is None else base_model
     merged = exported.to == "merged"
-    tags = {"lrkit"}
+    tags = ["lrkit"]
     if not merged:
-        tags |= {"adalora" if exported.to == "peft-adalora" else "lora"}
-        tags |= {f"base_model:adapter:{base}"} if base else set()
-    data = ModelCardData(
-        library_name="transformers" if merged else "peft",
-        base_model=base,
-        tags=sorted(tags),
-        **({"base_model_relation": "finetune" if merged else "adapter"} if base else {}),
-    )
+        tags.append("adalora" if exported.to == "peft-adalora" else "lora")
+    related: dict[str, Any] = {}
+    if base is not None:
+        related = {"base_model": base, "base_model_relation": "finetune" if merged else "adapter"}
+        tags += [] if merged else [f"base_model:adapter:{base}"]
+    data = ModelCardData(library_name="transformers" if merged else "peft", tags=tags, **related)
     text = "\n".join(_text(adapted, exported, repo_id, base))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
@@ -49,11 +47,16 @@ def card(adapted: Adapted, exported: Exported, repo_id: str, base_model: str | N
 def _base(adapted: Adapted) -> str | None:
     """Return the name in the model's config, if it may be one on the hub."""
     name = getattr(getattr(adapted.model, "config", None), "name_or_path", "") or ""
+    return None if refusal(name) is not None or os.path.exists(name) else name
+
+
+def refusal(name: str) -> str | None:
+    """Say why the hub does not take a name of a repository; None if it does."""
     try:
         validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return None if not name or os.path.exists(name) else name
+    except HFValidationError as error:
+        return str(error).rstrip(".")
+    return None
 
 
 def _text(adapted: Adapted, exported: Exported, repo_id: str, base: str | None) -> Iterator[str]:
@@ -87,9 +90,10 @@ def _text(adapted: Adapted, exported: Exported, repo_id: str, base: str | None) 
 
 
 def _loading(adapted: Adapted, exported: Exported, repo_id: str, base: str | None) -> Iterator[str]:
-    kind, name = type(adapted.model), base or "BASE"
+    model: Any = adapted.model
+    kind, name = type(model), base or "BASE"
     known = kind.__module__.startswith("transformers.")
-    labels = f", num_labels={adapted.model.config.num_labels}" if adapted.head and hasattr(kind, "config_class") else ""
+    labels = f", num_labels={model.config.num_labels}" if adapted.head and known else ""
     made = f'{kind.__name__}.from_pretrained("{name}"{labels})' if known else "..."
     imports = f"from transformers import {kind.__name__}\n" if known else ""
     what = "" if known else f"  # the {kind.__name__} that it was attached to"

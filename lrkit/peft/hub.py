@@ -8,13 +8,11 @@ from typing import Any
 
 import attrs
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 from lrkit.adapt.adapted import Adapted
 from lrkit.errors import LrkitError, shown
-from lrkit.peft.card import card
+from lrkit.peft.card import card, refusal
 from lrkit.peft.exporting import Exported, export
 
 CARD = "README.md"
@@ -74,10 +72,8 @@ def push_to_hub(
         LrkitError: a name that the hub does not take, an export that is refused, or an upload that fails.
     """
     for name in (repo_id, *([] if base_model is None else [base_model])):
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise LrkitError(f'a name on the hub is "user/name", not {shown(name)}: {str(error).rstrip(".")}') from None
+        if (reason := refusal(name)) is not None:
+            raise LrkitError(f'a name on the hub is "user/name", not {shown(name)}: {reason}')
     with tempfile.TemporaryDirectory() as place:
         inside = Path(place) / "export" if folder is None else Path(folder)
         exported = export(adapted, inside, to=to, tokenizer=tokenizer, batch=batch)

@@ -136,8 +136,8 @@ def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "C
             rank = int(kept[name].sum()) if name in kept else rank_of(module, run.parts)
         frozen = tuple(part.name for part in matrices if run.froze(part.of(module)))
         trains = run.starts[name], counts[name], average[name]
-        sizes = layer_shape(getattr(module, "base", module)) or (None, None)
-        layers.append(LayerSummary(name, rank, initial, frozen, *trains, *sizes, maps_of(module)))
+        d_in, d_out = layer_shape(getattr(module, "base", module)) or (None, None)
+        layers.append(LayerSummary(name, rank, initial, frozen, *trains, d_in, d_out, maps_of(module)))
     return Summary(tuple(layers), head, controller.step, beside, coverage)
 
 

@@ -10,7 +10,7 @@ papers' formula:
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import attrs
@@ -111,11 +111,8 @@ def blocks_of(
     for name, module in modules.items():
         live = [part for part in parts if id(part.of(module)) in trained]
         if kind == "component":
-            chosen = tuple(part for part in live if part.axis is not None)
-            if chosen:
-                first = chosen[0]
-                assert first.axis is not None
-                blocks.append(Block(name, module, chosen, first.of(module).shape[first.axis], kind))
+            if chosen := tuple(ranked(live)):
+                blocks.append(Block(name, module, chosen, rank_of(module, chosen), kind))
             continue
         matrices = tuple(part for part in live if part.matrix and part.of(module).numel())
         if kind == "matrix":
@@ -123,6 +120,16 @@ def blocks_of(
         elif matrices:
             blocks.append(Block(name, module, matrices, 1, kind))
     return blocks
+
+
+def ranked(parts: Iterable[Part]) -> list[Part]:
+    """Return the parts that run over rank components."""
+    return [part for part in parts if part.axis is not None]
+
+
+def rank_of(module: nn.Module, parts: Sequence[Part]) -> int:
+    """Return the components that an adapter stores; 0 for one without any."""
+    return next((part.of(module).shape[part.axis] for part in parts if part.axis is not None), 0)
 
 
 def maps_of(module: nn.Module) -> int:

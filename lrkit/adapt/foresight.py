@@ -12,6 +12,7 @@ from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.loop.state import Saved
 from lrkit.parameterizations import Parameterization, Target
 from lrkit.ranks import ranks_of
+from lrkit.units import rank_of, ranked
 
 _TIMES = 64
 _ALWAYS = 2**20
@@ -66,10 +67,9 @@ def check_fresh(
     put_in = [*modules.values(), *([] if around is None else [around])]
     fresh = {id(p): p.numel() for module in put_in for p in module.parameters() if id(p) not in own}
     if saved is not None:
-        axes = [part for part in parameterization.parts if part.axis is not None]
-        if axes and set(modules) == set(saved.targets):
-            first = {name: axes[0].of(module).shape[axes[0].axis or 0] for name, module in modules.items()}
-            saved.check_ranks(first, grows)
+        parts = ranked(parameterization.parts)
+        if parts and set(modules) == set(saved.targets):
+            saved.check_ranks({name: rank_of(module, parts) for name, module in modules.items()}, grows)
     most = max(_TIMES * given, there, _ALWAYS)
     if sum(fresh.values()) > most:
         raise LrkitError(

@@ -61,14 +61,13 @@ class Reference(nn.Module):
 
     def __init__(self, model: nn.Module, disabled: Callable[[], AbstractContextManager[None]]) -> None:
         super().__init__()
-        self.__dict__["_lrkit_model"] = model  # not a submodule: its parameters are not this module's
-        self.__dict__["_lrkit_disabled"] = disabled
+        self._of = (model, disabled)  # in a tuple: not a submodule, its parameters are not this module's
         self.eval()
 
     @contextmanager
     def _as_it_was(self) -> Iterator[nn.Module]:
-        model: nn.Module = self.__dict__["_lrkit_model"]
-        with self.__dict__["_lrkit_disabled"](), torch.no_grad():
+        model, disabled = self._of
+        with disabled(), torch.no_grad():
             modes = [(module, module.training) for module in model.modules()]
             try:
                 model.train(self.training)
@@ -90,14 +89,14 @@ class Reference(nn.Module):
     @property
     def base_model(self) -> "Reference":
         """Return the same for the model's base, whose calls run without adapters too (TRL computes log-probabilities so)."""
-        base = self.__dict__["_lrkit_model"].base_model
-        reference = Reference(base, self.__dict__["_lrkit_disabled"])
-        return reference.train(self.training)
+        model, disabled = self._of
+        return Reference(model.base_model, disabled).train(self.training)  # type: ignore[arg-type]
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the model's output embeddings with the weights from before `attach`."""
-        with self.__dict__["_lrkit_disabled"]():
-            module = self.__dict__["_lrkit_model"].get_output_embeddings()
+        model, disabled = self._of
+        with disabled():
+            module = model.get_output_embeddings()  # type: ignore[operator]
             if module is None:
                 return None
             twin: nn.Module = copy.copy(module)
@@ -107,21 +106,20 @@ class Reference(nn.Module):
     @property
     def config(self) -> Any:
         """Return the model's."""
-        return self.__dict__["_lrkit_model"].config
+        return self._of[0].config
 
     @property
     def generation_config(self) -> Any:
         """Return the model's."""
-        return self.__dict__["_lrkit_model"].generation_config
+        return self._of[0].generation_config
 
     @property
     def device(self) -> torch.device:
         """Return the model's device."""
-        return next(self.__dict__["_lrkit_model"].parameters()).device  # type: ignore[no-any-return]
+        return next(self._of[0].parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Return the model's precision."""
-        model = self.__dict__["_lrkit_model"]
-        own = getattr(model, "dtype", None)
-        return own if isinstance(own, torch.dtype) else next(model.parameters()).dtype
+        own = getattr(self._of[0], "dtype", None)
+        return own if isinstance(own, torch.dtype) else next(self._of[0].parameters()).dtype

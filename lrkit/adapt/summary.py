@@ -122,38 +122,22 @@ class Summary:
 def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "Coverage | None" = None) -> Summary:
     """Summarize a run so far. `head`, `beside` and `coverage` are as in `Summary`."""
     from lrkit.parameterizations.adapter import layer_shape
-    from lrkit.units import maps_of
+    from lrkit.units import maps_of, rank_of
 
     kept = controller.components.kept()
     run, tally = controller.run, controller.tally
     average, counts = tally.on_average(controller.step), tally.counts
-    axes = [part for part in run.method.parameterization.parts if part.axis is not None]
+    matrices = [part for part in run.method.parameterization.parts if part.matrix]
     layers = []
     for name, module in run.modules.items():
         rank = initial = None
-        if axes:
-            axis = axes[0].axis
-            assert axis is not None
+        if run.parts:
             initial = run.ranks[name]
-            rank = int(kept[name].sum()) if name in kept else axes[0].of(module).shape[axis]
-        frozen = tuple(
-            part.name for part in run.method.parameterization.parts if part.matrix and run.froze(part.of(module))
-        )
-        size = layer_shape(getattr(module, "base", module)) or (None, None)
-        layers.append(
-            LayerSummary(
-                name,
-                rank,
-                initial,
-                frozen,
-                run.starts[name],
-                counts[name],
-                average[name],
-                size[0],
-                size[1],
-                maps_of(module),
-            )
-        )
+            rank = int(kept[name].sum()) if name in kept else rank_of(module, run.parts)
+        frozen = tuple(part.name for part in matrices if run.froze(part.of(module)))
+        trains = run.starts[name], counts[name], average[name]
+        d_in, d_out = layer_shape(getattr(module, "base", module)) or (None, None)
+        layers.append(LayerSummary(name, rank, initial, frozen, *trains, d_in, d_out, maps_of(module)))
     return Summary(tuple(layers), head, controller.step, beside, coverage)
 
 

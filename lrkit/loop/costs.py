@@ -7,11 +7,11 @@ beforehand, and a resumed run has the same. For example a tensor that another po
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from math import prod
 
 import attrs
 
-from lrkit.units import Block, Part
+from lrkit.loop.pieces import as_units
+from lrkit.units import Block, Part, ranked
 
 
 @attrs.frozen
@@ -82,10 +82,7 @@ def _of_unit(amount: str, block: Block, parts: Sequence[Part]) -> int:
         return 1
     if block.kind != "component":
         return sum(tensor.numel() for tensor in block.tensors)
-    spent = block.parts if amount == "parameters" else [part for part in parts if part.axis is not None]
-    return sum(_slice(tuple(block.tensor(part).shape), part.axis or 0) for part in spent)
-
-
-def _slice(shape: tuple[int, ...], axis: int) -> int:
-    """How many entries of a tensor one component has, whatever the rank is now."""
-    return prod(shape[:axis]) * prod(shape[axis + 1 :])
+    spent = block.parts if amount == "parameters" else ranked(parts)
+    # One slice of each tensor, whatever the rank is now.
+    slices = (as_units(tuple(block.tensor(part).shape), part.axis) for part in spent)
+    return sum(outer * inner for outer, _, inner in slices)

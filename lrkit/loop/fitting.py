@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.errors import LrkitError, shown
+from lrkit.loop.components import Components
 from lrkit.loop.policy import PolicyState
+from lrkit.loop.resizing import Ranks
 from lrkit.loop.rules import timetable
 from lrkit.loop.run import Run
 from lrkit.loop.state import Saved, misfit
 from lrkit.loop.tally import Tally
-from lrkit.units import split
 
 
 def check(run: Run, saved: Saved, tensors: Mapping[str, Tensor], bound_for: int | None) -> None:
@@ -111,12 +112,8 @@ def _check_sums(run: Run, saved: Saved, policies: list[PolicyState], frozen: set
             raise misfit(f"sums has {sums[name]} for {name}: more than {most} parameters at each of {step} steps")
     if saved.total_steps is None or step <= saved.total_steps:
         return
-    masks: dict[str, Tensor] = {}
-    for state in policies:
-        if not state.fate.counts:
-            for block, mask in zip(state.blocks, split(state.kept, state.blocks), strict=True):
-                masks[block.name] = masks.get(block.name, mask) & mask
-    kept = {name: int(mask.sum()) for name, mask in masks.items()}
+    components = Components(run, policies, Ranks(run.ranks), tally)
+    kept = {name: int(mask.sum()) for name, mask in components.kept().items()}
     now = sum(tally.would_be(run.shapes(saved.ranks), frozen, kept).values())
     last = max((d.step for d in saved.history), default=0)
     # Half: a layer without a gradient may have been left out of the count on the way.

@@ -9,7 +9,7 @@ from lrkit.errors import LrkitError
 from lrkit.loop.policy import PolicyState
 from lrkit.loop.tally import Tally
 from lrkit.method import Method
-from lrkit.units import Block, Part, blocks_of, maps_of
+from lrkit.units import Block, Part, blocks_of, maps_of, rank_of, ranked
 
 
 @attrs.frozen(eq=False)
@@ -53,7 +53,7 @@ class Run:
                     "in the layers that were chosen"
                 )
             blocks.append(found)
-        ranks = {name: _rank(module, parts) for name, module in modules.items()}
+        ranks = {name: rank_of(module, parts) for name, module in modules.items()}
         starts = Tally(modules, parts, trained).counts
         run = cls(method, modules, trained, others, ranks, blocks, starts)
         if any(policy.action.fate == "removed" for policy in method.policies):
@@ -70,7 +70,7 @@ class Run:
     @property
     def parts(self) -> list[Part]:
         """The parts that run over rank components."""
-        return [part for part in self.method.parameterization.parts if part.axis is not None]
+        return ranked(self.method.parameterization.parts)
 
     @property
     def grows(self) -> bool:
@@ -125,8 +125,3 @@ class Run:
                 sizes[part.axis or 0] = ranks[name]
                 shapes[id(part.of(module))] = tuple(sizes)
         return shapes
-
-
-def _rank(module: nn.Module, parts: Sequence[Part]) -> int:
-    """Return the components that an adapter stores; 0 for one without any."""
-    return next((part.of(module).shape[part.axis] for part in parts if part.axis is not None), 0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+import zoo
 
 import lrkit
 from lrkit.adapt import checkpoint
@@ -35,17 +36,17 @@ METHODS["adalora by gradient"] = attrs.evolve(
 )
 
 
-def shard(model, blocks=True, **how):
+def shard(model, blocks=None, **how):
     from torch.distributed.fsdp import fully_shard
 
-    for layer in model.bert.encoder.layer if blocks else ():
+    for layer in model.bert.encoder.layer if blocks is None else blocks:
         fully_shard(layer, **how)
     return fully_shard(model, **how)
 
 
 def shard_as_one(model):
     """Gather and reduce everything at once. FSDP2 leaves such parameters whole after an evaluation."""
-    return shard(model, blocks=False)
+    return shard(model, blocks=())
 
 
 CUTS = dict.fromkeys(METHODS, shard) | {"adalora by gradient": shard_as_one}
@@ -153,6 +154,64 @@ def message(call, kind=lrkit.LrkitError):
     return "nothing"
 
 
+def of_kind(name, rank=0, world=1):
+    """A short run on layers of one kind: what trains at its end, and the decisions."""
+    make, attach, sharding = KINDS[name]
+    torch.manual_seed(3)
+    model = make()
+    adapted = attach(model)
+    if world > 1:
+        sharding(model)
+    optimizer = optimizer_of(adapted)
+    adapted.bind(optimizer, total_steps=4)
+    for step in range(4):
+        batch = models.batch(seed=step, rows=12)
+        if "mixtral" in type(model).__name__.lower():
+            batch["labels"] = batch["input_ids"]
+        (model(**{k: v[rank::world] for k, v in batch.items()}).loss + adapted.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tensors = {n: whole(p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}
+    return tensors, [(d.step, d.kept, d.lost) for d in adapted.history]
+
+
+def shard_halves(model):
+    """Let the head, which is kept in float32, be sharded by itself, and all else computed in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    fully_shard(model.classifier)
+    shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+
+
+PRUNED = lrkit.methods.adalora(rank=3, target_rank=1, warmup=1, final=1, interval=1)
+KINDS = {
+    "experts": (
+        lambda: zoo.ZOO["mixtral"]().double().eval(),
+        lambda model: lrkit.attach(model, PRUNED),
+        lambda model: shard(model, model.model.layers),
+    ),
+    "embedding and slices": (
+        lambda: models.make("gpt2", seed=3).double().eval(),
+        lambda model: lrkit.attach(model, PRUNED, targets=["wte", "c_attn.q", "c_attn.v"]),
+        lambda model: shard(model, model.transformer.h),
+    ),
+    "magnitudes": (
+        plain,
+        lambda model: lrkit.attach(
+            model,
+            attrs.evolve(PRUNED, parameterization=lrkit.parameterizations.DoRA(rank=3, form="svd")),
+            targets=["query"],
+        ),
+        shard,
+    ),
+    "half precision": (
+        lambda: models.make("bert", seed=3).bfloat16().eval(),
+        lambda model: lrkit.attach(model, PRUNED, targets=["query"]),
+        shard_halves,
+    ),
+}
+
+
 def tensor_parallel(folder, rank, world):
     """A model of transformers that is tensor parallel when it comes, and layers that are after attach."""
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -242,6 +301,7 @@ def work(rank, world, folder):
         result["run"][name] = one(method, folder / f"{name}-{world}", rank, world, CUTS[name])
         result["resumed"][name] = resumed(folder / f"{name}-{world - 1}", rank, world, CUTS[name])
     if world == 2:
+        result["kinds"] = {name: of_kind(name, rank, world) for name in KINDS}
         result["said"] = refusals() | tensor_parallel(folder, rank, world)
     torch.save(result, folder / f"{world}-{rank}.pt")
     if world == 2:

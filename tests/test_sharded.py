@@ -64,6 +64,19 @@ def test_sharded_runs_resume_anywhere(runs):
         alike(alone[name], sharded_worker.resumed(folder / f"{name}-3"))
 
 
+@pytest.mark.parametrize("kind", sharded_worker.KINDS)
+def test_kinds_of_layers_are_sharded(kind, runs):
+    """Adapters of every kind of layer end where one process ends, with the same decisions."""
+    tensors, history = sharded_worker.of_kind(kind)
+    found, decisions = runs[1][2][0]["kinds"][kind]
+    assert decisions == history
+    assert found.keys() == tensors.keys()
+    rounding = 2e-3 if kind == "half precision" else 1e-14
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype
+        torch.testing.assert_close(found[name], value, rtol=0, atol=rounding, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_failed_saves_fail_everywhere(runs):
     """A save that fails where it is written raises the same line on every process, and leaves the old file."""
     first, second = (torch.load(runs[2] / f"saves-{rank}.pt") for rank in range(2))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.precision import is_plain
-from lrkit.shards import like
+from lrkit.shards import is_sharded, like
 
 _HALF = (torch.float16, torch.bfloat16)
 _HELD = "_lrkit_masters"
@@ -146,29 +146,29 @@ class _Round:
         (owner,) = self.owner
         held, depth = owner.__dict__.get(_HELD, ({}, 0))
         for name in self.names:
-            p = held.get(name, owner._parameters[name])
-            if p is not None and p.dtype == torch.float32 and self.witness.dtype in _HALF:
-                held[name] = p
+            p, since = held.get(name, (owner._parameters[name], depth))
+            # A sharded one has its turn when FSDP2 has made it whole, which may be in a call within this one.
+            if p is not None and p.dtype == torch.float32 and self.witness.dtype in _HALF and not is_sharded(p):
+                held[name] = p, since
                 # Anew each time: a call within this one, or after one that was broken off, has a graph of its own.
                 owner._parameters[name] = p.to(self.witness.dtype)
         owner.__dict__[_HELD] = held, depth + 1
 
 
 class _Back:
-    """A forward hook: the float32 parameters stand in their places again once the outermost call has ended."""
+    """A forward hook: the float32 parameters stand in their places again once the call has ended that rounded them first."""
 
     def __init__(self, owner: nn.Module) -> None:
         self.owner = (owner,)
 
     def __call__(self, *_: Any) -> None:
         (owner,) = self.owner
-        held, depth = owner.__dict__.get(_HELD, ({}, 0))
-        if depth > 1:
-            owner.__dict__[_HELD] = held, depth - 1
-        else:
-            _put_back(owner)
+        _put_back(owner, owner.__dict__.get(_HELD, ({}, 1))[1] - 1)
 
 
-def _put_back(owner: nn.Module) -> None:
-    held: Mapping[str, nn.Parameter] = owner.__dict__.pop(_HELD, ({}, 0))[0]
-    owner._parameters.update(held)
+def _put_back(owner: nn.Module, depth: int = 0) -> None:
+    """End calls down to a depth: 0 ends them all."""
+    held: dict[str, tuple[nn.Parameter, int]] = owner.__dict__.pop(_HELD, ({}, 0))[0]
+    owner._parameters.update({name: p for name, (p, since) in held.items() if since >= depth})
+    if depth > 0:
+        owner.__dict__[_HELD] = {name: each for name, each in held.items() if each[1] < depth}, depth

@@ -20,6 +20,7 @@ from lrkit.layers import is_conv1d
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.peft.blocks import joined
 from lrkit.peft.files import CONFIG, PREFIX, WEIGHTS, Factors, commonest
+from lrkit.peft.twin import twin
 from lrkit.settings import in_steps
 from lrkit.units import maps_of
 
@@ -38,7 +39,7 @@ class Draft:
     Args:
         to: the format's name.
         adapted: the trained handle.
-        plain: the model as it was before `attach`: a copy that this export may change.
+        plain: the model as it was before `attach`, with float layers for quantized ones: a copy that this export may change.
         folder: where the files go.
         final: what the folder is called once the export has been checked.
         tokenizer: to be written beside a plain model; None for none.
@@ -282,10 +283,7 @@ def _write_vllm(draft: Draft) -> dict[str, int]:
 
 
 def _write_merged(draft: Draft) -> dict[str, int]:
-    adapted = draft.adapted
-    twin = Adapted(draft.plain, adapted.method, list(adapted.adapters), adapted.head, exact=True)
-    twin.load_state_dict(adapted.state_dict())
-    draft.save_plain(twin.merge(), draft.folder)
+    draft.save_plain(twin(draft.adapted, draft.plain).merge(), draft.folder)
     return {}
 
 

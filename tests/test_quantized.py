@@ -14,7 +14,7 @@ from lrkit.layers.dequantized import whole_weight
 
 METHOD = lrkit.methods.adalora(rank=4, target_rank=2)
 CUT = attrs.evolve(METHOD, action=lrkit.actions.Prune(cut="always"))
-FREEZE = lrkit.methods.aflora(rank=4, train="both")
+FREEZE = lrkit.methods.aflora(rank=4, train="both", final=0.0)
 GROUP = 16
 
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lrkit.adapt.adapted import Adapted, attach
 from lrkit.errors import LrkitError
+from lrkit.layers.logical import as_floats, entries
 from lrkit.loop.course import is_known
 from lrkit.loop.policy import PolicyState
 from lrkit.models import experts_by
@@ -92,7 +93,7 @@ def count(method: "Method", model: nn.Module, *, total_steps: int, **attach_sett
         ),
         core=core,
         head=head,
-        model=sum(p.numel() for p in _unique(model)) - head,
+        model=entries(model) - head,
         total_steps=total_steps,
     )
 
@@ -201,6 +202,8 @@ class Flops:
 def flops(model: nn.Module, batch: Mapping[str, Tensor], loss: "Callable[[Any], Tensor] | None" = None) -> Flops:
     """Count one forward and backward pass of the model as it is now: frozen matrices and cut ranks cost nothing.
 
+    Quantized layers cost as much as the float layers that they stand for.
+
     Args:
         model: any model. If it is on the meta device, so must be the batch.
         batch: keyword arguments of its forward.
@@ -213,7 +216,7 @@ def flops(model: nn.Module, batch: Mapping[str, Tensor], loss: "Callable[[Any], 
     # torch does not count its product of sorted rows, which transformers takes for experts that are not adapted.
     counted = "batched_mm" if any(p.is_meta for p in model.parameters()) else "eager"
     with experts_by(model, counted):
-        with FlopCounterMode(display=False) as forward:
+        with as_floats(model), FlopCounterMode(display=False) as forward:
             output = model(**batch)
         scalar = loss(output) if loss is not None else _scalar(output)
         with FlopCounterMode(display=False) as backward:

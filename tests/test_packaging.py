@@ -13,6 +13,8 @@ import lrkit
 
 ROOT = Path(__file__).parent.parent
 PROJECTS = [ROOT / "pyproject.toml", *sorted((ROOT / "plugins").glob("*/pyproject.toml"))]
+TOOLS = {"import-linter", "mypy", "ruff", "furo", "myst-parser", "sphinx"}
+TRIED_BY_INTEGRATIONS = {"bitsandbytes", "lightning", "torchao"}  # by `make test-integrations` alone
 
 
 def plain(name: str) -> str:
@@ -60,8 +62,7 @@ def test_lower_ends_are_tested(path: Path) -> None:
             continue
         least = numbers(wanted.removeprefix(">="))
         assert least <= numbers(exact[name]), f"{name}: constraints.txt has {exact[name]}, below {wanted}"
-        # Quantisers are tried by `make test-integrations` alone.
-        if name not in ("import-linter", "mypy", "ruff", "furo", "myst-parser", "sphinx", "bitsandbytes", "torchao"):
+        if name not in TOOLS | TRIED_BY_INTEGRATIONS:
             assert numbers(lowest[name]) == least, f"{name}{wanted}, and constraints-lowest.txt has {lowest[name]}"
 
 

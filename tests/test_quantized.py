@@ -2,15 +2,19 @@
 
 import copy
 
+import attrs
 import pytest
 import torch
 from torch import nn
 
 import lrkit
+from lrkit import accounting
 from lrkit.layers import Quantized
 from lrkit.layers.dequantized import whole_weight
 
 METHOD = lrkit.methods.adalora(rank=4, target_rank=2)
+CUT = attrs.evolve(METHOD, action=lrkit.actions.Prune(cut="always"))
+FREEZE = lrkit.methods.aflora(rank=4, train="both", final=0.0)
 GROUP = 16
 
 
@@ -138,13 +142,14 @@ def model_of(kind):
     return Model(kind)
 
 
-def trained(model, steps, state=None, optimizer_state=None):
+def trained(model, steps, state=None, optimizer_state=None, method=METHOD):
     """Attach, and train from a state's step to `steps` of 8."""
     torch.manual_seed(1)
-    adapted = lrkit.attach(model, METHOD)
-    optimizer = torch.optim.AdamW(adapted.parameters(), 1e-2)
+    adapted = lrkit.attach(model, method)
     if state is not None:
         adapted.load_state_dict(state)
+    optimizer = torch.optim.AdamW(adapted.parameters(), 1e-2)
+    if state is not None:
         optimizer.load_state_dict(optimizer_state)
     adapted.bind(optimizer, total_steps=8)
     x = torch.linspace(-1, 1, 5 * 32).view(5, 32)
@@ -179,21 +184,123 @@ def test_merge_makes_float_layers(kind):
     assert torch.allclose(model(x), y, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", [METHOD, CUT, FREEZE], ids=["mask", "cut", "freeze"])
 @pytest.mark.parametrize("kind", [GPTQ, AWQ, HQQ])
-def test_resume_and_detach_are_bitwise(kind):
-    """A resumed run is the run, and detach gives the layers back with their bits."""
-    whole, _ = trained(model_of(kind), 8)
-    half, optimizer = trained(model_of(kind), 4)
+def test_resume_and_detach_are_bitwise(kind, method):
+    """A resumed run is the run, whatever becomes of the losers, and detach gives the layers back with their bits."""
+    whole, _ = trained(model_of(kind), 8, method=method)
+    half, optimizer = trained(model_of(kind), 3, method=method)
+    assert 0 < len(half.history) < len(whole.history)
     model = model_of(kind)
     layers, x = [model.layers[0].up, model.layers[1].down], torch.randn(3, 32)
     y = model(x)
-    resumed, _ = trained(model, 8, half.state_dict(), copy.deepcopy(optimizer.state_dict()))
+    resumed, _ = trained(model, 8, half.state_dict(), copy.deepcopy(optimizer.state_dict()), method)
     assert resumed.history == whole.history
     for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     resumed.detach()
     assert [model.layers[0].up, model.layers[1].down] == layers
     assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("kind", [GPTQ, AWQ, HQQ])
+def test_sizes_are_the_float_layers(kind):
+    """Parameters and operations are those of the model with float layers, by the definition of a linear layer."""
+    model, x = model_of(kind), torch.randn(5, 32)
+    assert accounting.count(METHOD, model, total_steps=8).model == 2 * (32 * 64 + 64 + 64 * 32 + 32)
+    adapted = lrkit.attach(model, lrkit.methods.lora(rank=4))
+    work = accounting.flops(model, {"x": x})
+    product, factors = 2 * 5 * 32 * 64, 2 * 5 * 4 * (32 + 64)
+    assert work.forward == 4 * (product + factors)
+    # The first layer's input needs no gradient: neither W nor A is gone through backwards there.
+    assert work.backward == 4 * (product + 2 * factors) - product - 2 * 5 * 4 * 32
+    assert type(adapted.adapters["layers.0.up"].base) is kind
+
+
+@pytest.mark.parametrize("kind", [GPTQ, AWQ, HQQ])
+def test_export_holds_the_increments(kind, tmp_path):
+    """PEFT's own model reads the files on the dequantized base; the increments are those of the adapters in float64."""
+    import peft
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
+        mlp_bias=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.down_proj = kind(32, 64), kind(64, 32)
+    adapted = lrkit.attach(model, lrkit.methods.svd_lora(rank=3), targets=["up_proj", "down_proj", "q_proj"])
+    with torch.no_grad():
+        for p in adapted.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    done = lrkit.export(adapted, tmp_path / "peft", to="peft-lora")
+    read = peft.PeftModel.from_pretrained(adapted.original(dequantize=True), str(tmp_path / "peft"))
+    for name, adapter in adapted.adapters.items():
+        delta = read.base_model.model.get_submodule(name).get_delta_weight("default")
+        assert torch.allclose(delta.double(), adapter.delta().double(), atol=1e-6), name
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        assert torch.allclose(read.eval()(ids).logits, model.eval()(ids).logits, atol=1e-4)
+    assert done.difference < 1e-6 and type(model.model.layers[0].mlp.up_proj.base) is kind
+    lrkit.export(adapted, tmp_path / "merged", to="merged")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    wanted = model.model.layers[0].mlp.down_proj.base.truth() + adapted.adapters["model.layers.0.mlp.down_proj"].delta()
+    assert torch.allclose(again.model.layers[0].mlp.down_proj.weight.double(), wanted.double(), atol=1e-6)
+
+
+class Packing(nn.Linear):
+    """``Linear4bit``: evaluation packs its weight for a kernel without a gradient (bitsandbytes 0.50, nn/modules.py)."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out)
+        self.support_avx512bf16_for_cpu, self.packed = True, False
+        self.weight = nn.Parameter(self.weight.detach().mul(100).to(torch.int8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.support_avx512bf16_for_cpu and not self.training and not x.requires_grad:
+            self.packed = True
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.packed):
+            return x @ (self.weight.float() / 100).t() + self.bias
+
+
+def test_evaluation_leaves_layers_trainable():
+    """A layer that packs its weight for inference does not while it is adapted; one that has is refused with the reason."""
+    model = model_of(Packing)
+    with torch.no_grad():
+        model.eval()(torch.randn(2, 32))
+    for targets in ("all-linear", ["up"], ".*up"):
+        with pytest.raises(lrkit.LrkitError, match=r"no gradient to its input.*load the model again"):
+            lrkit.attach(model, METHOD, targets=targets)
+    model = model_of(Packing)
+    adapted, _ = trained(model, 4)
+    with torch.no_grad():
+        model.eval()(torch.randn(2, 32))
+    assert not any(module.packed for module in model.modules() if isinstance(module, Packing))
+    adapted.detach()
+    with torch.no_grad():
+        model(torch.randn(2, 32))
+    assert model.layers[0].up.packed
+
+
+@pytest.mark.parametrize("end", ["merge", "detach"])
+def test_layers_replaced_under_adapters(end):
+    """Layers that others put into adapters, as ``dequantize()`` of transformers does, are merged into and detached."""
+    model = model_of(GPTQ)
+    adapted, _ = trained(model, 8)
+    x, plain = torch.randn(3, 32), {}
+    for name, adapter in adapted.adapters.items():
+        layer = adapter.base
+        plain[name] = adapter.base = nn.Linear(layer.in_features, layer.out_features)
+        with torch.no_grad():
+            plain[name].weight.copy_(layer.truth())
+            plain[name].bias.copy_(layer.bias)
+    y, wanted = model(x), plain["layers.0.up"].weight.double() + adapted.adapters["layers.0.up"].delta().double()
+    getattr(adapted, end)()
+    assert model.layers[0].up is plain["layers.0.up"]
+    if end == "merge":
+        assert torch.allclose(model.layers[0].up.weight.double(), wanted, atol=1e-6)
+        assert torch.allclose(model(x), y, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "reason"), [(Gradientless, "passes no gradient"), (Curved, "no linear map")])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrkit.layers.probe import answer, rows
+from lrkit.layers.probe import answer, gradientless, rows
 from lrkit.precision import is_plain, without_autocast
 
 
@@ -13,8 +13,8 @@ def strangeness(layer: nn.Module, d_in: int, d_out: int) -> str | None:
 
     A layer that runs ``nn.Linear.forward`` is not tested. Any other is given two rows, and must return one tensor of `d_out`
     columns. If the weight is a plain tensor, that must be W x + b up to half of its norm: a quantized product is far closer,
-    and a softmax, a sigmoid or a normalised weight is farther away. If a layer cannot run on such rows here, its class is
-    believed.
+    and a softmax, a sigmoid or a normalised weight is farther away. Otherwise a gradient must come through. If a layer
+    cannot run on such rows here, its class is believed.
 
     Args:
         layer: an ``nn.Linear`` by class.
@@ -32,7 +32,9 @@ def strangeness(layer: nn.Module, d_in: int, d_out: int) -> str | None:
     if y.shape != (len(x), d_out):
         return f"it returns {list(y.shape)} for {list(x.shape)}"
     error = _error(layer, x, y)
-    return None if error is None or error <= 0.5 else "what it returns is not the product with its weight"
+    if error is None:
+        return gradientless(layer, d_in)
+    return None if error <= 0.5 else "what it returns is not the product with its weight"
 
 
 def is_exact(layer: nn.Module, d_in: int) -> bool:

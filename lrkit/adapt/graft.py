@@ -7,18 +7,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from lrkit.adapt import pretrained
-from lrkit.adapt.behaviour import is_exact
 from lrkit.adapt.choice import Choice
-from lrkit.adapt.dequantize import forget, is_packed, merged
 from lrkit.adapt.masters import Masters
+from lrkit.adapt.merging import check_weight, forget, merged
 from lrkit.adapt.names import keep_names
+from lrkit.adapt.quantized import Layout
 from lrkit.adapt.reference import without
 from lrkit.adapt.sharding import refusal_to_attach
 from lrkit.errors import LrkitError, LrkitWarning, listing
+from lrkit.layers import kind_of
+from lrkit.layers.dequantized import is_packed
 from lrkit.precision import is_plain
 from lrkit.shards import is_sharded
 
@@ -83,6 +84,7 @@ class Graft:
             setattr(parent, attribute, self._swaps[name].after)
         replaced = {name for name, _, _ in self._places}
         self._handles = [handle for n in replaced for handle in keep_names(self._swaps[n].after, self._swaps[n].before)]
+        self._handles.append(Layout(model))
         if self.around is not None:
             _surround(model, self.around)
         self.saves = pretrained.SaveNotice(model, replaced)
@@ -98,8 +100,17 @@ class Graft:
         """
         if not self.alive:
             raise LrkitError("these adapters were merged or detached: attach again")
+        self._follow()
         if self._depth and not within:
             raise LrkitError("the adapters are out of the model within adapted.disabled(): do this outside of it")
+
+    def _follow(self) -> None:
+        """Take the layers that others have put into the adapters since, as ``model.dequantize()`` of transformers does."""
+        for name, (before, after) in self._swaps.items():
+            base = after._modules.get("base")
+            if base is not None and base is not before and after is self.adapters.get(name):
+                self._swaps[name], self.originals[name] = _Swap(base, after), base
+                self.adapters[name].kind = kind_of(base)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -187,8 +198,8 @@ class Graft:
         for name in put_in:
             if name not in packed:
                 layer = self.originals[name]
-                _check_weight(name, getattr(layer, "owner", layer), owners)  # a slice's weight is its owner's
-        plain = {name: merged(self.model, name, self.adapters[name], self.originals[name]) for name in packed}
+                check_weight(name, getattr(layer, "owner", layer), owners)  # a slice's weight is its owner's
+        plain = {name: merged(self.model, name, self.originals[name], self.adapters[name]) for name in packed}
         for name, merge in merges.items():
             if name not in plain:
                 merge()
@@ -255,34 +266,3 @@ def _leave_alone(model: nn.Module) -> None:
         call = model.__dict__.pop("forward").__wrapped__
         if getattr(call, "__func__", None) is not type(model).forward:
             model.__dict__["forward"] = call  # somebody else had replaced it before
-
-
-def _check_weight(name: str, layer: nn.Module, owners: Mapping[int, int]) -> None:
-    """Raise LrkitError if nothing can be added to a layer's weight.
-
-    Args:
-        name: the layer's name.
-        layer: the layer.
-        owners: how many modules have a parameter, by its ``id``.
-    """
-    weight = getattr(layer, "weight", None) if not layer._parameters else layer._parameters.get("weight")
-    if weight is None and not (is_packed(layer) and getattr(layer, "weight", None) is None):
-        raise LrkitError(
-            f"{name}: the base weight is computed (a parametrization, weight norm): nothing can be added to it"
-        )
-    if weight is not None and is_sharded(weight):
-        raise LrkitError(f"{name}: the base weight is sharded (DTensor): merge the unsharded model")
-    if not is_plain(weight):
-        floating = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1
-        kind: str | torch.dtype = type(layer).__name__ if weight is None else weight.dtype
-        raise LrkitError(
-            f"{name}: the base weight is quantized ({type(weight).__name__ if floating else kind}), and nothing can be "
-            "added to it exactly: merge(dequantize=True) puts a float nn.Linear in its place"
-        )
-    if isinstance(layer, nn.Linear) and not is_exact(layer, layer.in_features):
-        raise LrkitError(
-            f"{name}: {type(layer).__name__} does not compute with its weight as it is: what is added to the weight "
-            "would not be what is added to the output"
-        )
-    if owners.get(id(weight), 1) > 1:
-        raise LrkitError(f"{name}: the base weight is tied to another layer's, which must not change with it")

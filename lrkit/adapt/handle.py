@@ -14,11 +14,13 @@ from lrkit.adapt.allocation import Allocation
 from lrkit.adapt.binding import Binding
 from lrkit.adapt.choice import choose
 from lrkit.adapt.graft import Graft
+from lrkit.adapt.merging import dequantized
 from lrkit.adapt.reference import Reference
 from lrkit.adapt.saved import Archive, describe
 from lrkit.adapt.summary import Summary, brief, summarize, trainable
 from lrkit.adapt.trained import Trained
 from lrkit.errors import LrkitError
+from lrkit.layers.logical import entries
 from lrkit.loop import state as states
 from lrkit.loop.controller import Controller
 from lrkit.loop.draws import seed_of
@@ -177,7 +179,7 @@ class Adapted(Trained):
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in PEFT's words, and how they divide into adapters and head."""
-        print(trainable(self.model, self.summary()))  # noqa: T201
+        print(trainable(self.model, entries(self.model), self.summary()))  # noqa: T201
 
     def scores(self, policy: int = 0) -> dict[str, float]:
         """Return the present score of every unit of one policy, by name; nothing once its last decision is taken."""
@@ -245,10 +247,14 @@ class Adapted(Trained):
         self._graft.check()
         return Reference(self.model, self.disabled)
 
-    def original(self) -> nn.Module:
-        """Return a copy of the model as it was before `attach`, head and all. Quantized and sharded weights are shared."""
+    def original(self, *, dequantize: bool = False) -> nn.Module:
+        """Return a copy of the model as it was before `attach`, head and all; quantized weights are shared.
+
+        With `dequantize`, float layers take quantized ones' places in it.
+        """
         self._graft.check()
-        return self._graft.original(self._weights.trained)
+        plain = self._graft.original(self._weights.trained)
+        return dequantized(plain) if dequantize else plain
 
     def expect_saves(self) -> None:
         """Do not warn at ``save_pretrained`` until `unbind`: an integration saves the adapters beside the model."""

@@ -1,7 +1,9 @@
-"""Quantized bases in transformers' Trainer, which lets only PEFT's models through."""
+"""Quantized bases in training: the Trainer lets only PEFT's models through, and evaluation may pack weights anew."""
 
 import weakref
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 if TYPE_CHECKING:
     from lrkit.adapt.adapted import Adapted
@@ -27,3 +29,24 @@ def let_train(adapted: "Adapted") -> None:
             return before or (there is not None and there.attached)
 
         quantizer.__class__ = type(kind.__name__, (kind,), {"is_qat_trainable": property(is_qat_trainable)})
+
+
+_PACKS = "support_avx512bf16_for_cpu"
+
+
+class Layout:
+    """Keeps the layers of a model from packing their weights for inference, until `remove`.
+
+    On some CPUs a 4-bit layer of bitsandbytes packs its weight at the first call in evaluation, rounds its scales to
+    bfloat16, and passes no gradient from then on: a run that is evaluated on the way would train on without one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._packing = [module for module in model.modules() if module.__dict__.get(_PACKS)]
+        for module in self._packing:
+            setattr(module, _PACKS, False)
+
+    def remove(self) -> None:
+        """Let them pack again."""
+        for module in self._packing:
+            setattr(module, _PACKS, True)

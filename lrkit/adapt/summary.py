@@ -141,7 +141,7 @@ def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "C
     return Summary(tuple(layers), head, controller.step, beside, coverage)
 
 
-def trainable(model: "nn.Module", summary: Summary) -> str:
+def trainable(model: "nn.Module", everything: int, summary: Summary) -> str:
     """Tell in PEFT's words how many parameters train, and below that how they divide into adapters and head.
 
     For example::
@@ -149,11 +149,10 @@ def trainable(model: "nn.Module", summary: Summary) -> str:
         trainable params: 1,234 || all params: 5,678 || trainable%: 21.7330
         adapters: 1,200 now, 1,200 at start, 1,200 on average || head: 34
 
-    The first line counts whole tensors, as PEFT does. The second does not count masked components, and averages over the
-    steps so far.
+    The first line counts whole tensors, as PEFT does; `everything` are all parameters. The second does not count masked
+    components, and averages over the steps so far.
     """
-    parameters = list(dict.fromkeys(model.parameters()))
-    trains, everything = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    trains = sum(p.numel() for p in dict.fromkeys(model.parameters()) if p.requires_grad)
     return (
         f"trainable params: {trains:,} || all params: {everything:,} || trainable%: {100 * trains / everything:.4f}\n"
         f"adapters: {summary.now:,} now, {summary.start:,} at start, {summary.average:,.0f} on average || "

@@ -123,6 +123,8 @@ def find_targets(
     if targets == "all-linear":
         chosen = _in_blocks(model, (name for name, found in layers.items() if found.kind.linear))
         odd = _in_blocks(model, (name for name in strange if _is_linear(model, name)))
+        if not chosen and odd:
+            raise LrkitError(f'targets="all-linear" found nothing but {_odd(odd, strange)}')
         if not chosen:
             raise LrkitError(
                 'targets="all-linear" found no linear layer inside transformer blocks (no nn.ModuleList holds one) in '
@@ -187,7 +189,7 @@ def _odd(names: Collection[str], strange: Mapping[str, str]) -> str:
         if name in names:
             reasons.setdefault(strange[name], []).append(name)
     listed = "; ".join(f"{listing(each)} ({reason})" for reason, each in reasons.items())
-    return f"what is linear by its class, and no linear map by what it does: {listed}"
+    return f"what is linear by its class, and cannot be adapted: {listed}"
 
 
 def _no_match(model: nn.Module, targets: str, layers: Mapping[str, object]) -> str:

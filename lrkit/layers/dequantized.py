@@ -27,6 +27,11 @@ def is_quantized(layer: nn.Module) -> bool:
     return not is_plain(weight)
 
 
+def is_packed(layer: nn.Module) -> bool:
+    """Return whether a layer is a quantized linear map, of ``nn.Linear`` or not."""
+    return features(layer) is not None and is_quantized(layer)
+
+
 def features(layer: nn.Module) -> tuple[int, int] | None:
     """Return (d_in, d_out) as a layer names them; None if it does not, or has layers inside."""
     for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):

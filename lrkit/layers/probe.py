@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 from lrkit.precision import is_plain, without_autocast
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NO_GRADIENT = (
+    "its forward passes no gradient to its input: choose a kernel of its package that can be trained through (or load the "
+    "model again, if it has been evaluated and its package has packed the weights for that)"
+)
 
 
 def held(layer: nn.Module) -> Tensor | None:
@@ -60,23 +65,33 @@ def answer(layer: nn.Module, x: Tensor) -> tuple[Tensor, object] | None:
     return None
 
 
-def passes_gradient(layer: nn.Module, d_in: int) -> bool:
-    """Return whether a gradient of a layer's output reaches its input. Believed if the layer cannot run here."""
+def gradientless(layer: nn.Module, d_in: int) -> str | None:
+    """Say why a layer cannot be trained through: the gradient of its output does not reach its input. None if it does.
+
+    For rows u and v, and the gradient g of y · (f(u) - f(v)) by y = f(u), g · (u - v) must be ‖f(u) - f(v)‖², up to half of
+    it. A layer that cannot run here is believed.
+    """
     tensor = held(layer)
     if tensor is None or (called := can_be_called(layer)) is None:
-        return True
+        return None
     for dtype in _DTYPES:
         with contextlib.suppress(Exception), torch.inference_mode(False), torch.enable_grad(), unmoved(tensor.device):
             x = rows(d_in).to(tensor.device, dtype).requires_grad_()
             y = called.forward(x)
-            if isinstance(y, Tensor):
-                return y.requires_grad
-    return True
+            if not isinstance(y, Tensor) or y.device.type == "meta":
+                return None
+            apart = (y[0] - y[1]).detach()
+            (g,) = torch.autograd.grad((y[0] * apart).sum(), x, allow_unused=True) if y.requires_grad else (None,)
+            size = float(apart.float().square().sum())
+            found = 0.0 if g is None else float((g[0].float() * (x[0] - x[1]).detach().float()).sum())
+            return None if abs(found - size) <= 0.5 * size else _NO_GRADIENT
+    return None
 
 
 @contextlib.contextmanager
 def unmoved(device: torch.device) -> Iterator[None]:
-    """Leave random generators as they are, and switch autocast off."""
+    """Leave random generators as they are, and switch autocast and warnings off."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), without_autocast(device.type):
+    with torch.random.fork_rng(devices=devices), without_autocast(device.type), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield

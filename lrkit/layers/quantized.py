@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lrkit.errors import LrkitError
 from lrkit.layers.base import LayerKind, Sizes
 from lrkit.layers.dequantized import features, is_quantized, whole_weight
-from lrkit.layers.probe import answer, passes_gradient, rows
+from lrkit.layers.probe import answer, gradientless, rows
 
 
 @attrs.frozen
@@ -30,11 +30,7 @@ class Quantized(LayerKind):
         """Say why a layer is no linear map, or cannot be trained through."""
         sizes = self.sizes(layer)
         assert sizes is not None
-        if (reason := not_affine(layer, sizes.d_in, sizes.d_out)) is not None:
-            return reason
-        if not passes_gradient(layer, sizes.d_in):
-            return "its forward passes no gradient to its input: choose a kernel of its package that can be trained through"
-        return None
+        return not_affine(layer, sizes.d_in, sizes.d_out) or gradientless(layer, sizes.d_in)
 
     def weight(self, layer: nn.Module) -> Tensor:
         """Return the dequantized weight: a new tensor at every call."""

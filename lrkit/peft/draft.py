@@ -23,7 +23,7 @@ class Draft:
     Args:
         to: the format's name.
         adapted: the trained handle.
-        plain: the model as it was before `attach`: a copy that this export may change.
+        plain: the model as it was before `attach`, with float layers for quantized ones: a copy that this export may change.
         folder: where the files go.
         final: what the folder is called once the export has been checked.
         tokenizer: to be written beside a plain model; None for none.

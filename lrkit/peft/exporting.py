@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from lrkit.adapt.adapted import Adapted
 from lrkit.errors import LrkitError, nearest
+from lrkit.layers.dequantized import is_packed
 from lrkit.models import experts_by, quiet_transformers
 from lrkit.moves import umask
 from lrkit.peft.draft import Draft
 from lrkit.peft.formats import TARGETS
+from lrkit.peft.twin import twin
 
 TOLERANCE = 1e-6
 """How far logits may be apart, in float64 arithmetic; a share of the largest logit if that is above 1."""
@@ -57,7 +59,8 @@ def export(
 
     The check loads the written files into a copy of the model as it was before `attach`, and compares its logits with the
     adapted model's on one batch. Both run in float64, so that a difference comes from the files, and not from the order in
-    which sums are taken. If logits differ by more than `TOLERANCE`, the files are removed again.
+    which sums are taken; quantized layers, which have no float64, are dequantized for it. If logits differ by more than
+    `TOLERANCE`, the files are removed again.
 
     Args:
         adapted: the trained handle. It stays as it is.
@@ -65,7 +68,8 @@ def export(
         to: ``"peft-lora"``: a LoRA for PEFT, with every layer's own rank and scale. ``"peft-adalora"``: an AdaLoRA for
             PEFT. ``"vllm-lora"``: a LoRA for vLLM, which knows one rank and one scale: scales are in B, and ranks are
             padded with zeros. vLLM takes no trained head from an adapter, so if a head was trained, ``base/`` holds the
-            model to serve. ``"merged"``: a plain transformers model.
+            model to serve. ``"merged"``: a plain transformers model. A model that is written is a float one, without
+            quantized layers.
         tokenizer: a transformers tokenizer, written beside a plain model; None for none.
         batch: keyword arguments of the model's forward for the check; None for random tokens.
 
@@ -90,9 +94,9 @@ def export(
         inside.chmod(0o777 & ~umask())  # mkdtemp makes folders for their owner alone
         # Fresh adapters and heads are drawn on the way: the run that goes on must not notice.
         with torch.random.fork_rng(), _quiet():
-            draft = Draft(to, adapted, adapted.original(), inside, folder.absolute(), tokenizer)
+            draft = Draft(to, adapted, adapted.original(dequantize=True), inside, folder.absolute(), tokenizer)
+            expected = _expected(adapted, draft.plain, batch)
             ranks = TARGETS[to](draft)
-            expected = _logits(adapted.model, batch, adapted.as_computed)
             found = _logits(draft.read(), batch)
         difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
         allowed = TOLERANCE * max(1.0, largest)
@@ -109,6 +113,16 @@ def export(
         raise
     files = tuple(sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()))
     return Exported(to=to, folder=folder, files=files, ranks=ranks, difference=difference, largest=largest)
+
+
+def _expected(adapted: Adapted, plain: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits of an adapted model; if its base is quantized, those of its adapters on the dequantized base."""
+    if not any(map(is_packed, adapted.model.modules())):
+        return _logits(adapted.model, batch, adapted.as_computed)
+    other = twin(adapted, plain)
+    logits = _logits(other.model, batch, other.as_computed)
+    other.detach()
+    return logits
 
 
 def _rounding(model: nn.Module) -> str:

@@ -19,6 +19,7 @@ from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.peft.draft import Draft
 from lrkit.peft.files import Factors, commonest, peft
 from lrkit.peft.stacks import as_parameters, interleaved, wrapper
+from lrkit.peft.twin import twin
 from lrkit.settings import in_steps
 
 _TASKS = {
@@ -204,10 +205,7 @@ def _write_vllm(draft: Draft) -> dict[str, int]:
 
 
 def _write_merged(draft: Draft) -> dict[str, int]:
-    adapted = draft.adapted
-    twin = Adapted(draft.plain, adapted.method, list(adapted.adapters), adapted.head, exact=True)
-    twin.load_state_dict(adapted.state_dict())
-    draft.save_plain(twin.merge(), draft.folder)
+    draft.save_plain(twin(draft.adapted, draft.plain).merge(), draft.folder)
     return {}
 
 

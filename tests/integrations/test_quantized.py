@@ -1,17 +1,28 @@
 """Quantized bases in transformers' Trainer, with the real packages."""
 
+import copy
+
+import attrs
+import bitsandbytes
+import peft
 import pytest
 import torch
+from torchao import quantization as torchao
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    QuantoConfig,
+    TorchAoConfig,
     Trainer,
     TrainingArguments,
 )
 
 import lrkit
+from lrkit import accounting
+from lrkit.models import minilm_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 METHOD = lrkit.methods.adalora(rank=4, target_rank=2)
@@ -28,13 +39,75 @@ def folder(tmp_path_factory):
     return path
 
 
-def loaded(folder, bits):
-    quantization = (
-        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-        if bits == 4
-        else BitsAndBytesConfig(load_in_8bit=True)
-    )
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, device_map={"": "cpu"})
+BITS4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+BASES = {
+    "bnb-4": lambda: BitsAndBytesConfig(**BITS4, bnb_4bit_compute_dtype=torch.float32),
+    "bnb-4-nested": lambda: BitsAndBytesConfig(
+        **BITS4, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_use_double_quant=True
+    ),
+    "bnb-8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "torchao-int8": lambda: TorchAoConfig(torchao.Int8WeightOnlyConfig()),
+    "torchao-int8-dynamic": lambda: TorchAoConfig(torchao.Int8DynamicActivationInt8WeightConfig()),
+    "torchao-int4": lambda: TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4)),
+    "torchao-float8": lambda: TorchAoConfig(torchao.Float8WeightOnlyConfig()),
+    "quanto-int8": lambda: QuantoConfig(weights="int8"),
+    "quanto-int4": lambda: QuantoConfig(weights="int4"),
+    "quanto-float8": lambda: QuantoConfig(weights="float8"),
+}
+ROUND_INPUTS = ("bnb-8", "torchao-int8-dynamic")
+METHODS = {
+    "mask": METHOD,
+    "cut": attrs.evolve(METHOD, action=lrkit.actions.Prune(cut="always")),
+    "freeze": lrkit.methods.aflora(rank=4, train="both"),
+}
+IDS = torch.arange(3, 15)[None]
+
+
+def loaded(folder, base, kind=AutoModelForCausalLM, **more):
+    base = {4: "bnb-4", 8: "bnb-8"}.get(base, base)
+    return kind.from_pretrained(folder, quantization_config=BASES[base](), device_map={"": "cpu"}, **more)
+
+
+def trained(folder, base, method, steps=8, state=None, optimizer_state=None, evaluated=()):
+    """Attach, and train from a state's step to `steps` of 8, with evaluations after some."""
+    model = loaded(folder, base)
+    torch.manual_seed(1)
+    adapted = lrkit.attach(model, method)
+    if state is not None:
+        adapted.load_state_dict(state)
+    optimizer = torch.optim.AdamW(adapted.parameters(), 1e-2)
+    if state is not None:
+        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+    adapted.bind(optimizer, total_steps=8)
+    for step in range(adapted.step, steps):
+        optimizer.zero_grad()
+        (model.train()(IDS, labels=IDS).loss + adapted.penalty()).backward()
+        optimizer.step()
+        if step in evaluated:
+            logits(model)
+    return adapted, optimizer
+
+
+def same(one, other):
+    assert one.history == other.history
+    for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def whole(layer):
+    """Return a layer's weight in float64, by its package."""
+    weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
+    if state is not None:
+        return bitsandbytes.functional.dequantize_4bit(weight.data, state).double()
+    if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+        scales = layer.state.SCB if weight.SCB is None else weight.SCB
+        return weight.data.double() * scales.double()[:, None] / 127
+    return weight.dequantize().double()
 
 
 def trainer(model, adapted, out, **more):
@@ -53,8 +126,8 @@ def trainer(model, adapted, out, **more):
     )
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes_trains_saves_resumes_loads(bits, folder, tmp_path):
+@pytest.mark.parametrize("bits", [4, 8, "torchao-int8", "torchao-float8", "quanto-int8"])
+def test_trainer_saves_resumes_loads(bits, folder, tmp_path):
     """A resumed run is bitwise the run, and what was saved loads into a model quantized anew."""
 
     def attached():
@@ -136,3 +209,136 @@ def test_torchao_trains_merges_detaches(kind, folder):
         else:
             adapted.detach()
             assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("base", BASES)
+def test_every_base_resumes_bitwise(base, method, folder, tmp_path):
+    """A run that was saved and loaded is the run; its file fits a model quantized anew; its base is what it was."""
+    plain = logits(loaded(folder, base)) if "bnb-4" not in base else None  # packed for inference on some CPUs
+    adapted, _ = trained(folder, base, METHODS[method])
+    half, optimizer = trained(folder, base, METHODS[method], 4)
+    assert {p.dtype for p in adapted.parameters()} == {torch.float32}
+    again, _ = trained(folder, base, METHODS[method], 8, half.state_dict(), optimizer.state_dict())
+    same(adapted, again)
+    if method == "freeze":
+        assert not all(p.requires_grad for p in adapted.adapter_parameters())
+    adapted.save(tmp_path)
+    fresh = lrkit.load(loaded(folder, base), tmp_path)
+    assert torch.equal(logits(fresh.model), logits(adapted.model))
+    if plain is not None:
+        with adapted.disabled():
+            assert torch.equal(logits(adapted.model), plain)
+        assert torch.equal(logits(adapted.detach()), plain)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_merge_is_the_float64_sum(base, folder):
+    """A merged weight is the package's own dequantized weight + ΔW, summed in float64; without the setting it is refused."""
+    adapted, _ = trained(folder, base, METHOD)
+    wanted = {n: whole(adapted.originals[n]) + adapter.delta().double() for n, adapter in adapted.adapters.items()}
+    before = logits(adapted.model)
+    with pytest.raises(lrkit.LrkitError, match=r"merge\(dequantize=True\)"):
+        adapted.merge()
+    model = adapted.merge(dequantize=True)
+    for name, weight in wanted.items():
+        layer = model.get_submodule(name)
+        assert type(layer) is torch.nn.Linear
+        torch.testing.assert_close(layer.weight.double(), weight, rtol=1e-6, atol=1e-7)
+    assert (logits(model) - before).norm() < (0.02 if base in ROUND_INPUTS else 1e-5) * before.norm()
+
+
+@pytest.mark.parametrize("to", ["peft-lora", "peft-adalora"])
+@pytest.mark.parametrize("base", BASES)
+def test_peft_reads_exports_on_the_base(base, to, folder, tmp_path):
+    """PEFT loads what was exported over the same quantized base with equal logits, and lrkit reads PEFT's folder back."""
+    adapted, _ = trained(folder, base, METHODS["cut"])
+    lrkit.export(adapted, tmp_path / "out", to=to)
+    wanted, close = logits(adapted.model), 2e-2 if base in ROUND_INPUTS else 1e-5
+    again = lrkit.from_peft(loaded(folder, base), tmp_path / "out")
+    assert (logits(again.model) - wanted).norm() < close * wanted.norm()
+    model = loaded(folder, base)
+    if "bnb" in base:
+        model.train()  # in evaluation it packs its weights, and rounds them, on some CPUs
+    read = peft.PeftModel.from_pretrained(model, str(tmp_path / "out"))
+    for module in model.modules():
+        module.__dict__.pop("support_avx512bf16_for_cpu", None) and setattr(module, "support_avx512bf16_for_cpu", False)
+    assert (logits(read) - wanted).norm() < close * wanted.norm()
+
+
+@pytest.mark.parametrize("base", ["bnb-4", "bnb-8", "torchao-int8"])
+def test_evaluation_changes_no_run(base, folder):
+    """A run that is evaluated on the way is bitwise the run that is not."""
+    same(trained(folder, base, METHOD)[0], trained(folder, base, METHOD, evaluated=(1, 4))[0])
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_sizes_are_the_float_models(base, folder):
+    """Parameters, FLOPs and the method's count are those of the float model."""
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert accounting.count(METHOD, loaded(folder, base), total_steps=9) == accounting.count(
+        METHOD, plain, total_steps=9
+    )
+    assert accounting.flops_on(METHOD, loaded(folder, base), 12) == accounting.flops_on(METHOD, plain, 12)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantized_under_adapters(bits, folder):
+    """transformers' ``dequantize()`` under the adapters leaves float layers, into which they are merged as usual."""
+    adapted, _ = trained(folder, bits, METHOD)
+    model, before = adapted.model, logits(adapted.model)
+    model.dequantize()
+    between = logits(model)
+    assert (between - before).norm() < (0.02 if bits == 8 else 1e-5) * before.norm()
+    adapted.merge()
+    torch.testing.assert_close(logits(model), between, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["bnb-4", "torchao-int8", "quanto-int8"])
+def test_compiled_and_checkpointed_gradients(base, folder):
+    """After PEFT's preparation for k-bit training, ``torch.compile`` and activation checkpointing leave gradients alone."""
+    model = peft.prepare_model_for_kbit_training(loaded(folder, base), use_gradient_checkpointing=False).train()
+    torch.manual_seed(1)
+    adapted = lrkit.attach(model, lrkit.methods.svd_lora(rank=4))
+    with torch.no_grad():
+        for p in adapted.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+
+    def gradients(run):
+        model.zero_grad()
+        run(IDS, labels=IDS).loss.backward()
+        return [p.grad.clone() for p in adapted.parameters()]
+
+    wanted = gradients(model)
+    ways = [torch.compile(model, backend="aot_eager")]
+    for found in (gradients(way) for way in ways):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    for reentrant in (True, False):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        torch.testing.assert_close(gradients(model), wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("base", ["bnb-4", "torchao-int8"])
+def test_minilm_resumes_in_the_trainer(base, tmp_path):
+    """A real encoder with a new head: a resumed run of the Trainer is bitwise the run."""
+
+    def start():
+        torch.manual_seed(0)
+        model = loaded(minilm_folder(), base, AutoModelForSequenceClassification, num_labels=2)
+        torch.manual_seed(1)
+        adapted = lrkit.attach(model, METHOD, train_also=["classifier"])
+        ids = torch.randint(1000, 20000, (24, 8), generator=torch.Generator().manual_seed(0))
+        rows = [{"input_ids": row, "labels": int(row[0]) % 2} for row in ids]
+        args = TrainingArguments(
+            str(tmp_path), max_steps=6, save_steps=3, report_to=[], use_cpu=True, disable_tqdm=True, seed=3,
+            per_device_train_batch_size=4, dataloader_pin_memory=False, learning_rate=1e-3,
+        )  # fmt: skip
+        return adapted, Trainer(model, args, train_dataset=rows, callbacks=[lrkit.trainer.AdaptCallback(adapted)])
+
+    adapted, run = start()
+    run.train()
+    again, run = start()
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.step == 6 and len(again.adapters) == 36
+    same(adapted, again)

@@ -1,15 +1,18 @@
-"""Merging into quantized layers: each becomes a plain float ``nn.Linear`` that holds the dequantized weight and ΔW."""
+"""Merging: the weights that can be added to, and quantized layers, whose places plain float layers take."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrkit.adapt.behaviour import is_exact
 from lrkit.errors import LrkitError
 from lrkit.layers import kind_of
-from lrkit.layers.dequantized import features, is_quantized, whole_weight
+from lrkit.layers.dequantized import is_packed, whole_weight
 from lrkit.precision import is_plain
+from lrkit.shards import is_sharded
 
 _HOOKS = (
     "_forward_hooks",
@@ -22,16 +25,16 @@ _HOOKS = (
 )
 
 
-def merged(model: nn.Module, name: str, adapter: Any, layer: nn.Module) -> nn.Linear:
+def merged(model: nn.Module, name: str, layer: nn.Module, adapter: Any = None) -> nn.Linear:
     """Return a plain layer with the dequantized weight and an adapter's ΔW. The layer and the adapter stay as they are.
 
     The sum is made in float32, and rounded once to the dtype in which the model computes.
 
     Args:
-        model: the adapted model.
+        model: the model.
         name: the layer's name.
-        adapter: the adapter, which has a `merge`.
         layer: the quantized layer.
+        adapter: the adapter, which has a `merge`; None for the weight alone.
 
     Raises:
         LrkitError: the layer's weight cannot be dequantized.
@@ -47,13 +50,24 @@ def merged(model: nn.Module, name: str, adapter: Any, layer: nn.Module) -> nn.Li
     plain.weight = nn.Parameter(weight.to(torch.promote_types(weight.dtype, torch.float32)), requires_grad=False)
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
-    kind = adapter.kind
-    adapter.base, adapter.kind = plain, kind_of(plain)
-    try:
-        adapter.merge()
-    finally:
-        adapter.base, adapter.kind = layer, kind
+    if adapter is not None:
+        kind = adapter.kind
+        adapter.base, adapter.kind = plain, kind_of(plain)
+        try:
+            adapter.merge()
+        finally:
+            adapter.base, adapter.kind = layer, kind
     return _with_hooks(plain.to(dtype), layer)
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """Put plain float layers in the places of a model's quantized linear ones, and return the model."""
+    plain = {m: merged(model, name, m) for name, m in model.named_modules() if is_packed(m)}
+    for parent in list(model.modules()):
+        parent._modules.update({n: plain[m] for n, m in parent._modules.items() if m in plain})
+    if plain:
+        forget(model)
+    return model
 
 
 def _dtype(model: nn.Module, layer: nn.Module, weight: Tensor) -> torch.dtype:
@@ -83,11 +97,6 @@ def _with_hooks(plain: nn.Linear, layer: nn.Module) -> nn.Linear:
     return plain
 
 
-def is_packed(layer: nn.Module) -> bool:
-    """Return whether a layer is a quantized linear map, of ``nn.Linear`` or not."""
-    return features(layer) is not None and is_quantized(layer)
-
-
 def forget(model: nn.Module) -> list[str]:
     """Let transformers take a model as a float one if no layer is quantized any more.
 
@@ -101,3 +110,34 @@ def forget(model: nn.Module) -> list[str]:
         for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             model.__dict__.pop(name, None)
     return left
+
+
+def check_weight(name: str, layer: nn.Module, owners: Mapping[int, int]) -> None:
+    """Raise LrkitError if nothing can be added to a layer's weight.
+
+    Args:
+        name: the layer's name.
+        layer: the layer.
+        owners: how many modules have a parameter, by its ``id``.
+    """
+    weight = getattr(layer, "weight", None) if not layer._parameters else layer._parameters.get("weight")
+    if weight is None and not (is_packed(layer) and getattr(layer, "weight", None) is None):
+        raise LrkitError(
+            f"{name}: the base weight is computed (a parametrization, weight norm): nothing can be added to it"
+        )
+    if weight is not None and is_sharded(weight):
+        raise LrkitError(f"{name}: the base weight is sharded (DTensor): merge the unsharded model")
+    if not is_plain(weight):
+        floating = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1
+        kind: str | torch.dtype = type(layer).__name__ if weight is None else weight.dtype
+        raise LrkitError(
+            f"{name}: the base weight is quantized ({type(weight).__name__ if floating else kind}), and nothing can be "
+            "added to it exactly: merge(dequantize=True) puts a float nn.Linear in its place"
+        )
+    if isinstance(layer, nn.Linear) and not is_exact(layer, layer.in_features):
+        raise LrkitError(
+            f"{name}: {type(layer).__name__} does not compute with its weight as it is: what is added to the weight "
+            "would not be what is added to the output"
+        )
+    if owners.get(id(weight), 1) > 1:
+        raise LrkitError(f"{name}: the base weight is tied to another layer's, which must not change with it")

@@ -157,6 +157,7 @@ class AdaptedExperts(nn.Module):
         Returns:
             [tokens, hidden]; every expert's rows if there is no routing.
         """
+        module: Any = self.base
         count = len(self._plain["down_proj"].weight)
         if top_k_index is None or top_k_weights is None:
             own = torch.arange(count, device=hidden_states.device)
@@ -168,8 +169,8 @@ class AdaptedExperts(nn.Module):
         ends = torch.searchsorted(experts, torch.arange(count, device=experts.device), right=True, out_int32=True)
         absent, experts = experts >= count, experts.clamp(max=count - 1)
         y = self._computed(hidden_states.index_select(0, order // k), ends, experts)
-        if getattr(self.base, "has_post_expert_norm", False):
-            y = self.base.post_expert_norm(y)
+        if getattr(module, "has_post_expert_norm", False):
+            y = module.post_expert_norm(y)
         weights = top_k_weights.reshape(-1).index_select(0, order).masked_fill(absent, 0)
         # Back in the tokens' order the k outputs of each lie side by side: a sum that no thread's turn can change.
         y = (y * weights[:, None]).index_select(0, order.argsort())

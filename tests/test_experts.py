@@ -188,6 +188,41 @@ def test_merged_weights(kind):
     torch.testing.assert_close(module(x, index, weights), y)
 
 
+def undecorated(kind):
+    """Make experts without transformers' decorator, and what they are called with: rows of all experts, or routed ones."""
+    x, index, weights = draw()
+    if kind == "llama4":
+        config = transformers.Llama4TextConfig(**_SIZES, num_local_experts=EXPERTS)
+        made = transformers.models.llama4.modeling_llama4.Llama4TextExperts(config)
+        given = (torch.randn(EXPERTS * 3, HIDDEN, dtype=torch.float64, requires_grad=True),)
+    else:
+        config = transformers.Step3p7TextConfig(**_SIZES, moe_intermediate_size=INNER)
+        config.num_local_experts = EXPERTS
+        made = transformers.models.step3p7.modeling_step3p7.Step3p7Experts(config, swiglu_limit=0.5)
+        given = x, index, weights
+    made = made.double()
+    for p in made.parameters():
+        nn.init.normal_(p, std=0.5).requires_grad_(False)
+    return made, given
+
+
+@pytest.mark.parametrize("kind", ["llama4", "step3p7"])
+def test_undecorated_experts(kind):
+    """Values and gradients are those of the module's own code with W + ΔW in the place of W."""
+    module, given = undecorated(kind)
+    made = adapters(module, parts(module))
+    y = KIND.join(module, made)(*given)
+    grown = {name: torch.stack(increments(adapter)) for name, adapter in made.items()}
+    weights = {n: getattr(module, n) + (d.transpose(1, 2) if kind == "llama4" else d) for n, d in grown.items()}
+    expected = torch.func.functional_call(module, weights, given)
+    torch.testing.assert_close(y, expected)
+    leaves = [t for t in given if t.requires_grad] + [p for adapter in made.values() for p in adapter.parameters()]
+    torch.testing.assert_close(gradients(y, leaves), gradients(expected, leaves))
+    for adapter in made.values():
+        adapter.merge()
+    torch.testing.assert_close(module(*given), y)
+
+
 def test_a_copy_has_its_own_weights():
     """A deep copy of adapted experts reads the weights of the copy."""
     module = experts("mixtral")

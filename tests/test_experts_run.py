@@ -3,6 +3,7 @@
 import attrs
 import pytest
 import torch
+import transformers
 import zoo
 
 import lrkit
@@ -83,18 +84,20 @@ def test_frozen_factors_save_work():
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_whole():
-    """The whole model compiles without a graph break, once for all routings, and computes the same."""
-    net = model().eval()
-    del net.model.layers[1]
-    adapted = lrkit.attach(net, adalora(rank=2, target_rank=1))
+    """A block of experts compiles without a graph break, once for all routings, and computes the same."""
+    net = model()
+    adapted = lrkit.attach(net, adalora(rank=2, target_rank=1), targets=EXPERTS)
     for p in adapted.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    block = net.model.layers[0].mlp
+    leaves = [p for name, adapter in adapted.adapters.items() if "layers.0." in name for p in adapter.parameters()]
+    leaves = [p for p in leaves if p.requires_grad]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for seed in range(2):
-        ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(seed))
-        plain, traced = net(ids).logits, compiled(ids).logits
+        x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(seed))
+        plain, traced = block(x), compiled(x)
         torch.testing.assert_close(traced, plain)
-        wanted, found = (torch.autograd.grad(y.square().mean(), adapted.parameters()) for y in (plain, traced))
+        wanted, found = (torch.autograd.grad(y.square().mean(), leaves) for y in (plain, traced))
         torch.testing.assert_close(found, wanted)
     torch.compiler.reset()
 
@@ -163,6 +166,34 @@ def test_experts_that_cannot_be_held():
         LrkitError, match=r"one A and B for all layers, and model\.layers\.0\.mlp.experts\.gate_up_proj stacks"
     ):
         lrkit.attach(net, elora(rank=4, shared=True))
+
+
+def strangers():
+    """Make mixtures whose experts are 3-D parameters of classes that are not known."""
+    sizes = zoo._DECODER | {"num_key_value_heads": 4}
+    longcat = {"num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 32, "n_routed_experts": 4}
+    longcat |= {"zero_expert_num": 2, "moe_topk": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4}
+    longcat |= {"qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4}
+    return {
+        "JetMoeParallelExperts": transformers.JetMoeForCausalLM(
+            transformers.JetMoeConfig(**sizes, num_local_experts=4, kv_channels=8)
+        ),
+        "LongcatFlashExperts": transformers.LongcatFlashForCausalLM(transformers.LongcatFlashConfig(**sizes | longcat)),
+    }
+
+
+def test_unknown_experts_are_told():
+    """Experts of unknown classes are named with their share of the weights, and refused in one line if they are named."""
+    for kind, net in strangers().items():
+        with pytest.warns(lrkit.LrkitWarning, match=f"% {kind} ") as told:
+            adapted = lrkit.attach(net, lora(rank=2))
+        assert len(told) == 1 and not any("experts.gate_up" in name or "linear" in name for name in adapted.adapters)
+        net(zoo.IDS)
+        adapted.detach()
+        name = next(name for name, p in net.named_parameters() if p.ndim == 3)
+        with pytest.raises(LrkitError, match="adapters take layers of known kinds") as refused:
+            lrkit.attach(net, lora(rank=2), targets=[name])
+        assert kind in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_ranks_are_one_experts():

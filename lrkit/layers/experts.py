@@ -11,6 +11,9 @@ from lrkit.layers.base import LayerKind, Sizes
 from lrkit.layers.grouped import grouped_mm
 from lrkit.precision import is_plain
 
+_UNDECORATED: Mapping[str, bool] = {"Llama4TextExperts": True, "Step3p7Experts": False}
+"""Experts of transformers that lie as those that it decorates: class to whether the matrices are [d_in, d_out]."""
+
 
 class Stack(nn.Module):
     """One 3-D parameter of a module of experts, shown as a layer. The parameter stays the module's own.
@@ -36,12 +39,12 @@ class Stack(nn.Module):
     def bias(self) -> Tensor | None:
         """Return the bias [experts, d_out], or None."""
         experts = self._experts[0]
-        return getattr(experts, f"{self.name}_bias") if experts.has_bias else None
+        return getattr(experts, f"{self.name}_bias") if getattr(experts, "has_bias", False) else None
 
     @property
     def matrices(self) -> Tensor:
         """Return the weight as [experts, d_out, d_in]."""
-        return self.weight.transpose(1, 2) if self._experts[0].is_transposed else self.weight
+        return self.weight.transpose(1, 2) if is_transposed(self._experts[0]) else self.weight
 
     def forward(self, x: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
         """Compute every row with its expert's matrix and bias.
@@ -68,7 +71,8 @@ class Experts(LayerKind):
     """The stacks of a module of experts that transformers' ``use_experts_implementation`` has decorated.
 
     Such a module is known by the settings that the decorator leaves on it, so that a class of one's own can be decorated
-    too. An adapted module routes tokens itself, as transformers' ``grouped_mm`` does, whichever implementation is set.
+    too; a few classes without it are known by their names. An adapted module routes tokens itself, as transformers'
+    ``grouped_mm`` does, whichever implementation is set.
     """
 
     linear: ClassVar[bool] = True
@@ -138,28 +142,33 @@ class AdaptedExperts(nn.Module):
                 raise
             return getattr(self.base, name)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """Return the weighted sum of the experts that each token is routed to.
 
         Args:
-            hidden_states: one row per token [tokens, hidden].
+            hidden_states: one row per token [tokens, hidden]; without the others every expert's rows [experts · n, hidden],
+                expert after expert, as in Llama 4.
             top_k_index: the experts of each token [tokens, k]. Under expert parallelism the number of experts stands for
                 one that lies on another rank, and is passed by.
             top_k_weights: their weights [tokens, k].
 
         Returns:
-            [tokens, hidden].
+            [tokens, hidden]; every expert's rows if there is no routing.
         """
         module: Any = self.base
-        first = _first(module)
-        up, down = (self._modules.get(name) or self._plain[name] for name in (first, "down_proj"))
-        count, k = len(self._plain[first].weight), top_k_index.shape[-1]
+        count = len(self._plain["down_proj"].weight)
+        if top_k_index is None or top_k_weights is None:
+            own = torch.arange(count, device=hidden_states.device)
+            rows = len(hidden_states) // count
+            ends = ((own + 1) * rows).to(torch.int32)
+            return self._computed(hidden_states, ends, own.repeat_interleave(rows))
+        k = top_k_index.shape[-1]
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
         ends = torch.searchsorted(experts, torch.arange(count, device=experts.device), right=True, out_int32=True)
         absent, experts = experts >= count, experts.clamp(max=count - 1)
-        h = up(hidden_states.index_select(0, order // k), ends, experts)
-        h = module._apply_gate(h) if first == "gate_up_proj" else module.act_fn(h)  # noqa: SLF001
-        y = down(h, ends, experts)
+        y = self._computed(hidden_states.index_select(0, order // k), ends, experts)
         if getattr(module, "has_post_expert_norm", False):
             y = module.post_expert_norm(y)
         weights = top_k_weights.reshape(-1).index_select(0, order).masked_fill(absent, 0)
@@ -168,10 +177,33 @@ class AdaptedExperts(nn.Module):
         out: Tensor = y.view(-1, k, y.shape[1]).sum(1).to(hidden_states.dtype)
         return out
 
+    def _computed(self, x: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Return what their experts make of rows that are sorted by expert."""
+        module: Any = self.base
+        first = _first(module)
+        up, down = (self._modules.get(name) or self._plain[name] for name in (first, "down_proj"))
+        h = up(x, ends, experts)
+        if hasattr(module, "_apply_gate") and first == "gate_up_proj":
+            h = module._apply_gate(h)  # noqa: SLF001
+        elif first == "gate_up_proj":
+            gate, linear = h.chunk(2, dim=-1)
+            h = module.act_fn(gate) * linear
+        else:
+            h = module.act_fn(h)
+        y: Tensor = down(h, ends, experts)
+        return y
+
+
+def is_transposed(module: nn.Module) -> bool | None:
+    """Return whether a module of experts holds its matrices as [d_in, d_out]; None for any other module."""
+    if hasattr(module, "is_transposed") and hasattr(module, "has_bias"):
+        return bool(module.is_transposed)
+    return _UNDECORATED.get(type(module).__name__)
+
 
 def _stacks(module: nn.Module) -> dict[str, Stack]:
     """Return the stacks of a module of experts by name; empty for any other module."""
-    if not hasattr(module, "is_transposed") or not hasattr(module, "has_bias"):
+    if is_transposed(module) is None:
         return {}
     names = (_first(module), "down_proj")
     weights = [getattr(module, name, None) for name in names]

@@ -18,7 +18,7 @@ from lrkit.layers.experts import Stack
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.peft.draft import Draft
 from lrkit.peft.files import Factors, commonest, peft
-from lrkit.peft.stacks import as_parameters, interleaved, wrapper
+from lrkit.peft.stacks import as_parameters, interleaved, lies_turned, turned, wrapper
 from lrkit.peft.twin import twin
 from lrkit.settings import in_steps
 
@@ -90,7 +90,9 @@ def _named(draft: Draft, layers: Mapping[str, Factors], name: str, a: Tensor, b:
     if isinstance(layer, nn.Embedding):
         return {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b, **beside}
     if isinstance(layer, Stack):
-        name, b = wrapper(draft.plain, name, layers), interleaved(b, layers[name].maps)
+        maps = layers[name].maps
+        a, b = turned(a, b, maps) if lies_turned(draft.plain, name) else (a, b)
+        name, b = wrapper(draft.plain, name, layers), interleaved(b, maps)
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
         if draft.to == "vllm-lora" or not plain:

@@ -14,7 +14,7 @@ from lrkit.adapt.tensorfile import open_tensors
 from lrkit.errors import LrkitError, shown
 from lrkit.patterns import compiled
 from lrkit.peft.files import CONFIG, PREFIX, WEIGHTS, Factors
-from lrkit.peft.stacks import interleaved, parameter
+from lrkit.peft.stacks import interleaved, lies_turned, parameter, turned
 from lrkit.reading import read_json
 
 # Settings that lrkit reproduces, or that do not affect a trained adapter's outputs. Any other setting is refused if it
@@ -87,7 +87,9 @@ def read_saved(folder: Path, model: nn.Module) -> Saved:
         magnitude = parts[_MAGNITUDE].flatten() if _MAGNITUDE in parts else None
         name, maps = _place(model, key, config, len(a), folder)
         rank = len(a) // maps
-        b = b if maps == 1 else interleaved(b, rank)
+        if maps > 1:
+            b = interleaved(b, rank)
+            a, b = turned(a, b, maps) if lies_turned(model, name, config.get("peft_version") or "0.17") else (a, b)
         layers[name.removesuffix(".weight")] = Factors(a, b, core, _scale(config, name, rank), magnitude, maps)
     return Saved(config, layers, rest)
 
@@ -102,10 +104,6 @@ def _place(model: nn.Module, key: str, config: Mapping[str, Any], rows: int, fol
     maps = 1 if found is None or found.ndim < 3 else len(found)
     if rows % maps:
         raise LrkitError(f"{folder} does not fit: lora_A of {name} has {rows} rows, and there are {maps} experts here")
-    if maps > 1 and (str(config.get("peft_version") or "0.17") + ".").startswith(("0.17.", "0.18.")):
-        raise LrkitError(
-            f"{folder}: PEFT before 0.19 kept A and B of experts the other way around: lrkit cannot represent {name} exactly"
-        )
     return name, maps
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from lrkit.errors import LrkitError
-from lrkit.layers.experts import Stack
+from lrkit.layers.experts import Stack, is_transposed
 from lrkit.peft.files import peft
 
 _INNER = ".base_layer"
@@ -46,6 +46,28 @@ def interleaved(b: Tensor, maps: int) -> Tensor:
     With r in the place of `maps` it is the way back.
     """
     return b.view(len(b), maps, -1).transpose(1, 2).flatten(1)
+
+
+def turned(a: Tensor, b: Tensor, maps: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of every map's ΔWᵀ, B as A [maps · r, d_out] and A as B [d_in, maps · r].
+
+    PEFT takes matrices of experts that are not marked as transposed for [d_out, d_in], such as Llama 4's, which are not.
+    """
+    new_a = b.view(len(b), maps, -1).permute(1, 2, 0).flatten(0, 1)
+    return new_a, a.view(maps, -1, a.shape[1]).permute(2, 0, 1).flatten(1)
+
+
+def lies_turned(model: nn.Module, name: str, version: str = "") -> bool:
+    """Return whether PEFT has the inputs and outputs of a stack the other way around.
+
+    Args:
+        model: the plain model.
+        name: the parameter's name.
+        version: PEFT's, which wrote the file. Before 0.19 it took all matrices for [d_in, d_out].
+    """
+    module = model.get_submodule(name.rpartition(".")[0])
+    before = f"{version}.".startswith(("0.17.", "0.18."))
+    return is_transposed(module) not in (None, before or bool(getattr(module, "is_transposed", False)))
 
 
 def wrapper(model: nn.Module, name: str, adapted: Collection[str]) -> str:

@@ -72,5 +72,5 @@ def _strangeness(layer: nn.Embedding) -> str | None:
         return None
     scale = _scale_of(layer)
     wanted = layer.weight[ids].float() * (1.0 if scale is None else float(scale))
-    error = (y[0].float() - wanted).norm()
-    return "what it returns are not the rows of its weight" if error > 0.02 * wanted.norm() else None
+    distance = (y[0].float() - wanted).norm()
+    return "what it returns are not the rows of its weight" if distance > 0.02 * wanted.norm() else None

@@ -15,7 +15,7 @@ def entries(model: nn.Module) -> int:
     counted: dict[int, int] = {}
     packed: set[int] = set()
     for module in model.modules():
-        own = [p for p in module._parameters.values() if p is not None]
+        own: list[Tensor] = [p for p in module._parameters.values() if p is not None]
         if is_packed(module) and (sizes := features(module)) is not None:
             bias = getattr(module, "bias", None)
             packed |= {id(p) for p in own if p is not bias}
@@ -36,7 +36,8 @@ class _Float(nn.Module):
 
     @property
     def weight(self) -> Tensor | None:
-        weight: Tensor | None = self.layer[0].weight
+        weight = self.layer[0].weight
+        assert weight is None or isinstance(weight, Tensor)
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,13 +50,18 @@ def as_floats(model: nn.Module) -> Iterator[None]:
 
     The kernels of quantization are not known to a counter of operations.
     """
-    places = [(parent, name, layer) for parent in model.modules() for name, layer in parent._modules.items()]
-    found = [(*place, features(place[2])) for place in places if place[2] is not None and is_packed(place[2])]
+    found = [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent._modules.items()
+        if layer is not None and is_packed(layer)
+    ]
     try:
-        for parent, name, layer, sizes in found:
+        for parent, name, layer in found:
+            sizes = features(layer)
             assert sizes is not None
             parent._modules[name] = _Float(layer, sizes)
         yield
     finally:
-        for parent, name, layer, _ in found:
+        for parent, name, layer in found:
             parent._modules[name] = layer

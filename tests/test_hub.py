@@ -105,9 +105,11 @@ def test_cards_code_loads(no_network, tmp_path, monkeypatch):
         assert torch.allclose(logits(names[name]), logits(adapted.model), atol=1e-6)
 
 
-@pytest.mark.parametrize("base", ["", ".", "/home/me/a model", "a/b/c"])
-def test_local_bases_stay_unnamed(base, no_network):
+@pytest.mark.parametrize("base", ["", "here/model", "/home/me/a model", "a/b/c"])
+def test_local_bases_stay_unnamed(base, no_network, tmp_path, monkeypatch):
     """A folder's path is no name on the hub, and is not told to anybody."""
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     pushed = lrkit.push_to_hub(trained(base=base), "me/mine", dry_run=True)
     card = ModelCard(pushed.card)
     assert card.data.base_model is None and "base_model" not in str(card.data)

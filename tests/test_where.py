@@ -5,11 +5,13 @@ import json
 import attrs
 import models
 import pytest
+import torch
 from test_attach import logits
 
 import lrkit
 from lrkit import cli
 from lrkit.cli import words
+from lrkit.study import cost
 from lrkit.study.asked import TaskSpec
 from lrkit.study.cell import Cell, make_cell
 from lrkit.study.execute import check
@@ -99,6 +101,13 @@ def test_rows_leave_layers_out(folder):
     wrong = lay_out(study_from(asked | {"rows": [{"label": "x", "run": {"exclude": ["c_atn.k"]}}]}))
     with pytest.raises(lrkit.LrkitError, match="row x on movies: exclude"):
         check(wrong)
+
+
+def test_costs_are_of_the_rest():
+    """The steps that are measured train the layers that the cell trained."""
+    asked = cell(slices=True, exclude=["c_attn.k", "c_fc", "c_proj"]).to_plain()
+    side = cost._Side(models.make("gpt2"), asked, 10, None, torch.device("cpu"), None)
+    assert {name.rpartition(".")[2] for name in side.adapted.adapters} == {"q", "v"}
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import lrkit
 from lrkit import accounting
 from lrkit.models import minilm_folder
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*:Warning")
 METHOD = lrkit.methods.adalora(rank=4, target_rank=2)
 
 
@@ -63,9 +63,9 @@ METHODS = {
 IDS = torch.arange(3, 15)[None]
 
 
-def loaded(folder, base, kind=AutoModelForCausalLM, **more):
+def loaded(folder, base):
     base = {4: "bnb-4", 8: "bnb-8"}.get(base, base)
-    return kind.from_pretrained(folder, quantization_config=BASES[base](), device_map={"": "cpu"}, **more)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=BASES[base](), device_map={"": "cpu"})
 
 
 def trained(folder, base, method, steps=8, state=None, optimizer_state=None, evaluated=()):
@@ -126,7 +126,7 @@ def trainer(model, adapted, out, **more):
     )
 
 
-@pytest.mark.parametrize("bits", [4, 8, "torchao-int8", "torchao-float8", "quanto-int8"])
+@pytest.mark.parametrize("bits", [4, 8, "torchao-int8", "torchao-float8"])
 def test_trainer_saves_resumes_loads(bits, folder, tmp_path):
     """A resumed run is bitwise the run, and what was saved loads into a model quantized anew."""
 
@@ -258,11 +258,10 @@ def test_peft_reads_exports_on_the_base(base, to, folder, tmp_path):
     again = lrkit.from_peft(loaded(folder, base), tmp_path / "out")
     assert (logits(again.model) - wanted).norm() < close * wanted.norm()
     model = loaded(folder, base)
-    if "bnb" in base:
-        model.train()  # in evaluation it packs its weights, and rounds them, on some CPUs
+    for module in model.modules():  # in evaluation it packs its weights, and rounds their scales, on some CPUs
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     read = peft.PeftModel.from_pretrained(model, str(tmp_path / "out"))
-    for module in model.modules():
-        module.__dict__.pop("support_avx512bf16_for_cpu", None) and setattr(module, "support_avx512bf16_for_cpu", False)
     assert (logits(read) - wanted).norm() < close * wanted.norm()
 
 
@@ -325,7 +324,12 @@ def test_minilm_resumes_in_the_trainer(base, tmp_path):
 
     def start():
         torch.manual_seed(0)
-        model = loaded(minilm_folder(), base, AutoModelForSequenceClassification, num_labels=2)
+        settings = BASES[base]()
+        if base == "bnb-4":
+            settings.llm_int8_skip_modules = ["classifier"]  # a new head has no values to quantize
+        model = AutoModelForSequenceClassification.from_pretrained(
+            minilm_folder(), num_labels=2, quantization_config=settings, device_map={"": "cpu"}
+        )
         torch.manual_seed(1)
         adapted = lrkit.attach(model, METHOD, train_also=["classifier"])
         ids = torch.randint(1000, 20000, (24, 8), generator=torch.Generator().manual_seed(0))

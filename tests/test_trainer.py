@@ -159,7 +159,7 @@ def test_resume_without_the_adaptive_state_is_refused(tmp_path):
 
 
 def test_plain_checkpoint_loads_strictly():
-    """For those who load the adaptive state later, a plain model's state fits an adapted one; the adapters stay as they are."""
+    """If the adaptive state is loaded later, a plain state fits an adapted model, whose adapters stay as they are."""
     torch.manual_seed(0)
     plain = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(6, 4)]))
     other = {name: torch.randn_like(value) for name, value in plain.state_dict().items()}

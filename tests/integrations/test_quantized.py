@@ -346,3 +346,39 @@ def test_minilm_resumes_in_the_trainer(base, tmp_path):
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert again.step == 6 and len(again.adapters) == 36
     same(adapted, again)
+
+
+def test_slices_merge_into_the_dequantized_base(tmp_path):
+    """Slices of a quantized projection count as the float ones, are refused by merge with a way out, and that way is exact."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, n_positions=32)).save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = loaded(tmp_path, "bnb-4")
+    assert accounting.count(METHOD, model, total_steps=9).model == sum(p.numel() for p in plain.parameters())
+    adapted = lrkit.attach(model, lrkit.methods.svd_lora(rank=2), targets=["c_attn"], slices=True)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    with pytest.raises(lrkit.LrkitError, match=r"load what was saved into original\(dequantize=True\)"):
+        adapted.merge(dequantize=True)
+    adapted.save(tmp_path / "saved")
+    merged = lrkit.load(adapted.original(dequantize=True), tmp_path / "saved").merge()
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_quantized_embeddings_are_not_merged():
+    """An adapter beside a quantized embedding trains, and cannot be merged, whatever is asked for."""
+    model = torch.nn.Sequential(torch.nn.Embedding(32, 16), torch.nn.Linear(16, 16))
+    torchao.quantize_(
+        model,
+        torchao.IntxWeightOnlyConfig(weight_dtype=torch.int8),
+        filter_fn=lambda module, _: isinstance(module, torch.nn.Embedding),
+    )
+    adapted = lrkit.attach(model, lrkit.methods.lora(rank=2), targets=["0"])
+    model(torch.arange(4)).square().sum().backward()
+    assert all(p.grad is not None for p in adapted.parameters())
+    for dequantize in (False, True):
+        with pytest.raises(lrkit.LrkitError, match="Embedding is no linear layer, and only these are dequantized"):
+            adapted.merge(dequantize=dequantize)

@@ -156,3 +156,20 @@ def test_resume_without_the_adaptive_state_is_refused(tmp_path):
     again, _ = trainer("bert", METHODS["adalora"], tmp_path, **kwargs)
     with pytest.raises(lrkit.LrkitError, match=r"resumes at step 9.*resume_from"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+def test_plain_checkpoint_loads_strictly():
+    """If the adaptive state is loaded later, a plain state fits an adapted model, whose adapters stay as they are."""
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(6, 4)]))
+    other = {name: torch.randn_like(value) for name, value in plain.state_dict().items()}
+    adapted = lrkit.attach(plain, lrkit.methods.adalora(rank=2, target_rank=1))
+    own = [p.detach().clone() for p in adapted.parameters()]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        plain.load_state_dict(other)
+    adapted.take_ranks()
+    plain.load_state_dict(other)
+    assert all(torch.equal(a, b) for a, b in zip(own, adapted.parameters(), strict=True))
+    assert all(torch.equal(plain.state_dict()[name], value) for name, value in other.items())
+    with pytest.raises(RuntimeError, match="Missing key"):  # a part of an adapter is none
+        plain.load_state_dict(other | {"0.0.A": own[0]})

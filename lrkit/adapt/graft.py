@@ -199,8 +199,7 @@ class Graft:
         packed = [n for n in put_in if dequantize and n in self._swaps and is_packed(self.originals[n])]
         for name in put_in:
             if name not in packed:
-                layer = self.originals[name]
-                check_weight(name, getattr(layer, "owner", layer), owners)  # a slice's weight is its owner's
+                check_weight(name, self.originals[name], owners)
         plain = {name: merged(self.model, name, self.originals[name], self.adapters[name]) for name in packed}
         for name, merge in merges.items():
             if name not in plain:

@@ -117,9 +117,10 @@ def check_weight(name: str, layer: nn.Module, owners: Mapping[int, int]) -> None
 
     Args:
         name: the layer's name.
-        layer: the layer.
+        layer: the layer. A slice's weight is its owner's.
         owners: how many modules have a parameter, by its ``id``.
     """
+    part, layer = layer, getattr(layer, "owner", layer)
     weight = getattr(layer, "weight", None) if not layer._parameters else layer._parameters.get("weight")
     if weight is None and not (is_packed(layer) and getattr(layer, "weight", None) is None):
         raise LrkitError(
@@ -130,9 +131,15 @@ def check_weight(name: str, layer: nn.Module, owners: Mapping[int, int]) -> None
     if not is_plain(weight):
         floating = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1
         kind: str | torch.dtype = type(layer).__name__ if weight is None else weight.dtype
+        if not is_packed(layer):
+            hint = f"{type(layer).__name__} is no linear layer, and only these are dequantized"
+        elif part is not layer:
+            hint = "load what was saved into original(dequantize=True), whose slices are float"
+        else:
+            hint = "merge(dequantize=True) puts a float nn.Linear in its place"
         raise LrkitError(
             f"{name}: the base weight is quantized ({type(weight).__name__ if floating else kind}), and nothing can be "
-            "added to it exactly: merge(dequantize=True) puts a float nn.Linear in its place"
+            f"added to it exactly: {hint}"
         )
     if isinstance(layer, nn.Linear) and not is_exact(layer, layer.in_features):
         raise LrkitError(

@@ -217,13 +217,19 @@ def _listed(names: set[str]) -> str:
 def take_ranks(adapter: nn.Module, parts: Sequence[Part], optimizer: LastOptimizer) -> None:
     """Let ``load_state_dict`` of an adapter give it the rank of the tensors that it is given, if they are all of one.
 
+    An adapter of which no tensor is given keeps its own, though the load be strict: the adaptive state is still to come.
+
     Args:
         adapter: a module with components.
         parts: its tensors.
         optimizer: its state for a tensor of another rank goes.
     """
 
-    def hook(module: nn.Module, given: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    def hook(module: nn.Module, given: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        own = {prefix + name: p for name, p in module._parameters.items() if p is not None}
+        if not own.keys() & given.keys():
+            given |= own
+            return
         found = [
             (part.of(module), given[prefix + part.name], part.axis)
             for part in parts

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.errors import LrkitError
-from lrkit.layers.probe import answer, held, rows
+from lrkit.layers.probe import answer, held, own, rows
 from lrkit.precision import is_plain
 
 _FAR = 0.1
@@ -28,8 +28,8 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """Return whether a layer is a quantized linear map, of ``nn.Linear`` or not."""
-    return features(layer) is not None and is_quantized(layer)
+    """Return whether a layer is a quantized linear map, of ``nn.Linear`` or not, and no part of another."""
+    return features(layer) is not None and is_quantized(layer) and any(each is held(layer) for each in own(layer))
 
 
 def features(layer: nn.Module) -> tuple[int, int] | None:

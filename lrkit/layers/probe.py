@@ -22,8 +22,13 @@ def held(layer: nn.Module) -> Tensor | None:
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor):
         return weight
-    own = (*layer._parameters.values(), *layer._buffers.values(), *vars(layer).values())
-    return next((tensor for tensor in own if isinstance(tensor, Tensor)), None)
+    return next(iter(own(layer)), None)
+
+
+def own(layer: nn.Module) -> list[Tensor]:
+    """Return the tensors that a layer holds itself: parameters, buffers, and attributes; not what a property shows."""
+    every = (*layer._parameters.values(), *layer._buffers.values(), *vars(layer).values())
+    return [tensor for tensor in every if isinstance(tensor, Tensor)]
 
 
 def rows(d_in: int) -> Tensor:

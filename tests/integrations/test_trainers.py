@@ -104,7 +104,7 @@ def reward(gamma, folder):
     )
 
 
-def sentences(gamma, folder):
+def sentences(gamma, folder, **settings):
     from sentence_transformers import (
         SentenceTransformer,
         SentenceTransformerTrainer,
@@ -121,14 +121,52 @@ def sentences(gamma, folder):
     )
     return adapted, SentenceTransformerTrainer(
         model=model,
-        args=SentenceTransformerTrainingArguments(str(folder), **COMMON),
+        args=SentenceTransformerTrainingArguments(str(folder), **(COMMON | settings)),
         train_dataset=rows,
         loss=losses.MultipleNegativesRankingLoss(model),
         callbacks=[lrkit.trainer.AdaptCallback(adapted)],
     )
 
 
-@pytest.mark.parametrize("start", [sft, dpo, grpo, reward, sentences])
+def translation(gamma, folder, **settings):
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config)
+    torch.manual_seed(1)
+    adapted = lrkit.attach(model, lrkit.methods.adalora(rank=4, target_rank=2, orthogonality=gamma, variant="paper"))
+    ids = torch.randint(3, 64, (32, 8), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row.flip(0)} for row in ids]
+    return adapted, Seq2SeqTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(
+            str(folder), predict_with_generate=True, generation_max_length=6, **(COMMON | settings)
+        ),
+        train_dataset=rows,
+        eval_dataset=rows[:4],
+        callbacks=[lrkit.trainer.AdaptCallback(adapted)],
+    )
+
+
+@pytest.mark.parametrize("start", [sentences, translation])
+def test_resumed_run_is_bitwise(start, tmp_path):
+    """Resumed before its budget is reached, with evaluations on the way, the run ends with the same weights and history."""
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    if start is translation:
+        saving |= {"eval_strategy": "steps", "eval_steps": 4}
+    whole, trainer = start(0.1, tmp_path, **saving)
+    trainer.train()
+    assert whole.step == 12 and whole.history[-1].kept == whole.history[-1].budget
+    torch.manual_seed(9)
+    again, trainer = start(0.1, tmp_path, **saving)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.step == 12 and again.history == whole.history
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("start", [sft, dpo, grpo, reward, sentences, translation])
 def test_trainers_feel_the_penalty(start, tmp_path):
     """With γ = 1 the factors end nearer to orthogonal than with γ = 1e-6; the method takes every step and decides."""
     ends = []

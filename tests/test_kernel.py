@@ -1,5 +1,7 @@
 """The fused low-rank path against the formula in float64, and against the readable path: values and all gradients."""
 
+import itertools
+
 import models
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import lrkit
+from lrkit.layers.grouped import grouped_mm, grouped_outer
 from lrkit.parameterizations import LowRank, low_rank_linear
 
 TENSORS = ("x", "w", "bias", "a", "b", "core", "out_scale")
@@ -340,3 +343,19 @@ def test_autocast_leaves_float64_alone(monkeypatch):
         want = net(x)
     assert y.dtype == want.dtype == torch.float64
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("d_in", "d_out"), [(96, 8), (8, 96), (96, 80)])
+def test_groups_in_half_precision(dtype, d_in, d_out):
+    """Products by group, thin ones and others, are those of float64 rounded once, with empty groups and rows of none."""
+    g = torch.Generator().manual_seed(0)
+    x, w, gy = (torch.randn(s, generator=g).to(dtype) for s in ((20, d_in), (4, d_out, d_in), (20, d_out)))
+    ends = torch.tensor([7, 7, 18, 19], dtype=torch.int32)
+    y, sums = grouped_mm(x, w, ends), grouped_outer(gy, x, ends)
+    assert y.dtype == sums.dtype == dtype and not y[19:].any() and not sums[1].any()
+    for group, (begin, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+        wanted = x[begin:end].double() @ w[group].double().T
+        torch.testing.assert_close(y[begin:end].double(), wanted, rtol=2**-7, atol=1e-3)
+        wanted = gy[begin:end].double().T @ x[begin:end].double()
+        torch.testing.assert_close(sums[group].double(), wanted, rtol=2**-7, atol=1e-3)

@@ -5,8 +5,9 @@ import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
+import attrs
 from torch import nn
 
 from lrkit.adapt import pretrained
@@ -52,9 +53,13 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-class _Swap(NamedTuple):
-    """A module of the plain model, and the one that takes its place."""
+@attrs.define(eq=False)
+class _Place:
+    """A place in the model: the module that stands there without adapters, and the one that has taken it."""
 
+    name: str
+    parent: nn.Module
+    attribute: str
     before: nn.Module
     after: nn.Module
 
@@ -71,20 +76,19 @@ class Graft:
         self.model, self.adapters, self.around = model, choice.adapters, choice.around
         self.masters = Masters(model, choice.own)
         self.originals = choice.layers
-        self._swaps = {name: _Swap(model.get_submodule(name), after) for name, after in choice.places.items()}
-        self._places = _places(model, {name: swap.before for name, swap in self._swaps.items()})
+        self._places = _places(model, choice.places)
         self._flags = choice.flags
         for p, _ in self._flags:
             p.requires_grad_(False)
         for p in choice.own.values():
             p.requires_grad_(True)
-        for name, parent, attribute in self._places:
-            self._swaps[name].after.train(self._swaps[name].before.training)
-            setattr(self._swaps[name].after, _MARK, True)
-            setattr(parent, attribute, self._swaps[name].after)
-        replaced = {name for name, _, _ in self._places}
+        for place in self._places:
+            place.after.train(place.before.training)
+            setattr(place.after, _MARK, True)
+            setattr(place.parent, place.attribute, place.after)
+        replaced = {place.name: place for place in self._places}
         self._handles: list[Any] = [
-            handle for n in replaced for handle in keep_names(self._swaps[n].after, self._swaps[n].before)
+            handle for each in replaced.values() for handle in keep_names(each.after, each.before)
         ]
         self._handles.append(Layout(model))
         if self.around is not None:
@@ -108,11 +112,11 @@ class Graft:
 
     def _follow(self) -> None:
         """Take the layers that others have put into the adapters since, as ``model.dequantize()`` of transformers does."""
-        for name, (before, after) in self._swaps.items():
-            base = after._modules.get("base")
-            if base is not None and base is not before and after is self.adapters.get(name):
-                self._swaps[name], self.originals[name] = _Swap(base, after), base
-                setattr(after, "kind", kind_of(base))  # noqa: B010 (a module or a tensor, to type checkers)
+        for place in self._places:
+            base = place.after._modules.get("base")
+            if base is not None and base is not place.before and place.after is self.adapters.get(place.name):
+                place.before = self.originals[place.name] = base
+                setattr(place.after, "kind", kind_of(base))  # noqa: B010 (a module or a tensor, to type checkers)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -130,7 +134,7 @@ class Graft:
                 return
             if self.around is not None:
                 self.around.__dict__[_ASIDE] = True
-            places = [(parent, attribute, self._swaps[name].before) for name, parent, attribute in self._places]
+            places = [(place.parent, place.attribute, place.before) for place in self._places]
             values = [(kept.tensor, self.masters.original(kept)) for kept in self.masters.kept]
             with without(places, values, self.model):
                 yield
@@ -150,8 +154,8 @@ class Graft:
         # Not every quantized tensor can be copied; none of them changes.
         frozen = (p for p in self.model.parameters() if id(p) not in trained and not is_plain(p))
         memo: dict[int, Any] = {id(p): p for p in frozen}
-        for name, _, _ in self._places:
-            memo[id(self._swaps[name].after)] = copy.deepcopy(self._swaps[name].before, memo)
+        for place in self._places:
+            memo[id(place.after)] = copy.deepcopy(place.before, memo)
         if self.around is not None:
             memo[id(self.around)] = None
         model = copy.deepcopy(self.model, memo)
@@ -190,13 +194,14 @@ class Graft:
                 raise LrkitError(f"{name}: {kind} cannot be merged into the layer's weight")
         owners: dict[int, int] = {}
         # A layer that is tied to an adapted one and sees its increment changes with it.
-        follow = {id(swap.before) for name, swap in self._swaps.items() if name not in self.adapters}
+        follow = {id(place.before) for place in self._places if place.name not in self.adapters}
         for module in self.model.modules():
             if id(module) in follow:
                 continue
             for p in module._parameters.values():
                 owners[id(p)] = owners.get(id(p), 0) + 1
-        packed = [n for n in put_in if dequantize and n in self._swaps and is_packed(self.originals[n])]
+        whole = {place.name for place in self._places}
+        packed = [n for n in put_in if dequantize and n in whole and is_packed(self.originals[n])]
         for name in put_in:
             if name not in packed:
                 check_weight(name, self.originals[name], owners)
@@ -205,7 +210,8 @@ class Graft:
             if name not in plain:
                 merge()
         self.masters.settle()
-        self._swaps.update({name: _Swap(layer, self._swaps[name].after) for name, layer in plain.items()})
+        for place in self._places:
+            place.before = plain.get(place.name, place.before)
         self._leave()
         if plain and (left := forget(self.model)):
             warnings.warn(
@@ -226,22 +232,21 @@ class Graft:
         self.saves.remove()
         for handle in self._handles:
             handle.remove()
-        for name, parent, attribute in self._places:
-            setattr(parent, attribute, self._swaps[name].before.train(self._swaps[name].after.training))
+        for place in self._places:
+            setattr(place.parent, place.attribute, place.before.train(place.after.training))
+            place.after.__dict__.pop(_MARK, None)
         _leave_alone(self.model)
         for p, flag in self._flags:
             p.requires_grad_(flag)
             p.grad = None
         delattr(self.model, _MARK)
-        for name, _, _ in self._places:
-            self._swaps[name].after.__dict__.pop(_MARK, None)
 
 
-def _places(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module, str]]:
-    """Return every place (layer name, parent, attribute) of the layers; a layer that is used twice has two."""
-    names = {id(layer): name for name, layer in layers.items()}
+def _places(model: nn.Module, after: Mapping[str, nn.Module]) -> list[_Place]:
+    """Return every place of the modules that others take the places of, by name; a module that is used twice has two."""
+    names = {id(model.get_submodule(name)): name for name in after}
     return [
-        (names[id(child)], parent, attribute)
+        _Place(names[id(child)], parent, attribute, child, after[names[id(child)]])
         for parent in list(model.modules())
         for attribute, child in parent._modules.items()
         if child is not None and id(child) in names

@@ -110,12 +110,7 @@ def _maps_to(module: nn.Module, width: int) -> bool:
 
 def head_parameters(model: nn.Module, head: Sequence[str]) -> Iterator[nn.Parameter]:
     """Yield every parameter of the head's modules once, also those that another module before them has (tied ones)."""
-    seen: set[int] = set()
-    for name in head:
-        for p in model.get_submodule(name).parameters():
-            if id(p) not in seen:
-                seen.add(id(p))
-                yield p
+    yield from dict.fromkeys(p for name in head for p in model.get_submodule(name).parameters())
 
 
 def tell_tied(model: nn.Module, head: Sequence[str]) -> None:

@@ -162,6 +162,28 @@ def test_padding_gets_no_gradient() -> None:
     assert grad is not None and not grad[:, 2].any() and grad[:, [3, 4]].any(dim=0).all()
 
 
+@pytest.mark.parametrize("name", ["lora", "svd"])
+def test_padding_stays_as_it_was(name: str) -> None:
+    """After training with weight decay and penalty, the row of padding_idx is the base's, bit for bit."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("embed", nn.Embedding(9, 4, padding_idx=2))
+    before = model.embed.weight.detach().clone()
+    method = METHODS[name]()
+    adapted = lrkit.attach(model, method, targets=["embed"], train_also=[])
+    part = next(part for part in method.parameterization.parts if part.name == "A")
+    new = method.parameterization.fresh(part, adapted.adapters["embed"], 2, torch.Generator().manual_seed(0))
+    assert not new[:, 2].any() and new[:, [0, 1, 3]].all()
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=0.1, weight_decay=0.1)
+    adapted.bind(optimizer, total_steps=20)
+    for _ in range(20):
+        (model(torch.tensor([2, 3, 2, 4])).sub(1).square().sum() + adapted.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.merge()
+    assert torch.equal(model.embed.weight[2], before[2]) and not torch.equal(model.embed.weight[3], before[3])
+
+
 def test_token_dropout_drops_tokens() -> None:
     """Dropout on an embedding's input drops whole increments, since its input is one-hot."""
     model = nn.Sequential()

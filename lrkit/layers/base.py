@@ -69,6 +69,10 @@ class LayerKind(abc.ABC):
         """Return features multiplied by a vector: core values [r] after `down`, an output scale [d_out] after `up`."""
         return h * by
 
+    def start(self, layer: nn.Module, a: Tensor) -> Tensor:
+        """Return a new A [r, d_in], with those columns set to zero that no gradient is to reach: none unless overridden."""
+        return a
+
     def write(self, layer: nn.Module, weight: Tensor) -> None:
         """Write W, in the shape that `weight` returns, into the layer."""
         self.weight(layer).copy_(weight)

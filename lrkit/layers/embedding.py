@@ -15,8 +15,8 @@ class Embedding(LayerKind):
     """``nn.Embedding``: the row of a token, so that A [r, tokens] has a column per token, and B is [width, r].
 
     A subclass may multiply the row by its attribute ``embed_scale``, as transformers' do (Gemma 3, BART): the increment is
-    multiplied too, so that ΔW is one of the weight. The row of ``padding_idx`` has an increment too, and no gradient reaches
-    it, as with the layer's own weight.
+    multiplied too, so that ΔW is one of the weight. The row of ``padding_idx`` has no increment: its column of A begins at
+    zero, and no gradient reaches it, as with the layer's own weight.
     """
 
     def sizes(self, layer: nn.Module) -> Sizes | None:
@@ -32,6 +32,13 @@ class Embedding(LayerKind):
         """Return the weight as [width, tokens]: a transposed view."""
         assert isinstance(layer, nn.Embedding)
         return layer.weight.t()
+
+    def start(self, layer: nn.Module, a: Tensor) -> Tensor:
+        """Return a new A, with the column of ``padding_idx`` set to zero."""
+        assert isinstance(layer, nn.Embedding)
+        if layer.padding_idx is not None:
+            a[:, layer.padding_idx] = 0
+        return a
 
     def down(self, layer: nn.Module, x: Tensor, a: Tensor, *where: Any) -> Tensor:
         """Return the columns of A [..., r] for token ids x [...], times the layer's scale."""

@@ -9,7 +9,7 @@ from lrkit.layers import Around, LayerKind, is_conv1d, kind_of
 from lrkit.layers.probe import held
 from lrkit.units import Part
 
-__all__ = ["Adapter", "further", "is_conv1d", "layer_shape", "new_factor", "oriented_weight"]
+__all__ = ["Adapter", "further", "is_conv1d", "layer_shape", "new_factor", "oriented_weight", "started"]
 
 
 class Adapter(Around):
@@ -62,6 +62,13 @@ def new_factor(layer: nn.Module, *shape: int) -> nn.Parameter:
     assert weight is not None
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
     return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
+
+
+@torch.no_grad()
+def started(module: nn.Module, part: Part, new: Tensor) -> Tensor:
+    """Return further components of a part, with zeros where the layer's kind begins with zeros (`LayerKind.start`)."""
+    starts = part.name == "A" and isinstance(module, Adapter) and module.kind is not None
+    return module.kind.start(module.base, new) if starts else new
 
 
 def further(module: nn.Module, part: Part, count: int) -> Tensor:

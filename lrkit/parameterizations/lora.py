@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit.parameterizations.adapter import further
+from lrkit.parameterizations.adapter import further, started
 from lrkit.parameterizations.base import Parameterization, Target
 from lrkit.parameterizations.starts import INITS, Init, begin
 from lrkit.ranks import DIVISORS, SCALES, Rank, Scale, ScaleBy, as_rank, divisor, is_rank
@@ -61,11 +61,9 @@ class LoRA(Parameterization):
         The scale stays as it was with the initial r.
         """
         new = further(module, part, count)
-        return (
-            nn.init.zeros_(new)
-            if part.name == "B"
-            else nn.init.kaiming_uniform_(new, math.sqrt(5), generator=generator)
-        )
+        if part.name == "B":
+            return nn.init.zeros_(new)
+        return started(module, part, nn.init.kaiming_uniform_(new, math.sqrt(5), generator=generator))
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with A and B beside it."""

@@ -69,7 +69,9 @@ class LowRank(Adapter):
         if owner is not None:
             self._owner = (owner,)  # in a tuple, so that it is no submodule
         else:
-            assert a is not None and b is not None
+            assert a is not None and b is not None and kind is not None
+            with torch.no_grad():
+                kind.start(layer, a)
             self.A, self.B = a, b
         self.register_parameter("core", core)
         self.register_parameter("out_scale", out_scale)

@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from lrkit.parameterizations.adapter import further, new_factor
+from lrkit.parameterizations.adapter import further, new_factor, started
 from lrkit.parameterizations.base import Parameterization, Target
 from lrkit.parameterizations.lowrank import LowRank
 from lrkit.parameterizations.orthogonality import orthogonality
@@ -78,7 +78,8 @@ class SVD(Parameterization):
 
     def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
         """Draw further columns of P or rows of Q: Gaussian, as at the start."""
-        return nn.init.normal_(further(module, part, count), std=self.init_std, generator=generator)
+        new = nn.init.normal_(further(module, part, count), std=self.init_std, generator=generator)
+        return started(module, part, new)
 
     def penalty(self, modules: Sequence[nn.Module]) -> Tensor | None:
         """Return γ R(P, Q), a scalar; None if γ is 0."""

@@ -65,6 +65,7 @@ class TestActionsThatKeepAnotherNumber(testing.ActionContract):
 class TestParameterizationsWithOtherSettings(testing.ParameterizationContract):
     component = (
         lrkit.parameterizations.LoRA(rank=2, dropout=0.2),
+        lrkit.parameterizations.DoRA(rank=3, form="svd", dropout=0.2),
         lrkit.parameterizations.SVD(rank=40, alpha=16.0, orthogonality_norm="mean"),
         lrkit.parameterizations.VectorScaled(rank=8, train="none", shared=True),
         lrkit.parameterizations.VectorScaled(rank=4, train="ffn"),

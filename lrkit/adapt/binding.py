@@ -90,6 +90,7 @@ class Binding:
             raise LrkitError(reason)
         if reason := self.controller.objection(total_steps):
             raise LrkitError(reason)
+        self._tell_others(set().union(*map(held_by, optimizers)))
         self.controller.begin(total_steps)
         self.controller.seed = sharding.one_seed(self.controller.seed, trained)
         self._steps = Steps(
@@ -108,6 +109,20 @@ class Binding:
                 self._steps.hold(handle)
         self._keep_gradients()
         self._outer.hang_on(self._model)
+
+    def _tell_others(self, held: set[int]) -> None:
+        """Warn of the model's parameters that an optimizer trains and that are none of the method's."""
+        others = [
+            name
+            for name, p in self._model.named_parameters()
+            if p.requires_grad and id(p) in held and id(p) not in self._weights.trained
+        ]
+        if others:
+            self.controller.warn(
+                "others",
+                f"the optimizer trains {listing(others)} too, which the adapters are not saved or merged with, and detach does "
+                "not put back: name what trains beside them in train_also",
+            )
 
     def hold(self, handle: Any) -> None:
         """Keep the handle of another hook, and remove it when the optimizers are let go of."""

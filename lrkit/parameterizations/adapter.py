@@ -67,8 +67,9 @@ def new_factor(layer: nn.Module, *shape: int) -> nn.Parameter:
 @torch.no_grad()
 def started(module: nn.Module, part: Part, new: Tensor) -> Tensor:
     """Return further components of a part, with zeros where the layer's kind begins with zeros (`LayerKind.start`)."""
-    starts = part.name == "A" and isinstance(module, Adapter) and module.kind is not None
-    return module.kind.start(module.base, new) if starts else new
+    if part.name == "A" and isinstance(module, Adapter) and module.kind is not None:
+        return module.kind.start(module.base, new)
+    return new
 
 
 def further(module: nn.Module, part: Part, count: int) -> Tensor:

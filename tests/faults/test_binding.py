@@ -414,3 +414,19 @@ def test_resume_for_more_steps(tmp_path):
     again = lrkit.attach(models.make("bert", seed=1), METHODS["adalora"])
     trainer(again, tmp_path, max_steps=30).train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
     assert (again.step, again.history) == (30, adapted.history)
+
+
+# ---- what else an optimizer trains ----
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_others_in_the_optimizer_are_told(held):
+    """A parameter of the model that somebody unfroze trains and is not saved, which is said if the optimizer has it."""
+    model, adapted = small()
+    bias = model.layers[0].bias.requires_grad_(True)
+    optimizer = torch.optim.AdamW([*adapted.parameters(), *([bias] if held else [])], lr=1e-2)
+    if held:
+        with pytest.warns(lrkit.LrkitWarning, match=r"the optimizer trains layers.0.*bias too"):
+            adapted.bind(optimizer, total_steps=20)
+    else:
+        adapted.bind(optimizer, total_steps=20)

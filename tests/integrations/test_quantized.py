@@ -211,6 +211,7 @@ def test_torchao_trains_merges_detaches(kind, folder):
             assert torch.equal(model(ids).logits, before)
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("base", BASES)
 def test_every_base_resumes_bitwise(base, method, folder, tmp_path):
@@ -382,3 +383,28 @@ def test_quantized_embeddings_are_not_merged():
     for dequantize in (False, True):
         with pytest.raises(lrkit.LrkitError, match="Embedding is no linear layer, and only these are dequantized"):
             adapted.merge(dequantize=dequantize)
+=======
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_starts_from_its_weight(bits, init, folder, tmp_path):
+    """The base stays as it was quantized, a state loads onto one quantized anew, and a merge has the outputs."""
+    ids = torch.arange(12).view(2, 6)
+    model = loaded(folder, bits).train()  # in evaluation bitsandbytes packs 4 bits anew on some CPUs
+    before = model(ids).logits.detach()
+    adapted = lrkit.attach(model, lrkit.methods.lora(rank=4, init=init), train_also=[])
+    assert torch.equal(model(ids).logits, before)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.5)
+    adapted.bind(optimizer, total_steps=2)
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = model(ids).logits.detach()
+    assert float((after - before).abs().max()) > 0.1
+    adapted.save(tmp_path / "state")
+    again = loaded(folder, bits).train()
+    lrkit.load(again, tmp_path / "state")
+    assert torch.equal(again(ids).logits, after)
+    adapted.merge(dequantize=True)
+    torch.testing.assert_close(model(ids).logits, after, atol=0.02, rtol=0)
+>>>>>>> h-starts

@@ -211,7 +211,6 @@ def test_torchao_trains_merges_detaches(kind, folder):
             assert torch.equal(model(ids).logits, before)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("base", BASES)
 def test_every_base_resumes_bitwise(base, method, folder, tmp_path):
@@ -383,7 +382,8 @@ def test_quantized_embeddings_are_not_merged():
     for dequantize in (False, True):
         with pytest.raises(lrkit.LrkitError, match="Embedding is no linear layer, and only these are dequantized"):
             adapted.merge(dequantize=dequantize)
-=======
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes_starts_from_its_weight(bits, init, folder, tmp_path):
@@ -407,4 +407,3 @@ def test_bitsandbytes_starts_from_its_weight(bits, init, folder, tmp_path):
     assert torch.equal(again(ids).logits, after)
     adapted.merge(dequantize=True)
     torch.testing.assert_close(model(ids).logits, after, atol=0.02, rtol=0)
->>>>>>> h-starts

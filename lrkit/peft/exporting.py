@@ -65,11 +65,11 @@ def export(
     Args:
         adapted: the trained handle. It stays as it is.
         folder: a new or empty folder.
-        to: ``"peft-lora"``: a LoRA for PEFT, with every layer's own rank and scale. ``"peft-adalora"``: an AdaLoRA for
-            PEFT. ``"vllm-lora"``: a LoRA for vLLM, which knows one rank and one scale: scales are in B, and ranks are
-            padded with zeros. vLLM takes no trained head from an adapter, so if a head was trained, ``base/`` holds the
-            model to serve. ``"merged"``: a plain transformers model. A model that is written is a float one, without
-            quantized layers.
+        to: ``"peft-lora"``: a LoRA for PEFT, with every layer's own rank and scale, and experts as its
+            ``target_parameters``. ``"peft-adalora"``: an AdaLoRA for PEFT. ``"vllm-lora"``: a LoRA for vLLM, which knows
+            one rank and one scale: scales are in B, and ranks are padded with zeros. vLLM takes no trained head from an
+            adapter, so if a head was trained, ``base/`` holds the model to serve. ``"merged"``: a plain transformers model.
+            A model that is written is a float one, without quantized layers.
         tokenizer: a transformers tokenizer, written beside a plain model; None for none.
         batch: keyword arguments of the model's forward for the check; None for random tokens.
 

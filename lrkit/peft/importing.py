@@ -26,8 +26,8 @@ from lrkit.peft.saved import Saved, read_saved
 def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method | None = None) -> Adapted:
     """Attach a LoRA, DoRA or AdaLoRA that PEFT trained, to go on from it with any method.
 
-    The outputs are PEFT's. The layers are those in the file. Modules that PEFT saved in full (``modules_to_save``: a
-    classifier, for example) are the head, and train on.
+    The outputs are PEFT's. The layers are those in the file, experts of ``target_parameters`` too. Modules that PEFT
+    saved in full (``modules_to_save``: a classifier, for example) are the head, and train on.
 
     Args:
         model: the base model as PEFT had it.

@@ -3,18 +3,19 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from typing import Any
 
+import torch
+import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from lrkit import __version__
 from lrkit.adapt.adapted import Adapted
 from lrkit.compose import to_plain
 from lrkit.peft.exporting import Exported
 
-_PACKAGES = ("lrkit", "torch", "transformers")
 _LIST = 24  # more layers than these are folded away
 
 
@@ -86,7 +87,7 @@ def _text(adapted: Adapted, exported: Exported, repo_id: str, base: str | None) 
     if exported.ranks:
         yield from _ranks(exported.ranks)
     yield "## Versions\n"
-    yield ", ".join(f"{package} {version(package)}" for package in _PACKAGES)
+    yield f"lrkit {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def _loading(adapted: Adapted, exported: Exported, repo_id: str, base: str | None) -> Iterator[str]:

@@ -91,7 +91,7 @@ def test_failed_saves_fail_everywhere(runs):
     ("case", "words"),
     [
         ("before", "attach first, then fully_shard"),
-        ("whole", "does not average their gradients"),
+        ("whole", "nothing averages their gradients: bind"),
         ("cut", "cuts or adds components"),
         ("shared", "share matrices"),
         ("late", "sharded after bind"),

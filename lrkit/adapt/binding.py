@@ -92,7 +92,7 @@ class Binding:
             raise LrkitError(reason)
         self._tell_others(set().union(*map(held_by, optimizers)))
         self.controller.begin(total_steps)
-        self.controller.seed = sharding.one_seed(self.controller.seed, trained)
+        self.controller.seed = sharding.one_seed(self.controller.seed, self._model)
         self._steps = Steps(
             optimizers,
             trained,
@@ -101,6 +101,8 @@ class Binding:
             self.controller.warn,
             adaptive=bool(self.controller.policies) or self.penalty.exists,
         )
+        for p in sharding.left_whole(self._model, trained):
+            self._steps.hold(sharding.averaged(self._model, p))
         self.last = as_long_as_alive(optimizers)
         liveness.watch(self, Binding._watch)
         self._scale = None if scaler is None else scaler.get_scale
@@ -210,8 +212,14 @@ class Binding:
         """Say that the method is not bound to an optimizer that steps the adapters' parameters."""
         if held_by(optimizer).isdisjoint(map(id, self._weights.adapter())):
             return
-        if reason := sharding.refusal(self._model, self._weights.parameters(), self.controller.run):
+        trained = self._weights.parameters()
+        if reason := sharding.refusal(self._model, trained, self.controller.run):
             raise LrkitError(reason)
+        if left := sharding.left_whole(self._model, trained):
+            raise LrkitError(
+                f"{len(left)} of the {len(trained)} tensors that train are whole beside sharded ones, and nothing averages "
+                "their gradients: bind the method to the optimizer, whatever it is, or fully_shard without ignored_params"
+            )
         if self.controller.policies or self.penalty.exists:
             self.controller.warn(
                 "unbound",

@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from lrkit.loop.gradients import on_gradient
 from lrkit.loop.run import Run
 from lrkit.shards import is_sharded, told, whole
 
@@ -41,12 +43,9 @@ def refusal(model: nn.Module, trained: Sequence[nn.Parameter], run: Run) -> str 
         return None
     if not any(map(is_managed, model.modules())):
         return _TENSOR_PARALLEL
-    left = sum(not is_sharded(p) for p in trained if p.numel())
-    if left:
-        return (
-            f"{left} of the {len(trained)} tensors that train are whole beside sharded ones, and FSDP2 does not average "
-            "their gradients: attach first, then fully_shard each block and the model, without ignored_params"
-        )
+    own = {id(p) for module in run.modules.values() for p in module.parameters()}
+    if not any(is_sharded(p) for p in trained if id(p) in own):
+        return None
     if run.grows or any(policy.action.fate == "removed" for policy in run.method.policies):
         return (
             "the method cuts or adds components, which sharded parameters (FSDP2) cannot follow: use DDP or one process"
@@ -74,9 +73,34 @@ def reshard(model: nn.Module) -> None:
             managed.reshard()
 
 
-def one_seed(seed: int, trained: Sequence[nn.Parameter]) -> int:
-    """Return the seed of the first process that holds a part of what trains; this one's if nothing is sharded."""
-    first = next((p for p in trained if is_sharded(p)), None)
+def left_whole(model: nn.Module, trained: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Return what trains whole beside sharded parameters (``ignored_params``): FSDP2 averages no gradient of it."""
+    if not any(map(is_sharded, model.parameters())):
+        return []
+    return [p for p in trained if not is_sharded(p)]
+
+
+def averaged(model: nn.Module, p: nn.Parameter) -> RemovableHandle:
+    """Begin a tensor that is left whole as the first process has it, and average its gradients over all of them."""
+    sharded: Any = next(p for p in model.parameters() if is_sharded(p))
+    mesh = sharded.device_mesh
+    distributed: Any = torch.distributed
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    for group in groups:
+        distributed.broadcast(p.data, distributed.get_global_rank(group, 0), group=group)
+
+    def average(grad: Tensor) -> Tensor:
+        mean: Tensor = grad / mesh.size()
+        for group in groups:
+            distributed.all_reduce(mean, group=group)
+        return mean
+
+    return on_gradient(p, average)
+
+
+def one_seed(seed: int, model: nn.Module) -> int:
+    """Return the seed of the first process that holds a part of a model; this one's if nothing is sharded."""
+    first = next((p for p in model.parameters() if is_sharded(p)), None)
     return seed if first is None else int(told(torch.tensor(seed, dtype=torch.int64), first)[0])
 
 

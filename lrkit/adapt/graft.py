@@ -84,8 +84,10 @@ class Graft:
             setattr(self._swaps[name].after, _MARK, True)
             setattr(parent, attribute, self._swaps[name].after)
         replaced = {name for name, _, _ in self._places}
-        self._handles = [handle for n in replaced for handle in keep_names(self._swaps[n].after, self._swaps[n].before)]
-        self._handles.append(Layout(model))
+        self._handles: list[Any] = [Layout(model)]
+        self._handles += [
+            handle for n in replaced for handle in keep_names(self._swaps[n].after, self._swaps[n].before)
+        ]
         if self.around is not None:
             _surround(model, self.around)
         self.saves = pretrained.SaveNotice(model, replaced)
@@ -111,7 +113,7 @@ class Graft:
             base = after._modules.get("base")
             if base is not None and base is not before and after is self.adapters.get(name):
                 self._swaps[name], self.originals[name] = _Swap(base, after), base
-                self.adapters[name].kind = kind_of(base)
+                vars(after)["kind"] = kind_of(base)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

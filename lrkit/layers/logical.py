@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ def entries(model: nn.Module) -> int:
     counted: dict[int, int] = {}
     packed: set[int] = set()
     for module in model.modules():
-        own = [p for p in module._parameters.values() if p is not None]
+        own: list[Tensor] = [p for p in module._parameters.values() if p is not None]
         if is_packed(module) and (sizes := features(module)) is not None:
             bias = getattr(module, "bias", None)
             packed |= {id(p) for p in own if p is not bias}
@@ -35,9 +36,8 @@ class _Float(nn.Module):
         self.layer, self.sizes = (layer,), sizes  # in a tuple, so that it is no submodule
 
     @property
-    def weight(self) -> Tensor | None:
-        weight: Tensor | None = self.layer[0].weight
-        return weight
+    def weight(self) -> Any:
+        return self.layer[0].weight
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, x.new_zeros(()).expand(self.sizes[::-1]))
@@ -49,8 +49,8 @@ def as_floats(model: nn.Module) -> Iterator[None]:
 
     The kernels of quantization are not known to a counter of operations.
     """
-    places = [(parent, name, layer) for parent in model.modules() for name, layer in parent._modules.items()]
-    found = [(*place, features(place[2])) for place in places if place[2] is not None and is_packed(place[2])]
+    places = [(parent, *each) for parent in model.modules() for each in parent._modules.items()]
+    found = [(parent, name, m, features(m)) for parent, name, m in places if m is not None and is_packed(m)]
     try:
         for parent, name, layer, sizes in found:
             assert sizes is not None

@@ -122,8 +122,8 @@ class Binding:
         if others:
             self.controller.warn(
                 "others",
-                f"the optimizer trains {listing(others)} too, which are not saved with the adapters, and detach does not put "
-                "them back: name what trains beside them in train_also",
+                f"the optimizer trains {listing(others)} too, which are not saved with the adapters, and detach does not "
+                "put them back: name what trains beside them in train_also",
             )
 
     def hold(self, handle: Any) -> None:

@@ -87,10 +87,8 @@ class Graft:
             setattr(place.after, _MARK, True)
             setattr(place.parent, place.attribute, place.after)
         replaced = {place.name: place for place in self._places}
-        self._handles: list[Any] = [
-            handle for each in replaced.values() for handle in keep_names(each.after, each.before)
-        ]
-        self._handles.append(Layout(model))
+        self._handles: list[Any] = [Layout(model)]
+        self._handles += [handle for each in replaced.values() for handle in keep_names(each.after, each.before)]
         if self.around is not None:
             _surround(model, self.around)
         self.saves = pretrained.SaveNotice(model, replaced)
@@ -116,7 +114,7 @@ class Graft:
             base = place.after._modules.get("base")
             if base is not None and base is not place.before and place.after is self.adapters.get(place.name):
                 place.before = self.originals[place.name] = base
-                setattr(place.after, "kind", kind_of(base))  # noqa: B010 (a module or a tensor, to type checkers)
+                vars(place.after)["kind"] = kind_of(base)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -349,7 +349,7 @@ def test_minilm_resumes_in_the_trainer(base, tmp_path):
 
 
 def test_slices_merge_into_the_dequantized_base(tmp_path):
-    """Slices of a quantized projection count as the float ones; merge refuses them with a way out, and that way is exact."""
+    """Slices of a quantized projection count as float ones; merge refuses them with a way out, which is exact."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)

@@ -214,8 +214,7 @@ def flops(model: nn.Module, batch: Mapping[str, Tensor], loss: "Callable[[Any], 
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     # torch does not count its product of sorted rows, which transformers takes for experts that are not adapted.
-    counted = "batched_mm" if any(p.is_meta for p in model.parameters()) else "eager"
-    with experts_by(model, counted):
+    with experts_by(model, "batched_mm" if any(p.is_meta for p in model.parameters()) else "eager"):
         with as_floats(model), FlopCounterMode(display=False) as forward:
             output = model(**batch)
         scalar = loss(output) if loss is not None else _scalar(output)
@@ -234,9 +233,8 @@ def flops_on(method: "Method", model: nn.Module, tokens: int, **attach_settings:
         **attach_settings: of `lrkit.attach`: ``targets``, ``train_also``, ``exclude``, ``slices``.
     """
     adapted = attach(model, method, **attach_settings)
+    ids = torch.zeros((1, tokens), dtype=torch.long, device=next(model.parameters()).device)
     try:
-        device = next(model.parameters()).device
-        ids = torch.zeros((1, tokens), dtype=torch.long, device=device)
         try:
             try:
                 return flops(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -246,7 +244,7 @@ def flops_on(method: "Method", model: nn.Module, tokens: int, **attach_settings:
         except (RuntimeError, NotImplementedError, IndexError) as error:
             first = " ".join(str(error).split())[:200]
             raise LrkitError(
-                f"{type(model).__name__} cannot be run for {tokens} tokens on {device.type} to count FLOPs: {first}"
+                f"{type(model).__name__} cannot be run for {tokens} tokens on {ids.device.type} to count FLOPs: {first}"
             ) from error
     finally:
         adapted.detach()

@@ -1,14 +1,16 @@
 """lrkit in transformers' Trainer: one callback, nothing else to call."""
 
+import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lrkit.adapt import checkpoint
@@ -16,8 +18,6 @@ from lrkit.adapt.adapted import Adapted
 from lrkit.adapt.quantized import let_train
 from lrkit.errors import LrkitError, LrkitWarning, shown
 from lrkit.shards import is_sharded
-
-_trackers: Callable[[Any], list[type[TrainerCallback]]] = get_reporting_integration_callbacks
 
 
 class AdaptCallback(TrainerCallback):
@@ -28,7 +28,8 @@ class AdaptCallback(TrainerCallback):
 
     The penalty's gradient goes into the first gradient that arrives at each factor in an optimizer step, before clipping,
     so that the run is the one of ``loss + penalty`` whoever computes the loss (TRL's trainers, label smoothing,
-    ``compute_loss_func``). The loss that the Trainer logs is the task's; the penalty is logged beside it as ``penalty``.
+    ``compute_loss_func``). The loss that the Trainer logs is the task's; the penalty is logged beside it as ``penalty``,
+    and trackers (``report_to``) get both.
 
     A model whose base is quantized trains in the Trainer once this callback has been made.
 
@@ -37,7 +38,7 @@ class AdaptCallback(TrainerCallback):
         resume_from: the checkpoint folder to load, if it is not ``args.resume_from_checkpoint`` and not in the
             Trainer's ``output_dir``.
         log: True to log `figures` (ranks, budget, scores) beside each loss, as the penalty always is; ``"layers"`` for each
-            layer's rank as well. Trackers (``report_to``) get it if the callback is installed: see `install`.
+            layer's rank as well.
     """
 
     def __init__(
@@ -52,28 +53,9 @@ class AdaptCallback(TrainerCallback):
         self.adapted = adapted
         self.resume_from = resume_from
         self.log = log
-        self._training = self._installed = False
+        self._training = False
         self._start: dict[str, Any] | None = None
         let_train(adapted)
-
-    def install(self, trainer: Trainer) -> Trainer:
-        """Put this callback ahead of a Trainer's trackers, so that they get what it logs. Return the Trainer.
-
-        A Trainer calls the trackers of ``report_to`` before all callbacks that it is given, and tells a callback neither of
-        itself nor of them. For example ``AdaptCallback(adapted, log=True).install(Trainer(...))``, with or without
-        the callback in ``callbacks=``.
-
-        Args:
-            trainer: the Trainer of the adapted model, or one that derives from it, before ``train()``.
-        """
-        if self not in trainer.callback_handler.callbacks:
-            trainer.add_callback(self)
-            self.adapted.take_ranks()
-        for kind in _trackers(trainer.args.report_to):
-            if (tracker := trainer.pop_callback(kind)) is not None:
-                trainer.add_callback(tracker)
-        self._installed = True
-        return trainer
 
     def on_init_end(self, *_: Any, **kwargs: Any) -> None:
         """Let a checkpoint of other ranks be loaded: the Trainer loads model weights before it calls `on_train_begin`."""
@@ -107,14 +89,7 @@ class AdaptCallback(TrainerCallback):
         )
         self.adapted.expect_saves()  # `on_save` writes the adapters beside the model
         self._training = True
-        trackers = _trackers(args.report_to)
-        if self.log and trackers and not self._installed:
-            warnings.warn(
-                f"log={self.log!r}: {', '.join(kind.__name__ for kind in trackers)} of report_to is called before this "
-                "callback and gets nothing of it: call AdaptCallback.install(trainer) before trainer.train()",
-                LrkitWarning,
-                stacklevel=2,
-            )
+        _call_last(get_reporting_integration_callbacks(args.report_to))  # type: ignore[no-untyped-call]
 
     def _check_step(self, state: TrainerState) -> None:
         """Refuse a state that is not of the step at which the Trainer resumes.
@@ -176,6 +151,21 @@ class AdaptCallback(TrainerCallback):
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and (Path(best) / checkpoint.FILE).is_file():
             self.adapted.load_state_dict(checkpoint.read(Path(best)))
+
+
+def _call_last(trackers: Sequence[type[TrainerCallback]]) -> None:
+    """Let the Trainer that is calling now call its trackers after its other callbacks, so that they get what those log.
+
+    A Trainer calls the trackers of ``report_to`` before all callbacks that it is given, and tells a callback neither of
+    itself nor of them: its list of callbacks is found on the call stack.
+    """
+    frame, handler = inspect.currentframe(), None
+    while frame is not None and handler is None:
+        found, frame = frame.f_locals.get("self"), frame.f_back
+        handler = found if isinstance(found, CallbackHandler) else None
+    if handler is not None:
+        # A new list: the handler is going through the old one.
+        handler.callbacks = sorted(handler.callbacks, key=lambda callback: isinstance(callback, tuple(trackers)))
 
 
 _PREFIX = "lrkit/"

@@ -251,21 +251,11 @@ def tracked(run):
     return [logs for logs in tracker.logs if "loss" in logs]
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_trackers_get_the_figures(given, report_to, tmp_path):
+def test_trackers_get_the_figures(report_to, tmp_path):
     """A tracker of ``report_to`` gets ranks, budget, scores and penalty with each loss, once; so does the Trainer's log."""
     method = lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=5)
-    callback = []
-
-    def make(adapted):
-        callback.append(lrkit.trainer.AdaptCallback(adapted, log=True))
-        return callback[0] if given else Tracker()
-
-    run, adapted = trainer("bert", method, tmp_path, callback=make, report_to=report_to)
-    if not given:
-        run.remove_callback(run.callback_handler.callbacks[-2])  # the one in the callback's place
-    assert callback[0].install(run) is run
-    assert run.callback_handler.callbacks.count(callback[0]) == 1
+    callback = lambda a: lrkit.trainer.AdaptCallback(a, log=True)  # noqa: E731
+    run, adapted = trainer("bert", method, tmp_path, callback=callback, report_to=report_to)
     run.train()
     losses = tracked(run)
     assert len(losses) == 20 and all("penalty" in logs for logs in losses)
@@ -292,7 +282,6 @@ def test_layers_are_logged_each(report_to, tmp_path):
         report_to=report_to,
         max_steps=6,
     )
-    run.callback_handler.callbacks[-2].install(run)
     run.train()
     ranks = {layer: tracked(run)[-1][f"lrkit/rank/{layer}"] for layer in adapted.adapters}
     assert ranks == adapted.allocation().layers()
@@ -300,14 +289,13 @@ def test_layers_are_logged_each(report_to, tmp_path):
         lrkit.trainer.AdaptCallback(adapted, log="layer")
 
 
-def test_a_missing_install_is_told(report_to, tmp_path):
-    """Trackers that come before the callback get nothing of it, and one line says what to call."""
-    callback = lambda a: lrkit.trainer.AdaptCallback(a, log=True)  # noqa: E731
-    run, _ = trainer("bert", lrkit.methods.lora(rank=2), tmp_path, callback=callback, report_to=report_to, max_steps=2)
-    with pytest.warns(lrkit.LrkitWarning, match=r"Tracker of report_to .* AdaptCallback\.install\(trainer\)"):
-        run.train()
-    assert not any(name.startswith("lrkit/") for logs in tracked(run) for name in logs)
-    assert "lrkit/rank/total" in run.state.log_history[0]
+def test_trackers_get_the_penalty(report_to, tmp_path):
+    """Without ``log`` a tracker gets the penalty, and is told of everything once, as before."""
+    run, _ = trainer("bert", lrkit.methods.adalora(rank=2, target_rank=1), tmp_path, report_to=report_to, max_steps=3)
+    before = {type(callback) for callback in run.callback_handler.callbacks}
+    run.train()
+    assert [sorted(logs) for logs in tracked(run)] == [["epoch", "grad_norm", "learning_rate", "loss", "penalty"]] * 3
+    assert {type(callback) for callback in run.callback_handler.callbacks} == before
 
 
 def test_figures_are_asked_for(tmp_path):

@@ -175,7 +175,6 @@ def _train(
     watch = Watch(progress)
     recorder = None if record is None else Recorder(record, adapted, log_every)
     trackers = () if record is None else record.report_to
-    callback = AdaptCallback(adapted, log=bool(trackers))
     closed = contextlib.nullcontext() if recorder is None else contextlib.closing(recorder)
     with tempfile.TemporaryDirectory() as empty, warnings.catch_warnings(), closed:
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -192,13 +191,12 @@ def _train(
             report_to=trackers,
             compute_metrics=lambda p: task.score(p.predictions, p.label_ids),
             callbacks=[
-                callback,
+                AdaptCallback(adapted, log=bool(trackers)),
                 watch,
                 *([] if recorder is None else [recorder]),
                 *([] if stop is None else [Ending(stop)]),
             ],
         )
-        callback.install(trainer)
         latest = None if record is None else record.latest()
         try:
             trainer.train(resume_from_checkpoint=None if latest is None else str(latest))

@@ -84,7 +84,7 @@ class Binding:
             if reason := parallel.refusal(self._model, each, adaptive=bool(self.controller.policies)):
                 raise LrkitError(reason)
         trained = self._weights.parameters()
-        if reason := sharding.refusal(self._model, trained, self.controller.run):
+        if reason := sharding.refusal(self._model, self.controller.run):
             raise LrkitError(reason)
         if reason := self._weights.refusal(set().union(*map(held_by, optimizers)), self.controller.run.grows):
             raise LrkitError(reason)
@@ -213,7 +213,7 @@ class Binding:
         if held_by(optimizer).isdisjoint(map(id, self._weights.adapter())):
             return
         trained = self._weights.parameters()
-        if reason := sharding.refusal(self._model, trained, self.controller.run):
+        if reason := sharding.refusal(self._model, self.controller.run):
             raise LrkitError(reason)
         if left := sharding.left_whole(self._model, trained):
             raise LrkitError(

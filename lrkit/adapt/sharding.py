@@ -31,20 +31,20 @@ def refusal_to_attach(model: nn.Module) -> str | None:
     return "the model's weights are sharded already: attach first, then fully_shard each block and the model"
 
 
-def refusal(model: nn.Module, trained: Sequence[nn.Parameter], run: Run) -> str | None:
+def refusal(model: nn.Module, run: Run) -> str | None:
     """Say why a method cannot run on sharded parameters; None if it can, or if nothing is sharded.
 
     Args:
         model: the adapted model, as it is now.
-        trained: all that trains.
         run: the method on its adapters.
     """
     if not any(is_sharded(p) for p in model.parameters()):
         return None
     if not any(map(is_managed, model.modules())):
         return _TENSOR_PARALLEL
-    own = {id(p) for module in run.modules.values() for p in module.parameters()}
-    if not any(is_sharded(p) for p in trained if id(p) in own):
+    base = {id(p) for module in run.modules.values() for p in getattr(module, "base", nn.Module()).parameters()}
+    own = [p for module in run.modules.values() for p in module.parameters() if id(p) not in base]
+    if not any(map(is_sharded, own)):  # left whole, what does not train as well
         return None
     if run.grows or any(policy.action.fate == "removed" for policy in run.method.policies):
         return (

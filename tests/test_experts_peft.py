@@ -99,7 +99,6 @@ def test_export_of_one_stack(tmp_path):
     torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(plain, tmp_path / "out")), logits(net))
 
 
-@pytest.mark.filterwarnings("ignore:PEFT trained .* with other scales")  # tests/test_from_peft.py asks for it
 @pytest.mark.parametrize("other", [None, lora(rank=5), adalora(rank=4, target_rank=1)], ids=["none", "lora", "adalora"])
 @pytest.mark.parametrize("kind", ["mixtral", "gpt-oss", "llama4"])
 def test_peft_experts_train_on(kind, other, tmp_path):

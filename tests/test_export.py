@@ -318,7 +318,6 @@ CONFIGS: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:PEFT trained .* with other scales")  # tests/test_from_peft.py asks for it
 @pytest.mark.parametrize("case", CONFIGS)
 def test_peft_adapters_train_on(case: str, tmp_path: Path) -> None:
     """PEFT's outputs come in, training goes on by three methods, and both of PEFT's formats take the result."""

@@ -120,6 +120,7 @@ class Tied(nn.Module):
         return self.out(x)
 
 
+@pytest.mark.filterwarnings("ignore:.* has its weight from")  # tests/test_layers.py asks for it
 def test_tied_weights_keep_names():
     """A layer that stands in two places has its names at both, and a tied weight is one tensor still."""
     model = Tied()

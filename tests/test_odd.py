@@ -59,6 +59,7 @@ def test_computed_weight_not_merged(computed):
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.filterwarnings("ignore:.* has its weight from")  # tests/test_layers.py asks for it
 def test_tied_weight_not_merged():
     """Merging into a weight that two layers share is refused."""
     from transformers import GPT2LMHeadModel

@@ -189,7 +189,6 @@ class Tied(nn.Module):
         return self.two(self.one(x))  # type: ignore[no-any-return]
 
 
-@pytest.mark.filterwarnings("ignore:.* has its weight from")  # tests/test_layers.py asks for it
 def test_a_weight_of_two_layers_is_counted_once() -> None:
     """The layers' counts add up to the parameters that there are."""
     model = Tied()

@@ -53,9 +53,8 @@ def tell_apart(model: nn.Module, layers: Mapping[str, nn.Module], places: Collec
         layers: layer name to the layer that is adapted.
         places: names of the modules that adapters or mirrors take the places of.
     """
-    mine = {
-        id(weight): name for name, layer in layers.items() if (weight := layer._parameters.get("weight")) is not None
-    }
+    beside = {name: layer._parameters.get("weight") for name, layer in layers.items() if name in places}
+    mine = {id(weight): name for name, weight in beside.items() if weight is not None}
     for other, module in model.named_modules():
         name = mine.get(id(module._parameters.get("weight")))
         if name is not None and other not in places and module is not layers[name]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def is_sharded(p: Tensor) -> bool:
     """Return whether several processes hold pieces of a tensor."""
-    return type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor"
+    return type(p).__name__ == "DTensor"
 
 
 def held(p: Tensor) -> Tensor:

@@ -62,6 +62,8 @@ class Components:
         self, state: PolicyState, verdict: Verdict, optimizer: torch.optim.Optimizer, seed: int
     ) -> tuple[str, ...]:
         """Cut and add the components that a policy's verdict says. Returns the names of the new ones, drawn from `seed`."""
+        if not (verdict.cut or verdict.fresh):
+            return ()
         fresh = verdict.fresh or (0,) * len(state.blocks)
         resizes = {}
         for block, keep, count in zip(state.blocks, split(verdict.kept, state.blocks), fresh, strict=True):

@@ -76,6 +76,27 @@ def test_embeddings_come_as_they_are_saved(tied: Any, settings: Any, refused: st
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_copies_of_tied_weights_are_told_apart(tmp_path: Path) -> None:
+    """Two copies that PEFT trained of one weight are refused, and both names of one are read."""
+    plain = llama(**TIED)
+    trained(plain, tmp_path / "two", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    with pytest.raises(lrkit.LrkitError, match=r"trained a copy of .*tie_word_embeddings=False"):
+        lrkit.from_peft(copy.deepcopy(plain), tmp_path / "two")
+    model = copy.deepcopy(plain)
+    adapted = lrkit.attach(model, lrkit.methods.lora(rank=2), targets=["q_proj"], train_also=["lm_head"])
+    with torch.no_grad():
+        for p in adapted.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    wanted = model(IDS).logits
+    for to in ("peft-lora", "vllm-lora"):
+        lrkit.export(adapted, tmp_path / to, to=to)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "peft-lora"))
+    assert torch.allclose(theirs(IDS).logits, wanted, atol=1e-5)
+    ours = lrkit.from_peft(copy.deepcopy(plain), tmp_path / "peft-lora").model
+    assert torch.allclose(ours(IDS).logits, wanted, atol=1e-5) and ours.lm_head.weight is ours.model.embed_tokens.weight
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_bases_are_told_apart(tmp_path: Path) -> None:
     """An embedding that PEFT saved with its adapter must be the model's own: with more tokens it is refused."""
     plain = llama(**APART)

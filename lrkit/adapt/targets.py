@@ -213,6 +213,11 @@ def _no_suffix(model: nn.Module, suffix: str, layers: Mapping[str, object]) -> s
             f"it has {', '.join(known)}" if known else "lrkit does not know how its rows are divided"
         )
     if others:
+        parts = [n for n in layers if f".{n}".rpartition(".")[0].endswith(f".{suffix}")]
+        if parts:
+            kind = type(others[0]).__name__
+            inside = _some(dict.fromkeys(parts))
+            return f'target "{suffix}" is a {kind}, and adapters take the layers in it: name them, as {inside}'
         if layer_shape(others[0]) is not None:
             return (
                 f'target "{suffix}" lies in an nn.TransformerEncoderLayer, whose fast path reads weights without '

@@ -50,6 +50,7 @@ _METHOD = {
     "target_r": "target_rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
+    "init_lora_weights": "init",
     "tinit": "warmup",
     "tfinal": "final",
     "delta_t": "interval",

@@ -90,8 +90,15 @@ class Draft:
         return name.startswith(tuple(f"{head}." for head in self.adapted.head) or ("\0",))
 
     def head(self) -> dict[str, Tensor]:
-        """Return the head's parameters as they were trained."""
-        return {name: p.detach() for name, p in self.adapted.model.named_parameters() if self._in_head(name)}
+        """Return the head's parameters as they were trained, under every name that they have: those of tied layers, too."""
+        trained = {id(p) for p in self.adapted.head_parameters()}
+        every = self.adapted.model.named_parameters(remove_duplicate=False)
+        return {name: p.detach() for name, p in every if id(p) in trained}
+
+    def saved_modules(self) -> list[str]:
+        """Return the head's modules, and those that are tied to it."""
+        tied = [name.rpartition(".")[0] for name in self.head() if not self._in_head(name)]
+        return [*self.adapted.head, *dict.fromkeys(tied)]
 
     def save(self, config: Any, tensors: Mapping[str, Tensor]) -> None:
         """Write PEFT's two files."""

@@ -54,7 +54,7 @@ def _common(draft: Draft, layers: Mapping[str, Factors], parameters: Mapping[str
         "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "target_modules": [name for name in layers if name not in parameters],
         "target_parameters": list(parameters.values()) or None,
-        "modules_to_save": adapted.head or None,
+        "modules_to_save": draft.saved_modules() or None,
         "fan_in_fan_out": all(is_conv1d(layer) for layer in originals.values()),
         # PEFT takes none for parameters. It acts in training alone.
         "lora_dropout": dropouts.pop() if len(dropouts) == 1 and not parameters else 0.0,
@@ -196,7 +196,7 @@ def _write_vllm(draft: Draft) -> dict[str, int]:
     # vLLM refuses modules_to_save, and any tensor in the file that is no lora_A or lora_B.
     settings = _common(draft, layers, as_parameters(draft.plain, originals)) | {"modules_to_save": None}
     if draft.adapted.head:
-        parameters = dict(draft.plain.named_parameters())
+        parameters = dict(draft.plain.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for name, trained in draft.head().items():
                 parameters[name].copy_(trained)

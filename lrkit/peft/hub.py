@@ -72,6 +72,8 @@ def push_to_hub(
         LrkitError: a name that the hub does not take, an export that is refused, or an upload that fails.
     """
     for name in (repo_id, *([] if base_model is None else [base_model])):
+        if not isinstance(name, str):
+            raise LrkitError(f'a name on the hub is "user/name", not {shown(name)}')
         if (reason := refusal(name)) is not None:
             raise LrkitError(f'a name on the hub is "user/name", not {shown(name)}: {reason}')
     with tempfile.TemporaryDirectory() as place:

@@ -198,17 +198,20 @@ def _head(model: nn.Module, saved: Saved, folder: Path) -> list[str]:
 
 
 def _tied_to(parameters: Mapping[str, nn.Parameter], head: set[str], saved: Saved, folder: Path) -> set[str]:
-    """Name the parameters outside of the head that are the head's too.
+    """Name the parameters that are the head's under another name, too.
 
     Raises:
         LrkitError: PEFT trained a copy of what this model has in two places.
     """
-    inside = {id(parameters[name]): name for name in head}
-    tied = {name: inside[id(p)] for name, p in parameters.items() if id(p) in inside and name not in head}
+    inside = {id(parameters[name]): name for name in sorted(head, reverse=True) if name in saved.rest}
+    tied = {name: inside[id(p)] for name, p in parameters.items() if inside.get(id(p), name) != name}
     for name, owner in tied.items():
-        if not saved.config.get("ensure_weight_tying") or not torch.equal(
-            saved.rest.get(name, saved.rest[owner]), saved.rest[owner]
-        ):
+        alike = (
+            torch.equal(saved.rest[name], saved.rest[owner])
+            if name in saved.rest
+            else saved.config.get("ensure_weight_tying")
+        )
+        if not alike:
             raise LrkitError(
                 f"{folder}: PEFT trained a copy of {owner}, and {name}, which has the same weight here, is another there: "
                 "load the base with tie_word_embeddings=False"

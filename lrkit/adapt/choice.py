@@ -80,6 +80,8 @@ def choose(
     check_room(found, parameterization)
     head = find_head(model, train_also, exact=exact)
     names = set(parameterization.own_parameters(model))
+    if names and len(exclude):
+        _check_left(parameterization, names, offered, exclude)
     _check_apart([target.name for target in found], head)
     head_ids = {id(p) for p in head_parameters(model, head)}
     own = {name: p for name, p in model.named_parameters() if name in names or id(p) in head_ids}
@@ -176,6 +178,16 @@ def find(
             f"inside the transformer's blocks; name layers with targets{'' if seen is None else seen.words}"
         )
     return leave_out(found, exclude), offered
+
+
+def _check_left(
+    parameterization: Parameterization, own: Iterable[str], offered: list[Target], exclude: str | Sequence[str]
+) -> None:
+    """Raise LrkitError if a parameterization trains a layer that is to be left out, whatever its targets are."""
+    kept = {target.name for target in leave_out(offered, exclude)}
+    left = tuple(f"{target.name}." for target in offered if target.name not in kept)
+    if odd := [name for name in sorted(own) if name.startswith(left)]:
+        raise LrkitError(f"{parameterization!r} trains {odd[0]} whatever the targets are: leave exclude out")
 
 
 def _check_apart(layers: Iterable[str], head: Sequence[str]) -> None:

@@ -61,7 +61,18 @@ _HOMES = {
     "with_component": "compose",
     "with_setting": "compose",
 }
-_MODULES = ("actions", "methods", "metrics", "parameterizations", "peft", "schedulers", "tasks", "testing", "trainer")
+_MODULES = (
+    "accounting",
+    "actions",
+    "methods",
+    "metrics",
+    "parameterizations",
+    "peft",
+    "schedulers",
+    "tasks",
+    "testing",
+    "trainer",
+)
 
 __all__ = [
     "Action",
@@ -80,6 +91,7 @@ __all__ = [
     "Scheduler",
     "__version__",
     "ablate",
+    "accounting",
     "actions",
     "attach",
     "current",

@@ -295,6 +295,19 @@ def test_strange_embeddings_are_left_out(kind: type[nn.Embedding], targets: Any)
     assert "layer" not in adapted.adapters and "other" in adapted.adapters
 
 
+def test_unknown_layers_are_named() -> None:
+    """An expression that matches a module with a matrix, and of no known kind, says that it is left out."""
+    model = nn.Sequential()
+    model.add_module("known", nn.Linear(4, 4))
+    model.add_module("turned", nn.ConvTranspose1d(4, 4, 3))
+    model.add_module("norm", nn.LayerNorm(4))
+    with pytest.warns(
+        lrkit.LrkitWarning, match=r"^left out: .*: turned \(ConvTranspose1d: no layer of a known kind\)$"
+    ):
+        adapted = lrkit.attach(model, lrkit.methods.lora(rank=2), targets=".*", train_also=[])
+    assert list(adapted.adapters) == ["known"]
+
+
 def test_embeddings_save_and_load(tmp_path: Path) -> None:
     """A saved embedding adapter with pruned components comes back with the same outputs."""
     torch.manual_seed(1)
@@ -409,6 +422,39 @@ class Pictures(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         out: Tensor = self.last(self.conv(pixel_values).mean(dim=(2, 3)))
         return out
+
+
+class Aliased(Pictures):
+    """Pictures whose convolution has a second name, and so has a layer that is not adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.again, self.other = self.conv, self.norm
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        out: Tensor = self.last(self.conv(self.other(pixel_values)).mean(dim=(2, 3)))
+        return out
+
+
+def test_exports_leave_aliases_alone(tmp_path: Path) -> None:
+    """A model whose modules have two names is exported, and stays what it was, tensor by tensor."""
+    model = Aliased()
+    adapted = lrkit.attach(model, lrkit.methods.lora(rank=2), targets=["conv", "last"], train_also=[])
+    perturb(adapted)
+    batch = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    before, wanted = dict(model.named_parameters(remove_duplicate=False)), model(**batch)
+    assert lrkit.export(adapted, tmp_path / "out", batch=batch).difference < 1e-6
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is p for name, p in before.items()) and torch.equal(model(**batch), wanted)
+    assert adapted.detach() is model
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_wrappers_are_refused() -> None:
+    """What torch.compile returns has other names: one line says to attach first."""
+    with pytest.raises(lrkit.LrkitError, match="attach to the model, then compile it"):
+        lrkit.attach(torch.compile(Pictures()), lrkit.methods.lora(rank=2), targets=["conv"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -61,7 +61,7 @@ def test_swap_changes_one_thing():
             }
         )
     )
-    found = {row.label: {(c["path"], c["base"], c["value"]) for c in changes(plan.rows[0], row)} for row in plan.rows}
+    found = {row.label: {(c["path"], c["base"], c["value"]) for c in changes(plan, row)} for row in plan.rows}
     policy = {("metric", "sensitivity-uncertainty", None), ("scheduler", "cubic", None), ("action", "prune", None)}
     assert found == {
         "adalora": set(),

@@ -339,5 +339,7 @@ def test_adapters_are_switched(tmp_path):
 def test_exclusions_that_change_nothing_are_refused():
     """A method that trains a layer whatever the targets are refuses to leave it out."""
     method = lrkit.methods.full()
-    with pytest.raises(lrkit.LrkitError, match=r"Full\(\) trains .*query.* whatever the targets are: leave exclude out"):
+    with pytest.raises(
+        lrkit.LrkitError, match=r"Full\(\) trains .*query.* whatever the targets are: leave exclude out"
+    ):
         lrkit.attach(models.make("bert"), method, exclude=["query"])

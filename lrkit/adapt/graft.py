@@ -34,6 +34,10 @@ def check_model(model: nn.Module) -> None:
     """Raise LrkitError if it is not a model, has its weights elsewhere, or carries adapters already."""
     if not isinstance(model, nn.Module):
         raise LrkitError(f"a model is an nn.Module, not {model!r}")
+    if hasattr(model, "_orig_mod"):
+        raise LrkitError(
+            "the model is what torch.compile returned, under other names: attach to the model, then compile it"
+        )
     for name, module in model.named_modules():
         # accelerate keeps such weights on the CPU or disk, and has them on the device for the length of a call.
         hook = getattr(module, "_hf_hook", None)

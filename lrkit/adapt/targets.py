@@ -144,6 +144,11 @@ def find_targets(
             if not named and not strangers:
                 tell = _no_match if isinstance(targets, str) else _no_suffix
                 raise LrkitError(tell(model, entry, layers))
+            if isinstance(targets, str):
+                unknown = {
+                    name: reason for name, reason in _unknown(model).items() if fits(name) and name not in layers
+                }
+                strange, strangers = {**unknown, **strange}, strangers | unknown.keys()
             chosen, odd = chosen | named, odd | strangers
         if not chosen and odd:
             before = f'targets="{cut(targets, 160)}"' if isinstance(targets, str) else "targets"
@@ -183,13 +188,23 @@ def together(targets: Iterable[Target]) -> list[Target]:
 
 
 def _odd(names: Collection[str], strange: Mapping[str, str]) -> str:
-    """Describe layers that are linear by class alone, with the reason."""
+    """Describe layers that cannot be adapted, with the reason."""
     reasons: dict[str, list[str]] = {}
     for name in strange:
         if name in names:
             reasons.setdefault(strange[name], []).append(name)
     listed = "; ".join(f"{listing(each)} ({reason})" for reason, each in reasons.items())
-    return f"what is linear by its class, and cannot be adapted: {listed}"
+    return f"what cannot be adapted: {listed}"
+
+
+def _unknown(model: nn.Module) -> dict[str, str]:
+    """Return all modules with a weight of two axes or more, with the reason for which one of no known kind is left out."""
+    weights = {name: module._parameters.get("weight") for name, module in model.named_modules()}
+    return {
+        name: f"{type(model.get_submodule(name)).__name__}: no layer of a known kind"
+        for name, weight in weights.items()
+        if weight is not None and weight.ndim > 1
+    }
 
 
 def _no_match(model: nn.Module, targets: str, layers: Mapping[str, object]) -> str:
@@ -223,8 +238,8 @@ def _no_suffix(model: nn.Module, suffix: str, layers: Mapping[str, object]) -> s
                 f'target "{suffix}" lies in an nn.TransformerEncoderLayer, whose fast path reads weights without '
                 "calling the layer: an adapter there would be passed by"
             )
-        inside = [f"{name} ({p.ndim}-D)" for name, p in others[0]._parameters.items() if p is not None and p.ndim > 2]
-        holds = f", whose weights are parameters ({', '.join(inside)}) and no layers" if inside else ""
+        tensors = [f"{name} ({p.ndim}-D)" for name, p in others[0]._parameters.items() if p is not None and p.ndim > 2]
+        holds = f", whose weights are parameters ({', '.join(tensors)}) and no layers" if tensors else ""
         return f'target "{suffix}" is a {type(others[0]).__name__}{holds}: adapters take layers of known kinds'
     for name, _ in model.named_parameters():
         if name == suffix or name.endswith(f".{suffix}"):

@@ -96,6 +96,8 @@ class Trained:
         }
         for p in self._weights.parameters():
             groups[owner.get(id(p), "other"), weight_decay is None or p.ndim > 1].append(p)
+        if head_lr is not None and not self._weights.head():
+            raise LrkitError("head_lr: no head trains beside the adapters; leave it out, or name one with train_also")
         there = {name for (name, _), params in groups.items() if params and name in parts}
         if odd := [name for name in ratios if name not in there]:
             raise LrkitError(

@@ -49,7 +49,7 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
     from lrkit.study.plan import changes
     from lrkit.study.rates import implied, rates_of, said
 
-    rows = {row.label: [*changes(plan.rows[0], row), *implied(plan, row)] for row in plan.rows}
+    rows = {row.label: [*changes(plan, row), *implied(plan, row)] for row in plan.rows}
     rates = {row.label: {task.name: rates_of(plan, row, task) for task in plan.tasks} for row in plan.rows}
     cells, trials = plan.cells, plan.trials
     if as_json:

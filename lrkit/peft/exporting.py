@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lrkit.adapt.adapted import Adapted
 from lrkit.errors import LrkitError, nearest
+from lrkit.foreign import line_of
 from lrkit.layers.dequantized import is_packed
 from lrkit.models import experts_by, quiet_transformers
 from lrkit.moves import umask
@@ -97,7 +98,7 @@ def export(
             draft = Draft(to, adapted, adapted.original(dequantize=True), inside, folder.absolute(), tokenizer)
             expected = _expected(adapted, draft.plain, batch)
             ranks = TARGETS[to](draft)
-            found = _logits(draft.read(), batch)
+            found = _logits(_read(draft), batch)
         difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
         allowed = TOLERANCE * max(1.0, largest)
         if not difference <= allowed:
@@ -113,6 +114,15 @@ def export(
         raise
     files = tuple(sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()))
     return Exported(to=to, folder=folder, files=files, ranks=ranks, difference=difference, largest=largest)
+
+
+def _read(draft: Draft) -> nn.Module:
+    try:
+        return draft.read()
+    except LrkitError:
+        raise
+    except Exception as error:  # PEFT's and transformers' own, of what they cannot load
+        raise LrkitError(f"the export to {draft.to} was removed: it does not load again: {line_of(error)}") from error
 
 
 def _expected(adapted: Adapted, plain: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -156,7 +166,33 @@ def _tokens(model: nn.Module) -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     if padding is not None:
         ids[0, -2:], mask[0, -2:] = padding, 0
-    return {"input_ids": ids, "attention_mask": mask}
+    decoded = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+    return {"input_ids": ids, "attention_mask": mask, **decoded}
+
+
+@contextmanager
+def _in_float64(model: nn.Module, as_computed: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Put float64 copies in the places of a model's floating-point tensors for a while.
+
+    `torch.func.functional_call` does so by name, and leaves its copies behind in a module that has two names.
+    """
+    held: list[tuple[Any, str, Tensor]] = [
+        (table, name, tensor)
+        for module in model.modules()
+        for table in (module._parameters, module._buffers)
+        for name, tensor in table.items()
+        if tensor is not None and tensor.is_floating_point()
+    ]
+    wide: dict[int, Any] = {}
+    try:
+        for table, name, tensor in held:
+            if id(tensor) not in wide:
+                wide[id(tensor)] = as_computed(tensor).detach().double()
+            table[name] = wide[id(tensor)]
+        yield
+    finally:
+        for table, name, tensor in held:
+            table[name] = tensor
 
 
 @torch.no_grad()
@@ -165,15 +201,13 @@ def _logits(
 ) -> Tensor:
     """Return the model's logits (or first output) in evaluation, in float64; the model stays as it is."""
     modes = [(module, module.training) for module in model.modules()]
-    state = [*model.named_parameters(), *model.named_buffers()]
-    wide = {name: as_computed(t).detach().double() for name, t in state if t.is_floating_point()}
     try:
         model.eval()
         given = {
             name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in batch.items()
         }
-        with experts_by(model, "eager"):
-            output = torch.func.functional_call(model, wide, kwargs=given, tie_weights=True)
+        with experts_by(model, "eager"), _in_float64(model, as_computed):
+            output = model(**given)
     finally:
         for module, training in modes:
             module.training = training

@@ -97,7 +97,7 @@ def _planned(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], n
         rows=tuple(
             RowRecord(
                 label=row.label,
-                changes=tuple(ChangeRecord(**c) for c in [*changes(plan.rows[0], row), *implied(plan, row)]),
+                changes=tuple(ChangeRecord(**c) for c in [*changes(plan, row), *implied(plan, row)]),
                 method=to_plain(row.method),
                 run=row.run,
                 rates={spec.name: rates_of(plan, row, spec) for spec in plan.tasks},

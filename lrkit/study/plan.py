@@ -14,7 +14,7 @@ import attrs
 from lrkit.compose import from_plain, to_plain, with_setting
 from lrkit.errors import LrkitError, nearest
 from lrkit.method import Method
-from lrkit.settings import is_at
+from lrkit.settings import defaults, is_at
 from lrkit.study.asked import RowSpec, Study, TaskSpec, study_from, study_named
 from lrkit.study.claim import check_claims
 from lrkit.study.composing import check_path, composed
@@ -254,19 +254,26 @@ def _check_settings(plan: Plan) -> None:
             plan.method(row, task)
 
 
-def changes(base: Row, row: Row) -> list[dict[str, Any]]:
+def changes(plan: Plan, row: Row) -> list[dict[str, Any]]:
     """List what a row changed against the base: path, the base's value and the row's.
 
     A component that was swapped is one change; the settings of a component that stayed are one each.
     """
+    base = plan.rows[0]
     found = list(differences(to_plain(base.method), to_plain(row.method)))
     if row.control is not None:
         found.insert(0, {"path": "control", "base": None, "value": row.control.kind})
-    found += [{"path": f"run.{key}", "base": base.run.get(key), "value": value} for key, value in row.run.items()]
+    run = {**defaults(RunSettings), **plan.study.run, **base.run}
+    found += [{"path": f"run.{key}", "base": _told(run[key]), "value": _told(value)} for key, value in row.run.items()]
     for key, value in row.attach.items():
         if value != base.attach[key]:
             found.append({"path": key, "base": shown_value(base.attach[key]), "value": shown_value(value)})
     return found
+
+
+def _told(value: Any) -> Any:
+    """Return a run's setting as a cell has it; a list of names in words."""
+    return shown_value(list(value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 __all__ = ["Plan", "Row", "RowSpec", "Study", "TaskSpec", "changes", "lay_out", "read_study", "study_from"]

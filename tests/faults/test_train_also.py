@@ -50,7 +50,7 @@ def test_rows_say_what_they_attach_to(tmp_path):
     assert [cell.train_also for cell in cells] == ["auto", ["classifier"], [], "auto", "auto"]
     assert [cell.targets for cell in cells] == ["all-linear"] * 3 + [["query"], ["query", "value"]]
     assert len({cell.key for cell in cells}) == 5
-    assert changes(plan.rows[0], plan.rows[1]) == [{"path": "train_also", "base": "auto", "value": "classifier"}]
+    assert changes(plan, plan.rows[1]) == [{"path": "train_also", "base": "auto", "value": "classifier"}]
     # What is "auto" as it was before there was a choice keeps its name.
     plain = lay_out(study_from({"base": "lora", "seeds": 1, "train_also": "auto"}))
     assert jobs_of(plain)[0].cell.key == cells[0].key

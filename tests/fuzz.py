@@ -1007,9 +1007,10 @@ def model_folders(rng, world):
     del task
     if rng.random() < 0.5 or kind == 7:
         from lrkit.study.pretrained import load_pretrained
+        from lrkit.tasks import Head
 
         took = not refused(
-            lambda: load_pretrained(str(folder), num_labels=2, problem_type="single_label_classification")
+            lambda: load_pretrained(str(folder), Head(num_labels=2, problem_type="single_label_classification"))
         )
     else:
         took = cli("params", "lora", "--model", folder, "--steps", "10") == 0

@@ -21,10 +21,10 @@ from transformers.utils import logging as transformers_logging
 from lrkit import models
 from lrkit.errors import LrkitError
 from lrkit.study.models import load_config, shipped_configs
-from lrkit.study.pretrained import load_model, load_model_from
-from lrkit.tasks import load_task
+from lrkit.study.pretrained import load_model
+from lrkit.tasks import Head, load_task
 
-CLASSIFY = {"num_labels": 2, "problem_type": "single_label_classification"}
+CLASSIFY = Head(num_labels=2, problem_type="single_label_classification")
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(models.MINILM_MODULE) is None, reason=f"{models.MINILM_PACKAGE} is not installed"
 )
@@ -46,14 +46,14 @@ def copy_of_minilm(folder: Path) -> Path:
 def told(spec: str) -> str:
     """The error for `spec`: one line."""
     with pytest.raises(LrkitError) as error:
-        load_model_from(spec, **CLASSIFY)
+        load_model(spec, CLASSIFY)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_minilm_is_pretrained() -> None:
     """Every weight of the encoder is the file's, in float32; the head is new."""
-    model, tokenizer = load_model_from("minilm", **CLASSIFY)
+    model, tokenizer = load_model("minilm", CLASSIFY)
     weights = load_file(models.minilm_folder() / "model.safetensors")
     weights = {name: w for name, w in weights.items() if w.is_floating_point()}
     own = model.bert.state_dict()
@@ -71,7 +71,7 @@ def test_head_repeats() -> None:
     heads = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        heads.append(load_model_from("minilm", **CLASSIFY)[0].classifier.weight)
+        heads.append(load_model("minilm", CLASSIFY)[0].classifier.weight)
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
 
@@ -85,7 +85,7 @@ def test_model_fits_task(name: str) -> None:
     from transformers import DataCollatorWithPadding
 
     task = load_task(data=folder).subset(8, 8)
-    model, tokenizer = load_model("minilm", task)
+    model, tokenizer = load_model("minilm", task.head)
     tokens, _ = task.tokenize(tokenizer, 32)
     batch = DataCollatorWithPadding(tokenizer)(tokens.to_list())
     model.eval()
@@ -119,7 +119,7 @@ def test_loading_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
     try:
         capfd.readouterr()
         logger.setLevel(logging.INFO)
-        load_model_from("minilm", **CLASSIFY)
+        load_model("minilm", CLASSIFY)
         assert said == []
         assert tuple(capfd.readouterr()) == ("", "")
         assert logger.level == logging.INFO
@@ -155,8 +155,8 @@ def decoder(folder: Path, kind: str, end: str | None = "<end>") -> Path:
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_decoders_pad_with_end(tmp_path: Path, kind: str) -> None:
     """Without a pad token the end token pads, and a padded row has the outputs of the row alone."""
-    model, tokenizer = load_model_from(
-        str(decoder(tmp_path, kind)), num_labels=3, problem_type="single_label_classification"
+    model, tokenizer = load_model(
+        str(decoder(tmp_path, kind)), Head(num_labels=3, problem_type="single_label_classification")
     )
     assert tokenizer.pad_token == "<end>"
     assert model.config.pad_token_id == tokenizer.pad_token_id == 0
@@ -175,10 +175,10 @@ def test_no_padding_is_refused(tmp_path: Path) -> None:
 
 def test_other_classes_new_head(tmp_path: Path) -> None:
     """A head for three classes gives way to one for regression; the pooler stays."""
-    model, tokenizer = load_model_from("minilm", num_labels=3, problem_type="single_label_classification")
+    model, tokenizer = load_model("minilm", Head(num_labels=3, problem_type="single_label_classification"))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    again, _ = load_model_from(str(tmp_path), num_labels=1, problem_type="regression")
+    again, _ = load_model(str(tmp_path), Head(num_labels=1, problem_type="regression"))
     assert again.classifier.weight.shape == (1, 384)
     assert torch.equal(again.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
 

@@ -175,7 +175,7 @@ def test_draws_touch_no_generator(folder: str) -> None:
 def test_truth_needs_no_weights(folder: str) -> None:
     """On the meta device the same layers are named as in the run; a task that does not know has none."""
     task = teacher()
-    empty = empty_model(folder, task.num_labels, task.auto_class)
+    empty = empty_model(folder, task.head)
     net = model_for(folder, task).model
     for seed in range(6):
         assert task.truth(empty, seed) == task.truth(net, seed)

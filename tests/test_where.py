@@ -27,10 +27,11 @@ def folder(tmp_path_factory):
     """A tiny GPT-2, whose q, k and v are one projection, with MiniLM's tokenizer."""
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    from lrkit.study.pretrained import load_model_from
+    from lrkit.study.pretrained import load_model
+    from lrkit.tasks import Head
 
     place = tmp_path_factory.mktemp("model")
-    _, tokenizer = load_model_from("minilm", num_labels=2, problem_type="single_label_classification")
+    _, tokenizer = load_model("minilm", Head(num_labels=2, problem_type="single_label_classification"))
     sizes = {"vocab_size": len(tokenizer), "n_positions": 128, "n_embd": 16, "n_layer": 1, "n_head": 2}
     GPT2ForSequenceClassification(GPT2Config(**sizes, pad_token_id=0)).save_pretrained(place)
     tokenizer.save_pretrained(place)

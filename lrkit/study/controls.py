@@ -152,7 +152,7 @@ def _oracle(found: "Allocation", cell: "Cell") -> "Allocation":
     from lrkit.study.models import empty_model
 
     task = load_task_of(TaskSpec(**cell.task))
-    best = task.truth(empty_model(cell.model, task.num_labels, task.auto_class), cell.seed)
+    best = task.truth(empty_model(cell.model, task.head), cell.seed)
     sizes = found.sizes
     assert sizes is not None
     if not set(best) <= sizes.keys():

@@ -204,7 +204,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     settings = settings_from(row["run"])
     task = load_task_of(TaskSpec(**row["task"]))
     steps = steps_of(settings, len(task.train))
-    net, tokenizer = load_model(row["model"], task)
+    net, tokenizer = load_model(row["model"], task.head)
     net.train()
     rows, _ = task.subset((WARM + PAIRS) * settings.batch_size, 1).tokenize(tokenizer, settings.max_length)
     collate = task.collator(tokenizer)

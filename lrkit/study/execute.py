@@ -66,7 +66,7 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
     for spec in plan.tasks:
         task = load_task_of(spec)
         tasks[spec.name] = TaskRecord(name=spec.name, metric=task.primary, majority=task.majority)
-        net = empty_model(plan.study.model, task.num_labels, task.auto_class)
+        net = empty_model(plan.study.model, task.head)
         for row in plan.rows:
             settings = plan.settings(row, spec, 0)
             length = steps_of(settings, len(task.train))

@@ -15,7 +15,7 @@ from lrkit.study.run_settings import RunSettings
 
 if TYPE_CHECKING:
     from lrkit.study.pretrained import Pretrained
-    from lrkit.tasks import Task
+    from lrkit.tasks import Head, Task
 
 
 @attrs.frozen(eq=False)
@@ -39,8 +39,7 @@ def model_for(model: str, task: "Task") -> "Pretrained":
     Raises:
         LrkitError: the model cannot be had.
     """
-    kind = (task.auto_class, task.dropout)
-    return _pretrained(model, _stamp(model), task.num_labels, task.problem_type, task.labels, kind)
+    return _pretrained(model, _stamp(model), task.head)
 
 
 def tokens_for(task: "Task", model: str, settings: RunSettings, steps: int) -> Tokens:
@@ -74,25 +73,10 @@ def _stamp(model: str) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=1)
-def _pretrained(
-    model: str,
-    stamp: tuple[Any, ...],
-    labels: int,
-    problem: str,
-    names: tuple[str, ...],
-    kind: tuple[str, bool],
-) -> "Pretrained":
+def _pretrained(model: str, stamp: tuple[Any, ...], head: "Head") -> "Pretrained":
     from lrkit.study.pretrained import load_pretrained
 
-    label_names = dict(enumerate(names)) if names else None
-    return load_pretrained(
-        model,
-        num_labels=labels,
-        problem_type=problem,
-        label_names=label_names,
-        auto_class=kind[0],
-        dropout=kind[1],
-    )
+    return load_pretrained(model, head)
 
 
 @lru_cache(maxsize=4)

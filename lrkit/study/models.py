@@ -19,6 +19,7 @@ from lrkit.errors import LrkitError, cut, nearest, shown
 from lrkit.models import MINILM, minilm_folder, quiet_transformers
 from lrkit.reading import JSON_BYTES, MIB, irregular, is_folder, read_json
 from lrkit.tasks import hub
+from lrkit.tasks.head import Head
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -62,15 +63,12 @@ def load_config(spec: str) -> PretrainedConfig:
     return config
 
 
-def empty_model(
-    spec: str, num_labels: int = 2, auto_class: str = "AutoModelForSequenceClassification"
-) -> PreTrainedModel:
-    """Make a model without weights, on the meta device, for counting; a sequence classifier if not said.
+def empty_model(spec: str, head: Head | None = None) -> PreTrainedModel:
+    """Make a model without weights, on the meta device, for counting.
 
     Args:
         spec: as `load_config` takes it.
-        num_labels: outputs of the head.
-        auto_class: name of transformers' Auto class, as `lrkit.tasks.Task.auto_class` has it.
+        head: its head, as `lrkit.tasks.Task.head` has it; None for that of a classification of two labels.
 
     Raises:
         LrkitError: there is no such config, or transformers has no such model.
@@ -78,18 +76,18 @@ def empty_model(
     import torch
     import transformers
 
-    config = load_config(spec)
-    config.num_labels = num_labels
+    config, head = load_config(spec), head or Head(num_labels=2)
+    if head.num_labels is not None:
+        config.num_labels = head.num_labels
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = getattr(transformers, auto_class).from_config(config)
+            model: PreTrainedModel = getattr(transformers, head.auto_class).from_config(config)
         drop_pooler(model)
         return model
     except Exception as error:  # whatever a model's code makes of a config that it cannot be built from
         first = " ".join(str(error).split())
-        raise LrkitError(
-            f'model "{spec}": no {_WORDS.get(auto_class, auto_class)} can be built: {type(error).__name__}: {first}'
-        ) from error
+        kind = _WORDS.get(head.auto_class, head.auto_class)
+        raise LrkitError(f'model "{spec}": no {kind} can be built: {type(error).__name__}: {first}') from error
 
 
 def drop_pooler(model: PreTrainedModel) -> None:

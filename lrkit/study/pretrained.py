@@ -16,7 +16,7 @@ from lrkit.tasks.tokens import check_tokenizer, knows_words
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from lrkit.tasks.base import Task
+    from lrkit.tasks import Head
 
 
 @attrs.frozen(eq=False)
@@ -82,37 +82,14 @@ def _memory_of(model: PreTrainedModel) -> Callable[[], None]:
     return put_back
 
 
-def load_model(spec: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the pretrained model with a new head for a task, and its tokenizer. See `load_pretrained`."""
-    loaded = load_pretrained(
-        spec,
-        num_labels=task.num_labels,
-        problem_type=task.problem_type,
-        label_names=dict(enumerate(task.labels)) if task.labels else None,
-        auto_class=task.auto_class,
-        dropout=task.dropout,
-    )
+def load_model(spec: str, head: Head) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the pretrained model with a task's head, and its tokenizer. See `load_pretrained`."""
+    loaded = load_pretrained(spec, head)
     return loaded.model, loaded.tokenizer
 
 
-def load_model_from(
-    spec: str, *, num_labels: int, problem_type: str, label_names: dict[int, str] | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and tokenizer of `load_pretrained`."""
-    loaded = load_pretrained(spec, num_labels=num_labels, problem_type=problem_type, label_names=label_names)
-    return loaded.model, loaded.tokenizer
-
-
-def load_pretrained(
-    spec: str,
-    *,
-    num_labels: int,
-    problem_type: str,
-    label_names: dict[int, str] | None = None,
-    auto_class: str = "AutoModelForSequenceClassification",
-    dropout: bool = True,
-) -> Pretrained:
-    """Load a pretrained encoder or decoder with a new head, for sequence classification if not said, and its tokenizer.
+def load_pretrained(spec: str, head: Head) -> Pretrained:
+    """Load a pretrained encoder or decoder with a task's head, and its tokenizer.
 
     The head is drawn from torch's global generator: seed it before for a repeatable run. Weights are float32 whatever
     type they are stored in. If a tokenizer has no pad token (GPT-2, Llama), it pads with its end token, and the model is
@@ -120,11 +97,7 @@ def load_pretrained(
 
     Args:
         spec: "minilm", a folder that `save_pretrained` wrote, or a hub id.
-        num_labels: outputs of the head.
-        problem_type: "single_label_classification" or "regression": picks the model's loss.
-        label_names: for the model's config, by class number.
-        auto_class: name of transformers' Auto class; ``"AutoModel"`` for a model without a head, and without a pooler.
-        dropout: leave the model's own dropout on; if not, every dropout probability in its config is 0.
+        head: the head.
 
     Raises:
         LrkitError: there is no such model, or it cannot be loaded.
@@ -134,15 +107,13 @@ def load_pretrained(
     import transformers
     from transformers import AutoTokenizer
 
-    settings: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem_type}
-    if label_names is not None:
-        settings |= {"id2label": label_names, "label2id": {name: n for n, name in label_names.items()}}
+    settings = head.settings()
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
-            if not dropout:
+            if not head.dropout:
                 settings |= _dropouts(load_config(spec))
-            model, loading = getattr(transformers, auto_class).from_pretrained(
+            model, loading = getattr(transformers, head.auto_class).from_pretrained(
                 source,
                 local_files_only=local_only,
                 trust_remote_code=False,  # the default asks on stdin
@@ -156,6 +127,8 @@ def load_pretrained(
     # transformers' report is silenced, so only the head and a pooler may have stayed random.
     encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
     fresh = _unloaded(loading)
+    if head.num_labels is None:
+        encoder = ""  # a head that the model brings along
     absent = sorted(name for name in fresh if name.startswith(encoder) and ".pooler." not in f".{name}")
     if absent:
         raise LrkitError(
@@ -166,7 +139,7 @@ def load_pretrained(
         if tokenizer.eos_token is None:
             raise LrkitError(f'model "{spec}": its tokenizer has neither a pad token nor an end token to pad with')
         tokenizer.pad_token = tokenizer.eos_token
-    if not encoder:
+    if model.base_model is model:
         drop_pooler(model)
     check_tokenizer(spec, tokenizer, model)
     return Pretrained(model, tokenizer, frozenset(fresh))

@@ -182,6 +182,7 @@ def _train(
             adapted,
             tokens,
             collator,
+            task,
             objective,
             settings,
             steps,

@@ -16,6 +16,7 @@ from lrkit.settings import in_steps
 from lrkit.study.files import RunFlops
 from lrkit.study.loaded import Tokens
 from lrkit.study.run_settings import RunSettings
+from lrkit.tasks import Task
 from lrkit.tasks.objective import Objective
 
 _POINTS = 8
@@ -30,15 +31,22 @@ class RunTrainer(Trainer):
     Args:
         adapted: the handle on the model.
         sample: a batch of one row, on which FLOPs are counted.
+        task: says what is predicted.
         objective: the task's loss; None for the model's own.
         **settings: as Trainer takes them.
     """
 
     def __init__(
-        self, *, adapted: Adapted, sample: dict[str, Any], objective: Objective | None = None, **settings: Any
+        self,
+        *,
+        adapted: Adapted,
+        sample: dict[str, Any],
+        task: Task,
+        objective: Objective | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self._adapted, self._objective = adapted, objective
+        self._adapted, self._task, self._objective = adapted, task, objective
         self._sample = sample if objective is None else objective.inputs(sample)
         last = self.args.max_steps - 1
         self._counted: tuple[int, float] | None = None
@@ -66,6 +74,18 @@ class RunTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = self._objective.loss(model, inputs)
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Compute a batch's loss and the task's predictions, and return them with its labels."""
+        if self._objective is not None or prediction_loss_only:
+            step: tuple[Any, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return step
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, predictions = self._task.predict(model, inputs)
+        return None if loss is None else loss.detach().mean(), predictions.detach(), inputs["labels"].detach()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take one step; at some of them, first log the FLOPs of a row."""
@@ -95,6 +115,7 @@ def trainer_for(
     adapted: Adapted,
     tokens: Tokens,
     collator: Any,
+    task: Task,
     objective: Objective | None,
     settings: RunSettings,
     steps: int,
@@ -112,6 +133,7 @@ def trainer_for(
         adapted: the handle on the model.
         tokens: the rows.
         collator: makes a batch of rows.
+        task: the task.
         objective: the task's loss; None for the model's own.
         settings: how the run trains.
         steps: optimizer steps.
@@ -133,6 +155,7 @@ def trainer_for(
     trainer = RunTrainer(
         adapted=adapted,
         sample=tokens.sample,
+        task=task,
         objective=objective,
         model=adapted.model,
         args=TrainingArguments(

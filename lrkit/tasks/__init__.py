@@ -19,6 +19,7 @@ from lrkit.hookspecs import hookimpl
 from lrkit.tasks.base import Task
 from lrkit.tasks.folder import load_folder
 from lrkit.tasks.glue import GLUE, load_glue
+from lrkit.tasks.head import Head
 from lrkit.tasks.movies import load_movies
 from lrkit.tasks.objective import Objective
 from lrkit.tasks.scoring import METRICS
@@ -84,4 +85,4 @@ def load_task(
     return loaders[name](rest if slash else None)
 
 
-__all__ = ["DEFAULT", "GLUE", "METRICS", "TASKS", "Objective", "Task", "TaskLoader", "load_folder", "load_task"]
+__all__ = ["DEFAULT", "GLUE", "METRICS", "TASKS", "Head", "Objective", "Task", "TaskLoader", "load_folder", "load_task"]

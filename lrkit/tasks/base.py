@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from lrkit.errors import LrkitError
+from lrkit.tasks.head import Head
 from lrkit.tasks.learnt import Learnt
 from lrkit.tasks.scoring import METRICS, REGRESSION_METRICS, check_metric
 
@@ -100,6 +101,17 @@ class Task(Learnt):
     def problem_type(self) -> str:
         """Return transformers' name for `kind`: it picks the model's loss."""
         return "single_label_classification" if self.kind == "classification" else "regression"
+
+    @property
+    def head(self) -> Head:
+        """Describe the head of the task's model: an output per class, or one."""
+        return Head(
+            auto_class=self.auto_class,
+            num_labels=self.num_labels,
+            problem_type=self.problem_type,
+            labels=self.labels,
+            dropout=self.dropout,
+        )
 
     def perfect(self) -> Any:
         """Return predictions for the validation rows that score best: the labels themselves."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lrkit.tasks.head import Head
+
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from lrkit.tasks.objective import Objective
 
@@ -29,6 +31,27 @@ class Learnt:
     def dropout(self) -> bool:
         """Say whether the model's own dropout is on while it trains."""
         return True
+
+    @property
+    def head(self) -> Head:
+        """Describe the head of the task's model."""
+        return Head(auto_class=self.auto_class, dropout=self.dropout)
+
+    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
+        """Compute what is kept of a batch while validation rows are scored: by one forward pass, the model's logits.
+
+        A task of another kind keeps something else, as small as it can be: the tokens that it generates, for example, or
+        two numbers of a row.
+
+        Args:
+            model: the adapted model, in evaluation, or what a Trainer has wrapped it in. No gradient is kept.
+            batch: as `collator` makes it.
+
+        Returns:
+            The loss, None if there is none; and the predictions [rows, ...], with -100 where rows are of unlike lengths.
+        """
+        outputs = model(**batch)
+        return outputs.get("loss"), outputs["logits"]
 
     def collator(self, tokenizer: Any) -> Any:
         """Return a function from encoded rows to a batch: this one pads them to the longest."""

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 import lrkit
 import lrkit.accounting
 from lrkit.study.pretrained import load_pretrained
-from lrkit.tasks import load_task
+from lrkit.tasks import Head, load_task
 
 ROWS = models.batch(seed=7, rows=48)
 GAMMA = 3.0
@@ -335,7 +335,7 @@ def test_default_penalty_is_quiet():
     said = {}
     rows = load_task("movies").train
     for variant in ("default", "paper"):
-        pretrained = load_pretrained("minilm", num_labels=2, problem_type="single_label_classification")
+        pretrained = load_pretrained("minilm", Head(num_labels=2, problem_type="single_label_classification"))
         model = pretrained.restart(0)
         torch.manual_seed(0)
         adapted = lrkit.attach(model, lrkit.methods.adalora(rank=8, target_rank=4, variant=variant))

@@ -123,12 +123,13 @@ def test_special_files_are_refused(name, kind, world, tmp_path):
 def test_special_model_files(name, kind, tmp_path):
     """Transformers would read them for ever."""
     from lrkit.study.pretrained import load_pretrained
+    from lrkit.tasks import Head
 
     folders.write_model(tmp_path / "m")
     (tmp_path / "m" / name).unlink(missing_ok=True)
     SPECIAL[kind](tmp_path / "m" / name)
     with pytest.raises(LrkitError, match=f"{name}' in it is"):
-        load_pretrained(str(tmp_path / "m"), num_labels=2, problem_type="single_label_classification")
+        load_pretrained(str(tmp_path / "m"), Head(num_labels=2, problem_type="single_label_classification"))
 
 
 def test_fifo_checkpoints_pass(tmp_path):

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from lrkit import LrkitError
 from lrkit.models import quiet_transformers
 from lrkit.study.pretrained import load_base, load_pretrained
-from lrkit.tasks import load_task
+from lrkit.tasks import Head, load_task
 from lrkit.tasks.tokens import check_texts
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", "good", "bad", "film", "plot", "the", "was", "fine", "dull", "a"]
@@ -51,7 +51,7 @@ def write_tokenizer(folder, words=WORDS, **settings):
 
 
 def loaded(folder):
-    return load_pretrained(str(folder), num_labels=2, problem_type="single_label_classification")
+    return load_pretrained(str(folder), Head(num_labels=2, problem_type="single_label_classification"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

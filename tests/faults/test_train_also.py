@@ -33,9 +33,10 @@ def folder(tmp_path):
     """A tiny BERT with MiniLM's tokenizer, as a model folder."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    from lrkit.study.pretrained import load_model_from
+    from lrkit.study.pretrained import load_model
+    from lrkit.tasks import Head
 
-    _, tokenizer = load_model_from("minilm", num_labels=2, problem_type="single_label_classification")
+    _, tokenizer = load_model("minilm", Head(num_labels=2, problem_type="single_label_classification"))
     config = models.bert().config.to_dict() | {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
     BertForSequenceClassification(BertConfig(**config)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -12,9 +12,10 @@ datasets = pytest.importorskip("datasets")
 
 
 def tokenizer():
-    from lrkit.study.pretrained import load_model_from
+    from lrkit.study.pretrained import load_model
+    from lrkit.tasks import Head
 
-    _, found = load_model_from("minilm", num_labels=2, problem_type="single_label_classification")
+    _, found = load_model("minilm", Head(num_labels=2, problem_type="single_label_classification"))
     return found
 
 

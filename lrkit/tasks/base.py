@@ -10,6 +10,7 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.tasks.head import Head
+from lrkit.tasks.hub import new_fingerprint
 from lrkit.tasks.learnt import Learnt
 from lrkit.tasks.scoring import METRICS, REGRESSION_METRICS, check_metric
 
@@ -105,13 +106,8 @@ class Task(Learnt):
     @property
     def head(self) -> Head:
         """Describe the head of the task's model: an output per class, or one."""
-        return Head(
-            auto_class=self.auto_class,
-            num_labels=self.num_labels,
-            problem_type=self.problem_type,
-            labels=self.labels,
-            dropout=self.dropout,
-        )
+        own: dict[str, Any] = {"num_labels": self.num_labels, "problem_type": self.problem_type, "labels": self.labels}
+        return attrs.evolve(super().head, **own)
 
     def perfect(self) -> Any:
         """Return predictions for the validation rows that score best: the labels themselves."""
@@ -222,7 +218,7 @@ class Task(Learnt):
                     remove_columns=rows.column_names,
                     keep_in_memory=True,  # nothing is written into the hub's cache
                     load_from_cache_file=False,
-                    new_fingerprint=_fingerprint(),  # the default pickles the tokenizer, to name a cache file
+                    new_fingerprint=new_fingerprint(),  # the default pickles the tokenizer, to name a cache file
                 )
                 return done.cast_column("labels", label)
 
@@ -251,7 +247,7 @@ class Task(Learnt):
 
         order = np.random.default_rng([_SELECTION, seed]).permutation(rows)
         parts = [
-            self.train.select(sorted(which.tolist()), keep_in_memory=True, new_fingerprint=_fingerprint())
+            self.train.select(sorted(which.tolist()), keep_in_memory=True, new_fingerprint=new_fingerprint())
             for which in (order[aside:], order[:aside])
         ]
         return attrs.evolve(self, train=parts[0], validation=parts[1], second=None)
@@ -275,7 +271,7 @@ class Task(Learnt):
 
             order = np.random.default_rng(seed).permutation(len(rows))[:n]
             # with a fingerprint for a table in memory, as in `tokenize`
-            return rows.select(order.tolist(), keep_in_memory=True, new_fingerprint=_fingerprint())
+            return rows.select(order.tolist(), keep_in_memory=True, new_fingerprint=new_fingerprint())
 
         rows, second = first(self.train, "train", train), self.second
         if second is None:
@@ -286,7 +282,7 @@ class Task(Learnt):
 
         (suffix, cut), share = second, self._first_rows(validation)
         parts = [
-            first(self.validation.select(which, new_fingerprint=_fingerprint()), "validation", size)
+            first(self.validation.select(which, new_fingerprint=new_fingerprint()), "validation", size)
             for which, size in ((range(cut), share), (range(cut, len(self.validation)), validation - share))
             if size or which.start == 0
         ]
@@ -296,12 +292,6 @@ class Task(Learnt):
             validation=datasets.concatenate_datasets(parts),
             second=(suffix, share) if share < validation else None,
         )
-
-
-def _fingerprint() -> str:
-    import uuid
-
-    return uuid.uuid4().hex[:16]
 
 
 __all__ = ["METRICS", "REGRESSION_METRICS", "Kind", "Task", "check_metric"]

@@ -7,6 +7,7 @@ machine without a network (measured). If one short question is asked first, ther
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +26,11 @@ def reachable() -> bool:
     except Exception:  # the client's own tree of errors, OSError, or offline mode: all mean "no"
         return False
     return True
+
+
+def new_fingerprint() -> str:
+    """Return a name for rows that are made in memory: by default `datasets` pickles all that made them, to name a file."""
+    return uuid.uuid4().hex[:16]
 
 
 @contextmanager

@@ -37,6 +37,7 @@ ANSWERS: list[tuple[str, list[str], tuple[float, float], tuple[float, float]]] =
     ("theatre", ["the atre"], (0, 0), (0, 0)),  # an article is a whole word
     ("a-b", ["ab"], (1, 1), (1, 1)),  # punctuation goes before articles, and leaves no gap
     ("x a y", ["x y"], (1, 1), (1, 1)),
+    ("“a”", ["“”"], (0, 0), (0, 0)),  # an article leaves a gap
     ("x\u00a0y", ["x y"], (1, 1), (1, 1)),  # a no-break space is white space
     ("", ["cat"], (0, 0), (0, 0)),
     ("The", ["a"], (1, 0), (1, 1)),  # only articles: v1.1 finds no common word; by v2.0 both are the empty answer
@@ -219,6 +220,7 @@ TAGGED: list[tuple[str, list[tuple[str, int, int]]]] = [
     ("B-PER I-LOC", [("PER", 0, 0), ("LOC", 1, 1)]),
     ("B-PER B-PER", [("PER", 0, 0), ("PER", 1, 1)]),
     ("B-X I-X E-X S-X E-X I-X", [("X", 0, 2), ("X", 3, 3), ("X", 4, 4), ("X", 5, 5)]),  # IOBES, and what breaks it
+    ("B-X S-X", [("X", 0, 0), ("X", 1, 1)]),
     ("B I O I", [("", 0, 1), ("", 3, 3)]),
     ("B-a-b I-a-b I-a", [("a-b", 0, 1), ("a", 2, 2)]),
     ("O O", []),

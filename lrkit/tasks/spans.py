@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from lrkit.errors import LrkitError
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
 
 
 def _logits(values: ArrayLike) -> NDArray[np.float64]:
@@ -93,7 +90,7 @@ class Answer:
 
     @property
     def doubt(self) -> float:
-        """The null score less the best span's: above a threshold, the question is taken to have no answer."""
+        """The null score less the best span's; above a threshold, the question is taken to have no answer."""
         return self.null - self.score if self.spans else math.inf
 
 
@@ -114,8 +111,8 @@ def best_spans(window: Window, *, n_best: int = 20, max_answer_length: int = 30)
     _check(n_best, max_answer_length)
     tokens = len(window.start)
     width = min(max_answer_length, tokens)
-    padded = np.concatenate([window.end, np.full(width - 1, -np.inf)])
-    after = np.concatenate([window.offsets[:, 1], np.full(width - 1, -1)])
+    padded = np.concatenate([window.end, np.zeros(width - 1)])
+    after = np.concatenate([window.offsets[:, 1], np.full(width - 1, -1)])  # beyond the window nothing ends
     with np.errstate(invalid="ignore"):  # inf - inf
         scores = window.start[:, None] + np.lib.stride_tricks.sliding_window_view(padded, width)  # [first, more tokens]
     ends = np.lib.stride_tricks.sliding_window_view(after, width)

@@ -101,11 +101,13 @@ def test_null_token_may_move() -> None:
     assert choose([window], [CONTEXT])[0].null == 7.0
 
 
-def test_single_precision_logits() -> None:
-    """Sums of float32 logits are formed in float64, so that near ones are told apart."""
+def test_sums_are_exact() -> None:
+    """Sums are formed in float64, of float32 logits too, so that near ones are told apart."""
     start, end = np.float32([0, 2.0**24, 2.0**24]), np.float32([0, 0.0, 1.0])
     window = Window(0, start, end, [(-1, -1), (0, 3), (4, 7)])
     assert best_spans(window, n_best=1)[0] == Span(0, 7, 2.0**24 + 1)
+    near = Window(0, [1.0, 1 + 2.0**-40], [0.0, 0.0], [(0, 3), (4, 7)])
+    assert best_spans(near, n_best=1) == [Span(4, 7, 1 + 2.0**-40)]
 
 
 def test_long_windows_stay_small() -> None:

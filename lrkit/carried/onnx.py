@@ -21,6 +21,8 @@ _TYPES = {1: "<f4", 2: "u1", 3: "i1", 6: "<i4", 7: "<i8"}
 _QUANTISED = "_quantized"
 # A product's name in the graph, such as "/m/decoder/block.0/layer.0/SelfAttention/q/MatMul_quant"
 _PRODUCT = re.compile(r"/(.+)/MatMul(_quant)?")
+# A weight is an input of its product as it is, or dequantised.
+_SUFFIX = re.compile("(_quantized|_DequantizeLinear_Output)$")
 
 
 def read_weights(path: Path) -> dict[str, Array]:
@@ -36,7 +38,7 @@ def read_weights(path: Path) -> dict[str, Array]:
     products: dict[str, str] = {}
     for name, inputs in nodes:
         if match := _PRODUCT.fullmatch(name):
-            products |= {each.replace("_DequantizeLinear_Output", ""): match[1].replace("/", ".") for each in inputs}
+            products |= {_SUFFIX.sub("", each): match[1].replace("/", ".") for each in inputs}
     found: dict[str, Array] = {}
     for name, tensor in tensors.items():
         if not name.endswith(_QUANTISED):
@@ -48,8 +50,8 @@ def read_weights(path: Path) -> dict[str, Array]:
         weight = (tensor.astype(np.int32) - zero).astype(np.float32) * tensors[f"{stem}_scale"]
         if not stem.startswith("onnx::"):
             found[stem] = weight
-        elif name in products:
-            found[f"{products[name]}.weight"] = np.ascontiguousarray(weight.T)
+        elif stem in products:
+            found[f"{products[stem]}.weight"] = np.ascontiguousarray(weight.T)
         else:
             raise LrkitError(f"{path}: {name} is in no product")
     return found

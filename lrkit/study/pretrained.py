@@ -119,7 +119,7 @@ def load_pretrained(
     told so: it reads the last position that is not padding.
 
     Args:
-        spec: "minilm", a folder that `save_pretrained` wrote, or a hub id.
+        spec: "minilm" or another name in `lrkit.carried.MODELS`, a folder that `save_pretrained` wrote, or a hub id.
         num_labels: outputs of the head.
         problem_type: "single_label_classification" or "regression": picks the model's loss.
         label_names: for the model's config, by class number.

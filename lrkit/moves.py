@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,51 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """Give a draft folder beside a folder that is to be, and give it its name when the block ends.
+
+    As `replacing`, but nothing is replaced: if another process has made the folder meanwhile, that one stays.
+
+    Args:
+        folder: the folder, in one that exists. The draft is called ``.NAME.RANDOM``; a killed process leaves it behind.
+    """
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield draft
+        draft.chmod(0o777 & ~umask())
+        for path in draft.iterdir():
+            path.chmod(0o666 & ~umask())  # some writers make files for their owner alone
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        try:
+            os.rename(draft, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a file's lock: True while it is held, False if another living process holds it and `wait` is False.
+
+    The lock ends with its process, however that ends. On a file system without locks everybody gets True.
+    """
+    import fcntl
+
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # this file system has no locks
+            pass
+        yield True
 
 
 def umask() -> int:

@@ -47,9 +47,9 @@ def list_methods(as_json: Json = False) -> None:
 
 def params(
     method: Annotated[list[str] | None, typer.Argument(help="Methods' names; all of them if none is given.")] = None,
-    model: Annotated[str, typer.Option("--model", help="deberta-v3-base, minilm, or a folder with config.json.")] = (
-        "deberta-v3-base"
-    ),
+    model: Annotated[
+        str, typer.Option("--model", help="deberta-v3-base, minilm, smollm2, ..., or a folder with config.json.")
+    ] = ("deberta-v3-base"),
     steps: Annotated[int, typer.Option(help="Optimizer steps that averages are over.", min=1)] = 10_000,
     tokens: Annotated[int, typer.Option(help="Count FLOPs for so many tokens; 0 for none.", min=0, max=65_536)] = 0,
     sets: Set = None,

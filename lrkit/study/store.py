@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lrkit import reading
 from lrkit.errors import LrkitError, shown
+from lrkit.moves import lock as lock
 from lrkit.moves import replacing
 from lrkit.strict import Misfit, strict_converter, structured
 
@@ -207,22 +208,3 @@ class Lines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-@contextlib.contextmanager
-def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a file's lock: True while it is held, False if another living process holds it and `wait` is False.
-
-    The lock ends with its process, however that ends. On a file system without locks everybody gets True.
-    """
-    import fcntl
-
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # this file system has no locks
-            pass
-        yield True

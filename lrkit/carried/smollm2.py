@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lrkit.carried import gguf
 from lrkit.carried.writing import write_json, write_model, write_tokenizer
+
+if TYPE_CHECKING:
+    from lrkit.carried import gguf
 
 CONFIG: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,6 +55,8 @@ _CONTROL = 3  # GGUF's type of a special token
 
 def convert(files: Sequence[Path], folder: Path) -> None:
     """Write the model's folder from its GGUF file."""
+    from lrkit.carried import gguf
+
     [path] = files
     metadata, tensors = gguf.read(path)
     weights = dict(named(name, tensor) for name, tensor in tensors.items())

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 
 def write_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
     """Write config.json and, of arrays by name, model.safetensors."""
+    import numpy as np
     from safetensors.numpy import save_file
 
     write_json(folder / "config.json", config)

@@ -134,7 +134,7 @@ def test_mpnet_is_as_published():
 @pytest.mark.parametrize("name", AUTO)
 def test_lrkit_loads_them(name):
     """With a new head for a task, which alone is not pretrained, and a token to pad with."""
-    loaded = load_pretrained(name, num_labels=3, problem_type="single_label_classification")
+    loaded = load_pretrained(name, Head(num_labels=3, problem_type="single_label_classification"))
     assert all(
         part.split(".")[0] in {"score", "classification_head", "classifier", "pre_classifier"} for part in loaded.fresh
     )

@@ -23,6 +23,7 @@ from lrkit import carried
 from lrkit.carried import gguf, onnx, place, smollm2
 from lrkit.errors import LrkitError
 from lrkit.study.models import empty_model, load_config, source_of
+from lrkit.tasks import Head
 
 CONTENT = b"the weights of a model"
 
@@ -260,7 +261,7 @@ def test_counting_fetches_nothing(name: str, auto_class: str, count: int, monkey
     """A config is enough to count parameters."""
     monkeypatch.setattr(place, "_make", None)
     monkeypatch.setenv("LRKIT_CACHE", "/nowhere")
-    assert sum(p.numel() for p in empty_model(name, 2, auto_class).parameters()) == count
+    assert sum(p.numel() for p in empty_model(name, Head(auto_class=auto_class, num_labels=2)).parameters()) == count
 
 
 def test_records_are_whole() -> None:

@@ -105,7 +105,7 @@ class Task(Learnt):
 
     @property
     def head(self) -> Head:
-        """Describe the head of the task's model: an output per class, or one."""
+        """Describe the head of the task's model, with an output per class, or one in regression."""
         own: dict[str, Any] = {"num_labels": self.num_labels, "problem_type": self.problem_type, "labels": self.labels}
         return attrs.evolve(super().head, **own)
 

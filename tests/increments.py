@@ -16,6 +16,15 @@ def perturb(adapted: lrkit.Adapted) -> None:
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) * 0.3)
 
 
+def nudged(adapted: lrkit.Adapted) -> lrkit.Adapted:
+    """Move every trained tensor a little, so that ΔW is not zero, magnitudes are no norms, and no start is where it was."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator).to(p)
+    return adapted
+
+
 def delta_of(adapter: Any) -> Tensor:
     """Return s · b ∘ B diag(c) A from the adapter's tensors."""
     b = adapter.B if adapter.core is None else adapter.B * adapter.core

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lrkit import carried
-from lrkit.carried import gguf, onnx, place, smollm2
 from lrkit.errors import LrkitError
+from lrkit.study import carried
+from lrkit.study.carried import gguf, onnx, place, smollm2
 from lrkit.study.models import empty_model, load_config, source_of
 from lrkit.tasks import Head
 
@@ -31,7 +31,7 @@ CONTENT = b"the weights of a model"
 STAND_IN = """
 import hashlib, os, time
 from pathlib import Path
-from lrkit.carried.place import Carried, Package, folder_for
+from lrkit.study.carried.place import Carried, Package, folder_for
 
 def convert(files, folder):
     if log := os.environ.get("CONVERSIONS"):
@@ -388,7 +388,7 @@ def test_onnx_is_read(tmp_path: Path) -> None:
 
 def test_tokenizer_is_not_cut(tmp_path: Path) -> None:
     """What a package's tokenizer cuts and pads for its own use is left to the caller."""
-    from lrkit.carried.writing import write_tokenizer
+    from lrkit.study.carried.writing import write_tokenizer
 
     write_tokenizer(tmp_path, {"truncation": {"max_length": 48}, "padding": {}, "model": 1}, {"pad_token": "p"})
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == {"truncation": None, "padding": None, "model": 1}

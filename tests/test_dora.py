@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from increments import nudged
 from safetensors.torch import load_file, save_file
 from test_attach import METHODS, fit, logits
 from test_export import ALL, FIRST, base, from_elsewhere, peft_lora, read
@@ -16,15 +17,6 @@ import lrkit
 from lrkit.parameterizations import DoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
-
-
-def perturbed(adapted):
-    """Move every trained tensor a little, so that ΔW is not zero and magnitudes are no norms."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=generator).to(p)
-    return adapted
 
 
 def formula(adapter):
@@ -49,7 +41,7 @@ def test_dora_has_pefts_numbers(dropout):
         pairs += [(adapter.A, other.lora_A["default"].weight), (adapter.B, other.lora_B["default"].weight)]
         pairs.append((adapter.magnitude, other.lora_magnitude_vector["default"].weight))
         assert torch.allclose(adapter.magnitude, pairs[-1][1], atol=1e-6)
-    perturbed(adapted)
+    nudged(adapted)
     with torch.no_grad():
         for mine, other in pairs:
             other.copy_(mine)
@@ -87,7 +79,7 @@ def test_formula_on_layers(kind, form):
     before = model(x)
     adapted = lrkit.attach(model, lrkit.Method(parameterization=DoRA(rank=2, form=form)), targets=["0"], train_also=[])
     assert torch.equal(model(x), before)
-    perturbed(adapted)
+    nudged(adapted)
     adapter, twin = adapted.adapters["0"], make().double()
     weight = formula(adapter)
     if kind == "embedding":
@@ -117,7 +109,7 @@ def test_experts_have_their_own():
     ids = torch.randint(64, (2, 9))
     adapted = lrkit.attach(model, lrkit.methods.dora(rank=2), targets=["experts.down_proj"], train_also=[])
     torch.testing.assert_close(model(ids).logits, twin(ids).logits)
-    (adapter,) = perturbed(adapted).adapters.values()
+    (adapter,) = nudged(adapted).adapters.values()
     weight = twin.model.layers[0].mlp.experts.down_proj
     a, b, m = adapter.A.view(3, 2, -1), adapter.B.view(-1, 3, 2), adapter.magnitude.view(3, -1)
     with torch.no_grad():
@@ -203,7 +195,7 @@ def test_pefts_dora_comes_in(name, settings, tmp_path):
 def test_lora_becomes_dora(tmp_path):
     """A LoRA of PEFT's goes on as a DoRA with the same outputs; a DoRA needs a method with magnitudes."""
     model = models.make("bert")
-    adapted = perturbed(lrkit.attach(model, lrkit.methods.lora(rank=3)))
+    adapted = nudged(lrkit.attach(model, lrkit.methods.lora(rank=3)))
     expected = logits(model)
     lrkit.export(adapted, tmp_path / "lora")
     for form in ("lora", "svd"):

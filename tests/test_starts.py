@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from increments import nudged
 from peft.tuners.lora.layer import LoraLayer
 from test_attach import fit, logits
 from test_export import base, read
@@ -24,15 +25,6 @@ FROM_BASE = ("pissa", "pissa-fast", "olora")
 
 def lora(init, **settings):
     return lrkit.methods.lora(**{"rank": 4, "alpha": 8.0, "init": init} | settings)
-
-
-def perturbed(adapted):
-    """Move every trained tensor a little away from where it began."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=generator).to(p)
-    return adapted
 
 
 @pytest.mark.parametrize(("name", "init"), [("bert", "pissa"), ("bert", "olora"), ("gpt2", "pissa")])
@@ -132,7 +124,7 @@ def test_increment_counts_from_start(kind, init):
     assert torch.equal(model(x), before)
     adapter = adapted.adapters["0"]
     a, b = adapter.A.detach().double(), adapter.B.detach().double()
-    perturbed(adapted)
+    nudged(adapted)
     delta = 4 * (adapter.B.double() @ adapter.A.double() - b @ a)
     torch.testing.assert_close(adapter.delta().double(), delta, atol=1e-6, rtol=1e-5)
     if kind in ("GPTQ", "AWQ", "HQQ"):
@@ -169,7 +161,7 @@ def test_experts_begin_apart(init):
             u, s, v = torch.linalg.svd(weight[expert])
             torch.testing.assert_close(product, u[:, :4] * s[:4] @ v[:4], atol=1e-6, rtol=1e-5)
         assert (float(product.norm()) < 1e-6) == (init == "orthogonal")
-    perturbed(adapted)
+    nudged(adapted)
     after = model(ids).logits.detach()
     assert float((after - before).abs().max()) > 1e-3
     adapted.merge()

@@ -86,11 +86,12 @@ class Binding:
         trained = self._weights.parameters()
         if reason := sharding.refusal(self._model, self.controller.run):
             raise LrkitError(reason)
-        if reason := self._weights.refusal(set().union(*map(held_by, optimizers)), self.controller.run.grows):
+        held = set().union(*map(held_by, optimizers))
+        if reason := self._weights.refusal(held, self.controller.run.grows):
             raise LrkitError(reason)
         if reason := self.controller.objection(total_steps):
             raise LrkitError(reason)
-        self._tell_others(set().union(*map(held_by, optimizers)))
+        self._tell_others(held)
         self.controller.begin(total_steps)
         self.controller.seed = sharding.one_seed(self.controller.seed, self._model)
         self._steps = Steps(

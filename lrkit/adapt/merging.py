@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrkit.adapt.behaviour import is_exact
 from lrkit.errors import LrkitError
 from lrkit.layers import kind_of
+from lrkit.layers.behaviour import is_exact
 from lrkit.layers.dequantized import is_packed, whole_weight
 from lrkit.precision import is_plain
 from lrkit.shards import is_sharded

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import attrs
 from torch import nn
 
-from lrkit.adapt.behaviour import strangeness
 from lrkit.adapt.coverage import block_prefixes
 from lrkit.adapt.grammar import entries
 from lrkit.adapt.roles import is_output, places, role_of
@@ -66,11 +65,7 @@ def _layers(model: nn.Module) -> tuple[dict[str, Found], dict[str, str]]:
         if not name or (fast and name.startswith(fast)):
             continue
         if (kind := kind_of(module, known)) is not None:
-            sizes = kind.sizes(module)
-            assert sizes is not None
             reason = kind.refusal(module)
-            if reason is None and isinstance(module, nn.Linear):
-                reason = strangeness(module, sizes.d_in, sizes.d_out)
             if reason is None:
                 layers[name] = Found(module, kind, name)
             else:

@@ -7,6 +7,7 @@ import attrs
 from torch import Tensor, nn
 
 from lrkit.layers.base import LayerKind, Sizes
+from lrkit.layers.behaviour import strangeness
 from lrkit.precision import is_plain
 
 
@@ -38,6 +39,10 @@ class Linear(LayerKind):
             assert isinstance(weight, Tensor)
             return Sizes(*weight.shape)
         return None
+
+    def refusal(self, layer: nn.Module) -> str | None:
+        """Refuse an ``nn.Linear`` by its class that is no linear map by what it does."""
+        return strangeness(layer, layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else None
 
     def weight(self, layer: nn.Module) -> Tensor:
         """Return the weight as [d_out, d_in]: a transposed view if the layer is a ``Conv1D``."""

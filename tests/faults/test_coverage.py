@@ -129,7 +129,7 @@ def test_linear_is_what_acts_so(kind, taken):
     torch.random.set_rng_state(state)
     one = torch.rand(1)
     torch.random.set_rng_state(state)
-    from lrkit.adapt.behaviour import strangeness
+    from lrkit.layers.behaviour import strangeness
 
     strangeness(model.layers[0], 16, 16)
     assert torch.equal(one, torch.rand(1))

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from lrkit import carried
+from lrkit.study import carried
 from lrkit.study.models import load_config
 from lrkit.study.pretrained import load_pretrained
 from lrkit.tasks import Head

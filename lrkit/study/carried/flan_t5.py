@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrkit.carried.writing import write_json, write_model, write_tokenizer
+from lrkit.study.carried.writing import write_json, write_model, write_tokenizer
 
 CONFIG: Mapping[str, Any] = {
     "architectures": ["T5ForConditionalGeneration"],
@@ -40,7 +40,7 @@ CONFIG: Mapping[str, Any] = {
 
 def convert(files: Sequence[Path], folder: Path) -> None:
     """Write the model's folder from the graphs of its encoder and its decoder, and its tokenizer."""
-    from lrkit.carried.onnx import read_weights
+    from lrkit.study.carried.onnx import read_weights
 
     encoder, decoder, tokenizer = files
     # The encoder's embeddings are the shared ones.

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrkit.carried.writing import write_json, write_model, write_tokenizer
+from lrkit.study.carried.writing import write_json, write_model, write_tokenizer
 
 if TYPE_CHECKING:
-    from lrkit.carried import gguf
+    from lrkit.study.carried import gguf
 
 CONFIG: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -55,7 +55,7 @@ _CONTROL = 3  # GGUF's type of a special token
 
 def convert(files: Sequence[Path], folder: Path) -> None:
     """Write the model's folder from its GGUF file."""
-    from lrkit.carried import gguf
+    from lrkit.study.carried import gguf
 
     [path] = files
     metadata, tensors = gguf.read(path)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrkit.carried.writing import write_model, write_tokenizer
+from lrkit.study.carried.writing import write_model, write_tokenizer
 
 CONFIG: Mapping[str, Any] = {
     "architectures": ["DistilBertForTokenClassification"],
@@ -36,7 +36,7 @@ CONFIG: Mapping[str, Any] = {
 
 def convert(files: Sequence[Path], folder: Path) -> None:
     """Write the model's folder from its graph, its tokenizer and the names of its tags."""
-    from lrkit.carried.onnx import read_weights
+    from lrkit.study.carried.onnx import read_weights
 
     graph, tokenizer, vocabulary = files
     tags = json.loads(vocabulary.read_text(encoding="utf-8"))["tags"]

@@ -7,7 +7,9 @@ Times follow one rule everywhere: an ``int`` is a number of optimizer steps, a `
 ``total_steps``.
 """
 
+import inspect
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -126,6 +128,13 @@ def check_settings(cls: type, given: Mapping[str, Any], place: str) -> dict[str,
     hints = typing.get_type_hints(cls)
     refuse_others(given, [field.name for field in attrs.fields(cls)], place)
     return {key: as_annotated(value, hints[key], f"{place}.{key}") for key, value in given.items()}
+
+
+def annotation_of(cls: type, name: str) -> Any:
+    """Return the annotation of one attribute of a class; the others may name what is imported for type checkers alone."""
+    owner = next(each for each in cls.__mro__ if name in inspect.get_annotations(each))
+    alone = type(owner.__name__, (), {"__annotations__": {name: inspect.get_annotations(owner)[name]}})
+    return typing.get_type_hints(alone, globalns=vars(sys.modules[owner.__module__]))[name]
 
 
 def refuse_others(given: Mapping[str, Any], known: Sequence[str], place: str) -> None:

@@ -198,4 +198,4 @@ def sums(rest: str | None) -> lrkit.tasks.Task:
 def rows(table: list[dict[str, Any]]) -> lrkit.tasks.Task:
     """Return a task whose rows are these, for training and for validation."""
     data = datasets.Dataset.from_list(table)
-    return lrkit.tasks.Task(name="t", train=data, validation=data, fields=("text",), labels=("odd", "even"))
+    return lrkit.tasks.Classification(name="t", train=data, validation=data, fields=("text",), labels=("odd", "even"))

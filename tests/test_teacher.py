@@ -381,7 +381,7 @@ def test_dropout_is_off_for_the_task(folder: str) -> None:
     quiet = model_for(folder, teacher()).model
     assert {m.p for m in quiet.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
     assert {m.p for m in make("bert").modules() if isinstance(m, torch.nn.Dropout)} == {0.1}
-    task = lrkit.tasks.Task(
+    task = lrkit.tasks.Classification(
         name="t",
         train=datasets.Dataset.from_list(rows(4)),
         validation=datasets.Dataset.from_list(rows(4)),

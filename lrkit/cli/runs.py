@@ -101,7 +101,7 @@ def run(
     settings = settings_from(changes)
     if out is not None and not (out / FOLDER).is_dir():
         new_folder(out)
-    loaded = words.task(task, data)
+    loaded = words.task(task, data, words.options(sets or []))
     steps = total_steps(settings, min(len(loaded.train), settings.train_rows or len(loaded.train)))
     asked: dict[str, Any] = {
         "model": model,
@@ -110,7 +110,7 @@ def run(
     }
     unfinished = None
     if out is not None:
-        source = {"task": task, "data": str(data) if data else None}
+        source = {"task": task, "data": str(data) if data else None, "options": words.options(sets or [])}
         unfinished = Unfinished(out, composed, asked | source, settings)
     with progress.bars(as_json) as bar, stopping(unfinished is not None) as stop, Phases(quiet=as_json) as phases:
         results, refused = _train_each(
@@ -222,7 +222,7 @@ def _show(results: "Mapping[str, Result]", title: str) -> None:
         rows.append(
             [
                 label,
-                f"{result.score:.1%}" if abs(result.score) <= 1 else f"{result.score:.3f}",
+                _written(result.score),
                 f"{summary.start:,}",
                 f"{summary.now:,}",
                 f"{summary.average:,.0f}",
@@ -236,10 +236,12 @@ def _show(results: "Mapping[str, Result]", title: str) -> None:
     columns = [Column("method"), *(Column(name, number=True) for name in numbers)]
     columns += [Column("state at the end"), Column("a step", number=True, extra=True)]
     screen.table(columns, rows, title)
-    screen.say(
-        f"constant best guess: {first.majority:.1%}. Trainable parameters are the adapters'; "
-        f"the head's {first.summary.head:,} come on top."
-    )
+    guess = "" if first.majority is None else f"constant best guess: {_written(first.majority)}. "
+    screen.say(f"{guess}Trainable parameters are the adapters'; the head's {first.summary.head:,} come on top.")
+
+
+def _written(score: float) -> str:
+    return f"{score:.1%}" if abs(score) <= 1 else f"{score:.3f}"
 
 
 def _state(result: "Result") -> str:

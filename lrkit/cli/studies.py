@@ -102,7 +102,7 @@ def ablate(
     The same command again goes on with what is missing. lrkit ablate --list shows the studies that ship.
     """
     from lrkit.registry import current
-    from lrkit.study.asked import standing_in
+    from lrkit.study.asked import standing_in, with_options
     from lrkit.study.catalogue import catalogue
     from lrkit.study.execute import check
     from lrkit.study.old import check_old
@@ -120,7 +120,8 @@ def ablate(
     changes |= {"margin": margin} if margin is not None else {}
     changes |= {"grid": True} if grid else {}
     changes |= {"tune": words.tuning(tune, tune_seeds, sampler, trials, halving)}
-    plan = lay_out(standing_in(_study(what, changes, sets or [], profile), in_place))
+    asked = standing_in(_study(what, changes, sets or [], profile), in_place)
+    plan = lay_out(with_options(asked, words.options(sets or [])))
     if dry_run:
         check_old(keep_old, recompute)
         current().get("executor", executor)

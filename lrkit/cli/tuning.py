@@ -56,7 +56,7 @@ def tune(
     from rich.console import Console
 
     from lrkit.compose import arguments_of
-    from lrkit.study.asked import study_from
+    from lrkit.study.asked import study_from, with_options
     from lrkit.study.execute import execute
     from lrkit.study.progress import Teller
     from lrkit.study.tune import tuned_by, tuning_plan
@@ -79,7 +79,7 @@ def tune(
         "tune": words.tuning(tune, tune_seeds, sampler, trials, halving),
     }
     asked |= {} if targets is None else {"targets": words.targets(targets)}
-    plan = tuning_plan(study_from(asked, "tune"))
+    plan = tuning_plan(with_options(study_from(asked, "tune"), words.options(sets or [])))
     with Teller(Console(stderr=True, quiet=as_json), out.absolute()) as teller:
         outcome = execute(
             plan,

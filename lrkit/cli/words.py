@@ -1,7 +1,7 @@
 """Read what is typed after a command: ``KEY=VALUE``, values, lists of names, and a method with its changes."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +69,18 @@ def train_also(text: str | None) -> str | list[str]:
     return [] if text == "none" else names(text)
 
 
-def task(name: str | None, data: Path | None) -> "Task":
-    """Load the task that ``--task`` or ``--data`` names. Raises LrkitError if it cannot be had."""
+def task(name: str | None, data: Path | None, options: Mapping[str, Any]) -> "Task":
+    """Load the task that ``--task`` or ``--data`` names, with its options. Raises LrkitError if it cannot be had."""
     from lrkit.registry import registered_tasks
     from lrkit.tasks import load_task
 
-    return load_task(name, data=data, tasks=registered_tasks())
+    return load_task(name, data=data, tasks=registered_tasks()).with_options(options)
+
+
+def options(sets: Sequence[str]) -> dict[str, Any]:
+    """Read the options of the task among what was typed after ``--set``: ``task.num_beams=4``."""
+    pairs = map(pair, sets)
+    return {key.removeprefix("task."): value(said) for key, said in pairs if key.startswith("task.")}
 
 
 def _setting(key: str, said: str) -> Any:
@@ -84,8 +90,11 @@ def _setting(key: str, said: str) -> Any:
 
 
 def divided(sets: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide what was typed after ``--set`` into settings of the method and, without "run.", settings of the run."""
-    pairs = {key: _setting(key, said) for key, said in map(pair, sets)}
+    """Divide what was typed after ``--set`` into settings of the method and, without "run.", settings of the run.
+
+    Options of the task are left out: see `options`.
+    """
+    pairs = {key: _setting(key, said) for key, said in map(pair, sets) if not key.startswith("task.")}
     run = {key.removeprefix("run."): each for key, each in pairs.items() if key.startswith("run.")}
     return {key: each for key, each in pairs.items() if not key.startswith("run.")}, run
 

@@ -71,6 +71,7 @@ class TaskSpec:
         data: a folder with ``{train,validation}.jsonl[.gz]``; beside a task's name it stands in for that
             task's data (`standing_in`).
         metric: the metric that scores a folder's task; None for that of the task it stands in for, if GLUE has it.
+        options: the task's own options (`lrkit.tasks.Task.options`); on the command line ``--set task.NAME=VALUE``.
         run: settings of the run on this task alone.
         set: settings of every row's method on this task alone, such as the schedule. A setting that a row changes itself
             stays, and a row whose parts have no such setting is left as it is.
@@ -79,6 +80,7 @@ class TaskSpec:
     task: str | None = None
     data: str | None = None
     metric: str | None = None
+    options: dict[str, Any] = attrs.field(factory=dict)
     run: dict[str, Any] = attrs.field(factory=dict)
     set: dict[str, Any] = attrs.field(factory=dict)
 
@@ -229,6 +231,14 @@ def standing_in(study: Study, data: Mapping[str, Any]) -> Study:
     return attrs.evolve(study, tasks=[attrs.evolve(t, data=folders.get(t.task or "", t.data)) for t in tasks])
 
 
+def with_options(study: Study, options: Mapping[str, Any]) -> Study:
+    """Give every task of a study further options (``--set task.NAME=VALUE``)."""
+    if not options:
+        return study
+    tasks = list(study.tasks) or [TaskSpec(task=TaskSpec().name)]
+    return attrs.evolve(study, tasks=[attrs.evolve(task, options={**task.options, **options}) for task in tasks])
+
+
 def _row(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with ``from``, which Python keeps for itself, as ``source``."""
     return {"source" if key == "from" else key: value for key, value in plain.items()}
@@ -279,6 +289,10 @@ def _tried(value: Any, _: Any) -> dict[str, list[Any]]:
 
 def load_task_of(spec: TaskSpec) -> "Task":
     """Load the task that a spec names, from the registry or a folder. Raise LrkitError if it cannot be had."""
+    return _loaded(spec).with_options(spec.options)
+
+
+def _loaded(spec: TaskSpec) -> "Task":
     from lrkit.registry import registered_tasks
     from lrkit.tasks import GLUE, load_folder, load_task
 

@@ -29,7 +29,7 @@ class Cell:
     """One run of a study, as plain data.
 
     Args:
-        task: `TaskSpec`'s task, data and metric.
+        task: `TaskSpec`'s task, data and metric, and its options if it has any.
         model: the model that was asked for.
         targets: as `lrkit.attach` takes it.
         method: plain data.
@@ -132,6 +132,7 @@ def make_cell(
         "task": task.task,
         "data": None if task.data is None else os.path.abspath(task.data),
         "metric": task.metric,
+        **({"options": as_plain(task.options)} if task.options else {}),  # a key is as it was before there were any
     }
     folder = os.path.abspath(model) if os.path.isdir(model) else model
     return Cell(

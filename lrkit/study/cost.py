@@ -206,8 +206,9 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     steps = steps_of(settings, len(task.train))
     net, tokenizer = load_model(row["model"], task.head)
     net.train()
-    rows, _ = task.subset((WARM + PAIRS) * settings.batch_size, 1).tokenize(tokenizer, settings.max_length)
-    collate = task.collator(tokenizer)
+    few = task.subset((WARM + PAIRS) * settings.batch_size, 1)
+    rows = few.examples(tokenizer, settings.max_length, training=True)
+    collate = few.collator(tokenizer, training=True)
     objective = task.objective(net, lambda n: collate([rows[i] for i in range(min(n, len(rows)))]), settings.seed)
 
     def batches() -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.errors import LrkitError
-from lrkit.study.run_settings import RunSettings
+from lrkit.study.run_settings import RunSettings, steps_of, total_steps
 
 if TYPE_CHECKING:
     from lrkit.study.pretrained import Pretrained
@@ -20,17 +20,29 @@ if TYPE_CHECKING:
 
 @attrs.frozen(eq=False)
 class Tokens:
-    """The rows of a run as model inputs.
+    """The rows of a run as examples.
 
     Args:
-        train: training rows.
-        validation: validation rows.
-        sample: the training row of median length, as a batch of one.
+        task: with the rows that the run takes.
+        tokenizer: the model's.
+        train: training examples.
+        validation: validation examples.
+        sample: the training example of median length, as a batch of one.
     """
 
+    task: "Task"
+    tokenizer: Any
     train: Any
     validation: Any
     sample: dict[str, Any]
+
+    def score(self, outputs: Any) -> dict[str, float]:
+        """Score what `lrkit.tasks.Task.predict` returned of the validation examples."""
+        return self.task.score(self.answers(outputs), self.task.references())
+
+    def answers(self, outputs: Any) -> Any:
+        """Say what the model answers to each validation row: `lrkit.tasks.Task.answers`."""
+        return self.task.answers(outputs, self.validation, self.tokenizer)
 
 
 def model_for(model: str, task: "Task") -> "Pretrained":
@@ -42,15 +54,26 @@ def model_for(model: str, task: "Task") -> "Pretrained":
     return _pretrained(model, _stamp(model), task.head)
 
 
-def tokens_for(task: "Task", model: str, settings: RunSettings, steps: int) -> Tokens:
-    """Tokenize the rows of a run of so many steps, or take those that are kept.
+def steps_for(task: "Task", model: str, settings: RunSettings) -> int:
+    """Count the optimizer steps of a run: an epoch passes over the examples, which the tokenizer decides on.
+
+    Raises:
+        LrkitError: as `tokens_for`.
+    """
+    if task.by_row or settings.steps is not None:
+        return steps_of(settings, len(task.train))
+    return total_steps(settings, len(tokens_for(task, model, settings).train))
+
+
+def tokens_for(task: "Task", model: str, settings: RunSettings, steps: int | None = None) -> Tokens:
+    """Tokenize the rows of a run of so many steps (None: at least an epoch), or take those that are kept.
 
     Raises:
         LrkitError: the tokenizer does not know the text, or a row is longer than the model's positions.
     """
     rows = (settings.train_rows, settings.validation_rows)
     used = min(len(task.train), settings.train_rows or len(task.train))
-    asked = steps * settings.batch_size
+    asked = used if steps is None or not task.by_row else steps * settings.batch_size
     # The seed matters only to a choice of rows, and only a run shorter than an epoch leaves rows out.
     seed, wanted = settings.seed if any(rows) else 0, asked if asked < used else None
     tokens = _tokens(task, model, _stamp(model), settings.max_length, rows, seed, wanted)
@@ -91,9 +114,9 @@ def _tokens(
 ) -> Tokens:
     from lrkit.study.rows import encoded
 
-    chosen = task.subset(*rows, seed=seed)
+    chosen, pretrained = task.subset(*rows, seed=seed), model_for(model, task)
     enough = len(chosen.train) if wanted is None else wanted
-    return Tokens(*encoded(chosen, model_for(model, task), max_length, enough))
+    return Tokens(chosen, pretrained.tokenizer, *encoded(chosen, pretrained, max_length, enough))
 
 
 def _check_length(pretrained: "Pretrained", tokens: Tokens, settings: RunSettings) -> None:

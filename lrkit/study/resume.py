@@ -30,7 +30,7 @@ class Unfinished:
     Args:
         out: the run's folder.
         methods: the methods that are trained, by label.
-        asked: model, targets, train_also, task and data.
+        asked: model, targets, train_also, task, data and options of the task.
         settings: of the run.
 
     Raises:
@@ -43,7 +43,11 @@ class Unfinished:
         self._place = out / FOLDER
         # Folders that are not there yet; they are deleted again if the run is refused.
         self._made = missing(out)
-        spec = TaskSpec(task=None if asked["data"] else asked["task"] or "movies", data=asked["data"])
+        spec = TaskSpec(
+            task=None if asked["data"] else asked["task"] or "movies",
+            data=asked["data"],
+            options=asked.get("options", {}),
+        )
         run = attrs.asdict(settings)
         plains = {label: to_plain(method) for label, method in methods.items()}
         cells = {

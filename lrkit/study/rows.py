@@ -1,5 +1,6 @@
 """Encode the rows of a run as model inputs: all at once, or each when a batch asks for it."""
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ class Lazily(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Encode the rows of a batch."""
-        encoded = self._task.encode(self._task.train[list(indices)], self._tokenizer, self._length)
+        encoded = self._task.encode(self._task.train[list(indices)], self._tokenizer, self._length, training=True)
         return [{key: column[i] for key, column in encoded.items()} for i in range(len(indices))]
 
 
@@ -57,25 +58,25 @@ def encoded(task: "Task", pretrained: "Pretrained", max_length: int, wanted: int
         LrkitError: the tokenizer does not know the text, or cannot encode it.
     """
     tokenizer = pretrained.tokenizer
+    collate = task.collator(tokenizer, training=True)
     check_texts(task, tokenizer, pretrained.model)
     positions = getattr(pretrained.model.config, "max_position_embeddings", None) or max_length
     # A longer row than the model has positions for must be found before the first step: then all are looked at.
-    if wanted >= len(task.train) or max_length > min(positions, tokenizer.model_max_length):
+    if not task.by_row or wanted >= len(task.train) or max_length > min(positions, tokenizer.model_max_length):
         train, validation = task.tokenize(tokenizer, max_length)
         middle = _middle([len(row) for row in train["input_ids"]])
-        return train, validation, {key: torch.tensor([value]) for key, value in train[middle].items()}
+        return train, validation, _batch(collate, pretrained, train[middle])
     rows = Lazily(task, tokenizer, max_length)
     some = list(range(0, len(rows), max(1, len(rows) // _SAMPLE)))
     looked_at = rows.__getitems__(some)
     middle = _middle([len(row["input_ids"]) for row in looked_at])
-    sample = {key: torch.tensor([value]) for key, value in looked_at[middle].items()}
-    return rows, _validation(task, tokenizer, max_length), sample
+    return rows, task.examples(tokenizer, max_length, training=False), _batch(collate, pretrained, looked_at[middle])
 
 
-def _validation(task: "Task", tokenizer: Any, max_length: int) -> Any:
-    import attrs
-
-    return attrs.evolve(task, train=task.train.select([0])).tokenize(tokenizer, max_length)[1]
+def _batch(collate: Any, pretrained: "Pretrained", example: dict[str, Any]) -> dict[str, Any]:
+    """Make a batch of one example, of the columns that the model takes."""
+    taken = {*inspect.signature(type(pretrained.model).forward).parameters, "labels"}
+    return dict(collate([{key: value for key, value in example.items() if key in taken}]))
 
 
 def _middle(lengths: list[int]) -> int:

@@ -17,7 +17,7 @@ import attrs
 from lrkit.loop.history import Decision
 from lrkit.study.checkpoints import Record
 from lrkit.study.files import CellResult, Parameters, RunFlops
-from lrkit.study.loaded import Tokens, forget, model_for, tokens_for
+from lrkit.study.loaded import Tokens, forget, model_for, steps_for, tokens_for
 from lrkit.study.run_settings import Progress, RunSettings, rates, settings_from, steps_of, total_steps
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Result(CellResult):
 
     Args:
         scores: on the validation rows, the primary score first.
-        majority: the primary score of the best constant guess for the rows that were scored.
+        majority: the primary score of the best trivial answers to the rows that were scored; None if there are none.
         steps: optimizer steps taken.
         parameters: trainable parameters, as in `summary`.
         layers: the adapted layers, as in `summary`.
@@ -45,7 +45,7 @@ class Result(CellResult):
         step_seconds: median time of a step.
         train_seconds: time of all steps.
         losses: training loss of each step, without the penalty.
-        predictions: the model's raw outputs on the validation rows [rows, num_labels].
+        predictions: what the model answers to the validation rows, as `lrkit.tasks.Task.answers` has it.
         summary: per layer rank, frozen state and parameters.
         history: every decision.
     """
@@ -54,7 +54,7 @@ class Result(CellResult):
     model: str
     method: dict[str, Any]
     settings: dict[str, Any]
-    majority: float
+    majority: float | None
     step_seconds: float
     train_seconds: float
     losses: tuple[float, ...] = attrs.field(repr=False)
@@ -117,21 +117,25 @@ def train(
     from lrkit.adapt.adapted import attach
 
     settings = settings or RunSettings()
+    tell = say or (lambda _: None)
     there = len(task.train)
     used = min(there, settings.train_rows or there)
-    steps = steps_of(settings, there)
-    for policy in method.policies:
-        policy.scheduler.over(steps, units=1, layers=1)  # refuses one that does not fit
-    tell = say or (lambda _: None)
-    tell(f"loading {model}")
+    if task.by_row:
+        steps = steps_of(settings, there)
+        check_length(method, steps)
+        tell(f"loading {model}")
+        asked = min(used, steps * settings.batch_size)
+        tell(f"tokenizing {asked:,} of {there:,} training rows, and those for validation")
+    else:
+        tell(f"loading {model}, and tokenizing {used:,} training rows, and those for validation")
+        steps = steps_for(task, model, settings)
+        check_length(method, steps)
     pretrained = model_for(model, task)
-    asked = min(used, steps * settings.batch_size)
-    tell(f"tokenizing {asked:,} of {there:,} training rows, and those for validation")
     tokens = tokens_for(task, model, settings, steps)
     net = pretrained.restart(settings.seed)
-    collator = task.collator(pretrained.tokenizer)
+    collator = task.collator(pretrained.tokenizer, training=True)
     objective = task.objective(
-        net, lambda rows: collator([tokens.train[i] for i in range(min(rows, used))]), settings.seed
+        net, lambda n: collator([tokens.train[i] for i in range(min(n, len(tokens.train)))]), settings.seed
     )
     # The adapters' start and dropout must not depend on what the head's start drew.
     torch.manual_seed(settings.seed)
@@ -141,7 +145,7 @@ def train(
     try:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        result = _train(adapted, task, model, collator, objective, tokens, settings, steps, progress, record, stop)
+        result = _train(adapted, model, objective, tokens, settings, steps, progress, record, stop)
         if done is not None:
             done(adapted)
         adapted.detach()
@@ -153,11 +157,15 @@ def train(
     return result
 
 
+def check_length(method: "Method", steps: int) -> None:
+    """Raise LrkitError unless all schedules of a method fit a run of so many steps."""
+    for policy in method.policies:
+        policy.scheduler.over(steps, units=1, layers=1)  # refuses one that does not fit
+
+
 def _train(
     adapted: "Adapted",
-    task: "Task",
     model: str,
-    collator: Any,
     objective: "Objective | None",
     tokens: Tokens,
     settings: RunSettings,
@@ -181,8 +189,6 @@ def _train(
         trainer = trainer_for(
             adapted,
             tokens,
-            collator,
-            task,
             objective,
             settings,
             steps,
@@ -190,7 +196,6 @@ def _train(
             log_every=log_every,
             folder=Path(empty) if record is None else record.checkpoints,
             report_to=trackers,
-            compute_metrics=lambda p: task.score(p.predictions, p.label_ids),
             callbacks=[
                 AdaptCallback(adapted, log=bool(trackers)),
                 watch,
@@ -203,7 +208,7 @@ def _train(
             trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
             if trainer.state.global_step < min(steps, stop or steps):
                 raise KeyboardInterrupt  # the record was asked to stop
-            predictions = trainer.predict(tokens.validation).predictions
+            predictions = tokens.answers(trainer.predict(tokens.validation).predictions)
         except BaseException:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it ended early is known, and no fault of the method's
@@ -212,16 +217,16 @@ def _train(
         # Under mixed precision the model's forward was wrapped; the next run starts from the plain one.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     log = trainer.state.log_history
-    labels = tokens.validation["labels"]
+    task = tokens.task
     return _result(
         adapted,
         task=task.name,
         model=model,
         settings=attrs.asdict(settings) | dict(zip(("lr", "head_lr"), in_force, strict=True)),
-        scores=task.score(predictions, labels)
+        scores=task.score(predictions, task.references())
         | ({} if objective is None else objective.judge(adapted.summary().layers)),
         truth=() if objective is None else objective.truth,
-        majority=task.best_guess(labels),
+        majority=task.majority,
         step_seconds=statistics.median(watch.seconds or [0.0]),
         train_seconds=sum(watch.seconds),
         losses=tuple(float(line["loss"]) for line in log if "loss" in line),

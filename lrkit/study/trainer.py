@@ -1,7 +1,8 @@
 """The Trainer of a run: FLOPs counted on the way, and checkpoints without a copy of the frozen base."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class RunTrainer(Trainer):
         adapted: the handle on the model.
         sample: a batch of one row, on which FLOPs are counted.
         task: says what is predicted.
+        scored: makes a batch of examples that are scored.
         objective: the task's loss; None for the model's own.
         **settings: as Trainer takes them.
     """
@@ -42,11 +44,12 @@ class RunTrainer(Trainer):
         adapted: Adapted,
         sample: dict[str, Any],
         task: Task,
+        scored: Any,
         objective: Objective | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self._adapted, self._task, self._objective = adapted, task, objective
+        self._adapted, self._task, self._objective, self._scored = adapted, task, objective, scored
         self._sample = sample if objective is None else objective.inputs(sample)
         last = self.args.max_steps - 1
         self._counted: tuple[int, float] | None = None
@@ -66,6 +69,25 @@ class RunTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Do nothing: `AdaptCallback` loads."""
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Make batches of the examples that are scored while the model trains."""
+        with self._collating():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Make batches of the examples that are scored at the end."""
+        with self._collating():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _collating(self) -> Iterator[None]:
+        """Make batches as evaluation needs them, for a while."""
+        training, self.data_collator = self.data_collator, self._scored
+        try:
+            yield
+        finally:
+            self.data_collator = training
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -78,14 +100,18 @@ class RunTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        """Compute a batch's loss and the task's predictions, and return them with its labels."""
+        """Compute a batch's loss and the task's predictions."""
         if self._objective is not None or prediction_loss_only:
             step: tuple[Any, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             return step
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, predictions = self._task.predict(model, inputs)
-        return None if loss is None else loss.detach().mean(), predictions.detach(), inputs["labels"].detach()
+        several = predictions if isinstance(predictions, tuple) else (predictions,)
+        kept = tuple(each.detach() for each in several)
+        # The Trainer scores nothing without labels; the task has its own references.
+        nothing = torch.zeros(len(kept[0]), dtype=torch.int64, device=kept[0].device)
+        return None if loss is None else loss.detach().mean(), kept if len(kept) > 1 else kept[0], nothing
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take one step; at some of them, first log the FLOPs of a row."""
@@ -114,8 +140,6 @@ class RunTrainer(Trainer):
 def trainer_for(
     adapted: Adapted,
     tokens: Tokens,
-    collator: Any,
-    task: Task,
     objective: Objective | None,
     settings: RunSettings,
     steps: int,
@@ -124,7 +148,6 @@ def trainer_for(
     log_every: int,
     folder: Path,
     report_to: Sequence[str],
-    compute_metrics: Any,
     callbacks: Sequence[TrainerCallback],
 ) -> RunTrainer:
     """Make the Trainer of a run.
@@ -132,8 +155,6 @@ def trainer_for(
     Args:
         adapted: the handle on the model.
         tokens: the rows.
-        collator: makes a batch of rows.
-        task: the task.
         objective: the task's loss; None for the model's own.
         settings: how the run trains.
         steps: optimizer steps.
@@ -141,7 +162,6 @@ def trainer_for(
         log_every: steps between two logged losses.
         folder: the folder of the checkpoints.
         report_to: trackers.
-        compute_metrics: scores a prediction.
         callbacks: in the order in which they are called.
     """
     groups = [
@@ -155,7 +175,8 @@ def trainer_for(
     trainer = RunTrainer(
         adapted=adapted,
         sample=tokens.sample,
-        task=task,
+        task=tokens.task,
+        scored=tokens.task.collator(tokens.tokenizer, training=False),
         objective=objective,
         model=adapted.model,
         args=TrainingArguments(
@@ -181,8 +202,8 @@ def trainer_for(
         ),
         train_dataset=tokens.train,
         eval_dataset=tokens.validation,
-        data_collator=collator,
-        compute_metrics=compute_metrics,
+        data_collator=tokens.task.collator(tokens.tokenizer, training=True),
+        compute_metrics=lambda found: tokens.score(found.predictions),
         optimizers=(optimizer, schedule),
         callbacks=list(callbacks),
     )

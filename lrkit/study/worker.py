@@ -29,7 +29,7 @@ from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell, code_of
 from lrkit.study.cell_folder import PACKED, digest_of_result, follows, forget, is_done, note_attempt, note_failure, tidy
 from lrkit.study.checkpoints import Record
-from lrkit.study.run_settings import settings_from, steps_of
+from lrkit.study.run_settings import settings_from
 from lrkit.study.settling import settle
 from lrkit.study.store import FORMAT, LIST, canonical, check_sum, json_bytes, lock, read_json, write_bytes, write_json
 
@@ -125,16 +125,15 @@ def _attempt(cell: Cell, place: Path, conditions: Conditions) -> None:
 
 def _train(cell: Cell, place: Path, conditions: Conditions) -> None:
     """Train a cell that is settled, and write down the result in its folder: ``result.json`` last."""
-    import numpy as np
-
     from lrkit.compose import from_plain
+    from lrkit.study.loaded import steps_for
     from lrkit.study.run import train
 
     settings = settings_from({**cell.run, "threads": conditions.threads})
     task = load_kept(canonical(cell.task), cell.versions.get("data"))
     if cell.selection is not None:
         # As many steps as with all training rows, since it is for those that rates and schedules are chosen.
-        settings = attrs.evolve(settings, steps=steps_of(settings, len(task.train)))
+        settings = attrs.evolve(settings, steps=steps_for(task, cell.model, settings))
         task = selection_kept(canonical(cell.task), cell.versions.get("data"), cell.selection)
     first = os.environ.get("RANK", "0") == "0"
     if conditions.report_to:
@@ -159,16 +158,28 @@ def _train(cell: Cell, place: Path, conditions: Conditions) -> None:
         )
     if not first:
         return
-    predictions = io.BytesIO()
-    np.savez_compressed(predictions, predictions=result.predictions)
-    write_bytes(place / "predictions.npz", predictions.getvalue())
+    kept = _keep_predictions(result.predictions, place)
     content = json_bytes(result.to_file(place.name))
-    names = ("config.json", "predictions.npz", *(["lrkit.safetensors"] if conditions.keep else []))
+    names = ("config.json", kept, *(["lrkit.safetensors"] if conditions.keep else []))
     sums = {name: check_sum(place / name) for name in names}
     write_json(place / LIST, {**sums, "result.json": zlib.crc32(content)})
     write_bytes(place / "result.json", content)
     took = {"step_seconds": result.step_seconds, "train_seconds": result.train_seconds}
     note_attempt(place, {"event": "end", "step": result.steps, **took})
+
+
+def _keep_predictions(predictions: Any, place: Path) -> str:
+    """Write an array as ``predictions.npz``, and a list as JSON, a line per row; return the file's name."""
+    if isinstance(predictions, list):
+        text = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in predictions)
+        write_bytes(place / "predictions.jsonl", text.encode("utf-8", "replace"))
+        return "predictions.jsonl"
+    import numpy as np
+
+    packed = io.BytesIO()
+    np.savez_compressed(packed, predictions=predictions)
+    write_bytes(place / "predictions.npz", packed.getvalue())
+    return "predictions.npz"
 
 
 @lru_cache(maxsize=4)

@@ -17,9 +17,11 @@ from collections.abc import Callable, Mapping
 from lrkit.errors import LrkitError, nearest
 from lrkit.hookspecs import hookimpl
 from lrkit.tasks.base import Task
+from lrkit.tasks.classification import Classification
 from lrkit.tasks.folder import load_folder
 from lrkit.tasks.glue import GLUE, load_glue
 from lrkit.tasks.head import Head
+from lrkit.tasks.learnt import Sample
 from lrkit.tasks.movies import load_movies
 from lrkit.tasks.objective import Objective
 from lrkit.tasks.scoring import METRICS
@@ -85,4 +87,17 @@ def load_task(
     return loaders[name](rest if slash else None)
 
 
-__all__ = ["DEFAULT", "GLUE", "METRICS", "TASKS", "Head", "Objective", "Task", "TaskLoader", "load_folder", "load_task"]
+__all__ = [
+    "DEFAULT",
+    "GLUE",
+    "METRICS",
+    "TASKS",
+    "Classification",
+    "Head",
+    "Objective",
+    "Sample",
+    "Task",
+    "TaskLoader",
+    "load_folder",
+    "load_task",
+]

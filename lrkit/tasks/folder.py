@@ -15,7 +15,8 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.reading import LINES_BYTES, MIB, bounded_lines, is_folder, opened
-from lrkit.tasks.base import Kind, Task
+from lrkit.tasks.base import Task
+from lrkit.tasks.classification import Classification, Kind
 from lrkit.tasks.glue import GLUE
 from lrkit.tasks.scoring import METRICS, REGRESSION_METRICS, check_metric
 
@@ -96,7 +97,7 @@ def load_folder(path: str | os.PathLike[str], metric: str | None = None) -> Task
         columns: dict[str, list[Any]] = {name: [row.values[name] for row in rows] for name in fields}
         return datasets.Dataset.from_dict(columns | {"label": [number(row.values["label"]) for row in rows]})
 
-    return Task(
+    return Classification(
         name=folder.resolve().name,
         train=dataset(train),
         validation=dataset(validation),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import attrs
 
 from lrkit.errors import LrkitError, nearest
-from lrkit.tasks.base import Task
+from lrkit.tasks.classification import Classification
 
 REPOSITORY = "nyu-mll/glue"
 
@@ -48,7 +48,7 @@ GLUE: Mapping[str, Glue] = {
 }
 
 
-def load_glue(name: str) -> Task:
+def load_glue(name: str) -> Classification:
     """Load a GLUE task from the hub (or from the hub's cache on this machine, if the hub is out of reach).
 
     Raises:
@@ -76,7 +76,7 @@ def load_glue(name: str) -> Task:
     if row.second is not None:
         second = row.suffix, len(validation)
         validation = datasets.concatenate_datasets([validation, splits[row.second]])
-    return Task(
+    return Classification(
         name=f"glue/{name}",
         train=splits["train"],
         validation=validation,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import attrs
 
 from lrkit.tasks.head import Head
 
@@ -11,6 +13,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lrkit.tasks.objective import Objective
+
+
+@attrs.frozen
+class Sample:
+    """A validation row and what a model says to it, to be read.
+
+    Attributes:
+        input: what the model is asked.
+        reference: the right answer.
+        output: the model's.
+    """
+
+    input: str
+    reference: str
+    output: str
 
 
 class Learnt:
@@ -37,7 +54,17 @@ class Learnt:
         """Describe the head of the task's model."""
         return Head(auto_class=self.auto_class, dropout=self.dropout)
 
-    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
+    @property
+    def by_row(self) -> bool:
+        """Say whether each row becomes one example: then a run shorter than an epoch encodes only what it takes."""
+        return True
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Say whether a larger primary score is a better one, as it is in most tasks; not so for a perplexity."""
+        return True
+
+    def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | tuple[Tensor, ...]]:
         """Compute what is kept of a batch while validation rows are scored: by one forward pass, the model's logits.
 
         A task of another kind keeps something else, as small as it can be: the tokens that it generates, for example, or
@@ -48,16 +75,33 @@ class Learnt:
             batch: as `collator` makes it.
 
         Returns:
-            The loss, None if there is none; and the predictions [rows, ...], with -100 where rows are of unlike lengths.
+            The loss, None if there is none; and the predictions [rows, ...], one tensor or several, with -100 where rows
+            are of unlike lengths.
         """
         outputs = model(**batch)
         return outputs.get("loss"), outputs["logits"]
 
-    def collator(self, tokenizer: Any) -> Any:
-        """Return a function from encoded rows to a batch: this one pads them to the longest."""
+    def collator(self, tokenizer: Any, *, training: bool = True) -> Callable[[list[dict[str, Any]]], Any]:
+        """Return a function from examples to a batch: this one pads them to the longest.
+
+        Args:
+            tokenizer: a transformers tokenizer, with a pad token.
+            training: for a step, or for a score. For example, what a decoder goes on from is padded on the left.
+        """
         from transformers import DataCollatorWithPadding
 
         return DataCollatorWithPadding(tokenizer)
+
+    def samples(self, model: nn.Module, tokenizer: Any, max_length: int, count: int) -> Sequence[Sample]:
+        """Ask a model about the first so many validation rows, and return what it says in words; empty if it says none.
+
+        Args:
+            model: the adapted model, in evaluation.
+            tokenizer: its tokenizer.
+            max_length: as `lrkit.tasks.Task.encode` takes it.
+            count: how many rows.
+        """
+        return ()
 
     def objective(self, model: nn.Module, batch: Callable[[int], Mapping[str, Any]], seed: int) -> Objective | None:
         """Make the loss of a run, if it is not the model's own; None if it is.
@@ -66,7 +110,7 @@ class Learnt:
 
         Args:
             model: the run's model, before adapters are attached to it.
-            batch: makes a batch of the first so many training rows of the run.
+            batch: makes a batch of the first so many training examples of the run.
             seed: the run's.
         """
         return None

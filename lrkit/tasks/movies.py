@@ -18,7 +18,7 @@ from pathlib import Path
 from lrkit.errors import LrkitError
 from lrkit.fetching import cache_folder, no_pip, pip_download
 from lrkit.moves import replacing
-from lrkit.tasks.base import Task
+from lrkit.tasks.classification import Classification
 
 NAME, VERSION = "vaderSentiment", "3.3.2"
 SDIST = f"{NAME}-{VERSION}.tar.gz"
@@ -30,7 +30,7 @@ NEUTRAL = 0.5  # on the scale -4 ... 4: sentences rated nearer to 0 than this sa
 VALIDATION_SHARE = 0.15
 
 
-def load_movies() -> Task:
+def load_movies() -> Classification:
     """Load the task `movies`: is this sentence from a review good (1) or bad (0)?
 
     Sentences rated within `NEUTRAL` of 0 and repeated texts are dropped. The split is by a hash of the text,
@@ -48,7 +48,7 @@ def load_movies() -> Task:
         rows = splits["validation" if held_out(text) else "train"]
         rows["sentence"].append(text)
         rows["label"].append(int(rating > 0))
-    return Task(
+    return Classification(
         name="movies",
         train=datasets.Dataset.from_dict(splits["train"]),
         validation=datasets.Dataset.from_dict(splits["validation"]),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.errors import LrkitError, cut, listing, nearest
-from lrkit.tasks.base import Task
+from lrkit.tasks.classification import Classification
 from lrkit.tasks.lesson import Lesson, digest
 from lrkit.tasks.movies import load_movies
 
@@ -34,7 +34,7 @@ CALIBRATION_ROWS = 32
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Teacher(Task):
+class Teacher(Classification):
     """Sentences on which a student learns a teacher's hidden states. The rows' labels are 0 and are not read.
 
     Attributes:
@@ -97,9 +97,15 @@ class Teacher(Task):
         student, base = errors.sum(axis=0)
         return {"explained": float(1 - student / base) if np.isfinite(errors).all() and base > 0 else math.nan}
 
-    def best_guess(self, labels: Sequence[Any]) -> float:
+    @property
+    def majority(self) -> float | None:
         """Return the score of the untouched base, 0."""
         return 0.0
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """Name no option: all of them are parts of the task's name."""
+        return ()
 
     def truth(self, model: nn.Module, seed: int) -> tuple[str, ...]:
         """Name the layers that get a ΔW in a run with a seed, in the model's order.

@@ -5,11 +5,11 @@ results, not from its class or its files.
 """
 
 import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lrkit.errors import LrkitError, LrkitWarning, cut
 from lrkit.foreign import line_of
+from lrkit.tasks.hub import new_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -144,7 +144,7 @@ def check_texts(task: "Task", tokenizer: "PreTrainedTokenizerBase", model: "PreT
         LrkitError: more than half of the tokens are unknown, more than half of the texts come to no token at all, or the
             model does not have a token.
     """
-    texts = [text for split in (task.train, task.validation) for text in _some(split, task.fields)]
+    texts = [text for split in (task.train, task.validation) for text in task.texts(_some(split))]
     texts = [text for text in texts if text.strip()]
     if not texts:
         return
@@ -176,11 +176,10 @@ def check_texts(task: "Task", tokenizer: "PreTrainedTokenizerBase", model: "PreT
         )
 
 
-def _some(split: Any, fields: Sequence[str]) -> list[str]:
-    """Pick the texts of up to 500 rows, spread evenly."""
+def _some(split: Any) -> Any:
+    """Pick up to 500 rows or a few more, spread evenly."""
     step = max(1, len(split) // _LOOKED_AT)
-    rows = split[0 : len(split) : step]
-    return [text for field in fields for text in rows[field]]
+    return split.select(range(0, len(split), step), keep_in_memory=True, new_fingerprint=new_fingerprint())
 
 
 def encoding(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> dict[str, Any]:

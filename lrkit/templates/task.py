@@ -20,7 +20,7 @@ def load(rest: str | None) -> lrkit.tasks.Task:
     pairs = [(i, j) for i in range(len(WORDS)) for j in range(len(WORDS)) if i != j]
     rows = [{"first": WORDS[i], "second": WORDS[j], "label": int(i < j)} for i, j in pairs]
     # Every third pair is for validation: no row is in both splits.
-    return lrkit.tasks.Task(
+    return lrkit.tasks.Classification(
         name="example-name",
         train=datasets.Dataset.from_list([row for n, row in enumerate(rows) if n % 3]),
         validation=datasets.Dataset.from_list(rows[::3]),

@@ -7,9 +7,14 @@ from typing import Any
 import numpy as np
 
 from lrkit.errors import LrkitError
-from lrkit.tasks import Task
+from lrkit.tasks import Classification, Task
 from lrkit.testing.base import Contract, clause
 from lrkit.testing.findings import Broken, calling, expect, expect_one_line, raised
+
+
+def _shifted(answers: Any) -> Any:
+    """Give each row the answer of the row before it."""
+    return np.roll(answers, 1, axis=0) if isinstance(answers, np.ndarray) else [*answers[-1:], *answers[:-1]]
 
 
 class TaskContract(Contract):
@@ -32,36 +37,42 @@ class TaskContract(Contract):
 
     @clause
     def test_rows_have_texts_and_labels(self, component: Any) -> None:
-        """Every row has strings in its fields, and a label: the number of a class, or a finite float."""
+        """Every row has texts that are strings; a classification's has a label, a class number or a finite float."""
         task = self._task(component)
         for split_name, rows in (("train", task.train), ("validation", task.validation)):
-            for field in task.fields:
-                odd = [i for i, text in enumerate(rows[field]) if not isinstance(text, str)]
-                expect(not odd, f"{split_name} row {odd[:1]}: {field} is not a string")
-            labels = np.asarray(rows["label"])
-            if task.kind == "classification":
-                good = labels.dtype.kind == "i" and labels.min() >= 0 and labels.max() < task.num_labels
-                expect(good, f"{split_name}: labels must be ints from 0 to {task.num_labels - 1}")
-            else:
-                expect(np.isfinite(labels.astype(float)).all(), f"{split_name}: labels must be finite numbers")
+            with calling(f"texts({split_name})"):
+                texts = task.texts(rows)
+            odd = [i for i, text in enumerate(texts) if not isinstance(text, str)]
+            expect(not odd, f"{split_name}: text {odd[:1]} of texts() is not a string")
+            expect(texts, f"{split_name}: texts() lists no text")
+            if isinstance(task, Classification):
+                self._check_labels(task, split_name, np.asarray(rows["label"]))
+
+    def _check_labels(self, task: Classification, split: str, labels: Any) -> None:
+        if task.kind == "classification":
+            good = labels.dtype.kind == "i" and labels.min() >= 0 and labels.max() < task.num_labels
+            expect(good, f"{split}: labels must be ints from 0 to {task.num_labels - 1}")
+        else:
+            expect(np.isfinite(labels.astype(float)).all(), f"{split}: labels must be finite numbers")
 
     @clause
     def test_is_the_same_each_time(self, component: Any) -> None:
         """Called twice, it gives the same rows in the same order: seeds are compared on one set of data."""
         one, two = self._task(component), self._task(component)
         for name in ("train", "validation"):
-            columns = (*one.fields, "label")
-            same = all(list(getattr(one, name)[c]) == list(getattr(two, name)[c]) for c in columns)
+            same = list(getattr(one, name)) == list(getattr(two, name))
             expect(same, f"asked a second time, {name} has other rows, or another order")
 
     @clause
     def test_truth_scores_best(self, component: Any) -> None:
-        """Perfect predictions (the labels, in most tasks) give the highest score, and a finite one; larger is better."""
+        """Perfect answers (the references, in most tasks) give the best score of all, and a finite one."""
         task = self._task(component)
-        truth, right = np.asarray(task.validation["label"]), np.asarray(task.perfect())
-        best = next(iter(task.score(right, truth).values()))
-        other = next(iter(task.score(np.roll(right, 1, axis=0), truth).values()))
-        expect(math.isfinite(best) and best >= other, f"the true labels score {best}, shifted ones {other}")
+        with calling("perfect(), references() or score()"):
+            truth, right = task.references(), task.perfect()
+            best = next(iter(task.score(right, truth).values()))
+            other = next(iter(task.score(_shifted(right), truth).values()))
+        sound = best >= other if task.higher_is_better else best <= other
+        expect(math.isfinite(best) and sound, f"the true labels score {best}, shifted ones {other}")
 
     @clause
     def test_unknown_part_is_refused(self, component: Any) -> None:

@@ -88,7 +88,8 @@ def _tags(value: Any, name: str) -> list[int] | list[str]:
 
 
 def _answers(value: Any, name: str) -> dict[str, Any]:
-    texts, starts = (value.get("text"), value.get("answer_start")) if isinstance(value, dict) else (None, None)
+    given: Any = value if isinstance(value, dict) else {}
+    texts, starts = given.get("text"), given.get("answer_start")
     if not _list_of(str, texts) or not _list_of(int, starts):
         raise LrkitError(f'field "{name}" is {shown(value)}, not {{"text": ["..."], "answer_start": [0]}}')
     if len(texts) != len(starts):

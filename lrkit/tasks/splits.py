@@ -86,6 +86,16 @@ class Place:
             )
         return found
 
+    def named(self) -> dict[str, Path]:
+        """Return both files by names that tell which split each is, as a digest needs them. Raises as `files`.
+
+        A file that has none of the split's usual names has the split before it: ``validation=test.csv``.
+        """
+        return {
+            path.name if path.name.partition(".")[0] in SPLITS[split] else f"{split}={path.name}": path
+            for split, path in self.files().items()
+        }
+
 
 def place_of(data: str | os.PathLike[str]) -> Place:
     """Read what names a folder of data.

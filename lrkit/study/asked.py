@@ -300,5 +300,5 @@ def load_task_of(spec: TaskSpec) -> "Task":
         return task.with_options(spec.options)
     own = dict(OPTIONS.get(spec.task, {}))
     metric = own.pop("metric", None)
-    task = load_folder(spec.data, spec.metric or metric).with_options(own | spec.options)
-    return attrs.evolve(task, name=spec.task)
+    task = attrs.evolve(load_folder(spec.data, spec.metric or metric), name=spec.task)
+    return task.with_options(own | spec.options)

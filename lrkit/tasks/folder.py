@@ -7,9 +7,9 @@ from itertools import chain
 
 from lrkit.errors import LrkitError
 from lrkit.tasks.base import Task
+from lrkit.tasks.folder_labels import FIELDS
 from lrkit.tasks.forms import form_of
 from lrkit.tasks.found import Found, collected
-from lrkit.tasks.folder_labels import FIELDS
 from lrkit.tasks.rows import rows_of, where
 from lrkit.tasks.scoring import METRICS
 from lrkit.tasks.splits import place_of

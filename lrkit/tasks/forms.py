@@ -15,9 +15,9 @@ import attrs
 from lrkit.errors import LrkitError
 from lrkit.tasks.base import Task
 from lrkit.tasks.fields import ANSWERS, MESSAGES, NUMBER, OPTIONAL_TEXT, TAGS, TEXT, WORDS, Field, shown
+from lrkit.tasks.folder_labels import FIELDS, classification, text_fields
 from lrkit.tasks.found import Found, Table
 from lrkit.tasks.generated import final_number
-from lrkit.tasks.folder_labels import FIELDS, classification, text_fields
 
 
 def _fine(_: dict[str, Any]) -> None:

@@ -24,7 +24,9 @@ from lrkit.tasks.head import Head
 from lrkit.tasks.learnt import Sample
 from lrkit.tasks.movies import load_movies
 from lrkit.tasks.objective import Objective
+from lrkit.tasks.question_answering import QuestionAnswering
 from lrkit.tasks.scoring import METRICS
+from lrkit.tasks.squad import load_squad, load_squad_v2
 from lrkit.tasks.teacher import load_teacher
 
 TaskLoader = Callable[[str | None], Task]
@@ -46,7 +48,13 @@ def _glue(rest: str | None) -> Task:
     return load_glue(rest)
 
 
-TASKS: Mapping[str, TaskLoader] = {"movies": _movies, "glue": _glue, "teacher": load_teacher}
+TASKS: Mapping[str, TaskLoader] = {
+    "movies": _movies,
+    "glue": _glue,
+    "teacher": load_teacher,
+    "squad": load_squad,
+    "squad_v2": load_squad_v2,
+}
 
 
 @hookimpl
@@ -95,6 +103,7 @@ __all__ = [
     "Classification",
     "Head",
     "Objective",
+    "QuestionAnswering",
     "Sample",
     "Task",
     "TaskLoader",

@@ -25,7 +25,9 @@ from lrkit.tasks.learnt import Sample
 from lrkit.tasks.movies import load_movies
 from lrkit.tasks.objective import Objective
 from lrkit.tasks.scoring import METRICS
+from lrkit.tasks.summaries import load_cnn_dailymail, load_xsum
 from lrkit.tasks.teacher import load_teacher
+from lrkit.tasks.text_to_text import TextToText
 
 TaskLoader = Callable[[str | None], Task]
 
@@ -46,7 +48,13 @@ def _glue(rest: str | None) -> Task:
     return load_glue(rest)
 
 
-TASKS: Mapping[str, TaskLoader] = {"movies": _movies, "glue": _glue, "teacher": load_teacher}
+TASKS: Mapping[str, TaskLoader] = {
+    "movies": _movies,
+    "glue": _glue,
+    "teacher": load_teacher,
+    "xsum": load_xsum,
+    "cnn_dailymail": load_cnn_dailymail,
+}
 
 
 @hookimpl
@@ -98,6 +106,7 @@ __all__ = [
     "Sample",
     "Task",
     "TaskLoader",
+    "TextToText",
     "load_folder",
     "load_task",
 ]

@@ -27,7 +27,9 @@ from lrkit.tasks.objective import Objective
 from lrkit.tasks.question_answering import QuestionAnswering
 from lrkit.tasks.scoring import METRICS
 from lrkit.tasks.squad import load_squad, load_squad_v2
+from lrkit.tasks.summaries import load_cnn_dailymail, load_xsum
 from lrkit.tasks.teacher import load_teacher
+from lrkit.tasks.text_to_text import TextToText
 
 TaskLoader = Callable[[str | None], Task]
 
@@ -54,6 +56,8 @@ TASKS: Mapping[str, TaskLoader] = {
     "teacher": load_teacher,
     "squad": load_squad,
     "squad_v2": load_squad_v2,
+    "xsum": load_xsum,
+    "cnn_dailymail": load_cnn_dailymail,
 }
 
 
@@ -107,6 +111,7 @@ __all__ = [
     "Sample",
     "Task",
     "TaskLoader",
+    "TextToText",
     "load_folder",
     "load_task",
 ]

@@ -145,7 +145,7 @@ def check_texts(task: "Task", tokenizer: "PreTrainedTokenizerBase", model: "PreT
         LrkitError: more than half of the tokens are unknown, more than half of the texts come to no token at all, or the
             model does not have a token.
     """
-    texts = [text for split in (task.train, task.validation) for text in task.texts(_some(split))]
+    texts = [text for split in (task.train, task.validation) for text in task.texts(some(split))]
     texts = [text for text in texts if text.strip()]
     if not texts:
         return
@@ -177,10 +177,10 @@ def check_texts(task: "Task", tokenizer: "PreTrainedTokenizerBase", model: "PreT
         )
 
 
-def _some(split: Any) -> Any:
-    """Pick up to 500 rows or a few more, spread evenly."""
-    step = max(1, len(split) // _LOOKED_AT)
-    return split.select(range(0, len(split), step), keep_in_memory=True, new_fingerprint=new_fingerprint())
+def some(rows: Any) -> Any:
+    """Pick rows of a data set to be looked at: 500 or a few more, spread evenly, or all of a small one."""
+    step = max(1, len(rows) // _LOOKED_AT)
+    return rows.select(range(0, len(rows), step), keep_in_memory=True, new_fingerprint=new_fingerprint())
 
 
 def encoding(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> dict[str, Any]:

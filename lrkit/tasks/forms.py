@@ -131,36 +131,30 @@ def _of_unlike_length(tags: str, row: dict[str, Any]) -> None:
 
 
 def _tagged(tags: str, found: Found) -> Task:
-    """Make words with tags, whose names are those that the file has for their numbers, or the texts themselves, sorted."""
-    from lrkit.tasks.token_classification import TokenClassification
-
-    labels = found.train.names(tags)
-    if not labels:
-        texts = {tag for split in found.splits for row in split.columns[tags] for tag in row if isinstance(tag, str)}
-        labels = tuple(sorted(texts))
-    numbers = {label: number for number, label in enumerate(labels)}
+    """Make words with tags: texts, or numbers whose names the training file has."""
+    names = found.train.names(tags)
+    texts = {tag for split in found.splits for row in split.columns[tags] for tag in row if isinstance(tag, str)}
+    labels = names or tuple(sorted(texts))
+    known = {label: number for number, label in enumerate(labels)} | {number: number for number, _ in enumerate(names)}
 
     def numbered(split: Table) -> dict[str, list[Any]]:
-        rows = enumerate(split.columns[tags])
-        return {
-            "tokens": split.columns["tokens"],
-            "tags": [_numbers(split, at, row, tags, numbers) for at, row in rows],
-        }
+        for at, row in enumerate(split.columns[tags]):
+            for tag in row:
+                if tag not in known:
+                    raise LrkitError(f"{split.where(at)}: {tags} has {shown(tag)}, {_unnamed(names)}")
+        numbers = [[known[tag] for tag in row] for row in split.columns[tags]]
+        return {"tokens": split.columns["tokens"], "tags": numbers}
 
-    return TokenClassification(**found.with_columns(numbered).task(), labels=labels)
+    task = found.with_columns(numbered).task()
+    from lrkit.tasks.token_classification import TokenClassification
+
+    return TokenClassification(**task, labels=labels)
 
 
-def _numbers(split: Table, at: int, row: list[Any], name: str, numbers: Mapping[str, int]) -> list[int]:
-    """Turn the tags of a row into numbers."""
-    for tag in row:
-        if isinstance(tag, str) and tag not in numbers:
-            raise LrkitError(f"{split.where(at)}: {name} has {shown(tag)}, which is none of {', '.join(numbers)}")
-        if isinstance(tag, int) and tag >= len(numbers):
-            known = (
-                f"the file names {len(numbers)} of them" if numbers else "nothing says what it means: write its name"
-            )
-            raise LrkitError(f"{split.where(at)}: {name} has the number {tag}, and {known}")
-    return [tag if isinstance(tag, int) else numbers[tag] for tag in row]
+def _unnamed(names: tuple[str, ...]) -> str:
+    if names:
+        return f"and the training file names the {len(names)} tags {', '.join(names)}"
+    return 'and nothing says what that number means: write the tag itself, such as "B-PER"'
 
 
 FORMS: tuple[Form, ...] = (

@@ -75,7 +75,7 @@ ANY: dict[str, tuple[Callable[[Row, str], Any], str]] = {
 }
 TEXT: dict[str, tuple[Callable[[Row, str], Any], str]] = {
     "a number": (lambda row, name: row.update({name: 7}), 'field "{}" is 7, not a string'),
-    "a list": (lambda row, name: row.update({name: ["x"]}), 'field "{}" is ["x"], not a string'),
+    "a list": (lambda row, name: row.update({name: ["x"]}), "{}"),
     "half a pair": (
         lambda row, name: row.update({name: "x\ud800"}),
         'field "{}" is not valid Unicode: a lone surrogate',
@@ -159,6 +159,9 @@ SPECIAL: list[tuple[str, str, Callable[[Row], Any], str]] = [
     ("chats", "null content", put("messages", 1, "content", None), "messages[1] is"),
     ("chats", "content in parts", put("messages", 1, "content", [{"type": "text", "text": "x"}]), "messages[1] is"),
     ("chats", "a text for a message", put("messages", 1, "A bird."), 'messages[1] is "A bird.", not'),
+    ("chats", "no answer", gone("messages", 1), "no message is the assistant's"),
+    ("completions", "a text and messages", put("completion", [{"role": "assistant", "content": "x"}]), "one is a text"),
+    ("completions", "no message", put("prompt", []), 'field "prompt" is [], not a list of messages'),
     ("chats", "half a pair", put("messages", 1, "content", "\ud800"), "a lone surrogate"),
     ("entities", "a tag too few", put("ner_tags", ["O"]), "2 tokens, and 1 ner_tags"),
     ("entities", "a tag too many", put("ner_tags", ["O", "O", "O"]), "2 tokens, and 3 ner_tags"),

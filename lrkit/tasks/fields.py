@@ -67,6 +67,11 @@ def _number(value: Any, name: str) -> int | float:
     return value
 
 
+def _turn(value: Any, name: str) -> str | list[dict[str, str]]:
+    """Read a prompt or a completion: a text, or messages."""
+    return _messages(value, name) if isinstance(value, list) else _text(value, name)
+
+
 def _list_of(kinds: type | tuple[type, ...], value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, kinds) and not isinstance(each, bool) for each in value)
 
@@ -118,4 +123,5 @@ NUMBER = Field(_number)
 WORDS = Field(_words)
 TAGS = Field(_tags)
 ANSWERS = Field(_answers)
+TURN = Field(_turn, text=True)
 MESSAGES = Field(_messages)

@@ -14,7 +14,7 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.tasks.base import Task
-from lrkit.tasks.fields import ANSWERS, MESSAGES, NUMBER, OPTIONAL_TEXT, TAGS, TEXT, WORDS, Field, shown
+from lrkit.tasks.fields import ANSWERS, MESSAGES, NUMBER, OPTIONAL_TEXT, TAGS, TEXT, TURN, WORDS, Field, shown
 from lrkit.tasks.folder_labels import FIELDS, classification, text_fields
 from lrkit.tasks.found import Found, Table
 from lrkit.tasks.generated import final_number
@@ -81,6 +81,18 @@ def _text_to_text(found: Found) -> Task:
 
     source, target = found.train.columns
     return TextToText(**found.task(), source=source, target=target)
+
+
+def _of_one_kind(row: dict[str, Any]) -> None:
+    """Check that prompt and completion are both texts, or both messages."""
+    if isinstance(row["prompt"], str) != isinstance(row["completion"], str):
+        raise LrkitError("of prompt and completion one is a text, and the other has messages")
+
+
+def _answered(row: dict[str, Any]) -> None:
+    """Check that there is a message to learn."""
+    if all(message["role"] != "assistant" for message in row["messages"]):
+        raise LrkitError("no message is the assistant's, so that there is nothing to learn")
 
 
 def _completion(found: Found) -> Task:
@@ -169,8 +181,8 @@ FORMS: tuple[Form, ...] = (
             ("source", "target"),
         )
     ),
-    Form({"prompt": TEXT, "completion": TEXT}, _completion),
-    Form({"messages": MESSAGES}, _completion),
+    Form({"prompt": TURN, "completion": TURN}, _completion, _of_one_kind),
+    Form({"messages": MESSAGES}, _completion, _answered),
     Form({"instruction": TEXT, "input": OPTIONAL_TEXT, "output": TEXT}, _instructions),
     Form({"question": TEXT, "answer": TEXT}, _solutions),
     *(

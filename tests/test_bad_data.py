@@ -8,7 +8,6 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
+from row_forms import GOOD, rows_of
 
 from lrkit.cli import main
 from lrkit.errors import LrkitError
@@ -23,36 +23,8 @@ from lrkit.tasks import load_folder
 
 Row = dict[str, Any]
 
-GOOD: dict[str, Row] = {
-    "questions": {
-        "question": "Who sang?",
-        "context": "A bird sang. Bob slept.",
-        "answers": {"text": ["bird", "A bird"], "answer_start": [2, 0]},
-    },
-    "summaries": {"document": "A long story of a bird.", "summary": "A bird."},
-    "news": {"article": "A long story of a bird.", "highlights": "A bird."},
-    "translations": {"source": "ein Vogel", "target": "a bird"},
-    "completions": {"prompt": "A bird", "completion": " sang."},
-    "chats": {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A bird."}]},
-    "instructions": {"instruction": "Name a bird.", "input": "", "output": "A wren."},
-    "solutions": {"question": "1 + 1?", "answer": "It is 2.\n#### 2"},
-    "entities": {"tokens": ["Bob", "slept"], "ner_tags": ["B-PER", "O"]},
-    "words": {"tokens": ["Bob", "slept"], "pos_tags": ["N", "V"]},
-    "plain texts": {"text": "A bird sang."},
-    "sentences": {"sentence": "A bird sang.", "label": 1},
-    "pairs": {"premise": "A bird sang.", "hypothesis": "Bob slept.", "label": 0},
-}
-"""A row of each form."""
-
-ROWS, LINE = 4, 3
-"""Rows of a split, and the one that is damaged, which is not the first: the first says which form it is."""
-
-
-def rows_of(form: str) -> list[Row]:
-    rows = [deepcopy(GOOD[form]) for _ in range(ROWS)]
-    for label, row in zip(cycle((1, 0)), rows, strict=False):
-        row |= {"label": label} if "label" in row else {}
-    return rows
+LINE = 3
+"""The row of a split that is damaged, which is not the first: the first says which form it is."""
 
 
 def deep(levels: int) -> Any:

@@ -103,14 +103,14 @@ def _completion(found: Found) -> Task:
 
 
 def _solutions(found: Found) -> Task:
-    """Make questions with solutions, which are scored by their last numbers if each ends in "#### number"."""
+    """Make questions with solutions, as those of GSM8K if each ends in "#### number"."""
+    from lrkit.tasks import gsm8k
     from lrkit.tasks.completion import Completion
 
-    solved = all(_solved(each) for split in found.splits for each in split.columns["answer"])
-    prompts = found.with_columns(
-        lambda split: {"prompt": split.columns["question"], "completion": split.columns["answer"]}
-    )
-    return Completion(**prompts.task(), metric="final_number" if solved else "perplexity")
+    rows = found.task()
+    if all(_solved(each) for split in found.splits for each in split.columns["answer"]):
+        return gsm8k.from_rows(**rows)
+    return Completion(**rows | {split: gsm8k.written(rows[split]) for split in ("train", "validation")})
 
 
 def _solved(answer: str) -> bool:
@@ -119,19 +119,23 @@ def _solved(answer: str) -> bool:
 
 
 def _instructions(found: Found) -> Task:
-    """Make prompts of instructions, each with its input, if it has one, below."""
+    """Make prompts of instructions, in the form of Alpaca (Taori et al. 2023)."""
 
     def prompts(split: Table) -> dict[str, list[Any]]:
         pairs = zip(split.columns["instruction"], split.columns["input"], strict=True)
-        texts = ["\n\n".join(part for part in pair if part) for pair in pairs]
-        return {"prompt": texts, "completion": split.columns["output"]}
+        return {"prompt": [_prompt(*pair) for pair in pairs], "completion": split.columns["output"]}
 
     return _completion(found.with_columns(prompts))
 
 
+def _prompt(instruction: str, text: str) -> str:
+    middle = f"### Input:\n{text}\n\n" if text else ""
+    return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+
+
 def _plain_text(found: Found) -> Task:
     """Make texts to model."""
-    from lrkit.tasks.completion import LanguageModelling
+    from lrkit.tasks.language_modelling import LanguageModelling
 
     return LanguageModelling(**found.task())
 

@@ -21,15 +21,34 @@ ROUGE = ("rougeL", "rouge1", "rouge2", "rougeLsum")
 
 # A sign counts if no word, number or bracket ends right before it: "= -3", "$-3" and "-$3" are -3; "10-3" ends with 3.
 _PATTERN = r"(?:(?<![\w)\]])([-−]))?(?:[$€£¥₹] ?([-−])?)?([0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+_SENTENCE = re.compile(r"(?<=[.!?])[ \t]+|\s*\n\s*")
 _NUMBER, _MARKED = re.compile(_PATTERN), re.compile("####[ \t]*" + _PATTERN)
+
+
+def sentences(text: str) -> list[str]:
+    """List the sentences of a text: each ends with its line, or with a full stop, "!" or "?" before a blank.
+
+    So "e.g. this" is two. The papers on summaries split by a trained model of nltk's, which does not come with a package.
+    """
+    return [sentence for sentence in _SENTENCE.split(text.strip()) if sentence]
+
+
+def in_lines(text: str) -> str:
+    """Put each sentence of a text on a line of its own, as `rouge` reads them for Lsum."""
+    return "\n".join(sentences(text))
+
+
+def first_sentences(text: str, count: int) -> str:
+    """Return the first so many sentences of a text, its lead; 0 for the whole of it."""
+    return " ".join(sentences(text)[: count or None])
 
 
 def rouge(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict[str, float]:
     """Compute ROUGE-L, -1, -2 and -Lsum: F1, in [0, 1], the mean over rows.
 
     The package rouge-score computes them as published (Lin 2004), with Porter's stemmer. Lsum takes each line of a text
-    for a sentence, so it is L unless texts have line breaks. If a row has several references, the best counts, for each
-    score apart.
+    for a sentence, so it is L unless texts have line breaks: see `in_lines`. If a row has several references, the best
+    counts, for each score apart.
 
     Args:
         predicted: One text per row, [n].

@@ -1,8 +1,4 @@
-"""SQuAD, questions about paragraphs of Wikipedia, from the Hugging Face hub.
-
-Version 1.1 is Rajpurkar et al. 2016, arXiv 1606.05250; version 2.0, with questions that have no answer, is Rajpurkar et al.
-2018, arXiv 1806.03822.
-"""
+"""SQuAD, questions about paragraphs of Wikipedia, from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,12 +8,20 @@ from lrkit.tasks.question_answering import QuestionAnswering
 
 
 def load_squad(rest: str | None) -> QuestionAnswering:
-    """Load SQuAD v1.1. Raises LrkitError for a part, since it has none, or if the data cannot be had."""
+    """Load SQuAD v1.1, from the hub. Source: arXiv 1606.05250.
+
+    Raises:
+        LrkitError: for a part, since it has none, or if the data cannot be had.
+    """
     return _load("squad", rest, unanswerable=False)
 
 
 def load_squad_v2(rest: str | None) -> QuestionAnswering:
-    """Load SQuAD v2.0. Raises as `load_squad`."""
+    """Load SQuAD v2.0, with questions that have no answer, from the hub. Source: arXiv 1806.03822.
+
+    Raises:
+        LrkitError: as `load_squad`.
+    """
     return _load("squad_v2", rest, unanswerable=True)
 
 

@@ -1,8 +1,9 @@
 """Cut questions and their contexts into windows that a model has room for, and find answers in them.
 
-The rules are those of transformers' question-answering example (``run_qa.py``), with two differences. The question comes
+The rules are those of transformers' question-answering example (``run_qa.py``), with three differences. The question comes
 first whatever side a tokenizer pads on, since a decoder reads from left to right. An answer begins and ends with the tokens
-that hold its first and its last character, also if a character is several tokens.
+that hold its first and its last character, also if a character is several tokens. If an answer begins with a window's last
+token, it begins there: the example's search runs on to the end of the padding.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from lrkit.tasks.movies import load_movies
 from lrkit.tasks.objective import Objective
 from lrkit.tasks.scoring import METRICS
 from lrkit.tasks.teacher import load_teacher
+from lrkit.tasks.token_classification import TokenClassification
 
 TaskLoader = Callable[[str | None], Task]
 
@@ -98,6 +99,7 @@ __all__ = [
     "Sample",
     "Task",
     "TaskLoader",
+    "TokenClassification",
     "load_folder",
     "load_task",
 ]

@@ -12,7 +12,7 @@ from lrkit.foreign import line_of
 from lrkit.tasks.hub import new_fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
     from lrkit.tasks.base import Task
 
@@ -148,18 +148,18 @@ def check_texts(task: "Task", tokenizer: "PreTrainedTokenizerBase", model: "PreT
     texts = [text for text in texts if text.strip()]
     if not texts:
         return
-    encoded = encoding(tokenizer, texts, add_special_tokens=False)["input_ids"]
+    found = encoding(tokenizer, texts, add_special_tokens=False)["input_ids"]
     rows = embeddings_of(model)
-    largest = max((max(ids) for ids in encoded if len(ids)), default=0)
+    largest = max((max(ids) for ids in found if len(ids)), default=0)
     if rows is not None and largest >= rows:
         raise LrkitError(
             f"the tokenizer gives token {largest:,}, and the model has {rows:,} tokens (0 to {rows - 1:,}): it is another "
             "model's tokenizer"
         )
-    empty = sum(not len(ids) for ids in encoded) / len(encoded)
-    unknown, total = 0, sum(len(ids) for ids in encoded)
+    empty = sum(not len(ids) for ids in found) / len(found)
+    unknown, total = 0, sum(len(ids) for ids in found)
     if tokenizer.unk_token_id is not None:
-        unknown = sum(sum(token == tokenizer.unk_token_id for token in ids) for ids in encoded)
+        unknown = sum(sum(token == tokenizer.unk_token_id for token in ids) for ids in found)
     share = unknown / total if total else 1.0
     if max(share, empty) > MOST:
         what = (
@@ -183,14 +183,19 @@ def _some(split: Any) -> Any:
 
 
 def encoding(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> dict[str, Any]:
+    """Encode texts, as columns alone: see `encoded`."""
+    return dict(encoded(tokenizer, *texts, **how))
+
+
+def encoded(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> "BatchEncoding":
     """Encode texts.
 
     Raises:
         LrkitError: the tokenizer cannot do it, in one line.
     """
     try:
-        encoded = dict(tokenizer(*texts, **how))
-        encoded["input_ids"]
+        found: BatchEncoding = tokenizer(*texts, **how)
+        found["input_ids"]
     except Exception as error:  # whatever a setting of the tokenizer's leads to
         raise LrkitError(f"the model's tokenizer cannot encode the texts: {line_of(error)}") from error
-    return encoded
+    return found

@@ -228,7 +228,7 @@ def test_run_learns_tags(folder):
         tokenizer = model_for(str(folder), sentences_task()).tokenizer
         said.extend(sentences_task().samples(adapted.model.eval(), tokenizer, 10, 2))
 
-    settings = RunSettings(steps=60, batch_size=8, lr=3e-2, max_length=10)
+    settings = RunSettings(steps=100, batch_size=8, lr=3e-2, head_lr=3e-2, max_length=10)
     result = train(lrkit.methods.lora(), sentences_task(), model=str(folder), settings=settings, done=ask)
     assert result.scores["f1"] > 0.9 and result.majority < 0.5
     assert [len(row) for row in result.predictions] == [len(row) for row in sentences(12)["tokens"]]

@@ -26,6 +26,11 @@ def bytes_of_text(merges=()):
     )
 
 
+def merges_of(*words):
+    """The merges that make a token of each word and the blank before it."""
+    return list(dict.fromkeys((f"Ġ{word}"[:n], f"Ġ{word}"[n]) for word in words for n in range(1, len(word) + 1)))
+
+
 def llama(tokenizer, seed=0):
     """A random Llama of one block for a tokenizer."""
     import torch
@@ -38,10 +43,10 @@ def llama(tokenizer, seed=0):
 
 
 def write_llama(folder: Path) -> Path:
-    """A folder with a random Llama and a tokenizer of bytes."""
+    """A folder with a random Llama and a tokenizer of bytes and eight words."""
     from lrkit.models import quiet_transformers
 
-    tokenizer = bytes_of_text()
+    tokenizer = bytes_of_text(merges_of("the", "film", "plot", "was", "bad", "good", "dull", "fine"))
     with quiet_transformers():
         llama(tokenizer).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -27,6 +27,7 @@ from lrkit.tasks.objective import Objective
 from lrkit.tasks.scoring import METRICS
 from lrkit.tasks.teacher import load_teacher
 from lrkit.tasks.token_classification import TokenClassification
+from lrkit.tasks.verbalized import Verbalized
 
 TaskLoader = Callable[[str | None], Task]
 
@@ -100,6 +101,7 @@ __all__ = [
     "Task",
     "TaskLoader",
     "TokenClassification",
+    "Verbalized",
     "load_folder",
     "load_task",
 ]

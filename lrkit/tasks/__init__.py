@@ -30,6 +30,8 @@ from lrkit.tasks.squad import load_squad, load_squad_v2
 from lrkit.tasks.summaries import load_cnn_dailymail, load_xsum
 from lrkit.tasks.teacher import load_teacher
 from lrkit.tasks.text_to_text import TextToText
+from lrkit.tasks.token_classification import TokenClassification
+from lrkit.tasks.verbalized import Verbalized
 
 TaskLoader = Callable[[str | None], Task]
 
@@ -112,6 +114,8 @@ __all__ = [
     "Task",
     "TaskLoader",
     "TextToText",
+    "TokenClassification",
+    "Verbalized",
     "load_folder",
     "load_task",
 ]

@@ -28,6 +28,7 @@ def kill_at(step, module, model, folder):
 def main(module, model, folder):
     from lrkit.study.run import Record, train
 
+    Path(folder).mkdir()
     tests = importlib.import_module(module)
     train(
         tests.METHOD,

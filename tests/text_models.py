@@ -28,31 +28,43 @@ def t5():
     return T5ForConditionalGeneration(T5Config(vocab_size=len(SPECIAL + WORDS), **sizes, **ids))
 
 
-def bart(**settings):
-    """BART, or mBART with `forced_bos_token_id`: it starts with the end token, as BART does."""
+def bart():
+    """BART starts with the end token."""
     from transformers import BartConfig, BartForConditionalGeneration
 
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64, "init_std": 0.5}
-    heads = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("attention_heads", 2), ("ffn_dim", 24))}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2}
-    return BartForConditionalGeneration(BartConfig(vocab_size=len(SPECIAL + WORDS), **sizes, **heads, **ids | settings))
+    heads = {
+        f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("attention_heads", 2), ("ffn_dim", 24))
+    }
+    ids = {
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+    }
+    return BartForConditionalGeneration(BartConfig(vocab_size=len(SPECIAL + WORDS), **sizes, **heads, **ids))
+
+
+def mbart():
+    """BART that is made to write a language first."""
+    model = bart()
+    model.generation_config.forced_bos_token_id = SPECIAL.index("<de>")
+    return model
 
 
 def marian():
     from transformers import MarianConfig, MarianMTModel
 
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64, "init_std": 0.5}
-    heads = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("attention_heads", 2), ("ffn_dim", 24))}
+    heads = {
+        f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("attention_heads", 2), ("ffn_dim", 24))
+    }
     ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "forced_eos_token_id": 2}
     return MarianMTModel(MarianConfig(vocab_size=len(SPECIAL + WORDS), **sizes, **heads, **ids))
 
 
-MODELS = {
-    "t5": t5,
-    "bart": bart,
-    "mbart": lambda: bart(forced_bos_token_id=SPECIAL.index("<de>")),
-    "marian": marian,
-}
+MODELS = {"t5": t5, "bart": bart, "mbart": mbart, "marian": marian}
 
 
 def make(name, seed=0):

@@ -197,7 +197,8 @@ class TextToText(Task):
 
         rows = self.validation[:count]
         encoded = self.encode(rows, tokenizer, max_length, training=False)
-        examples = [{key: encoded[key][n] for key in ("input_ids", "attention_mask")} for n in range(count)]
+        keys = ("input_ids", "attention_mask")
+        examples = [dict(zip(keys, row, strict=True)) for row in zip(*(encoded[key] for key in keys), strict=True)]
         device = next(model.parameters()).device
         batch = {key: value.to(device) for key, value in self.collator(tokenizer, training=False)(examples).items()}
         with torch.no_grad():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from decimal import Decimal
+from typing import Any
 
 from lrkit.errors import LrkitError
 from lrkit.tasks.answers import check_rows
@@ -43,6 +44,15 @@ def first_sentences(text: str, count: int) -> str:
     return " ".join(sentences(text)[: count or None])
 
 
+def rouge_scorer() -> Any:
+    """Make rouge-score's scorer, or raise LrkitError if the package is not installed: ask before a model is trained."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise LrkitError('ROUGE needs the package rouge-score: pip install "lrkit[text]"') from None
+    return RougeScorer(list(ROUGE), use_stemmer=True)
+
+
 def rouge(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict[str, float]:
     """Compute ROUGE-L, -1, -2 and -Lsum: F1, in [0, 1], the mean over rows.
 
@@ -58,12 +68,8 @@ def rouge(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict
         LrkitError: if rouge-score is not installed, there is not one prediction per row, no row, or a row without a
             reference.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise LrkitError('ROUGE needs the package rouge-score: pip install "lrkit[text]"') from None
+    scorer = rouge_scorer()
     check_rows(predicted, true)
-    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
     sums = dict.fromkeys(ROUGE, 0.0)
     for row, (said, references) in enumerate(zip(predicted, true, strict=True)):
         texts = [references] if isinstance(references, str) else list(references)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from lrkit.settings import one_of, real, whole
 from lrkit.tasks import cuts, generating
 from lrkit.tasks.answers import check_rows
 from lrkit.tasks.base import Task
-from lrkit.tasks.generated import first_sentences, in_lines, rouge
+from lrkit.tasks.generated import first_sentences, in_lines, rouge, rouge_scorer
 from lrkit.tasks.learnt import Sample
 from lrkit.tasks.tokens import encoding, some
 
@@ -45,7 +44,6 @@ METRICS: Mapping[str, Callable[[Sequence[str], Texts], dict[str, float]]] = {
     "exact_match": _exact_match,
 }
 """Scores of texts by name; each has its primary score first."""
-_PACKAGES = {"rouge": "rouge_score"}
 
 
 def several(references: str | Sequence[str]) -> list[str]:
@@ -134,12 +132,8 @@ class TextToText(Task):
         Raises:
             LrkitError: the tokenizer cannot encode them, or the package of the metric is not there.
         """
-        package = _PACKAGES.get(self.metric)
-        if package is not None and importlib.util.find_spec(package) is None:
-            raise LrkitError(
-                f'task "{self.name}": metric "{self.metric}" needs the package {package.replace("_", "-")}: '
-                'pip install "lrkit[text]"'
-            )
+        if self.metric == "rouge":
+            rouge_scorer()  # now, not after hours
         if not training:
             rows = [some(self.train), some(self.validation)]
             sources = [text for part in rows for text in self._sources(part)]
@@ -149,10 +143,11 @@ class TextToText(Task):
         return super().examples(tokenizer, max_length, training=training)
 
     def collator(self, tokenizer: Any, *, training: bool = True) -> Callable[[list[dict[str, Any]]], Any]:
-        """Return a function that pads sources, and labels with -100, on the right: the model shifts the labels itself."""
-        from transformers import DataCollatorForSeq2Seq
+        """Return a function that pads on the right: sources, and in training labels, with -100. The model shifts these."""
+        from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-        return DataCollatorForSeq2Seq(generating.padding_on("right", tokenizer), label_pad_token_id=generating.IGNORED)
+        padding = generating.padding_on("right", tokenizer)
+        return DataCollatorForSeq2Seq(padding) if training else DataCollatorWithPadding(padding)
 
     def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
         """Write a text for each row of a batch: its tokens, the decoder's start token first."""
@@ -202,7 +197,8 @@ class TextToText(Task):
 
         rows = self.validation[:count]
         encoded = self.encode(rows, tokenizer, max_length, training=False)
-        examples = [{key: encoded[key][n] for key in ("input_ids", "attention_mask")} for n in range(count)]
+        keys = ("input_ids", "attention_mask")
+        examples = [dict(zip(keys, row, strict=True)) for row in zip(*(encoded[key] for key in keys), strict=True)]
         device = next(model.parameters()).device
         batch = {key: value.to(device) for key, value in self.collator(tokenizer, training=False)(examples).items()}
         with torch.no_grad():

@@ -18,9 +18,12 @@ from lrkit.errors import LrkitError, nearest
 from lrkit.hookspecs import hookimpl
 from lrkit.tasks.base import Task
 from lrkit.tasks.classification import Classification
+from lrkit.tasks.completion import Completion
 from lrkit.tasks.folder import load_folder
 from lrkit.tasks.glue import GLUE, load_glue
+from lrkit.tasks.gsm8k import load_gsm8k
 from lrkit.tasks.head import Head
+from lrkit.tasks.language_modelling import LanguageModelling
 from lrkit.tasks.learnt import Sample
 from lrkit.tasks.movies import load_movies
 from lrkit.tasks.objective import Objective
@@ -60,6 +63,7 @@ TASKS: Mapping[str, TaskLoader] = {
     "squad_v2": load_squad_v2,
     "xsum": load_xsum,
     "cnn_dailymail": load_cnn_dailymail,
+    "gsm8k": load_gsm8k,
 }
 
 
@@ -107,7 +111,9 @@ __all__ = [
     "METRICS",
     "TASKS",
     "Classification",
+    "Completion",
     "Head",
+    "LanguageModelling",
     "Objective",
     "QuestionAnswering",
     "Sample",

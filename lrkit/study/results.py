@@ -221,6 +221,10 @@ class StudyRecord:
                 found[entry.row, entry.task] = cost
         return found
 
+    def higher_is_better(self, task: str) -> bool:
+        """Say if a larger primary score is a better one on a task."""
+        return all(each.higher_is_better for each in self.tasks if each.name == task)
+
     def cells_of(self, row: int, task: str | None = None) -> tuple[CellRecord, ...]:
         """List the cells of one row, of one task if it is given."""
         return tuple(cell for cell in self.cells if cell.row == row and task in (None, cell.task))

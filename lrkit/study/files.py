@@ -130,12 +130,16 @@ def read_result(path: Path) -> CellResult | None:
 
 @attrs.frozen(kw_only=True)
 class Attempt:
-    """One line of ``attempts.jsonl``: ``begin``, ``end`` or ``failed``, when, at which step, and the error if any."""
+    """One line of ``attempts.jsonl``: ``begin``, ``end`` or ``failed``, when, at which step, the error if any, and the speed.
+
+    The speed of an attempt that came to its end is in tokens of training batches per second of its steps.
+    """
 
     event: str
     time: str = ""
     step: int | None = None
     error: str = ""
+    tokens_per_second: float | None = None
 
 
 def attempt_in(line: Mapping[str, Any]) -> Attempt | None:

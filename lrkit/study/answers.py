@@ -57,6 +57,8 @@ def keep_answers(result: "Result", folder: Path) -> list[str]:
             folder / SAMPLES, [{key: text and text[:_LONGEST] for key, text in s.items()} for s in result.samples]
         )
         kept.append(SAMPLES)
+    else:
+        (folder / SAMPLES).unlink(missing_ok=True)  # of an earlier lrkit's run
     return kept
 
 

@@ -29,7 +29,16 @@ class Column:
 
 SCORES = ("n", "score", "published", "difference", "interval", "p", "p_holm")
 EFFECTS = ("effect_corrected", "effect_interval", "interval_90", "p_equivalent_holm", "verdict")
-COSTS = ("lr", "parameters_average", "parameters_final", "flops", "step_ratio", "step_ratio_end", "peak_memory")
+COSTS = (
+    "lr",
+    "parameters_average",
+    "parameters_final",
+    "flops",
+    "step_ratio",
+    "step_ratio_end",
+    "peak_memory",
+    "speed",
+)
 
 
 def columns_of(table: "Table", keys: Sequence[str]) -> list[Column]:
@@ -90,6 +99,7 @@ def columns_of(table: "Table", keys: Sequence[str]) -> list[Column]:
         Column("flops", "FLOPs", "FLOPs", number("flops", compact)),
         Column("step_ratio", "step time", "Step time|start", number("step_ratio", "{:.2f}".format)),
         Column("step_ratio_end", "at the end", "Step time|end", number("step_ratio_end", "{:.2f}".format)),
+        Column("speed", "tokens/s", r"Tokens|per s", number("tokens_per_second", compact)),
         Column("peak_memory", "peak memory", "Peak|memory", number("peak_memory", memory)),
     ]
     label = Column("label", "row", "Row", lambda row: " ".join(row.label.split()))

@@ -130,6 +130,7 @@ def _row(record: StudyRecord, index: int, task: str, cost: Cost | None) -> Table
         notes=(),
         lr=lr_of(record, index, task),
         higher_is_better=record.higher_is_better(task),
+        tokens_per_second=_mean([cell.tokens_per_second for cell in cells]),
         published="" if record.published is None else record.published.of(record.rows[index].label, task),
         effect_corrected=corrected(differences),
         effect_low=effects[0] if effects else None,

@@ -130,9 +130,9 @@ def read_result(path: Path) -> CellResult | None:
 
 @attrs.frozen(kw_only=True)
 class Attempt:
-    """One line of ``attempts.jsonl``: ``begin``, ``end`` or ``failed``, when, at which step, the error if any, and the speed.
+    """One line of ``attempts.jsonl``: ``begin``, ``end`` or ``failed``, when, at which step, and the error if any.
 
-    The speed of an attempt that came to its end is in tokens of training batches per second of its steps.
+    An attempt that came to its end has its speed: tokens of training batches per second of its steps.
     """
 
     event: str

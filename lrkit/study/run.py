@@ -70,8 +70,8 @@ class Result(CellResult):
 
     def to_plain(self) -> dict[str, Any]:
         """Return everything but the predictions as plain data."""
-        names = ("task", "model", "method", "settings", "scores", "higher_is_better", "majority", "steps")
-        names += ("step_seconds", "train_seconds", "tokens", "tokens_per_second")
+        names = ["task", "model", "method", "settings", "scores", "higher_is_better", "majority", "steps"]
+        names += ["step_seconds", "train_seconds", "tokens", "tokens_per_second"]
         return {
             **{name: getattr(self, name) for name in names},
             "samples": list(self.samples),

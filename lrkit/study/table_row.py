@@ -54,6 +54,7 @@ class TableRow:
             `lrkit.study.equivalence.verdict_of` has it; empty for the base, and without pairs.
         published: the value that others published, as it is printed; empty if none is stated.
         higher_is_better: a larger score is a better one on the task.
+        tokens_per_second: tokens of training batches per second of the cells' own steps, mean over the done cells.
     """
 
     index: int
@@ -99,6 +100,7 @@ class TableRow:
     verdict: str = ""
     published: str = ""
     higher_is_better: bool = True
+    tokens_per_second: float | None = None
 
     @property
     def warning(self) -> str:

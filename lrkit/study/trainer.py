@@ -177,7 +177,7 @@ def tokens_in(batch: Mapping[str, Any], model: Any) -> torch.Tensor | int:
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 2:
         mask = batch.get("input_ids", torch.empty(0)) >= 0  # packed, or not of texts
-    found = mask.sum()
+    found: torch.Tensor = mask.sum()
     if model.config.is_encoder_decoder and "labels" in batch:
         found = found + (batch["labels"] != IGNORED).sum()
     return found

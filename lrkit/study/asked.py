@@ -4,6 +4,7 @@
 `lrkit.study.plan.lay_out` does that.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -18,6 +19,7 @@ from lrkit.strict import Misfit, strict_converter, structured
 from lrkit.study.catalogue import check_required, names, text_of
 from lrkit.study.claim import Claim
 from lrkit.study.published import Published
+from lrkit.study.scores import MARGIN
 from lrkit.study.shipped import with_profile
 from lrkit.study.space import TuneSpec, tune_from
 
@@ -115,7 +117,7 @@ class Study:
         seeds: how many (0, 1, ...), or which.
         run: settings of every run.
         margin: differences of the primary score that are smaller than this do not matter (0.01 is one point of accuracy);
-            rows are then tested for equivalence, too. None: for a difference alone.
+            rows are then tested for equivalence, too. None: for a difference alone. Below 1 where the score is a share.
         claims: what is claimed of the rows, and judged by the rule of `lrkit.study.claims`.
         tune: how settings of every row are chosen by trials before its test cells; None to run them as they are given.
         published: values that others published, for a column of their own.
@@ -198,11 +200,8 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
     except LrkitError as error:
         raise LrkitError(f"{where}: {error}") from None
     check_required(study.requires, where)
-    if study.margin is not None and not 0 < study.margin < 1:
-        raise LrkitError(
-            f"{where}: margin must be a number above 0 and below 1, in the primary score's units (0.01 is one point of "
-            f"accuracy), not {study.margin:g}"
-        )
+    if study.margin is not None and not 0 < study.margin < math.inf:
+        raise LrkitError(f"{where}: margin must be a number above 0{MARGIN}, not {study.margin:g}")
     for spec in study.tasks:
         if (spec.task is None) == (spec.data is None):
             raise LrkitError(f"{where}: tasks: each has either task (a name) or data (a folder)")

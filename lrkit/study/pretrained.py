@@ -10,7 +10,18 @@ import attrs
 
 from lrkit.errors import LrkitError, shown
 from lrkit.models import quiet_transformers
-from lrkit.study.models import check_config, drop_pooler, failure, load_config, source_of
+from lrkit.study.kinds import check_kind
+from lrkit.study.loading import Loading
+from lrkit.study.models import (
+    carried_configs,
+    check_config,
+    drop_pooler,
+    empty_model,
+    failure,
+    is_of_hub,
+    load_config,
+    source_of,
+)
 from lrkit.tasks.tokens import check_tokenizer, knows_words
 
 if TYPE_CHECKING:
@@ -82,51 +93,55 @@ def _memory_of(model: PreTrainedModel) -> Callable[[], None]:
     return put_back
 
 
-def load_model(spec: str, head: Head) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    spec: str, head: Head, loading: Loading | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the pretrained model with a task's head, and its tokenizer. See `load_pretrained`."""
-    loaded = load_pretrained(spec, head)
+    loaded = load_pretrained(spec, head, loading)
     return loaded.model, loaded.tokenizer
 
 
-def load_pretrained(spec: str, head: Head) -> Pretrained:
+def load_pretrained(spec: str, head: Head, loading: Loading | None = None) -> Pretrained:
     """Load a pretrained encoder or decoder with a task's head, and its tokenizer.
 
-    The head is drawn from torch's global generator: seed it before for a repeatable run. Weights are float32 whatever
-    type they are stored in. If a tokenizer has no pad token (GPT-2, Llama), it pads with its end token, and the model is
+    The head is drawn from torch's global generator: seed it before for a repeatable run. If a tokenizer has no pad token (GPT-2, Llama), it pads with its end token, and the model is
     told so: it reads the last position that is not padding.
 
     Args:
         spec: "minilm" or another name in `lrkit.study.carried.MODELS`, a folder that `save_pretrained` wrote, or a hub id.
         head: the head.
+        loading: how to load it; None for float32, whatever type the weights are stored in.
 
     Raises:
-        LrkitError: there is no such model, or it cannot be loaded.
+        LrkitError: there is no such model, it is of another kind than the head, or it cannot be loaded so.
     """
+    loading = loading or Loading()
+    loading.check(spec, hub=is_of_hub(spec))
     source, local_only = source_of(spec)
-    import torch
     import transformers
     from transformers import AutoTokenizer
 
-    settings = head.settings()
+    config = load_config(spec, loading)
+    check_kind(spec, config, head.auto_class, carried_configs())
+    settings = head.settings() | ({} if head.dropout else _dropouts(config))
+    new = [] if loading.quantization is None else _new_modules(empty_model(spec, head, loading), head)
+    settings |= loading.settings(config, spec, new)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
-            if not head.dropout:
-                settings |= _dropouts(load_config(spec))
-            model, loading = getattr(transformers, head.auto_class).from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only, **loading.asked())
+            model, report = getattr(transformers, head.auto_class).from_pretrained(
                 source,
                 local_files_only=local_only,
-                trust_remote_code=False,  # the default asks on stdin
-                dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # a head fine-tuned for other classes gives way to a new one
                 output_loading_info=True,
+                **loading.asked(),
                 **settings,
             )
     except Exception as error:  # OSError, ValueError, KeyError, safetensors' own, ..., depending on the files
         raise failure(spec, source, local_only, error) from error
     # transformers' report is silenced, so only the head and a pooler may have stayed random.
     encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
-    fresh = _unloaded(loading)
+    fresh = _unloaded(report)
     if head.num_labels is None:
         encoder = ""  # a head that the model brings along
     absent = sorted(name for name in fresh if name.startswith(encoder) and ".pooler." not in f".{name}")
@@ -151,9 +166,18 @@ def _dropouts(config: PretrainedConfig) -> dict[str, Any]:
     return {name: 0.0 for name in named if isinstance(getattr(config, name), float)}
 
 
-def _unloaded(loading: dict[str, Any]) -> set[str]:
+def _new_modules(model: PreTrainedModel, head: Head) -> list[str]:
+    """Name the modules that may have no pretrained weights: all around the encoder if the head is new, and a pooler."""
+    if head.num_labels is None or model.base_model is model:
+        return []
+    encoder = model.base_model_prefix
+    around = [name for name, _ in model.named_children() if name != encoder]
+    return around + [f"{encoder}.{name}" for name, _ in model.base_model.named_children() if name == "pooler"]
+
+
+def _unloaded(report: dict[str, Any]) -> set[str]:
     """Name the parameters that transformers had no weights for, or weights of another shape."""
-    return {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
+    return {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
 
 
 def load_base(

@@ -6,6 +6,7 @@ file the table ``[loading]``; in Python ``Loading(dtype="bfloat16")``.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -164,17 +165,15 @@ def _scheme(name: str, dtype: Any, kept: list[str] | None) -> Any:
     import torch
     import transformers
 
-    if name == "bnb-8bit":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
-    if name == "bnb-4bit":
-        return transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.float32 if dtype == "auto" else dtype,
-            llm_int8_skip_modules=kept,
-        )
     if name == "torchao-int8":
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        return transformers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=kept)
-    return transformers.QuantoConfig(weights=name.removeprefix("quanto-"), modules_to_not_convert=kept)
+        plain = importlib.import_module("torchao.quantization").Int8WeightOnlyConfig()
+        return transformers.TorchAoConfig(plain, modules_to_not_convert=kept)
+    if name.startswith("quanto-"):
+        return transformers.QuantoConfig(weights=name.removeprefix("quanto-"), modules_to_not_convert=kept)
+    record: Any = transformers.BitsAndBytesConfig
+    if name == "bnb-8bit":
+        return record(load_in_8bit=True, llm_int8_skip_modules=kept)
+    computed = torch.float32 if dtype == "auto" else dtype
+    return record(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed, llm_int8_skip_modules=kept
+    )

@@ -3,7 +3,33 @@
 from pathlib import Path
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<de>")
-WORDS = tuple("a bad boy cat day dog fat girl good hat man mat new old red sad the tree was young . : sum".split())
+WORDS = tuple(
+    [
+        "a",
+        "bad",
+        "boy",
+        "cat",
+        "day",
+        "dog",
+        "fat",
+        "girl",
+        "good",
+        "hat",
+        "man",
+        "mat",
+        "new",
+        "old",
+        "red",
+        "sad",
+        "the",
+        "tree",
+        "was",
+        "young",
+        ".",
+        ":",
+        "sum",
+    ]
+)
 
 
 def tokenizer(**settings):

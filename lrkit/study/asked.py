@@ -18,6 +18,7 @@ from lrkit.reading import TOML_BYTES, check_plain, parse_toml, read_text
 from lrkit.strict import Misfit, strict_converter, structured
 from lrkit.study.catalogue import check_required, names, text_of
 from lrkit.study.claim import Claim
+from lrkit.study.loading import loading_from, without_trust
 from lrkit.study.published import Published
 from lrkit.study.scores import MARGIN
 from lrkit.study.shipped import with_profile
@@ -112,6 +113,7 @@ class Study:
         rows: further rows.
         tasks: tasks' names or `TaskSpec`; ``movies`` if none is given.
         model: ``"minilm"``, a folder or a hub id.
+        loading: how it is loaded: settings of `lrkit.study.loading.Loading`, those at their defaults left out.
         targets: as `lrkit.attach` takes it.
         train_also: likewise.
         seeds: how many (0, 1, ...), or which.
@@ -135,6 +137,7 @@ class Study:
     rows: list[RowSpec] = attrs.field(factory=list)
     tasks: list[TaskSpec] = attrs.field(factory=list)
     model: str = "minilm"
+    loading: dict[str, Any] = attrs.field(factory=dict)
     targets: str | list[str] = "all-linear"
     train_also: str | list[str] = "auto"
     seeds: int | list[int] = SEEDS
@@ -172,6 +175,7 @@ def study_named(source: str, changes: Mapping[str, Any] | None = None, *, profil
         except LrkitError as error:
             raise LrkitError(f'study "{source}" cannot be read: {error}') from None
     plain = with_profile(parse_toml(text, source), profile, source)
+    without_trust(plain.get("loading"), source)
     return study_from(plain | dict(changes or {}), source)
 
 
@@ -202,10 +206,11 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
     check_required(study.requires, where)
     if study.margin is not None and not 0 < study.margin < math.inf:
         raise LrkitError(f"{where}: margin must be a number above 0{MARGIN}, not {study.margin:g}")
+    loading = loading_from(study.loading, f"{where}: loading")
     for spec in study.tasks:
         if (spec.task is None) == (spec.data is None):
             raise LrkitError(f"{where}: tasks: each has either task (a name) or data (a folder)")
-    return study
+    return attrs.evolve(study, loading=loading.to_plain())
 
 
 def standing_in(study: Study, data: Mapping[str, Any]) -> Study:

@@ -9,13 +9,14 @@ token, it begins there: the example's search runs on to the end of the padding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from lrkit.errors import LrkitError, cut
 from lrkit.tasks.tokens import tokenized
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 OUTSIDE = (-1, -1)
 """The offsets of a token that is not of the context."""
@@ -109,6 +110,8 @@ def position_of(span: tuple[int, int], offsets: Sequence[tuple[int, int]]) -> tu
     Returns:
         The first and the last token; None if the window does not hold the whole span.
     """
+    import numpy as np
+
     array: NDArray[np.int64] = np.asarray(offsets, dtype=np.int64)
     inside = np.flatnonzero(array[:, 0] >= 0)
     if not len(inside):

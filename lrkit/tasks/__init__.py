@@ -26,6 +26,7 @@ from lrkit.tasks.head import Head
 from lrkit.tasks.language_modelling import LanguageModelling
 from lrkit.tasks.learnt import Sample
 from lrkit.tasks.movies import load_movies
+from lrkit.tasks.named import no_parts
 from lrkit.tasks.objective import Objective
 from lrkit.tasks.question_answering import QuestionAnswering
 from lrkit.tasks.scoring import METRICS
@@ -43,8 +44,7 @@ DEFAULT = "movies"
 
 def _movies(rest: str | None) -> Task:
     """Load movie-review sentences with mean human ratings. Source: the distribution vaderSentiment 3.3.2."""
-    if rest is not None:
-        raise LrkitError(f'task "movies" has no parts: write "movies", not "movies/{rest}"')
+    no_parts("movies", rest)
     return load_movies()
 
 

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from lrkit.errors import LrkitError
 from lrkit.tasks.completion import Completion
 from lrkit.tasks.hub import load_hub
+from lrkit.tasks.named import OPTIONS, no_parts
 
 if TYPE_CHECKING:
     import datasets
 
 REPOSITORY = "openai/gsm8k"
-MAX_NEW_TOKENS = 256
-"""Enough for nearly all of the data set's own solutions."""
 
 
 def load_gsm8k(rest: str | None) -> Completion:
@@ -26,8 +25,7 @@ def load_gsm8k(rest: str | None) -> Completion:
     Raises:
         LrkitError: for a part, or if the data cannot be had.
     """
-    if rest is not None:
-        raise LrkitError(f'task "gsm8k" has no parts: write "gsm8k", not "gsm8k/{rest}"')
+    no_parts("gsm8k", rest)
     splits = load_hub("gsm8k", REPOSITORY, "main")
     return from_rows("gsm8k", splits["train"], splits["test"])
 
@@ -51,7 +49,7 @@ def from_rows(name: str, train: datasets.Dataset, validation: datasets.Dataset) 
         if absent:
             raise LrkitError(f'task "{name}": there is no column "{absent[0]}", only {", ".join(split.column_names)}')
     parts = {"train": written(train), "validation": written(validation)}
-    return Completion(name=name, **parts, metric="final_number", max_new_tokens=MAX_NEW_TOKENS)
+    return Completion(name=name, **parts, **OPTIONS["gsm8k"])
 
 
 def written(rows: datasets.Dataset) -> datasets.Dataset:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lrkit.errors import LrkitError
 from lrkit.tasks.hub import load_hub
+from lrkit.tasks.named import OPTIONS, no_parts
 from lrkit.tasks.question_answering import QuestionAnswering
 
 
@@ -13,7 +13,7 @@ def load_squad(rest: str | None) -> QuestionAnswering:
     Raises:
         LrkitError: for a part, since it has none, or if the data cannot be had.
     """
-    return _load("squad", rest, unanswerable=False)
+    return _load("squad", rest)
 
 
 def load_squad_v2(rest: str | None) -> QuestionAnswering:
@@ -22,13 +22,10 @@ def load_squad_v2(rest: str | None) -> QuestionAnswering:
     Raises:
         LrkitError: as `load_squad`.
     """
-    return _load("squad_v2", rest, unanswerable=True)
+    return _load("squad_v2", rest)
 
 
-def _load(name: str, rest: str | None, *, unanswerable: bool) -> QuestionAnswering:
-    if rest is not None:
-        raise LrkitError(f'task "{name}" has no parts: write "{name}", not "{name}/{rest}"')
+def _load(name: str, rest: str | None) -> QuestionAnswering:
+    no_parts(name, rest)
     splits = load_hub(name, f"rajpurkar/{name}")
-    return QuestionAnswering(
-        name=name, train=splits["train"], validation=splits["validation"], unanswerable=unanswerable
-    )
+    return QuestionAnswering(name=name, train=splits["train"], validation=splits["validation"], **OPTIONS[name])

@@ -1,5 +1,6 @@
 """Texts that become texts: what the model is given and writes, how it is scored, and whole runs against transformers' own."""
 
+import json
 import sys
 import types
 import warnings
@@ -17,6 +18,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 
 import lrkit
 from lrkit import LrkitError
+from lrkit.cli import main
 from lrkit.study.run import Record, RunSettings, train
 from lrkit.tasks import TextToText, generated, hub, load_task
 from lrkit.tasks.generating import IGNORED, generate, read
@@ -366,3 +368,33 @@ def test_methods_train_it(folder):
         result = train(method, task(), model=str(folder), settings=attrs.evolve(SETTINGS, steps=4))
         assert np.isfinite(result.losses).all() and len(result.predictions) == len(ROWS)
         assert any("EncDecAttention" in layer.name for layer in result.layers)
+
+
+# The table of AdaLoRA's paper
+
+
+@pytest.mark.parametrize(
+    ("rank", "share", "printed"), [(16, 2.129, 2.20), (8, 1.065, 1.10), (2, 0.266, 0.26), (1, 0.133, 0.13)]
+)
+def test_budgets_of_bart(rank, share, printed, capsys):
+    """BART-large's parameters, and the shares that LoRA and AdaLoRA train: the printed budgets, as near as whole ranks come."""
+    start = {1: 2, 2: 4, 8: 12, 16: 24}[rank]
+    for method, settings, core in (("lora", [rank], 0), ("adalora", [start, rank], 192 * rank)):
+        words = [f"--set={name}={value}" for name, value in zip(("rank", "target_rank"), settings, strict=False)]
+        assert main(["params", method, "--model", "bart-large", "--json", *words]) == 0
+        told = json.loads(capsys.readouterr().out)["methods"][method]
+        assert (told["model"], told["layers"]) == (406_291_456, 192)
+        assert told["end"] - core == 540_672 * rank
+        assert 100 * (told["end"] - core) / told["model"] == pytest.approx(share, abs=5e-4)
+    nearest = round(printed / 100 * 406_291_456 / 540_672)
+    assert nearest == (rank if rank in (1, 2, 8) else 17), "of the printed 2.20 % 16 is the power of two"
+
+
+def test_table_is_laid_out(tmp_path, capsys, rouge):
+    """The study's rows, with one row's budget each; a folder stands in, and so may a config for the model."""
+    rows = "".join(json.dumps({"document": f"One {n}. Two.", "summary": "Two."}) + "\n" for n in range(8))
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    assert main(["ablate", "adalora-table-3", "--data", f"xsum={tmp_path}", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told

@@ -68,9 +68,9 @@ class TaskSpec:
 
     Args:
         task: a task's name.
-        data: a folder with ``{train,validation}.jsonl[.gz]``; beside a task's name it stands in for that
-            task's data (`standing_in`).
-        metric: the metric that scores a folder's task; None for that of the task it stands in for, if GLUE has it.
+        data: a folder, or ``FOLDER:train=NAME,validation=NAME`` (`lrkit.tasks.load_folder`); beside a task's name it
+            stands in for that task's data (`standing_in`).
+        metric: the metric that scores a folder's task; None for that of the task it stands in for.
         options: the task's own options (`lrkit.tasks.Task.options`); on the command line ``--set task.NAME=VALUE``.
         run: settings of the run on this task alone.
         set: settings of every row's method on this task alone, such as the schedule. A setting that a row changes itself
@@ -87,7 +87,9 @@ class TaskSpec:
     @property
     def name(self) -> str:
         """Return the name that the study calls it by."""
-        return self.task or (Path(self.data).resolve().name if self.data else "movies")
+        from lrkit.tasks.splits import place_of
+
+        return self.task or (place_of(self.data).name if self.data else "movies")
 
 
 @attrs.frozen(kw_only=True)
@@ -289,15 +291,14 @@ def _tried(value: Any, _: Any) -> dict[str, list[Any]]:
 
 def load_task_of(spec: TaskSpec) -> "Task":
     """Load the task that a spec names, from the registry or a folder. Raise LrkitError if it cannot be had."""
-    return _loaded(spec).with_options(spec.options)
-
-
-def _loaded(spec: TaskSpec) -> "Task":
     from lrkit.registry import registered_tasks
-    from lrkit.tasks import GLUE, load_folder, load_task
+    from lrkit.tasks import load_folder, load_task
+    from lrkit.tasks.named import OPTIONS
 
     if spec.task is None or spec.data is None:
-        return load_task(spec.task, data=spec.data, metric=spec.metric, tasks=registered_tasks())
-    family, _, part = spec.task.partition("/")
-    metric = GLUE[part].metric if family == "glue" and part in GLUE else None
-    return attrs.evolve(load_folder(spec.data, spec.metric or metric), name=spec.task)
+        task = load_task(spec.task, data=spec.data, metric=spec.metric, tasks=registered_tasks())
+        return task.with_options(spec.options)
+    own = dict(OPTIONS.get(spec.task, {}))
+    metric = own.pop("metric", None)
+    task = attrs.evolve(load_folder(spec.data, spec.metric or metric), name=spec.task)
+    return task.with_options(own | spec.options)

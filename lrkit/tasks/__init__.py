@@ -24,7 +24,9 @@ from lrkit.tasks.head import Head
 from lrkit.tasks.learnt import Sample
 from lrkit.tasks.movies import load_movies
 from lrkit.tasks.objective import Objective
+from lrkit.tasks.question_answering import QuestionAnswering
 from lrkit.tasks.scoring import METRICS
+from lrkit.tasks.squad import load_squad, load_squad_v2
 from lrkit.tasks.summaries import load_cnn_dailymail, load_xsum
 from lrkit.tasks.teacher import load_teacher
 from lrkit.tasks.text_to_text import TextToText
@@ -52,6 +54,8 @@ TASKS: Mapping[str, TaskLoader] = {
     "movies": _movies,
     "glue": _glue,
     "teacher": load_teacher,
+    "squad": load_squad,
+    "squad_v2": load_squad_v2,
     "xsum": load_xsum,
     "cnn_dailymail": load_cnn_dailymail,
 }
@@ -103,6 +107,7 @@ __all__ = [
     "Classification",
     "Head",
     "Objective",
+    "QuestionAnswering",
     "Sample",
     "Task",
     "TaskLoader",

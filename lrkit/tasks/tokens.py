@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from lrkit.errors import LrkitError, LrkitWarning, cut
 from lrkit.foreign import line_of
+from lrkit.models import quiet_transformers
 from lrkit.tasks.hub import new_fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
     from lrkit.tasks.base import Task
 
@@ -183,13 +184,19 @@ def some(rows: Any) -> Any:
 
 
 def encoding(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> dict[str, Any]:
-    """Encode texts.
+    """Encode texts as model inputs by column.
 
     Raises:
         LrkitError: the tokenizer cannot do it, in one line.
     """
+    return dict(tokenized(tokenizer, *texts, **how))
+
+
+def tokenized(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> "BatchEncoding":
+    """Encode texts, and return all that the tokenizer says of them. Raises as `encoding`."""
     try:
-        encoded = dict(tokenizer(*texts, **how))
+        with quiet_transformers():  # it tells of texts that are longer than the model has positions for
+            encoded: BatchEncoding = tokenizer(*texts, **how)
         encoded["input_ids"]
     except Exception as error:  # whatever a setting of the tokenizer's leads to
         raise LrkitError(f"the model's tokenizer cannot encode the texts: {line_of(error)}") from error

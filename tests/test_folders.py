@@ -71,9 +71,8 @@ def write(folder: Path, form: str, *splits: str, writer: Callable[[Path, list[Ro
 
 
 @pytest.mark.parametrize("form", KINDS)
-def test_forms_become_kinds(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forms_become_kinds(tmp_path: Path, form: str) -> None:
     """Each form becomes its kind of task, and the same one out of JSON lines, of gzip, of Parquet and of CSV."""
-    monkeypatch.setattr(datasets.utils.tqdm, "disable", True, raising=False)
     kind, attributes = KINDS[form]
     tasks = [load_folder(write(tmp_path / writer.__name__, form, writer=writer)) for writer in WRITERS]
     for task in tasks:

@@ -31,7 +31,7 @@ def run(model, kind, record=None, progress=None):
     from lrkit.study.run_settings import RunSettings
 
     settings = RunSettings(steps=STEPS, batch_size=2, max_length=30, lr=1e-2, seed=3, eval_every=4)
-    method = lrkit.methods.adalora(rank=4, target_rank=2, warmup=1, final=1, interval=1)
+    method = lrkit.methods.adalora(rank=4, target_rank=2, warmup=1, final=3, interval=1)
     return train(method, task(kind), model=model, settings=settings, record=record, progress=progress)
 
 

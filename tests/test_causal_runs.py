@@ -1,11 +1,6 @@
 """Runs of causal language models: a bare Trainer's losses, killed runs, plain text, GSM8K as the hub has it."""
 
 import itertools
-import json
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import killed_causal
@@ -18,13 +13,13 @@ from test_completion import PIECES, SAID, outputs, task
 
 import lrkit
 from lrkit.errors import LrkitError
+from lrkit.study.checkpoints import Record
 from lrkit.study.run import train
 from lrkit.study.run_settings import RunSettings
 from lrkit.tasks import LanguageModelling, load_task
+from lrkit.tasks.gsm8k import load_gsm8k
 from lrkit.testing import TaskContract
 from lrkit.trainer import AdaptCallback
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +92,14 @@ def test_run_is_a_trainers(place, packed, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["plain", "packed", "written", "text"])
-def test_killed_run_goes_on(place, kind, tmp_path):
-    """A run that is killed behind a step, and begun again, is bitwise the run that never was."""
+def test_stopped_run_goes_on(place, kind, tmp_path):
+    """A run that is stopped halfway, and begun again, is bitwise the run that never was."""
     whole = killed_causal.told(killed_causal.run(place, kind))
-    again = [sys.executable, "-W", "ignore", str(HERE / "killed_causal.py"), place, str(tmp_path), kind]
-    killed = subprocess.run([*again, "4"], capture_output=True, text=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert 3 <= lrkit.study.checkpoints.Record(folder=tmp_path).step() <= 4
-    done = subprocess.run(again, capture_output=True, text=True, timeout=300, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == json.loads(whole)
+    asked = iter([False] * 3 + [True] * 9)
+    with pytest.raises(KeyboardInterrupt):
+        killed_causal.run(place, kind, Record(folder=tmp_path, stop=lambda: next(asked)))
+    assert Record(folder=tmp_path).step() == 4
+    assert killed_causal.told(killed_causal.run(place, kind, Record(folder=tmp_path))) == whole
 
 
 def test_packing_refused_early(tmp_path):
@@ -157,7 +151,7 @@ def test_text_perplexity_of_loop(end):
     wanted = np.zeros((len(TEXTS), 2))
     for start in range(0, len(stream), 16):
         block = stream[start : start + 16]
-        logits = model(torch.tensor([[token for token, _ in block]])).logits[0].double()
+        logits = model(torch.tensor([[token for token, _ in block]])).logits[0].detach().double()
         losses = -torch.log_softmax(logits, -1)
         for n in range(1, len(block)):
             wanted[block[n][1]] += [float(losses[n - 1, block[n][0]]), 1]
@@ -206,29 +200,26 @@ def test_gsm8k_from_hub(hub):
         load_task("gsm8k/main")
 
 
+def of_prompts(rest):
+    """Prompts with completions: a few that are made up. Source: this file."""
+    return loaded(rest, task)
+
+
+def of_text(rest):
+    """Plain text: a few lines that are made up. Source: this file."""
+    return loaded(rest, lambda: plain(TEXTS))
+
+
+def loaded(rest, made):
+    if rest is not None:
+        raise LrkitError("it has no parts")
+    return made()
+
+
+class TestTasks(TaskContract):
+    component = (of_prompts, of_text)
+
+
 @pytest.mark.usefixtures("hub")
 class TestGsm8k(TaskContract):
-    @pytest.fixture
-    def component(self):
-        return lrkit.tasks.TASKS["gsm8k"]
-
-
-def loader(made):
-    def load(rest):
-        if rest is not None:
-            raise LrkitError("it has no parts")
-        return made()
-
-    return load
-
-
-class TestCompletion(TaskContract):
-    @pytest.fixture
-    def component(self):
-        return loader(task)
-
-
-class TestText(TaskContract):
-    @pytest.fixture
-    def component(self):
-        return loader(lambda: plain(TEXTS))
+    component = staticmethod(load_gsm8k)

@@ -224,13 +224,11 @@ def flops(model: nn.Module, batch: Mapping[str, Tensor], loss: "Callable[[Any], 
 
 
 def flops_on(method: "Method", model: nn.Module, tokens: int, **attach_settings: Any) -> Flops:
-    """Count the `flops` of a method's first step for one sequence of so many tokens, and in an encoder-decoder a target of as many.
-
-    The model is given back as it was.
+    """Count the `flops` of a method's first step on a sequence, and in an encoder-decoder a target, of so many tokens.
 
     Args:
         method: the method.
-        model: a model that takes ``input_ids`` and ``attention_mask``, on any device.
+        model: a model that takes ``input_ids`` and ``attention_mask``, on any device. It is given back as it was.
         tokens: length of the sequence.
         **attach_settings: of `lrkit.attach`: ``targets``, ``train_also``, ``exclude``, ``slices``.
     """

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_BACK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_NAME = "_scaled_dot_product_flash_attention_for_cpu"
 
 Shape = Sequence[int]
 
 
 def counter() -> FlopCounterMode:
     """Return a context manager that counts what is dispatched inside of it; a multiply-add is two."""
-    return FlopCounterMode(display=False, custom_mapping={_ON_CPU: _forward, _BACK: _backward})
+    kernels = {getattr(torch.ops.aten, _NAME): _forward, getattr(torch.ops.aten, f"{_NAME}_backward"): _backward}
+    return FlopCounterMode(display=False, custom_mapping=kernels)
 
 
 def _forward(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:

@@ -10,7 +10,8 @@ from lrkit.models import quiet_transformers
 from lrkit.tasks import Task, generating
 from lrkit.tasks.learnt import Sample
 
-WORDS = ("<pad>", "<s>", "</s>", "<unk>", *["a", "bad", "boy", "cat", "dog", "girl", "good", "man", "sad", "the", "was", "young"])
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "bad", "boy", "cat", "dog", "girl", "good", "man", "sad", "the", "was"]
+WORDS += ["young"]
 ROWS = ["the cat was good", "a boy was young", "the sad man", "a bad dog was a dog", "the girl was the girl"]
 
 

@@ -120,7 +120,7 @@ def claim(higher, lower):
 
 
 def test_lower_wins_claims(tmp_path):
-    """The row with the lower perplexity is the better one: in claims, over all tasks, in the table's mark, against a guess."""
+    """The row with the lower perplexity is the better one: in claims, in the table's mark, against a guess."""
     rng = np.random.default_rng(0)
     noise = rng.uniform(-0.2, 0.2, (3, 8))
     means = (20.0, 10.0, 31.0)
@@ -204,8 +204,8 @@ def test_tokens_after_stop(place, tmp_path):
     whole = train(methods.lora(rank=2), lower_task.echo(), **asked)
     steps = iter([False, False, True])
     (tmp_path / "run").mkdir()
+    record = Record(folder=tmp_path / "run", stop=lambda: next(steps))
     with pytest.raises(KeyboardInterrupt):
-        record = Record(folder=tmp_path / "run", stop=lambda: next(steps))
         train(methods.lora(rank=2), lower_task.echo(), record=record, **asked)
     again = train(methods.lora(rank=2), lower_task.echo(), record=Record(folder=tmp_path / "run"), **asked)
     assert again.tokens == whole.tokens and again.samples == whole.samples

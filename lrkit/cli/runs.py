@@ -12,7 +12,7 @@ import typer
 from lrkit.cli import outcome, progress, screen, words
 from lrkit.cli.folders import new_folder, write_into, write_text
 from lrkit.cli.interrupt import stopping
-from lrkit.cli.options import Data, Json, Model, Ranks, Set, Swap, TaskName, TrainAlso
+from lrkit.cli.options import Data, Json, Model, Ranks, Set, Swap, TaskName, TrainAlso, Trust
 from lrkit.errors import LrkitError, LrkitWarning
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def run(
     sets: Set = None,
     swap: Swap = None,
     ranks: Ranks = None,
+    trust_remote_code: Trust = False,
     out: Annotated[Path | None, typer.Option(help="A new folder for adapters, results and pictures.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -90,7 +91,7 @@ def run(
 
     After Ctrl-C the same command with the same --out goes on where it was.
     """
-    given = None if ranks is None else words.ranks(ranks, model, targets, sets or [])
+    given = None if ranks is None else words.ranks(ranks, model, targets, sets or [], trust=trust_remote_code)
     composed, changes = words.to_run(method, all_methods, sets or [], swap or [], given)
     # After the line above, so that a command without a method is answered at once.
     from lrkit.study.progress import Phases
@@ -98,7 +99,7 @@ def run(
     from lrkit.study.run import settings_from, train
     from lrkit.study.run_settings import steps_of
 
-    settings = settings_from(changes)
+    settings, loading = settings_from(changes), words.loading(sets or [], trust=trust_remote_code)
     if out is not None and not (out / FOLDER).is_dir():
         new_folder(out)
     loaded = words.task(task, data, words.options(sets or []))
@@ -112,13 +113,18 @@ def run(
     }
     unfinished = None
     if out is not None:
-        source = {"task": task, "data": str(data) if data else None, "options": words.options(sets or [])}
+        source = {
+            "loading": loading.to_plain(),
+            "task": task,
+            "data": str(data) if data else None,
+            "options": words.options(sets or []),
+        }
         unfinished = Unfinished(out, composed, asked | source, settings)
     with progress.bars(as_json) as bar, stopping(unfinished is not None) as stop, Phases(quiet=as_json) as phases:
         results, refused = _train_each(
             composed,
             steps,
-            partial(train, task=loaded, settings=settings, say=phases.say, **asked),
+            partial(train, task=loaded, settings=settings, loading=loading, say=phases.say, **asked),
             bar,
             folder_of=lambda label: None if out is None else out / label if all_methods else out,
             unfinished=unfinished,

@@ -17,6 +17,7 @@ from lrkit.study.executors import gpus
 from lrkit.study.graph import jobs_of
 from lrkit.study.jobs import Job, Told, row_devices
 from lrkit.study.ledger import write_plan
+from lrkit.study.loading import loading_from
 from lrkit.study.old import check_old, tell_damaged, with_old
 from lrkit.study.plan import Plan
 from lrkit.study.pool import chosen, run_jobs
@@ -70,7 +71,7 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
         tasks[spec.name] = TaskRecord(
             name=spec.name, metric=task.primary, majority=task.majority, higher_is_better=task.higher_is_better
         )
-        net = empty_model(plan.study.model, task.head)
+        net = empty_model(plan.study.model, task.head, loading_from(plan.study.loading))
         for row in plan.rows:
             settings = plan.settings(row, spec, 0)
             length = steps_of(settings, len(task.train))

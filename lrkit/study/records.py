@@ -50,6 +50,7 @@ def read_study(folder: str | Path) -> StudyRecord:
         rows=study.rows,
         tasks=study.tasks,
         model=study.model,
+        loading=study.loading,
         targets=study.targets,
         seeds=study.seeds,
         run=study.run,

@@ -190,6 +190,7 @@ class StudyRecord:
         rows: the rows of the table.
         tasks: the tasks.
         model: the model that was asked for.
+        loading: how it is loaded, as plain data of what is not at its default.
         targets: the layers that are adapted, as `lrkit.attach` takes it.
         seeds: the seeds.
         run: the run's settings.
@@ -222,6 +223,7 @@ class StudyRecord:
     margin: float | None = None
     claims: tuple[Claim, ...] = ()
     published: Published | None = None
+    loading: dict[str, Any] = attrs.field(factory=dict)
 
     @cached_property
     def costs(self) -> dict[tuple[int, str], Cost]:

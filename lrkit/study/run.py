@@ -17,7 +17,8 @@ import attrs
 from lrkit.loop.history import Decision
 from lrkit.study.checkpoints import Record
 from lrkit.study.files import CellResult, Parameters, RunFlops
-from lrkit.study.loaded import Tokens, forget, model_for, steps_for, tokens_for
+from lrkit.study.loaded import AS_EVER, Tokens, forget, model_for, steps_for, tokens_for
+from lrkit.study.loading import Loading
 from lrkit.study.run_settings import Progress, RunSettings, rates, settings_from, steps_of, total_steps
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Result(CellResult):
         flops: work of the model in training.
         task: the task's name.
         model: the model that was asked for.
+        loading: how it was loaded, as plain data of what is not at its default.
         method: plain data.
         settings: plain data.
         step_seconds: median time of a step.
@@ -55,6 +57,7 @@ class Result(CellResult):
 
     task: str
     model: str
+    loading: dict[str, Any]
     method: dict[str, Any]
     settings: dict[str, Any]
     majority: float | None
@@ -75,6 +78,7 @@ class Result(CellResult):
         return {
             **{name: getattr(self, name) for name in names},
             "samples": list(self.samples),
+            **({"loading": self.loading} if self.loading else {}),
             "losses": list(self.losses),
             "flops": attrs.asdict(self.flops),
             "summary": self.summary.to_plain(),
@@ -87,6 +91,7 @@ def train(
     task: "Task",
     *,
     model: str = "minilm",
+    loading: Loading = AS_EVER,
     targets: str | Sequence[str] = "all-linear",
     train_also: str | Sequence[str] = "auto",
     settings: RunSettings | None = None,
@@ -106,6 +111,7 @@ def train(
         method: the method.
         task: the task.
         model: ``"minilm"``, a folder or a hub id.
+        loading: how it is loaded: dtype, quantization, revision, ...
         targets: which layers, as `lrkit.attach` takes it.
         train_also: which modules train in full, likewise.
         settings: how to train.
@@ -137,10 +143,10 @@ def train(
         tell(f"tokenizing {asked:,} of {there:,} training rows, and those for validation")
     else:
         tell(f"loading {model}, and tokenizing {used:,} training rows, and those for validation")
-        steps = steps_for(task, model, settings)
+        steps = steps_for(task, model, settings, loading)
         check_length(method, steps)
-    pretrained = model_for(model, task)
-    tokens = tokens_for(task, model, settings, steps)
+    pretrained = model_for(model, task, loading)
+    tokens = tokens_for(task, model, settings, steps, loading=loading)
     net = pretrained.restart(settings.seed)
     collator = task.collator(pretrained.tokenizer, training=True)
     objective = task.objective(
@@ -154,7 +160,9 @@ def train(
     try:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        result = _train(adapted, model, objective, tokens, settings, steps, progress, record, stop, tell, samples)
+        result = _train(
+            adapted, model, loading, objective, tokens, settings, steps, progress, record, stop, tell, samples
+        )
         if done is not None:
             done(adapted)
         adapted.detach()
@@ -175,6 +183,7 @@ def check_length(method: "Method", steps: int) -> None:
 def _train(
     adapted: "Adapted",
     model: str,
+    loading: Loading,
     objective: "Objective | None",
     tokens: Tokens,
     settings: RunSettings,
@@ -235,6 +244,7 @@ def _train(
         adapted,
         task=task.name,
         model=model,
+        loading=loading.to_plain(),
         settings=attrs.asdict(settings) | dict(zip(("lr", "head_lr"), in_force, strict=True)),
         scores=task.score(predictions, task.references())
         | ({} if objective is None else objective.judge(adapted.summary().layers)),
@@ -270,4 +280,4 @@ def _result(adapted: "Adapted", **found: Any) -> Result:
     )
 
 
-__all__ = ["Record", "Result", "RunFlops", "RunSettings", "rates", "settings_from", "total_steps", "train"]
+__all__ = ["Loading", "Record", "Result", "RunFlops", "RunSettings", "rates", "settings_from", "total_steps", "train"]

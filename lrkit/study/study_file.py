@@ -142,6 +142,7 @@ class StudyFile:
     rows: tuple[RowRecord, ...]
     tasks: tuple[TaskRecord, ...]
     model: str = ""
+    loading: dict[str, Any] = attrs.field(factory=dict)
     targets: Any = None
     train_also: Any = "auto"  # it always was, in a study of an earlier lrkit
     seeds: tuple[int, ...]

@@ -127,13 +127,15 @@ def _train(cell: Cell, place: Path, conditions: Conditions) -> None:
     """Train a cell that is settled, and write down the result in its folder: ``result.json`` last."""
     from lrkit.compose import from_plain
     from lrkit.study.loaded import steps_for
+    from lrkit.study.loading import loading_from
     from lrkit.study.run import train
 
     settings = settings_from({**cell.run, "threads": conditions.threads})
+    loading = loading_from(cell.loading)
     task = load_kept(canonical(cell.task), cell.versions.get("data"))
     if cell.selection is not None:
         # As many steps as with all training rows, since it is for those that rates and schedules are chosen.
-        settings = attrs.evolve(settings, steps=steps_for(task, cell.model, settings))
+        settings = attrs.evolve(settings, steps=steps_for(task, cell.model, settings, loading))
         task = selection_kept(canonical(cell.task), cell.versions.get("data"), cell.selection)
     first = os.environ.get("RANK", "0") == "0"
     if conditions.report_to:
@@ -149,6 +151,7 @@ def _train(cell: Cell, place: Path, conditions: Conditions) -> None:
             from_plain(cell.method),
             task,
             model=cell.model,
+            loading=loading,
             targets=cell.targets,
             train_also=cell.train_also,
             settings=settings,

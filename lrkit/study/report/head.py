@@ -65,7 +65,8 @@ class Head:
 
 
 def _facts(record: StudyRecord) -> Iterator[tuple[str, str]]:
-    yield "Model", record.model
+    loading = ", ".join(f"{name} {setting(value)}" for name, value in record.loading.items())
+    yield "Model", f"{record.model} ({loading})" if loading else record.model
     targets = record.targets
     yield "Adapted layers", targets if isinstance(targets, str) else setting(targets) if targets else ""
     tasks = []

@@ -55,11 +55,12 @@ def encoded(task: "Task", pretrained: "Pretrained", max_length: int, wanted: int
         wanted than there are, the median is that of up to 1,000 rows spread evenly.
 
     Raises:
-        LrkitError: the tokenizer does not know the text, or cannot encode it.
+        LrkitError: the tokenizer does not know the text, or cannot encode it, or the model cannot learn the task.
     """
     tokenizer = pretrained.tokenizer
     collate = task.collator(tokenizer, training=True)
     check_texts(task, tokenizer, pretrained.model)
+    task.check_model(pretrained.model)
     positions = getattr(pretrained.model.config, "max_position_embeddings", None) or max_length
     # A longer row than the model has positions for must be found before the first step: then all are looked at.
     if not task.by_row or wanted >= len(task.train) or max_length > min(positions, tokenizer.model_max_length):

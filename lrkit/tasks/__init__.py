@@ -18,9 +18,12 @@ from lrkit.errors import LrkitError, nearest
 from lrkit.hookspecs import hookimpl
 from lrkit.tasks.base import Task
 from lrkit.tasks.classification import Classification
+from lrkit.tasks.completion import Completion
 from lrkit.tasks.folder import load_folder
 from lrkit.tasks.glue import GLUE, load_glue
+from lrkit.tasks.gsm8k import load_gsm8k
 from lrkit.tasks.head import Head
+from lrkit.tasks.language_modelling import LanguageModelling
 from lrkit.tasks.learnt import Sample
 from lrkit.tasks.movies import load_movies
 from lrkit.tasks.objective import Objective
@@ -46,7 +49,7 @@ def _glue(rest: str | None) -> Task:
     return load_glue(rest)
 
 
-TASKS: Mapping[str, TaskLoader] = {"movies": _movies, "glue": _glue, "teacher": load_teacher}
+TASKS: Mapping[str, TaskLoader] = {"movies": _movies, "glue": _glue, "gsm8k": load_gsm8k, "teacher": load_teacher}
 
 
 @hookimpl
@@ -93,7 +96,9 @@ __all__ = [
     "METRICS",
     "TASKS",
     "Classification",
+    "Completion",
     "Head",
+    "LanguageModelling",
     "Objective",
     "Sample",
     "Task",

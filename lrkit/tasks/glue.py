@@ -8,6 +8,7 @@ import attrs
 
 from lrkit.errors import LrkitError, nearest
 from lrkit.tasks.classification import Classification
+from lrkit.tasks.hub import load_hub
 
 REPOSITORY = "nyu-mll/glue"
 
@@ -57,23 +58,11 @@ def load_glue(name: str) -> Classification:
     row = GLUE.get(name)
     if row is None:
         raise LrkitError(f'unknown GLUE task "{name}"{nearest(name, GLUE)}; there are: {", ".join(GLUE)}')
-    import datasets
-
-    from lrkit.tasks import hub
-
-    there = hub.reachable()
-    try:
-        with hub.quiet_datasets(offline=not there):
-            splits = datasets.load_dataset(REPOSITORY, name)
-    except Exception as error:  # the hub, its client, the cache and the data reader each have their own
-        why = "the Hugging Face hub cannot be reached, and it is not in the hub's cache"
-        if there:
-            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise LrkitError(
-            f"cannot load glue/{name}: {why}; for local files (train.jsonl and validation.jsonl) use --data FOLDER"
-        ) from error
+    splits = load_hub(f"glue/{name}", REPOSITORY, name)
     validation, second = splits[row.validation], None
     if row.second is not None:
+        import datasets
+
         second = row.suffix, len(validation)
         validation = datasets.concatenate_datasets([validation, splits[row.second]])
     return Classification(

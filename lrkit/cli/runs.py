@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrkit.cli import progress, screen, words
+from lrkit.cli import outcome, progress, screen, words
 from lrkit.cli.folders import new_folder, write_into, write_text
 from lrkit.cli.interrupt import stopping
 from lrkit.cli.options import Data, Json, Model, Ranks, Set, Swap, TaskName, TrainAlso, Trust
-from lrkit.cli.tables import Column
 from lrkit.errors import LrkitError, LrkitWarning
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def demo(
     if as_json:
         screen.say_json({"folder": str(folder), "pictures": [str(p) for p in pictures], "runs": plain})
         return
-    _show(results, f"MiniLM on {len(task.train):,} movie-review sentences, {steps} steps of 32")
+    outcome.show(results, f"MiniLM on {len(task.train):,} movie-review sentences, {steps} steps of 32")
     screen.say("pictures: " + " ".join(str(p) for p in pictures))
     screen.say(f"every decision, layer by layer: {folder / 'results.json'}")
 
@@ -97,13 +96,16 @@ def run(
     # After the line above, so that a command without a method is answered at once.
     from lrkit.study.progress import Phases
     from lrkit.study.resume import FOLDER, Unfinished
-    from lrkit.study.run import settings_from, total_steps, train
+    from lrkit.study.run import settings_from, train
+    from lrkit.study.run_settings import steps_of
 
     settings, loading = settings_from(changes), words.loading(sets or [], trust=trust_remote_code)
     if out is not None and not (out / FOLDER).is_dir():
         new_folder(out)
     loaded = words.task(task, data, words.options(sets or []))
-    steps = total_steps(settings, min(len(loaded.train), settings.train_rows or len(loaded.train)))
+    # Of a task whose rows are no examples, the steps are known once it is tokenized.
+    known = loaded.by_row or settings.steps is not None
+    steps = steps_of(settings, len(loaded.train)) if known else None
     asked: dict[str, Any] = {
         "model": model,
         "targets": words.targets(targets),
@@ -136,7 +138,8 @@ def run(
         plain = {label: result.to_plain() for label, result in results.items()}
         screen.say_json({"runs": plain, "refused": refused} if all_methods else next(iter(plain.values())))
     elif results:
-        _show(results, f"{model} on {loaded.name}, {steps} steps of {settings.batch_size}")
+        taken = next(iter(results.values())).steps
+        outcome.show(results, f"{model} on {loaded.name}, {taken} steps of {settings.batch_size}")
         if folder is not None:
             screen.say("written: " + " ".join(str(p) for p in sorted(folder.iterdir())))
     for line in refused:
@@ -147,9 +150,9 @@ def run(
 
 def _train_each(
     composed: "Mapping[str, Method]",
-    steps: int,
+    steps: int | None,
     train: "Callable[..., Result]",
-    bar: Callable[[str, int], progress.Told | None],
+    bar: Callable[[str, int | None], progress.Told | None],
     *,
     folder_of: Callable[[str], Path | None],
     unfinished: "Unfinished | None",
@@ -160,7 +163,7 @@ def _train_each(
 
     Args:
         composed: the methods by label.
-        steps: optimizer steps of each.
+        steps: optimizer steps of each; None if they are not known yet.
         train: trains a method on the task; `lrkit.study.run.train` with all that the runs have in common.
         bar: gives what is called after each step of a run.
         folder_of: gives the folder that a run is saved in; None to save nothing.
@@ -195,8 +198,9 @@ def _train_each(
                 unfinished.refused()
             raise
         except KeyboardInterrupt:
+            of = "" if steps is None else f" of {steps}"
             if unfinished is not None and (kept := unfinished.step(label)):
-                screen.complain(f"kept: {label} up to step {kept} of {steps}; the same command goes on from there")
+                screen.complain(f"kept: {label} up to step {kept}{of}; the same command goes on from there")
             raise
         if saved:
             write_into(saved[0], partial(_write_result, results[label]))
@@ -211,6 +215,9 @@ def _is_pause(stop: Callable[[], bool]) -> bool:
 
 
 def _write_result(result: "Result", folder: Path) -> None:
+    from lrkit.study.answers import keep_answers
+
+    keep_answers(result, folder)
     write_text(folder / "result.json", json.dumps(screen.finite(result.to_plain()), indent=1))
 
 
@@ -218,45 +225,3 @@ def _draw(results: "Mapping[str, Result]", folder: Path) -> None:
     from lrkit.study.pictures import draw
 
     draw(results, folder)
-
-
-def _show(results: "Mapping[str, Result]", title: str) -> None:
-    """Print a table of runs."""
-    rows = []
-    for label, result in results.items():
-        summary = result.summary
-        rows.append(
-            [
-                label,
-                _written(result.score),
-                f"{summary.start:,}",
-                f"{summary.now:,}",
-                f"{summary.average:,.0f}",
-                screen.whole(f"{result.flops.run / 1e12:,.2f} T"),
-                _state(result),
-                screen.whole(f"{result.step_seconds * 1000:,.0f} ms"),
-            ]
-        )
-    first = next(iter(results.values()))
-    numbers = [next(iter(first.scores)), "trainable at start", "at end", "on average", "FLOPs"]
-    columns = [Column("method"), *(Column(name, number=True) for name in numbers)]
-    columns += [Column("state at the end"), Column("a step", number=True, extra=True)]
-    screen.table(columns, rows, title)
-    guess = "" if first.majority is None else f"constant best guess: {_written(first.majority)}. "
-    screen.say(f"{guess}Trainable parameters are the adapters'; the head's {first.summary.head:,} come on top.")
-
-
-def _written(score: float) -> str:
-    return f"{score:.1%}" if abs(score) <= 1 else f"{score:.3f}"
-
-
-def _state(result: "Result") -> str:
-    layers = result.summary.layers
-    ranks = [layer.rank for layer in layers if layer.rank is not None]
-    said = []
-    if ranks:
-        low, high, mean = min(ranks), max(ranks), sum(ranks) / len(ranks)
-        said.append(f"rank {low}" if low == high else f"ranks {low} to {high}, {screen.whole(f'mean {mean:.1f}')}")
-    if frozen := sum(len(layer.frozen) for layer in layers):
-        said.append(f"{screen.whole(f'{frozen} matrices')} frozen")
-    return ", ".join(said) or "-"

@@ -42,13 +42,15 @@ def ablate(
     out: Annotated[
         Path | None, typer.Option(help="The study's folder; the same command again goes on with it.")
     ] = None,
-    task: Annotated[list[str] | None, typer.Option("--task", help="movies, glue/NAME, ...; may be repeated.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="movies, glue/NAME, squad, ...; may be repeated.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
             "--data",
             metavar="FOLDER|TASK=FOLDER",
-            help="A data folder as a task, or in place of a task's data; repeatable.",
+            help="A data folder as a task, or in place of a task's data, with :validation=NAME if need be; repeatable.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="minilm, smollm2, ..., a folder, or a hub id.")] = None,
@@ -185,15 +187,18 @@ def report(
 
 def _divided(data: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     """Divide what --data has into folders that are tasks, and folders that stand in for a task, by its name."""
+    from lrkit.tasks.splits import divided
+
     folders, in_place = [], {}
     for text in data:
-        name, equals, folder = text.partition("=")
-        if not equals or Path(text).is_dir():
+        whole, splits = divided(text)
+        name, equals, folder = whole.partition("=")
+        if not equals or Path(whole).is_dir():
             folders.append(Path(text))
         elif not name or not folder:
             raise LrkitError(f'--data takes FOLDER, or TASK=FOLDER, not "{text}"')
         else:
-            in_place[name] = folder
+            in_place[name] = f"{folder}:{splits}" if splits else folder
     return folders, in_place
 
 

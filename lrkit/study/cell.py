@@ -22,7 +22,6 @@ from lrkit.study.needs import Need, needs_from
 from lrkit.study.run_settings import ATTACH, rates
 from lrkit.study.store import digest_of
 
-_SPLITS = ("train", "validation")
 _BEFORE: dict[str, Any] = {"train_also": "auto", "needs": (), "selection": None, "stop": None, "loading": {}}
 """The attributes that a cell did not always have, and the values that leave its name as it was then."""
 
@@ -187,6 +186,7 @@ def _versions(
     method: Mapping[str, Any], task: str | None, data: str | None, model: str, quantizer: str | None
 ) -> dict[str, str]:
     from lrkit.registry import current
+    from lrkit.tasks.splits import place_of
 
     packages = {"lrkit", "torch", "transformers"} | ({quantizer} if quantizer else set())
     found = {}
@@ -194,12 +194,13 @@ def _versions(
     for kind, name in components_of(method):
         packages |= {o.distribution.partition(" ")[0] for o in offers if (o.kind, o.name) == (kind, name)}
     if data is not None:
-        found["data"] = _digest([p for p in Path(data).glob("*.jsonl*") if p.name.split(".")[0] in _SPLITS])
+        found["data"] = _digest(place_of(data).named())
     elif task is not None:
         name = task.partition("/")[0]
         packages |= {o.distribution.partition(" ")[0] for o in offers if (o.kind, o.name) == ("task", name)}
     if os.path.isdir(model):
-        found["model"] = _digest([p for p in Path(model).iterdir() if p.is_file() and not p.name.startswith(".")])
+        files = (path for path in Path(model).iterdir() if path.is_file() and not path.name.startswith("."))
+        found["model"] = _digest({path.name: path for path in files})
     for package in sorted(packages):
         found[package] = _version(package)
     found["code"] = code_of(method, {"task": task, "data": data})
@@ -214,12 +215,12 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _digest(files: list[Path]) -> str:
+def _digest(files: Mapping[str, Path]) -> str:
     """Hash files' names and contents."""
     digest = hashlib.sha256()
-    for path in sorted(files):
+    for name, path in sorted(files.items()):
         stat = path.stat()
-        digest.update(f"{path.name} {_content(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)} ".encode())
+        digest.update(f"{name} {_content(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)} ".encode())
     return digest.hexdigest()[:16]
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from lrkit.loop.history import Decision
+from lrkit.study.answers import Sampled, samples_in
 from lrkit.study.cell_folder import PACKED
 from lrkit.study.claim import Claim
 from lrkit.study.files import Attempt, CellResult, Cost, attempt_in, decision_in, read_cost, read_result
@@ -96,6 +97,17 @@ class CellRecord:
         """Read every begin, end and failure, oldest first."""
         found = (attempt_in(line) for line in read_lines(self.folder / "attempts.jsonl"))
         return tuple(attempt for attempt in found if attempt is not None)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the training tokens per second of the attempt that came to the end; None if that is not known."""
+        found = [attempt.tokens_per_second for attempt in self.attempts if attempt.event == "end"]
+        return found[-1] if found else None
+
+    @cached_property
+    def samples(self) -> tuple[Sampled, ...]:
+        """Read a few validation rows with the base's answer and the trained model's; empty if there are none."""
+        return samples_in(self.folder)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -222,6 +234,10 @@ class StudyRecord:
             if cost is not None:
                 found[entry.row, entry.task] = cost
         return found
+
+    def higher_is_better(self, task: str) -> bool:
+        """Say if a larger primary score is a better one on a task."""
+        return all(each.higher_is_better for each in self.tasks if each.name == task)
 
     def cells_of(self, row: int, task: str | None = None) -> tuple[CellRecord, ...]:
         """List the cells of one row, of one task if it is given."""

@@ -47,6 +47,9 @@ class Result(CellResult):
         step_seconds: median time of a step.
         train_seconds: time of all steps.
         losses: training loss of each step, without the penalty.
+        tokens_per_second: tokens of the training batches, over the time of all steps.
+        samples: a few validation rows: ``{"input", "reference", "base", "output"}`` each, the base's answer None if its
+            head is new; empty if the model says nothing in words.
         predictions: what the model answers to the validation rows, as `lrkit.tasks.Task.answers` has it.
         summary: per layer rank, frozen state and parameters.
         history: every decision.
@@ -62,15 +65,19 @@ class Result(CellResult):
     train_seconds: float
     losses: tuple[float, ...] = attrs.field(repr=False)
     flops: RunFlops
+    tokens_per_second: float | None
+    samples: tuple[dict[str, str | None], ...] = attrs.field(repr=False)
     predictions: Any = attrs.field(repr=False)
     summary: "Summary" = attrs.field(repr=False)
     history: tuple[Decision, ...] = attrs.field(repr=False)
 
     def to_plain(self) -> dict[str, Any]:
         """Return everything but the predictions as plain data."""
-        names = ("task", "model", "method", "settings", "scores", "majority", "steps", "step_seconds", "train_seconds")
+        names = ["task", "model", "method", "settings", "scores", "higher_is_better", "majority", "steps"]
+        names += ["step_seconds", "train_seconds", "tokens", "tokens_per_second"]
         return {
             **{name: getattr(self, name) for name in names},
+            "samples": list(self.samples),
             **({"loading": self.loading} if self.loading else {}),
             "losses": list(self.losses),
             "flops": attrs.asdict(self.flops),
@@ -93,6 +100,7 @@ def train(
     record: Record | None = None,
     say: Callable[[str], None] | None = None,
     stop: int | None = None,
+    samples: int = 3,
 ) -> Result:
     """Fine-tune a pretrained model with a method on a task, and score it.
 
@@ -114,6 +122,7 @@ def train(
         say: told in a few words what is done before the first step.
         stop: the step after which training ends and the model is scored, with rates and schedules bound to all steps;
             None for the last one.
+        samples: how many validation rows are answered to be read, by a task whose models answer in words.
 
     Raises:
         LrkitError: the model cannot be had, or the method does not fit it or the length of the run.
@@ -151,7 +160,9 @@ def train(
     try:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        result = _train(adapted, model, loading, objective, tokens, settings, steps, progress, record, stop)
+        result = _train(
+            adapted, model, loading, objective, tokens, settings, steps, progress, record, stop, tell, samples
+        )
         if done is not None:
             done(adapted)
         adapted.detach()
@@ -180,6 +191,8 @@ def _train(
     progress: Progress | None,
     record: Record | None,
     stop: int | None,
+    tell: Callable[[str], None],
+    samples: int,
 ) -> Result:
     from lrkit.study.recorder import Ending, Recorder, Watch
     from lrkit.study.trainer import run_flops, trainer_for
@@ -187,7 +200,7 @@ def _train(
 
     in_force = rates(adapted.method.parameterization, settings.lr, settings.head_lr)
     log_every = max(1, steps // 500)
-    watch = Watch(progress)
+    watch = Watch(progress, tell)
     recorder = None if record is None else Recorder(record, adapted, log_every)
     trackers = () if record is None else record.report_to
     closed = contextlib.nullcontext() if recorder is None else contextlib.closing(recorder)
@@ -215,7 +228,9 @@ def _train(
             trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
             if trainer.state.global_step < min(steps, stop or steps):
                 raise KeyboardInterrupt  # the record was asked to stop
+            tell(f"scoring {len(tokens.task.validation):,} validation rows")
             predictions = tokens.answers(trainer.predict(tokens.validation).predictions)
+            said = trainer.samples(tokens, settings.max_length, samples) if samples else []
         except BaseException:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it ended early is known, and no fault of the method's
@@ -224,7 +239,7 @@ def _train(
         # Under mixed precision the model's forward was wrapped; the next run starts from the plain one.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     log = trainer.state.log_history
-    task = tokens.task
+    task, (total, here), seconds = tokens.task, trainer.tokens(), sum(watch.seconds)
     return _result(
         adapted,
         task=task.name,
@@ -234,9 +249,13 @@ def _train(
         scores=task.score(predictions, task.references())
         | ({} if objective is None else objective.judge(adapted.summary().layers)),
         truth=() if objective is None else objective.truth,
+        higher_is_better=task.higher_is_better,
         majority=task.majority,
+        tokens=total,
+        tokens_per_second=here / seconds if seconds else None,
+        samples=tuple(said),
         step_seconds=statistics.median(watch.seconds or [0.0]),
-        train_seconds=sum(watch.seconds),
+        train_seconds=seconds,
         losses=tuple(float(line["loss"]) for line in log if "loss" in line),
         flops=run_flops(log, settings),
         predictions=predictions,

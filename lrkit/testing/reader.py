@@ -16,8 +16,8 @@ _SPECIAL = {
     "eos_token": "<end>",
 }
 _CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<end>\n{% endfor %}"
-_SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+_SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+_T5: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
 POSITIONS = 512
 """The longest input of the models."""
 

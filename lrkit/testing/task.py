@@ -141,7 +141,7 @@ class TaskContract(Contract):
         if objective is not None:  # what is scored is the objective's to say
             return
         with calling("predict() or answers()"):
-            said = ask(task, model.eval(), words, _LENGTH)
+            said = ask(task, model.train(False), words, _LENGTH)
         expect(len(said) == len(task.validation), f"{len(said)} answers for {len(task.validation)} validation rows")
         with calling("score() of a model's answers"):
             truth = task.references()

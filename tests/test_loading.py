@@ -13,13 +13,14 @@ import lrkit
 from lrkit.cli import main
 from lrkit.errors import LrkitError
 from lrkit.study import loading as loading_module
-from lrkit.study.asked import TaskSpec, study_from, study_named
+from lrkit.study.asked import study_from, study_named
 from lrkit.study.cell import make_cell
 from lrkit.study.loading import SCHEMES, Loading, loading_from
 from lrkit.study.models import empty_model, load_config
 from lrkit.study.pretrained import load_base, load_pretrained
 from lrkit.study.run import RunSettings, train
 from lrkit.study.run_settings import settings_from
+from lrkit.study.task_spec import TaskSpec
 from lrkit.tasks import Head, load_folder
 
 TWO = Head(num_labels=2, problem_type="single_label_classification")

@@ -16,11 +16,11 @@ import attrs
 
 from lrkit.reading import opened
 from lrkit.settings import as_plain
-from lrkit.study.asked import TaskSpec
 from lrkit.study.loading import loading_from
 from lrkit.study.needs import Need, needs_from
 from lrkit.study.run_settings import ATTACH, rates
 from lrkit.study.store import digest_of
+from lrkit.study.task_spec import TaskSpec
 
 _BEFORE: dict[str, Any] = {"train_also": "auto", "needs": (), "selection": None, "stop": None, "loading": {}}
 """The attributes that a cell did not always have, and the values that leave its name as it was then."""

@@ -104,7 +104,8 @@ def params(
     if tokens:
         columns += [Column("multiply-adds per token, forward", number=True), Column("backward", number=True)]
     screen.table(columns, rows, f"{model}: {counted.model:,} parameters without its head")
-    screen.say(f"Averages are over {steps:,} steps; the head (classifier, pooler: {counted.head:,}) is not counted.")
+    head = f"the head (classifier, pooler: {counted.head:,}) is not counted" if counted.head else "no head is trained"
+    screen.say(f"Averages are over {steps:,} steps; {head}.")
 
 
 def _composed(

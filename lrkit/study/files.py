@@ -50,9 +50,10 @@ class Parameters:
 class RunFlops:
     """Floating-point operations of a run's forward and backward passes; a multiply-add is two.
 
-    torch counts them on the training row of median length (of 1,000 rows, in a run shorter than an epoch), at eight steps
-    spread over the run, so that frozen matrices and cut ranks are seen. Padding, the penalty, the optimizer and the
-    decisions are not in it.
+    torch counts them on the training example of median length (of 1,000, in a run shorter than an epoch), at eight steps
+    spread over the run, so that frozen matrices and cut ranks are seen. Everything that a step computes is in it: attention
+    over the whole sequence, the head over the vocabulary, and in an encoder-decoder the decoder over the target, whose
+    length counts beside the source's. Padding, the penalty, the optimizer, the decisions and evaluation are not in it.
 
     Args:
         run: of all steps.

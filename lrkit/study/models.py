@@ -91,7 +91,8 @@ def empty_model(spec: str, head: Head | None = None, loading: Loading | None = N
 
     Args:
         spec: as `load_config` takes it.
-        head: its head, as `lrkit.tasks.Task.head` has it; None for that of a classification of two labels.
+        head: its head, as `lrkit.tasks.Task.head` has it; None for that of a classification of two labels, and for an
+            encoder-decoder's own.
         loading: how the model would be loaded; None for the defaults.
 
     Raises:
@@ -100,8 +101,11 @@ def empty_model(spec: str, head: Head | None = None, loading: Loading | None = N
     import torch
     import transformers
 
-    head, loading = head or Head(num_labels=2), loading or Loading()
+    loading = loading or Loading()
     config = load_config(spec, loading)
+    if head is None:
+        both = bool(getattr(config, "is_encoder_decoder", False))
+        head = Head(auto_class="AutoModelForSeq2SeqLM") if both else Head(num_labels=2)
     check_kind(spec, config, head.auto_class, carried_configs())
     if head.num_labels is not None:
         config.num_labels = head.num_labels

@@ -36,11 +36,8 @@ def tokenizer() -> "PreTrainedTokenizerFast":
         pair="<cls> $A <sep> $B:1 <sep>:1",
         special_tokens=[(each, tokens[each]) for each in ("<cls>", "<sep>")],
     )
-    how: Any = PreTrainedTokenizerFast
-    words: PreTrainedTokenizerFast = how(
-        tokenizer_object=made, chat_template=_CHAT, model_max_length=POSITIONS, **_SPECIAL
-    )
-    return words
+    how = {"chat_template": _CHAT, "model_max_length": POSITIONS, **_SPECIAL}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **how)  # type: ignore[no-untyped-call]
 
 
 def model(head: Head, words: "PreTrainedTokenizerFast") -> "PreTrainedModel | None":
@@ -51,24 +48,18 @@ def model(head: Head, words: "PreTrainedTokenizerFast") -> "PreTrainedModel | No
     import torch
     import transformers
 
-    settings: dict[str, Any] = {"vocab_size": len(words), "pad_token_id": words.pad_token_id, **head.settings()}
-    begin: dict[str, Any] = {"decoder_start_token_id": words.pad_token_id}
+    shared: dict[str, Any] = {"vocab_size": len(words), "pad_token_id": words.pad_token_id, **head.settings()}
     end = {"eos_token_id": words.eos_token_id, "bos_token_id": None}
-    kinds: dict[str, Any] = {
-        "AutoModelForCausalLM": lambda: transformers.LlamaConfig(
-            **_SIZES, **settings, **end, max_position_embeddings=POSITIONS
-        ),
-        "AutoModelForSeq2SeqLM": lambda: transformers.T5Config(
-            **_T5, **settings, eos_token_id=words.eos_token_id, **begin
-        ),
-    }
-    made = kinds.get(
-        head.auto_class, lambda: transformers.BertConfig(**_SIZES, **settings, max_position_embeddings=POSITIONS)
-    )
+    config, own = {
+        "AutoModelForCausalLM": ("LlamaConfig", _SIZES | end | {"max_position_embeddings": POSITIONS}),
+        "AutoModelForSeq2SeqLM": ("T5Config", _T5 | end | {"decoder_start_token_id": words.pad_token_id}),
+    }.get(head.auto_class, ("BertConfig", _SIZES | {"max_position_embeddings": POSITIONS}))
     torch.default_generator.manual_seed(0)
     with quiet_transformers():
         try:
-            found: PreTrainedModel = getattr(transformers, head.auto_class).from_config(made())
+            found: PreTrainedModel = getattr(transformers, head.auto_class).from_config(
+                getattr(transformers, config)(**shared, **own)
+            )
         except ValueError:  # transformers': there is no such class for this config
             return None
     return found

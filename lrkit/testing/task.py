@@ -140,8 +140,9 @@ class TaskContract(Contract):
         expect(loss.isfinite().all() and loss.requires_grad, f"the loss of a training batch is {loss}")
         if objective is not None:  # what is scored is the objective's to say
             return
+        model.train(False)
         with calling("predict() or answers()"):
-            said = ask(task, model.train(False), words, _LENGTH)
+            said = ask(task, model, words, _LENGTH)
         expect(len(said) == len(task.validation), f"{len(said)} answers for {len(task.validation)} validation rows")
         with calling("score() of a model's answers"):
             truth = task.references()

@@ -1,4 +1,4 @@
-"""Scores of generated text: ROUGE of summaries, and exact match of the number that a solution ends with.
+"""Scores of generated text: ROUGE of summaries, BLEU of translations, exact match of the number that ends a solution.
 
 For example:
 
@@ -72,12 +72,49 @@ def rouge(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict
     check_rows(predicted, true)
     sums = dict.fromkeys(ROUGE, 0.0)
     for row, (said, references) in enumerate(zip(predicted, true, strict=True)):
-        texts = [references] if isinstance(references, str) else list(references)
-        if not texts:
-            raise LrkitError(f"row {row}: no reference text")
-        for name, score in scorer.score_multi(texts, said).items():
+        for name, score in scorer.score_multi(several(references, row), said).items():
             sums[name] += float(score.fmeasure)
     return {name: total / len(true) for name, total in sums.items()}
+
+
+def translation_scorers() -> dict[str, Any]:
+    """Make sacrebleu's scorers, or raise LrkitError if the package is not installed: ask before a model is trained."""
+    try:
+        from sacrebleu.metrics import BLEU, CHRF
+    except ImportError:
+        raise LrkitError('BLEU needs the package sacrebleu: pip install "lrkit[text]"') from None
+    return {"bleu": BLEU(), "chrf": CHRF()}
+
+
+def bleu(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Compute BLEU and chrF of all rows together, in [0, 1].
+
+    The package sacrebleu computes them with its own defaults (Post 2018), by which papers can be compared: BLEU on words
+    as "13a" splits them, and chrF2 on characters, which suits texts without blanks too. A row may have several
+    references.
+
+    Args:
+        predicted: One text per row, [n].
+        true: The reference of each row, or its references, [n].
+
+    Raises:
+        LrkitError: if sacrebleu is not installed, there is not one prediction per row, no row, or a row without a
+            reference.
+    """
+    scorers = translation_scorers()
+    check_rows(predicted, true)
+    rows = [several(references, row) for row, references in enumerate(true)]
+    most = max(len(texts) for texts in rows)
+    streams = [[texts[n] if n < len(texts) else None for texts in rows] for n in range(most)]
+    return {name: scorer.corpus_score(list(predicted), streams).score / 100 for name, scorer in scorers.items()}
+
+
+def several(references: str | Sequence[str], row: int) -> list[str]:
+    """List a row's references, of which there may be one alone; raise LrkitError if there is none."""
+    texts = [references] if isinstance(references, str) else list(references)
+    if not texts:
+        raise LrkitError(f"row {row}: no reference text")
+    return texts
 
 
 def final_number(text: str) -> Decimal | None:

@@ -34,11 +34,6 @@ def sentences(text: str) -> list[str]:
     return [sentence for sentence in _SENTENCE.split(text.strip()) if sentence]
 
 
-def in_lines(text: str) -> str:
-    """Put each sentence of a text on a line of its own, as `rouge` reads them for Lsum."""
-    return "\n".join(sentences(text))
-
-
 def first_sentences(text: str, count: int) -> str:
     """Return the first so many sentences of a text, its lead; 0 for the whole of it."""
     return " ".join(sentences(text)[: count or None])
@@ -56,9 +51,9 @@ def rouge_scorer() -> Any:
 def rouge(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict[str, float]:
     """Compute ROUGE-L, -1, -2 and -Lsum: F1, in [0, 1], the mean over rows.
 
-    The package rouge-score computes them as published (Lin 2004), with Porter's stemmer. Lsum takes each line of a text
-    for a sentence, so it is L unless texts have line breaks: see `in_lines`. If a row has several references, the best
-    counts, for each score apart.
+    The package rouge-score computes them as published (Lin 2004), with Porter's stemmer. For Lsum each
+    sentence is put on a line of its own: see `sentences`. If a row has several references, the best counts, for each score
+    apart.
 
     Args:
         predicted: One text per row, [n].
@@ -72,9 +67,32 @@ def rouge(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict
     check_rows(predicted, true)
     sums = dict.fromkeys(ROUGE, 0.0)
     for row, (said, references) in enumerate(zip(predicted, true, strict=True)):
-        for name, score in scorer.score_multi(several(references, row), said).items():
+        for name, score in scorer.score_multi(
+            [_in_lines(text) for text in several(references, row)], _in_lines(said)
+        ).items():
             sums[name] += float(score.fmeasure)
     return {name: total / len(true) for name, total in sums.items()}
+
+
+def _in_lines(text: str) -> str:
+    return "\n".join(sentences(text))
+
+
+def exact_match(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Compute the share of rows in which the text is a reference of its row, but for white space.
+
+    Args:
+        predicted: One text per row, [n].
+        true: The reference of each row, or its references, [n].
+
+    Raises:
+        LrkitError: if there is not one prediction per row, no row, or a row without a reference.
+    """
+    check_rows(predicted, true)
+    hits = 0
+    for row, (said, references) in enumerate(zip(predicted, true, strict=True)):
+        hits += said.split() in [text.split() for text in several(references, row)]
+    return {"exact_match": hits / len(true)}
 
 
 def translation_scorers() -> dict[str, Any]:

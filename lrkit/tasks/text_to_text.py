@@ -11,9 +11,8 @@ import attrs
 from lrkit.errors import LrkitError
 from lrkit.settings import one_of, real, whole
 from lrkit.tasks import cuts, generated, generating
-from lrkit.tasks.answers import check_rows
 from lrkit.tasks.base import Task
-from lrkit.tasks.generated import first_sentences, in_lines, rouge, several
+from lrkit.tasks.generated import first_sentences, several
 from lrkit.tasks.learnt import Sample
 from lrkit.tasks.tokens import encoding, some
 
@@ -22,22 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Texts = Sequence[str | Sequence[str]]
-
-
-def _rouge(predicted: Sequence[str], true: Texts) -> dict[str, float]:
-    """Compute ROUGE, with each sentence on a line of its own for Lsum."""
-    lines = [[in_lines(text) for text in texts] for texts in map(several, true, range(len(true)))]
-    return rouge([in_lines(text) for text in predicted], lines)
-
-
-def _exact_match(predicted: Sequence[str], true: Texts) -> dict[str, float]:
-    """Compute the share of rows in which the text is a reference, but for white space."""
-    check_rows(predicted, true)
-    hits = [
-        " ".join(said.split()) in {" ".join(text.split()) for text in texts}
-        for said, texts in zip(predicted, map(several, true, range(len(true))), strict=True)
-    ]
-    return {"exact_match": sum(hits) / len(hits)}
 
 
 @attrs.frozen
@@ -50,9 +33,9 @@ class Metric:
 
 
 METRICS: Mapping[str, Metric] = {
-    "rouge": Metric(_rouge, generated.ROUGE[0], generated.rouge_scorer),
+    "rouge": Metric(generated.rouge, generated.ROUGE[0], generated.rouge_scorer),
     "bleu": Metric(generated.bleu, "bleu", generated.translation_scorers),
-    "exact_match": Metric(_exact_match, "exact_match"),
+    "exact_match": Metric(generated.exact_match, "exact_match"),
 }
 
 

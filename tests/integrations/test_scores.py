@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lrkit.tasks.answers import normalized, squad
 from lrkit.tasks.entities import entities, entity_f1
-from lrkit.tasks.generated import bleu, rouge
+from lrkit.tasks.generated import bleu, rouge, sentences
 
 torchmetrics_squad = pytest.importorskip("torchmetrics.functional.text").squad
 rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
@@ -68,7 +68,7 @@ def test_rouge_of_lin() -> None:
 def test_rouge_is_mean(rows: list[tuple[str, str]]) -> None:
     """Each score is the mean over rows of the package's F1."""
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
-    each = [scorer.score(true, said) for said, true in rows]
+    each = [scorer.score(*("\n".join(sentences(text)) for text in (true, said))) for said, true in rows]
     for name, value in rouge([said for said, _ in rows], [true for _, true in rows]).items():
         assert value == pytest.approx(sum(scores[name].fmeasure for scores in each) / len(each))
 

@@ -17,8 +17,8 @@ from row_forms import GOOD, Row, rows_of
 from lrkit.compose import to_plain
 from lrkit.errors import LrkitError
 from lrkit.methods import lora
-from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell, make_cell
+from lrkit.study.task_spec import TaskSpec, load_task_of
 from lrkit.tasks import hub, load_folder
 from lrkit.tasks.forms import FORMS, form_of
 from lrkit.tasks.splits import divided, place_of

@@ -35,6 +35,9 @@ Data = Annotated[
 Model = Annotated[
     str, typer.Option("--model", help="minilm, smollm2, flan-t5-small, mpnet, distilbert, a folder, or a hub id.")
 ]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model: look at it first.")
+]
 TrainAlso = Annotated[
     str | None,
     typer.Option("--train-also", help="Modules that train in full, joined by commas; auto (the task head) or none."),

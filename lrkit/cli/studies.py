@@ -19,6 +19,7 @@ from lrkit.cli.options import (
     Threads,
     TrainAlso,
     Trials,
+    Trust,
     Tune,
     TuneSeeds,
 )
@@ -54,6 +55,7 @@ def ablate(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="minilm, smollm2, ..., a folder, or a hub id.")] = None,
     seeds: Annotated[str | None, typer.Option(help="How many, or which: 6, or 3,4,5.")] = None,
+    trust_remote_code: Trust = False,
     targets: Targets = None,
     train_also: TrainAlso = None,
     sets: Set = None,
@@ -120,6 +122,7 @@ def ablate(
     changes = _changes(swap, task, folders, seeds, targets, train_also, sets, leave_out)
     changes |= {"model": model} if model is not None else {}
     changes |= {"margin": margin} if margin is not None else {}
+    changes |= {"loading": words.loading(sets or [], trust=trust_remote_code).to_plain()}
     changes |= {"grid": True} if grid else {}
     changes |= {"tune": words.tuning(tune, tune_seeds, sampler, trials, halving)}
     asked = standing_in(_study(what, changes, sets or [], profile), in_place)
@@ -247,7 +250,7 @@ def _study(what: str, changes: dict[str, Any], sets: Sequence[str], profile: str
         given = study_named(what, profile=profile)
         # The command line's settings come on top of the file's.
         file = attrs.asdict(given)
-        for key in ("set", "run", "swap", "tune"):
+        for key in ("set", "run", "swap", "tune", "loading"):
             changes[key] = {**(file[key] or {}), **changes[key]}
         changes = {**file, **changes}
     elif profile is not None:

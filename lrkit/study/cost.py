@@ -21,7 +21,6 @@ import attrs
 
 from lrkit.compose import from_plain
 from lrkit.errors import LrkitError
-from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell
 from lrkit.study.cell_folder import is_packed
 from lrkit.study.jobs import cell_of
@@ -29,6 +28,7 @@ from lrkit.study.plan import Plan, Row
 from lrkit.study.run_settings import attach_settings, settings_from, steps_of
 from lrkit.study.store import digest_of, lock, read_json, write_json
 from lrkit.study.study_file import CostEntry, StudyFile, read_study_file, write_study_file
+from lrkit.study.task_spec import TaskSpec, load_task_of
 
 if TYPE_CHECKING:
     from lrkit.adapt.adapted import Adapted
@@ -196,6 +196,7 @@ class _Side:
 def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     import torch
 
+    from lrkit.study.loading import loading_from
     from lrkit.study.pretrained import load_model
 
     torch.set_num_threads(asked["threads"])
@@ -204,7 +205,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     settings = settings_from(row["run"])
     task = load_task_of(TaskSpec(**row["task"]))
     steps = steps_of(settings, len(task.train))
-    net, tokenizer = load_model(row["model"], task.head)
+    net, tokenizer = load_model(row["model"], task.head, loading_from(row["loading"]))
     net.train()
     few = task.subset((WARM + PAIRS) * settings.batch_size, 1)
     rows = few.examples(tokenizer, settings.max_length, training=True)

@@ -6,11 +6,11 @@ from typing import Any
 import attrs
 
 from lrkit.compose import to_plain
-from lrkit.study.asked import TaskSpec
 from lrkit.study.cell import Cell, make_cell
 from lrkit.study.needs import Need
 from lrkit.study.plan import Plan, Row
 from lrkit.study.study_file import CellEntry, TrialEntry
+from lrkit.study.task_spec import TaskSpec
 from lrkit.study.tuning import with_settings
 
 
@@ -124,7 +124,7 @@ def cell_of(
     method, run = with_settings(
         to_plain(plan.method(row, spec)), attrs.asdict(plan.settings(row, spec, seed)), settings or {}
     )
-    made = make_cell(method, spec, plan.study.model, run=run, **row.attach)
+    made = make_cell(method, spec, plan.study.model, run=run, loading=plan.study.loading, **row.attach)
     return attrs.evolve(made, needs=tuple(needs)) if needs else made
 
 

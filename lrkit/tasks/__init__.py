@@ -18,11 +18,15 @@ from lrkit.errors import LrkitError, nearest
 from lrkit.hookspecs import hookimpl
 from lrkit.tasks.base import Task
 from lrkit.tasks.classification import Classification
+from lrkit.tasks.completion import Completion
 from lrkit.tasks.folder import load_folder
 from lrkit.tasks.glue import GLUE, load_glue
+from lrkit.tasks.gsm8k import load_gsm8k
 from lrkit.tasks.head import Head
+from lrkit.tasks.language_modelling import LanguageModelling
 from lrkit.tasks.learnt import Sample
 from lrkit.tasks.movies import load_movies
+from lrkit.tasks.named import no_parts
 from lrkit.tasks.objective import Objective
 from lrkit.tasks.question_answering import QuestionAnswering
 from lrkit.tasks.scoring import METRICS
@@ -30,6 +34,8 @@ from lrkit.tasks.squad import load_squad, load_squad_v2
 from lrkit.tasks.summaries import load_cnn_dailymail, load_xsum
 from lrkit.tasks.teacher import load_teacher
 from lrkit.tasks.text_to_text import TextToText
+from lrkit.tasks.token_classification import TokenClassification
+from lrkit.tasks.verbalized import Verbalized
 
 TaskLoader = Callable[[str | None], Task]
 
@@ -38,8 +44,7 @@ DEFAULT = "movies"
 
 def _movies(rest: str | None) -> Task:
     """Load movie-review sentences with mean human ratings. Source: the distribution vaderSentiment 3.3.2."""
-    if rest is not None:
-        raise LrkitError(f'task "movies" has no parts: write "movies", not "movies/{rest}"')
+    no_parts("movies", rest)
     return load_movies()
 
 
@@ -58,6 +63,7 @@ TASKS: Mapping[str, TaskLoader] = {
     "squad_v2": load_squad_v2,
     "xsum": load_xsum,
     "cnn_dailymail": load_cnn_dailymail,
+    "gsm8k": load_gsm8k,
 }
 
 
@@ -105,13 +111,17 @@ __all__ = [
     "METRICS",
     "TASKS",
     "Classification",
+    "Completion",
     "Head",
+    "LanguageModelling",
     "Objective",
     "QuestionAnswering",
     "Sample",
     "Task",
     "TaskLoader",
     "TextToText",
+    "TokenClassification",
+    "Verbalized",
     "load_folder",
     "load_task",
 ]

@@ -5,7 +5,7 @@ task these questions, in this order; the classes here have the answers of most k
 
 1. `head`, `dropout`: which model.
 2. `texts`, `encode`, `collator`: what becomes of rows, as examples and as batches.
-3. `objective`: the loss, if it is not the model's own.
+3. `check_model`, `objective`: whether the model can learn that, and the loss, if it is not the model's own.
 4. `predict`, `answers`: what is kept of a batch in evaluation, and what the whole of that says of each row.
 5. `references`, `score`, `majority`, `higher_is_better`: how good that is.
 6. `samples`: what the model says to a few rows, to be read.
@@ -203,7 +203,9 @@ class Task(Learnt):
             )
         if not len(done):
             split = "train" if training else "validation"
-            raise LrkitError(f'task "{self.name}": no example is left of {len(rows):,} {split} rows')
+            raise LrkitError(
+                f'task "{self.name}": no example is left of {len(rows):,} {split} rows in {max_length} tokens'
+            )
         return done
 
     def tokenize(self, tokenizer: Any, max_length: int) -> tuple[datasets.Dataset, datasets.Dataset]:

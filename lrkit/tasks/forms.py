@@ -148,6 +148,8 @@ def _of_unlike_length(tags: str, row: dict[str, Any]) -> None:
 
 def _tagged(tags: str, found: Found) -> Task:
     """Make words with tags: texts, or numbers whose names the training file has."""
+    from lrkit.tasks.token_classification import TokenClassification
+
     names = found.train.names(tags)
     texts = {tag for split in found.splits for row in split.columns[tags] for tag in row if isinstance(tag, str)}
     labels = names or tuple(sorted(texts))
@@ -161,10 +163,7 @@ def _tagged(tags: str, found: Found) -> Task:
         numbers = [[known[tag] for tag in row] for row in split.columns[tags]]
         return {"tokens": split.columns["tokens"], "tags": numbers}
 
-    task = found.with_columns(numbered).task()
-    from lrkit.tasks.token_classification import TokenClassification
-
-    return TokenClassification(**task, labels=labels)
+    return TokenClassification(**found.with_columns(numbered).task() | {"labels": labels})
 
 
 def _unnamed(names: tuple[str, ...]) -> str:

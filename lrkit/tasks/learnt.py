@@ -64,6 +64,18 @@ class Learnt:
         """Say whether a larger primary score is a better one, as it is in most tasks; not so for a perplexity."""
         return True
 
+    def check_model(self, model: nn.Module) -> None:
+        """Check by what a model does that it can learn the task, before it is trained.
+
+        For example: `lrkit.tasks.Completion` asks whether it keeps packed rows apart.
+
+        Args:
+            model: the pretrained model, with its head.
+
+        Raises:
+            LrkitError: it cannot.
+        """
+
     def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | tuple[Tensor, ...]]:
         """Compute what is kept of a batch while validation rows are scored: by one forward pass, the model's logits.
 

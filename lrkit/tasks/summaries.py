@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lrkit.errors import LrkitError
 from lrkit.tasks.hub import load_hub
+from lrkit.tasks.named import OPTIONS, no_parts
 from lrkit.tasks.text_to_text import TextToText
 
 
 def load_xsum(rest: str | None) -> TextToText:
     """Load XSum: BBC articles and their one-sentence summaries. Source: arXiv 1808.08745."""
-    _refuse_parts("xsum", rest)
+    no_parts("xsum", rest)
     splits = load_hub("xsum", "EdinburghNLP/xsum")
     return TextToText(
         name="xsum",
@@ -17,7 +17,7 @@ def load_xsum(rest: str | None) -> TextToText:
         validation=splits["validation"],
         source="document",
         target="summary",
-        max_target_length=64,
+        **OPTIONS["xsum"],
     )
 
 
@@ -26,7 +26,7 @@ def load_cnn_dailymail(rest: str | None) -> TextToText:
 
     The trivial summary is the article's first three sentences, as in the literature.
     """
-    _refuse_parts("cnn_dailymail", rest)
+    no_parts("cnn_dailymail", rest)
     splits = load_hub("cnn_dailymail", "abisee/cnn_dailymail", "3.0.0")
     return TextToText(
         name="cnn_dailymail",
@@ -34,10 +34,5 @@ def load_cnn_dailymail(rest: str | None) -> TextToText:
         validation=splits["validation"],
         source="article",
         target="highlights",
-        lead=3,
+        **OPTIONS["cnn_dailymail"],
     )
-
-
-def _refuse_parts(name: str, rest: str | None) -> None:
-    if rest is not None:
-        raise LrkitError(f'task "{name}" has no parts: write "{name}", not "{name}/{rest}"')

@@ -149,18 +149,18 @@ def check_texts(task: "Task", tokenizer: "PreTrainedTokenizerBase", model: "PreT
     texts = [text for text in texts if text.strip()]
     if not texts:
         return
-    encoded = encoding(tokenizer, texts, add_special_tokens=False)["input_ids"]
+    found = encoding(tokenizer, texts, add_special_tokens=False)["input_ids"]
     rows = embeddings_of(model)
-    largest = max((max(ids) for ids in encoded if len(ids)), default=0)
+    largest = max((max(ids) for ids in found if len(ids)), default=0)
     if rows is not None and largest >= rows:
         raise LrkitError(
             f"the tokenizer gives token {largest:,}, and the model has {rows:,} tokens (0 to {rows - 1:,}): it is another "
             "model's tokenizer"
         )
-    empty = sum(not len(ids) for ids in encoded) / len(encoded)
-    unknown, total = 0, sum(len(ids) for ids in encoded)
+    empty = sum(not len(ids) for ids in found) / len(found)
+    unknown, total = 0, sum(len(ids) for ids in found)
     if tokenizer.unk_token_id is not None:
-        unknown = sum(sum(token == tokenizer.unk_token_id for token in ids) for ids in encoded)
+        unknown = sum(sum(token == tokenizer.unk_token_id for token in ids) for ids in found)
     share = unknown / total if total else 1.0
     if max(share, empty) > MOST:
         what = (

@@ -1,20 +1,22 @@
 """Cut questions and their contexts into windows that a model has room for, and find answers in them.
 
-The rules are those of transformers' question-answering example (``run_qa.py``), with two differences. The question comes
+The rules are those of transformers' question-answering example (``run_qa.py``), with three differences. The question comes
 first whatever side a tokenizer pads on, since a decoder reads from left to right. An answer begins and ends with the tokens
-that hold its first and its last character, also if a character is several tokens.
+that hold its first and its last character, also if a character is several tokens. If an answer begins with a window's last
+token, it begins there: the example's search runs on to the end of the padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from lrkit.errors import LrkitError, cut
 from lrkit.tasks.tokens import tokenized
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 OUTSIDE = (-1, -1)
 """The offsets of a token that is not of the context."""
@@ -108,6 +110,8 @@ def position_of(span: tuple[int, int], offsets: Sequence[tuple[int, int]]) -> tu
     Returns:
         The first and the last token; None if the window does not hold the whole span.
     """
+    import numpy as np
+
     array: NDArray[np.int64] = np.asarray(offsets, dtype=np.int64)
     inside = np.flatnonzero(array[:, 0] >= 0)
     if not len(inside):

@@ -14,7 +14,13 @@ import lrkit
 ROOT = Path(__file__).parent.parent
 PROJECTS = [ROOT / "pyproject.toml", *sorted((ROOT / "plugins").glob("*/pyproject.toml"))]
 TOOLS = {"import-linter", "mypy", "ruff", "furo", "myst-parser", "sphinx"}
-TRIED_BY_INTEGRATIONS = {"bitsandbytes", "lightning", "rouge-score", "torchao"}  # by `make test-integrations` alone
+TRIED_BY_INTEGRATIONS = {
+    "bitsandbytes",
+    "lightning",
+    "rouge-score",
+    "sacrebleu",
+    "torchao",
+}  # by `make test-integrations` alone
 
 
 def plain(name: str) -> str:

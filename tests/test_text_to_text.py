@@ -23,7 +23,6 @@ from lrkit import LrkitError
 from lrkit.study.run import Record, RunSettings, train
 from lrkit.tasks import TextToText, generated, hub, load_task
 from lrkit.tasks.generating import IGNORED, generate, read
-from lrkit.tasks.text_to_text import METRICS
 from lrkit.testing import check
 
 ROWS = [
@@ -205,24 +204,43 @@ def test_sentences_keep_words(text):
     assert "".join("".join(found).split()) == "".join(text.split())
     assert all(found) and not any("\n" in sentence for sentence in found)
     assert generated.first_sentences(text, 0).split() == text.split()
-    assert generated.sentences(generated.in_lines(text)) == found
+    assert generated.sentences("\n".join(found)) == found
 
 
-def test_absent_rouge_refused(monkeypatch, tmp_path):
-    """Without rouge-score a run ends in one line before it trains."""
-    monkeypatch.setitem(sys.modules, "rouge_score", None)
-    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    folder = text_models.write("t5", tmp_path)
+@pytest.mark.parametrize(("metric", "package"), [("rouge", "rouge_score.rouge_scorer"), ("bleu", "sacrebleu.metrics")])
+def test_absent_package_refused(metric, package, monkeypatch, folder):
+    """Without the metric's package a run ends in one line before it trains."""
+    for name in (package.split(".")[0], package):
+        monkeypatch.setitem(sys.modules, name, None)
     steps = []
-    with pytest.raises(LrkitError, match=r'rouge-score: pip install "lrkit\[text\]"'):
+    named = package.split(".")[0].replace("_", "-")
+    with pytest.raises(LrkitError, match=named + r': pip install "lrkit\[text\]"'):
         train(
             lrkit.methods.lora(rank=2),
-            task(metric="rouge"),
+            task(metric=metric),
             model=str(folder),
             settings=RunSettings(steps=2),
             progress=lambda *step: steps.append(step),
         )
     assert not steps
+
+
+def test_bleu_is_of_all_rows(monkeypatch):
+    """BLEU and chrF get each row's references, of which rows may have unlike numbers, and are shares."""
+
+    class Corpus:
+        def corpus_score(self, said, streams):
+            assert said == ["a", "b"] and streams == [["a", "c"], ["x", None]]
+            return types.SimpleNamespace(score=50.0)
+
+    package, inside = types.ModuleType("sacrebleu"), types.ModuleType("sacrebleu.metrics")
+    inside.BLEU = inside.CHRF = Corpus
+    monkeypatch.setitem(sys.modules, "sacrebleu", package)
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", inside)
+    kind = task(metric="bleu")
+    assert kind.score(["a", "b"], [["a", "x"], "c"]) == {"bleu": 0.5, "chrf": 0.5} and kind.primary == "bleu"
+    with pytest.raises(LrkitError, match="row 1: no reference text"):
+        kind.score(["a", "b"], [["a"], []])
 
 
 # What is said
@@ -245,7 +263,6 @@ def test_wrong_options_refused(option, message):
             make()
         assert "\n" not in str(error.value)
     assert task().with_options({"num_beams": 4, "metric": "rouge"}).num_beams == 4
-    assert set(METRICS) == {"rouge", "exact_match"}
 
 
 def test_cuts_are_counted():

@@ -1,4 +1,4 @@
-"""Scores of generated text: ROUGE of summaries, and exact match of the number that a solution ends with.
+"""Scores of generated text: ROUGE of summaries, BLEU of translations, exact match of the number that ends a solution.
 
 For example:
 
@@ -34,11 +34,6 @@ def sentences(text: str) -> list[str]:
     return [sentence for sentence in _SENTENCE.split(text.strip()) if sentence]
 
 
-def in_lines(text: str) -> str:
-    """Put each sentence of a text on a line of its own, as `rouge` reads them for Lsum."""
-    return "\n".join(sentences(text))
-
-
 def first_sentences(text: str, count: int) -> str:
     """Return the first so many sentences of a text, its lead; 0 for the whole of it."""
     return " ".join(sentences(text)[: count or None])
@@ -56,9 +51,9 @@ def rouge_scorer() -> Any:
 def rouge(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict[str, float]:
     """Compute ROUGE-L, -1, -2 and -Lsum: F1, in [0, 1], the mean over rows.
 
-    The package rouge-score computes them as published (Lin 2004), with Porter's stemmer. Lsum takes each line of a text
-    for a sentence, so it is L unless texts have line breaks: see `in_lines`. If a row has several references, the best
-    counts, for each score apart.
+    The package rouge-score computes them as published (Lin 2004), with Porter's stemmer. For Lsum each
+    sentence is put on a line of its own: see `sentences`. If a row has several references, the best counts, for each score
+    apart.
 
     Args:
         predicted: One text per row, [n].
@@ -72,12 +67,72 @@ def rouge(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict
     check_rows(predicted, true)
     sums = dict.fromkeys(ROUGE, 0.0)
     for row, (said, references) in enumerate(zip(predicted, true, strict=True)):
-        texts = [references] if isinstance(references, str) else list(references)
-        if not texts:
-            raise LrkitError(f"row {row}: no reference text")
-        for name, score in scorer.score_multi(texts, said).items():
+        for name, score in scorer.score_multi(
+            [_in_lines(text) for text in several(references, row)], _in_lines(said)
+        ).items():
             sums[name] += float(score.fmeasure)
     return {name: total / len(true) for name, total in sums.items()}
+
+
+def _in_lines(text: str) -> str:
+    return "\n".join(sentences(text))
+
+
+def exact_match(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Compute the share of rows in which the text is a reference of its row, but for white space.
+
+    Args:
+        predicted: One text per row, [n].
+        true: The reference of each row, or its references, [n].
+
+    Raises:
+        LrkitError: if there is not one prediction per row, no row, or a row without a reference.
+    """
+    check_rows(predicted, true)
+    hits = 0
+    for row, (said, references) in enumerate(zip(predicted, true, strict=True)):
+        hits += said.split() in [text.split() for text in several(references, row)]
+    return {"exact_match": hits / len(true)}
+
+
+def translation_scorers() -> dict[str, Any]:
+    """Make sacrebleu's scorers, or raise LrkitError if the package is not installed: ask before a model is trained."""
+    try:
+        from sacrebleu.metrics import BLEU, CHRF
+    except ImportError:
+        raise LrkitError('BLEU needs the package sacrebleu: pip install "lrkit[text]"') from None
+    return {"bleu": BLEU(), "chrf": CHRF()}
+
+
+def bleu(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Compute BLEU and chrF of all rows together, in [0, 1].
+
+    The package sacrebleu computes them with its own defaults (Post 2018), by which papers can be compared: BLEU on words
+    as "13a" splits them, and chrF2 on characters, which suits texts without blanks too. A row may have several
+    references.
+
+    Args:
+        predicted: One text per row, [n].
+        true: The reference of each row, or its references, [n].
+
+    Raises:
+        LrkitError: if sacrebleu is not installed, there is not one prediction per row, no row, or a row without a
+            reference.
+    """
+    scorers = translation_scorers()
+    check_rows(predicted, true)
+    rows = [several(references, row) for row, references in enumerate(true)]
+    most = max(len(texts) for texts in rows)
+    streams = [[texts[n] if n < len(texts) else None for texts in rows] for n in range(most)]
+    return {name: scorer.corpus_score(list(predicted), streams).score / 100 for name, scorer in scorers.items()}
+
+
+def several(references: str | Sequence[str], row: int) -> list[str]:
+    """List a row's references, of which there may be one alone; raise LrkitError if there is none."""
+    texts = [references] if isinstance(references, str) else list(references)
+    if not texts:
+        raise LrkitError(f"row {row}: no reference text")
+    return texts
 
 
 def final_number(text: str) -> Decimal | None:

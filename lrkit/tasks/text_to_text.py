@@ -10,10 +10,9 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.settings import one_of, real, whole
-from lrkit.tasks import cuts, generating
-from lrkit.tasks.answers import check_rows
+from lrkit.tasks import cuts, generated, generating
 from lrkit.tasks.base import Task
-from lrkit.tasks.generated import first_sentences, in_lines, rouge, rouge_scorer
+from lrkit.tasks.generated import first_sentences, several
 from lrkit.tasks.learnt import Sample
 from lrkit.tasks.tokens import encoding, some
 
@@ -24,31 +23,20 @@ if TYPE_CHECKING:
 Texts = Sequence[str | Sequence[str]]
 
 
-def _rouge(predicted: Sequence[str], true: Texts) -> dict[str, float]:
-    """Compute ROUGE, with each sentence on a line of its own for Lsum."""
-    return rouge([in_lines(text) for text in predicted], [[in_lines(text) for text in several(row)] for row in true])
+@attrs.frozen
+class Metric:
+    """A score of texts: its function, the name of its primary score, and what fails if its package is not there."""
+
+    score: Callable[[Sequence[str], Texts], dict[str, float]]
+    primary: str
+    needs: Callable[[], object] = dict
 
 
-def _exact_match(predicted: Sequence[str], true: Texts) -> dict[str, float]:
-    """Compute the share of rows in which the text is a reference, but for white space."""
-    check_rows(predicted, true)
-    hits = [
-        " ".join(said.split()) in {" ".join(text.split()) for text in several(row)}
-        for said, row in zip(predicted, true, strict=True)
-    ]
-    return {"exact_match": sum(hits) / len(hits)}
-
-
-METRICS: Mapping[str, Callable[[Sequence[str], Texts], dict[str, float]]] = {
-    "rouge": _rouge,
-    "exact_match": _exact_match,
+METRICS: Mapping[str, Metric] = {
+    "rouge": Metric(generated.rouge, generated.ROUGE[0], generated.rouge_scorer),
+    "bleu": Metric(generated.bleu, "bleu", generated.translation_scorers),
+    "exact_match": Metric(generated.exact_match, "exact_match"),
 }
-"""Scores of texts by name; each has its primary score first."""
-
-
-def several(references: str | Sequence[str]) -> list[str]:
-    """List a row's references, of which there may be one alone."""
-    return [references] if isinstance(references, str) else list(references)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -69,7 +57,7 @@ class TextToText(Task):
         num_beams: beams of the search; 1 for greedy.
         length_penalty: exponent of a beam's length, by which its score is divided; None for the model's own.
         no_repeat_ngram_size: no so many tokens in a row are written twice; None for the model's own.
-        metric: ``"rouge"`` (needs ``lrkit[text]``) or ``"exact_match"``.
+        metric: ``"rouge"`` for summaries, ``"bleu"`` for translations (either needs ``lrkit[text]``) or ``"exact_match"``.
         lead: sentences of a source that are its trivial summary; 0 for all of it.
 
     Raises:
@@ -110,7 +98,7 @@ class TextToText(Task):
         return [self.prefix + text for text in rows[self.source]]
 
     def _targets(self, rows: Any) -> list[str]:
-        return [several(texts)[0] for texts in rows[self.target]]
+        return [several(texts, row)[0] for row, texts in enumerate(rows[self.target])]
 
     def encode(
         self, batch: Mapping[str, Sequence[Any]], tokenizer: Any, max_length: int, *, training: bool = True
@@ -132,8 +120,7 @@ class TextToText(Task):
         Raises:
             LrkitError: the tokenizer cannot encode them, or the package of the metric is not there.
         """
-        if self.metric == "rouge":
-            rouge_scorer()  # now, not after hours
+        METRICS[self.metric].needs()  # now, not after hours
         if not training:
             rows = [some(self.train), some(self.validation)]
             sources = [text for part in rows for text in self._sources(part)]
@@ -166,7 +153,7 @@ class TextToText(Task):
 
     def references(self) -> list[list[str]]:
         """Return each validation row's references."""
-        return [several(texts) for texts in self.validation[self.target]]
+        return [several(texts, row) for row, texts in enumerate(self.validation[self.target])]
 
     def perfect(self) -> list[str]:
         """Return each validation row's first reference."""
@@ -174,14 +161,19 @@ class TextToText(Task):
 
     def score(self, predictions: Sequence[str], references: Texts) -> dict[str, float]:
         """Score texts by the metric. Raises LrkitError unless there is one per row."""
-        return METRICS[self.metric](predictions, references)
+        return METRICS[self.metric].score(predictions, references)
+
+    @property
+    def primary(self) -> str:
+        """Return the name of the primary score, without scoring all rows for it."""
+        return METRICS[self.metric].primary
 
     @property
     def majority(self) -> float | None:
         """Compute the primary score of the best trivial texts.
 
-        For ROUGE these are the first sentences of each source, `lead` of them: a hard floor where news are summarized. For
-        exact match it is the text that most rows have.
+        For ROUGE and BLEU these are the first sentences of each source, `lead` of them: a hard floor where news are
+        summarized. For exact match it is the text that most rows have.
         """
         true = self.references()
         if self.metric == "exact_match":

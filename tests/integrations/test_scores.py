@@ -1,4 +1,6 @@
-"""Scores of text against the packages whose rules they follow: torchmetrics, rouge-score and seqeval."""
+"""Scores of text against the packages whose rules they follow: torchmetrics, rouge-score, sacrebleu and seqeval."""
+
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -6,10 +8,11 @@ from hypothesis import strategies as st
 
 from lrkit.tasks.answers import normalized, squad
 from lrkit.tasks.entities import entities, entity_f1
-from lrkit.tasks.generated import rouge
+from lrkit.tasks.generated import bleu, rouge, sentences
 
 torchmetrics_squad = pytest.importorskip("torchmetrics.functional.text").squad
 rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
+sacrebleu = pytest.importorskip("sacrebleu")
 seqeval = pytest.importorskip("seqeval.metrics")
 get_entities = pytest.importorskip("seqeval.metrics.sequence_labeling").get_entities
 
@@ -65,6 +68,27 @@ def test_rouge_of_lin() -> None:
 def test_rouge_is_mean(rows: list[tuple[str, str]]) -> None:
     """Each score is the mean over rows of the package's F1."""
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
-    each = [scorer.score(true, said) for said, true in rows]
+    each = [scorer.score(*("\n".join(sentences(text)) for text in (true, said))) for said, true in rows]
     for name, value in rouge([said for said, _ in rows], [true for _, true in rows]).items():
         assert value == pytest.approx(sum(scores[name].fmeasure for scores in each) / len(each))
+
+
+def test_bleu_of_papineni() -> None:
+    """BLEU by hand: the precisions of words and of two, three and four in a row, and the penalty for a short text."""
+    said, true = "the cat sat on the red mat", "the cat sat on the mat by it"
+    precisions = [6 / 7, 4 / 6, 3 / 5, 2 / 4]
+    expected = math.exp(1 - 8 / 7) * math.prod(precisions) ** (1 / 4)
+    assert bleu([said], [true])["bleu"] == pytest.approx(expected)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(TEXTS, st.lists(TEXTS, min_size=2, max_size=2)), min_size=1, max_size=4))
+def test_bleu_is_sacrebleus(rows: list[tuple[str, list[str]]]) -> None:
+    """BLEU and chrF are the package's of all rows together."""
+    said, streams = (
+        [said for said, _ in rows],
+        [list(texts) for texts in zip(*(texts for _, texts in rows), strict=True)],
+    )
+    ours = bleu(said, [texts for _, texts in rows])
+    assert 100 * ours["bleu"] == pytest.approx(sacrebleu.corpus_bleu(said, streams).score)
+    assert 100 * ours["chrf"] == pytest.approx(sacrebleu.corpus_chrf(said, streams).score)

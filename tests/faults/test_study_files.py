@@ -68,7 +68,7 @@ def test_core_files_need_nothing():
     """lrkit's own files use lrkit's own methods; those that need a plug-in's ship with it."""
     assert set(CORE) == {
         *("adalora-figure-1", "adalora-figure-2", "aflora-figure-3", "aflora-figure-4"),
-        *("aflora-table-2", "aflora-table-3", "aflora-table-6", "hybrid"),
+        *("aflora-table-2", "aflora-table-3", "aflora-table-6", "aflora-gsm8k", "hybrid"),
     }
     assert not any(read_study(name).requires for name in CORE)
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lrkit.adapt.adapted import Adapted, attach
+from lrkit.counting import counter
 from lrkit.errors import LrkitError
 from lrkit.layers.logical import as_floats, entries
 from lrkit.loop.course import is_known
@@ -215,37 +215,36 @@ def flops(model: nn.Module, batch: Mapping[str, Tensor], loss: "Callable[[Any], 
     parameters = [p for p in model.parameters() if p.requires_grad]
     # torch does not count its product of sorted rows, which transformers takes for experts that are not adapted.
     with experts_by(model, "batched_mm" if any(p.is_meta for p in model.parameters()) else "eager"):
-        with as_floats(model), FlopCounterMode(display=False) as forward:
+        with as_floats(model), counter() as forward:
             output = model(**batch)
         scalar = loss(output) if loss is not None else _scalar(output)
-        with FlopCounterMode(display=False) as backward:
+        with counter() as backward:
             torch.autograd.grad(scalar, parameters, allow_unused=True)
     return Flops(forward=forward.get_total_flops(), backward=backward.get_total_flops())
 
 
 def flops_on(method: "Method", model: nn.Module, tokens: int, **attach_settings: Any) -> Flops:
-    """Count the `flops` of a method's first step for one sequence of so many tokens. The model is given back as it was.
+    """Count the `flops` of a method's first step on a sequence, and in an encoder-decoder a target, of so many tokens.
 
     Args:
         method: the method.
-        model: a model that takes ``input_ids`` and ``attention_mask``, on any device.
+        model: a model that takes ``input_ids`` and ``attention_mask``, on any device. It is given back as it was.
         tokens: length of the sequence.
         **attach_settings: of `lrkit.attach`: ``targets``, ``train_also``, ``exclude``, ``slices``.
     """
     adapted = attach(model, method, **attach_settings)
     ids = torch.zeros((1, tokens), dtype=torch.long, device=next(model.parameters()).device)
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    batch = dict.fromkeys(["input_ids", *(["decoder_input_ids"] if two else [])], ids)
     try:
         try:
-            try:
-                return flops(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-            except RuntimeError:
-                # Some models read the mask, which has no values on the meta device; others need it.
-                return flops(model, {"input_ids": ids})
-        except (RuntimeError, NotImplementedError, IndexError) as error:
-            first = " ".join(str(error).split())[:200]
-            raise LrkitError(
-                f"{type(model).__name__} cannot be run for {tokens} tokens on {ids.device.type} to count FLOPs: {first}"
-            ) from error
+            return flops(model, {**batch, "attention_mask": torch.ones_like(ids)})
+        except RuntimeError:
+            # Some models read the mask, which has no values on the meta device; others need it.
+            return flops(model, batch)
+    except (RuntimeError, NotImplementedError, IndexError) as error:
+        where = f"{type(model).__name__} cannot be run for {tokens} tokens on {ids.device.type}"
+        raise LrkitError(f"{where} to count FLOPs: {' '.join(str(error).split())[:200]}") from error
     finally:
         adapted.detach()
 

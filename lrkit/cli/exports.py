@@ -2,13 +2,13 @@
 
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lrkit.cli import screen
 from lrkit.cli.folders import new_folder
-from lrkit.cli.options import Json
+from lrkit.cli.options import Json, Trust
 from lrkit.errors import LrkitError, LrkitWarning, nearest
 from lrkit.reading import read_json
 
@@ -30,6 +30,8 @@ def export(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --push: show what would be uploaded, without a network.")
     ] = False,
+    revision: Annotated[str | None, typer.Option(help="Of the base model on the hub, if not RUN's own.")] = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Write a trained run for PEFT, vLLM or transformers.
@@ -42,6 +44,7 @@ def export(
     from lrkit.adapt import checkpoint
     from lrkit.adapt.adapted import load
     from lrkit.loop import state
+    from lrkit.study.loading import loading_from
     from lrkit.study.pretrained import load_base
 
     if to not in peft.TARGETS:
@@ -59,7 +62,13 @@ def export(
         trained = {name.removeprefix("weight.") for name in stored.shapes}
     if base is None:
         raise LrkitError(f"{run} does not say which transformers model it was attached to: export it with lrkit.export")
-    net, tokenizer = load_base(base, model or _model_of(run), trained)
+    named, loading = _model_of(run)
+    # Another model than the run's has revisions of its own; and no file says that code is to be run.
+    how: dict[str, Any] = {name: loading[name] for name in ("revision", "attn_implementation") if name in loading}
+    how = {} if model is not None else how
+    how |= {} if revision is None else {"revision": revision}
+    how |= {"trust_remote_code": True} if trust_remote_code else {}
+    net, tokenizer = load_base(base, model or named, trained, loading_from(how))
     adapted = load(net, run)
     if to == "merged" and tokenizer is None:
         warnings.warn("the base model has no tokenizer, so none is written", LrkitWarning, stacklevel=1)
@@ -91,13 +100,14 @@ def export(
         screen.say(f"{push} would get {files}" if pushed.url is None else f"uploaded to {pushed.url}: {files}")
 
 
-def _model_of(run: Path) -> str | None:
-    """Return what a run was told as its model; None if it left no word."""
+def _model_of(run: Path) -> tuple[str | None, dict[str, Any]]:
+    """Return what a run was told as its model, and how it was loaded; None and nothing if it left no word."""
     for name in ("result.json", "config.json"):
         try:
             found = read_json(run / name)
         except (FileNotFoundError, LrkitError):
             continue
         if isinstance(found, dict) and isinstance(found.get("model"), str):
-            return str(found["model"])
-    return None
+            loading = found.get("loading")
+            return str(found["model"]), loading if isinstance(loading, dict) else {}
+    return None, {}

@@ -1,8 +1,9 @@
 """Find out what was meant by a word in the wrong place: ``--lr 1e-3`` is ``--set run.lr=1e-3``.
 
-A setting has one of three places: the run (``--set run.lr=1e-3``), the method (``--set rank=8``, ``--set metric.beta1=0.5``)
-or the command itself (``--model minilm``). Other tools have one place, and other names. If a setting is given in the wrong
-place, is spelt otherwise, or has the name that transformers, PEFT or a paper gives it, the error tells the right words.
+A setting has one of four places: the run (``--set run.lr=1e-3``), the method (``--set rank=8``, ``--set metric.beta1=0.5``),
+the task (``--set task.num_beams=4``) or the command itself (``--model minilm``). Other tools have one place, and other
+names. If a setting is given in the wrong place, is spelt otherwise, or has the name that transformers, PEFT or a paper
+gives it, the error tells the right words.
 """
 
 import difflib
@@ -11,67 +12,10 @@ import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from lrkit.cli import other_names
 from lrkit.errors import LrkitError
 
 PARTS = ("parameterization", "metric", "scheduler", "action")
-
-_RUN = {
-    "learning_rate": "lr",
-    "max_steps": "steps",
-    "num_steps": "steps",
-    "train_steps": "steps",
-    "iterations": "steps",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "train_batch_size": "batch_size",
-    "per_device_train_batch_size": "batch_size",
-    "bs": "batch_size",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "head_learning_rate": "head_lr",
-    "warmup_steps": "lr_warmup",
-    "warmup_ratio": "lr_warmup",
-    "wd": "weight_decay",
-    "max_grad_norm": "grad_clip",
-    "clip": "grad_clip",
-    "max_len": "max_length",
-    "max_seq_length": "max_length",
-    "max_seq_len": "max_length",
-    "max_train_samples": "train_rows",
-    "max_eval_samples": "validation_rows",
-    "eval_steps": "eval_every",
-    "num_threads": "threads",
-    "random_seed": "seed",
-    "exclude_modules": "exclude",
-}
-_METHOD = {
-    "r": "rank",
-    "lora_r": "rank",
-    "init_r": "rank",
-    "target_r": "target_rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "init_lora_weights": "init",
-    "tinit": "warmup",
-    "tfinal": "final",
-    "delta_t": "interval",
-    "orth_reg_weight": "orthogonality",
-}
-_OPTIONS = {
-    "seed": "seeds",
-    "output": "out",
-    "output_dir": "out",
-    "dataset": "task",
-    "dataset_name": "task",
-    "task_name": "task",
-    "model_name": "model",
-    "model_name_or_path": "model",
-    "base_model": "model",
-    "target_modules": "targets",
-    "modules_to_save": "train-also",
-    "num_seeds": "seeds",
-    "study": "out",
-    "num_workers": "workers",
-}
 
 
 def _plain(word: str) -> str:
@@ -141,16 +85,20 @@ def _check_run(key: str, value: str, arguments: Collection[str]) -> None:
     known = run_settings()
     if name in known:
         return
-    if (right := meant(name, known, _RUN)) is not None:
+    if (right := meant(name, known, other_names.RUN)) is not None:
         raise LrkitError(f'run has no setting "{name}" (did you mean "{right}"?): --set {given(f"run.{right}", value)}')
-    if (right := meant(name, arguments, _METHOD, near=False)) is not None:
+    if (right := meant(name, arguments, other_names.METHOD, near=False)) is not None:
         raise LrkitError(f'run has no setting "{name}", the method has: --set {given(right, value)}')
+    if (right := other_names.TASK.get(name)) is not None:
+        raise LrkitError(f'run has no setting "{name}", tasks may have: --set {given(f"task.{right}", value)}')
 
 
 def _check_method(key: str, value: str, arguments: Collection[str], runs: bool) -> None:
-    if (right := meant(key, arguments, _METHOD, near=False)) is not None:
+    if (right := meant(key, arguments, other_names.METHOD, near=False)) is not None:
         raise LrkitError(f'no setting "{key}" (did you mean "{right}"?): --set {given(right, value)}')
-    if (right := meant(key, run_settings(), _RUN)) is None:
+    if runs and (right := other_names.TASK.get(key)) is not None:
+        raise LrkitError(f'no setting "{key}": tasks may have it, --set {given(f"task.{right}", value)}')
+    if (right := meant(key, run_settings(), other_names.RUN)) is None:
         return
     if not runs:
         raise LrkitError(f'no setting "{key}": {right} is a setting of a run, and nothing runs here')
@@ -170,8 +118,8 @@ def check_parts(texts: Mapping[str, str]) -> None:
     """
     for key, value in texts.items():
         part, _, name = key.rpartition(".")
-        if part in PARTS and name in (*run_settings(), *_RUN):
-            right = given(f"run.{_RUN.get(name, name)}", value)
+        if part in PARTS and name in (*run_settings(), *other_names.RUN):
+            right = given(f"run.{other_names.RUN.get(name, name)}", value)
             raise LrkitError(f'no setting "{key}": the run has it, --set {right}')
 
 
@@ -206,15 +154,19 @@ def of_option(
 
     def of_method() -> str:
         paths = method() if value is not None and "--set" in options else {}
-        return setting(paths[right]) if (right := meant(word, paths, _METHOD, near=False)) is not None else ""
+        return (
+            setting(paths[right]) if (right := meant(word, paths, other_names.METHOD, near=False)) is not None else ""
+        )
 
-    if (right := meant(word, own, _OPTIONS, near=False)) is not None:
+    if (right := meant(word, own, other_names.OPTIONS, near=False)) is not None:
         return f' (did you mean "--{right}"?)'
+    if settings and (right := other_names.TASK.get(word)) is not None:
+        return setting(f"task.{right}")
     if word in PARTS and "--swap" in options:
         return f' (did you mean "--swap {given(word, value)}"?)'
-    if (right := meant(word, settings, _RUN, near=False)) is not None:
+    if (right := meant(word, settings, other_names.RUN, near=False)) is not None:
         return setting(f"run.{right}")
-    if meant(word, _METHOD.values(), _METHOD, near=False) is not None and (hint := of_method()):
+    if meant(word, other_names.METHOD.values(), other_names.METHOD, near=False) is not None and (hint := of_method()):
         return hint
     if (right := meant(word, own)) is not None:
         return f' (did you mean "--{right}"?)'

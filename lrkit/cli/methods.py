@@ -7,7 +7,7 @@ import typer
 
 from lrkit import foreign
 from lrkit.cli import screen, words
-from lrkit.cli.options import Json, Ranks, Set, Swap
+from lrkit.cli.options import Json, Ranks, Set, Swap, Trust
 from lrkit.cli.ranks import Reader
 from lrkit.cli.tables import Column
 from lrkit.errors import LrkitError
@@ -55,6 +55,7 @@ def params(
     sets: Set = None,
     swap: Swap = None,
     ranks: Ranks = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Count parameters and FLOPs, without weights.
@@ -69,10 +70,13 @@ def params(
 
     if ranks is not None and not method:
         raise LrkitError("--ranks is of methods that are named: name one")
-    given = None if ranks is None else words.ranks(ranks, model, "all-linear", sets or [])
+    given = None if ranks is None else words.ranks(ranks, model, "all-linear", sets or [], trust=trust_remote_code)
     composed = _composed(method or [], sets or [], swap or [], given)
     where = attach_settings(words.divided(sets or [])[1])
-    net = empty_model(model)
+    loading = words.loading(sets or [], trust=trust_remote_code)
+    if others := [name for name in loading.to_plain() if name not in ("revision", "trust_remote_code")]:
+        raise LrkitError(f"model.{others[0]} is of weights, and nothing is loaded here: parameters are counted alike")
+    net = empty_model(model, None, loading)
     plain: dict[str, Any] = {}
     rows = []
     for name, each in composed.items():
@@ -100,7 +104,8 @@ def params(
     if tokens:
         columns += [Column("multiply-adds per token, forward", number=True), Column("backward", number=True)]
     screen.table(columns, rows, f"{model}: {counted.model:,} parameters without its head")
-    screen.say(f"Averages are over {steps:,} steps; the head (classifier, pooler: {counted.head:,}) is not counted.")
+    head = f"the head (classifier, pooler: {counted.head:,}) is not counted" if counted.head else "no head is trained"
+    screen.say(f"Averages are over {steps:,} steps; {head}.")
 
 
 def _composed(

@@ -21,12 +21,22 @@ Ranks = Annotated[
         help="Each layer's rank: of a .toml or .json file, or of a run's end; or the method's own total, shared out.",
     ),
 ]
-TaskName = Annotated[str | None, typer.Option("--task", help="movies (the default), glue/NAME, or a plug-in's.")]
+TaskName = Annotated[
+    str | None, typer.Option("--task", help="movies (the default), glue/NAME, squad, xsum, gsm8k, ..., or a plug-in's.")
+]
 Data = Annotated[
-    Path | None, typer.Option("--data", help="A folder with {train,validation}.jsonl[.gz], instead of --task.")
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FOLDER[:SPLITS]",
+        help="A folder with {train,validation}.{jsonl[.gz],parquet,csv}, instead of --task. SPLITS: validation=test.",
+    ),
 ]
 Model = Annotated[
     str, typer.Option("--model", help="minilm, smollm2, flan-t5-small, mpnet, distilbert, a folder, or a hub id.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model: look at it first.")
 ]
 TrainAlso = Annotated[
     str | None,

@@ -16,14 +16,15 @@ _LABEL = 28
 
 
 @contextmanager
-def bars(quiet: bool) -> Iterator[Callable[[str, int], Told | None]]:
+def bars(quiet: bool) -> Iterator[Callable[[str, int | None], Told | None]]:
     """Show how far runs are while the block lasts.
 
     Args:
         quiet: show nothing.
 
     Yields:
-        A function of a run's label and its steps, called when the run begins, that returns what to call after each step.
+        A function of a run's label and its steps (None if not known yet), called when the run begins, that returns what to
+        call after each step.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,7 +35,7 @@ def bars(quiet: bool) -> Iterator[Callable[[str, int], Told | None]]:
         return
     if not console.is_terminal:
         yield lambda label, total: _Lines(
-            lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True), label, total
+            lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True), label
         )
         return
     columns = (
@@ -46,7 +47,7 @@ def bars(quiet: bool) -> Iterator[Callable[[str, int], Told | None]]:
     )
     with Progress(*columns, console=console) as shown:
 
-        def bar(label: str, total: int) -> Told:
+        def bar(label: str, total: int | None) -> Told:
             row = shown.add_task(cut(label, _LABEL), total=total, loss="-")
 
             def update(step: int, steps: int, loss: float | None) -> None:
@@ -60,14 +61,14 @@ def bars(quiet: bool) -> Iterator[Callable[[str, int], Told | None]]:
 class _Lines:
     """Says of one run when it begins, and every so often how far it is."""
 
-    def __init__(self, say: Callable[[str], None], label: str, total: int) -> None:
-        self._say, self._label, self._total = say, label, total
+    def __init__(self, say: Callable[[str], None], label: str) -> None:
+        self._say, self._label = say, label
         self._begin = self._said = time.monotonic()
 
     def __call__(self, step: int, steps: int, loss: float | None) -> None:
         now = time.monotonic()
         if step == 1:
-            self._say(f"{self._label}: {self._total} steps")
+            self._say(f"{self._label}: {steps} steps")
         elif now - self._said >= EVERY:
             self._said = now
             left = (now - self._begin) / step * (steps - step)

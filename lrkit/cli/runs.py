@@ -1,4 +1,4 @@
-"""``lrkit demo`` and ``lrkit run``: train methods, and show what came of it."""
+"""``lrkit run``: train methods, and show what came of it."""
 
 import json
 import warnings
@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrkit.cli import progress, screen, words
+from lrkit.cli import outcome, progress, screen, words
 from lrkit.cli.folders import new_folder, write_into, write_text
 from lrkit.cli.interrupt import stopping
-from lrkit.cli.options import Data, Json, Model, Ranks, Set, Swap, TaskName, TrainAlso
-from lrkit.cli.tables import Column
+from lrkit.cli.options import Data, Json, Model, Ranks, Set, Swap, TaskName, TrainAlso, Trust
 from lrkit.errors import LrkitError, LrkitWarning
 
 if TYPE_CHECKING:
@@ -21,52 +20,6 @@ if TYPE_CHECKING:
     from lrkit.method import Method
     from lrkit.study.resume import Unfinished
     from lrkit.study.run import Result
-
-
-def demo(
-    out: Annotated[Path | None, typer.Option(help="A new folder for table and pictures.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.", min=20)] = 120,
-    as_json: Json = False,
-) -> None:
-    """Train four methods on movie-review sentences, with pictures.
-
-    Fine-tunes MiniLM with LoRA, AdaLoRA, AdaLoRA with another metric, and AFLoRA, and draws what happened.
-    """
-    import attrs
-
-    from lrkit import methods, metrics
-    from lrkit.study.pictures import draw
-    from lrkit.study.run import RunSettings, train
-    from lrkit.tasks import load_task
-
-    folder = new_folder(out, "lrkit-demo")
-    adalora = methods.adalora(rank=8, target_rank=4, alpha=32.0)  # LoRA's scale, α/r = 4
-    compositions = {
-        "lora": methods.lora(rank=4),
-        "adalora": adalora,
-        "adalora, metric=magnitude": attrs.evolve(adalora, metric=metrics.Magnitude()),
-        "aflora": methods.aflora(rank=4),
-    }
-    task = load_task("movies")
-    settings = RunSettings(steps=steps, max_length=64)
-    results: dict[str, Result] = {}
-    with progress.bars(as_json) as bar:
-        for label, method in compositions.items():
-            results[label] = train(method, task, settings=settings, progress=bar(label, steps))
-    plain = {label: result.to_plain() for label, result in results.items()}
-    pictures: list[Path] = []
-
-    def write(place: Path) -> None:
-        write_text(place / "results.json", json.dumps(plain, indent=1))
-        pictures[:] = draw(results, place)
-
-    folder = write_into(folder, write)
-    if as_json:
-        screen.say_json({"folder": str(folder), "pictures": [str(p) for p in pictures], "runs": plain})
-        return
-    _show(results, f"MiniLM on {len(task.train):,} movie-review sentences, {steps} steps of 32")
-    screen.say("pictures: " + " ".join(str(p) for p in pictures))
-    screen.say(f"every decision, layer by layer: {folder / 'results.json'}")
 
 
 def run(
@@ -84,6 +37,7 @@ def run(
     sets: Set = None,
     swap: Swap = None,
     ranks: Ranks = None,
+    trust_remote_code: Trust = False,
     out: Annotated[Path | None, typer.Option(help="A new folder for adapters, results and pictures.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -91,18 +45,21 @@ def run(
 
     After Ctrl-C the same command with the same --out goes on where it was.
     """
-    given = None if ranks is None else words.ranks(ranks, model, targets, sets or [])
+    given = None if ranks is None else words.ranks(ranks, model, targets, sets or [], trust=trust_remote_code)
     composed, changes = words.to_run(method, all_methods, sets or [], swap or [], given)
     # After the line above, so that a command without a method is answered at once.
     from lrkit.study.progress import Phases
     from lrkit.study.resume import FOLDER, Unfinished
-    from lrkit.study.run import settings_from, total_steps, train
+    from lrkit.study.run import settings_from, train
+    from lrkit.study.run_settings import steps_of
 
-    settings = settings_from(changes)
+    settings, loading = settings_from(changes), words.loading(sets or [], trust=trust_remote_code)
     if out is not None and not (out / FOLDER).is_dir():
         new_folder(out)
     loaded = words.task(task, data, words.options(sets or []))
-    steps = total_steps(settings, min(len(loaded.train), settings.train_rows or len(loaded.train)))
+    # Of a task whose rows are no examples, the steps are known once it is tokenized.
+    known = loaded.by_row or settings.steps is not None
+    steps = steps_of(settings, len(loaded.train)) if known else None
     asked: dict[str, Any] = {
         "model": model,
         "targets": words.targets(targets),
@@ -110,13 +67,18 @@ def run(
     }
     unfinished = None
     if out is not None:
-        source = {"task": task, "data": str(data) if data else None, "options": words.options(sets or [])}
+        source = {
+            "loading": loading.to_plain(),
+            "task": task,
+            "data": str(data) if data else None,
+            "options": words.options(sets or []),
+        }
         unfinished = Unfinished(out, composed, asked | source, settings)
     with progress.bars(as_json) as bar, stopping(unfinished is not None) as stop, Phases(quiet=as_json) as phases:
         results, refused = _train_each(
             composed,
             steps,
-            partial(train, task=loaded, settings=settings, say=phases.say, **asked),
+            partial(train, task=loaded, settings=settings, loading=loading, say=phases.say, **asked),
             bar,
             folder_of=lambda label: None if out is None else out / label if all_methods else out,
             unfinished=unfinished,
@@ -130,7 +92,8 @@ def run(
         plain = {label: result.to_plain() for label, result in results.items()}
         screen.say_json({"runs": plain, "refused": refused} if all_methods else next(iter(plain.values())))
     elif results:
-        _show(results, f"{model} on {loaded.name}, {steps} steps of {settings.batch_size}")
+        taken = next(iter(results.values())).steps
+        outcome.show(results, f"{model} on {loaded.name}, {taken} steps of {settings.batch_size}")
         if folder is not None:
             screen.say("written: " + " ".join(str(p) for p in sorted(folder.iterdir())))
     for line in refused:
@@ -141,9 +104,9 @@ def run(
 
 def _train_each(
     composed: "Mapping[str, Method]",
-    steps: int,
+    steps: int | None,
     train: "Callable[..., Result]",
-    bar: Callable[[str, int], progress.Told | None],
+    bar: Callable[[str, int | None], progress.Told | None],
     *,
     folder_of: Callable[[str], Path | None],
     unfinished: "Unfinished | None",
@@ -154,7 +117,7 @@ def _train_each(
 
     Args:
         composed: the methods by label.
-        steps: optimizer steps of each.
+        steps: optimizer steps of each; None if they are not known yet.
         train: trains a method on the task; `lrkit.study.run.train` with all that the runs have in common.
         bar: gives what is called after each step of a run.
         folder_of: gives the folder that a run is saved in; None to save nothing.
@@ -189,8 +152,9 @@ def _train_each(
                 unfinished.refused()
             raise
         except KeyboardInterrupt:
+            of = "" if steps is None else f" of {steps}"
             if unfinished is not None and (kept := unfinished.step(label)):
-                screen.complain(f"kept: {label} up to step {kept} of {steps}; the same command goes on from there")
+                screen.complain(f"kept: {label} up to step {kept}{of}; the same command goes on from there")
             raise
         if saved:
             write_into(saved[0], partial(_write_result, results[label]))
@@ -205,6 +169,9 @@ def _is_pause(stop: Callable[[], bool]) -> bool:
 
 
 def _write_result(result: "Result", folder: Path) -> None:
+    from lrkit.study.answers import keep_answers
+
+    keep_answers(result, folder)
     write_text(folder / "result.json", json.dumps(screen.finite(result.to_plain()), indent=1))
 
 
@@ -212,45 +179,3 @@ def _draw(results: "Mapping[str, Result]", folder: Path) -> None:
     from lrkit.study.pictures import draw
 
     draw(results, folder)
-
-
-def _show(results: "Mapping[str, Result]", title: str) -> None:
-    """Print a table of runs."""
-    rows = []
-    for label, result in results.items():
-        summary = result.summary
-        rows.append(
-            [
-                label,
-                _written(result.score),
-                f"{summary.start:,}",
-                f"{summary.now:,}",
-                f"{summary.average:,.0f}",
-                screen.whole(f"{result.flops.run / 1e12:,.2f} T"),
-                _state(result),
-                screen.whole(f"{result.step_seconds * 1000:,.0f} ms"),
-            ]
-        )
-    first = next(iter(results.values()))
-    numbers = [next(iter(first.scores)), "trainable at start", "at end", "on average", "FLOPs"]
-    columns = [Column("method"), *(Column(name, number=True) for name in numbers)]
-    columns += [Column("state at the end"), Column("a step", number=True, extra=True)]
-    screen.table(columns, rows, title)
-    guess = "" if first.majority is None else f"constant best guess: {_written(first.majority)}. "
-    screen.say(f"{guess}Trainable parameters are the adapters'; the head's {first.summary.head:,} come on top.")
-
-
-def _written(score: float) -> str:
-    return f"{score:.1%}" if abs(score) <= 1 else f"{score:.3f}"
-
-
-def _state(result: "Result") -> str:
-    layers = result.summary.layers
-    ranks = [layer.rank for layer in layers if layer.rank is not None]
-    said = []
-    if ranks:
-        low, high, mean = min(ranks), max(ranks), sum(ranks) / len(ranks)
-        said.append(f"rank {low}" if low == high else f"ranks {low} to {high}, {screen.whole(f'mean {mean:.1f}')}")
-    if frozen := sum(len(layer.frozen) for layer in layers):
-        said.append(f"{screen.whole(f'{frozen} matrices')} frozen")
-    return ", ".join(said) or "-"

@@ -19,6 +19,7 @@ from lrkit.cli.options import (
     Threads,
     TrainAlso,
     Trials,
+    Trust,
     Tune,
     TuneSeeds,
 )
@@ -41,17 +42,20 @@ def ablate(
     out: Annotated[
         Path | None, typer.Option(help="The study's folder; the same command again goes on with it.")
     ] = None,
-    task: Annotated[list[str] | None, typer.Option("--task", help="movies, glue/NAME, ...; may be repeated.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="movies, glue/NAME, squad, ...; may be repeated.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
             "--data",
             metavar="FOLDER|TASK=FOLDER",
-            help="A data folder as a task, or in place of a task's data; repeatable.",
+            help="A data folder as a task, or in place of a task's data, with :validation=NAME if need be; repeatable.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="minilm, smollm2, ..., a folder, or a hub id.")] = None,
     seeds: Annotated[str | None, typer.Option(help="How many, or which: 6, or 3,4,5.")] = None,
+    trust_remote_code: Trust = False,
     targets: Targets = None,
     train_also: TrainAlso = None,
     sets: Set = None,
@@ -118,6 +122,7 @@ def ablate(
     changes = _changes(swap, task, folders, seeds, targets, train_also, sets, leave_out)
     changes |= {"model": model} if model is not None else {}
     changes |= {"margin": margin} if margin is not None else {}
+    changes |= {"loading": words.loading(sets or [], trust=trust_remote_code).to_plain()}
     changes |= {"grid": True} if grid else {}
     changes |= {"tune": words.tuning(tune, tune_seeds, sampler, trials, halving)}
     asked = standing_in(_study(what, changes, sets or [], profile), in_place)
@@ -182,15 +187,18 @@ def report(
 
 def _divided(data: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     """Divide what --data has into folders that are tasks, and folders that stand in for a task, by its name."""
+    from lrkit.tasks.splits import divided
+
     folders, in_place = [], {}
     for text in data:
-        name, equals, folder = text.partition("=")
-        if not equals or Path(text).is_dir():
+        whole, splits = divided(text)
+        name, equals, folder = whole.partition("=")
+        if not equals or Path(whole).is_dir():
             folders.append(Path(text))
         elif not name or not folder:
             raise LrkitError(f'--data takes FOLDER, or TASK=FOLDER, not "{text}"')
         else:
-            in_place[name] = folder
+            in_place[name] = f"{folder}:{splits}" if splits else folder
     return folders, in_place
 
 
@@ -242,7 +250,7 @@ def _study(what: str, changes: dict[str, Any], sets: Sequence[str], profile: str
         given = study_named(what, profile=profile)
         # The command line's settings come on top of the file's.
         file = attrs.asdict(given)
-        for key in ("set", "run", "swap", "tune"):
+        for key in ("set", "run", "swap", "tune", "loading"):
             changes[key] = {**(file[key] or {}), **changes[key]}
         changes = {**file, **changes}
     elif profile is not None:

@@ -20,6 +20,7 @@ from lrkit.cli.options import (
     Threads,
     TrainAlso,
     Trials,
+    Trust,
     Tune,
     TuneSeeds,
 )
@@ -33,6 +34,7 @@ def tune(
     task: TaskName = None,
     data: Data = None,
     model: Model = "minilm",
+    trust_remote_code: Trust = False,
     targets: Targets = None,
     train_also: TrainAlso = None,
     sets: Set = None,
@@ -74,6 +76,7 @@ def tune(
         "set": settings,
         "run": run,
         "model": model,
+        "loading": words.loading(sets or [], trust=trust_remote_code).to_plain(),
         "tasks": [{"data": str(data)} if data is not None else {"task": task or "movies"}],
         "train_also": words.train_also(train_also),
         "tune": words.tuning(tune, tune_seeds, sampler, trials, halving),

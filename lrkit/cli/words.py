@@ -13,6 +13,7 @@ from lrkit.reading import parse_json
 
 if TYPE_CHECKING:
     from lrkit.method import Method
+    from lrkit.study.loading import Loading
     from lrkit.tasks import Task
 
 
@@ -54,12 +55,15 @@ def targets(text: str) -> str | list[str]:
     return text if text == "all-linear" or not re.fullmatch(r"[\w.,]+", text) else names(text)
 
 
-def ranks(text: str, model: str, within: str, sets: Sequence[str]) -> Reader:
+def ranks(text: str, model: str, within: str, sets: Sequence[str], *, trust: bool = False) -> Reader:
     """Read ``--ranks`` for the layers that ``--model``, ``--targets`` and ``--set run.exclude`` or ``run.slices`` name."""
     from lrkit.study.models import empty_model
     from lrkit.study.run_settings import attach_settings
 
-    return reader(text, lambda: empty_model(model), {"targets": targets(within), **attach_settings(divided(sets)[1])})
+    how = loading(sets, trust=trust)
+    return reader(
+        text, lambda: empty_model(model, None, how), {"targets": targets(within), **attach_settings(divided(sets)[1])}
+    )
 
 
 def train_also(text: str | None) -> str | list[str]:
@@ -83,6 +87,27 @@ def options(sets: Sequence[str]) -> dict[str, Any]:
     return {key.removeprefix("task."): value(said) for key, said in pairs if key.startswith("task.")}
 
 
+def loading(sets: Sequence[str], *, trust: bool) -> "Loading":
+    """Read how the model is loaded among what was typed after ``--set``: ``model.dtype=bfloat16``.
+
+    Args:
+        sets: what was typed.
+        trust: whether code that comes with the model may run (``--trust-remote-code``).
+
+    Raises:
+        LrkitError: an unknown setting, or a wrong value.
+    """
+    from lrkit.study.loading import loading_from
+
+    pairs = map(pair, sets)
+    given = {key.removeprefix("model."): value(said) for key, said in pairs if key.startswith("model.")}
+    if "trust_remote_code" in given:
+        raise LrkitError("code that comes with a model is allowed by --trust-remote-code, not by --set")
+    if isinstance(given.get("revision"), int | float):  # a branch or commit of digits alone
+        given["revision"] = dict(map(pair, sets))["model.revision"]
+    return loading_from(given | ({"trust_remote_code": True} if trust else {}))
+
+
 def _setting(key: str, said: str) -> Any:
     """Read the value of a setting: of layers' names as ``--targets`` is read, of any other as `value` does."""
     given = value(said)
@@ -92,9 +117,9 @@ def _setting(key: str, said: str) -> Any:
 def divided(sets: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divide what was typed after ``--set`` into settings of the method and, without "run.", settings of the run.
 
-    Options of the task are left out: see `options`.
+    Those of the task and of the model are left out: see `options` and `loading`.
     """
-    pairs = {key: _setting(key, said) for key, said in map(pair, sets) if not key.startswith("task.")}
+    pairs = {key: _setting(key, said) for key, said in map(pair, sets) if not key.startswith(("task.", "model."))}
     run = {key.removeprefix("run."): each for key, each in pairs.items() if key.startswith("run.")}
     return {key: each for key, each in pairs.items() if not key.startswith("run.")}, run
 

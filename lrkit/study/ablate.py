@@ -30,6 +30,7 @@ def ablate(
     out: str | os.PathLike[str],
     task: "str | Sequence[Any]" = "movies",
     model: str = "minilm",
+    loading: Mapping[str, Any] | None = None,
     targets: str | Sequence[str] = "all-linear",
     train_also: str | Sequence[str] = "auto",
     seeds: int | Sequence[int] = SEEDS,
@@ -69,6 +70,7 @@ def ablate(
         out: the study's folder; a new one, or the same study's.
         task: a task's name, a list of names, or tables as in a study file.
         model: ``"minilm"``, a folder or a hub id.
+        loading: how it is loaded: settings of `lrkit.study.loading.Loading`.
         targets: which layers, as `lrkit.attach` takes it.
         train_also: which modules train in full, likewise.
         seeds: how many, or which. With n seeds no p can be below 2/2ⁿ times the rows beside the base: a `LrkitWarning`
@@ -119,7 +121,11 @@ def ablate(
         base
         if isinstance(base, Study)
         else _study(
-            base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title, train_also, margin, tune
+            *(base, swap, task, model, targets, seeds, run, set, rows, leave_out, grid, title),
+            train_also=train_also,
+            margin=margin,
+            tune=tune,
+            loading=loading,
         )
     )
     plan = lay_out(standing_in(study, data or {}))
@@ -160,6 +166,7 @@ def _study(
     train_also: str | Sequence[str] = "auto",
     margin: float | None = None,
     tune: Mapping[str, Any] | None = None,
+    loading: Mapping[str, Any] | None = None,
 ) -> Study:
     """Make a study of `ablate`'s arguments."""
     values = {
@@ -177,6 +184,7 @@ def _study(
             "rows": [_row(row) for row in rows],
             "tasks": [task] if isinstance(task, str | Mapping) else list(task),
             "model": os.fspath(model),
+            "loading": dict(loading or {}),
             "targets": targets if isinstance(targets, str) else list(targets),
             "train_also": train_also if isinstance(train_also, str) else list(train_also),
             "seeds": seeds if isinstance(seeds, int) else list(seeds),

@@ -4,6 +4,7 @@
 `lrkit.study.plan.lay_out` does that.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -17,7 +18,9 @@ from lrkit.reading import TOML_BYTES, check_plain, parse_toml, read_text
 from lrkit.strict import Misfit, strict_converter, structured
 from lrkit.study.catalogue import check_required, names, text_of
 from lrkit.study.claim import Claim
+from lrkit.study.loading import loading_from, without_trust
 from lrkit.study.published import Published
+from lrkit.study.scores import MARGIN
 from lrkit.study.shipped import with_profile
 from lrkit.study.space import TuneSpec, tune_from
 
@@ -68,9 +71,9 @@ class TaskSpec:
 
     Args:
         task: a task's name.
-        data: a folder with ``{train,validation}.jsonl[.gz]``; beside a task's name it stands in for that
-            task's data (`standing_in`).
-        metric: the metric that scores a folder's task; None for that of the task it stands in for, if GLUE has it.
+        data: a folder, or ``FOLDER:train=NAME,validation=NAME`` (`lrkit.tasks.load_folder`); beside a task's name it
+            stands in for that task's data (`standing_in`).
+        metric: the metric that scores a folder's task; None for that of the task it stands in for.
         options: the task's own options (`lrkit.tasks.Task.options`); on the command line ``--set task.NAME=VALUE``.
         run: settings of the run on this task alone.
         set: settings of every row's method on this task alone, such as the schedule. A setting that a row changes itself
@@ -87,7 +90,9 @@ class TaskSpec:
     @property
     def name(self) -> str:
         """Return the name that the study calls it by."""
-        return self.task or (Path(self.data).resolve().name if self.data else "movies")
+        from lrkit.tasks.splits import place_of
+
+        return self.task or (place_of(self.data).name if self.data else "movies")
 
 
 @attrs.frozen(kw_only=True)
@@ -108,12 +113,13 @@ class Study:
         rows: further rows.
         tasks: tasks' names or `TaskSpec`; ``movies`` if none is given.
         model: ``"minilm"``, a folder or a hub id.
+        loading: how it is loaded: settings of `lrkit.study.loading.Loading`, those at their defaults left out.
         targets: as `lrkit.attach` takes it.
         train_also: likewise.
         seeds: how many (0, 1, ...), or which.
         run: settings of every run.
         margin: differences of the primary score that are smaller than this do not matter (0.01 is one point of accuracy);
-            rows are then tested for equivalence, too. None: for a difference alone.
+            rows are then tested for equivalence, too. None: for a difference alone. Below 1 where the score is a share.
         claims: what is claimed of the rows, and judged by the rule of `lrkit.study.claims`.
         tune: how settings of every row are chosen by trials before its test cells; None to run them as they are given.
         published: values that others published, for a column of their own.
@@ -131,6 +137,7 @@ class Study:
     rows: list[RowSpec] = attrs.field(factory=list)
     tasks: list[TaskSpec] = attrs.field(factory=list)
     model: str = "minilm"
+    loading: dict[str, Any] = attrs.field(factory=dict)
     targets: str | list[str] = "all-linear"
     train_also: str | list[str] = "auto"
     seeds: int | list[int] = SEEDS
@@ -168,6 +175,7 @@ def study_named(source: str, changes: Mapping[str, Any] | None = None, *, profil
         except LrkitError as error:
             raise LrkitError(f'study "{source}" cannot be read: {error}') from None
     plain = with_profile(parse_toml(text, source), profile, source)
+    without_trust(plain.get("loading"), source)
     return study_from(plain | dict(changes or {}), source)
 
 
@@ -196,15 +204,13 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
     except LrkitError as error:
         raise LrkitError(f"{where}: {error}") from None
     check_required(study.requires, where)
-    if study.margin is not None and not 0 < study.margin < 1:
-        raise LrkitError(
-            f"{where}: margin must be a number above 0 and below 1, in the primary score's units (0.01 is one point of "
-            f"accuracy), not {study.margin:g}"
-        )
+    if study.margin is not None and not 0 < study.margin < math.inf:
+        raise LrkitError(f"{where}: margin must be a number above 0{MARGIN}, not {study.margin:g}")
+    loading = loading_from(study.loading, f"{where}: loading")
     for spec in study.tasks:
         if (spec.task is None) == (spec.data is None):
             raise LrkitError(f"{where}: tasks: each has either task (a name) or data (a folder)")
-    return study
+    return attrs.evolve(study, loading=loading.to_plain())
 
 
 def standing_in(study: Study, data: Mapping[str, Any]) -> Study:
@@ -289,15 +295,14 @@ def _tried(value: Any, _: Any) -> dict[str, list[Any]]:
 
 def load_task_of(spec: TaskSpec) -> "Task":
     """Load the task that a spec names, from the registry or a folder. Raise LrkitError if it cannot be had."""
-    return _loaded(spec).with_options(spec.options)
-
-
-def _loaded(spec: TaskSpec) -> "Task":
     from lrkit.registry import registered_tasks
-    from lrkit.tasks import GLUE, load_folder, load_task
+    from lrkit.tasks import load_folder, load_task
+    from lrkit.tasks.named import OPTIONS
 
     if spec.task is None or spec.data is None:
-        return load_task(spec.task, data=spec.data, metric=spec.metric, tasks=registered_tasks())
-    family, _, part = spec.task.partition("/")
-    metric = GLUE[part].metric if family == "glue" and part in GLUE else None
-    return attrs.evolve(load_folder(spec.data, spec.metric or metric), name=spec.task)
+        task = load_task(spec.task, data=spec.data, metric=spec.metric, tasks=registered_tasks())
+        return task.with_options(spec.options)
+    own = dict(OPTIONS.get(spec.task, {}))
+    metric = own.pop("metric", None)
+    task = attrs.evolve(load_folder(spec.data, spec.metric or metric), name=spec.task)
+    return task.with_options(own | spec.options)

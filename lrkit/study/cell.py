@@ -17,11 +17,13 @@ import attrs
 from lrkit.reading import opened
 from lrkit.settings import as_plain
 from lrkit.study.asked import TaskSpec
+from lrkit.study.loading import loading_from
 from lrkit.study.needs import Need, needs_from
 from lrkit.study.run_settings import ATTACH, rates
 from lrkit.study.store import digest_of
 
-_SPLITS = ("train", "validation")
+_BEFORE: dict[str, Any] = {"train_also": "auto", "needs": (), "selection": None, "stop": None, "loading": {}}
+"""The attributes that a cell did not always have, and the values that leave its name as it was then."""
 
 
 @attrs.frozen(kw_only=True)
@@ -31,6 +33,7 @@ class Cell:
     Args:
         task: `TaskSpec`'s task, data and metric, and its options if it has any.
         model: the model that was asked for.
+        loading: how it is loaded, as `lrkit.study.loading.Loading.to_plain` has it.
         targets: as `lrkit.attach` takes it.
         method: plain data.
         run: plain data of `RunSettings` with the learning rates in force; seed included; without threads, and
@@ -54,6 +57,7 @@ class Cell:
     needs: tuple[Need, ...] = attrs.field(default=(), converter=needs_from)
     selection: int | None = None
     stop: int | None = None
+    loading: dict[str, Any] = attrs.field(factory=dict)
 
     @cached_property
     def key(self) -> str:
@@ -62,7 +66,7 @@ class Cell:
         A folder of data or of a model counts by its content, not by its path.
         """
         plain = self.to_plain()
-        for name, default in (("train_also", "auto"), ("needs", ()), ("selection", None), ("stop", None)):
+        for name, default in _BEFORE.items():
             if getattr(self, name) == default:
                 del plain[name]  # as it was named before there was a choice
         if "data" in self.versions:
@@ -114,6 +118,7 @@ def make_cell(
     targets: Any,
     run: Mapping[str, Any],
     train_also: Any = "auto",
+    loading: Mapping[str, Any] | None = None,
 ) -> Cell:
     """Make a cell with the versions of this machine.
 
@@ -124,6 +129,7 @@ def make_cell(
         targets: as `lrkit.attach` takes it.
         run: plain data of `RunSettings`.
         train_also: as `lrkit.attach` takes it.
+        loading: how the model is loaded, as plain data; None for the defaults.
     """
     # Threads change the speed, and the last bits; they are in env.json. Keys are as they were before there was a choice.
     settings = {key: value for key, value in as_plain(run).items() if key != "threads" and (value or key not in ATTACH)}
@@ -141,8 +147,9 @@ def make_cell(
         targets=targets,
         method=dict(method),
         run=settings,
-        versions=_versions(method, task.task, where["data"], folder),
+        versions=_versions(method, task.task, where["data"], folder, loading_from(loading or {}).package),
         train_also=train_also,
+        loading=dict(loading or {}),
     )
 
 
@@ -175,21 +182,25 @@ def components_of(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield kind, part["name"]
 
 
-def _versions(method: Mapping[str, Any], task: str | None, data: str | None, model: str) -> dict[str, str]:
+def _versions(
+    method: Mapping[str, Any], task: str | None, data: str | None, model: str, quantizer: str | None
+) -> dict[str, str]:
     from lrkit.registry import current
+    from lrkit.tasks.splits import place_of
 
-    packages = {"lrkit", "torch", "transformers"}
+    packages = {"lrkit", "torch", "transformers"} | ({quantizer} if quantizer else set())
     found = {}
     offers = current().offers()
     for kind, name in components_of(method):
         packages |= {o.distribution.partition(" ")[0] for o in offers if (o.kind, o.name) == (kind, name)}
     if data is not None:
-        found["data"] = _digest([p for p in Path(data).glob("*.jsonl*") if p.name.split(".")[0] in _SPLITS])
+        found["data"] = _digest(place_of(data).named())
     elif task is not None:
         name = task.partition("/")[0]
         packages |= {o.distribution.partition(" ")[0] for o in offers if (o.kind, o.name) == ("task", name)}
     if os.path.isdir(model):
-        found["model"] = _digest([p for p in Path(model).iterdir() if p.is_file() and not p.name.startswith(".")])
+        files = (path for path in Path(model).iterdir() if path.is_file() and not path.name.startswith("."))
+        found["model"] = _digest({path.name: path for path in files})
     for package in sorted(packages):
         found[package] = _version(package)
     found["code"] = code_of(method, {"task": task, "data": data})
@@ -204,12 +215,12 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _digest(files: list[Path]) -> str:
+def _digest(files: Mapping[str, Path]) -> str:
     """Hash files' names and contents."""
     digest = hashlib.sha256()
-    for path in sorted(files):
+    for name, path in sorted(files.items()):
         stat = path.stat()
-        digest.update(f"{path.name} {_content(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)} ".encode())
+        digest.update(f"{name} {_content(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)} ".encode())
     return digest.hexdigest()[:16]
 
 

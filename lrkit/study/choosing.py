@@ -1,8 +1,9 @@
 """Choose a row's settings by its trials: rules "chosen", "proposed" and "promoted" of `lrkit.study.settling`. No torch here.
 
-Every trial is scored on rows that were set aside from the training data. The settings with the highest mean of the
-primary score over the tuning seeds are chosen; a run that diverged makes its settings the worst, and of equal ones the
-first are taken.
+Every trial is scored on rows that were set aside from the training data. The settings with the best mean of the primary
+score over the tuning seeds are chosen; a run that diverged makes its settings the worst, and of equal ones the first are
+taken. In this module more is always better: of a score whose lower values are better, such as a perplexity, a mean is
+minus the scores' own (`lrkit.study.files.CellResult.merit`).
 """
 
 import math
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def mean_score(scores: Sequence[float]) -> float:
     """Return the mean score of some settings over the tuning seeds; minus infinity if a run diverged."""
-    return -math.inf if any(math.isnan(score) for score in scores) else statistics.fmean(scores)
+    return statistics.fmean(scores) if all(map(math.isfinite, scores)) else -math.inf
 
 
 def best_of(means: Sequence[float]) -> int:
@@ -73,7 +74,7 @@ def proposed(cell: "Cell", sources: Sequence[Source], settings: Mapping[str, Any
 def means_of(sources: Sequence[Source], seeds: int) -> list[float]:
     """Return the mean score of each trial: so many of the sources in turn are its seeds."""
     return [
-        mean_score([source.result.score for source in sources[at : at + seeds]]) for at in range(0, len(sources), seeds)
+        mean_score([source.result.merit for source in sources[at : at + seeds]]) for at in range(0, len(sources), seeds)
     ]
 
 

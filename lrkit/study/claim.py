@@ -10,13 +10,13 @@ from lrkit.settings import real
 
 @attrs.frozen(kw_only=True)
 class Claim:
-    """One row scores higher than another. `lrkit.study.claims` has the rule for its verdict.
+    """One row scores better than another. `lrkit.study.claims` has the rule for its verdict.
 
     Args:
         name: a short name, unique in the study.
         says: the claim in one sentence.
         source: whoever makes it, or denies it, and where.
-        higher: label of the row that is said to score higher.
+        higher: label of the row that is said to score better: higher, or lower if that is better, as of a perplexity.
         lower: label of the other row.
         margin: the smallest advantage that would matter, in units of the primary score; None for the study's.
     """

@@ -1,7 +1,8 @@
 """Claims of a study: stated in its file before the first cell runs, and judged by one rule. No torch here.
 
-A claim says that one row scores higher than another. Its differences d are paired by task and seed, the first row's score
-minus the second's, and its margin m is the smallest advantage that would matter. The verdict is
+A claim says that one row scores better than another. Its differences d are paired by task and seed, the first row's score
+minus the second's, and the other way round on a task whose lower scores are better; so they are advantages. Its margin m is
+the smallest advantage that would matter. The verdict is
 
 - *replicated* if the stratified sign-flip test of all tasks together (`lrkit.study.combined`) rejects "no task has a
   difference" at 0.05, after Holm's correction over the claims of the study, with the first row ahead;
@@ -22,11 +23,11 @@ import attrs
 
 from lrkit.study.claim import Claim
 from lrkit.study.combined import combined_p, standardized
-from lrkit.study.comparison import differences_between, over_rows, score_name
+from lrkit.study.comparison import gains_between, over_rows, scale_on
 from lrkit.study.equivalence import below_p
 from lrkit.study.paired import LEVEL, interval, smallest_p
 from lrkit.study.results import StudyRecord
-from lrkit.study.scores import Scale, scale_of
+from lrkit.study.scores import Scale
 from lrkit.study.texts import markdown
 
 Verdict = Literal["replicated", "not replicated", "open"]
@@ -39,7 +40,7 @@ class OnTask:
     Args:
         task: the task's name.
         n: pairs.
-        difference: their mean.
+        difference: their mean, an advantage: on a task whose lower scores are better, by how much it is lower.
         low: lower end of the 95 % interval; None with fewer than six pairs.
         high: its upper end.
         p_below: one-sided p of "the mean is the margin or more"; small if so large an advantage is excluded.
@@ -102,7 +103,7 @@ def judge(record: StudyRecord) -> tuple[Judged, ...]:
         record: the study, finished or still running.
     """
     labels = {row.label: index for index, row in enumerate(record.rows)}
-    scales = {task.name: scale_of([score_name(record, task.name)]) for task in record.tasks}
+    scales = {task.name: scale_on(record, task.name) for task in record.tasks}
     pairs = [_pairs(record, labels[claim.higher], labels[claim.lower]) for claim in record.claims]
     p = {index: combined_p([*each.differences.values()]) for index, each in enumerate(pairs) if each.differences}
     adjusted = over_rows(p)
@@ -125,7 +126,7 @@ def _pairs(record: StudyRecord, higher: int, lower: int) -> _Pairs:
     differences: dict[str, list[float]] = {}
     missing = diverged = 0
     for task in record.tasks:
-        found, left_out = differences_between(record, higher, lower, task.name)
+        found, left_out = gains_between(record, higher, lower, task.name)
         seeds = {cell.seed for row in (higher, lower) for cell in record.cells_of(row, task.name)}
         missing += len(seeds) - len(found) - left_out
         diverged += left_out

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Column:
     """One column as text: a key, a header for plain text, one for LaTeX, and a row's entry (empty if there is none).
 
-    `number` is given if the column's highest number is the best.
+    `number` is given if rows can be ranked by the column: so that more is better.
     """
 
     key: str
@@ -29,7 +29,16 @@ class Column:
 
 SCORES = ("n", "score", "published", "difference", "interval", "p", "p_holm")
 EFFECTS = ("effect_corrected", "effect_interval", "interval_90", "p_equivalent_holm", "verdict")
-COSTS = ("lr", "parameters_average", "parameters_final", "flops", "step_ratio", "step_ratio_end", "peak_memory")
+COSTS = (
+    "lr",
+    "parameters_average",
+    "parameters_final",
+    "flops",
+    "step_ratio",
+    "step_ratio_end",
+    "peak_memory",
+    "speed",
+)
 
 
 def columns_of(table: "Table", keys: Sequence[str]) -> list[Column]:
@@ -40,6 +49,9 @@ def columns_of(table: "Table", keys: Sequence[str]) -> list[Column]:
     def score(row: TableRow) -> str:
         spread = "" if row.sd is None else f" ± {scale.number(row.sd)}"
         return "" if row.mean is None else f"{scale.number(row.mean)}{spread}{' †' if row.warning else ''}"
+
+    def merit(row: TableRow) -> float | None:
+        return row.mean if row.mean is None or row.higher_is_better else -row.mean
 
     def ends(row: TableRow, low: float | None, high: float | None) -> str:
         if low is None or high is None:
@@ -59,7 +71,7 @@ def columns_of(table: "Table", keys: Sequence[str]) -> list[Column]:
             scale.heading(name if len(name) < 16 else "score"),
             latex(scale.heading("Score")),
             score,
-            lambda row: row.mean,
+            merit,
         ),
         Column("published", "published", "Published", lambda row: row.published),
         Column("difference", "difference", r"$\Delta$", number("difference", lambda x: scale.number(x, "+"))),
@@ -87,6 +99,7 @@ def columns_of(table: "Table", keys: Sequence[str]) -> list[Column]:
         Column("flops", "FLOPs", "FLOPs", number("flops", compact)),
         Column("step_ratio", "step time", "Step time|start", number("step_ratio", "{:.2f}".format)),
         Column("step_ratio_end", "at the end", "Step time|end", number("step_ratio_end", "{:.2f}".format)),
+        Column("speed", "tokens/s", r"Tokens|per s", number("tokens_per_second", compact)),
         Column("peak_memory", "peak memory", "Peak|memory", number("peak_memory", memory)),
     ]
     label = Column("label", "row", "Row", lambda row: " ".join(row.label.split()))
@@ -116,5 +129,9 @@ def _means_of(task: str, means: Mapping[tuple[str, int], float | None], scale: S
         value = means[task, row.index]
         return "" if value is None else scale.number(value)
 
+    def merit(row: TableRow) -> float | None:
+        value = means[task, row.index]
+        return -value if value is not None and scale.lower else value
+
     name = scale.heading(task)
-    return Column(f"mean.{task}", name, latex(name), text, lambda row: means[task, row.index])
+    return Column(f"mean.{task}", name, latex(name), text, merit)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
-from lrkit.study.comparison import differences_of, over_rows
+from lrkit.study.comparison import gains_between, over_rows
 from lrkit.study.paired import sign_flip_p
 from lrkit.study.results import StudyRecord
 
@@ -37,7 +37,7 @@ class Combined:
         index: index into the study's rows.
         label: the row's name.
         tasks: how many tasks have a pair.
-        higher: on how many of them the mean difference is above zero.
+        higher: on how many of them the row is ahead.
         pairs: pairs of all tasks.
         standardized: the statistic, between -1 and 1: the mean over tasks of mean difference / root mean square.
         p: two-sided p of the stratified sign-flip test.
@@ -81,7 +81,8 @@ def combine(record: StudyRecord) -> tuple[Combined, ...]:
     """Test each row that has pairs on two tasks or more, in the study's order of rows."""
     found: dict[int, list[list[float]]] = {}
     for index in range(len(record.rows)):
-        tasks = [differences_of(record, index, task.name)[0] for task in record.tasks]
+        others = [] if index == record.base else record.tasks
+        tasks = [gains_between(record, index, record.base, task.name)[0] for task in others]
         tasks = [differences for differences in tasks if differences]
         if len(tasks) > 1:
             found[index] = tasks

@@ -7,7 +7,7 @@ of them together rejects far too often.
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
@@ -28,6 +28,11 @@ def score_name(record: StudyRecord, task: str) -> str:
     return " or ".join(names or [t.metric for t in record.tasks if t.name == task and t.metric]) or "score"
 
 
+def scale_on(record: StudyRecord, task: str, values: Iterable[float] = ()) -> Scale:
+    """Choose how a task's scores are written, as `lrkit.study.scores.scale_of` does."""
+    return scale_of([score_name(record, task)], values, higher_is_better=record.higher_is_better(task))
+
+
 def rows_of(record: StudyRecord, task: str, costs: Mapping[tuple[int, str], Cost]) -> list[TableRow]:
     """Compare the rows of one task's table with the base, with Holm's correction over them.
 
@@ -39,7 +44,7 @@ def rows_of(record: StudyRecord, task: str, costs: Mapping[tuple[int, str], Cost
     rows = [_row(record, index, task, costs.get((index, task))) for index in range(len(record.rows))]
     different = over_rows({row.index: row.p for row in rows})
     equivalent = over_rows({row.index: row.p_equivalent for row in rows})
-    scale = scale_of([score_name(record, task)], [row.mean for row in rows if row.mean is not None])
+    scale = scale_on(record, task, [row.mean for row in rows if row.mean is not None])
     return [_judged(row, different.get(row.index), equivalent.get(row.index), scale) for row in rows]
 
 
@@ -67,6 +72,12 @@ def differences_between(record: StudyRecord, row: int, other: int, task: str) ->
     both = [(own, its) for own, its in pairs if own is not None and its is not None]
     differences = [own - its for own, its in both if math.isfinite(own) and math.isfinite(its)]
     return differences, len(both) - len(differences)
+
+
+def gains_between(record: StudyRecord, row: int, other: int, task: str) -> tuple[list[float], int]:
+    """Return `differences_between` so that more is better: a lower perplexity is a gain."""
+    differences, left_out = differences_between(record, row, other, task)
+    return (differences if record.higher_is_better(task) else [-each for each in differences]), left_out
 
 
 def differences_of(record: StudyRecord, index: int, task: str) -> tuple[list[float], int]:
@@ -118,6 +129,8 @@ def _row(record: StudyRecord, index: int, task: str, cost: Cost | None) -> Table
         guess=_mean([result.majority for result in results]),
         notes=(),
         lr=lr_of(record, index, task),
+        higher_is_better=record.higher_is_better(task),
+        tokens_per_second=_mean([cell.tokens_per_second for cell in cells]),
         published="" if record.published is None else record.published.of(record.rows[index].label, task),
         effect_corrected=corrected(differences),
         effect_low=effects[0] if effects else None,
@@ -129,8 +142,8 @@ def _row(record: StudyRecord, index: int, task: str, cost: Cost | None) -> Table
     )
     notes = _row_notes(row, left_out)
     if row.warning and row.guess is not None:
-        guess = scale_of([score_name(record, task)], [row.guess]).text(row.guess)
-        notes.append(f"mean not above the best constant guess, {guess} (†).")
+        guess = scale_on(record, task, [row.guess]).text(row.guess)
+        notes.append(f"mean {row.warning.replace('the', 'the best')}, {guess} (†).")
     return attrs.evolve(row, notes=(*notes, *([f"cost not measured: {cost.error}."] if cost and cost.error else [])))
 
 
@@ -186,4 +199,4 @@ def limits_of(rows: Sequence[TableRow]) -> list[str]:
     return limits
 
 
-__all__ = ["TableRow", "differences_of", "effect_size", "limits_of", "over_rows", "rows_of", "score_name"]
+__all__ = ["TableRow", "differences_of", "effect_size", "limits_of", "over_rows", "rows_of", "scale_on", "score_name"]

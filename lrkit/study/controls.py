@@ -149,10 +149,11 @@ def _oracle(found: "Allocation", cell: "Cell") -> "Allocation":
     from lrkit.adapt.allocation import Allocation
     from lrkit.adapt.sharing import uniform
     from lrkit.study.asked import TaskSpec, load_task_of
+    from lrkit.study.loading import loading_from
     from lrkit.study.models import empty_model
 
     task = load_task_of(TaskSpec(**cell.task))
-    best = task.truth(empty_model(cell.model, task.head), cell.seed)
+    best = task.truth(empty_model(cell.model, task.head, loading_from(cell.loading)), cell.seed)
     sizes = found.sizes
     assert sizes is not None
     if not set(best) <= sizes.keys():

@@ -196,6 +196,7 @@ class _Side:
 def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     import torch
 
+    from lrkit.study.loading import loading_from
     from lrkit.study.pretrained import load_model
 
     torch.set_num_threads(asked["threads"])
@@ -204,7 +205,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     settings = settings_from(row["run"])
     task = load_task_of(TaskSpec(**row["task"]))
     steps = steps_of(settings, len(task.train))
-    net, tokenizer = load_model(row["model"], task.head)
+    net, tokenizer = load_model(row["model"], task.head, loading_from(row["loading"]))
     net.train()
     few = task.subset((WARM + PAIRS) * settings.batch_size, 1)
     rows = few.examples(tokenizer, settings.max_length, training=True)

@@ -17,10 +17,12 @@ from lrkit.study.executors import gpus
 from lrkit.study.graph import jobs_of
 from lrkit.study.jobs import Job, Told, row_devices
 from lrkit.study.ledger import write_plan
+from lrkit.study.loading import loading_from
 from lrkit.study.old import check_old, tell_damaged, with_old
 from lrkit.study.plan import Plan
 from lrkit.study.pool import chosen, run_jobs
 from lrkit.study.run_settings import steps_of
+from lrkit.study.scores import MARGIN, is_share
 from lrkit.study.study_file import TaskRecord
 from lrkit.study.taken import Source, take_in
 from lrkit.study.tuning import check_schedules
@@ -65,8 +67,11 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
     tasks = {}
     for spec in plan.tasks:
         task = load_task_of(spec)
-        tasks[spec.name] = TaskRecord(name=spec.name, metric=task.primary, majority=task.majority)
-        net = empty_model(plan.study.model, task.head)
+        _check_margin(plan.study.margin, task.primary, spec.name)
+        tasks[spec.name] = TaskRecord(
+            name=spec.name, metric=task.primary, majority=task.majority, higher_is_better=task.higher_is_better
+        )
+        net = empty_model(plan.study.model, task.head, loading_from(plan.study.loading))
         for row in plan.rows:
             settings = plan.settings(row, spec, 0)
             length = steps_of(settings, len(task.train))
@@ -85,6 +90,12 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
             except LrkitError as error:
                 raise LrkitError(f"row {row.label} on {spec.name}: {error}") from None
     return tasks
+
+
+def _check_margin(margin: float | None, score: str, task: str) -> None:
+    """Raise LrkitError for a margin that no difference of shares can reach: per cent were meant."""
+    if margin is not None and margin >= 1 and is_share(score):
+        raise LrkitError(f"task {task}: margin must be below 1{MARGIN}, not {margin:g}: {score} is a share")
 
 
 def execute(

@@ -50,9 +50,10 @@ class Parameters:
 class RunFlops:
     """Floating-point operations of a run's forward and backward passes; a multiply-add is two.
 
-    torch counts them on the training row of median length (of 1,000 rows, in a run shorter than an epoch), at eight steps
-    spread over the run, so that frozen matrices and cut ranks are seen. Padding, the penalty, the optimizer and the
-    decisions are not in it.
+    torch counts them on the training example of median length (of 1,000, in a run shorter than an epoch), at eight steps
+    spread over the run, so that frozen matrices and cut ranks are seen. Everything that a step computes is in it: attention
+    over the whole sequence, the head over the vocabulary, and in an encoder-decoder the decoder over the target, whose
+    length counts beside the source's. Padding, the penalty, the optimizer, the decisions and evaluation are not in it.
 
     Args:
         run: of all steps.
@@ -71,13 +72,16 @@ class CellResult:
 
     Args:
         scores: on the validation rows, the primary score first. NaN: the run diverged.
-        majority: the primary score of the best constant guess for the rows that were scored.
+        majority: the primary score of the best trivial answers to the rows that were scored; None if there are none.
         steps: optimizer steps taken.
         parameters: trainable parameters.
         layers: the adapted layers in the model's order.
         flops: work of the model in training; None if it was not counted.
         truth: names of the layers that the best allocation is known to lie in (`lrkit.tasks.Task.truth`); empty if it is
             not known.
+        higher_is_better: a larger primary score is a better one.
+        tokens: tokens of the training batches of all steps, padding left out, and in an encoder-decoder the decoder's too;
+            None in older results.
     """
 
     scores: dict[str, float]
@@ -87,18 +91,26 @@ class CellResult:
     layers: tuple[LayerSummary, ...] = attrs.field(default=(), repr=False)
     flops: RunFlops | None = None
     truth: tuple[str, ...] = ()
+    higher_is_better: bool = True
+    tokens: int | None = None
 
     @property
     def score(self) -> float:
         """Return the primary score."""
         return next(iter(self.scores.values()))
 
+    @property
+    def merit(self) -> float:
+        """Return the primary score, or minus it if a lower one is better: of two runs the better one has more merit."""
+        return self.score if self.higher_is_better else -self.score
+
     def to_file(self, key: str) -> dict[str, Any]:
         """Return the content of ``result.json`` for the cell of a key."""
         kept = {field.name: getattr(self, field.name) for field in attrs.fields(CellResult)}
         kept |= {"parameters": attrs.asdict(self.parameters), "layers": [each.to_plain() for each in self.layers]}
-        if not self.truth:
-            del kept["truth"]  # of most tasks it is not known
+        for name, usual in (("truth", ()), ("higher_is_better", True)):
+            if kept[name] == usual:
+                del kept[name]  # of most tasks; a file is as it was before there was anything else
         return {"format": FORMAT, "key": key, **kept, "flops": self.flops and attrs.asdict(self.flops)}
 
 
@@ -119,12 +131,16 @@ def read_result(path: Path) -> CellResult | None:
 
 @attrs.frozen(kw_only=True)
 class Attempt:
-    """One line of ``attempts.jsonl``: ``begin``, ``end`` or ``failed``, when, at which step, and the error if any."""
+    """One line of ``attempts.jsonl``: ``begin``, ``end`` or ``failed``, when, at which step, and the error if any.
+
+    An attempt that came to its end has its speed: tokens of training batches per second of its steps.
+    """
 
     event: str
     time: str = ""
     step: int | None = None
     error: str = ""
+    tokens_per_second: float | None = None
 
 
 def attempt_in(line: Mapping[str, Any]) -> Attempt | None:

@@ -124,7 +124,7 @@ def cell_of(
     method, run = with_settings(
         to_plain(plan.method(row, spec)), attrs.asdict(plan.settings(row, spec, seed)), settings or {}
     )
-    made = make_cell(method, spec, plan.study.model, run=run, **row.attach)
+    made = make_cell(method, spec, plan.study.model, run=run, loading=plan.study.loading, **row.attach)
     return attrs.evolve(made, needs=tuple(needs)) if needs else made
 
 

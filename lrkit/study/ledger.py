@@ -110,6 +110,7 @@ def _planned(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], n
         ),
         tasks=tuple(tasks[spec.name] for spec in plan.tasks),
         model=study.model,
+        loading=study.loading,
         targets=study.targets,
         train_also=study.train_also,
         seeds=plan.seeds,
@@ -136,7 +137,7 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
     Raises:
         LrkitError: they cannot be compared in one table.
     """
-    for key in ("model", "targets", "train_also", "run"):
+    for key in ("model", "loading", "targets", "train_also", "run"):
         was, now = canonical(getattr(there, key)), canonical(getattr(mine, key))
         if was != now:
             raise _refusal(where, f"{key} is {was} there and {now} here")

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.errors import LrkitError
+from lrkit.study.loading import Loading
 from lrkit.study.run_settings import RunSettings, steps_of, total_steps
 
 if TYPE_CHECKING:
     from lrkit.study.pretrained import Pretrained
     from lrkit.tasks import Head, Task
+
+AS_EVER = Loading()
+"""A model in float32, without code of its own."""
 
 
 @attrs.frozen(eq=False)
@@ -45,16 +49,16 @@ class Tokens:
         return self.task.answers(outputs, self.validation, self.tokenizer)
 
 
-def model_for(model: str, task: "Task") -> "Pretrained":
+def model_for(model: str, task: "Task", loading: Loading = AS_EVER) -> "Pretrained":
     """Load a model with a head for a task, or take the one that is kept.
 
     Raises:
         LrkitError: the model cannot be had.
     """
-    return _pretrained(model, _stamp(model), task.head)
+    return _pretrained(model, _stamp(model), task.head, loading)
 
 
-def steps_for(task: "Task", model: str, settings: RunSettings) -> int:
+def steps_for(task: "Task", model: str, settings: RunSettings, loading: Loading = AS_EVER) -> int:
     """Count the optimizer steps of a run: an epoch passes over the examples, which the tokenizer decides on.
 
     Raises:
@@ -62,10 +66,12 @@ def steps_for(task: "Task", model: str, settings: RunSettings) -> int:
     """
     if task.by_row or settings.steps is not None:
         return steps_of(settings, len(task.train))
-    return total_steps(settings, len(tokens_for(task, model, settings).train))
+    return total_steps(settings, len(tokens_for(task, model, settings, loading=loading).train))
 
 
-def tokens_for(task: "Task", model: str, settings: RunSettings, steps: int | None = None) -> Tokens:
+def tokens_for(
+    task: "Task", model: str, settings: RunSettings, steps: int | None = None, *, loading: Loading = AS_EVER
+) -> Tokens:
     """Tokenize the rows of a run of so many steps (None: at least an epoch), or take those that are kept.
 
     Raises:
@@ -76,8 +82,8 @@ def tokens_for(task: "Task", model: str, settings: RunSettings, steps: int | Non
     asked = used if steps is None or not task.by_row else steps * settings.batch_size
     # The seed matters only to a choice of rows, and only a run shorter than an epoch leaves rows out.
     seed, wanted = settings.seed if any(rows) else 0, asked if asked < used else None
-    tokens = _tokens(task, model, _stamp(model), settings.max_length, rows, seed, wanted)
-    _check_length(model_for(model, task), tokens, settings)
+    tokens = _tokens(task, model, _stamp(model), settings.max_length, rows, seed, wanted, loading)
+    _check_length(model_for(model, task, loading), tokens, settings)
     return tokens
 
 
@@ -96,10 +102,10 @@ def _stamp(model: str) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=1)
-def _pretrained(model: str, stamp: tuple[Any, ...], head: "Head") -> "Pretrained":
+def _pretrained(model: str, stamp: tuple[Any, ...], head: "Head", loading: Loading) -> "Pretrained":
     from lrkit.study.pretrained import load_pretrained
 
-    return load_pretrained(model, head)
+    return load_pretrained(model, head, loading)
 
 
 @lru_cache(maxsize=4)
@@ -111,10 +117,11 @@ def _tokens(
     rows: tuple[int | None, int | None],
     seed: int,
     wanted: int | None,
+    loading: Loading,
 ) -> Tokens:
     from lrkit.study.rows import encoded
 
-    chosen, pretrained = task.subset(*rows, seed=seed), model_for(model, task)
+    chosen, pretrained = task.subset(*rows, seed=seed), model_for(model, task, loading)
     enough = len(chosen.train) if wanted is None else wanted
     return Tokens(chosen, pretrained.tokenizer, *encoded(chosen, pretrained, max_length, enough))
 

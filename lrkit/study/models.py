@@ -13,6 +13,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from lrkit.errors import LrkitError, cut, nearest, shown
 from lrkit.models import MINILM, minilm_folder, quiet_transformers
 from lrkit.reading import JSON_BYTES, MIB, irregular, is_folder, read_json
 from lrkit.study import carried
+from lrkit.study.kinds import check_kind, words_of
+from lrkit.study.loading import Loading
 from lrkit.tasks import hub
 from lrkit.tasks.head import Head
 
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 # The hub's rule for names, "name" or "owner/name": no other is asked for.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _NAMED = (MINILM, *carried.MODELS)
-_WORDS = {"AutoModelForSequenceClassification": "sequence classifier", "AutoModel": "model without a head"}
 _SIZES = ("_size", "_dim", "layers", "heads", "_layer", "_head", "_embd", "experts", "positions")
 
 
@@ -39,18 +41,21 @@ def shipped_configs() -> tuple[str, ...]:
     return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))
 
 
-def load_config(spec: str) -> PretrainedConfig:
+def load_config(spec: str, loading: Loading | None = None) -> PretrainedConfig:
     """Load the config of a model, without its weights.
 
     Args:
         spec: the name of a config that ships with lrkit (see `shipped_configs`), "minilm", the name of a model that
             packages carry (nothing is fetched), a hub id, or a folder, which needs only a config.json.
+        loading: how the model would be loaded; None for the defaults.
 
     Raises:
-        LrkitError: there is no such config, or it cannot be loaded.
+        LrkitError: there is no such config, or it cannot be loaded so.
     """
     from transformers import AutoConfig
 
+    loading = loading or Loading()
+    loading.check(spec, hub=is_of_hub(spec))
     if spec in shipped_configs() and not Path(spec).is_dir():
         text = (importlib.resources.files("lrkit") / "configs" / f"{spec}.json").read_text(encoding="utf-8")
         settings = json.loads(text)
@@ -62,19 +67,33 @@ def load_config(spec: str) -> PretrainedConfig:
     try:
         with quiet_transformers():
             config: PretrainedConfig = AutoConfig.from_pretrained(
-                source, local_files_only=local_only, trust_remote_code=False
+                source, local_files_only=local_only, **loading.asked()
             )
     except Exception as error:  # OSError, ValueError, KeyError, ..., depending on the file
         raise failure(spec, source, local_only, error) from error
     return config
 
 
-def empty_model(spec: str, head: Head | None = None) -> PreTrainedModel:
+def is_of_hub(spec: str) -> bool:
+    """Say whether a model's name is asked of the hub: it is no folder, and not known to lrkit."""
+    return not is_folder(spec) and spec not in (*_NAMED, *shipped_configs())
+
+
+def carried_configs() -> Iterator[tuple[str, PretrainedConfig]]:
+    """Give the models that packages carry, with their configs; nothing is fetched."""
+    for name in carried.MODELS:
+        if not is_folder(name):
+            yield name, load_config(name)
+
+
+def empty_model(spec: str, head: Head | None = None, loading: Loading | None = None) -> PreTrainedModel:
     """Make a model without weights, on the meta device, for counting.
 
     Args:
         spec: as `load_config` takes it.
-        head: its head, as `lrkit.tasks.Task.head` has it; None for that of a classification of two labels.
+        head: its head, as `lrkit.tasks.Task.head` has it; None for that of a classification of two labels, and for an
+            encoder-decoder's own.
+        loading: how the model would be loaded; None for the defaults.
 
     Raises:
         LrkitError: there is no such config, or transformers has no such model.
@@ -82,18 +101,25 @@ def empty_model(spec: str, head: Head | None = None) -> PreTrainedModel:
     import torch
     import transformers
 
-    config, head = load_config(spec), head or Head(num_labels=2)
+    loading = loading or Loading()
+    config = load_config(spec, loading)
+    if head is None:
+        both = bool(getattr(config, "is_encoder_decoder", False))
+        head = Head(auto_class="AutoModelForSeq2SeqLM") if both else Head(num_labels=2)
+    check_kind(spec, config, head.auto_class, carried_configs())
     if head.num_labels is not None:
         config.num_labels = head.num_labels
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = getattr(transformers, head.auto_class).from_config(config)
+            model: PreTrainedModel = getattr(transformers, head.auto_class).from_config(
+                config, trust_remote_code=loading.trust_remote_code, **loading.attention()
+            )
         drop_pooler(model)
         return model
     except Exception as error:  # whatever a model's code makes of a config that it cannot be built from
         first = " ".join(str(error).split())
-        kind = _WORDS.get(head.auto_class, head.auto_class)
-        raise LrkitError(f'model "{spec}": no {kind} can be built: {type(error).__name__}: {first}') from error
+        kind = words_of(head.auto_class)
+        raise LrkitError(f'model "{spec}": {kind} cannot be built: {type(error).__name__}: {first}') from error
 
 
 def drop_pooler(model: PreTrainedModel) -> None:
@@ -186,6 +212,11 @@ def failure(spec: str, source: str, local_only: bool, error: Exception) -> Lrkit
         local_only: likewise.
         error: the error.
     """
+    if "contains custom code" in str(error):
+        return LrkitError(
+            f'model "{spec}" needs Python code that comes with it, which runs only if it is asked for: look at the code '
+            f"({source}), then say --trust-remote-code"
+        )
     told = f"{type(error).__name__}: {cut((str(error).strip().splitlines() or [''])[0], 400)}"
     if Path(source).is_dir():
         return LrkitError(f'model "{spec}": cannot be loaded from {source}: {told}')

@@ -104,6 +104,7 @@ def _differs_in_code_alone(cell: Cell, key: str, cells: Path) -> bool:
         task = {**config["task"], "data": versions["data"]}
         model = versions["model"] or config["model"]
         attached = [config["targets"], config.get("train_also", "auto"), config.get("selection"), config.get("stop")]
+        attached.append(config.get("loading", {}))
         # Settings that there were not yet are at their defaults.
         method = to_plain(from_plain(config["method"]))
         return canonical([task, model, attached, method, versions]), {**defaults, **config["run"]}

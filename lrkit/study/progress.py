@@ -67,18 +67,30 @@ def duration(seconds: float) -> str:
 
 def step_of(place: Path) -> int:
     """Read the last step that a cell's curve has; 0 if there is none yet."""
+    return int(_last(place).get("step", 0))
+
+
+def scored_of(place: Path) -> str:
+    """Say how much of the validation rows is scored, if a cell has said nothing since; empty if it does not score."""
+    line = _last(place)
+    return f", scored {line['scored']:,} of {line['of']:,}" if {"scored", "of"} <= line.keys() else ""
+
+
+def _last(place: Path) -> dict[str, Any]:
+    """Read the last whole line of a cell's curve that has a step; empty if there is none yet."""
     try:
         with (place / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 4096))
             lines = file.read().split(b"\n")
     except OSError:
-        return 0
+        return {}
     for line in reversed(lines):
         try:
-            return int(json.loads(line)["step"])
+            found = json.loads(line)
+            return {**found, "step": int(found["step"])}
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    return 0
+    return {}
 
 
 class Phases:
@@ -104,8 +116,8 @@ class Phases:
     def say(self, line: str) -> None:
         """Say it, soon."""
         self._timer.cancel()
-        with self._lock:
-            self._waiting.append(line)
+        with self._lock:  # what was said of scoring is over
+            self._waiting = [*(each for each in self._waiting if not each.startswith("scor")), line]
         if line.startswith("training"):
             self._flush()
         else:
@@ -187,7 +199,11 @@ class Teller:
             known = {key: job.steps for key, job in jobs.items() if job.steps is not None}
             new = sum(max(0, step - self._from[key][1]) for key, step in at.items())
             left = steps_left(at, known, self._steps + new, time.monotonic() - self._begin, self._workers)
-            lines = [f"{job}: step {at[key]} of {job.steps or '?'}" for key, job in jobs.items() if key in at]
+            lines = [
+                f"{job}: step {at[key]} of {job.steps or '?'}{scored_of(self._place(key))}"
+                for key, job in jobs.items()
+                if key in at
+            ]
             if lines:
                 rest = "" if left is None else f" (about {duration(left)} left)"
                 self._say(f"running: {'; '.join(lines)}{rest}")

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -16,20 +17,29 @@ from lrkit.study.store import LIST, Lines, write_json
 _PATIENCE = 5.0
 """Seconds from being asked to stop to stopping without a checkpoint of that step."""
 
+_EVERY = 10.0
+"""Seconds between two words about scoring."""
+
 _NO_SCORES = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 """Entries of transformers' evaluation log that are not scores."""
 
 
 class Watch(TrainerCallback):
-    """Times steps, and tells of their losses.
+    """Times steps, and tells of their losses, and of scoring that takes long.
 
     Args:
         progress: told of each logged loss.
+        tell: told in a few words how far scoring is.
     """
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(self, progress: Progress | None, tell: Callable[[str], None]) -> None:
         self.seconds: list[float] = []
         self._progress, self._begin = progress, 0.0
+        self._scoring = Scoring(lambda done, of: tell(f"scored {done:,} of {of:,} validation examples"))
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+        """Tell how far scoring is."""
+        self._scoring.batch(eval_dataloader)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Start the clock."""
@@ -43,6 +53,31 @@ class Watch(TrainerCallback):
         """Tell of the loss."""
         if logs and "loss" in logs and self._progress is not None:
             self._progress(state.global_step, state.max_steps, float(logs["loss"]))
+
+
+class Scoring:
+    """Tells every so often how many examples are scored.
+
+    Args:
+        tell: told how many, and of how many.
+    """
+
+    def __init__(self, tell: Callable[[int, int], None]) -> None:
+        self._tell, self._batches, self._said = tell, 0, time.monotonic()
+        self._loader: Any = None
+
+    def batch(self, loader: Any) -> None:
+        """Count one more batch of an evaluation.
+
+        Args:
+            loader: makes the batches; another one for each evaluation.
+        """
+        if loader is not self._loader:
+            self._loader, self._batches, self._said = loader, 0, time.monotonic()
+        self._batches += 1
+        if loader is not None and time.monotonic() - self._said >= _EVERY:
+            self._said = time.monotonic()
+            self._tell(len(loader.dataset) * self._batches // len(loader), len(loader.dataset))
 
 
 class Ending(TrainerCallback):
@@ -77,6 +112,14 @@ class Recorder(TrainerCallback):
         self._saved = self._logged = time.monotonic()
         self._decisions, self._step = 0, 0
         self._asked: float | None = None
+        self._scoring = Scoring(lambda done, of: self._metrics.write({"step": self._now, "scored": done, "of": of}))
+        self._now = 0
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+        """Write down how far scoring is, so that whoever waits for the cell can tell."""
+        if state.is_world_process_zero:
+            self._now = state.global_step
+            self._scoring.batch(eval_dataloader)
 
     def close(self) -> None:
         """Close the files."""

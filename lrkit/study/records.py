@@ -50,6 +50,7 @@ def read_study(folder: str | Path) -> StudyRecord:
         rows=study.rows,
         tasks=study.tasks,
         model=study.model,
+        loading=study.loading,
         targets=study.targets,
         seeds=study.seeds,
         run=study.run,
@@ -94,8 +95,8 @@ def frame(record: StudyRecord) -> "pandas.DataFrame":
         Columns ``row`` (the label), ``task``, ``seed``, ``status``, ``score`` (the primary one; NaN if the run diverged or
         is not done: ``status`` tells which), ``scores.NAME`` for every score that there is, ``parameters.start``,
         ``parameters.now``, ``parameters.average`` (adapters alone), ``parameters.head``, ``flops`` (of the whole run),
-        ``steps``, ``error`` (of a failed cell), ``other_code`` (if it is of other code than the study was last run with)
-        and ``key``.
+        ``steps``, ``tokens`` and ``tokens_per_second`` (of the training batches; not in older studies), ``error`` (of a
+        failed cell), ``other_code`` (if it is of other code than the study was last run with) and ``key``.
     """
     import pandas
 
@@ -114,6 +115,8 @@ def frame(record: StudyRecord) -> "pandas.DataFrame":
                 **{f"parameters.{name}": result and getattr(result.parameters, name) for name in _PARAMETERS},
                 "flops": result.flops.run if result and result.flops else None,
                 "steps": cell.steps,
+                "tokens": result and result.tokens,
+                "tokens_per_second": cell.tokens_per_second,
                 "error": cut(cell.error_line) if cell.status == "failed" else "",
                 "other_code": cell.old,
                 "key": cell.key,
@@ -122,10 +125,11 @@ def frame(record: StudyRecord) -> "pandas.DataFrame":
     scores, parameters = (
         [f"{kind}.{name}" for name in of] for kind, of in (("scores", names), ("parameters", _PARAMETERS))
     )
-    whole = dict.fromkeys((name for name in parameters if name != "parameters.average"), "Int64")
-    real = dict.fromkeys(("score", *scores, "parameters.average", "flops"), "float64")
+    speed = ["tokens", "tokens_per_second"] if any(line["tokens"] is not None for line in table) else []
+    whole = dict.fromkeys((name for name in [*parameters, *speed[:1]] if name != "parameters.average"), "Int64")
+    real = dict.fromkeys(("score", *scores, "parameters.average", "flops", *speed[1:]), "float64")
     columns = ["row", "task", "seed", "status", "score", *scores, *parameters]
-    columns += ["flops", "steps", "error", "other_code", "key"]
+    columns += ["flops", "steps", *speed, "error", "other_code", "key"]
     return pandas.DataFrame(table, columns=columns).astype(whole | real)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from lrkit.loop.history import Decision
+from lrkit.study.answers import Sampled, samples_in
 from lrkit.study.cell_folder import PACKED
 from lrkit.study.claim import Claim
 from lrkit.study.files import Attempt, CellResult, Cost, attempt_in, decision_in, read_cost, read_result
@@ -97,6 +98,17 @@ class CellRecord:
         found = (attempt_in(line) for line in read_lines(self.folder / "attempts.jsonl"))
         return tuple(attempt for attempt in found if attempt is not None)
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the training tokens per second of the attempt that came to the end; None if that is not known."""
+        found = [attempt.tokens_per_second for attempt in self.attempts if attempt.event == "end"]
+        return found[-1] if found else None
+
+    @cached_property
+    def samples(self) -> tuple[Sampled, ...]:
+        """Read a few validation rows with the base's answer and the trained model's; empty if there are none."""
+        return samples_in(self.folder)
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """Read ``config.json``: everything that defines the cell, and versions; empty if it is not there yet."""
@@ -178,6 +190,7 @@ class StudyRecord:
         rows: the rows of the table.
         tasks: the tasks.
         model: the model that was asked for.
+        loading: how it is loaded, as plain data of what is not at its default.
         targets: the layers that are adapted, as `lrkit.attach` takes it.
         seeds: the seeds.
         run: the run's settings.
@@ -210,6 +223,7 @@ class StudyRecord:
     margin: float | None = None
     claims: tuple[Claim, ...] = ()
     published: Published | None = None
+    loading: dict[str, Any] = attrs.field(factory=dict)
 
     @cached_property
     def costs(self) -> dict[tuple[int, str], Cost]:
@@ -220,6 +234,10 @@ class StudyRecord:
             if cost is not None:
                 found[entry.row, entry.task] = cost
         return found
+
+    def higher_is_better(self, task: str) -> bool:
+        """Say if a larger primary score is a better one on a task."""
+        return all(each.higher_is_better for each in self.tasks if each.name == task)
 
     def cells_of(self, row: int, task: str | None = None) -> tuple[CellRecord, ...]:
         """List the cells of one row, of one task if it is given."""

@@ -30,7 +30,7 @@ class Unfinished:
     Args:
         out: the run's folder.
         methods: the methods that are trained, by label.
-        asked: model, targets, train_also, task, data and options of the task.
+        asked: model, loading (plain), targets, train_also, task, data and options of the task.
         settings: of the run.
 
     Raises:
@@ -52,7 +52,13 @@ class Unfinished:
         plains = {label: to_plain(method) for label, method in methods.items()}
         cells = {
             label: make_cell(
-                plain, spec, asked["model"], asked["targets"], run, train_also=asked.get("train_also", "auto")
+                plain,
+                spec,
+                asked["model"],
+                asked["targets"],
+                run,
+                asked.get("train_also", "auto"),
+                asked.get("loading"),
             ).key
             for label, plain in plains.items()
         }

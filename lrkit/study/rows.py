@@ -65,12 +65,12 @@ def encoded(task: "Task", pretrained: "Pretrained", max_length: int, wanted: int
     # A longer row than the model has positions for must be found before the first step: then all are looked at.
     if not task.by_row or wanted >= len(task.train) or max_length > min(positions, tokenizer.model_max_length):
         train, validation = task.tokenize(tokenizer, max_length)
-        middle = _middle([len(row) for row in train["input_ids"]])
+        middle = _middle(_lengths(train, pretrained))
         return train, validation, _batch(collate, pretrained, train[middle])
     rows = Lazily(task, tokenizer, max_length)
     some = list(range(0, len(rows), max(1, len(rows) // _SAMPLE)))
     looked_at = rows.__getitems__(some)
-    middle = _middle([len(row["input_ids"]) for row in looked_at])
+    middle = _middle(_lengths({key: [row[key] for row in looked_at] for key in looked_at[0]}, pretrained))
     return rows, task.examples(tokenizer, max_length, training=False), _batch(collate, pretrained, looked_at[middle])
 
 
@@ -78,6 +78,14 @@ def _batch(collate: Any, pretrained: "Pretrained", example: dict[str, Any]) -> d
     """Make a batch of one example, of the columns that the model takes."""
     taken = {*inspect.signature(type(pretrained.model).forward).parameters, "labels"}
     return dict(collate([{key: value for key, value in example.items() if key in taken}]))
+
+
+def _lengths(columns: Any, pretrained: "Pretrained") -> list[int]:
+    """Return the tokens of each example; of an encoder-decoder its target's, too."""
+    lengths = [len(ids) for ids in columns["input_ids"]]
+    if pretrained.model.config.is_encoder_decoder:
+        lengths = [a + len(b) for a, b in zip(lengths, columns["labels"], strict=True)]
+    return lengths
 
 
 def _middle(lengths: list[int]) -> int:

@@ -17,7 +17,8 @@ import attrs
 from lrkit.loop.history import Decision
 from lrkit.study.checkpoints import Record
 from lrkit.study.files import CellResult, Parameters, RunFlops
-from lrkit.study.loaded import Tokens, forget, model_for, steps_for, tokens_for
+from lrkit.study.loaded import AS_EVER, Tokens, forget, model_for, steps_for, tokens_for
+from lrkit.study.loading import Loading
 from lrkit.study.run_settings import Progress, RunSettings, rates, settings_from, steps_of, total_steps
 
 if TYPE_CHECKING:
@@ -40,11 +41,15 @@ class Result(CellResult):
         flops: work of the model in training.
         task: the task's name.
         model: the model that was asked for.
+        loading: how it was loaded, as plain data of what is not at its default.
         method: plain data.
         settings: plain data.
         step_seconds: median time of a step.
         train_seconds: time of all steps.
         losses: training loss of each step, without the penalty.
+        tokens_per_second: tokens of the training batches, over the time of all steps.
+        samples: a few validation rows: ``{"input", "reference", "base", "output"}`` each, the base's answer None if its
+            head is new; empty if the model says nothing in words.
         predictions: what the model answers to the validation rows, as `lrkit.tasks.Task.answers` has it.
         summary: per layer rank, frozen state and parameters.
         history: every decision.
@@ -52,6 +57,7 @@ class Result(CellResult):
 
     task: str
     model: str
+    loading: dict[str, Any]
     method: dict[str, Any]
     settings: dict[str, Any]
     majority: float | None
@@ -59,15 +65,20 @@ class Result(CellResult):
     train_seconds: float
     losses: tuple[float, ...] = attrs.field(repr=False)
     flops: RunFlops
+    tokens_per_second: float | None
+    samples: tuple[dict[str, str | None], ...] = attrs.field(repr=False)
     predictions: Any = attrs.field(repr=False)
     summary: "Summary" = attrs.field(repr=False)
     history: tuple[Decision, ...] = attrs.field(repr=False)
 
     def to_plain(self) -> dict[str, Any]:
         """Return everything but the predictions as plain data."""
-        names = ("task", "model", "method", "settings", "scores", "majority", "steps", "step_seconds", "train_seconds")
+        names = ["task", "model", "method", "settings", "scores", "higher_is_better", "majority", "steps"]
+        names += ["step_seconds", "train_seconds", "tokens", "tokens_per_second"]
         return {
             **{name: getattr(self, name) for name in names},
+            "samples": list(self.samples),
+            **({"loading": self.loading} if self.loading else {}),
             "losses": list(self.losses),
             "flops": attrs.asdict(self.flops),
             "summary": self.summary.to_plain(),
@@ -80,6 +91,7 @@ def train(
     task: "Task",
     *,
     model: str = "minilm",
+    loading: Loading = AS_EVER,
     targets: str | Sequence[str] = "all-linear",
     train_also: str | Sequence[str] = "auto",
     settings: RunSettings | None = None,
@@ -88,6 +100,7 @@ def train(
     record: Record | None = None,
     say: Callable[[str], None] | None = None,
     stop: int | None = None,
+    samples: int = 3,
 ) -> Result:
     """Fine-tune a pretrained model with a method on a task, and score it.
 
@@ -98,6 +111,7 @@ def train(
         method: the method.
         task: the task.
         model: ``"minilm"``, a folder or a hub id.
+        loading: how it is loaded: dtype, quantization, revision, ...
         targets: which layers, as `lrkit.attach` takes it.
         train_also: which modules train in full, likewise.
         settings: how to train.
@@ -108,6 +122,7 @@ def train(
         say: told in a few words what is done before the first step.
         stop: the step after which training ends and the model is scored, with rates and schedules bound to all steps;
             None for the last one.
+        samples: how many validation rows are answered to be read, by a task whose models answer in words.
 
     Raises:
         LrkitError: the model cannot be had, or the method does not fit it or the length of the run.
@@ -128,10 +143,10 @@ def train(
         tell(f"tokenizing {asked:,} of {there:,} training rows, and those for validation")
     else:
         tell(f"loading {model}, and tokenizing {used:,} training rows, and those for validation")
-        steps = steps_for(task, model, settings)
+        steps = steps_for(task, model, settings, loading)
         check_length(method, steps)
-    pretrained = model_for(model, task)
-    tokens = tokens_for(task, model, settings, steps)
+    pretrained = model_for(model, task, loading)
+    tokens = tokens_for(task, model, settings, steps, loading=loading)
     net = pretrained.restart(settings.seed)
     collator = task.collator(pretrained.tokenizer, training=True)
     objective = task.objective(
@@ -145,7 +160,9 @@ def train(
     try:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        result = _train(adapted, model, objective, tokens, settings, steps, progress, record, stop)
+        result = _train(
+            adapted, model, loading, objective, tokens, settings, steps, progress, record, stop, tell, samples
+        )
         if done is not None:
             done(adapted)
         adapted.detach()
@@ -166,6 +183,7 @@ def check_length(method: "Method", steps: int) -> None:
 def _train(
     adapted: "Adapted",
     model: str,
+    loading: Loading,
     objective: "Objective | None",
     tokens: Tokens,
     settings: RunSettings,
@@ -173,6 +191,8 @@ def _train(
     progress: Progress | None,
     record: Record | None,
     stop: int | None,
+    tell: Callable[[str], None],
+    samples: int,
 ) -> Result:
     from lrkit.study.recorder import Ending, Recorder, Watch
     from lrkit.study.trainer import run_flops, trainer_for
@@ -180,7 +200,7 @@ def _train(
 
     in_force = rates(adapted.method.parameterization, settings.lr, settings.head_lr)
     log_every = max(1, steps // 500)
-    watch = Watch(progress)
+    watch = Watch(progress, tell)
     recorder = None if record is None else Recorder(record, adapted, log_every)
     trackers = () if record is None else record.report_to
     closed = contextlib.nullcontext() if recorder is None else contextlib.closing(recorder)
@@ -208,7 +228,9 @@ def _train(
             trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
             if trainer.state.global_step < min(steps, stop or steps):
                 raise KeyboardInterrupt  # the record was asked to stop
+            tell(f"scoring {len(tokens.task.validation):,} validation rows")
             predictions = tokens.answers(trainer.predict(tokens.validation).predictions)
+            said = trainer.samples(tokens, settings.max_length, samples) if samples else []
         except BaseException:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it ended early is known, and no fault of the method's
@@ -217,18 +239,23 @@ def _train(
         # Under mixed precision the model's forward was wrapped; the next run starts from the plain one.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     log = trainer.state.log_history
-    task = tokens.task
+    task, (total, here), seconds = tokens.task, trainer.tokens(), sum(watch.seconds)
     return _result(
         adapted,
         task=task.name,
         model=model,
+        loading=loading.to_plain(),
         settings=attrs.asdict(settings) | dict(zip(("lr", "head_lr"), in_force, strict=True)),
         scores=task.score(predictions, task.references())
         | ({} if objective is None else objective.judge(adapted.summary().layers)),
         truth=() if objective is None else objective.truth,
+        higher_is_better=task.higher_is_better,
         majority=task.majority,
+        tokens=total,
+        tokens_per_second=here / seconds if seconds else None,
+        samples=tuple(said),
         step_seconds=statistics.median(watch.seconds or [0.0]),
-        train_seconds=sum(watch.seconds),
+        train_seconds=seconds,
         losses=tuple(float(line["loss"]) for line in log if "loss" in line),
         flops=run_flops(log, settings),
         predictions=predictions,
@@ -253,4 +280,4 @@ def _result(adapted: "Adapted", **found: Any) -> Result:
     )
 
 
-__all__ = ["Record", "Result", "RunFlops", "RunSettings", "rates", "settings_from", "total_steps", "train"]
+__all__ = ["Loading", "Record", "Result", "RunFlops", "RunSettings", "rates", "settings_from", "total_steps", "train"]

@@ -4,7 +4,12 @@ from collections.abc import Iterable
 
 import attrs
 
-_SHARES = ("accuracy", "f1")
+_SHARES = {"accuracy", "f1", "precision", "recall", "exact_match", "final_number"}
+_GROUPS = ("has_answer_", "no_answer_")
+"""Begin the names of scores of a part of the rows."""
+
+MARGIN = ", in the primary score's units (0.01 is one point of accuracy)"
+"""Says in errors in which units a margin is."""
 
 
 @attrs.frozen
@@ -14,10 +19,12 @@ class Scale:
     Args:
         unit: ``"%"`` for shares, and empty for anything else.
         places: decimals.
+        lower: a lower score is the better one, which `heading` says.
     """
 
     unit: str
     places: int
+    lower: bool = False
 
     def of(self, score: float) -> float:
         """Return a score in this unit: 0.83 is 83 if the unit is percent."""
@@ -32,18 +39,31 @@ class Scale:
         return f"{self.number(score)} {self.unit}".strip()
 
     def heading(self, name: str) -> str:
-        """Write a score's name with its unit, for example ``accuracy, %``."""
-        return f"{name}, {self.unit}" if self.unit else name
+        """Write a score's name with its unit, for example ``accuracy, %``; and which way is better, if it is not up."""
+        return ", ".join([name, *([self.unit] if self.unit else []), *(["lower is better"] if self.lower else [])])
 
 
-def scale_of(names: Iterable[str], values: Iterable[float] = ()) -> Scale:
+def scale_of(names: Iterable[str], values: Iterable[float] = (), *, higher_is_better: bool = True) -> Scale:
     """Choose how scores are written.
 
     Args:
-        names: the scores' names. Accuracy and F1 are shares, also of a second validation set (``accuracy_mm``).
-        values: the scores. Up to 10 they have four decimals, two if they are percent; larger ones have fewer.
+        names: the scores' names. Accuracy, F1, exact match and ROUGE are shares, also of a second validation set
+            (``accuracy_mm``) or of a part of the rows (``has_answer_f1``).
+        values: the scores. Up to 10 they have four decimals, two if they are percent; larger ones have fewer. Perplexities
+            have three up to 100.
+        higher_is_better: as the task says.
     """
-    names, size = list(names), max(map(abs, values), default=0.0)
-    if names and size <= 1 and all(name.partition("_")[0] in _SHARES for name in names):
-        return Scale("%", 2)
-    return Scale("", 4 if size < 10 else 2 if size < 1000 else 0)
+    names, size, lower = list(names), max(map(abs, values), default=0.0), not higher_is_better
+    if names and size <= 1 and all(map(is_share, names)):
+        return Scale("%", 2, lower)
+    if names and all(name.startswith("perplexity") for name in names):
+        return Scale("", 3 if size < 100 else 2 if size < 10_000 else 0, lower)
+    return Scale("", 4 if size < 10 else 2 if size < 1000 else 0, lower)
+
+
+def is_share(name: str) -> bool:
+    """Tell by its name if a score is a share, from 0 to 1."""
+    for group in _GROUPS:
+        name = name.removeprefix(group)
+    first = name.partition("_")[0]
+    return first.startswith("rouge") or name in _SHARES or first in _SHARES

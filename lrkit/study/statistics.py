@@ -44,6 +44,7 @@ def compare(record: StudyRecord) -> Table:
         notes=tuple(_notes(record, tables, combined)),
         combined=combined,
         margin=record.margin,
+        higher_is_better=tuple(record.higher_is_better(task.name) for task in record.tasks),
     )
 
 
@@ -51,6 +52,10 @@ def _notes(
     record: StudyRecord, tables: Mapping[str, Sequence[TableRow]], combined: Sequence[Combined]
 ) -> Iterator[str]:
     """Say what the margin is, how several tasks are tested, and which rows of one target are not of one size."""
+    lower = [task.name for task in record.tasks if not task.higher_is_better]
+    if lower:
+        on = f" on {', '.join(lower)}" if len(tables) > 1 else ""
+        yield f"Lower is better: a negative difference{on} is a better score than the base's."
     if record.margin is not None:
         yield _margin(record, [row.mean for rows in tables.values() for row in rows if row.mean is not None])
     if len(tables) > 1 and any(row.pairs for rows in tables.values() for row in rows):

@@ -63,11 +63,15 @@ class RowRecord:
 
 @attrs.frozen(kw_only=True)
 class TaskRecord:
-    """One task: its name, its metric's name, and the primary score of the best constant guess if it is known."""
+    """One task: its name, its metric's name, the best trivial answers' score if known, and the direction.
+
+    For example, a lower perplexity is a better one: its `higher_is_better` is False.
+    """
 
     name: str
     metric: str = ""
     majority: float | None = None
+    higher_is_better: bool = True
 
 
 @attrs.frozen(kw_only=True)
@@ -138,6 +142,7 @@ class StudyFile:
     rows: tuple[RowRecord, ...]
     tasks: tuple[TaskRecord, ...]
     model: str = ""
+    loading: dict[str, Any] = attrs.field(factory=dict)
     targets: Any = None
     train_also: Any = "auto"  # it always was, in a study of an earlier lrkit
     seeds: tuple[int, ...]

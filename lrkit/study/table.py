@@ -38,6 +38,7 @@ class Table:
         notes: further sentences that belong under the table as a whole.
         combined: the rows on all tasks together, if there are several tasks.
         margin: differences that are smaller do not matter, as stated before the first cell; None if none was.
+        higher_is_better: of each task, if a larger score is a better one; empty if it is so of all.
     """
 
     title: str
@@ -50,17 +51,22 @@ class Table:
     notes: tuple[str, ...]
     combined: tuple[Combined, ...] = ()
     margin: float | None = None
+    higher_is_better: tuple[bool, ...] = ()
 
     @property
     def scale(self) -> Scale:
         """The scale that scores are written on, which is percent if they are shares."""
-        return scale_of(self.scores, [row.mean for row in self.rows if row.mean is not None])
+        means = [row.mean for row in self.rows if row.mean is not None]
+        return scale_of(self.scores, means, higher_is_better=all(self.higher_is_better))
 
     def of(self, task: str) -> "Table":
         """Return the table of one task."""
         at = self.tasks.index(task)
         rows = tuple(row for row in self.rows if row.task == task)
-        return attrs.evolve(self, tasks=(task,), scores=(self.scores[at],), rows=rows)
+        one = slice(at, at + 1)
+        return attrs.evolve(
+            self, tasks=(task,), scores=self.scores[one], rows=rows, higher_is_better=self.higher_is_better[one]
+        )
 
     def frame(self) -> "pandas.DataFrame":
         """Return the table with unrounded numbers, one line per task and row."""

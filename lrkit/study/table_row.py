@@ -53,6 +53,8 @@ class TableRow:
         verdict: ``"different"``, ``"equivalent"``, ``"negligible"`` (both) or ``"open"`` (neither), as
             `lrkit.study.equivalence.verdict_of` has it; empty for the base, and without pairs.
         published: the value that others published, as it is printed; empty if none is stated.
+        higher_is_better: a larger score is a better one on the task.
+        tokens_per_second: tokens of training batches per second of the cells' own steps, mean over the done cells.
     """
 
     index: int
@@ -97,10 +99,14 @@ class TableRow:
     p_equivalent_holm: float | None = None
     verdict: str = ""
     published: str = ""
+    higher_is_better: bool = True
+    tokens_per_second: float | None = None
 
     @property
     def warning(self) -> str:
-        """Say in few words that the mean is not above the best constant guess; empty if it is, or if one is not known."""
-        if self.mean is None or self.guess is None or self.mean > self.guess:
+        """Say in few words that the mean is not better than the best constant guess; empty if it is, or if none is known."""
+        if self.mean is None or self.guess is None:
             return ""
-        return "not above the constant guess"
+        if self.higher_is_better:
+            return "" if self.mean > self.guess else "not above the constant guess"
+        return "" if self.mean < self.guess else "not below the constant guess"

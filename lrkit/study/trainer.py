@@ -1,9 +1,9 @@
-"""The Trainer of a run: FLOPs counted on the way, and checkpoints without a copy of the frozen base."""
+"""The Trainer of a run: FLOPs and tokens counted on the way, and checkpoints without a copy of the frozen base."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from lrkit.study.files import RunFlops
 from lrkit.study.loaded import Tokens
 from lrkit.study.run_settings import RunSettings
 from lrkit.tasks import Task
+from lrkit.tasks.generating import IGNORED
 from lrkit.tasks.objective import Objective
 
 _POINTS = 8
+_HELD = 8
+"""Batches whose predictions may wait on the device before they move to memory."""
 
 
 class RunTrainer(Trainer):
@@ -54,6 +57,8 @@ class RunTrainer(Trainer):
         last = self.args.max_steps - 1
         self._counted: tuple[int, float] | None = None
         self._points = {round(i * last / (_POINTS - 1)) for i in range(_POINTS)}
+        self._tokens: torch.Tensor | int = 0
+        self._tokens_here = 0
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Make the folder, and write nothing into it: see the class."""
@@ -61,6 +66,7 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint, and see its files onto the disk before it is said to be whole."""
+        self.tokens()
         super()._save_checkpoint(*args, **kwargs)
         for path in Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}").iterdir():
             with path.open("rb") as file:
@@ -114,11 +120,40 @@ class RunTrainer(Trainer):
         return None if loss is None else loss.detach().mean(), kept if len(kept) > 1 else kept[0], nothing
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Take one step; at some of them, first log the FLOPs of a row."""
+        """Take one step, and count its tokens; at some of them, first log the FLOPs of a row."""
+        inputs = kwargs.get("inputs", args[1] if len(args) > 1 else {})
+        self._tokens = self._tokens + tokens_in(inputs, self._adapted.model)
         if self.state.global_step in self._points:
             self._points.remove(self.state.global_step)
             self._log_flops()
         return super().training_step(*args, **kwargs)
+
+    def tokens(self) -> tuple[int, int]:
+        """Count the tokens of the training batches so far: of the whole run, and of what this process took part in."""
+        waiting: Any = torch.as_tensor(self._tokens, device=self.args.device)
+        new = int(self.accelerator.reduce(waiting, "sum"))  # over devices
+        self._tokens, self._tokens_here = 0, self._tokens_here + new
+        self.state.num_input_tokens_seen += new  # a checkpoint holds it
+        return self.state.num_input_tokens_seen, self._tokens_here
+
+    def samples(self, tokens: Tokens, max_length: int, count: int) -> list[dict[str, str | None]]:
+        """Ask the trained model about a few validation rows; and, if it has words without training, the base.
+
+        Returns:
+            ``{"input", "reference", "base", "output"}`` each; the base's is None if its head is new.
+        """
+        model = self._adapted.model
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(), self.compute_loss_context_manager():
+            found = self._task.samples(model, tokens.tokenizer, max_length, count)
+            base: Sequence[Any] = ()
+            if found and self._task.head.num_labels is None:
+                with self._adapted.disabled():
+                    base = self._task.samples(model, tokens.tokenizer, max_length, count)
+        return [
+            {"input": each.input, "reference": each.reference, "base": before and before.output, "output": each.output}
+            for each, before in zip_longest(found, base)
+        ]
 
     def _log_flops(self) -> None:
         trains = self._adapted.summary().now
@@ -135,6 +170,17 @@ class RunTrainer(Trainer):
             counted = flops(model, sample)
         model.train(was)
         return float(counted.total)
+
+
+def tokens_in(batch: Mapping[str, Any], model: Any) -> torch.Tensor | int:
+    """Count the tokens of a training batch without padding; of an encoder-decoder those of the targets, too."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        mask = batch.get("input_ids", torch.empty(0)) >= 0  # packed, or not of texts
+    found: torch.Tensor = mask.sum()
+    if model.config.is_encoder_decoder and "labels" in batch:
+        found = found + (batch["labels"] != IGNORED).sum()
+    return found
 
 
 def trainer_for(
@@ -184,6 +230,7 @@ def trainer_for(
             max_steps=steps,
             per_device_train_batch_size=settings.batch_size // settings.devices,
             per_device_eval_batch_size=settings.eval_batch_size,
+            eval_accumulation_steps=_HELD,
             max_grad_norm=settings.grad_clip,
             bf16=settings.bf16,
             # Without this, transformers takes processes without GPUs for so many runs of one process; and refuses bf16.

@@ -59,6 +59,7 @@ def tune(
     out: str | os.PathLike[str],
     task: Any = "movies",
     model: str = "minilm",
+    loading: Mapping[str, Any] | None = None,
     targets: str | Sequence[str] = "all-linear",
     train_also: str | Sequence[str] = "auto",
     seeds: int | Sequence[int] = 2,
@@ -89,6 +90,7 @@ def tune(
         out: the study's folder.
         task: a task's name, or a table as in a study file: one task.
         model: ``"minilm"``, a folder or a hub id.
+        loading: how it is loaded: settings of `lrkit.study.loading.Loading`.
         targets: which layers, as `lrkit.attach` takes it.
         train_also: which modules train in full, likewise.
         seeds: how many seeds each trial has (1000, 1001, ...), or which.
@@ -113,6 +115,7 @@ def tune(
             "run": dict(run or {}),
             "tasks": [task],
             "model": os.fspath(model),
+            "loading": dict(loading or {}),
             "targets": targets if isinstance(targets, str) else list(targets),
             "train_also": train_also if isinstance(train_also, str) else list(train_also),
             "tune": {
@@ -167,11 +170,14 @@ def _toml(study: Study, task: TaskSpec, found: Tuned) -> str:
     own = {path: value for path, value in settings.items() if not path.startswith("run.")}
     mean = found.trials[[trial.number for trial in found.trials].index(found.choice.trial)].mean
     where = {key: value for key, value in attrs.asdict(task).items() if value}
+    # Code from a repository is for the command line to allow.
+    shared = {key: value for key, value in study.loading.items() if key != "trust_remote_code"}
     lines = [
         f"# chosen on rows set aside from training: trial {found.choice.trial} of {len(found.trials)}, mean {mean:.4f}",
         f"base = {toml.value(study.base)}",
         f"tasks = [{toml.value(where)}]",
         f"model = {toml.value(study.model)}",
+        *([f"loading = {toml.value(shared)}"] if shared else []),
         f"targets = {toml.value(study.targets)}",
         f"train_also = {toml.value(study.train_also)}",
         f"\n[set]\n{toml.table({**study.set, **own})}",

@@ -79,7 +79,7 @@ def trials_of(record: "StudyRecord", row: int, task: str) -> tuple[TrialRecord, 
     for rung in range(1, len(sizes)):
         if any(mean is None for mean in means):
             break
-        known = [_comparable(mean) for mean in means]
+        known = [_comparable(mean, record.higher_is_better(task)) for mean in means]
         *_, before, here = survivors(known, sizes[: rung + 1])
         step = places[rung - 1, 0][0].steps
         found |= {number: attrs.evolve(found[number], stopped=step) for number in {*before} - {*here}}
@@ -89,8 +89,11 @@ def trials_of(record: "StudyRecord", row: int, task: str) -> tuple[TrialRecord, 
     return tuple(found.values())
 
 
-def _comparable(mean: float | None) -> float:
-    return -math.inf if mean is None or math.isnan(mean) else mean
+def _comparable(mean: float | None, higher_is_better: bool) -> float:
+    """Return a mean so that more is better."""
+    if mean is None or not math.isfinite(mean):
+        return -math.inf
+    return mean if higher_is_better else -mean
 
 
 def _trial(number: int, cells: "list[CellRecord]", settings: dict[str, Any]) -> TrialRecord:
@@ -119,7 +122,7 @@ def chosen_of(record: "StudyRecord", row: int, task: str) -> Choice | None:
         return None
     last = [trial for trial in trials if trial.stopped is None]
     try:
-        best = last[best_of([_comparable(trial.mean) for trial in last])]
+        best = last[best_of([_comparable(trial.mean, record.higher_is_better(task)) for trial in last])]
     except LrkitError:
         return None
     tune, paths = _tune(record), record.rows[row].tuned

@@ -3,7 +3,6 @@
 A cell with several devices is launched by torchrun, as so many processes of this module.
 """
 
-import io
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ import attrs
 
 from lrkit.errors import LrkitError, cut
 from lrkit.foreign import line_of
+from lrkit.study.answers import keep_answers
 from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell, code_of
 from lrkit.study.cell_folder import PACKED, digest_of_result, follows, forget, is_done, note_attempt, note_failure, tidy
@@ -127,13 +127,15 @@ def _train(cell: Cell, place: Path, conditions: Conditions) -> None:
     """Train a cell that is settled, and write down the result in its folder: ``result.json`` last."""
     from lrkit.compose import from_plain
     from lrkit.study.loaded import steps_for
+    from lrkit.study.loading import loading_from
     from lrkit.study.run import train
 
     settings = settings_from({**cell.run, "threads": conditions.threads})
+    loading = loading_from(cell.loading)
     task = load_kept(canonical(cell.task), cell.versions.get("data"))
     if cell.selection is not None:
         # As many steps as with all training rows, since it is for those that rates and schedules are chosen.
-        settings = attrs.evolve(settings, steps=steps_for(task, cell.model, settings))
+        settings = attrs.evolve(settings, steps=steps_for(task, cell.model, settings, loading))
         task = selection_kept(canonical(cell.task), cell.versions.get("data"), cell.selection)
     first = os.environ.get("RANK", "0") == "0"
     if conditions.report_to:
@@ -149,37 +151,25 @@ def _train(cell: Cell, place: Path, conditions: Conditions) -> None:
             from_plain(cell.method),
             task,
             model=cell.model,
+            loading=loading,
             targets=cell.targets,
             train_also=cell.train_also,
             settings=settings,
             done=keep,
             record=conditions.record(place),
             stop=cell.stop,
+            samples=3 if cell.selection is None else 0,  # a trial is scored, and not read
         )
     if not first:
         return
-    kept = _keep_predictions(result.predictions, place)
+    kept = keep_answers(result, place)
     content = json_bytes(result.to_file(place.name))
-    names = ("config.json", kept, *(["lrkit.safetensors"] if conditions.keep else []))
+    names = ("config.json", *kept, *(["lrkit.safetensors"] if conditions.keep else []))
     sums = {name: check_sum(place / name) for name in names}
     write_json(place / LIST, {**sums, "result.json": zlib.crc32(content)})
     write_bytes(place / "result.json", content)
-    took = {"step_seconds": result.step_seconds, "train_seconds": result.train_seconds}
+    took = {name: getattr(result, name) for name in ("step_seconds", "train_seconds", "tokens_per_second")}
     note_attempt(place, {"event": "end", "step": result.steps, **took})
-
-
-def _keep_predictions(predictions: Any, place: Path) -> str:
-    """Write an array as ``predictions.npz``, and a list as JSON, a line per row; return the file's name."""
-    if isinstance(predictions, list):
-        text = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in predictions)
-        write_bytes(place / "predictions.jsonl", text.encode("utf-8", "replace"))
-        return "predictions.jsonl"
-    import numpy as np
-
-    packed = io.BytesIO()
-    np.savez_compressed(packed, predictions=predictions)
-    write_bytes(place / "predictions.npz", packed.getvalue())
-    return "predictions.npz"
 
 
 @lru_cache(maxsize=4)

@@ -27,8 +27,14 @@ from lrkit.tasks.language_modelling import LanguageModelling
 from lrkit.tasks.learnt import Sample
 from lrkit.tasks.movies import load_movies
 from lrkit.tasks.objective import Objective
+from lrkit.tasks.question_answering import QuestionAnswering
 from lrkit.tasks.scoring import METRICS
+from lrkit.tasks.squad import load_squad, load_squad_v2
+from lrkit.tasks.summaries import load_cnn_dailymail, load_xsum
 from lrkit.tasks.teacher import load_teacher
+from lrkit.tasks.text_to_text import TextToText
+from lrkit.tasks.token_classification import TokenClassification
+from lrkit.tasks.verbalized import Verbalized
 
 TaskLoader = Callable[[str | None], Task]
 
@@ -49,7 +55,16 @@ def _glue(rest: str | None) -> Task:
     return load_glue(rest)
 
 
-TASKS: Mapping[str, TaskLoader] = {"movies": _movies, "glue": _glue, "gsm8k": load_gsm8k, "teacher": load_teacher}
+TASKS: Mapping[str, TaskLoader] = {
+    "movies": _movies,
+    "glue": _glue,
+    "teacher": load_teacher,
+    "squad": load_squad,
+    "squad_v2": load_squad_v2,
+    "xsum": load_xsum,
+    "cnn_dailymail": load_cnn_dailymail,
+    "gsm8k": load_gsm8k,
+}
 
 
 @hookimpl
@@ -100,9 +115,13 @@ __all__ = [
     "Head",
     "LanguageModelling",
     "Objective",
+    "QuestionAnswering",
     "Sample",
     "Task",
     "TaskLoader",
+    "TextToText",
+    "TokenClassification",
+    "Verbalized",
     "load_folder",
     "load_task",
 ]

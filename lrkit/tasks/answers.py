@@ -12,11 +12,13 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lrkit.errors import LrkitError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_FIRST_WORDS = (1, 2, 4, 8, 16, 32)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 Comparison = Callable[[str, str], float]
@@ -164,6 +166,29 @@ def best_threshold(
         if current > best:
             best, threshold = current, float(doubts[row])
     return best / len(values), threshold
+
+
+def trivial(questions: Iterable[str], contexts: Iterable[str]) -> list[list[str]]:
+    """Answer questions in some ways that need no learning: the floor of any model.
+
+    They are: the whole context; its first sentence; the sentence that has the most words in common with the question, the
+    first of several; its first 1, 2, 4, ... 32 words.
+
+    Args:
+        questions: [n].
+        contexts: The context of each question, [n].
+
+    Returns:
+        For each way the answers to all questions, [ways][n].
+    """
+    texts = list(contexts)
+    sentences, words = [_SENTENCE.split(text) for text in texts], [set(normalized(each).split()) for each in questions]
+    nearest = [
+        max(of_text, key=lambda sentence: len(asked.intersection(normalized(sentence).split())))
+        for of_text, asked in zip(sentences, words, strict=True)
+    ]
+    beginnings = [[" ".join(text.split()[:count]) for text in texts] for count in _FIRST_WORDS]
+    return [texts, [of_text[0] for of_text in sentences], nearest, *beginnings]
 
 
 def _best(compare: Comparison, predicted: Sequence[str], true: Sequence[Sequence[str]]) -> list[float]:

@@ -43,6 +43,11 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     return found
 
 
+def are_entities(labels: Sequence[str]) -> bool:
+    """Say whether labels are tags of entities, as `entities` reads them, and not, for example, parts of speech."""
+    return "O" in labels and len(labels) > 1 and all(_TAG.fullmatch(label) for label in labels)
+
+
 def entity_f1(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]]) -> dict[str, float]:
     """Compute F1, precision and recall of entities over all rows together, and accuracy of the tags; in [0, 1].
 
@@ -56,19 +61,40 @@ def entity_f1(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]])
         LrkitError: if there is not one prediction per row and word, no row, or a tag is none.
     """
     check_rows(predicted, true)
-    hits = called = wanted = same = words = 0
+    hits = called = wanted = 0
     for row, (said, tags) in enumerate(zip(predicted, true, strict=True)):
-        if len(said) != len(tags):
-            raise LrkitError(f"row {row}: {len(said)} predicted tags for {len(tags)} words")
+        _check_words(row, said, tags)
         ours, theirs = set(entities(said)), set(entities(tags))
         hits, called, wanted = hits + len(ours & theirs), called + len(ours), wanted + len(theirs)
-        same, words = same + sum(map(str.__eq__, said, tags)), words + len(tags)
     return {
         "f1": _share(2 * hits, called + wanted),
         "precision": _share(hits, called),
         "recall": _share(hits, wanted),
-        "accuracy": _share(same, words),
+        **tag_accuracy(predicted, true),
     }
+
+
+def tag_accuracy(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Compute the share of words whose tag is right, in [0, 1]; of tags of any kind, such as parts of speech.
+
+    Args:
+        predicted: Tags of the words of each row, [n][words].
+        true: The true ones, as many.
+
+    Raises:
+        LrkitError: if there is not one prediction per row and word, or no row.
+    """
+    check_rows(predicted, true)
+    same = words = 0
+    for row, (said, tags) in enumerate(zip(predicted, true, strict=True)):
+        _check_words(row, said, tags)
+        same, words = same + sum(map(str.__eq__, said, tags)), words + len(tags)
+    return {"accuracy": _share(same, words)}
+
+
+def _check_words(row: int, said: Sequence[str], tags: Sequence[str]) -> None:
+    if len(said) != len(tags):
+        raise LrkitError(f"row {row}: {len(said)} predicted tags for {len(tags)} words")
 
 
 def _share(part: int, whole: int) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from decimal import Decimal
+from typing import Any
 
 from lrkit.errors import LrkitError
 from lrkit.tasks.answers import check_rows
@@ -21,15 +22,43 @@ ROUGE = ("rougeL", "rouge1", "rouge2", "rougeLsum")
 
 # A sign counts if no word, number or bracket ends right before it: "= -3", "$-3" and "-$3" are -3; "10-3" ends with 3.
 _PATTERN = r"(?:(?<![\w)\]])([-−]))?(?:[$€£¥₹] ?([-−])?)?([0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+_SENTENCE = re.compile(r"(?<=[.!?])[ \t]+|\s*\n\s*")
 _NUMBER, _MARKED = re.compile(_PATTERN), re.compile("####[ \t]*" + _PATTERN)
+
+
+def sentences(text: str) -> list[str]:
+    """List the sentences of a text: each ends with its line, or with a full stop, "!" or "?" before a blank.
+
+    So "e.g. this" is two. The papers on summaries split by a trained model of nltk's, which does not come with a package.
+    """
+    return [sentence for sentence in _SENTENCE.split(text.strip()) if sentence]
+
+
+def in_lines(text: str) -> str:
+    """Put each sentence of a text on a line of its own, as `rouge` reads them for Lsum."""
+    return "\n".join(sentences(text))
+
+
+def first_sentences(text: str, count: int) -> str:
+    """Return the first so many sentences of a text, its lead; 0 for the whole of it."""
+    return " ".join(sentences(text)[: count or None])
+
+
+def rouge_scorer() -> Any:
+    """Make rouge-score's scorer, or raise LrkitError if the package is not installed: ask before a model is trained."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise LrkitError('ROUGE needs the package rouge-score: pip install "lrkit[text]"') from None
+    return RougeScorer(list(ROUGE), use_stemmer=True)
 
 
 def rouge(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict[str, float]:
     """Compute ROUGE-L, -1, -2 and -Lsum: F1, in [0, 1], the mean over rows.
 
     The package rouge-score computes them as published (Lin 2004), with Porter's stemmer. Lsum takes each line of a text
-    for a sentence, so it is L unless texts have line breaks. If a row has several references, the best counts, for each
-    score apart.
+    for a sentence, so it is L unless texts have line breaks: see `in_lines`. If a row has several references, the best
+    counts, for each score apart.
 
     Args:
         predicted: One text per row, [n].
@@ -39,12 +68,8 @@ def rouge(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -> dict
         LrkitError: if rouge-score is not installed, there is not one prediction per row, no row, or a row without a
             reference.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise LrkitError('ROUGE needs the package rouge-score: pip install "lrkit[text]"') from None
+    scorer = rouge_scorer()
     check_rows(predicted, true)
-    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
     sums = dict.fromkeys(ROUGE, 0.0)
     for row, (said, references) in enumerate(zip(predicted, true, strict=True)):
         texts = [references] if isinstance(references, str) else list(references)

@@ -14,7 +14,9 @@ IGNORED = -100
 """Fills labels that are not learnt, and outputs up to the longest: torch's index that no loss reads."""
 
 
-def generate(model: nn.Module, batch: Mapping[str, Any], *, max_new_tokens: int, num_beams: int = 1) -> Tensor:
+def generate(
+    model: nn.Module, batch: Mapping[str, Any], *, max_new_tokens: int, num_beams: int = 1, **how: Any
+) -> Tensor:
     """Let a model go on from prompts, or answer texts, without chance: the same every time.
 
     Args:
@@ -22,6 +24,7 @@ def generate(model: nn.Module, batch: Mapping[str, Any], *, max_new_tokens: int,
         batch: `input_ids` and `attention_mask` [rows, tokens]; a causal model's are padded on the left.
         max_new_tokens: the most that it writes.
         num_beams: beams of the search; 1 for greedy.
+        **how: more of it, as `generate` of transformers takes it: `length_penalty`, `no_repeat_ngram_size`.
 
     Returns:
         The new tokens alone [rows, at most max_new_tokens (and one more in an encoder-decoder, its start)].
@@ -37,6 +40,7 @@ def generate(model: nn.Module, batch: Mapping[str, Any], *, max_new_tokens: int,
             do_sample=False,
             use_cache=True,  # a Trainer switches it off in the model's config
             **sampling,
+            **how,
         )
     return written if plain.config.is_encoder_decoder else written[:, batch["input_ids"].shape[1] :]
 

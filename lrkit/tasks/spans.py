@@ -13,19 +13,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from lrkit.errors import LrkitError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
 
 def _logits(values: ArrayLike) -> NDArray[np.float64]:
+    import numpy as np
+
     return np.asarray(values, dtype=np.float64)
 
 
 def _offsets(values: ArrayLike) -> NDArray[np.int64]:
+    import numpy as np
+
     return np.asarray(values, dtype=np.int64)
 
 
@@ -108,6 +115,8 @@ def best_spans(window: Window, *, n_best: int = 20, max_answer_length: int = 30)
     Raises:
         LrkitError: if either number is below 1.
     """
+    import numpy as np
+
     _check(n_best, max_answer_length)
     tokens = len(window.start)
     width = min(max_answer_length, tokens)

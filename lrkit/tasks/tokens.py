@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from lrkit.errors import LrkitError, LrkitWarning, cut
 from lrkit.foreign import line_of
+from lrkit.models import quiet_transformers
 from lrkit.tasks.hub import new_fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
     from lrkit.tasks.base import Task
 
@@ -144,22 +145,22 @@ def check_texts(task: "Task", tokenizer: "PreTrainedTokenizerBase", model: "PreT
         LrkitError: more than half of the tokens are unknown, more than half of the texts come to no token at all, or the
             model does not have a token.
     """
-    texts = [text for split in (task.train, task.validation) for text in task.texts(_some(split))]
+    texts = [text for split in (task.train, task.validation) for text in task.texts(some(split))]
     texts = [text for text in texts if text.strip()]
     if not texts:
         return
-    encoded = encoding(tokenizer, texts, add_special_tokens=False)["input_ids"]
+    found = encoding(tokenizer, texts, add_special_tokens=False)["input_ids"]
     rows = embeddings_of(model)
-    largest = max((max(ids) for ids in encoded if len(ids)), default=0)
+    largest = max((max(ids) for ids in found if len(ids)), default=0)
     if rows is not None and largest >= rows:
         raise LrkitError(
             f"the tokenizer gives token {largest:,}, and the model has {rows:,} tokens (0 to {rows - 1:,}): it is another "
             "model's tokenizer"
         )
-    empty = sum(not len(ids) for ids in encoded) / len(encoded)
-    unknown, total = 0, sum(len(ids) for ids in encoded)
+    empty = sum(not len(ids) for ids in found) / len(found)
+    unknown, total = 0, sum(len(ids) for ids in found)
     if tokenizer.unk_token_id is not None:
-        unknown = sum(sum(token == tokenizer.unk_token_id for token in ids) for ids in encoded)
+        unknown = sum(sum(token == tokenizer.unk_token_id for token in ids) for ids in found)
     share = unknown / total if total else 1.0
     if max(share, empty) > MOST:
         what = (
@@ -176,20 +177,26 @@ def check_texts(task: "Task", tokenizer: "PreTrainedTokenizerBase", model: "PreT
         )
 
 
-def _some(split: Any) -> Any:
-    """Pick up to 500 rows or a few more, spread evenly."""
-    step = max(1, len(split) // _LOOKED_AT)
-    return split.select(range(0, len(split), step), keep_in_memory=True, new_fingerprint=new_fingerprint())
+def some(rows: Any) -> Any:
+    """Pick rows of a data set to be looked at: 500 or a few more, spread evenly, or all of a small one."""
+    step = max(1, len(rows) // _LOOKED_AT)
+    return rows.select(range(0, len(rows), step), keep_in_memory=True, new_fingerprint=new_fingerprint())
 
 
 def encoding(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> dict[str, Any]:
-    """Encode texts.
+    """Encode texts as model inputs by column.
 
     Raises:
         LrkitError: the tokenizer cannot do it, in one line.
     """
+    return dict(tokenized(tokenizer, *texts, **how))
+
+
+def tokenized(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> "BatchEncoding":
+    """Encode texts, and return all that the tokenizer says of them. Raises as `encoding`."""
     try:
-        encoded = dict(tokenizer(*texts, **how))
+        with quiet_transformers():  # it tells of texts that are longer than the model has positions for
+            encoded: BatchEncoding = tokenizer(*texts, **how)
         encoded["input_ids"]
     except Exception as error:  # whatever a setting of the tokenizer's leads to
         raise LrkitError(f"the model's tokenizer cannot encode the texts: {line_of(error)}") from error

@@ -7,9 +7,9 @@ import attrs
 from markupsafe import Markup
 
 from lrkit.study.charts import Bar, Curve, Point, Style, bars, lines, scatter
+from lrkit.study.comparison import scale_on
 from lrkit.study.report.series import Series, curve_of, diverging, over_seeds, smooth
 from lrkit.study.report.view import View
-from lrkit.study.scores import scale_of
 from lrkit.study.texts import compact, memory
 
 _FEW = 6  # up to so many rows share one chart, named at their lines
@@ -67,10 +67,11 @@ def pareto(view: View, task: str) -> Figures:
     known = [(row, x, y) for row, x, y in rows if x is not None and y is not None]
     if not known:
         return []
+    up = -1 if scale.lower else 1
     front = {
         row.index: (x, scale.of(y))
         for row, x, y in known
-        if not any(a <= x and b >= y and (a < x or b > y) for _, a, b in known)
+        if not any(a <= x and up * b >= up * y and (a < x or up * b > up * y) for _, a, b in known)
     }
     points = [
         Point(
@@ -154,8 +155,10 @@ def curves(view: View, task: str) -> Figures:
     penalties: dict[int, Curve] = {}
     scores: dict[int, Curve] = {}
     metric = next((t.metric for t in view.record.tasks if t.name == task), "") or "score"
-    seen = [v for cell in view.record.cells for _, s in cell.evaluations for v in s.values() if math.isfinite(v)]
-    scale = scale_of([metric], seen)
+    seen = [
+        next(iter(s.values()), math.nan) for cell in view.record.cells if cell.task == task for _, s in cell.evaluations
+    ]
+    scale = scale_on(view.record, task, filter(math.isfinite, seen))
     for row in view.order:
         cells = view.cells(row, task)
         runs: list[Series] = []

@@ -65,7 +65,8 @@ class Head:
 
 
 def _facts(record: StudyRecord) -> Iterator[tuple[str, str]]:
-    yield "Model", record.model
+    loading = ", ".join(f"{name} {setting(value)}" for name, value in record.loading.items())
+    yield "Model", f"{record.model} ({loading})" if loading else record.model
     targets = record.targets
     yield "Adapted layers", targets if isinstance(targets, str) else setting(targets) if targets else ""
     tasks = []
@@ -75,7 +76,8 @@ def _facts(record: StudyRecord) -> Iterator[tuple[str, str]]:
         scored = [value for value in found if value is not None]
         majority = statistics.fmean(scored) if scored else task.majority
         guess = "" if majority is None else f"best constant guess {_guess(task.metric, majority)}"
-        inside = ", ".join(filter(None, (task.metric, guess)))
+        lower = "" if task.higher_is_better else "lower is better"
+        inside = ", ".join(filter(None, (task.metric, lower, guess)))
         tasks.append(f"{task.name} ({inside})" if inside else task.name)
     yield ("Tasks" if len(tasks) > 1 else "Task"), "; ".join(tasks)
     yield "Seeds", f"{', '.join(map(str, record.seeds))} ({len(record.seeds)})"

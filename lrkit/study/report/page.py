@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from lrkit.study.charts import DARK, LIGHT, chip, drawing, styles
 from lrkit.study.charts.palette import in_css
-from lrkit.study.report import cells, claims, effects, figures, head, layers, results, rows, truth, tuning
+from lrkit.study.report import answers, cells, claims, effects, figures, head, layers, results, rows, truth, tuning
 from lrkit.study.report.view import View, breakable, setting
 from lrkit.study.results import StudyRecord
 from lrkit.study.table import Table
@@ -74,6 +74,7 @@ def _sections(view: View) -> list[Section]:
             "effects.html",
             once(effects.Effects.of(view)),
         ),
+        Section("further", "Further scores", "further.html", view.by_task(answers.further)),
         Section("claims", "Claims", "claims.html", once(claims.claims(view))),
         Section("truth", "Rank in the right layers", "truth.html", view.by_task(truth.truth)),
         Section("tuning", "Tuning", "tuning.html", view.by_task(tuning.tuning)),
@@ -82,6 +83,7 @@ def _sections(view: View) -> list[Section]:
         Section("rows", "Hyperparameters and parameters", "rows.html", once(rows.Hyperparameters.of(view))),
         Section("changes", "What each row changes", "changes.html", once(rows.Changes.of(view))),
         *(Section(key, title, "figures.html", view.by_task(draw)) for key, title, draw in pictures),
+        Section("samples", "Answers to read", "samples.html", view.by_task(answers.samples)),
         Section("failures", "Failures", "failures.html", once(cells.failures(view))),
         Section("cells", "Cells", "cells.html", once(cells.Grid.of(view))),
     ]

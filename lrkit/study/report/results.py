@@ -32,6 +32,7 @@ _TIPS = {
     "step_ratio": "time of a step over the base's, at the start of training",
     "step_ratio_end": "the same at the end of training",
     "peak_memory": "peak memory of a step",
+    "speed": "tokens of training batches per second of the runs' own steps, which share the machine with other runs",
 }
 _HEADERS = {
     "difference": "Δ",
@@ -169,6 +170,7 @@ def _sort_value(row: TableRow, key: str) -> str:
     if key == "lr":
         return row.lr.partition(" ")[0]
     named = {"score": "mean", "interval": "low", "interval_90": "low_90", "effect_interval": "effect_low"}
+    named["speed"] = "tokens_per_second"
     value = getattr(row, named.get(key, key))
     return "" if value is None else value if isinstance(value, str) else f"{value:.12g}"
 

@@ -12,11 +12,11 @@ from markupsafe import Markup
 from lrkit.study.charts import Curve, Style
 from lrkit.study.charts.rates import rates
 from lrkit.study.columns import SCORES
-from lrkit.study.comparison import score_name
+from lrkit.study.comparison import scale_on, score_name
 from lrkit.study.report.figures import Figures, Panel, Panels
 from lrkit.study.report.results import Heading, Line, tabled
 from lrkit.study.report.view import View, alpha_over_rank, setting
-from lrkit.study.scores import Scale, scale_of
+from lrkit.study.scores import Scale
 from lrkit.study.statistics import compare
 from lrkit.study.tuned import Choice, TrialRecord, chosen_of, trials_of
 
@@ -69,7 +69,7 @@ def tuning(view: View, task: str) -> Tuning | None:
     if not tried:
         return None
     seen = [score for trials in tried.values() for trial in trials for score in trial.scores.values()]
-    scale = scale_of([score_name(view.record, task)], [score for score in seen if math.isfinite(score)])
+    scale = scale_on(view.record, task, filter(math.isfinite, seen))
     choices = {row: chosen_of(view.record, row, task) for row in tried}
     rows = [_chosen(view, task, row, trials, choices[row], scale) for row, trials in tried.items()]
     heading = scale.heading(score_name(view.record, task))
@@ -260,7 +260,7 @@ class Bests:
 
 def best(view: View, task: str) -> Bests | None:
     """Compare the best score on the way with the last one; None if no run was scored on the way."""
-    name = score_name(view.record, task)
+    name, up = score_name(view.record, task), view.record.higher_is_better(task)
     runs: dict[int, list[tuple[float, float, int]]] = {}
     for row in view.order:
         for cell in view.cells(row, task):
@@ -270,11 +270,13 @@ def best(view: View, task: str) -> Bests | None:
             scored = [(v, step) for v, step in on_the_way if math.isfinite(v)] + [
                 (cell.result.score, cell.result.steps)
             ]
-            top, step = max(scored, key=lambda pair: (pair[0], -pair[1]))
+            top, step = max(scored, key=lambda pair: (pair[0] if up else -pair[0], -pair[1]))
             runs.setdefault(row, []).append((cell.result.score, top, step))
     if not runs:
         return None
-    scale = scale_of([name], [value for each in runs.values() for last, top, _ in each for value in (last, top)])
+    scale = scale_on(
+        view.record, task, [value for each in runs.values() for last, top, _ in each for value in (last, top)]
+    )
     rows = []
     for row, each in runs.items():
         last, top = (statistics.fmean(run[i] for run in each) for i in (0, 1))

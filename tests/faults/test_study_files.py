@@ -131,7 +131,7 @@ def test_aflora_gsm8k():
         run = plan.settings(row, plan.tasks[0], 0)
         assert (run.lr, run.batch_size, run.epochs, run.max_length, run.lr_warmup) == (lr, 1, 3, 256, 100)
         assert row.method.parameterization.rank == 32
-        assert row.attach["targets"] == ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+        assert row.attach["targets"] == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     lora, code, cubic = (row.method for row in plan.rows)
     assert (lora.parameterization.alpha, lora.parameterization.dropout) == (64, 0.05)
     assert code == attrs.evolve(cubic, scheduler=code.scheduler) and code.parameterization.train == "both"

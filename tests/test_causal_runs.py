@@ -14,6 +14,7 @@ from test_completion import PIECES, SAID, outputs, task
 import lrkit
 from lrkit.errors import LrkitError
 from lrkit.study.checkpoints import Record
+from lrkit.study.pretrained import load_pretrained
 from lrkit.study.run import train
 from lrkit.study.run_settings import RunSettings
 from lrkit.tasks import LanguageModelling, load_task
@@ -115,6 +116,19 @@ def test_packing_refused_early(tmp_path):
             settings=RunSettings(steps=2, max_length=30),
             progress=lambda *_: pytest.fail("it trains"),
         )
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [("Bert", "an encoder"), ("T5", "an encoder-decoder"), ("Bart", "an encoder-decoder")]
+)
+def test_other_kinds_refused(kind, family, tmp_path):
+    """An encoder, or one with a decoder, is refused in one line that says what would be right."""
+    PIECES.save_pretrained(tmp_path)
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
+    for made in (task(), plain(TEXTS)):
+        with pytest.raises(LrkitError, match=f"is {family} .*needs a causal language model.*smollm2") as error:
+            load_pretrained(str(tmp_path), made.head)
+        assert "\n" not in str(error.value)
 
 
 # Plain text

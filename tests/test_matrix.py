@@ -107,7 +107,7 @@ def test_what_fits_is_what_the_design_says():
     for p, m, s, a in itertools.product(
         ("full", "lora", "svd", "vector-scaled", "dora"),
         ("magnitude", "sensitivity", "sensitivity-uncertainty", "gradient-uncertainty", "ratio-uncertainty"),
-        ("constant", "linear", "cubic"),
+        ("constant", "linear", "quadratic", "cubic"),
         ("prune", "freeze", "zero"),
     ):
         expected = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 from typing import Any
 
 import attrs
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import lrkit
 from lrkit.errors import LrkitError
-from lrkit.schedulers import Constant, Cubic, Linear, Scheduler
+from lrkit.schedulers import Constant, Cubic, Linear, Quadratic, Scheduler
 
 QUICK = settings(max_examples=150)
 POWER = {Constant: None, Linear: 1, Cubic: 3}
@@ -117,6 +118,19 @@ def test_exact_between_the_ends_in_rational_arithmetic(
     for t in steps_of(timing, data):
         exact = oracles.budget_exact(t, **when, b0=units, bT=0, power=power)
         got = scheduler.budget(t, total_steps=timing["total"], units=units, layers=1)
+        assert got == int(exact) or (abs(exact - round(exact)) < 1e-6 and got == round(exact) - 1), t
+
+
+@given(timings(), st.integers(1, 3000), st.data())
+@QUICK
+def test_quadratic_is_aflora_s_code(timing: dict[str, int], units: int, data: st.DataObject) -> None:
+    """Between the ends 1 - u² of the units are kept, as AFLoRA's code for GSM8K has it."""
+    scheduler = make(Quadratic, timing, target=0.0)
+    total, warmup, end = timing["total"], timing["warmup"], timing["total"] - timing["final"]
+    for t in steps_of(timing, data):
+        u = Fraction(min(max(t - warmup, 0), end - warmup), end - warmup)
+        exact = units * (1 - u**2)
+        got = scheduler.budget(t, total_steps=total, units=units, layers=1)
         assert got == int(exact) or (abs(exact - round(exact)) < 1e-6 and got == round(exact) - 1), t
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +11,10 @@ import attrs
 
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.settings import flag, one_of
-from lrkit.tasks import generating, likelihood, packing, turns
+from lrkit.tasks import generating, likelihood, packing, text_to_text, turns
 from lrkit.tasks.answers import check_rows
 from lrkit.tasks.causal import Causal
-from lrkit.tasks.generated import final_number, last_number_match, rouge
+from lrkit.tasks.generated import final_number, last_number_match, rouge_scorer
 from lrkit.tasks.generating import IGNORED
 from lrkit.tasks.learnt import Sample
 
@@ -26,17 +25,9 @@ if TYPE_CHECKING:
 PERPLEXITY = "perplexity"
 
 
-def exact_match(predicted: Sequence[str], true: Sequence[str]) -> dict[str, float]:
-    """Compute the share of rows in which the text is the reference, but for white space."""
-    check_rows(predicted, true)
-    hits = sum(said.split() == right.split() for said, right in zip(predicted, true, strict=True))
-    return {"exact_match": hits / len(true)}
-
-
 METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
     "final_number": last_number_match,
-    "exact_match": exact_match,
-    "rouge": rouge,
+    **text_to_text.METRICS,
 }
 """Scores of texts that a model writes, by name."""
 
@@ -143,8 +134,8 @@ class Completion(Causal):
             LrkitError: the tokenizer cannot encode them, nothing is left to learn or to score, or the metric's package is
                 not installed.
         """
-        if self.metric == "rouge" and importlib.util.find_spec("rouge_score") is None:
-            raise LrkitError('ROUGE needs the package rouge-score: pip install "lrkit[text]"')
+        if self.metric == "rouge":
+            rouge_scorer()  # now, not after hours
         found = super().examples(tokenizer, max_length, training=training)
         split, rows = ("training", len(self.train)) if training else ("validation", len(self.validation))
         out, cut, crossed = rows - sum(found["rows"]) if training else 0, sum(found["cut"]), sum(found["crossed"])

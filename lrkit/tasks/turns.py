@@ -95,12 +95,19 @@ def _common(one: Sequence[int], two: Sequence[int]) -> int:
 
 
 def ids_of(texts: Sequence[str], tokenizer: Any, *, special: bool) -> list[list[int]]:
-    """Tokenize texts, without an end token behind them. Raises LrkitError if the tokenizer cannot do it."""
+    """Tokenize texts, without what the tokenizer puts behind a text. Raises LrkitError if the tokenizer cannot do it."""
     if not texts:
         return []
     found = encoding(tokenizer, list(texts), add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
-    ends = special and encoding(tokenizer, ["a"])["input_ids"][0][-1] == tokenizer.eos_token_id
-    return [list(ids[:-1] if ends else ids) for ids in found]
+    behind = _behind(tokenizer) if special else 0
+    return [list(ids[: len(ids) - behind]) for ids in found]
+
+
+def _behind(tokenizer: Any) -> int:
+    """Count the special tokens that a tokenizer puts behind a text, such as an end token or BERT's ``[SEP]``."""
+    alone, within = (encoding(tokenizer, ["a"], add_special_tokens=each)["input_ids"][0] for each in (False, True))
+    rest = len(within) - len(alone)
+    return next((rest - n for n in range(rest + 1) if list(within[n : n + len(alone)]) == list(alone)), 0)
 
 
 def end_of(tokenizer: Any) -> int:

@@ -25,7 +25,7 @@ from lrkit.study.shipped import with_profile
 CLAIMS = ("adalora-tuned", "aflora-tuned", "teacher", "where-the-rank-goes")
 """Studies of claims rather than of a paper's table: each runs where it is, and has no profiles."""
 CORE = [name for name in Registry(discover=False).names("study") if name not in CLAIMS]
-FIRST = {"adalora-table-3": "flan-t5-small"}
+FIRST = {"adalora-table-3": "flan-t5-small", "aflora-gsm8k": "smollm2"}
 """The first profile of those whose task is none for the embedded model: the others' is minilm."""
 SIX = ["cola", "sst2", "mrpc", "qnli", "stsb", "rte"]
 
@@ -70,7 +70,7 @@ def test_core_files_need_nothing():
     """lrkit's own files use lrkit's own methods; those that need a plug-in's ship with it."""
     assert set(CORE) == {
         *("adalora-figure-1", "adalora-figure-2", "aflora-figure-3", "aflora-figure-4"),
-        *("adalora-table-3", "aflora-table-2", "aflora-table-3", "aflora-table-6", "hybrid"),
+        *("adalora-table-3", "aflora-table-2", "aflora-table-3", "aflora-table-6", "aflora-gsm8k", "hybrid"),
     }
     assert not any(read_study(name).requires for name in CORE)
 
@@ -120,6 +120,29 @@ def test_adalora_table_three():
     for row in here.rows:
         form, task = here.method(row, here.tasks[0]).parameterization, here.tasks[0]
         assert form.alpha == 2 * form.rank and here.settings(row, task, 0).lr == (4e-3 if "Ada" in row.label else 1e-3)
+
+
+def test_aflora_gsm8k():
+    """LoRA and AFLoRA on GSM8K: 1 - u² of all matrices train between 30 % and 70 % of the steps, as in the code."""
+    plan = plan_of("aflora-gsm8k", "paper")
+    assert plan.study.model == "yahma/llama-7b-hf" and plan.tasks[0].name == "gsm8k"
+    assert plan.tasks[0].options == {"max_new_tokens": 256, "num_beams": 4}
+    for row, lr in zip(plan.rows, (3e-4, 2e-3, 2e-3), strict=True):
+        run = plan.settings(row, plan.tasks[0], 0)
+        assert (run.lr, run.batch_size, run.epochs, run.max_length, run.lr_warmup) == (lr, 1, 3, 256, 100)
+        assert row.method.parameterization.rank == 32
+        assert row.attach["targets"] == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    lora, code, cubic = (row.method for row in plan.rows)
+    assert (lora.parameterization.alpha, lora.parameterization.dropout) == (64, 0.05)
+    assert code == attrs.evolve(cubic, scheduler=code.scheduler) and code.parameterization.train == "both"
+    assert [type(each.scheduler).__name__ for each in (code, cubic)] == ["Quadratic", "Cubic"]
+    s = code.scheduler
+    assert (s.target, s.warmup, s.final, s.interval, s.first_step) == (0.0, 0.3, 0.3, 10, 0)
+    here = plan_of("aflora-gsm8k")
+    assert here == plan_of("aflora-gsm8k", "smollm2") and [row.label for row in here.rows] == [
+        row.label for row in plan.rows
+    ]
+    assert [here.settings(row, here.tasks[0], 0).lr for row in here.rows] == [3e-4, 2e-3, 2e-3]
 
 
 def test_adalora_figure_one():

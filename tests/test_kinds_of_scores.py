@@ -351,3 +351,88 @@ def test_run_of_perplexity(place, offered):
     assert done.exit_code == 0, done.output
     assert "A lower perplexity is better." in done.output and "constant best guess" not in done.output
     assert "%" not in done.output
+
+
+@pytest.mark.parametrize(("kind", "model"), [("ppl", "llama"), ("echo", "t5")])
+def test_cells_are_exported(place, offered, tmp_path, kind, model):
+    """A run of a language model of either kind becomes PEFT's, whose answers are the adapted model's, and a plain model."""
+    import peft
+    import transformers
+
+    from lrkit.cli.app import app
+
+    words = ["run", "lora", "--task", kind, "--model", str(place / model), "--set", "run.steps=3"]
+    done = CliRunner().invoke(app, [*words, "--set", "run.lr=0.05", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    for to in ("peft-lora", "merged"):
+        done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--to", to, "--out", str(tmp_path / to)])
+        assert done.exit_code == 0, done.output
+    cls = {"llama": transformers.LlamaForCausalLM, "t5": transformers.T5ForConditionalGeneration}[model]
+    batch = {"input_ids": torch.arange(4, 10)[None], "labels": torch.arange(4, 8 if model == "t5" else 10)[None]}
+    plain, merged = (cls.from_pretrained(folder).eval() for folder in (place / model, tmp_path / "merged"))
+    before = plain(**batch).logits
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "peft-lora").eval()
+    logits = adapted(**batch).logits
+    assert torch.allclose(logits, merged(**batch).logits, atol=1e-4) and not torch.allclose(logits, before, atol=1e-2)
+
+
+def test_options_of_tasks(place, offered, capsys):
+    """Names that tasks have are hinted at wherever they are typed, and a dry run shows what was asked for."""
+    from lrkit.cli import main
+
+    for words, right in (
+        (["--set", "run.num_beams=4"], "--set task.num_beams=4"),
+        (["--set", "max_new_tokens=9"], "--set task.max_new_tokens=9"),
+        (["--doc-stride", "64"], "--set task.stride=64"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["run", "lora", *words])
+        assert right in capsys.readouterr().err
+    words = ["ablate", "lora", "--task", "echo", "--model", str(place / "t5"), "--set", "task.max_new_tokens=2"]
+    with pytest.raises(SystemExit):
+        main([*words, "--set", "run.steps=2", "--swap", "rank=2", "--dry-run"])
+    assert "Task echo: max_new_tokens=2." in capsys.readouterr().out
+
+
+def test_chosen_options(place, offered, tmp_path):
+    """The study file of a tuned method has the task's options, and is one that a study can be made of."""
+    from lrkit.study.asked import study_named
+
+    task = {"task": "echo", "options": {"max_new_tokens": 2}}
+    run = {"steps": 2, "batch_size": 4}
+    tuned = lrkit.tune(
+        "lora",
+        {"run.lr": [1e-3, 1e-2]},
+        out=tmp_path / "t",
+        task=task,
+        model=str(place / "t5"),
+        run=run,
+        seeds=1,
+        workers=0,
+    )
+    study = study_named(str(tuned.folder / "chosen.toml"))
+    assert study.tasks[0].options == {"max_new_tokens": 2} and study.run["lr"] == tuned.settings["run.lr"]
+
+
+def test_long_scoring_tells(tmp_path, monkeypatch):
+    """An evaluation tells every so often how many examples are scored, counted anew for each; a study's teller reads it."""
+    from lrkit.study import recorder
+    from lrkit.study.progress import scored_of, step_of
+
+    times = iter(range(0, 100, 4))
+    monkeypatch.setattr(recorder.time, "monotonic", lambda: next(times))
+    told = []
+    scoring = recorder.Scoring(lambda done, of: told.append((done, of)))
+
+    class Loader(list):
+        dataset = range(25)
+
+    for loader in (Loader(range(5)), Loader(range(5))):
+        for _ in loader:
+            scoring.batch(loader)
+    assert told and all(of == 25 and done % 5 == 0 and done <= 25 for done, of in told)
+    assert told[0][0] < 25
+    (tmp_path / "metrics.jsonl").write_text('{"step": 40, "loss": 1.0}\n{"step": 40, "scored": 15, "of": 25}\n')
+    assert (step_of(tmp_path), scored_of(tmp_path)) == (40, ", scored 15 of 25")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 40, "scored": 15, "of": 25}\n{"step": 41, "loss": 1.0}\n{"st')
+    assert (step_of(tmp_path), scored_of(tmp_path)) == (41, "")

@@ -185,7 +185,7 @@ def test_tokens_are_counted(place):
     words = lower_task.tokenizer()
     texts = [len(words(text)["input_ids"]) for text in lower_task.ROWS * 4]
     lasts = [2] * len(texts)  # a word and the end
-    settings = RunSettings(epochs=2, batch_size=6, threads=1)
+    settings = RunSettings(epochs=2, batch_size=10, threads=1)
     for kind, model, each in (
         (lower_task.perplexity(), "llama", sum(texts)),
         (lower_task.echo(), "t5", sum(texts) + sum(lasts)),
@@ -218,7 +218,7 @@ def test_samples_leave_chance(place):
     import transformers
 
     folder = str(place / "t5")
-    settings = RunSettings(steps=40, batch_size=10, lr=0.1, threads=1)
+    settings = RunSettings(steps=15, batch_size=10, lr=0.3, threads=1)
     states = []
 
     def done(_):
@@ -285,9 +285,7 @@ def test_study_of_perplexity(place, offered, tmp_path):
     """Trials choose the rate with the lowest perplexity; curves, table and report are there; trials answer nothing."""
     base = {"task": "ppl", "model": str(place / "llama"), "run": {"steps": 6, "batch_size": 4, "eval_every": 2}}
     tune = {"space": {"run.lr": [1e-4, 3e-1]}, "seeds": 1}
-    table = lrkit.ablate(
-        "lora", {"rank": [1, 2]}, seeds=[0], tune=tune, out=tmp_path / "study", workers=0, costs=False, **base
-    )
+    table = lrkit.ablate("lora", {}, seeds=[0], tune=tune, out=tmp_path / "study", workers=0, costs=False, **base)
     record = read_study(tmp_path / "study")
     from lrkit.study.tuned import chosen_of, trials_of
 

@@ -74,7 +74,9 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
     screen.say(f"{before}{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
     for task in plan.tasks:
         if task.options:
-            screen.say(f"Task {task.name}: {', '.join(f'{key}={_said(value)}' for key, value in task.options.items())}.")
+            screen.say(
+                f"Task {task.name}: {', '.join(f'{key}={_said(value)}' for key, value in task.options.items())}."
+            )
     if plan.study.margin is not None:
         screen.say(f"Margin: ±{plan.study.margin:g} of the primary score, written down before the first cell.")
     if plan.study.claims:

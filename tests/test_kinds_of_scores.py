@@ -195,6 +195,18 @@ def test_tokens_are_counted(place):
         assert result.tokens_per_second == pytest.approx(result.tokens / result.train_seconds)
 
 
+def test_packed_tokens():
+    """Of packed texts of 4, 3 and 2 tokens in blocks of 6 and 5 with filling, nine are counted."""
+    from lrkit.study.trainer import tokens_in
+
+    batch = {
+        "input_ids": torch.ones(2, 8),
+        "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 0, 0], [0, 1, 2, 0, 0, 0, 0, 0]]),
+    }
+    assert int(tokens_in(batch, lower_task.llama())) == 9
+    assert int(tokens_in({"input_ids": torch.ones(2, 8)}, lower_task.llama())) == 16
+
+
 def test_tokens_after_stop(place, tmp_path):
     """A run that stopped and went on has counted what the run that did not has, and scored the same."""
     from lrkit.study.run import Record

@@ -196,7 +196,7 @@ def test_tokens_are_counted(place):
 
 
 def test_packed_tokens():
-    """Of packed texts of 4, 3 and 2 tokens in blocks of 6 and 5 with filling, nine are counted."""
+    """Of packed texts of 4, 2 and 3 tokens in two blocks of 8, nine are counted, and not what fills the blocks up."""
     from lrkit.study.trainer import tokens_in
 
     batch = {

@@ -17,6 +17,13 @@ ADALORA: dict[str, tuple[float, int, float, int, int, int, int, int, float, floa
     "stsb": (2.2e-3, 25, 0.1, 800, 10, 2000, 32, 128, 100, 0.1),
 }
 
+# Its table for summaries: batch, epochs, t_i, t_f, all at rate 5e-4, γ 0.1 and ΔT 100. And from the released scripts: tokens
+# of a source and of a target, beams.
+ADALORA_SUMMARIES = {
+    "xsum": (64, 25, 6000, 50_000, 768, 64, 8),
+    "cnn_dailymail": (32, 15, 5000, 85_000, 1024, 160, 4),
+}
+
 # AFLoRA (arXiv 2403.13269): rate of the classifier, of the rest, epochs. Batch 64, 256 tokens, warm-up .06, decay .1,
 # clip .1.
 AFLORA: dict[str, tuple[float, float, int]] = {

@@ -17,8 +17,8 @@ from row_forms import GOOD, Row, rows_of
 from lrkit.compose import to_plain
 from lrkit.errors import LrkitError
 from lrkit.methods import lora
-from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell, make_cell
+from lrkit.study.task_spec import TaskSpec, load_task_of
 from lrkit.tasks import hub, load_folder
 from lrkit.tasks.forms import FORMS, form_of
 from lrkit.tasks.splits import divided, place_of
@@ -71,9 +71,8 @@ def write(folder: Path, form: str, *splits: str, writer: Callable[[Path, list[Ro
 
 
 @pytest.mark.parametrize("form", KINDS)
-def test_forms_become_kinds(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forms_become_kinds(tmp_path: Path, form: str) -> None:
     """Each form becomes its kind of task, and the same one out of JSON lines, of gzip, of Parquet and of CSV."""
-    monkeypatch.setattr(datasets.utils.tqdm, "disable", True, raising=False)
     kind, attributes = KINDS[form]
     tasks = [load_folder(write(tmp_path / writer.__name__, form, writer=writer)) for writer in WRITERS]
     for task in tasks:

@@ -249,7 +249,7 @@ def test_deberta_counts() -> None:
 
 def test_configs_load(tmp_path: Path) -> None:
     """By name, from the package and from a folder with nothing but a config.json."""
-    assert shipped_configs() == ("deberta-v3-base",)
+    assert shipped_configs() == ("bart-large", "deberta-v3-base")
     assert load_config("minilm").hidden_size == 384
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 3}')
     assert load_config(str(tmp_path)).n_layer == 3

@@ -1,8 +1,10 @@
-"""Texts that become texts: what the model is given and writes, how it is scored, and whole runs against transformers' own."""
+"""Texts that become texts: what the model is given and writes, how it is scored, and runs against transformers' own."""
 
+import json
 import sys
 import types
 import warnings
+from typing import ClassVar
 
 import attrs
 import datasets
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import text_models
 import torch
+from command_line import ask
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
@@ -162,7 +165,7 @@ def test_exact_match_counts():
 class Scorer:
     """Stands in for rouge-score's scorer, and keeps what it was given: the share of lines that are the reference's."""
 
-    seen: list = []
+    seen: ClassVar[list] = []
 
     def __init__(self, names, use_stemmer=False):
         self.names = names
@@ -366,3 +369,31 @@ def test_methods_train_it(folder):
         result = train(method, task(), model=str(folder), settings=attrs.evolve(SETTINGS, steps=4))
         assert np.isfinite(result.losses).all() and len(result.predictions) == len(ROWS)
         assert any("EncDecAttention" in layer.name for layer in result.layers)
+
+
+# The table of AdaLoRA's paper
+
+
+@pytest.mark.parametrize(
+    ("rank", "share", "printed"), [(16, 2.129, 2.20), (8, 1.065, 1.10), (2, 0.266, 0.26), (1, 0.133, 0.13)]
+)
+def test_budgets_of_bart(rank, share, printed, capsys):
+    """BART-large's parameters, and the shares that LoRA and AdaLoRA train: the printed budgets, nearly."""
+    start = {1: 2, 2: 4, 8: 12, 16: 24}[rank]
+    for method, settings, core in (("lora", [rank], 0), ("adalora", [start, rank], 192 * rank)):
+        words = [f"--set={name}={value}" for name, value in zip(("rank", "target_rank"), settings, strict=False)]
+        told = ask(capsys, "params", method, "--model", "bart-large", *words)["methods"][method]
+        assert (told["model"], told["layers"]) == (406_291_456, 192)
+        assert told["end"] - core == 540_672 * rank
+        assert 100 * (told["end"] - core) / told["model"] == pytest.approx(share, abs=5e-4)
+    nearest = round(printed / 100 * 406_291_456 / 540_672)
+    assert nearest == (rank if rank in (1, 2, 8) else 17), "of the printed 2.20 % 16 is the power of two"
+
+
+def test_table_is_laid_out(tmp_path, capsys, rouge):
+    """The study's rows, with one row's budget each; a folder stands in, and so may a config for the model."""
+    rows = "".join(json.dumps({"document": f"One {n}. Two.", "summary": "Two."}) + "\n" for n in range(8))
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    told = ask(capsys, "ablate", "adalora-table-3", "--data", f"xsum={tmp_path}", "--dry-run")
+    assert len(told["rows"]) == 4 and next(iter(told["rows"])) == "AdaLoRA, 2.20 %"

@@ -12,12 +12,12 @@ import lrkit
 from lrkit import cli
 from lrkit.cli import words
 from lrkit.study import cost
-from lrkit.study.asked import TaskSpec
 from lrkit.study.cell import Cell, make_cell
 from lrkit.study.execute import check
 from lrkit.study.graph import jobs_of
 from lrkit.study.plan import lay_out, study_from
 from lrkit.study.run_settings import RunSettings, settings_from
+from lrkit.study.task_spec import TaskSpec
 
 SHORT = ["--set", "run.steps=1", "--set", "run.train_rows=8", "--set", "run.validation_rows=8"]
 

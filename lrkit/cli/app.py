@@ -4,11 +4,12 @@ from typing import Annotated
 
 import typer
 
+from lrkit.cli.demos import demo
 from lrkit.cli.exports import export
 from lrkit.cli.methods import list_methods, params
 from lrkit.cli.plugins import doctor, new, plugins, show
 from lrkit.cli.power import power
-from lrkit.cli.runs import demo, run
+from lrkit.cli.runs import run
 from lrkit.cli.studies import ablate, pack, report
 from lrkit.cli.tuning import tune
 

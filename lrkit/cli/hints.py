@@ -2,8 +2,8 @@
 
 A setting has one of four places: the run (``--set run.lr=1e-3``), the method (``--set rank=8``, ``--set metric.beta1=0.5``),
 the task (``--set task.num_beams=4``) or the command itself (``--model minilm``). Other tools have one place, and other
-names. If a setting is given in the wrong place, is spelt otherwise, or has the name that transformers, PEFT or a paper gives
-it, the error tells the right words.
+names. If a setting is given in the wrong place, is spelt otherwise, or has the name that transformers, PEFT or a paper
+gives it, the error tells the right words.
 """
 
 import difflib

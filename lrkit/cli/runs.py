@@ -1,4 +1,4 @@
-"""``lrkit demo`` and ``lrkit run``: train methods, and show what came of it."""
+"""``lrkit run``: train methods, and show what came of it."""
 
 import json
 import warnings
@@ -20,52 +20,6 @@ if TYPE_CHECKING:
     from lrkit.method import Method
     from lrkit.study.resume import Unfinished
     from lrkit.study.run import Result
-
-
-def demo(
-    out: Annotated[Path | None, typer.Option(help="A new folder for table and pictures.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.", min=20)] = 120,
-    as_json: Json = False,
-) -> None:
-    """Train four methods on movie-review sentences, with pictures.
-
-    Fine-tunes MiniLM with LoRA, AdaLoRA, AdaLoRA with another metric, and AFLoRA, and draws what happened.
-    """
-    import attrs
-
-    from lrkit import methods, metrics
-    from lrkit.study.pictures import draw
-    from lrkit.study.run import RunSettings, train
-    from lrkit.tasks import load_task
-
-    folder = new_folder(out, "lrkit-demo")
-    adalora = methods.adalora(rank=8, target_rank=4, alpha=32.0)  # LoRA's scale, α/r = 4
-    compositions = {
-        "lora": methods.lora(rank=4),
-        "adalora": adalora,
-        "adalora, metric=magnitude": attrs.evolve(adalora, metric=metrics.Magnitude()),
-        "aflora": methods.aflora(rank=4),
-    }
-    task = load_task("movies")
-    settings = RunSettings(steps=steps, max_length=64)
-    results: dict[str, Result] = {}
-    with progress.bars(as_json) as bar:
-        for label, method in compositions.items():
-            results[label] = train(method, task, settings=settings, progress=bar(label, steps))
-    plain = {label: result.to_plain() for label, result in results.items()}
-    pictures: list[Path] = []
-
-    def write(place: Path) -> None:
-        write_text(place / "results.json", json.dumps(plain, indent=1))
-        pictures[:] = draw(results, place)
-
-    folder = write_into(folder, write)
-    if as_json:
-        screen.say_json({"folder": str(folder), "pictures": [str(p) for p in pictures], "runs": plain})
-        return
-    outcome.show(results, f"MiniLM on {len(task.train):,} movie-review sentences, {steps} steps of 32")
-    screen.say("pictures: " + " ".join(str(p) for p in pictures))
-    screen.say(f"every decision, layer by layer: {folder / 'results.json'}")
 
 
 def run(

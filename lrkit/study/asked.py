@@ -23,11 +23,11 @@ from lrkit.study.published import Published
 from lrkit.study.scores import MARGIN
 from lrkit.study.shipped import with_profile
 from lrkit.study.space import TuneSpec, tune_from
+from lrkit.study.task_spec import TaskSpec
 
 if TYPE_CHECKING:
     import cattrs
 
-    from lrkit.tasks import Task
 
 SEEDS = 6
 """With fewer seeds no two-sided paired permutation test can reach p < 0.05: with n pairs the least p is 2/2^n."""
@@ -63,36 +63,6 @@ class RowSpec:
     source: str | None = None
     control: str | None = None
     from_task: str | None = None
-
-
-@attrs.frozen(kw_only=True)
-class TaskSpec:
-    """A task of a study: by name, or a folder of data.
-
-    Args:
-        task: a task's name.
-        data: a folder, or ``FOLDER:train=NAME,validation=NAME`` (`lrkit.tasks.load_folder`); beside a task's name it
-            stands in for that task's data (`standing_in`).
-        metric: the metric that scores a folder's task; None for that of the task it stands in for.
-        options: the task's own options (`lrkit.tasks.Task.options`); on the command line ``--set task.NAME=VALUE``.
-        run: settings of the run on this task alone.
-        set: settings of every row's method on this task alone, such as the schedule. A setting that a row changes itself
-            stays, and a row whose parts have no such setting is left as it is.
-    """
-
-    task: str | None = None
-    data: str | None = None
-    metric: str | None = None
-    options: dict[str, Any] = attrs.field(factory=dict)
-    run: dict[str, Any] = attrs.field(factory=dict)
-    set: dict[str, Any] = attrs.field(factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Return the name that the study calls it by."""
-        from lrkit.tasks.splits import place_of
-
-        return self.task or (place_of(self.data).name if self.data else "movies")
 
 
 @attrs.frozen(kw_only=True)
@@ -291,18 +261,3 @@ def _tried(value: Any, _: Any) -> dict[str, list[Any]]:
         if not isinstance(item, list) or not item:
             raise Misfit(f'"{key}" must be a list of values to try, not {shown(item)}')
     return {str(key): item for key, item in value.items()}
-
-
-def load_task_of(spec: TaskSpec) -> "Task":
-    """Load the task that a spec names, from the registry or a folder. Raise LrkitError if it cannot be had."""
-    from lrkit.registry import registered_tasks
-    from lrkit.tasks import load_folder, load_task
-    from lrkit.tasks.named import OPTIONS
-
-    if spec.task is None or spec.data is None:
-        task = load_task(spec.task, data=spec.data, metric=spec.metric, tasks=registered_tasks())
-        return task.with_options(spec.options)
-    own = dict(OPTIONS.get(spec.task, {}))
-    metric = own.pop("metric", None)
-    task = attrs.evolve(load_folder(spec.data, spec.metric or metric), name=spec.task)
-    return task.with_options(own | spec.options)

@@ -16,10 +16,11 @@ import attrs
 
 from lrkit.reading import opened
 from lrkit.settings import as_plain
-from lrkit.study.asked import TaskSpec
+from lrkit.study.loading import loading_from
 from lrkit.study.needs import Need, needs_from
 from lrkit.study.run_settings import ATTACH, rates
 from lrkit.study.store import digest_of
+from lrkit.study.task_spec import TaskSpec
 
 _BEFORE: dict[str, Any] = {"train_also": "auto", "needs": (), "selection": None, "stop": None, "loading": {}}
 """The attributes that a cell did not always have, and the values that leave its name as it was then."""
@@ -146,7 +147,7 @@ def make_cell(
         targets=targets,
         method=dict(method),
         run=settings,
-        versions=_versions(method, task.task, where["data"], folder),
+        versions=_versions(method, task.task, where["data"], folder, loading_from(loading or {}).package),
         train_also=train_also,
         loading=dict(loading or {}),
     )
@@ -181,11 +182,13 @@ def components_of(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield kind, part["name"]
 
 
-def _versions(method: Mapping[str, Any], task: str | None, data: str | None, model: str) -> dict[str, str]:
+def _versions(
+    method: Mapping[str, Any], task: str | None, data: str | None, model: str, quantizer: str | None
+) -> dict[str, str]:
     from lrkit.registry import current
     from lrkit.tasks.splits import place_of
 
-    packages = {"lrkit", "torch", "transformers"}
+    packages = {"lrkit", "torch", "transformers"} | ({quantizer} if quantizer else set())
     found = {}
     offers = current().offers()
     for kind, name in components_of(method):

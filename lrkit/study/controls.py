@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lrkit.adapt.allocation import Allocation
-    from lrkit.study.asked import TaskSpec
     from lrkit.study.cell import Cell
+    from lrkit.study.task_spec import TaskSpec
     from lrkit.tasks import Task
 
 Kind = Literal["found", "transplanted", "shuffled", "random", "uniform", "oracle", "cut-at-end"]
@@ -148,9 +148,9 @@ def _oracle(found: "Allocation", cell: "Cell") -> "Allocation":
     """
     from lrkit.adapt.allocation import Allocation
     from lrkit.adapt.sharing import uniform
-    from lrkit.study.asked import TaskSpec, load_task_of
     from lrkit.study.loading import loading_from
     from lrkit.study.models import empty_model
+    from lrkit.study.task_spec import TaskSpec, load_task_of
 
     task = load_task_of(TaskSpec(**cell.task))
     best = task.truth(empty_model(cell.model, task.head, loading_from(cell.loading)), cell.seed)

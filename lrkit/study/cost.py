@@ -21,7 +21,6 @@ import attrs
 
 from lrkit.compose import from_plain
 from lrkit.errors import LrkitError
-from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell
 from lrkit.study.cell_folder import is_packed
 from lrkit.study.jobs import cell_of
@@ -29,6 +28,7 @@ from lrkit.study.plan import Plan, Row
 from lrkit.study.run_settings import attach_settings, settings_from, steps_of
 from lrkit.study.store import digest_of, lock, read_json, write_json
 from lrkit.study.study_file import CostEntry, StudyFile, read_study_file, write_study_file
+from lrkit.study.task_spec import TaskSpec, load_task_of
 
 if TYPE_CHECKING:
     from lrkit.adapt.adapted import Adapted

@@ -10,7 +10,6 @@ import attrs
 
 from lrkit.compose import to_plain
 from lrkit.errors import LrkitError, nearest, shown
-from lrkit.study.asked import load_task_of
 from lrkit.study.cell import components_of
 from lrkit.study.cell_folder import digest_of_result, follows, forget, has_result, is_done, is_packed, tidy_done
 from lrkit.study.executors import gpus
@@ -25,6 +24,7 @@ from lrkit.study.run_settings import steps_of
 from lrkit.study.scores import MARGIN, is_share
 from lrkit.study.study_file import TaskRecord
 from lrkit.study.taken import Source, take_in
+from lrkit.study.task_spec import load_task_of
 from lrkit.study.tuning import check_schedules
 from lrkit.study.worker import Conditions
 

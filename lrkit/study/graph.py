@@ -9,12 +9,12 @@ from typing import Any
 
 import attrs
 
-from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.jobs import Job, Trial, cell_of
 from lrkit.study.needs import Need
 from lrkit.study.plan import Plan, Row
 from lrkit.study.run_settings import steps_of
 from lrkit.study.space import TuneSpec, grid, optuna_version, space_of
+from lrkit.study.task_spec import TaskSpec, load_task_of
 
 
 def jobs_of(plan: Plan) -> list[Job]:

@@ -6,11 +6,11 @@ from typing import Any
 import attrs
 
 from lrkit.compose import to_plain
-from lrkit.study.asked import TaskSpec
 from lrkit.study.cell import Cell, make_cell
 from lrkit.study.needs import Need
 from lrkit.study.plan import Plan, Row
 from lrkit.study.study_file import CellEntry, TrialEntry
+from lrkit.study.task_spec import TaskSpec
 from lrkit.study.tuning import with_settings
 
 

@@ -71,6 +71,11 @@ class Loading:
             field.name: each for field in attrs.fields(Loading) if (each := getattr(self, field.name)) != field.default
         }
 
+    @property
+    def package(self) -> str | None:
+        """Return the package that quantizes, which has a say in a run's result; None without quantization."""
+        return None if self.quantization is None else _PACKAGES[self.quantization][1]
+
     def check(self, spec: str, *, hub: bool) -> None:
         """Raise LrkitError if a model cannot be loaded so on this machine; nothing is fetched to find out.
 
@@ -84,10 +89,10 @@ class Loading:
             )
         if self.attn_implementation == _FLASH and not _is_installed("flash_attn"):
             raise LrkitError(f"model.attn_implementation={_FLASH} needs flash-attn and a GPU: pip install flash-attn")
-        module, package = _PACKAGES.get(self.quantization or "", ("", ""))
-        for name, wheel in ((module, package), ("accelerate", "accelerate")):
-            if module and not _is_installed(name):
-                raise LrkitError(f"model.quantization={self.quantization} needs {wheel}: pip install {wheel}")
+        needed = [] if self.quantization is None else [_PACKAGES[self.quantization], ("accelerate", "accelerate")]
+        for module, package in needed:
+            if not _is_installed(module):
+                raise LrkitError(f"model.quantization={self.quantization} needs {package}: pip install {package}")
 
     def asked(self) -> dict[str, Any]:
         """Return what transformers must be told to find a model's files: arguments of any ``from_pretrained``."""

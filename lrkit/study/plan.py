@@ -15,7 +15,7 @@ from lrkit.compose import from_plain, to_plain, with_setting
 from lrkit.errors import LrkitError, nearest
 from lrkit.method import Method
 from lrkit.settings import defaults, is_at
-from lrkit.study.asked import RowSpec, Study, TaskSpec, study_from, study_named
+from lrkit.study.asked import RowSpec, Study, study_from, study_named
 from lrkit.study.claim import check_claims
 from lrkit.study.composing import check_path, composed
 from lrkit.study.controls import Control, check_control, check_kind, controlled
@@ -23,6 +23,7 @@ from lrkit.study.labels import differences, label_of, shown_value
 from lrkit.study.published import check_published
 from lrkit.study.reach import METHOD, Reached
 from lrkit.study.run_settings import RunSettings, settings_from
+from lrkit.study.task_spec import TaskSpec
 from lrkit.study.tuning import check_rows, check_tune, inherited, paths_in
 
 ROWS, CELLS = 2_000, 100_000

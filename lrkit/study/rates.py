@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lrkit.study.asked import TaskSpec
 from lrkit.study.plan import Plan, Row
 from lrkit.study.run_settings import rates
+from lrkit.study.task_spec import TaskSpec
 
 
 def rates_of(plan: Plan, row: Row, task: TaskSpec) -> dict[str, float]:

@@ -10,12 +10,12 @@ import attrs
 
 from lrkit.compose import to_plain
 from lrkit.errors import LrkitError
-from lrkit.study.asked import TaskSpec
 from lrkit.study.cell import make_cell
 from lrkit.study.checkpoints import Record
 from lrkit.study.place import missing
 from lrkit.study.run_settings import RunSettings
 from lrkit.study.store import FORMAT, read_json, write_json
+from lrkit.study.task_spec import TaskSpec
 
 if TYPE_CHECKING:
     from lrkit.method import Method

@@ -14,11 +14,12 @@ from lrkit.compose import to_plain
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.method import Method
 from lrkit.moves import replacing
-from lrkit.study.asked import Study, TaskSpec, study_from
+from lrkit.study.asked import Study, study_from
 from lrkit.study.execute import execute
 from lrkit.study.labels import shown_value
 from lrkit.study.plan import Plan, lay_out
 from lrkit.study.records import read_study
+from lrkit.study.task_spec import TaskSpec
 from lrkit.study.tuned import Choice, TrialRecord, chosen_of, trials_of
 
 if TYPE_CHECKING:

@@ -25,13 +25,13 @@ import attrs
 from lrkit.errors import LrkitError, cut
 from lrkit.foreign import line_of
 from lrkit.study.answers import keep_answers
-from lrkit.study.asked import TaskSpec, load_task_of
 from lrkit.study.cell import Cell, code_of
 from lrkit.study.cell_folder import PACKED, digest_of_result, follows, forget, is_done, note_attempt, note_failure, tidy
 from lrkit.study.checkpoints import Record
 from lrkit.study.run_settings import settings_from
 from lrkit.study.settling import settle
 from lrkit.study.store import FORMAT, LIST, canonical, check_sum, json_bytes, lock, read_json, write_bytes, write_json
+from lrkit.study.task_spec import TaskSpec, load_task_of
 
 _training = threading.Lock()
 """Model and random generators belong to the process: an executor of threads runs one cell at a time in each process."""

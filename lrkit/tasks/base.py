@@ -203,7 +203,9 @@ class Task(Learnt):
             )
         if not len(done):
             split = "train" if training else "validation"
-            raise LrkitError(f'task "{self.name}": no example is left of {len(rows):,} {split} rows')
+            raise LrkitError(
+                f'task "{self.name}": no example is left of {len(rows):,} {split} rows in {max_length} tokens'
+            )
         return done
 
     def tokenize(self, tokenizer: Any, max_length: int) -> tuple[datasets.Dataset, datasets.Dataset]:

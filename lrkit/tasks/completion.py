@@ -83,9 +83,7 @@ class Completion(Causal):
         if self.metric == "final_number" and {*self.columns} <= {*self.validation.column_names}:
             for row, text in enumerate(self.references()):
                 if final_number(text) is None:
-                    raise LrkitError(
-                        f"{where}: validation row {row} has no number in what is to be written: {text[-60:]!r}"
-                    )
+                    raise LrkitError(f"{where}: validation row {row} has no number in its completion: {text[-60:]!r}")
 
     def check_model(self, model: nn.Module) -> None:
         """Check that packed rows do not see each other in the model."""
@@ -148,23 +146,23 @@ class Completion(Causal):
         if self.metric == "rouge" and importlib.util.find_spec("rouge_score") is None:
             raise LrkitError('ROUGE needs the package rouge-score: pip install "lrkit[text]"')
         found = super().examples(tokenizer, max_length, training=training)
-        split = "training" if training else "validation"
-        rows = len(self.train if training else self.validation)
-        out = rows - sum(found["rows"]) if training else 0
-        cut, crossed = sum(found["cut"]) + out, sum(found["crossed"])
+        split, rows = ("training", len(self.train)) if training else ("validation", len(self.validation))
+        out, cut, crossed = rows - sum(found["rows"]) if training else 0, sum(found["cut"]), sum(found["crossed"])
+        where = f'task "{self.name}": '
         if "labels" in found.column_names and not any(label != IGNORED for row in found["labels"] for label in row):
-            raise LrkitError(f'task "{self.name}": run.max_length = {max_length} leaves no token of a completion')
+            raise LrkitError(f"{where}run.max_length = {max_length} leaves no token of a completion to be scored")
         if cut:
-            left_out = f"; {out:,} of them have nothing left to learn, and are left out" if out else ""
             _warn(
-                f'task "{self.name}": {cut:,} of {rows:,} {split} rows have more than run.max_length = {max_length:,} tokens, '
-                f"and are cut{left_out}"
+                f"{where}{cut:,} of {rows:,} {split} rows have more than run.max_length = {max_length} tokens: they are cut"
             )
+        if out:
+            nothing = f"have nothing to learn in run.max_length = {max_length} tokens"
+            _warn(f"{where}{out:,} of {rows:,} {split} rows {nothing}: they are left out")
         if crossed:
             _warn(
-                f'task "{self.name}": in {crossed:,} of {rows:,} {split} rows a token spans the end of the prompt and the '
-                "begin of the completion, and is learnt; when the model writes, it goes on from other tokens: end prompts "
-                "without a blank, and begin completions with one"
+                f"{where}in {crossed:,} of {rows:,} {split} rows a token spans the end of the prompt and the begin of the "
+                "completion, and is learnt; when the model writes, it goes on from other tokens: end prompts without a "
+                "blank, and begin completions with one"
             )
         return found
 

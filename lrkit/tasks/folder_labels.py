@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any
+from typing import Any, Literal
 
 from lrkit.errors import LrkitError
-from lrkit.tasks.classification import Classification, Kind
+from lrkit.tasks.classification import Classification
 from lrkit.tasks.found import Found, Table
 from lrkit.tasks.glue import GLUE
 from lrkit.tasks.scoring import REGRESSION_METRICS, check_metric
@@ -44,7 +44,7 @@ def classification(found: Found) -> Classification:
     metric = glue.metric if found.metric is None and glue is not None else found.metric
     if metric is not None:
         check_metric(metric)
-    kind: Kind = "classification"
+    kind: Literal["classification", "regression"] = "classification"
     if metric in REGRESSION_METRICS or any(isinstance(label, float) for label in given):
         kind = "regression"
     if metric is None:

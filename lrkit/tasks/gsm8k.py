@@ -21,7 +21,7 @@ MAX_NEW_TOKENS = 256
 
 
 def load_gsm8k(rest: str | None) -> Completion:
-    """Load GSM8K from the hub (or from the hub's cache on this machine, if the hub is out of reach).
+    """Load GSM8K from the hub (or from the hub's cache on this machine, if it is out of reach). Source: arXiv 2110.14168.
 
     Raises:
         LrkitError: for a part, or if the data cannot be had.

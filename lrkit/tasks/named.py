@@ -13,5 +13,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "xsum": {"max_target_length": 64},
     "cnn_dailymail": {"lead": 3},
     "gsm8k": {"metric": "final_number", "max_new_tokens": 256},
-} | {f"glue/{name}": {"metric": row.metric} for name, row in GLUE.items()}
+    **{f"glue/{name}": {"metric": row.metric} for name, row in GLUE.items()},
+}
 """Task to the options in which it differs from others of its kind; none of a plug-in's task."""

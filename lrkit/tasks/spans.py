@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-
 from typing import TYPE_CHECKING
 
 import attrs

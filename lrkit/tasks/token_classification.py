@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 Tags = Sequence[Sequence[str | None]]
 _DIVERGED = -1
+
+
+def _strings(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(values)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -44,7 +48,7 @@ class TokenClassification(Task):
         LrkitError: fewer than two labels, or one twice, or columns that are not there.
     """
 
-    labels: tuple[str, ...] = attrs.field(converter=tuple)
+    labels: tuple[str, ...] = attrs.field(converter=_strings)
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ _SPECIAL = {
     "eos_token": "<end>",
 }
 _CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<end>\n{% endfor %}"
-_SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+_SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+_T5: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
 POSITIONS = 512
 """The longest input of the models."""
 
@@ -36,7 +36,11 @@ def tokenizer() -> "PreTrainedTokenizerFast":
         pair="<cls> $A <sep> $B:1 <sep>:1",
         special_tokens=[(each, tokens[each]) for each in ("<cls>", "<sep>")],
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=_CHAT, model_max_length=POSITIONS, **_SPECIAL)
+    how: Any = PreTrainedTokenizerFast
+    words: PreTrainedTokenizerFast = how(
+        tokenizer_object=made, chat_template=_CHAT, model_max_length=POSITIONS, **_SPECIAL
+    )
+    return words
 
 
 def model(head: Head, words: "PreTrainedTokenizerFast") -> "PreTrainedModel | None":
@@ -48,13 +52,14 @@ def model(head: Head, words: "PreTrainedTokenizerFast") -> "PreTrainedModel | No
     import transformers
 
     settings: dict[str, Any] = {"vocab_size": len(words), "pad_token_id": words.pad_token_id, **head.settings()}
+    begin: dict[str, Any] = {"decoder_start_token_id": words.pad_token_id}
     end = {"eos_token_id": words.eos_token_id, "bos_token_id": None}
     kinds: dict[str, Any] = {
         "AutoModelForCausalLM": lambda: transformers.LlamaConfig(
             **_SIZES, **settings, **end, max_position_embeddings=POSITIONS
         ),
         "AutoModelForSeq2SeqLM": lambda: transformers.T5Config(
-            **_T5, **settings, eos_token_id=words.eos_token_id, decoder_start_token_id=words.pad_token_id
+            **_T5, **settings, eos_token_id=words.eos_token_id, **begin
         ),
     }
     made = kinds.get(

@@ -140,10 +140,12 @@ class TaskContract(Contract):
         expect(loss.isfinite().all() and loss.requires_grad, f"the loss of a training batch is {loss}")
         if objective is not None:  # what is scored is the objective's to say
             return
-        with calling("predict(), answers() or score()"):
-            said, truth = ask(task, model.eval(), words, _LENGTH), task.references()
-            scores = task.score(said, truth)
+        with calling("predict() or answers()"):
+            said = ask(task, model.train(False), words, _LENGTH)
         expect(len(said) == len(task.validation), f"{len(said)} answers for {len(task.validation)} validation rows")
+        with calling("score() of a model's answers"):
+            truth = task.references()
+            scores = task.score(said, truth)
         wanted = [*task.score(task.perfect(), truth)]
         expect([*scores] == wanted, f"a model's scores are {[*scores]}, and those of perfect answers {wanted}")
 

@@ -327,4 +327,4 @@ def test_attributes_of_a_cell():
 
     names = {field.name for field in attrs.fields(Cell)}
     trained = {"task", "model", "targets", "train_also", "method", "run", "versions"}
-    assert names == trained | {"needs", "selection", "stop"}
+    assert names == trained | {"needs", "selection", "stop", "loading"}

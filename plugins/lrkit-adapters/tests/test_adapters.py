@@ -364,3 +364,87 @@ def test_adalora_s_table_one(profile: str) -> None:
         r.label: (r.method.scheduler.target, r.method.parameterization.rank) for r in plan.rows if r.method.scheduler
     }
     assert ranks == {"AdaLoRA, 1.27M": (8, 12), "AdaLoRA, 0.32M": (2, 4)}
+
+
+# AdaLoRA's Tables 9 and 10: width of Houlsby's and of Pfeiffer's bottlenecks, final and initial rank; epochs and t_f.
+SQUAD_BUDGETS = {"0.65 %": (32, 64, 8, 12), "0.32 %": (16, 32, 4, 6), "0.16 %": (8, 16, 2, 4), "0.08 %": (4, 8, 1, 2)}
+SQUAD_RUNS = {"squad": (10, 25_000), "squad_v2": (12, 50_000)}
+
+
+@pytest.fixture
+def squad(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the hub, with as many rows as SQuAD has."""
+    import datasets
+
+    def load_dataset(name: str) -> datasets.DatasetDict:
+        rows = {"train": 87_599, "validation": 20} if name.endswith("squad") else {"train": 130_319, "validation": 20}
+        row = {"question": "Where?", "context": "In France.", "answers": {"text": ["France"], "answer_start": [3]}}
+        one = datasets.Dataset.from_list([row])
+        return datasets.DatasetDict({split: one.select([0] * count) for split, count in rows.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_adalora_s_table_two(squad: None) -> None:
+    """Every row has the width or ranks of the paper, its printed budget as near as they come, and its printed scores."""
+    plan = lay_out(read_study("adalora-table-2", profile="paper"))
+    assert plan.study.model == "microsoft/deberta-v3-base"
+    assert [task.name for task in plan.tasks] == list(SQUAD_RUNS)
+    net = empty_model("deberta-v3-base")
+    whole = sum(p.numel() for p in net.deberta.parameters())
+    left = {row.label: row for row in plan.rows}
+    assert left.pop("Full FT").method.parameterization == lrkit.methods.full().parameterization
+    for budget, (houlsby, pfeiffer, target, rank) in SQUAD_BUDGETS.items():
+        printed = float(budget.split(" ")[0])
+        for name, expected, within in (
+            ("HAdapter", lrkit_adapters.houlsby(width=houlsby, variant="released"), 0.13),
+            ("PAdapter", lrkit_adapters.pfeiffer(width=pfeiffer), 0.07),
+            ("LoRA", lrkit.methods.lora(rank=target), 0.13),
+            ("AdaLoRA", None, 0.13),
+        ):
+            row = left.pop(f"{name}, {budget}")
+            if expected is None:
+                assert (row.method.scheduler.target, row.method.parameterization.rank) == (target, rank)
+            else:
+                assert row.method == expected
+            share = 100 * count(row.method, net, total_steps=50_000).end / whole
+            assert printed * 0.99 < share < printed * (1 + within), f"{row.label}: {share:.3f} %"
+    assert not left
+    printed_scores = plan.study.published
+    assert printed_scores is not None and printed_scores.values.keys() == {row.label for row in plan.rows}
+    assert printed_scores.of("AdaLoRA, 0.08 %", "squad_v2") == "85.6/88.7"
+    assert printed_scores.of("PAdapter, 0.65 %", "squad") == "86.6/93.0"
+
+
+def test_table_two_trains_so(squad: None) -> None:
+    """Its tasks train as the paper's appendix and the released script say; the first profile on the embedded model."""
+    plan = lay_out(read_study("adalora-table-2", profile="paper"))
+    for task in plan.tasks:
+        epochs, final = SQUAD_RUNS[task.name]
+        assert task.options == {"stride": 128} | ({"unanswerable": True} if task.name == "squad_v2" else {})
+        for row in plan.rows:
+            run, method = plan.settings(row, task, 0), plan.method(row, task)
+            assert (run.epochs, run.batch_size, run.max_length, run.lr_warmup) == (epochs, 16, 384, 1000)
+            assert run.lr == row.run.get("lr", 1e-3) and run.weight_decay == 0.0
+            if method.scheduler is not None:
+                assert (method.scheduler.warmup, method.scheduler.interval, method.scheduler.final) == (
+                    5000,
+                    100,
+                    final,
+                )
+                assert method.parameterization.orthogonality == 0.1
+            assert getattr(method.parameterization, "alpha", 16.0) == 16.0
+    small = lay_out(read_study("adalora-table-2"))
+    assert (small.study.model, [task.name for task in small.tasks]) == ("minilm", ["squad"])
+    assert [row.label for row in small.rows] == [
+        *("AdaLoRA, 0.65 %", "Full FT", "HAdapter, 0.65 %", "PAdapter, 0.65 %", "LoRA, 0.65 %")
+    ]
+    for row in small.rows:
+        run = small.settings(row, small.tasks[0], 0)
+        assert run.lr == row.method.parameterization.learning_rate and run.steps == 300
+
+
+def test_table_two_is_shown(squad: None, call: Call) -> None:
+    """`lrkit ablate --dry-run` checks its rows on the model, and lists them."""
+    told = call("ablate", "adalora-table-2", "--dry-run")
+    assert len(told["rows"]) == 5

@@ -8,7 +8,8 @@ import shlex
 import attrs
 import pytest
 
-from lrkit.cli import compose, hints, main
+import lrkit
+from lrkit.cli import compose, hints, main, other_names
 from lrkit.registry import Registry
 from lrkit.study.run_settings import RunSettings, settings_from
 
@@ -95,10 +96,12 @@ def test_other_tools_names_are_known(word: str, capsys: pytest.CaptureFixture[st
 
 def test_synonyms_lead_somewhere() -> None:
     """Each name on the right is a setting of a run, of a method, or an option."""
-    assert set(hints._RUN.values()) <= set(RUN)
+    assert set(other_names.RUN.values()) <= set(RUN)
     arguments = {key for name in ("adalora", "lora") for key in hints._settings(["run", name])}
-    assert set(hints._METHOD.values()) <= arguments
-    assert not {*hints._RUN} & set(RUN)
+    assert set(other_names.METHOD.values()) <= arguments
+    assert not {*other_names.RUN} & set(RUN)
+    kinds = (lrkit.tasks.QuestionAnswering, lrkit.tasks.TextToText, lrkit.tasks.Completion, lrkit.tasks.Verbalized)
+    assert {*other_names.TASK.values()} <= {name for kind in kinds for name in kind.options()}
 
 
 SAID = {

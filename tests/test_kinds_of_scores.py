@@ -185,7 +185,7 @@ def test_tokens_are_counted(place):
     words = lower_task.tokenizer()
     texts = [len(words(text)["input_ids"]) for text in lower_task.ROWS * 4]
     lasts = [2] * len(texts)  # a word and the end
-    settings = RunSettings(epochs=2, batch_size=6, threads=1)
+    settings = RunSettings(epochs=2, batch_size=10, threads=1)
     for kind, model, each in (
         (lower_task.perplexity(), "llama", sum(texts)),
         (lower_task.echo(), "t5", sum(texts) + sum(lasts)),
@@ -193,6 +193,18 @@ def test_tokens_are_counted(place):
         result = train(methods.lora(rank=2), kind, model=str(place / model), settings=settings)
         assert result.tokens == 2 * each
         assert result.tokens_per_second == pytest.approx(result.tokens / result.train_seconds)
+
+
+def test_packed_tokens():
+    """Of packed texts of 4, 2 and 3 tokens in two blocks of 8, nine are counted, and not what fills the blocks up."""
+    from lrkit.study.trainer import tokens_in
+
+    batch = {
+        "input_ids": torch.ones(2, 8),
+        "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 0, 0], [0, 1, 2, 0, 0, 0, 0, 0]]),
+    }
+    assert int(tokens_in(batch, lower_task.llama())) == 9
+    assert int(tokens_in({"input_ids": torch.ones(2, 8)}, lower_task.llama())) == 16
 
 
 def test_tokens_after_stop(place, tmp_path):
@@ -218,7 +230,7 @@ def test_samples_leave_chance(place):
     import transformers
 
     folder = str(place / "t5")
-    settings = RunSettings(steps=40, batch_size=10, lr=0.1, threads=1)
+    settings = RunSettings(steps=15, batch_size=10, lr=0.3, threads=1)
     states = []
 
     def done(_):
@@ -285,9 +297,7 @@ def test_study_of_perplexity(place, offered, tmp_path):
     """Trials choose the rate with the lowest perplexity; curves, table and report are there; trials answer nothing."""
     base = {"task": "ppl", "model": str(place / "llama"), "run": {"steps": 6, "batch_size": 4, "eval_every": 2}}
     tune = {"space": {"run.lr": [1e-4, 3e-1]}, "seeds": 1}
-    table = lrkit.ablate(
-        "lora", {"rank": [1, 2]}, seeds=[0], tune=tune, out=tmp_path / "study", workers=0, costs=False, **base
-    )
+    table = lrkit.ablate("lora", {}, seeds=[0], tune=tune, out=tmp_path / "study", workers=0, costs=False, **base)
     record = read_study(tmp_path / "study")
     from lrkit.study.tuned import chosen_of, trials_of
 
@@ -351,3 +361,88 @@ def test_run_of_perplexity(place, offered):
     assert done.exit_code == 0, done.output
     assert "A lower perplexity is better." in done.output and "constant best guess" not in done.output
     assert "%" not in done.output
+
+
+@pytest.mark.parametrize(("kind", "model"), [("ppl", "llama"), ("echo", "t5")])
+def test_cells_are_exported(place, offered, tmp_path, kind, model):
+    """A run of a language model of either kind becomes PEFT's, whose answers are the adapted model's, and a plain model."""
+    import peft
+    import transformers
+
+    from lrkit.cli.app import app
+
+    words = ["run", "lora", "--task", kind, "--model", str(place / model), "--set", "run.steps=3"]
+    done = CliRunner().invoke(app, [*words, "--set", "run.lr=0.05", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    for to in ("peft-lora", "merged"):
+        done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--to", to, "--out", str(tmp_path / to)])
+        assert done.exit_code == 0, done.output
+    cls = {"llama": transformers.LlamaForCausalLM, "t5": transformers.T5ForConditionalGeneration}[model]
+    batch = {"input_ids": torch.arange(4, 10)[None], "labels": torch.arange(4, 8 if model == "t5" else 10)[None]}
+    plain, merged = (cls.from_pretrained(folder).eval() for folder in (place / model, tmp_path / "merged"))
+    before = plain(**batch).logits
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "peft-lora").eval()
+    logits = adapted(**batch).logits
+    assert torch.allclose(logits, merged(**batch).logits, atol=1e-4) and not torch.allclose(logits, before, atol=1e-2)
+
+
+def test_options_of_tasks(place, offered, capsys):
+    """Names that tasks have are hinted at wherever they are typed, and a dry run shows what was asked for."""
+    from lrkit.cli import main
+
+    for words, right in (
+        (["--set", "run.num_beams=4"], "--set task.num_beams=4"),
+        (["--set", "max_new_tokens=9"], "--set task.max_new_tokens=9"),
+        (["--doc-stride", "64"], "--set task.stride=64"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["run", "lora", *words])
+        assert right in capsys.readouterr().err
+    words = ["ablate", "lora", "--task", "echo", "--model", str(place / "t5"), "--set", "task.max_new_tokens=2"]
+    with pytest.raises(SystemExit):
+        main([*words, "--set", "run.steps=2", "--swap", "rank=2", "--dry-run"])
+    assert "Task echo: max_new_tokens=2." in capsys.readouterr().out
+
+
+def test_chosen_options(place, offered, tmp_path):
+    """The study file of a tuned method has the task's options, and is one that a study can be made of."""
+    from lrkit.study.asked import study_named
+
+    task = {"task": "echo", "options": {"max_new_tokens": 2}}
+    run = {"steps": 2, "batch_size": 4}
+    tuned = lrkit.tune(
+        "lora",
+        {"run.lr": [1e-3, 1e-2]},
+        out=tmp_path / "t",
+        task=task,
+        model=str(place / "t5"),
+        run=run,
+        seeds=1,
+        workers=0,
+    )
+    study = study_named(str(tuned.folder / "chosen.toml"))
+    assert study.tasks[0].options == {"max_new_tokens": 2} and study.run["lr"] == tuned.settings["run.lr"]
+
+
+def test_long_scoring_tells(tmp_path, monkeypatch):
+    """An evaluation tells every so often how many examples are scored, counted anew for each; a study's teller reads it."""
+    from lrkit.study import recorder
+    from lrkit.study.progress import scored_of, step_of
+
+    times = iter(range(0, 100, 4))
+    monkeypatch.setattr(recorder.time, "monotonic", lambda: next(times))
+    told = []
+    scoring = recorder.Scoring(lambda done, of: told.append((done, of)))
+
+    class Loader(list):
+        dataset = range(25)
+
+    for loader in (Loader(range(5)), Loader(range(5))):
+        for _ in loader:
+            scoring.batch(loader)
+    assert told and all(of == 25 and done % 5 == 0 and done <= 25 for done, of in told)
+    assert told[0][0] < 25
+    (tmp_path / "metrics.jsonl").write_text('{"step": 40, "loss": 1.0}\n{"step": 40, "scored": 15, "of": 25}\n')
+    assert (step_of(tmp_path), scored_of(tmp_path)) == (40, ", scored 15 of 25")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 40, "scored": 15, "of": 25}\n{"step": 41, "loss": 1.0}\n{"st')
+    assert (step_of(tmp_path), scored_of(tmp_path)) == (41, "")

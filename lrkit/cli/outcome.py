@@ -42,7 +42,8 @@ def show(results: "Mapping[str, Result]", title: str) -> None:
     screen.table(columns, rows, title)
     guess = "" if first.majority is None else f"constant best guess: {_written(first.majority, scale)}. "
     lower = f"A lower {name} is better. " if scale.lower else ""
-    screen.say(f"{lower}{guess}Trainable parameters are the adapters'; the head's {first.summary.head:,} come on top.")
+    head = f"; the head's {first.summary.head:,} come on top" if first.summary.head else ""
+    screen.say(f"{lower}{guess}Trainable parameters are the adapters'{head}.")
     for label, result in results.items():
         if further := [f"{key} {scale_of([key], [value]).text(value)}" for key, value in [*result.scores.items()][1:]]:
             screen.say(f"{label}: {', '.join(further)}")

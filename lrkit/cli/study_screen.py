@@ -54,6 +54,7 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
     cells, trials = plan.cells, plan.trials
     if as_json:
         told = {"rows": rows, "rates": rates, "tasks": list(tasks), "seeds": plan.seeds, "cells": cells}
+        told |= {"options": {task.name: task.options for task in plan.tasks if task.options}}
         told |= {"margin": plan.study.margin, "claims": [claim.name for claim in plan.study.claims]}
         told |= {"trials": trials} if plan.study.tune is not None else {}
         screen.say_json(told | {"too_few_seeds": too_few_seeds(len(plan.rows) - 1, len(plan.seeds))})
@@ -71,6 +72,11 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
     counted = (_count(len(plan.rows), "row"), _count(len(plan.seeds), "seed"), _count(cells, "cell"))
     before = f"{_count(trials, 'trial cell')} ({plan.study.tune.told()}), then " if plan.study.tune is not None else ""
     screen.say(f"{before}{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
+    for task in plan.tasks:
+        if task.options:
+            screen.say(
+                f"Task {task.name}: {', '.join(f'{key}={_said(value)}' for key, value in task.options.items())}."
+            )
     if plan.study.margin is not None:
         screen.say(f"Margin: ±{plan.study.margin:g} of the primary score, written down before the first cell.")
     if plan.study.claims:

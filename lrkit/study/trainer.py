@@ -174,10 +174,14 @@ class RunTrainer(Trainer):
 
 def tokens_in(batch: Mapping[str, Any], model: Any) -> torch.Tensor | int:
     """Count the tokens of a training batch without padding; of an encoder-decoder those of the targets, too."""
-    mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2:
-        mask = batch.get("input_ids", torch.empty(0)) >= 0  # packed, or not of texts
-    found: torch.Tensor = mask.sum()
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    found: torch.Tensor
+    if mask is not None and mask.ndim == 2:
+        found = mask.sum()
+    elif positions is not None:  # packed: each text begins at 0, and what fills a block up is at 0
+        found = (positions > 0).sum() + (positions == 1).sum()
+    else:
+        found = (batch.get("input_ids", torch.empty(0)) >= 0).sum()
     if model.config.is_encoder_decoder and "labels" in batch:
         found = found + (batch["labels"] != IGNORED).sum()
     return found

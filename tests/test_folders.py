@@ -122,6 +122,21 @@ def test_answers_may_be_absent(tmp_path: Path) -> None:
     assert not load_folder(folder).unanswerable
 
 
+def test_few_answers_astray(tmp_path: Path) -> None:
+    """One answer in a hundred may be astray, and is left to the training, which leaves it out; two are refused."""
+    folder = write(tmp_path / "data", "questions")
+    good = rows_of("questions")[0]
+    astray = {
+        **good,
+        "answers": {"text": list(good["answers"]["text"]), "answer_start": [99] * len(good["answers"]["text"])},
+    }
+    as_jsonl(folder / "train", [good] * 99 + [astray])
+    assert len(load_folder(folder).train) == 100
+    as_jsonl(folder / "train", [good] * 98 + [astray] * 2)
+    with pytest.raises(LrkitError, match=r"train\.jsonl:99: answer .* is not at 99 .*\(2 of 100 rows are so\)"):
+        load_folder(folder)
+
+
 def test_tags_have_names(tmp_path: Path) -> None:
     """Tags that are numbers have the names that `datasets` wrote into the file."""
     names = ["O", "B-PER", "I-PER"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from itertools import chain
 
 from lrkit.errors import LrkitError
@@ -10,7 +12,7 @@ from lrkit.tasks.base import Task
 from lrkit.tasks.folder_labels import FIELDS
 from lrkit.tasks.forms import form_of
 from lrkit.tasks.found import Found, collected
-from lrkit.tasks.rows import rows_of, where
+from lrkit.tasks.rows import Row, rows_of, where
 from lrkit.tasks.scoring import METRICS
 from lrkit.tasks.splits import place_of
 
@@ -31,14 +33,17 @@ def load_folder(path: str | os.PathLike[str], metric: str | None = None) -> Task
     """
     place = place_of(path)
     files = place.files()
-    rows = {split: rows_of(file) for split, file in files.items()}
-    first = next(rows["train"])
-    try:
-        form = form_of(first.values)
-    except LrkitError as error:
-        raise LrkitError(f"{where(files['train'], first.line)}: {error}") from None
-    rows["train"] = chain([first], rows["train"])
-    tables = {split: collected(file, rows[split], form.fields, form.check) for split, file in files.items()}
+    with ExitStack() as open_files:
+        rows: dict[str, Iterator[Row]] = {
+            split: open_files.enter_context(closing(rows_of(file))) for split, file in files.items()
+        }
+        first = next(rows["train"])
+        try:
+            form = form_of(first.values)
+        except LrkitError as error:
+            raise LrkitError(f"{where(files['train'], first.line)}: {error}") from None
+        rows["train"] = chain([first], rows["train"])
+        tables = {split: collected(file, rows[split], form.fields, form.check) for split, file in files.items()}
     task = form.make(Found(place.name, **tables, metric=metric))
     return task if metric is None else task.with_options({"metric": metric})
 

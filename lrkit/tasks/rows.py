@@ -47,7 +47,7 @@ def where(file: Path, line: int) -> str:
     return f"{file}, row {line}" if file.suffix == ".parquet" else f"{file}:{line}"
 
 
-def rows_of(file: Path) -> Iterator[Row]:
+def rows_of(file: Path) -> Generator[Row]:
     """Yield the rows of a file; pass over blank lines.
 
     Raises:

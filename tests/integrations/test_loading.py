@@ -102,5 +102,5 @@ def test_already_quantized_stays(place, tmp_path):
     net.tokenizer.save_pretrained(tmp_path)
     again = load_pretrained(str(tmp_path), TWO).model
     assert type(again.bert.encoder.layer[0].attention.self.query).__name__ == "Linear4bit"
-    with pytest.raises(lrkit.LrkitError, match="is quantized already: leave model.quantization out"):
+    with pytest.raises(lrkit.LrkitError, match="is quantized already: leave model"):
         load_pretrained(str(tmp_path), TWO, Loading(quantization="bnb-8bit"))

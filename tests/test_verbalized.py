@@ -132,6 +132,15 @@ def test_likelihood_by_hand(likelihood, side):
     assert one.padding_side == side
 
 
+def test_padded_on_right():
+    """Batches are padded on the right, where positions stay as they are, whatever side the tokenizer pads on."""
+    task = verbalized()
+    rows = task.examples(tokenizer(), 64, training=True).to_list()[:2]
+    batch = task.collator(padding_on("left", tokenizer()), training=True)(rows)
+    assert batch["attention_mask"][0].tolist() == sorted(batch["attention_mask"][0].tolist(), reverse=True)
+    assert batch["attention_mask"][0].sum() == len(rows[0]["input_ids"]) < batch["input_ids"].shape[1]
+
+
 def test_batches_do_not_matter():
     """A row's answer is the same by itself and beside longer rows."""
     task = verbalized()

@@ -6,7 +6,6 @@ import types
 import warnings
 from typing import ClassVar
 
-import attrs
 import datasets
 import killed_task
 import numpy as np

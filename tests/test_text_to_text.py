@@ -6,7 +6,6 @@ import types
 import warnings
 from typing import ClassVar
 
-import attrs
 import datasets
 import killed_task
 import numpy as np
@@ -100,8 +99,7 @@ def test_labels_are_shifted(name):
 # What it writes
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("name", ["t5", "bart", "mbart", "marian"])
+@pytest.mark.parametrize(("name", "beams"), [("t5", 1), ("t5", 3), ("bart", 3), ("mbart", 1), ("marian", 1)])
 def test_rows_alone_or_together(name, beams):
     """The texts are those of the plain model row by row, whatever the batch, and padded to the longest."""
     model, words = text_models.make(name), text_models.tokenizer()
@@ -380,31 +378,28 @@ def test_killed_run_resumes(folder, whole, tmp_path):
     assert again.history == whole.history and again.layers == whole.layers
 
 
-def test_methods_train_it(folder):
-    """AFLoRA freezes, and full fine-tuning learns, cross-attention included."""
-    for method in (lrkit.methods.aflora(rank=2, warmup=1, final=1), lrkit.methods.full()):
-        result = train(method, task(), model=str(folder), settings=attrs.evolve(SETTINGS, steps=4))
-        assert np.isfinite(result.losses).all() and len(result.predictions) == len(ROWS)
-        assert any("EncDecAttention" in layer.name for layer in result.layers)
+def test_whole_model_learns(folder, whole):
+    """Full fine-tuning lowers the loss; cross-attention is among the layers of either."""
+    result = train(lrkit.methods.full(), task(), model=str(folder), settings=SETTINGS)
+    assert result.losses[-1] < result.losses[0]
+    for each in (result, whole):
+        assert any("EncDecAttention" in layer.name for layer in each.layers)
 
 
 # The table of AdaLoRA's paper
 
 
-@pytest.mark.parametrize(
-    ("rank", "share", "printed"), [(16, 2.129, 2.20), (8, 1.065, 1.10), (2, 0.266, 0.26), (1, 0.133, 0.13)]
-)
+@pytest.mark.parametrize(("rank", "share", "printed"), [(16, 2.129, 2.20), (1, 0.133, 0.13)])
 def test_budgets_of_bart(rank, share, printed, capsys):
     """BART-large's parameters, and the shares that LoRA and AdaLoRA train: the printed budgets, nearly."""
-    start = {1: 2, 2: 4, 8: 12, 16: 24}[rank]
+    start = {1: 2, 16: 24}[rank]
     for method, settings, core in (("lora", [rank], 0), ("adalora", [start, rank], 192 * rank)):
         words = [f"--set={name}={value}" for name, value in zip(("rank", "target_rank"), settings, strict=False)]
         told = ask(capsys, "params", method, "--model", "bart-large", *words)["methods"][method]
         assert (told["model"], told["layers"]) == (406_291_456, 192)
         assert told["end"] - core == 540_672 * rank
         assert 100 * (told["end"] - core) / told["model"] == pytest.approx(share, abs=5e-4)
-    nearest = round(printed / 100 * 406_291_456 / 540_672)
-    assert nearest == (rank if rank in (1, 2, 8) else 17), "of the printed 2.20 % 16 is the power of two"
+    assert round(printed / 100 * 406_291_456 / 540_672) == {1: 1, 16: 17}[rank], "no whole rank is 2.20 %"
 
 
 def test_table_is_laid_out(tmp_path, capsys, rouge):

@@ -52,6 +52,7 @@ def main(model, out, kind, at=0):
         if step == int(at):
             os.kill(os.getpid(), signal.SIGKILL)
 
+    Path(out).mkdir(exist_ok=True)
     print(told(run(model, kind, Record(folder=Path(out), checkpoint_seconds=0.0), progress)))
 
 

@@ -158,6 +158,9 @@ def test_odd_conversations_refused(template, talk, message):
     """A template that is missing, fails or is not the same twice, and a talk without an answer, are one line each."""
     with pytest.raises(LrkitError) as error:
         talks(talk).examples(talkers.byte_level(template), 99, training=True)
+    if talk is not TALK:
+        with pytest.raises(LrkitError, match="no message of an assistant's"):
+            talks(talk).references()
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -356,6 +359,22 @@ def test_batches_write_alike(kind, which, beams):
     told = task(max_new_tokens=6, num_beams=beams).samples(model, tokenizer, 40, 2)
     assert [each.output for each in told] == found[0][:2]
     assert [(each.input, each.reference) for each in told] == [(p, a.strip()) for p, a in SAID[:2]]
+
+
+def test_empty_prompts_are_written():
+    """Without a prompt a model goes on from the token that begins texts, or the end token of a text before."""
+    for tokenizer, begin in ((BYTES, BYTES.eos_token_id), (PIECES, PIECES.bos_token_id)):
+        made = task([("", " there"), ("Hello", " there")], metric="exact_match", max_new_tokens=4)
+        assert made.examples(tokenizer, 20, training=False)["input_ids"][0] == [begin]
+        model = talkers.llama(tokenizer)
+        assert outputs(made, model, tokenizer, 1) == outputs(made, model, tokenizer, 2)
+
+
+@pytest.mark.parametrize("pair", [(None, " there"), ("Hello", None), ("Hello", TALK[:1])])
+def test_odd_pairs_refused(pair):
+    """A prompt or completion that is no text beside one that is, is told in one line."""
+    with pytest.raises(LrkitError, match="both must be texts, or both lists of messages"):
+        task().encode({"prompt": ["Hello", pair[0]], "completion": [" there", pair[1]]}, BYTES, 20, training=True)
 
 
 def test_written_within_positions():

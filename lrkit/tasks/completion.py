@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 PERPLEXITY = "perplexity"
 
-
 METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
     "final_number": last_number_match,
     **text_to_text.METRICS,
@@ -39,8 +38,8 @@ class Completion(Causal):
     The loss is of the completion alone, the end token included, or of all turns of the assistant's. A score is either of
     the completions that are there, their perplexity, or of texts that the model writes by itself.
 
-    A row of more than the longest input is cut at its end. A training row that has then nothing left to be learnt is left
-    out, and so is none that is scored. A prompt that a model is to go on from is cut at its beginning.
+    A row of more than the longest input is cut at its end. If nothing is left of it to be learnt, a training row is left
+    out; rows that are scored never are. A prompt that a model is to go on from is cut at its beginning.
 
     Attributes:
         train, validation: the rows, each with the columns `prompt` and `completion`, texts or lists of messages, or with
@@ -213,7 +212,7 @@ class Completion(Causal):
     def samples(self, model: nn.Module, tokenizer: Any, max_length: int, count: int) -> Sequence[Sample]:
         """Let a model write what follows the prompts of the first so many validation rows."""
         prompts, right = self._halves(self.validation[:count])
-        ids = [prompt[-max_length:] for prompt in turns.prompts_of(prompts, tokenizer)]
+        ids = self._prompts(self.validation[:count], tokenizer, max_length)["input_ids"]
         written = self.written(model, tokenizer, ids)
         shown = [turns.as_text(prompt) for prompt in prompts]
         return [Sample(*each) for each in zip(shown, [text.strip() for text in right], written, strict=True)]

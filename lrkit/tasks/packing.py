@@ -100,7 +100,7 @@ def check_packing(model: Any) -> None:
         model.train(was)
     rounding = torch.finfo(alone.dtype).eps
     scale = float(alone.abs().max())
-    if not torch.allclose(packed[0], packed[1], rtol=0.0, atol=50 * rounding * scale):
+    if not torch.allclose(packed[0], packed[1], rtol=0.0, atol=8 * rounding * scale):
         raise _refused(model, "its attention does not tell them apart")
     if not torch.allclose(packed[0], alone, rtol=0.0, atol=rounding**0.5 * scale):
         raise _refused(model, "its positions do not begin anew")

@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 
-from lrkit.errors import LrkitError, cut
+from lrkit.errors import LrkitError, cut, shown
 from lrkit.foreign import line_of
 from lrkit.tasks.tokens import encoding
 
@@ -129,10 +129,15 @@ def completions(prompts: Sequence[Any], answers: Sequence[Any], tokenizer: Any) 
         tokenizer: a transformers tokenizer, with a chat template if there are messages.
 
     Raises:
-        LrkitError: the tokenizer or its template cannot write them.
+        LrkitError: the tokenizer or its template cannot write them, or they are neither texts nor messages.
     """
-    special = not _are_messages(prompts)
-    pairs = zip(prompts, answers, strict=True)
+    special, pairs = not _are_messages(prompts), list(zip(prompts, answers, strict=True))
+    for pair in pairs:
+        if not all(isinstance(each, str if special else list) for each in pair):
+            raise LrkitError(
+                f"a row has the prompt {shown(pair[0])} and the completion {shown(pair[1])}: both must be texts, or both "
+                "lists of messages"
+            )
     written = (
         [Written(a + b, ((a, None),)) for a, b in pairs] if special else [_pair(a, b, tokenizer) for a, b in pairs]
     )
@@ -150,33 +155,41 @@ def conversations(rows: Sequence[Messages], tokenizer: Any) -> list[Row]:
             conversation goes on, or there is no turn of an assistant's.
     """
     for row in rows:
-        if not any(message["role"] == "assistant" for message in row):
-            raise LrkitError(f"{_begin(row)} has no message of an assistant's, so there is nothing to learn from it")
+        prompt_of(row)
     if tokenizer.is_fast and tokenizer.chat_template and _MARK.search(tokenizer.get_chat_template()):
         return [_marked(row, tokenizer) for row in rows]
     return as_tokens([_turns(row, tokenizer) for row in rows], tokenizer, special=False)
 
 
 def prompt_of(messages: Messages) -> tuple[Messages, str]:
-    """Split a conversation before the assistant's last turn: into what a model goes on from, and what it should say."""
-    last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:last], str(messages[last]["content"])
+    """Split a conversation before the assistant's last turn: into what a model goes on from, and what it should say.
+
+    Raises:
+        LrkitError: there is no turn of an assistant's.
+    """
+    said = [n for n, message in enumerate(messages) if message.get("role") == "assistant"]
+    if not said:
+        raise LrkitError(f"{_begin(messages)} has no message of an assistant's, so there is nothing to learn from it")
+    return messages[: said[-1]], str(messages[said[-1]]["content"])
 
 
 def prompts_of(prompts: Sequence[Any], tokenizer: Any) -> list[list[int]]:
     """Tokenize what a model goes on from: texts, or conversations, behind which the template opens an answer.
 
+    If a text comes to no token, a model goes on from the token that begins texts, or else from the one that ends them.
+
     Raises:
         LrkitError: the tokenizer or its template cannot write them.
     """
-    if _are_messages(prompts):
-        return ids_of([rendered(each, tokenizer, opened=True) for each in prompts], tokenizer, special=False)
-    return ids_of(prompts, tokenizer, special=True)
+    talks = _are_messages(prompts)
+    texts = [rendered(each, tokenizer, opened=True) for each in prompts] if talks else prompts
+    begin = end_of(tokenizer) if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+    return [ids or [begin] for ids in ids_of(texts, tokenizer, special=not talks)]
 
 
 def as_text(prompt: Any) -> str:
     """Return a text, or what is said in messages, a line per message, as a person reads them."""
-    return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content")) for message in prompt)
 
 
 def rendered(messages: Messages, tokenizer: Any, *, opened: bool = False) -> str:
@@ -206,7 +219,7 @@ def _pair(prompt: Messages, answer: Messages, tokenizer: Any) -> Written:
 def _turns(messages: Messages, tokenizer: Any) -> Written:
     text, parts = rendered(messages, tokenizer), []
     for n, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message.get("role") == "assistant":
             before = rendered(messages[:n], tokenizer, opened=True)
             until = rendered(messages[: n + 1], tokenizer)
             if not (text.startswith(until) and until.startswith(before)):

@@ -337,6 +337,19 @@ def test_study_keeps_answers(place, offered, tmp_path):
     assert "without training" in page and "all of it" in page
 
 
+def test_steps_are_timed(place, offered, tmp_path):
+    """The cost of a row's step is measured on examples that have columns which no model takes."""
+    from lrkit.study import cost
+    from lrkit.study.graph import jobs_of
+    from lrkit.study.plan import lay_out
+
+    run = {"steps": 40, "batch_size": 2}
+    plan = lay_out(study_from({"base": "lora", "tasks": ["echo"], "model": str(place / "t5"), "run": run, "seeds": 1}))
+    cell = jobs_of(plan)[0].cell.to_plain()
+    asked = {"base": cell, "row": cell, "threads": torch.get_num_threads(), "trained": [None, None]}
+    assert cost._measure(asked, tmp_path)["step_ms"] > 0
+
+
 def test_run_shows_answers(place, offered, tmp_path):
     """`lrkit run` prints a few answers and further scores, writes them into its folder, and gives them as JSON."""
     from lrkit.cli.app import app

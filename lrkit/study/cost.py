@@ -198,6 +198,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
     from lrkit.study.loading import loading_from
     from lrkit.study.pretrained import load_model
+    from lrkit.study.rows import taken_by
 
     torch.set_num_threads(asked["threads"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -209,6 +210,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     net.train()
     few = task.subset((WARM + PAIRS) * settings.batch_size, 1)
     rows = few.examples(tokenizer, settings.max_length, training=True)
+    rows = rows.select_columns(taken_by(net, rows.column_names))
     collate = few.collator(tokenizer, training=True)
     objective = task.objective(net, lambda n: collate([rows[i] for i in range(min(n, len(rows)))]), settings.seed)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lrkit.study.run import Result, RunSettings
     from lrkit.tasks import Task
 
-_STEPS, _CAUSAL_STEPS = 120, 40
+_STEPS, _CAUSAL_STEPS = 120, 50
 
 
 @attrs.frozen(kw_only=True)

@@ -171,7 +171,7 @@ def prepared(rows: Any, tokenizer: Any, max_length: int, stride: int) -> Any:
     return tokenized["input_ids"], starts, ends
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(asked(), min_size=1, max_size=3), st.sampled_from(["pieces", "marked"]), st.integers(0, 9), st.booleans()
 )
@@ -193,7 +193,7 @@ def test_windows_are_run_qa_s(rows: list[Any], kind: str, stride: int, none: boo
     assert made["end_positions"] == [ends[i] for i in kept]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(asked(), min_size=1, max_size=3),
     st.sampled_from(sorted(TOKENIZERS)),

@@ -188,7 +188,7 @@ def test_the_built_ins_come_through_the_same_hooks() -> None:
         "action": ["prune", "freeze", "zero"],
         "method": ["full", "lora", "dora", "svd-lora", "elora", "adalora", "aflora"],
         "layer": names["layer"],
-        "task": ["movies", "glue", "gsm8k", "teacher"],
+        "task": ["movies", "glue", "teacher", "squad", "squad_v2", "xsum", "cnn_dailymail", "gsm8k"],
         "executor": names["executor"],  # what is offered here is free
         "study": names["study"],
     }

@@ -14,9 +14,10 @@ from lrkit.settings import flag, one_of
 from lrkit.tasks import generating, likelihood, packing, text_to_text, turns
 from lrkit.tasks.answers import check_rows
 from lrkit.tasks.causal import Causal
-from lrkit.tasks.generated import final_number, last_number_match, rouge_scorer
+from lrkit.tasks.generated import final_number, last_number_match
 from lrkit.tasks.generating import IGNORED
 from lrkit.tasks.learnt import Sample
+from lrkit.tasks.text_to_text import Metric
 
 if TYPE_CHECKING:
     import datasets
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 PERPLEXITY = "perplexity"
 
-METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
-    "final_number": last_number_match,
+METRICS: Mapping[str, Metric] = {
+    "final_number": Metric(last_number_match, "exact_match"),
     **text_to_text.METRICS,
 }
 """Scores of texts that a model writes, by name."""
@@ -45,8 +46,8 @@ class Completion(Causal):
         train, validation: the rows, each with the columns `prompt` and `completion`, texts or lists of messages, or with
             the column `messages`. A message is ``{"role": "user", "content": "..."}``.
         packing: in training put several rows into one block as long as the longest input. They do not see each other.
-        metric: ``"perplexity"``; or, of what the model writes, ``"final_number"`` (as in GSM8K), ``"exact_match"`` or
-            ``"rouge"`` (needs ``lrkit[text]``).
+        metric: ``"perplexity"``; or, of what the model writes, ``"final_number"`` (as in GSM8K), ``"exact_match"``,
+            ``"rouge"`` or ``"bleu"`` (both need ``lrkit[text]``).
         max_new_tokens: the most that it writes for a row.
         num_beams: beams of the search; 1 for greedy.
 
@@ -133,8 +134,8 @@ class Completion(Causal):
             LrkitError: the tokenizer cannot encode them, nothing is left to learn or to score, or the metric's package is
                 not installed.
         """
-        if self.metric == "rouge":
-            rouge_scorer()  # now, not after hours
+        if self.metric != PERPLEXITY:
+            METRICS[self.metric].needs()  # now, not after hours
         found = super().examples(tokenizer, max_length, training=training)
         split, rows = ("training", len(self.train)) if training else ("validation", len(self.validation))
         out, cut, crossed = rows - sum(found["rows"]) if training else 0, sum(found["cut"]), sum(found["crossed"])
@@ -196,11 +197,16 @@ class Completion(Causal):
         if self.metric == PERPLEXITY:
             check_rows(predictions, references)
             return likelihood.perplexity(predictions)
-        return METRICS[self.metric](predictions, references)
+        return METRICS[self.metric].score(predictions, references)
+
+    @property
+    def primary(self) -> str:
+        """Return the name of the primary score, without scoring all rows for it."""
+        return PERPLEXITY if self.metric == PERPLEXITY else METRICS[self.metric].primary
 
     @property
     def majority(self) -> float | None:
-        """Compute the primary score of the answer that most rows have, or number; None for perplexity and ROUGE."""
+        """Compute the primary score of the answer that most rows have, or number; None for perplexity, ROUGE and BLEU."""
         if self.metric not in ("final_number", "exact_match"):
             return None
         right = self.references()

@@ -27,7 +27,7 @@ Texts = Sequence[str | Sequence[str]]
 class Metric:
     """A score of texts: its function, the name of its primary score, and what fails if its package is not there."""
 
-    score: Callable[[Sequence[str], Texts], dict[str, float]]
+    score: Callable[[Sequence[str], Any], dict[str, float]]
     primary: str
     needs: Callable[[], object] = dict
 

@@ -49,7 +49,7 @@ def offered(monkeypatch):
     [
         ("perplexity", 8.12345, False, "8.123", "perplexity, lower is better"),
         ("perplexity", 812.345, False, "812.35", "perplexity, lower is better"),
-        ("exact_match", 0.8125, True, "81.25 %", "exact_match, %"),
+        ("em", 0.8125, True, "81.25 %", "em, %"),
         ("rougeLsum", 0.31, True, "31.00 %", "rougeLsum, %"),
         ("has_answer_f1", 0.5, True, "50.00 %", "has_answer_f1, %"),
         ("accuracy_mm", 0.5, True, "50.00 %", "accuracy_mm, %"),
@@ -173,7 +173,7 @@ def test_margin_of_scores(place, offered, task, fits):
     if fits:
         assert not check(plan)[task].higher_is_better
     else:
-        with pytest.raises(LrkitError, match=r"margin must be below 1.*exact_match is a share"):
+        with pytest.raises(LrkitError, match=r"margin must be below 1.*em is a share"):
             check(plan)
 
 

@@ -153,8 +153,8 @@ def test_exact_match_counts():
     """White space does not count, any reference does."""
     kind = task()
     said = ["old  cat", "a man ", "boy", "mat"] * 3
-    assert kind.score(said, kind.references()) == {"exact_match": 0.75}
-    assert kind.score(kind.perfect(), kind.references()) == {"exact_match": 1.0}
+    assert kind.score(said, kind.references()) == {"em": 0.75}
+    assert kind.score(kind.perfect(), kind.references()) == {"em": 1.0}
     assert kind.majority == 0.25
     with pytest.raises(LrkitError, match="1 predictions for 12 rows"):
         kind.score(["a"], kind.references())

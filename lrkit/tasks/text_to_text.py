@@ -35,7 +35,7 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     "rouge": Metric(generated.rouge, generated.ROUGE[0], generated.rouge_scorer),
     "bleu": Metric(generated.bleu, "bleu", generated.translation_scorers),
-    "exact_match": Metric(generated.exact_match, "exact_match"),
+    "exact_match": Metric(generated.exact_match, "em"),
 }
 
 

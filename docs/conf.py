@@ -28,7 +28,7 @@ nitpick_ignore_regex = [
     (r"py:class", r"lrkit\.loop\.controller\.Controller"),  # for integrations, and described in its file
     (
         r"py:.*",
-        r"(torch|transformers|attrs?|pluggy|datasets|collections|concurrent|pandas|pathlib|typing|os|numpy)\..*|ArrayLike|PreTrainedTokenizerBase|nn\.Module|Tensor",
+        r"(torch|transformers|attrs?|pluggy|datasets|collections|concurrent|pandas|pathlib|typing|os|numpy)\..*|np\..*|NDArray|ArrayLike|PreTrainedTokenizerBase|nn\.Module|Tensor",
     ),
 ]
 

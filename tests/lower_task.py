@@ -148,7 +148,7 @@ class Echo(Task):
     def score(self, predictions, references):
         hits = [said == right for said, right in zip(predictions, references, strict=True)]
         return {
-            "exact_match": sum(hits) / len(hits),
+            "em": sum(hits) / len(hits),
             "words": sum(len(said.split()) for said in predictions) / len(hits),
         }
 

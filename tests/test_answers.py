@@ -86,16 +86,16 @@ def test_hand_made_answers(
 ) -> None:
     """Each score is what the rules give on paper, by both versions."""
     one = squad([predicted], [true])
-    assert (one["exact_match"], one["f1"]) == pytest.approx(first)
+    assert (one["em"], one["f1"]) == pytest.approx(first)
     two = squad_v2([predicted], [true])
-    assert (two["exact_match"], two["f1"]) == pytest.approx(second)
+    assert (two["em"], two["f1"]) == pytest.approx(second)
 
 
 @pytest.mark.parametrize(("predicted", "true", "wanted"), ANSWERS_V2_ALONE)
 def test_questions_without_answers(predicted: str, true: list[str], wanted: tuple[float, float]) -> None:
     """The empty answer is the right one, and nothing else is."""
     found = squad_v2([predicted], [true])
-    assert (found["exact_match"], found["f1"]) == wanted
+    assert (found["em"], found["f1"]) == wanted
 
 
 @settings(deadline=None, max_examples=100)
@@ -107,12 +107,12 @@ def test_any_text_agrees(rows: list[tuple[str, list[str]]]) -> None:
         assert normalized(said).split() == oracle_words(said)
         found = squad([said], [texts])
         assert found["f1"] == pytest.approx(max(oracle_f1(said, text, 0.0) for text in texts))
-        assert found["exact_match"] == float(any(oracle_words(said) == oracle_words(text) for text in texts))
+        assert found["em"] == float(any(oracle_words(said) == oracle_words(text) for text in texts))
         kept = [text for text in texts if oracle_words(text)] or [""]
         assert squad_v2([said], [texts])["f1"] == pytest.approx(max(oracle_f1(said, text, 1.0) for text in kept))
     found = squad([p for p, _ in rows], [t for _, t in rows])
     assert found["f1"] == pytest.approx(sum(squad([p], [t])["f1"] for p, t in rows) / len(rows))
-    assert list(found) == ["f1", "exact_match"]
+    assert list(found) == ["f1", "em"]
 
 
 def test_threshold_takes_doubt() -> None:
@@ -123,13 +123,13 @@ def test_threshold_takes_doubt() -> None:
     # cat is right; dog is taken back, though right; cow is given, and wrong; pig is taken back, and that is right
     assert found == {
         "f1": 0.5,
-        "exact_match": 0.5,
+        "em": 0.5,
         "has_answer_f1": 0.5,
-        "has_answer_exact_match": 0.5,
+        "has_answer_em": 0.5,
         "no_answer_f1": 0.5,
-        "no_answer_exact_match": 0.5,
+        "no_answer_em": 0.5,
         "best_f1": 0.75,  # nothing but cat is given (threshold 0.2): cat, cow, pig
-        "best_exact_match": 0.75,
+        "best_em": 0.75,
     }
     assert best_threshold([1, 1, 0, 0], predicted, [True, True, False, False], doubts) == (0.75, 0.2)
     assert best_threshold([0, 0], ["x", "y"], [True, False], [3.0, -1.0]) == (0.5, 0.0)  # nothing raises it
@@ -152,7 +152,7 @@ def test_best_threshold_is_best(rows: list[tuple[str, list[str]]], random: objec
     doubts = [0.5 + place for place in range(len(rows))]
     random.shuffle(doubts)  # type: ignore[attr-defined]
     found = squad_v2(predicted, true, doubts)
-    for name in ("f1", "exact_match"):
+    for name in ("f1", "em"):
         tried = [squad_v2(predicted, true, doubts, threshold=at)[name] for at in [0.0, *doubts]]
         assert found[f"best_{name}"] == pytest.approx(max(tried))
         singles = [squad_v2([said], [texts])[name] for said, texts in rows]
@@ -199,7 +199,7 @@ def test_final_number_read(text: str, wanted: str | None) -> None:
 def test_last_numbers_match() -> None:
     """Numbers are compared as numbers, and a solution without one is wrong."""
     true = ["9 * 8 = 72\n#### 72", "#### 1,000", "#### 5", "#### 0"]
-    assert last_number_match(["It is $72.00.", "1000", "no idea", "-0"], true) == {"exact_match": 0.75}
+    assert last_number_match(["It is $72.00.", "1000", "no idea", "-0"], true) == {"em": 0.75}
     with pytest.raises(lrkit.LrkitError, match=r"row 1: the reference has no number: 'none'"):
         last_number_match(["1", "2"], ["1", "none"])
 

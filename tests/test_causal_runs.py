@@ -203,12 +203,12 @@ def test_gsm8k_from_hub(hub):
     """GSM8K is asked of the hub by its name; its test split is what is scored, by the final number."""
     made = load_task("gsm8k")
     assert hub == [("openai/gsm8k", "main")]
-    assert (len(made.train), len(made.validation), made.metric, made.primary) == (5, 3, "final_number", "exact_match")
+    assert (len(made.train), len(made.validation), made.metric, made.primary) == (5, 3, "final_number", "em")
     assert made.train[0] == {
         "prompt": "Question: How many apples? 1 and 2.\nAnswer:",
         "completion": " There are <<1+2=3>>3.\n#### 3",
     }
-    assert made.score(["3", "It is 3.0 apples.", "4"], made.references()) == {"exact_match": pytest.approx(2 / 3)}
+    assert made.score(["3", "It is 3.0 apples.", "4"], made.references()) == {"em": pytest.approx(2 / 3)}
     assert made.with_options({"metric": "perplexity"}).primary == "perplexity"
     with pytest.raises(LrkitError, match=r'write "gsm8k", not "gsm8k/main"'):
         load_task("gsm8k/main")

@@ -391,10 +391,10 @@ def test_written_within_positions():
 def test_scores_of_texts():
     """Exact match but for white space, and the final number; the best constant answer is the most frequent one."""
     made = task([("q", " #### 12"), ("q", " 6 + 6 = 12"), ("q", " #### 7")], metric="final_number")
-    assert made.score(["12.0", "so 13", "I say 7."], made.references()) == {"exact_match": pytest.approx(2 / 3)}
+    assert made.score(["12.0", "so 13", "I say 7."], made.references()) == {"em": pytest.approx(2 / 3)}
     assert made.majority == pytest.approx(2 / 3) and made.higher_is_better
     made = made.with_options({"metric": "exact_match"})
-    assert made.score(["#### 12", "6 + 6\n = 12 ", "7"], made.references()) == {"exact_match": pytest.approx(2 / 3)}
+    assert made.score(["#### 12", "6 + 6\n = 12 ", "7"], made.references()) == {"em": pytest.approx(2 / 3)}
     assert made.majority == pytest.approx(1 / 3)
     with pytest.raises(LrkitError, match="validation row 1 has no number in its completion: 'none'"):
         task([("q", " 1"), ("q", " none")], metric="final_number")

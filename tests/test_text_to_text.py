@@ -1,5 +1,6 @@
 """Texts that become texts: what the model is given and writes, how it is scored, and runs against transformers' own."""
 
+import contextlib
 import json
 import sys
 import types
@@ -152,8 +153,8 @@ def test_exact_match_counts():
     """White space does not count, any reference does."""
     kind = task()
     said = ["old  cat", "a man ", "boy", "mat"] * 3
-    assert kind.score(said, kind.references()) == {"exact_match": 0.75}
-    assert kind.score(kind.perfect(), kind.references()) == {"exact_match": 1.0}
+    assert kind.score(said, kind.references()) == {"em": 0.75}
+    assert kind.score(kind.perfect(), kind.references()) == {"em": 1.0}
     assert kind.majority == 0.25
     with pytest.raises(LrkitError, match="1 predictions for 12 rows"):
         kind.score(["a"], kind.references())
@@ -278,6 +279,20 @@ def test_cuts_are_counted():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         task(max_target_length=5).tokenize(words, 15)
+
+
+@pytest.mark.parametrize(("foreign", "told"), [(1, None), (4, lrkit.LrkitWarning), (11, LrkitError)])
+def test_foreign_targets_are_told(foreign, told):
+    """Targets in words that the tokenizer does not know are warned of, and refused if most are: sources may be known."""
+    rows = datasets.Dataset.from_dict(
+        {"source": ["a cat"] * 20, "target": ["eine Katze"] * foreign + ["cat"] * (20 - foreign)}
+    )
+    kind = TextToText(name="mine", train=rows, validation=rows, metric="exact_match")
+    expected = contextlib.nullcontext()
+    if told is not None:
+        expected = (pytest.raises if told is LrkitError else pytest.warns)(told, match="target's tokens are unknown")
+    with warnings.catch_warnings(), expected:
+        kind.tokenize(text_models.tokenizer(), 32)
 
 
 # Tasks by name

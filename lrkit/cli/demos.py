@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lrkit.study.run import Result, RunSettings
     from lrkit.tasks import Task
 
-_STEPS, _CAUSAL_STEPS = 120, 40
+_STEPS, _CAUSAL_STEPS = 120, 50
 
 
 @attrs.frozen(kw_only=True)
@@ -29,6 +29,7 @@ class Demo:
     task: "Task"
     settings: "RunSettings"
     run: Mapping[str, Any] = attrs.field(factory=dict)
+    rates: Mapping[str, float] = attrs.field(factory=dict)  # of the methods whose own rate is not for runs so short
 
 
 def demo(
@@ -56,7 +57,8 @@ def demo(
     with progress.bars(as_json) as bar:
         for label, method in shown.methods.items():
             told = bar(label, shown.settings.steps)
-            results[label] = train(method, shown.task, settings=shown.settings, progress=told, **shown.run)
+            settings = attrs.evolve(shown.settings, lr=shown.rates.get(label))
+            results[label] = train(method, shown.task, settings=settings, progress=told, **shown.run)
     plain = {label: result.to_plain() for label, result in results.items()}
     pictures: list[Path] = []
 
@@ -110,4 +112,5 @@ def _causal(steps: int) -> Demo:
         task=load_verdicts(),
         settings=RunSettings(steps=steps, batch_size=8, eval_batch_size=16, max_length=96, validation_rows=64),
         run={"model": "smollm2"},
+        rates={"aflora": 4e-2},
     )

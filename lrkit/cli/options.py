@@ -8,7 +8,11 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable results on stdout.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting: rank=8, scheduler.warmup=0.1, run.steps=200."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting: rank=8, metric.beta1=0.9, run.steps=200, task.num_beams=4, model.dtype=bfloat16.",
+    ),
 ]
 Swap = Annotated[
     list[str] | None, typer.Option("--swap", metavar="PART=NAME", help="Swap a component: metric=magnitude.")

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import attrs
 
-_SHARES = {"accuracy", "f1", "precision", "recall", "exact_match", "final_number"}
+_SHARES = {"accuracy", "f1", "precision", "recall", "em", "final_number"}
 _GROUPS = ("has_answer_", "no_answer_")
 """Begin the names of scores of a part of the rows."""
 

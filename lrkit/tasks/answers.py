@@ -4,7 +4,7 @@ The rules are those of the published evaluation scripts, of v1.1 (Rajpurkar et a
 (Rajpurkar et al. 2018, arXiv 1806.03822). The scripts print percent; scores here are shares, in [0, 1]. For example:
 
     >>> squad(["the Eiffel Tower"], [["Eiffel tower", "tower"]])
-    {'f1': 1.0, 'exact_match': 1.0}
+    {'f1': 1.0, 'em': 1.0}
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def squad(predicted: Sequence[str], true: Sequence[Sequence[str]]) -> dict[str, 
             raise LrkitError(f"row {row}: no reference answer; questions without one are scored by squad_v2")
     return {
         "f1": _mean(_best(overlap, predicted, true)),
-        "exact_match": _mean(_best(exact, predicted, true)),
+        "em": _mean(_best(exact, predicted, true)),
     }
 
 
@@ -92,9 +92,9 @@ def squad_v2(
     """Compute SQuAD v2.0's scores, in which a question may have no answer.
 
     A question without references has the empty answer, which a prediction must be, `normalized`. F1 and exact match are
-    means over all questions (`f1`, `exact_match`), over those with an answer (`has_answer_f1`, ...) and over those
+    means over all questions (`f1`, `em`), over those with an answer (`has_answer_f1`, ...) and over those
     without (`no_answer_f1`, ...; a group that is empty is left out). With `doubts` there are `best_f1` and
-    `best_exact_match` too: the scores at the thresholds that `best_threshold` finds for each.
+    `best_em` too: the scores at the thresholds that `best_threshold` finds for each.
 
     Args:
         predicted: One answer per question, [n]; "" says that there is none.
@@ -114,7 +114,7 @@ def squad_v2(
     scores: dict[str, float] = {}
     raw = {
         "f1": _best(overlap_or_empty, predicted, accepted),
-        "exact_match": _best(exact, predicted, accepted),
+        "em": _best(exact, predicted, accepted),
     }
     final = {
         name: values

@@ -122,8 +122,8 @@ class Task(Learnt):
             tokenizer: the one that encoded them.
 
         Returns:
-            An array or a list, in the order of the validation rows: the form that `score` takes. A run keeps them: an array
-            in ``predictions.npz``, a list, for example of texts, in ``predictions.jsonl``.
+            One answer per validation row, in their order, as an array or a list that `score` takes. A run keeps an array
+            in ``predictions.npz``, and a list, for example of texts, in ``predictions.jsonl``.
         """
         return outputs
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PERPLEXITY = "perplexity"
 
 METRICS: Mapping[str, Metric] = {
-    "final_number": Metric(last_number_match, "exact_match"),
+    "final_number": Metric(last_number_match, "em"),
     **text_to_text.METRICS,
 }
 """Scores of texts that a model writes, by name."""

@@ -5,7 +5,7 @@ For example:
     >>> final_number("She sold 48 / 2 = 24 clips. #### 1,072")
     Decimal('1072')
     >>> last_number_match(["So he pays $72.00."], ["9 * 8 = 72 #### 72"])
-    {'exact_match': 1.0}
+    {'em': 1.0}
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def exact_match(predicted: Sequence[str], true: Sequence[str | Sequence[str]]) -
     hits = 0
     for row, (said, references) in enumerate(zip(predicted, true, strict=True)):
         hits += said.split() in [text.split() for text in several(references, row)]
-    return {"exact_match": hits / len(true)}
+    return {"em": hits / len(true)}
 
 
 def translation_scorers() -> dict[str, Any]:
@@ -175,4 +175,4 @@ def last_number_match(predicted: Sequence[str], true: Sequence[str]) -> dict[str
         if right is None:
             raise LrkitError(f"row {row}: the reference has no number: {reference[-60:]!r}")
         hits += final_number(said) == right
-    return {"exact_match": hits / len(true)}
+    return {"em": hits / len(true)}

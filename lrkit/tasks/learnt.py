@@ -56,7 +56,10 @@ class Learnt:
 
     @property
     def by_row(self) -> bool:
-        """Say whether each row becomes one example: then a run shorter than an epoch encodes only what it takes."""
+        """Say whether each row becomes one example.
+
+        If so, a run that is shorter than an epoch encodes only what it takes.
+        """
         return True
 
     @property

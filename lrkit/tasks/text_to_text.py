@@ -14,7 +14,7 @@ from lrkit.tasks import cuts, generated, generating
 from lrkit.tasks.base import Task
 from lrkit.tasks.generated import first_sentences, several
 from lrkit.tasks.learnt import Sample
-from lrkit.tasks.tokens import encoding, some
+from lrkit.tasks.tokens import check_known, encoding, some
 
 if TYPE_CHECKING:
     import datasets
@@ -35,7 +35,7 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     "rouge": Metric(generated.rouge, generated.ROUGE[0], generated.rouge_scorer),
     "bleu": Metric(generated.bleu, "bleu", generated.translation_scorers),
-    "exact_match": Metric(generated.exact_match, "exact_match"),
+    "exact_match": Metric(generated.exact_match, "em"),
 }
 
 
@@ -118,7 +118,8 @@ class TextToText(Task):
         """Encode all rows of a split; with those that are scored, say how many texts of both splits are cut.
 
         Raises:
-            LrkitError: the tokenizer cannot encode them, or the package of the metric is not there.
+            LrkitError: the tokenizer cannot encode them, or does not know most targets' words; or the metric's package is
+                not there.
         """
         METRICS[self.metric].needs()  # now, not after hours
         if not training:
@@ -126,6 +127,9 @@ class TextToText(Task):
             sources = [text for part in rows for text in self._sources(part)]
             cuts.tell(self.name, "source", tokenizer, sources, max_length, "run.max_length")
             targets, limit = self._targets(rows[0]), self.max_target_length
+            if any(text.strip() for text in targets):  # a source's own vocabulary need not know them
+                known = encoding(tokenizer, text_target=targets, add_special_tokens=False)["input_ids"]
+                check_known(known, tokenizer, "target")
             cuts.tell(self.name, "target", tokenizer, targets, limit, "task.max_target_length", target=True)
         return super().examples(tokenizer, max_length, training=training)
 

@@ -5,6 +5,7 @@ results, not from its class or its files.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lrkit.errors import LrkitError, LrkitWarning, cut
@@ -157,6 +158,20 @@ def check_texts(task: "Task", tokenizer: "PreTrainedTokenizerBase", model: "PreT
             f"the tokenizer gives token {largest:,}, and the model has {rows:,} tokens (0 to {rows - 1:,}): it is another "
             "model's tokenizer"
         )
+    check_known(found, tokenizer, "text")
+
+
+def check_known(found: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase", kind: str) -> None:
+    """Check that a tokenizer knows some texts, as it encoded them without special tokens.
+
+    Args:
+        found: the tokens of each text, [n]; at least one text.
+        tokenizer: the one that encoded them.
+        kind: what they are, in a warning or an error: "text" or "target".
+
+    Raises:
+        LrkitError: more than half of the tokens are unknown, or more than half of the texts come to no token at all.
+    """
     empty = sum(not len(ids) for ids in found) / len(found)
     unknown, total = 0, sum(len(ids) for ids in found)
     if tokenizer.unk_token_id is not None:
@@ -164,16 +179,16 @@ def check_texts(task: "Task", tokenizer: "PreTrainedTokenizerBase", model: "PreT
     share = unknown / total if total else 1.0
     if max(share, empty) > MOST:
         what = (
-            f"{share:.0%} of the text's tokens are unknown ({tokenizer.unk_token})"
+            f"{share:.0%} of the {kind}'s tokens are unknown ({tokenizer.unk_token})"
             if share > MOST and total
-            else f"{empty:.0%} of the texts come to no token at all"
+            else f"{empty:.0%} of the {kind}s come to no token at all"
         )
-        raise LrkitError(f"the model's tokenizer does not know this text: {what}, so there is nothing to learn from")
+        raise LrkitError(f"the model's tokenizer does not know this {kind}: {what}, so there is nothing to learn from")
     if max(share, empty) > SOME:
         warnings.warn(
-            f"{share:.0%} of the text's tokens are unknown to the model's tokenizer ({tokenizer.unk_token})",
+            f"{share:.0%} of the {kind}'s tokens are unknown to the model's tokenizer ({tokenizer.unk_token})",
             LrkitWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 

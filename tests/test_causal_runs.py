@@ -237,3 +237,23 @@ class TestTasks(TaskContract):
 @pytest.mark.usefixtures("hub")
 class TestGsm8k(TaskContract):
     component = staticmethod(load_gsm8k)
+
+
+def test_room_to_write(place):
+    """Prompts behind which the model has no positions left for all that it may write are one line before the first step."""
+    rows = [("Hello you" * 4, " there"), ("Hello", " there")]
+    asked = task(rows, metric="exact_match", max_new_tokens=60)
+    with pytest.raises(LrkitError, match=r"a prompt of \d+ tokens and task.max_new_tokens = 60 are more than"):
+        train(
+            lrkit.methods.lora(rank=1), asked, model=place, settings=RunSettings(steps=1, batch_size=1, max_length=32)
+        )
+
+
+def test_stops_where_it_learns_to(tmp_path):
+    """A model stops at its tokenizer's end token too, which it learns, and fills up with the tokenizer's pad token."""
+    model = talkers.llama(PIECES)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 5, 7
+    model.save_pretrained(tmp_path)
+    PIECES.save_pretrained(tmp_path)
+    writing = load_pretrained(str(tmp_path), task().head).model.generation_config
+    assert (writing.eos_token_id, writing.pad_token_id) == ([5, PIECES.eos_token_id], PIECES.pad_token_id)

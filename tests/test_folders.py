@@ -122,6 +122,30 @@ def test_answers_may_be_absent(tmp_path: Path) -> None:
     assert not load_folder(folder).unanswerable
 
 
+@pytest.mark.parametrize("column", ["label", "ner_tags"])
+def test_names_of_splits(tmp_path: Path, column: str) -> None:
+    """A number stands for the name that its own file gives it: `datasets` sorts the names of each split by themselves."""
+
+    def put(split: str, names: list[str], said: list[str]) -> None:
+        tagged = column == "ner_tags"
+        kind = datasets.ClassLabel(names=names)
+        texts = {"tokens": [["a"] * 3] * 2} if tagged else {"text": list("abc")}
+        features = {"tokens": [datasets.Value("string")]} if tagged else {"text": datasets.Value("string")}
+        rows = texts | {column: [said] * 2 if tagged else said}
+        made = datasets.Dataset.from_dict(rows, datasets.Features(features | {column: [kind] if tagged else kind}))
+        made.to_parquet(str(tmp_path / f"{split}.parquet"))
+
+    put("train", ["bad", "good", "mixed"], ["bad", "good", "mixed"])
+    put("validation", ["good", "mixed"], ["good", "mixed", "good"])
+    task = load_folder(tmp_path)
+    assert task.labels == ("bad", "good", "mixed")
+    found = task.validation["tags"][0] if column == "ner_tags" else task.validation["label"]
+    assert [task.labels[number] for number in found] == ["good", "mixed", "good"]
+    put("validation", ["good", "other"], ["good", "other", "good"])
+    with pytest.raises(LrkitError, match=f'validation.parquet, row .: {column} is "other", which train.parquet'):
+        load_folder(tmp_path)
+
+
 def test_few_answers_astray(tmp_path: Path) -> None:
     """One answer in a hundred may be astray, and is left to the training, which leaves it out; two are refused."""
     folder = write(tmp_path / "data", "questions")

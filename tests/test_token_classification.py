@@ -234,3 +234,14 @@ def test_run_learns_tags(folder):
     assert [len(row) for row in result.predictions] == [len(row) for row in sentences(12)["tokens"]]
     assert said[1] == Sample("the plot was good", "the plot was good/B-GOOD", "the plot was good/B-GOOD")
     assert said[0].output.split()[3] == "bad/B-BAD" and len(said[0].output.split()) == 16
+
+
+def test_left_padding_tokenizer():
+    """Batches are padded on the right, whatever side the tokenizer pads on: answers are read from the left."""
+    left = tiny_words.word_pieces(*PIECES)
+    left.padding_side = "left"
+    kind = task([ADA[0], ["ada"]], [ADA[1], [1]])
+    rows = [kind.examples(left, 16, training=True)[n] for n in (0, 1)]
+    batch = kind.collator(left, training=True)(rows)
+    assert batch["attention_mask"][1].tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert batch["labels"][1].tolist() == [-100, 1, -100, *[-100] * 6]

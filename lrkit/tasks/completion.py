@@ -69,6 +69,11 @@ class Completion(Causal):
         """Say whether the metric is not the perplexity."""
         return self.metric != PERPLEXITY
 
+    @property
+    def writes(self) -> int:
+        """Return the most tokens that are written behind a prompt: none for a perplexity."""
+        return 0 if self.metric == PERPLEXITY else self.max_new_tokens
+
     def check(self, where: str) -> None:
         """Check that references have a number, if it is scored."""
         if self.metric == "final_number" and {*self.columns} <= {*self.validation.column_names}:

@@ -37,6 +37,7 @@ def classification(found: Found) -> Classification:
     Raises:
         LrkitError: the labels are not as they should be, with file and line.
     """
+    found = found.alike("label")
     train, glue = found.train, GLUE.get(found.name)
     fields, given = tuple(name for name in train.columns if name != "label"), train.columns["label"]
     if glue is not None and fields != glue.fields:
@@ -58,6 +59,8 @@ def classification(found: Found) -> Classification:
     labels = _classes(train, found.validation) if kind == "classification" else ()
     if glue is not None and len(labels) == len(glue.labels):
         labels = glue.labels
+    elif len(named := train.names("label")) == len(labels):
+        labels = named
     number = float if kind == "regression" else int
 
     def numbered(split: Table) -> dict[str, list[Any]]:

@@ -164,6 +164,7 @@ def _tagged(tags: str, found: Found) -> Task:
     """Make words with tags: texts, or numbers whose names the training file has."""
     from lrkit.tasks.token_classification import TokenClassification
 
+    found = found.alike(tags)
     names = found.train.names(tags)
     texts = {tag for split in found.splits for row in split.columns[tags] for tag in row if isinstance(tag, str)}
     labels = names or tuple(sorted(texts))

@@ -75,6 +75,34 @@ class Found:
         """Return both splits."""
         return self.train, self.validation
 
+    def alike(self, column: str) -> Found:
+        """Number the labels of a column, or of the lists in it, in validation as in training, if the files name them.
+
+        `datasets` sorts the names of each split by themselves, so that one number may stand for two names.
+
+        Raises:
+            LrkitError: a label's name does not occur in training.
+        """
+        ours, theirs = self.train.names(column), self.validation.names(column)
+        if not ours or not theirs or ours == theirs:
+            return self
+        number = {name: at for at, name in enumerate(ours)}
+
+        def renumbered(value: Any, row: int) -> Any:
+            if isinstance(value, list):
+                return [renumbered(each, row) for each in value]
+            if not isinstance(value, int) or not 0 <= value < len(theirs):
+                return value  # a text; or -1, the mark of a row without a label
+            if theirs[value] not in number:
+                raise LrkitError(
+                    f'{self.validation.where(row)}: {column} is "{theirs[value]}", which {self.train.file.name} does not '
+                    f"name: it has {', '.join(ours)}"
+                )
+            return number[theirs[value]]
+
+        values = [renumbered(value, row) for row, value in enumerate(self.validation.columns[column])]
+        return attrs.evolve(self, validation=self.validation.with_columns(self.validation.columns | {column: values}))
+
     def task(self, features: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return name and rows as a kind of task takes them."""
         train, validation = (split.dataset(features) for split in self.splits)

@@ -79,6 +79,11 @@ class Learnt:
             LrkitError: it cannot.
         """
 
+    @property
+    def writes(self) -> int:
+        """Return the most tokens that a decoder writes behind an example while it is scored; 0 if it writes none."""
+        return 0
+
     def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | tuple[Tensor, ...]]:
         """Compute what is kept of a batch while validation rows are scored: by one forward pass, the model's logits.
 

@@ -110,7 +110,9 @@ def _outputs(model: Any, *rows: torch.Tensor) -> torch.Tensor:
     import torch
 
     positions = torch.cat([torch.arange(row.shape[1], device=row.device) for row in rows])[None]
-    logits: torch.Tensor = model(input_ids=torch.cat(rows, 1), position_ids=positions, use_cache=False).logits
+    # Two blocks alike, since some attention tells the rows of a single block apart, and no more.
+    ids, positions = (each.repeat(2, 1) for each in (torch.cat(rows, 1), positions))
+    logits: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     return logits
 
 

@@ -12,7 +12,7 @@ from lrkit.errors import LrkitError, cut
 from lrkit.tasks.asking import ask
 from lrkit.tasks.base import Task
 from lrkit.tasks.entities import are_entities, entity_f1, tag_accuracy
-from lrkit.tasks.generating import IGNORED
+from lrkit.tasks.generating import IGNORED, padding_on
 from lrkit.tasks.head import Head
 from lrkit.tasks.learnt import Sample
 
@@ -117,7 +117,7 @@ class TokenClassification(Task):
         """Return a function from examples to a batch, in which labels are filled up with -100."""
         from transformers import DataCollatorForTokenClassification
 
-        return DataCollatorForTokenClassification(tokenizer)
+        return DataCollatorForTokenClassification(padding_on("right", tokenizer))  # places are counted from the left
 
     def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
         """Compute the number of each token's likeliest label [rows, tokens]; -1 if its logits are not finite."""

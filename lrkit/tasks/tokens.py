@@ -101,12 +101,25 @@ def _check_special(told: str, tokenizer: "PreTrainedTokenizerBase", model: "PreT
             LrkitWarning,
             stacklevel=3,
         )
+    _follow_end(tokenizer, model)
     end = config.eos_token_id
     if config.is_encoder_decoder and isinstance(end, int) and tokenizer.eos_token_id not in (None, end):
         raise LrkitError(
             f"{told}its config ends a text with token {end} and its tokenizer with token {tokenizer.eos_token_id} "
             f"({tokenizer.eos_token}), and the model reads its answer there: eos_token_id must be the tokenizer's"
         )
+
+
+def _follow_end(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
+    """Let a model that writes stop at its tokenizer's end token as well, which it learns, and fill up with its pad token."""
+    writing: Any = getattr(model, "generation_config", None)
+    if writing is None:
+        return
+    writing.pad_token_id = tokenizer.pad_token_id
+    end, ends = tokenizer.eos_token_id, writing.eos_token_id
+    listed = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if end is not None and end not in listed:
+        writing.eos_token_id = [*listed, end] if listed else end
 
 
 def _reads_padding(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> bool:

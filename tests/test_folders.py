@@ -122,6 +122,33 @@ def test_answers_may_be_absent(tmp_path: Path) -> None:
     assert not load_folder(folder).unanswerable
 
 
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([{"question": "Who?", "answer": "A bird.", "context": "A bird sang."}], "come with a context"),
+        ([{"prompt": "a", "completion": "b"}, *rows_of("chats")], 'field "prompt" is missing'),
+        (
+            [
+                {"prompt": "a", "completion": "b"},
+                {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+            ],
+            "the prompt is messages, and that of the first row is a text",
+        ),
+        ([*rows_of("solutions") * 40, {"question": "Who?", "answer": "A bird."}], 'does not end in "#### number", as '),
+        (
+            [{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}],
+            "has tool_calls, which is not learnt",
+        ),
+    ],
+)
+def test_nothing_left_out_silently(tmp_path: Path, rows: list[Row], says: str) -> None:
+    """What a form would have to leave out of its rows is refused, if the row means something else without it."""
+    for split in ("train", "validation"):
+        as_jsonl(tmp_path / split, rows)
+    with pytest.raises(LrkitError, match=says):
+        load_folder(tmp_path)
+
+
 @pytest.mark.parametrize("column", ["label", "ner_tags"])
 def test_names_of_splits(tmp_path: Path, column: str) -> None:
     """A number stands for the name that its own file gives it: `datasets` sorts the names of each split by themselves."""

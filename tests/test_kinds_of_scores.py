@@ -134,7 +134,7 @@ def test_lower_wins_claims(tmp_path):
     assert 9.5 < first.tasks[0].difference < 10.5, "an advantage"
     table = compare(record)
     assert table.rows[1].difference == pytest.approx(-10, abs=0.5), "the row minus the base"
-    assert [row.warning for row in table.rows] == ["", "", "not below the constant guess"]
+    assert [row.warning for row in table.rows] == ["", "", "not below the trivial answers"]
     assert r"\textbf{9.9" in table.to_latex() or r"\textbf{10.0" in table.to_latex()
     assert "lower is better" in table.to_markdown() and "Lower is better: a negative difference" in str(table)
     assert not combine(record)
@@ -372,7 +372,7 @@ def test_run_of_perplexity(place, offered):
     words = ["run", "lora", "--task", "ppl", "--model", str(place / "llama"), "--set", "run.steps=2"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert "A lower perplexity is better." in done.output and "constant best guess" not in done.output
+    assert "A lower perplexity is better." in done.output and "best trivial answers" not in done.output
     assert "%" not in done.output
 
 

@@ -171,7 +171,7 @@ def test_misfits_refused(predictions: list[object]) -> None:
 @settings(deadline=None)  # the first example pays for imports
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
 def test_majority_is_best_guess(labels: list[int]) -> None:
-    """The majority is the score of the best constant guess."""
+    """The majority is the score of the best trivial answers."""
     task = make(labels=5, validation=labels)
     constants = [task.score(np.full(len(labels), guess), labels)["accuracy"] for guess in range(5)]
     assert task.majority == pytest.approx(max(constants))

@@ -40,7 +40,7 @@ def show(results: "Mapping[str, Result]", title: str) -> None:
     columns += [Column("state at the end"), Column("a step", number=True, extra=True)]
     columns += [Column("tokens/s", number=True, extra=True)]
     screen.table(columns, rows, title)
-    guess = "" if first.majority is None else f"constant best guess: {_written(first.majority, scale)}. "
+    guess = "" if first.majority is None else f"best trivial answers: {_written(first.majority, scale)}. "
     lower = f"A lower {name} is better. " if scale.lower else ""
     head = f"; the head's {first.summary.head:,} come on top" if first.summary.head else ""
     screen.say(f"{lower}{guess}Trainable parameters are the adapters'{head}.")

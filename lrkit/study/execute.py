@@ -69,7 +69,11 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
         task = load_task_of(spec)
         _check_margin(plan.study.margin, task.primary, spec.name)
         tasks[spec.name] = TaskRecord(
-            name=spec.name, metric=task.primary, majority=task.majority, higher_is_better=task.higher_is_better
+            name=spec.name,
+            metric=task.primary,
+            majority=task.majority,
+            higher_is_better=task.higher_is_better,
+            options=task.set_options(),
         )
         net = empty_model(plan.study.model, task.head, loading_from(plan.study.loading))
         for row in plan.rows:

@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from lrkit.errors import LrkitError
 from lrkit.study.jobs import Job, Trial, cell_of
 from lrkit.study.needs import Need
 from lrkit.study.plan import Plan, Row
@@ -156,5 +157,11 @@ class _Graph:
             return None
         settings = self._plan.settings(row, spec, 0)
         if settings.steps is None and spec.name not in self._rows:
-            self._rows[spec.name] = len(load_task_of(spec).train)
+            task = load_task_of(spec)
+            if not task.by_row:
+                raise LrkitError(
+                    f"tune.halving on {spec.name}: its rows become as many examples as the tokenizer says, so that the "
+                    "steps of an epoch are not known yet: give run.steps"
+                )
+            self._rows[spec.name] = len(task.train)
         return max(1, steps_of(settings, self._rows.get(spec.name, 1)) // int(tune.halving**above))

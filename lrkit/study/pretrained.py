@@ -145,6 +145,11 @@ def load_pretrained(spec: str, head: Head, loading: Loading | None = None) -> Pr
     if head.num_labels is None:
         encoder = ""  # a head that the model brings along
     absent = sorted(name for name in fresh if name.startswith(encoder) and ".pooler." not in f".{name}")
+    if absent and len(absent) == sum(name.startswith(encoder) for name, _ in model.named_parameters()):
+        raise LrkitError(
+            f'model "{spec}": none of its weights is where a {type(model).__name__} of transformers has them: take another '
+            "model for this task, such as an encoder"
+        )
     if absent:
         raise LrkitError(
             f'model "{spec}": its weights do not fit its config: {absent[0]} is missing or has another shape '

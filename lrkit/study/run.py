@@ -42,6 +42,7 @@ class Result(CellResult):
         task: the task's name.
         model: the model that was asked for.
         loading: how it was loaded, as plain data of what is not at its default.
+        options: the task's that are not at their defaults, as plain data.
         method: plain data.
         settings: plain data.
         step_seconds: median time of a step.
@@ -58,6 +59,7 @@ class Result(CellResult):
     task: str
     model: str
     loading: dict[str, Any]
+    options: dict[str, Any]
     method: dict[str, Any]
     settings: dict[str, Any]
     majority: float | None
@@ -78,7 +80,7 @@ class Result(CellResult):
         return {
             **{name: getattr(self, name) for name in names},
             "samples": list(self.samples),
-            **({"loading": self.loading} if self.loading else {}),
+            **{name: getattr(self, name) for name in ("loading", "options") if getattr(self, name)},
             "losses": list(self.losses),
             "flops": attrs.asdict(self.flops),
             "summary": self.summary.to_plain(),
@@ -224,6 +226,8 @@ def _train(
             ],
         )
         latest = None if record is None else record.latest()
+        if latest is not None:
+            tell(f"going on from {latest.name.replace('checkpoint-', 'step ')}")
         try:
             trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
             if trainer.state.global_step < min(steps, stop or steps):
@@ -249,6 +253,7 @@ def _train(
         scores=task.score(predictions, task.references())
         | ({} if objective is None else objective.judge(adapted.summary().layers)),
         truth=() if objective is None else objective.truth,
+        options=task.set_options(),
         higher_is_better=task.higher_is_better,
         majority=task.majority,
         tokens=total,

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import attrs
 
 _SHARES = {"accuracy", "f1", "precision", "recall", "em", "final_number"}
-_GROUPS = ("has_answer_", "no_answer_")
-"""Begin the names of scores of a part of the rows."""
+_GROUPS = ("has_answer_", "no_answer_", "best_")
+"""Begin the names of scores of a part of the rows, or at the best threshold."""
 
 MARGIN = ", in the primary score's units (0.01 is one point of accuracy)"
 """Says in errors in which units a margin is."""

@@ -65,13 +65,15 @@ class RowRecord:
 class TaskRecord:
     """One task: its name, its metric's name, the best trivial answers' score if known, and the direction.
 
-    For example, a lower perplexity is a better one: its `higher_is_better` is False.
+    For example, a lower perplexity is a better one: its `higher_is_better` is False. Options are those that are not at
+    their defaults.
     """
 
     name: str
     metric: str = ""
     majority: float | None = None
     higher_is_better: bool = True
+    options: dict[str, Any] = attrs.field(factory=dict)
 
 
 @attrs.frozen(kw_only=True)

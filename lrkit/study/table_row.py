@@ -38,7 +38,7 @@ class TableRow:
         step_ratio_end: the same at the end of training.
         peak_memory: bytes.
         effect: effect size: `difference` over the standard deviation of the pairs' differences; None if they are equal.
-        guess: the primary score of the best constant guess, mean over the done cells.
+        guess: the primary score of the best trivial answers, mean over the done cells.
         notes: sentences that belong to this row.
         lr: the adapters' learning rate; those of the tasks if they differ.
         effect_corrected: `effect` without its small-sample bias (`lrkit.study.effects.corrected`); None below three pairs.
@@ -104,9 +104,9 @@ class TableRow:
 
     @property
     def warning(self) -> str:
-        """Say in few words that the mean is not better than the best constant guess; empty if it is, or if none is known."""
+        """Say in few words that the mean is not better than the best trivial answers; empty if it is, or none is known."""
         if self.mean is None or self.guess is None:
             return ""
         if self.higher_is_better:
-            return "" if self.mean > self.guess else "not above the constant guess"
-        return "" if self.mean < self.guess else "not below the constant guess"
+            return "" if self.mean > self.guess else "not above the trivial answers"
+        return "" if self.mean < self.guess else "not below the trivial answers"

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.errors import LrkitError
-from lrkit.settings import annotation_of, as_annotated, refuse_others
+from lrkit.errors import LrkitError, shown
+from lrkit.settings import annotation_of, as_annotated, as_plain, refuse_others
+from lrkit.tasks.head import Head
 from lrkit.tasks.hub import new_fingerprint
 from lrkit.tasks.learnt import Learnt
 
@@ -64,6 +65,8 @@ class Task(Learnt):
     def __attrs_post_init__(self) -> None:
         where = f'task "{self.name}"'
         self.check(where)
+        if not isinstance(self.head, Head):
+            raise LrkitError(f"{where}: head must be a lrkit.tasks.Head(num_labels=...), not {shown(self.head)}")
         for split, rows in (("train", self.train), ("validation", self.validation)):
             absent = [column for column in self.columns if column not in rows.column_names]
             if absent:
@@ -167,6 +170,13 @@ class Task(Learnt):
         """Name the attributes that a user may set: those with a default that `__init__` takes."""
         fields = [field for field in attrs.fields(cls) if field.init and field.default is not attrs.NOTHING]
         return tuple(field.name for field in fields if field.name not in _OWN)
+
+    def set_options(self) -> dict[str, Any]:
+        """Return the options that are not at their defaults, as plain data."""
+        defaults = {field.name: field.default for field in attrs.fields(type(self))}
+        found = {name: getattr(self, name) for name in self.options() if name in defaults}
+        plain: dict[str, Any] = as_plain({name: value for name, value in found.items() if value != defaults[name]})
+        return plain
 
     def with_options(self, given: Mapping[str, Any]) -> Task:
         """Return the task with other options, which are plain data.

@@ -112,6 +112,8 @@ def _message(value: Any, name: str) -> dict[str, str]:
     role, content = (value.get("role"), value.get("content")) if isinstance(value, dict) else (None, None)
     if not isinstance(role, str) or not isinstance(content, str):
         raise LrkitError(f'{name} is {shown(value)}, not {{"role": "user", "content": "..."}}')
+    if more := [key for key, each in value.items() if key not in ("role", "content") and each]:
+        raise LrkitError(f"{name} has {more[0]}, which is not learnt here: messages have role and content")
     if role not in ROLES:
         raise LrkitError(f"{name} has the role {shown(role)}; roles are {', '.join(ROLES)}")
     return {"role": role, "content": _unicode(content, name)}

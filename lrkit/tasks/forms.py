@@ -113,6 +113,13 @@ def _completion(found: Found) -> Task:
     """Make prompts with completions, or messages."""
     from lrkit.tasks.completion import Completion
 
+    if "prompt" in found.train.columns:
+        texts = isinstance(found.train.columns["prompt"][0], str)
+        for split in found.splits:
+            for row, prompt in enumerate(split.columns["prompt"]):
+                if isinstance(prompt, str) != texts:
+                    here, first = ("messages", "a text") if texts else ("a text", "messages")
+                    raise LrkitError(f"{split.where(row)}: the prompt is {here}, and that of the first row is {first}")
     return Completion(**found.task())
 
 
@@ -122,8 +129,17 @@ def _solutions(found: Found) -> Task:
     from lrkit.tasks.completion import Completion
 
     rows = found.task()
-    if all(_solved(each) for split in found.splits for each in split.columns["answer"]):
+    total = sum(len(split.lines) for split in found.splits)
+    unsolved = [
+        (split, row) for split in found.splits for row, each in enumerate(split.columns["answer"]) if not _solved(each)
+    ]
+    if not unsolved:
         return gsm8k.from_rows(**rows)
+    if len(unsolved) * _ASTRAY <= total:
+        split, row = unsolved[0]
+        raise LrkitError(
+            f'{split.where(row)}: the answer does not end in "#### number", as {total - len(unsolved):,} of {total:,} do'
+        )
     return Completion(**rows | {split: gsm8k.written(rows[split]) for split in ("train", "validation")})
 
 
@@ -237,6 +253,11 @@ def form_of(row: Collection[str]) -> Form:
     if len(found) > 1:
         raise LrkitError(
             f"the fields are those of {' and of '.join(map(str, found))}: leave out those that are not meant"
+        )
+    if found and found[0].names == {"question", "answer"} and "context" in names:
+        raise LrkitError(
+            "question and answer come with a context, which would be left out: write answers as SQuAD has them, "
+            '{"text": ["..."], "answer_start": [0]}, or prompt and completion'
         )
     if found:
         return found[0]

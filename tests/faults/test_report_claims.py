@@ -33,18 +33,18 @@ def forms(folder: Path) -> tuple[Table, dict[str, str]]:
 
 
 def test_no_better_than_a_guess(tmp_path: Path) -> None:
-    """A row at or below the best constant guess, 52 %, is marked in the table and named below it; one above is not."""
+    """A row at or below the best trivial answers, 52 %, is marked in the table and named below it; one above is not."""
     scores = (0.8, 0.52, 0.521)
     table, texts = forms(
         studies.write_study(tmp_path / "s", score=lambda r, t, s: scores[r] + 1e-4 * s * (r != 1), **SMALL)
     )
-    assert [row.warning for row in table.rows] == ["", "not above the constant guess", ""]
+    assert [row.warning for row in table.rows] == ["", "not above the trivial answers", ""]
     assert [row.guess for row in table.rows] == pytest.approx([0.52] * 3)
     for name, text in texts.items():
         mark = r"$\dagger$" if name == "tex" else "†"
         lines = [line for line in text.splitlines() if f"52.00 {'$' if name == 'tex' else ''}" in line and mark in line]
         assert lines, name
-        assert "not above the best constant guess" in " ".join(text.split())
+        assert "not above the best trivial answers" in " ".join(text.split())
         assert not re.search(rf"(80\.0\d|52\.1\d)[^\n]*{re.escape(mark)}", text), name
 
 

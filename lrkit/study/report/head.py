@@ -75,9 +75,10 @@ def _facts(record: StudyRecord) -> Iterator[tuple[str, str]]:
         found = [c.result.majority for c in record.cells if c.task == task.name and c.result]
         scored = [value for value in found if value is not None]
         majority = statistics.fmean(scored) if scored else task.majority
-        guess = "" if majority is None else f"best constant guess {_guess(task.metric, majority)}"
+        guess = "" if majority is None else f"best trivial answers {_guess(task.metric, majority)}"
         lower = "" if task.higher_is_better else "lower is better"
-        inside = ", ".join(filter(None, (task.metric, lower, guess)))
+        options = (f"{name} {setting(value)}" for name, value in task.options.items())
+        inside = ", ".join(filter(None, (task.metric, lower, *options, guess)))
         tasks.append(f"{task.name} ({inside})" if inside else task.name)
     yield ("Tasks" if len(tasks) > 1 else "Task"), "; ".join(tasks)
     yield "Seeds", f"{', '.join(map(str, record.seeds))} ({len(record.seeds)})"

@@ -14,6 +14,7 @@ import datasets
 import pytest
 from row_forms import GOOD, Row, rows_of
 
+from lrkit.cli import main
 from lrkit.compose import to_plain
 from lrkit.errors import LrkitError
 from lrkit.methods import lora
@@ -139,6 +140,10 @@ def test_answers_may_be_absent(tmp_path: Path) -> None:
             [{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}],
             "has tool_calls, which is not learnt",
         ),
+        (
+            [*rows_of("entities") * 60, {"tokens": ["a"], "ner_tags": ["B_PER"]}],
+            'has "B_PER", which is no tag of an entity',
+        ),
     ],
 )
 def test_nothing_left_out_silently(tmp_path: Path, rows: list[Row], says: str) -> None:
@@ -147,6 +152,27 @@ def test_nothing_left_out_silently(tmp_path: Path, rows: list[Row], says: str) -
         as_jsonl(tmp_path / split, rows)
     with pytest.raises(LrkitError, match=says):
         load_folder(tmp_path)
+
+
+def test_halving_needs_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An epoch of examples has as many steps as the tokenizer says, so that no part of it can be planned: one line."""
+    folder = write(tmp_path / "data", "chats")
+    words = [
+        "tune",
+        "lora",
+        "--data",
+        str(folder),
+        "--model",
+        "smollm2",
+        "--tune",
+        "run.lr=1e-3,1e-2",
+        "--halving",
+        "2",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert "give run.steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("column", ["label", "ner_tags"])

@@ -500,3 +500,12 @@ def test_killed_run_resumes(model: Path, tmp_path: Path) -> None:
     assert [sample.output for sample in samples] == whole.predictions[:3]
     assert samples[0].reference == "good"
     assert samples[0].input.startswith("the film (... the film was good")
+
+
+def test_threshold_alone_refused():
+    """A threshold without unanswerable questions would do nothing: it is refused."""
+    rows = datasets.Dataset.from_list(
+        [{"question": "Who?", "context": "A bird.", "answers": {"text": ["bird"], "answer_start": [2]}}]
+    )
+    with pytest.raises(LrkitError, match=r"set task\.unanswerable=true"):
+        QuestionAnswering(name="t", train=rows, validation=rows, threshold=1.0)

@@ -25,7 +25,7 @@ from lrkit.study.cell import Cell
 from lrkit.study.cell_folder import is_packed
 from lrkit.study.jobs import cell_of
 from lrkit.study.plan import Plan, Row
-from lrkit.study.run_settings import attach_settings, settings_from, steps_of
+from lrkit.study.run_settings import attach_settings, settings_from, total_steps
 from lrkit.study.store import digest_of, lock, read_json, write_json
 from lrkit.study.study_file import CostEntry, StudyFile, read_study_file, write_study_file
 from lrkit.study.task_spec import TaskSpec, load_task_of
@@ -205,9 +205,12 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     base, row = asked["base"], asked["row"]
     settings = settings_from(row["run"])
     task = load_task_of(TaskSpec(**row["task"]))
-    steps = steps_of(settings, len(task.train))
     net, tokenizer = load_model(row["model"], task.head, loading_from(row["loading"]))
     net.train()
+    used = task.subset(settings.train_rows, 1, settings.seed)
+    known = task.by_row or settings.steps is not None
+    length = len(used.train if known else used.examples(tokenizer, settings.max_length, training=True))
+    steps = total_steps(settings, length)
     few = task.subset((WARM + PAIRS) * settings.batch_size, 1)
     rows = few.examples(tokenizer, settings.max_length, training=True)
     rows = rows.select_columns(taken_by(net, rows.column_names))

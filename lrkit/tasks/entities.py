@@ -43,6 +43,11 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     return found
 
 
+def is_entity_tag(label: str) -> bool:
+    """Say whether a label is a tag of an entity, or of none: O, B-PER, I-PER."""
+    return label == "O" or _TAG.fullmatch(label) is not None
+
+
 def are_entities(labels: Sequence[str]) -> bool:
     """Say whether labels are tags of entities, as `entities` reads them, and not, for example, parts of speech."""
     return "O" in labels and len(labels) > 1 and all(_TAG.fullmatch(label) for label in labels)

@@ -14,6 +14,7 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.tasks.base import Task
+from lrkit.tasks.entities import is_entity_tag
 from lrkit.tasks.fields import ANSWERS, MESSAGES, NUMBER, OPTIONAL_TEXT, TAGS, TEXT, TURN, WORDS, Field, shown
 from lrkit.tasks.folder_labels import FIELDS, classification, text_fields
 from lrkit.tasks.found import Found, Table
@@ -182,6 +183,7 @@ def _tagged(tags: str, found: Found) -> Task:
 
     found = found.alike(tags)
     names = found.train.names(tags)
+    _check_slips(tags, found)
     texts = {tag for split in found.splits for row in split.columns[tags] for tag in row if isinstance(tag, str)}
     labels = names or tuple(sorted(texts))
     known = {label: number for number, label in enumerate(labels)} | {number: number for number, _ in enumerate(names)}
@@ -195,6 +197,21 @@ def _tagged(tags: str, found: Found) -> Task:
         return {"tokens": split.columns["tokens"], "tags": numbers}
 
     return TokenClassification(**found.with_columns(numbered).task() | {"labels": labels})
+
+
+def _check_slips(tags: str, found: Found) -> None:
+    """Raise LrkitError if all tags but a few of many are of entities: those few would make another task of it."""
+    total, odd = 0, []
+    for split in found.splits:
+        for row, texts in enumerate(split.columns[tags]):
+            total += len(texts)
+            odd += [(split, row, tag) for tag in texts if isinstance(tag, str) and not is_entity_tag(tag)]
+    if 0 < len(odd) * _ASTRAY <= total:
+        split, row, tag = odd[0]
+        raise LrkitError(
+            f"{split.where(row)}: {tags} has {shown(tag)}, which is no tag of an entity (O, B-PER, I-PER), as all but "
+            f"{len(odd):,} of {total:,} are"
+        )
 
 
 def _unnamed(names: tuple[str, ...]) -> str:

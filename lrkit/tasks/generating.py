@@ -30,7 +30,17 @@ def generate(
         The new tokens alone [rows, at most max_new_tokens (and one more in an encoder-decoder, its start)].
     """
     plain: Any = getattr(model, "module", model)  # DistributedDataParallel has no `generate`
-    sampling = {"temperature": None, "top_p": None, "top_k": None}  # of a chat model's config: they are for sampling
+    # A model's generation config may ask for chance, for a limit in seconds, or for another form of the answer.
+    as_it_comes: dict[str, Any] = {
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "max_time": None,
+        "stop_strings": None,
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
+        "prompt_lookup_num_tokens": None,
+    }
     with quiet_transformers():
         written: Tensor = plain.generate(
             input_ids=batch["input_ids"],
@@ -39,7 +49,7 @@ def generate(
             num_beams=num_beams,
             do_sample=False,
             use_cache=True,  # a Trainer switches it off in the model's config
-            **sampling,
+            **as_it_comes,
             **how,
         )
     return written if plain.config.is_encoder_decoder else written[:, batch["input_ids"].shape[1] :]

@@ -64,6 +64,8 @@ class QuestionAnswering(Task):
 
     def check(self, where: str) -> None:
         """Check that answers have their form, and that no row lacks one that must have one."""
+        if self.threshold and not self.unanswerable:
+            raise LrkitError(f"{where}: threshold is for questions that may have no answer: set task.unanswerable=true")
         for split, rows in (("train", self.train), ("validation", self.validation)):
             if "answers" in rows.column_names and len(rows):
                 self._check_answers(f"{where}: {split}", rows)

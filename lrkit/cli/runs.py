@@ -93,7 +93,7 @@ def run(
         screen.say_json({"runs": plain, "refused": refused} if all_methods else next(iter(plain.values())))
     elif results:
         taken = next(iter(results.values())).steps
-        options = "".join(f", {name} {json.dumps(value)}" for name, value in loaded.set_options().items())
+        options = "".join(f", {name} {json.dumps(value)}" for name, value in words.options(sets or []).items())
         outcome.show(results, f"{model} on {loaded.name}{options}, {taken} steps of {settings.batch_size}")
         if folder is not None:
             screen.say("written: " + " ".join(str(p) for p in sorted(folder.iterdir())))

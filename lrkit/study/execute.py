@@ -73,7 +73,7 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
             metric=task.primary,
             majority=task.majority,
             higher_is_better=task.higher_is_better,
-            options=task.set_options(),
+            options=spec.options,
         )
         net = empty_model(plan.study.model, task.head, loading_from(plan.study.loading))
         for row in plan.rows:

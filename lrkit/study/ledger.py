@@ -141,6 +141,10 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
         was, now = canonical(getattr(there, key)), canonical(getattr(mine, key))
         if was != now:
             raise _refusal(where, f"{key} is {was} there and {now} here")
+    were = {task.name: task.options for task in there.tasks}
+    for task in mine.tasks:
+        if (was := canonical(were.get(task.name, task.options))) != (now := canonical(task.options)):
+            raise _refusal(where, f"options of {task.name} are {was} there and {now} here")
     there = with_tuning(there, mine, where)
     rows, place, stays = _joined_rows(there, mine, where, yields)
     cells = _joined_cells([c for c in there.cells if stays(c)], mine.cells, place, rows)

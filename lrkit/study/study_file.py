@@ -65,8 +65,8 @@ class RowRecord:
 class TaskRecord:
     """One task: its name, its metric's name, the best trivial answers' score if known, and the direction.
 
-    For example, a lower perplexity is a better one: its `higher_is_better` is False. Options are those that are not at
-    their defaults.
+    For example, a lower perplexity is a better one: its `higher_is_better` is False. Options are those that the study
+    gives it.
     """
 
     name: str

@@ -281,4 +281,7 @@ def form_of(row: Collection[str]) -> Form:
     if fields is not None:
         return PLAIN_TEXT if fields == ("text",) else labelled(fields)
     texts = " or ".join(" + ".join(fields) for fields in FIELDS)
-    raise LrkitError(f"no text field: it needs {texts} (with label; text may go without), {', '.join(map(str, FORMS))}")
+    raise LrkitError(
+        f"no text field: it needs {texts} (with label; text may go without), {', '.join(map(str, FORMS))}; the fields are "
+        f"{', '.join(sorted(names)[:8]) or 'none'}"
+    )

@@ -865,7 +865,7 @@ def test_all_methods_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     every = type(current()).names
     monkeypatch.setattr(type(current()), "names", lambda self, kind: names if kind == "method" else every(self, kind))
     monkeypatch.setattr(
-        "lrkit.cli.words.task", lambda task, folder: __import__("lrkit.tasks").tasks.load_task(data=data)
+        "lrkit.cli.words.task", lambda task, folder, options: __import__("lrkit.tasks").tasks.load_task(data=data)
     )
     given = ["run", "--all-methods", "--model", str(model), "--set", "run.max_length=12", "--json"]
     with pytest.raises(SystemExit) as ended:

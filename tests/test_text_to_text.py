@@ -5,6 +5,7 @@ import json
 import sys
 import types
 import warnings
+from pathlib import Path
 from typing import ClassVar
 
 import datasets
@@ -385,7 +386,7 @@ def test_losses_are_seq2seqtrainers(folder, whole, tmp_path):
 def test_killed_run_resumes(folder, whole, tmp_path):
     """A run of beams and texts whose process is killed goes on to the bytes of the one that was not."""
     record = Record(folder=tmp_path / "run", checkpoint_seconds=0.0)
-    killed_task.kill_at(3, __name__, folder, record.folder)
+    killed_task.kill_at(3, Path(__file__).stem, folder, record.folder)
     assert record.step() in (2, 3)
     again = train(METHOD, task(), model=str(folder), settings=SETTINGS, record=record)
     assert again.predictions == whole.predictions and again.scores == whole.scores

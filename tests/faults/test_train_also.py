@@ -10,6 +10,7 @@ from lrkit import cli
 from lrkit.study.graph import jobs_of
 from lrkit.study.ledger import write_plan
 from lrkit.study.plan import changes, lay_out, study_from
+from lrkit.study.study_file import TaskRecord
 
 ROWS = [
     {"label": "classifier", "train_also": ["classifier"]},
@@ -58,7 +59,7 @@ def test_rows_say_what_they_attach_to(tmp_path):
     other = lay_out(study_from({"base": "lora", "seeds": 1, "train_also": ["classifier"]}))
     assert jobs_of(other)[0].cell.key == cells[1].key
     write_plan(
-        plan, jobs_of(plan), {"movies": {"name": "movies", "metric": "accuracy", "majority": 0.5}}, tmp_path / "s"
+        plan, jobs_of(plan), {"movies": TaskRecord(name="movies", metric="accuracy", majority=0.5)}, tmp_path / "s"
     )
     told = json.loads((tmp_path / "s" / "study.json").read_text())
     assert told["rows"][1]["train_also"] == ["classifier"]

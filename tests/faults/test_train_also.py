@@ -65,7 +65,7 @@ def test_rows_say_what_they_attach_to(tmp_path):
     assert told["rows"][1]["train_also"] == ["classifier"]
     moved = lay_out(study_from({"base": "lora", "rows": [{"label": "none", "train_also": "auto", "set": {"rank": 2}}]}))
     with pytest.raises(lrkit.LrkitError, match='row "none" is another method there'):
-        write_plan(moved, jobs_of(moved), told["tasks"] and {"movies": told["tasks"][0]}, tmp_path / "s")
+        write_plan(moved, jobs_of(moved), {"movies": TaskRecord(**told["tasks"][0])}, tmp_path / "s")
 
 
 def test_wrong_heads_are_told_before_the_first_step(tmp_path, capsys):

@@ -25,7 +25,7 @@ def losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         batch: `input_ids`, `attention_mask` and `labels` [rows, tokens], padded on the right.
 
     Returns:
-        [rows, tokens], 0 where a token has no label. The first token of a row has none: it follows nothing.
+        [rows, tokens], 0 where a token has no label. The first token of a row has none, since it follows nothing.
     """
     import torch
 

@@ -8,7 +8,7 @@ import talkers
 
 from lrkit.cli import main
 from lrkit.study import run
-from lrkit.tasks import verdicts
+from lrkit.tasks import movies, verdicts
 
 RATED = [(f"the film {n} was {word}", rating) for n in range(12) for word, rating in (("dull", -3.0), ("fine", 1.0))]
 
@@ -16,9 +16,9 @@ RATED = [(f"the film {n} was {word}", rating) for n in range(12) for word, ratin
 @pytest.fixture
 def rated(monkeypatch):
     """Sentences that need no fetching: a quarter is set aside."""
-    monkeypatch.setattr(verdicts, "sdist", lambda: b"")
-    monkeypatch.setattr(verdicts, "ratings", lambda archive: RATED)
-    monkeypatch.setattr(verdicts, "held_out", lambda text: " 1" in text)
+    monkeypatch.setattr(movies, "sdist", lambda: b"")
+    monkeypatch.setattr(movies, "ratings", lambda archive: RATED)
+    monkeypatch.setattr(movies, "held_out", lambda text: " 1" in text)
 
 
 @pytest.mark.parametrize(

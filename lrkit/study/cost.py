@@ -198,7 +198,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
     from lrkit.study.loading import loading_from
     from lrkit.study.pretrained import load_model
-    from lrkit.study.rows import taken_by
+    from lrkit.tasks.asking import taken_by
 
     torch.set_num_threads(asked["threads"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

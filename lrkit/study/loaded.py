@@ -131,16 +131,17 @@ def _check_length(pretrained: "Pretrained", tokens: Tokens, settings: RunSetting
         getattr(pretrained.model.config, "max_position_embeddings", None) or math.inf,
         pretrained.tokenizer.model_max_length,
     )
+    if settings.max_length > limit:
+        longest = max(len(row) for rows in (tokens.train, tokens.validation) for row in rows["input_ids"])
+        if longest > limit:
+            raise LrkitError(
+                f"a row of {longest} tokens is longer than the model's {limit} positions: lower run.max_length"
+            )
     written = tokens.task.writes
-    if settings.max_length + written <= limit:
+    if not written or settings.max_length + written <= limit:
         return
-    longest = max(len(row) for rows in (tokens.train, tokens.validation) for row in rows["input_ids"])
-    if longest > limit:
-        raise LrkitError(
-            f"a row of {longest} tokens is longer than the model's {limit} positions: lower run.max_length"
-        )
     scored = max(map(len, tokens.validation["input_ids"]))
-    if written and scored + written > limit:
+    if scored + written > limit:
         raise LrkitError(
             f"a prompt of {scored} tokens and task.max_new_tokens = {written} are more than the model's {limit} positions: "
             "lower run.max_length or task.max_new_tokens"

@@ -1,11 +1,11 @@
 """Encode the rows of a run as model inputs: all at once, or each when a batch asks for it."""
 
-import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lrkit.tasks.asking import taken_by
 from lrkit.tasks.tokens import check_texts
 
 if TYPE_CHECKING:
@@ -77,12 +77,6 @@ def encoded(task: "Task", pretrained: "Pretrained", max_length: int, wanted: int
 def _batch(collate: Any, pretrained: "Pretrained", example: dict[str, Any]) -> dict[str, Any]:
     """Make a batch of one example, of the columns that the model takes."""
     return dict(collate([{key: example[key] for key in taken_by(pretrained.model, example)}]))
-
-
-def taken_by(model: Any, columns: Iterable[str]) -> list[str]:
-    """List those of some columns that a model takes, as a Trainer does: the others are for answers."""
-    taken = {*inspect.signature(type(model).forward).parameters, "labels"}
-    return [column for column in columns if column in taken]
 
 
 def _lengths(columns: Any, pretrained: "Pretrained") -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lrkit.tasks.base import Task
@@ -29,19 +30,22 @@ def ask(task: Task, model: nn.Module, tokenizer: Any, max_length: int) -> Any:
     import torch
 
     examples = task.examples(tokenizer, max_length, training=False)
-    collate, taken = (
-        task.collator(tokenizer, training=False),
-        {*inspect.signature(type(model).forward).parameters, "labels"},
-    )
+    collate, columns = task.collator(tokenizer, training=False), taken_by(model, examples.column_names)
     device, found = next(model.parameters()).device, []
     for start in range(0, len(examples), _AT_ONCE):
-        rows = examples.select(range(start, min(start + _AT_ONCE, len(examples)))).to_list()
-        batch = collate([{key: value for key, value in row.items() if key in taken} for row in rows])
+        rows = examples.select(range(start, min(start + _AT_ONCE, len(examples)))).select_columns(columns)
+        batch = collate(rows.to_list())
         with torch.no_grad():
             kept = task.predict(model, {key: value.to(device) for key, value in batch.items()})[1]
         found.append([each.cpu().numpy() for each in (kept if isinstance(kept, tuple) else (kept,))])
     outputs = [_below(list(parts)) for parts in zip(*found, strict=True)]
     return task.answers(outputs[0] if len(outputs) == 1 else tuple(outputs), examples, tokenizer)
+
+
+def taken_by(model: nn.Module, columns: Iterable[str]) -> list[str]:
+    """List those of some columns that a model takes, as a Trainer does: the others are for answers."""
+    taken = {*inspect.signature(type(model).forward).parameters, "labels"}
+    return [column for column in columns if column in taken]
 
 
 def _below(parts: list[Any]) -> Any:

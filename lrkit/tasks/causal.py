@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -11,6 +11,7 @@ from lrkit.errors import LrkitError
 from lrkit.settings import whole
 from lrkit.tasks import generating
 from lrkit.tasks.base import Task
+from lrkit.tasks.generating import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,6 +38,12 @@ class Causal(Task):
     def by_row(self) -> bool:
         """Say that it takes the tokenizer to count examples: rows may be left out, and blocks are of several."""
         return False
+
+    def collator(self, tokenizer: Any, *, training: bool = True) -> Callable[[list[dict[str, Any]]], Any]:
+        """Return a function that pads examples on the right, and their labels with -100."""
+        from transformers import DataCollatorForSeq2Seq
+
+        return DataCollatorForSeq2Seq(generating.padding_on("right", tokenizer), label_pad_token_id=IGNORED)
 
     def write(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Let a model go on from prompts, which are padded on the left, as far as it has positions.

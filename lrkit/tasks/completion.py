@@ -116,7 +116,7 @@ class Completion(Causal):
             rows = turns.completions(batch["prompt"], batch["completion"], tokenizer)
         if not training:
             return _examples([[row] for row in rows], max_length)
-        rows = [row for row in rows if any(label != IGNORED for label in _labels(row, max_length))]
+        rows = [row for row in rows if any(row.learnt[1:max_length])]
         if not self.packing:
             return _examples([[row] for row in rows], max_length)
         together = packing.blocks([min(len(row.ids), max_length) for row in rows], max_length)
@@ -164,13 +164,13 @@ class Completion(Causal):
 
     def collator(self, tokenizer: Any, *, training: bool = True) -> Callable[[list[dict[str, Any]]], Any]:
         """Return a function that pads examples on the right; prompts that a model goes on from on the left."""
-        from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+        from transformers import DataCollatorWithPadding
 
         if training and self.packing:
             return packing.Blocks(tokenizer.pad_token_id)
         if not training and self.metric != PERPLEXITY:
             return DataCollatorWithPadding(generating.padding_on("left", tokenizer))
-        return DataCollatorForSeq2Seq(generating.padding_on("right", tokenizer), label_pad_token_id=IGNORED)
+        return super().collator(tokenizer, training=training)
 
     def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
         """Compute each row's negative log-likelihood and tokens [rows, 2], or write a text for it [rows, tokens]."""

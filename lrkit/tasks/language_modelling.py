@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from lrkit.settings import flag
-from lrkit.tasks import generating, likelihood, turns
+from lrkit.tasks import likelihood, turns
 from lrkit.tasks.answers import check_rows
 from lrkit.tasks.causal import Causal
 from lrkit.tasks.generating import IGNORED
@@ -72,12 +72,6 @@ class LanguageModelling(Causal):
     def _tokens(self, texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
         after = [turns.end_of(tokenizer)] if self.end else []
         return [[*ids, *after] for ids in turns.ids_of(texts, tokenizer, special=True)]
-
-    def collator(self, tokenizer: Any, *, training: bool = True) -> Callable[[list[dict[str, Any]]], Any]:
-        """Return a function that pads blocks on the right."""
-        from transformers import DataCollatorForSeq2Seq
-
-        return DataCollatorForSeq2Seq(generating.padding_on("right", tokenizer), label_pad_token_id=IGNORED)
 
     def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Compute the negative log-likelihood of each token [blocks, tokens], 0 for those without a label."""

@@ -41,20 +41,21 @@ def load_movies() -> Classification:
     """
     import datasets
 
-    splits: dict[str, dict[str, list[object]]] = {
-        name: {"sentence": [], "label": []} for name in ("train", "validation")
+    splits = {
+        name: datasets.Dataset.from_dict(
+            {"sentence": [text for text, _ in rated], "label": [int(rating > 0) for _, rating in rated]}
+        )
+        for name, rated in rated_splits().items()
     }
+    return Classification(name="movies", **splits, fields=("sentence",), labels=("negative", "positive"))
+
+
+def rated_splits() -> dict[str, list[tuple[str, float]]]:
+    """List the rated sentences of ``train`` and ``validation``. Raises LrkitError if the data cannot be had."""
+    splits: dict[str, list[tuple[str, float]]] = {"train": [], "validation": []}
     for text, rating in ratings(sdist()):
-        rows = splits["validation" if held_out(text) else "train"]
-        rows["sentence"].append(text)
-        rows["label"].append(int(rating > 0))
-    return Classification(
-        name="movies",
-        train=datasets.Dataset.from_dict(splits["train"]),
-        validation=datasets.Dataset.from_dict(splits["validation"]),
-        fields=("sentence",),
-        labels=("negative", "positive"),
-    )
+        splits["validation" if held_out(text) else "train"].append((text, rating))
+    return splits
 
 
 def held_out(text: str) -> bool:

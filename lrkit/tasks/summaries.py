@@ -9,16 +9,7 @@ from lrkit.tasks.text_to_text import TextToText
 
 def load_xsum(rest: str | None) -> TextToText:
     """Load XSum: BBC articles and their one-sentence summaries. Source: arXiv 1808.08745."""
-    no_parts("xsum", rest)
-    splits = load_hub("xsum", "EdinburghNLP/xsum")
-    return TextToText(
-        name="xsum",
-        train=splits["train"],
-        validation=splits["validation"],
-        source="document",
-        target="summary",
-        **OPTIONS["xsum"],
-    )
+    return _load("xsum", rest, ("EdinburghNLP/xsum",), "document", "summary")
 
 
 def load_cnn_dailymail(rest: str | None) -> TextToText:
@@ -26,13 +17,11 @@ def load_cnn_dailymail(rest: str | None) -> TextToText:
 
     The trivial summary is the article's first three sentences, as in the literature.
     """
-    no_parts("cnn_dailymail", rest)
-    splits = load_hub("cnn_dailymail", "abisee/cnn_dailymail", "3.0.0")
-    return TextToText(
-        name="cnn_dailymail",
-        train=splits["train"],
-        validation=splits["validation"],
-        source="article",
-        target="highlights",
-        **OPTIONS["cnn_dailymail"],
-    )
+    return _load("cnn_dailymail", rest, ("abisee/cnn_dailymail", "3.0.0"), "article", "highlights")
+
+
+def _load(name: str, rest: str | None, hub: tuple[str, ...], source: str, target: str) -> TextToText:
+    no_parts(name, rest)
+    splits = load_hub(name, *hub)
+    rows = {split: splits[split] for split in ("train", "validation")}
+    return TextToText(name=name, **rows, source=source, target=target, **OPTIONS[name])

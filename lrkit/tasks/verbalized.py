@@ -10,6 +10,7 @@ import attrs
 
 from lrkit.errors import LrkitError
 from lrkit.settings import one_of
+from lrkit.tasks import likelihood
 from lrkit.tasks.asking import ask
 from lrkit.tasks.base import Task
 from lrkit.tasks.generating import IGNORED, padding_on
@@ -160,16 +161,8 @@ class Verbalized(Labelled):
 
     def predict(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[None, Tensor]:
         """Compute the log-likelihood of each example's word [rows], in float32."""
-        import torch
-
-        targets = batch["labels"][:, 1:]
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"})["logits"]
-        rows, places = (targets != IGNORED).nonzero(as_tuple=True)
-        # Of all logits only those before the words' tokens are normalized.
-        every = logits[rows, places].float().log_softmax(-1)
-        each = every.gather(1, targets[rows, places][:, None])[:, 0]
-        total = torch.zeros(len(targets), device=each.device).index_add_(0, rows, each)
-        return None, total if self.likelihood == "sum" else total / (targets != IGNORED).sum(1)
+        total, tokens = likelihood.sums(likelihood.losses(model, batch), batch["labels"]).unbind(1)
+        return None, -total if self.likelihood == "sum" else -total / tokens
 
     def answers(self, outputs: Any, examples: datasets.Dataset, tokenizer: Any) -> Any:
         """Return the log-likelihoods of all labels' words for each validation row [rows, labels]."""

@@ -6,7 +6,7 @@ They are made from the ratings that `lrkit.tasks.movies` fetches, each of which 
 from __future__ import annotations
 
 from lrkit.tasks.completion import Completion
-from lrkit.tasks.movies import held_out, ratings, sdist
+from lrkit.tasks.movies import rated_splits
 
 VERDICTS = ((-2.0, "terrible (1 of 5 stars)"), (0.0, "weak (2 of 5 stars)"), (2.0, "good (4 of 5 stars)"))
 BEST = "excellent (5 of 5 stars)"
@@ -32,12 +32,13 @@ def load_verdicts() -> Completion:
     """
     import datasets
 
-    splits: dict[str, dict[str, list[str]]] = {
-        name: {"prompt": [], "completion": []} for name in ("train", "validation")
+    splits = {
+        name: datasets.Dataset.from_dict(
+            {
+                "prompt": [prompt_of(sentence) for sentence, _ in rated],
+                "completion": [f" {verdict_of(rating)}" for _, rating in rated],
+            }
+        )
+        for name, rated in rated_splits().items()
     }
-    for sentence, rating in ratings(sdist()):
-        rows = splits["validation" if held_out(sentence) else "train"]
-        rows["prompt"].append(prompt_of(sentence))
-        rows["completion"].append(f" {verdict_of(rating)}")
-    train, validation = (datasets.Dataset.from_dict(splits[name]) for name in ("train", "validation"))
-    return Completion(name="verdicts", train=train, validation=validation, max_new_tokens=12)
+    return Completion(name="verdicts", **splits, max_new_tokens=12)

@@ -1,6 +1,5 @@
 """Ask what every task's loader must keep: sound rows, examples that a model learns from, a score that knows the truth."""
 
-import inspect
 import math
 import typing
 from contextlib import suppress
@@ -10,7 +9,7 @@ import numpy as np
 
 from lrkit.errors import LrkitError
 from lrkit.tasks import Classification, Task
-from lrkit.tasks.asking import ask
+from lrkit.tasks.asking import ask, taken_by
 from lrkit.testing import reader
 from lrkit.testing.base import Contract, clause
 from lrkit.testing.findings import Broken, calling, expect, expect_one_line, raised
@@ -126,11 +125,9 @@ class TaskContract(Contract):
             examples = task.examples(words, _LENGTH, training=True)
 
             def batch(count: int) -> Any:
-                taken = {*inspect.signature(type(model).forward).parameters, "labels"}
-                rows = examples.select(range(min(count, len(examples)))).to_list()
-                return task.collator(words, training=True)(
-                    [{key: value for key, value in row.items() if key in taken} for row in rows]
-                )
+                rows = examples.select(range(min(count, len(examples))))
+                rows = rows.select_columns(taken_by(model, rows.column_names))
+                return task.collator(words, training=True)(rows.to_list())
 
             objective = task.objective(model, batch, 0)
             rows = {key: len(value) for key, value in batch(3).items()}

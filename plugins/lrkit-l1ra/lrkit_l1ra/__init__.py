@@ -20,8 +20,8 @@ def l1ra(
 ) -> lrkit.Method:
     """L1RA (Singh et al., arXiv 2509.04884): an L1 step shrinks a rank vector; what is zero moves to other layers.
 
-    ΔW x = (α/r) B (c ∘ A x). After each optimizer step c ← min(max(c - η λ, 0), 1). Every `interval` components with c = 0 are
-    cut, and the layers without any such, from the highest smallest c, get one fresh one each in turn.
+    ΔW x = (α/r) B (c ∘ A x). After each optimizer step c ← min(max(c - η λ, 0), 1). Every `interval` components with c = 0
+    are cut, and the layers without any such, from the highest smallest c, get one fresh one each in turn.
 
     Args:
         rank: r, the rank of every matrix at first, and on average throughout.

@@ -241,7 +241,7 @@ def test_pace_is_a_rate() -> None:
 
 def test_resumes_while_ranks_move() -> None:
     """Saved between two moves, before and at one: the resumed run is the run, bit for bit."""
-    ended = resumes(lrkit_l1ra.l1ra(rank=3, strength=0.3, pace=200.0, interval=3), 14, (2, 3, 7))
+    ended = resumes(lrkit_l1ra.l1ra(rank=3, strength=1.0, pace=400.0, interval=3), 14, (2, 3, 7))
     assert any(d.fresh for d in ended.adapted.history)
 
 

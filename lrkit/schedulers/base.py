@@ -67,8 +67,8 @@ class Scheduler(Amounts, abc.ABC):
     )
 
     calibration = 0
-    """How many batches the metric sees before the decision at step 0 (`lrkit.Adapted.calibrate`); 0 for none. A scheduler that
-    asks for some makes it a setting, as `lrkit.schedulers.Once` does."""
+    """How many batches the metric sees before the decision at step 0 (`lrkit.Adapted.calibrate`); 0 for none. A
+    scheduler that asks for some has it as a setting, as `lrkit.schedulers.Once` does."""
     at_start = False
     """Whether a decision is taken at step 0 as well, before the first optimizer step. Asking for calibration implies it."""
 

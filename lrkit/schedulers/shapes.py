@@ -56,9 +56,9 @@ class Once(Constant):
     2502.12171). The decision is taken at the end of ``adapted.calibrate(batches)``. Source: lrkit's own.
 
     Args:
-        calibration: how many batches a metric sees before the decision. A Trainer takes so many; a bare loop gives as many as
-            it likes. 0 for a metric that needs none (`lrkit.metrics.Magnitude`, for example): the decision is then taken
-            by `bind`.
+        calibration: how many batches the metric sees before the decision. A Trainer takes so many; a bare loop gives as
+            many as it likes. 0 for a metric that needs none (`lrkit.metrics.Magnitude`, for example): the decision is then
+            taken by `bind`.
         warmup: always 0.
         final: always the whole run.
         first_step: always 1.

@@ -114,7 +114,7 @@ def decides(run: Run, exact: bool = True) -> None:
     total = run.adapted.total_steps or 0
     taken = [d for d in run.adapted.history if d.policy == 0]
     times = scheduler.over(total, units=1, layers=1)
-    due = [step for step in range(1, total + 1) if times.due(step) and step <= times.last]
+    due = [step for step in range(total + 1) if times.due(step) and step <= times.last]
     expect([d.step for d in taken] == due, f"decisions at {[d.step for d in taken]}, due {due}")
     for earlier, later in itertools.pairwise(taken):
         expect(

@@ -19,8 +19,8 @@ def dylora(
 ) -> lrkit.Method:
     """DyLoRA (Valipour et al., arXiv 2210.07558): each step a rank b is drawn, and the first b components alone act.
 
-    ΔW x = (α/b) B[:, :b] A[:b] x, with b uniform from `least` to `rank`, the same for all layers (Algorithm 1). After the last
-    step all components act, and `lrkit_dylora.truncate` gives the model of any rank.
+    ΔW x = (α/b) B[:, :b] A[:b] x, with b uniform from `least` to `rank`, the same for all layers (Algorithm 1). After the
+    last step all components act, and `lrkit_dylora.truncate` gives the model of any rank.
 
     Args:
         rank: r_max.

@@ -60,8 +60,8 @@ class NestedLoRA(lrkit.Parameterization):
     Args:
         rank: r, the largest rank; or a table of layer or pattern to rank.
         alpha: α; the increment is scaled by α/b, which is α/r times the released code's two factors √(r/b).
-        updates: which components train if the first b act: ``"all"`` of them; or the b-th ``"row"`` alone, the paper's frozen
-            mode.
+        updates: which components train if the first b act: ``"all"`` of them; or the b-th ``"row"`` alone, the paper's
+            frozen mode.
         scale_by: the r of the scale if ranks differ: each layer's ``"own-rank"``, or the ``"mean-rank"`` over all layers.
         dropout: probability of dropping an entry of the adapter's input while training.
     """
@@ -89,7 +89,9 @@ class NestedLoRA(lrkit.Parameterization):
     def build(self, target: Target) -> nn.Module:
         """Return the layer with A, B and gates beside it."""
         if target.maps > 1:
-            raise lrkit.LrkitError(f"{target.name}: NestedLoRA takes one map at a time, and this layer stacks {target.maps}")
+            raise lrkit.LrkitError(
+                f"{target.name}: NestedLoRA takes one map at a time, and this layer stacks {target.maps}"
+            )
         rank = target.rank_of(self.rank)
         a, b = new_factor(target.layer, rank, target.d_in), new_factor(target.layer, target.d_out, rank)
         if rank:
@@ -204,7 +206,9 @@ def truncate(adapted: lrkit.Adapted, rank: int) -> None:
     """
     drawn = [state for state in adapted.controller.policies if isinstance(state.policy.action, Draw)]
     if not drawn:
-        raise lrkit.LrkitError(f"truncate takes a model whose ranks were drawn, by dylora, not {adapted.method.action!r}")
+        raise lrkit.LrkitError(
+            f"truncate takes a model whose ranks were drawn, by dylora, not {adapted.method.action!r}"
+        )
     if type(rank) is not int or rank < 1:
         raise lrkit.LrkitError(f"rank must be a whole number from 1 on, not {rank!r}")
     if not all(state.ended for state in drawn):

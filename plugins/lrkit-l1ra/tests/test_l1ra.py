@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import attrs
-import folders
 import lrkit_l1ra
 import models
 import numpy as np
@@ -252,14 +250,10 @@ def test_no_strength_moves_nothing() -> None:
     assert not any(d.fresh or d.lost for d in adapted.history)
 
 
-def test_command_line_counts_and_trains(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Counted on DeBERTaV3-base by arithmetic; a run of 20 steps decides."""
+def test_command_line_counts_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted on DeBERTaV3-base by arithmetic."""
     told = ask(capsys, "params", "l1ra", "--model", "deberta-v3-base")["methods"]["l1ra"]
     assert told["start"] == 8 * (165_888 + 72) == told["end"]
-    model, data = folders.write_model(tmp_path / "model"), folders.write_data(tmp_path / "data")
-    short = ("--model", model, "--data", data, "--set", "run.steps=20", "--set", "run.batch_size=12")
-    told = ask(capsys, "run", "l1ra", *short)
-    assert told["steps"] == 20
 
 
 def test_wrong_settings_are_refused() -> None:

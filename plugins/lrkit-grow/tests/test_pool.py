@@ -193,7 +193,8 @@ def test_new_ones_see_what_stays() -> None:
         came = sum(unit.startswith(f"{name}[") for unit in decision.fresh)
         assert module.core[len(module.core) - came :].tolist() == [np.float32(1e-13)] * came
         for rows in (module.A.detach(), module.B.detach().t()):
-            torch.testing.assert_close(rows @ rows.t(), torch.eye(len(rows)), rtol=0, atol=1e-4)
+            if len(rows) <= rows.shape[1]:  # five vectors of four entries are not orthogonal
+                torch.testing.assert_close(rows @ rows.t(), torch.eye(len(rows)), rtol=0, atol=1e-4)
         for unit in decision.lost if came else ():
             layer, _, number = unit.removesuffix("]").rpartition("[")
             if layer == name:

@@ -3,33 +3,18 @@
 import copy
 import random
 import warnings
-from collections.abc import Mapping
-from typing import ClassVar
 
 import attrs
+import calibration_worker
 import models
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from calibration_worker import SquaredGradient
+from test_parallel import processes
 
 import lrkit
 from lrkit.schedulers import Once
-
-
-@attrs.frozen(kw_only=True)
-class SquaredGradient(lrkit.Metric):
-    """The mean squared gradient."""
-
-    buffers: ClassVar[tuple[str, ...]] = ("sum",)
-
-    def observe(self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int) -> None:
-        """Add."""
-        state["sum"].add_(grad.square())
-
-    def score(self, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The sum."""
-        return state["sum"].clone()
 
 
 @pytest.fixture(autouse=True)
@@ -365,3 +350,32 @@ def test_nothing_is_said_beforehand():
         adapted.calibrate(BATCHES)
         adapted.bind(torch.optim.AdamW(adapted.parameters()), total_steps=4)
         adapted.check_finished()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """All cases in two processes, and the runs of one process with the rows of both."""
+    return processes("calibration", 2, tmp_path_factory.mktemp("pair")), {}
+
+
+@pytest.mark.parametrize(("name", "kind"), calibration_worker.CASES, ids="-".join)
+def test_processes_decide_alike(name, kind, pair):
+    """Two processes decide alike and end where one process with all rows ends, whenever they were wrapped."""
+    results, alone = pair
+    with lrkit.current().lend("action", "one", calibration_worker.OneMore):
+        if name not in alone:
+            alone[name] = calibration_worker.run(name)
+    weights, history, said = results[0][name, kind]
+    assert results[1][name, kind][1] == history == alone[name][1]
+    for key, value in alone[name][0].items():
+        assert torch.equal(weights[key], results[1][name, kind][0][key])
+        torch.testing.assert_close(weights[key], value, rtol=1e-3, atol=1e-5)
+    uneven = [] if name in ("frozen in bind", "grown") else ["another process has fewer batches"]
+    assert [each[:33] for each in said if "batches" in each] == uneven
+
+
+def test_processes_without_batches_stop(pair):
+    """If one process has no batch, all stop; and what cannot be cut is told before it is sharded."""
+    for result in pair[0]:
+        assert "in this process or another" in result["none"]
+        assert "calibrate before fully_shard" in result["sharded cut"]

@@ -118,9 +118,10 @@ class Binding:
                 self._steps.hold(handle)
         self._keep_gradients()
         self._outer.hang_on(self._model)
-        now = beginning.waiting(self.controller, calibrated=False)
-        if now and beginning.decide(self.controller, now, as_one(optimizers)):
-            self.follow()
+        if now := beginning.waiting(self.controller, calibrated=False):
+            calibration.agree(self._weights, self.controller)
+            if beginning.decide(self.controller, now, as_one(optimizers)):
+                self.follow()
 
     def calibrate(self, batches: Iterable[Any], loss: calibration.LossOf | None) -> None:
         """Take the decisions of step 0 that go by batches. The arguments are those of `Adapted.calibrate`."""

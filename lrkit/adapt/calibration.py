@@ -42,8 +42,7 @@ def calibrate(
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         raise LrkitError(f"calibrate takes a list of batches, or an iterator, not {type(batches).__name__}")
     states = beginning.waiting(loop, calibrated=True)
-    if several():
-        loop.seed = _agree(weights, loop.seed)
+    agree(weights, loop)
     try:
         with _undisturbed(model):
             seen, left = 0, iter(batches)
@@ -130,15 +129,17 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 # ---- several processes ----
 
 
-def _agree(weights: Weights, seed: int) -> int:
-    """Begin as the first process does: take over what trains or was put in, and return its seed."""
+def agree(weights: Weights, loop: Controller) -> None:
+    """Begin as the first of several processes does: take over what trains or was put in, and its seed."""
+    if not several():
+        return
     distributed: Any = torch.distributed
     for tensor in weights.saved().values():
         if not is_sharded(tensor):
             distributed.broadcast(tensor.detach(), 0)
-    told = torch.tensor(seed, dtype=torch.int64, device=weights.parameters()[0].device)
+    told = torch.tensor(loop.seed, dtype=torch.int64, device=weights.parameters()[0].device)
     distributed.broadcast(told, 0)
-    return int(told)
+    loop.seed = int(told)
 
 
 def _next(left: Iterator[Any], loop: Controller, weights: Weights) -> Any:

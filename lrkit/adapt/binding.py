@@ -90,7 +90,7 @@ class Binding:
             if reason := parallel.refusal(self._model, each, adaptive=bool(self.controller.policies)):
                 raise LrkitError(reason)
         trained = self._weights.parameters()
-        if reason := sharding.refusal(self._model, self.controller.run):
+        if reason := sharding.refusal(self._model, self.controller):
             raise LrkitError(reason)
         held = set().union(*map(held_by, optimizers))
         if reason := self._weights.refusal(held, self.controller.run.grows):
@@ -118,9 +118,10 @@ class Binding:
                 self._steps.hold(handle)
         self._keep_gradients()
         self._outer.hang_on(self._model)
-        now = beginning.waiting(self.controller, calibrated=False)
-        if now and beginning.decide(self.controller, now, as_one(optimizers)):
-            self.follow()
+        if now := beginning.waiting(self.controller, calibrated=False):
+            calibration.agree(self._weights, self.controller)
+            if beginning.decide(self.controller, now, as_one(optimizers)):
+                self.follow()
 
     def calibrate(self, batches: Iterable[Any], loss: calibration.LossOf | None) -> None:
         """Take the decisions of step 0 that go by batches. The arguments are those of `Adapted.calibrate`."""
@@ -130,7 +131,7 @@ class Binding:
             warnings.warn(f"calibrate does nothing for this method: {why}", LrkitWarning, stacklevel=3)
             return
         self._weights.put_back()
-        if reason := sharding.refusal(self._model, self.controller.run):
+        if reason := sharding.refusal(self._model, self.controller):
             raise LrkitError(reason)
         if calibration.calibrate(self._model, self._weights, self.controller, batches, loss):
             self.follow()
@@ -235,7 +236,7 @@ class Binding:
         if held_by(optimizer).isdisjoint(map(id, self._weights.adapter())):
             return
         trained = self._weights.parameters()
-        if reason := sharding.refusal(self._model, self.controller.run):
+        if reason := sharding.refusal(self._model, self.controller):
             raise LrkitError(reason)
         if left := sharding.left_whole(self._model, trained):
             raise LrkitError(
@@ -282,8 +283,6 @@ class Binding:
             )
 
     def _met(self, ddp: Any) -> None:
-        """Refuse what DDP cannot follow; and let chance be the same on every process, however each was seeded."""
-        if self.bound and self.controller.run.grows:
-            raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
+        """Let chance be the same on every process of a DDP module, however each was seeded."""
         if ddp is not self._outer.ddp and self.controller.policies:
             self.controller.seed = parallel.first_says(self.controller.seed, ddp)

@@ -90,7 +90,7 @@ def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def test_ranks_by_hand() -> None:
-    """Mean of B's squared gradients over the batches, in float64, shared out; one record, at step 0; nothing else changes."""
+    """Ranks from the mean of B's squared gradients, in float64; one record, at step 0; no output changes."""
     model, adapted = rigs.toy(lrkit_calibrated.fim_lora(rank=4, alpha=8.0))
     seen: dict[str, float] = dict.fromkeys(adapted.adapters, 0.0)
     for x, y in batches(8):

@@ -11,6 +11,7 @@ from lrkit.adapt.heads import head_parameters
 from lrkit.adapt.optimizers import Steps, as_long_as_alive, held_by, unwrapped
 from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.saved import Loaded
+from lrkit.adapt.taps import Taps
 from lrkit.adapt.tied import passed_by
 from lrkit.adapt.weights import Weights
 from lrkit.errors import LrkitError, listing
@@ -42,6 +43,8 @@ class Binding:
         self._scale: Callable[[], float] | None = None
         self._unclipped: Unclipped | None = None
         self._looked = False
+        self.taps = Taps(model)
+        self.taps.peers = lambda: self.controller.peers
         self._outer = parallel.Outer(self._met)
         self._outer.hang_on(model)
         liveness.watch(self, Binding._watch)
@@ -107,11 +110,14 @@ class Binding:
         self.last = as_long_as_alive(optimizers)
         liveness.watch(self, Binding._watch)
         self._scale = None if scaler is None else scaler.get_scale
+        self.taps.scale = self._scale or (lambda: 1.0)
+        self.controller.peers = sharding.peers(self._model) or self.controller.peers
         if self.penalty.exists and penalty == "gradient":
             for handle in self.penalty.add_in_backward(self._scale or (lambda: 1.0)):
                 self._steps.hold(handle)
         self._keep_gradients()
         self._outer.hang_on(self._model)
+        self.taps.hang(self.controller.readers())
 
     def _tell_others(self, held: set[int]) -> None:
         """Warn of the model's parameters that an optimizer trains and that are none of the method's."""
@@ -139,6 +145,7 @@ class Binding:
         if self._unclipped is not None:
             self._unclipped.remove()
         self.penalty.end()
+        self.taps.hang(())
         self._steps = self._unclipped = self._outer.ddp = None
         liveness.watch(self, Binding._watch)
 
@@ -151,6 +158,7 @@ class Binding:
     def take(self, loaded: Loaded) -> None:
         """Go on with the loop of a loaded state, and say what is to be said of it, since nothing can fail any more."""
         self.controller = loaded.controller
+        self.taps.hang(self.controller.readers() if self.bound else ())
         self.follow()
         if loaded.cast:
             self.controller.warn("cast state", loaded.cast)
@@ -184,6 +192,7 @@ class Binding:
         if self.controller.after_step(optimizer):
             self.follow()
         self._keep_gradients()
+        self.taps.hang(self.controller.readers())
 
     def _keep_gradients(self) -> None:
         """Keep gradients as backward leaves them in the next step, if they are going to be read there."""
@@ -266,3 +275,4 @@ class Binding:
             raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
         if ddp is not self._outer.ddp and self.controller.policies:
             self.controller.seed = parallel.first_says(self.controller.seed, ddp)
+            self.controller.peers = parallel.peers(ddp)

@@ -239,10 +239,10 @@ class Controller:
         settled = state.fate.settles(bool(lost), bool(returned))
         for other in self.policies if settled else ():
             other.follow()
-        if self.step == state.times.last:
-            state.end()
         seed = (self.seed + 1_000_003 * self.step + state.index) % 2**63
         fresh = self.components.renew(state, verdict, optimizer, seed)
+        if self.step == state.times.last:
+            state.end()
         decision = Decision(
             step=self.step,
             policy=state.index,

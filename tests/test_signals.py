@@ -1,0 +1,258 @@
+"""Layer metrics: what they are shown, against activations and gradients that are collected by hand."""
+
+import contextlib
+import copy
+from typing import ClassVar
+
+import attrs
+import pytest
+import torch
+from models import batch, make
+from signals import ByUnit, GradientNorm, InputNorm, freezing, method
+from torch.nn import functional as F
+
+import lrkit
+from lrkit.testing.runs import POINTS, Run, resumes
+
+
+@attrs.frozen(kw_only=True)
+class Remembering(lrkit.metrics.Magnitude):
+    """Counts in its memory how often a unit was kept, and notes what `reduce` is given."""
+
+    memory = ("kept",)
+    seen: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def decided(self, kept, memory):
+        memory["kept"].add_(kept)
+
+    def reduce(self, parts):
+        scores = super().reduce(parts) + parts.memory["kept"]
+        self.seen.append((parts.memory["kept"].clone(), scores))
+        return scores
+
+
+def attached(kind="bert", how=None, total=10, **options):
+    """Return a small model with a method that freezes layers, bound."""
+    model = make(kind, seed=3).eval()
+    adapted = lrkit.attach(model, freezing(InputNorm()) if how is None else how, **options)
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
+    adapted.bind(optimizer, total_steps=total)
+    return model, adapted, optimizer
+
+
+def masked(seed=0, rows=6):
+    """Return a batch of which some tokens are padding."""
+    data = batch(seed=seed, rows=rows)
+    data["attention_mask"] = torch.ones_like(data["input_ids"])
+    data["attention_mask"][1, 5:] = 0
+    data["attention_mask"][2, :3] = 0
+    return data
+
+
+def streams(adapted):
+    """Return what is remembered of each layer."""
+    return adapted.controller.policies[0].statistics.state
+
+
+def by_hand(model, adapted, batches, mask=True):
+    """Return mean squared norms of inputs in float64, from hooks on a copy."""
+    twin = copy.deepcopy(model).double()
+    rows = {name: [] for name in adapted.adapters}
+    for name in rows:
+        twin.get_submodule(name).register_forward_hook(lambda m, args, y, name=name: rows[name].append(args[0]))
+    means = {}
+    with torch.no_grad():
+        marks = []
+        for data in batches:
+            twin(**data)
+            marks.append(data["attention_mask"].bool() if mask else torch.ones_like(data["input_ids"]).bool())
+    for name, seen in rows.items():
+        kept = torch.cat([x[m] for x, m in zip(seen, marks, strict=True)])
+        means[name] = float(kept.square().sum() / len(kept))
+    return means
+
+
+def test_inputs_are_those_of_tokens():
+    """A metric of inputs sees every token of every micro-batch once, and no padding; evaluation does not count."""
+    model, adapted, _ = attached()
+    batches = [masked(seed) for seed in range(3)]
+    want = by_hand(model, adapted, batches)
+    for data in batches:
+        (model(**data).loss / 3).backward()
+        with torch.no_grad():
+            model(**data)
+    got = {name: float(state["sum"] / state["rows"]) for name, state in streams(adapted).items()}
+    assert got == pytest.approx(want, rel=1e-5)
+    assert {int(state["rows"]) for state in streams(adapted).values()} == {int(sum(b["attention_mask"].sum() for b in batches))}
+
+
+def weight_gradients(model, adapted, batches, divide=1.0):
+    """Return the gradient of each frozen weight, by autograd in a copy in float64 in which it trains."""
+    twin = copy.deepcopy(model).double()
+    weights = {name: twin.get_submodule(name).base.weight for name in adapted.adapters}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for adapter in (twin.get_submodule(name) for name in weights):
+        type(adapter).fused, kept = False, type(adapter).fused
+    try:
+        for data in batches:
+            (twin(**data).loss / divide).backward()
+    finally:
+        type(adapter).fused = kept
+    return {name: weight.grad for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_gradient_is_the_weights(kind):
+    """Over two micro-batches gᵀ x is the gradient of the frozen weight that autograd gives if the weight trains."""
+    model, adapted, _ = attached(kind, freezing(GradientNorm()))
+    batches = [batch(seed=seed, rows=4) for seed in range(2)]
+    want = weight_gradients(model, adapted, batches, divide=2)
+    for data in batches:
+        (model(**data).loss / 2).backward()
+    for name, state in streams(adapted).items():
+        grad = want[name].t() if kind == "gpt2" else want[name]
+        torch.testing.assert_close(state["gradient"].double(), grad, rtol=1e-4, atol=1e-7)
+    scores = adapted.scores()
+    assert scores == pytest.approx({name: float(want[name].square().sum()) for name in scores}, rel=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("metric", [InputNorm(), GradientNorm()])
+def test_checkpointing_counts_once(metric, reentrant):
+    """A forward pass that gradient checkpointing repeats counts once."""
+    plain, checked = (attached(how=freezing(metric)) for _ in range(2))
+    checked[0].train()
+    for module in checked[0].modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model = checked[0]
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    if reentrant:
+        checked[0].enable_input_require_grads()
+    for model, _, _ in (plain, checked):
+        model(**masked()).loss.backward()
+    one, two = streams(plain[1]), streams(checked[1])
+    for name in one:
+        for key in one[name]:
+            torch.testing.assert_close(one[name][key], two[name][key])
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    """Give this file's metrics names, under which runs are saved."""
+    with contextlib.ExitStack() as stack:
+        for metric in (InputNorm, GradientNorm, ByUnit, Remembering):
+            stack.enter_context(lrkit.current().lend("metric", f"my-{metric.__name__.lower()}", metric))
+        yield
+
+
+def test_resumes_bitwise():
+    """Runs that read layers resume bit for bit, with units that are masked, cut, or frozen."""
+    for how in (
+        method(InputNorm()),
+        method(GradientNorm()),
+        method(ByUnit(), lrkit.actions.Prune(cut="always")),
+        freezing(GradientNorm()),
+        freezing(ByUnit(), together=False),
+    ):
+        resumes(how, 10, POINTS)
+
+
+def test_hooks_come_and_go():
+    """No hook stands on any layer of an entry-wise method; those of a layer metric go with the last decision."""
+    entries = Run(lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=2), 10)
+    layers = Run(method(InputNorm()), 10)
+
+    def hooks(run):
+        return sum(len(m._forward_hooks) for m in run.model.modules())
+
+    for _ in range(10):
+        assert hooks(entries) == 0
+        assert hooks(layers) == (10 if layers.adapted.step < 8 else 0)
+        entries.step()
+        layers.step()
+    assert layers.adapted.controller.policies[0].statistics.state == {}
+    model, adapted, _ = attached()
+    adapted.unbind(quietly=True)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_units_keep_their_numbers():
+    """What is remembered of each unit follows when others are cut."""
+    run = Run(method(ByUnit(), lrkit.actions.Prune(cut="always")), 10)
+    run.to(6)
+    state = run.adapted.controller.policies[0]
+    for block in state.blocks:
+        numbers = block.numbers or range(block.count)
+        want = torch.tensor([n * 1.5**6 for n in numbers], dtype=torch.float32)
+        torch.testing.assert_close(state.statistics.state[block.name]["own"], want)
+    assert set(state.statistics.memory["kept"].tolist()) == {2.0}
+
+
+def test_memory_reaches_reduce():
+    """An entry-wise metric finds its memory of units in `reduce`, in the shape of the scores; it is saved and follows."""
+    Remembering.seen.clear()
+    run = Run(method(Remembering()), 10)
+    run.to(10)
+    assert all(kept.shape == scores.shape for kept, scores in Remembering.seen)
+    assert max(float(kept.max()) for kept, _ in Remembering.seen) == len(run.adapted.history) - 1
+    for cut in ("never", "always"):
+        resumes(method(Remembering(), lrkit.actions.Prune(cut=cut)), 10, (5,))
+
+
+class Scaled:
+    """A gradient scaler's word."""
+
+    def get_scale(self):
+        return 1024.0
+
+
+def test_loss_scale_is_divided_out():
+    """A `GradScaler`'s factor is not in g."""
+    plain, scaled = (attached(how=freezing(GradientNorm())) for _ in range(2))
+    scaled[1].unbind(quietly=True)
+    scaled[1].bind(scaled[2], total_steps=10, scaler=Scaled())
+    plain[0](**batch(seed=1)).loss.backward()
+    (scaled[0](**batch(seed=1)).loss * 1024).backward()
+    for name, state in streams(plain[1]).items():
+        torch.testing.assert_close(state["gradient"], streams(scaled[1])[name]["gradient"])
+
+
+def test_odd_numbers_are_left_out():
+    """A micro-batch whose gradient is not finite is left out, and said."""
+    model, adapted, optimizer = attached(how=freezing(GradientNorm()))
+    (model(**batch(seed=1)).loss * torch.inf).backward()
+    assert all(torch.isfinite(state["gradient"]).all() for state in streams(adapted).values())
+    with pytest.warns(lrkit.LrkitWarning, match="not finite"):
+        optimizer.step()
+
+
+def test_silence_is_said():
+    """A step in which nothing went through any layer is said."""
+    _, adapted, optimizer = attached()
+    for p in adapted.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.warns(lrkit.LrkitWarning, match="no gradient has come back"):
+        optimizer.step()
+
+
+def test_convolutions_have_patches():
+    """A convolution's rows are patches: gᵀ x is the gradient of its weight."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, stride=2, padding=1, padding_mode="circular"), torch.nn.Flatten())
+    adapted = lrkit.attach(model, freezing(GradientNorm()), targets=["0"], train_also=())
+    adapted.bind(torch.optim.SGD(adapted.parameters(), lr=0.1), total_steps=10)
+    x = torch.randn(2, 3, 7, 7)
+    model(x).square().sum().backward()
+    weight = adapted.adapters["0"].base.weight
+    y = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), w := weight.detach().requires_grad_(), model[0].bias, 2)
+    (want,) = torch.autograd.grad(y.square().sum(), w)
+    torch.testing.assert_close(streams(adapted)["0"]["gradient"], want.flatten(1), rtol=1e-4, atol=1e-3)
+
+
+def test_layers_without_rows_are_refused():
+    """An embedding has no rows that a metric can read, and is named."""
+    with pytest.raises(lrkit.LrkitError, match="word_embeddings.*token ids"):
+        lrkit.attach(make("bert", seed=0), freezing(InputNorm()), targets=["query", "word_embeddings"])

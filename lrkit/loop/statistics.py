@@ -78,6 +78,10 @@ class Statistics:
         sizes |= {f"memory.{name}": layout.units for name in metric.memory}
         return {name: torch.empty(size, dtype=torch.float32, device="meta") for name, size in sizes.items()}
 
+    def held(self) -> list[Tensor]:
+        """Return all tensors that this process holds for it: for counting bytes."""
+        return [self.still, *self.buffers.values(), *self.memory.values(), *self.layout.index]
+
     @property
     def reads(self) -> dict[str, nn.Module]:
         """The layers whose rows are read: none."""

@@ -133,6 +133,10 @@ class Streams:
         state = {f"layer.{name}.{key}": t for name, tensors in self.state.items() for key, t in tensors.items()}
         return {**state, **{f"memory.{name}": values for name, values in self.memory.items()}}
 
+    def held(self) -> list[Tensor]:
+        """Return all tensors that this process holds for it: for counting bytes."""
+        return list(self.saved().values())
+
     def kept_of(self, name: str) -> State:
         """Return what is kept of one layer: its tensors by name."""
         return self.state.get(name, {})

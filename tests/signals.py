@@ -13,7 +13,7 @@ from lrkit.metrics import Layer, LayerMetric, Seen
 
 @attrs.frozen(kw_only=True)
 class InputNorm(LayerMetric):
-    """The mean squared norm of a layer's inputs."""
+    """The mean squared norm of a layer's inputs. Source: none."""
 
     def begin(self, layer: Layer) -> dict[str, Tensor]:
         """Return a sum and a count."""
@@ -34,7 +34,7 @@ class InputNorm(LayerMetric):
 
 @attrs.frozen(kw_only=True)
 class GradientNorm(LayerMetric):
-    """The squared Frobenius norm of the gradient of a layer's frozen weight, summed over all steps."""
+    """The squared Frobenius norm of the gradient of a layer's frozen weight, summed over all steps. Source: none."""
 
     reads: ClassVar[Literal["inputs", "gradient"]] = "gradient"
 
@@ -54,7 +54,7 @@ class GradientNorm(LayerMetric):
 
 @attrs.frozen(kw_only=True)
 class ByUnit(InputNorm):
-    """Remembers a number for each unit, in a stream and in its memory: how many decisions have kept it."""
+    """Remembers a number for each unit, in a stream and in its memory: how many decisions have kept it. Source: none."""
 
     memory: ClassVar[tuple[str, ...]] = ("kept",)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 from typing import ClassVar
 
 import attrs
@@ -12,6 +13,7 @@ from signals import ByUnit, GradientNorm, InputNorm, freezing, method
 from torch.nn import functional as F
 
 import lrkit
+import lrkit.testing
 from lrkit.testing.runs import POINTS, Run, resumes
 
 
@@ -83,7 +85,9 @@ def test_inputs_are_those_of_tokens():
             model(**data)
     got = {name: float(state["sum"] / state["rows"]) for name, state in streams(adapted).items()}
     assert got == pytest.approx(want, rel=1e-5)
-    assert {int(state["rows"]) for state in streams(adapted).values()} == {int(sum(b["attention_mask"].sum() for b in batches))}
+    assert {int(state["rows"]) for state in streams(adapted).values()} == {
+        int(sum(b["attention_mask"].sum() for b in batches))
+    }
 
 
 def weight_gradients(model, adapted, batches, divide=1.0):
@@ -241,7 +245,9 @@ def test_silence_is_said():
 def test_convolutions_have_patches():
     """A convolution's rows are patches: gᵀ x is the gradient of its weight."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, stride=2, padding=1, padding_mode="circular"), torch.nn.Flatten())
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 5, 3, stride=2, padding=1, padding_mode="circular"), torch.nn.Flatten()
+    )
     adapted = lrkit.attach(model, freezing(GradientNorm()), targets=["0"], train_also=())
     adapted.bind(torch.optim.SGD(adapted.parameters(), lr=0.1), total_steps=10)
     x = torch.randn(2, 3, 7, 7)
@@ -254,5 +260,47 @@ def test_convolutions_have_patches():
 
 def test_layers_without_rows_are_refused():
     """An embedding has no rows that a metric can read, and is named."""
-    with pytest.raises(lrkit.LrkitError, match="word_embeddings.*token ids"):
+    with pytest.raises(lrkit.LrkitError, match=r"word_embeddings.*token ids"):
         lrkit.attach(make("bert", seed=0), freezing(InputNorm()), targets=["query", "word_embeddings"])
+
+
+@pytest.mark.parametrize("metric", [InputNorm, GradientNorm, ByUnit])
+def test_contract_is_kept(metric):
+    """The metrics of these tests keep the contract of layer metrics."""
+    assert lrkit.testing.check(metric()) == []
+
+
+@attrs.frozen(kw_only=True)
+class Last(InputNorm):
+    """Remembers the last batch alone."""
+
+    def observe(self, seen, state):
+        state["sum"].copy_(seen.x.double().square().sum())
+        state["rows"].fill_(max(1, len(seen.x)))
+
+
+@attrs.frozen(kw_only=True)
+class Replacing(InputNorm):
+    """Puts new tensors in."""
+
+    def observe(self, seen, state):
+        state["sum"] = state["sum"] + seen.x.square().sum()
+
+
+@attrs.frozen(kw_only=True)
+class OneScore(InputNorm):
+    """Gives one number for all units."""
+
+    def score(self, layer, state):
+        return state["sum"].float()
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [(Last, "in batches of"), (Replacing, "write in place"), (OneScore, r"score must be \[1\]")],
+)
+def test_contract_finds(metric, words):
+    """A metric that breaks a clause is found out."""
+    with lrkit.current().lend("metric", "my-broken", metric):
+        findings = lrkit.testing.check(metric())
+    assert any(re.search(words, finding.message) for finding in findings)

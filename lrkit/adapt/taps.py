@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.errors import LrkitError
+from lrkit.layers import beneath
 from lrkit.loop.policy import PolicyState
 from lrkit.loop.remembered import Peers
 
@@ -138,7 +139,8 @@ class Taps:
         y.register_hook(arrive)  # type: ignore[no-untyped-call]
 
     def _arrive(self, name: str, module: Any, x: Tensor, g: Tensor, which: tuple[Tensor | None, Tensor | None]) -> None:
-        kind, base, peers = module.kind, module.base, self.peers()
+        (base, kind), peers = beneath(module), self.peers()
+        assert kind is not None
         rows = kind.rows(base, x).float()
         tokens, labelled = (None if mask is None or len(mask) != len(rows) else mask for mask in which)
         for state in self._readers:

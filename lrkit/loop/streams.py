@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from lrkit.errors import LrkitError
+from lrkit.layers import beneath
 from lrkit.loop.layout import GradientOf, own_gradient
 from lrkit.loop.pieces import Look, as_is
 from lrkit.loop.remembered import Carried, Observed, Peers, carried_over, none_of, unchanged
@@ -59,8 +59,10 @@ class Standing:
 
     def layer(self, name: str, memory: Mapping[str, Tensor], more: int = 0) -> Layer:
         """Return one layer as a metric sees it; with `more` units than it has, to see which tensors have one slice each."""
-        module: Any = self.modules[name]
-        sizes, places = module.kind.sizes(module.base), self.places[name]
+        module, places = self.modules[name], self.places[name]
+        base, kind = beneath(module)
+        sizes = None if kind is None else kind.sizes(base)
+        assert sizes is not None
         own = {key: torch.cat([values[place] for place in places]) for key, values in memory.items()}
         count = sum(place.stop - place.start for place in places) + more
         return Layer(name, module, sizes.d_in, sizes.d_out, count, self.device, own)
@@ -99,8 +101,8 @@ class Streams:
     def lay(cls, blocks: Sequence[Block], present: Sequence[bool], reads: str, look: Look = as_is) -> Standing:
         """Note which layers are ranked: those of rank 0 as well, since they may get components."""
         for block, there in zip(blocks, present, strict=True):
-            kind = getattr(block.module, "kind", None)
-            reason = "it is no layer" if kind is None else kind.no_rows(block.module.base)
+            layer, kind = beneath(block.module)
+            reason = "it is no layer of a known kind" if kind is None else kind.no_rows(layer)
             if there and reason is not None:
                 raise LrkitError(
                     f"{block.name} cannot be ranked by a metric that reads {reads!r} of layers: {reason}. Leave it out by "

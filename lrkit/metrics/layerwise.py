@@ -2,12 +2,13 @@
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from lrkit.layers import beneath
 from lrkit.metrics.base import Importance
 from lrkit.shards import whole
 
@@ -18,7 +19,7 @@ class Layer:
 
     Args:
         name: the layer's name in the model.
-        module: its adapter, which holds the layer as ``module.base``.
+        module: what stands in its place: mostly an adapter, which holds the layer as ``module.base``.
         d_in: size of its input.
         d_out: size of its output.
         units: how many units the policy has in it: components, matrices, or the layer itself.
@@ -37,9 +38,9 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """Return the layer's frozen weight W, float32 [d_out, d_in], without a graph. A quantized one is dequantized."""
-        adapter: Any = self.module
-        weight: Tensor = adapter.kind.weight(adapter.base)
-        return whole(weight.detach()).to(self.device, torch.float32)
+        layer, kind = beneath(self.module)
+        assert kind is not None
+        return whole(kind.weight(layer).detach()).to(self.device, torch.float32)
 
 
 @attrs.frozen(eq=False)

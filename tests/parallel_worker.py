@@ -3,6 +3,7 @@
 import sys
 
 import attrs
+import calibration_worker
 import models
 import torch
 import torch.distributed as dist
@@ -66,6 +67,10 @@ if __name__ == "__main__":
     mode, rank, world, init, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
     kind, _, name = mode.partition(":")
+    if kind == "calibration":
+        torch.save(calibration_worker.clauses(rank, world), out)
+        dist.destroy_process_group()
+        sys.exit()
     model, adapted, sent = ddp(rank, world, METHODS[name], accumulate=2 if kind == "accumulate" else 1)
     result = {
         "weights": {k: v.clone() for k, v in model.state_dict().items()},

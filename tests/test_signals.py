@@ -304,3 +304,21 @@ def test_contract_finds(metric, words):
     with lrkit.current().lend("metric", "my-broken", metric):
         findings = lrkit.testing.check(metric())
     assert any(re.search(words, finding.message) for finding in findings)
+
+
+@pytest.mark.parametrize("metric", [InputNorm(), GradientNorm()])
+def test_calibration_reads_layers(metric):
+    """Before the first step the same is seen as in training: a decision at step 0 goes by it."""
+    how = attrs.evolve(freezing(metric), scheduler=lrkit.schedulers.Once(target=0.5, calibration=2))
+    model = make("bert", seed=3).eval()
+    adapted = lrkit.attach(model, how)
+    batches = [masked(seed) for seed in range(2)]
+    if isinstance(metric, InputNorm):
+        want = by_hand(model, adapted, batches)
+    else:
+        want = {name: float(g.square().sum()) for name, g in weight_gradients(model, adapted, batches).items()}
+    adapted.calibrate(batches)
+    (decision,) = adapted.history
+    ranked = sorted(want, key=want.__getitem__)
+    assert (decision.step, set(decision.lost)) == (0, set(ranked[: len(ranked) - decision.kept]))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

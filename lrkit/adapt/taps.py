@@ -1,7 +1,8 @@
 """Hooks on adapted layers that hand what goes through them to the metrics that read it."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -92,12 +93,13 @@ class Taps:
 
     Args:
         model: the adapted model.
-        scale: returns the factor that the loss carries.
+        peers: returns the processes that train together.
     """
 
-    def __init__(self, model: nn.Module, scale: Callable[[], float] = lambda: 1.0) -> None:
-        self._model, self.scale = model, scale
-        self.peers: Callable[[], Peers | None] = lambda: None
+    def __init__(self, model: nn.Module, peers: Callable[[], Peers | None] = lambda: None) -> None:
+        self._model, self._peers = model, peers
+        self.scale: Callable[[], float] = lambda: 1.0
+        """Returns the factor that the loss carries."""
         self._handles: list[Any] = []
         self._hung: dict[str, nn.Module] = {}
         self._marks = Marks()
@@ -121,6 +123,15 @@ class Taps:
         for name, module in layers.items():
             self._handles.append(module.register_forward_hook(_Tap(self, name), with_kwargs=True))
 
+    @contextmanager
+    def hung(self, readers: Sequence[PolicyState]) -> Iterator[None]:
+        """Put hooks for these policies, and take them away at the end."""
+        self.hang(readers)
+        try:
+            yield
+        finally:
+            self.hang(())
+
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._marks = Marks.of(model, args, kwargs)
 
@@ -139,7 +150,7 @@ class Taps:
         y.register_hook(arrive)  # type: ignore[no-untyped-call]
 
     def _arrive(self, name: str, module: Any, x: Tensor, g: Tensor, which: tuple[Tensor | None, Tensor | None]) -> None:
-        (base, kind), peers = beneath(module), self.peers()
+        (base, kind), peers = beneath(module), self._peers()
         assert kind is not None
         rows = kind.rows(base, x).float()
         tokens, labelled = (None if mask is None or len(mask) != len(rows) else mask for mask in which)

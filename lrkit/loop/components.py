@@ -60,7 +60,7 @@ class Components:
         self.count(step)
 
     def renew(
-        self, state: PolicyState, verdict: Verdict, optimizer: torch.optim.Optimizer, seed: int
+        self, state: PolicyState, verdict: Verdict, optimizer: torch.optim.Optimizer | None, seed: int
     ) -> tuple[str, ...]:
         """Cut and add the components that a policy's verdict says. Returns the names of the new ones, drawn from `seed`."""
         if not (verdict.cut or verdict.fresh):

@@ -22,6 +22,7 @@ from lrkit.loop.resizing import Resize, Resized
 from lrkit.loop.signals import Remembered, kind_of
 from lrkit.method import Policy
 from lrkit.schedulers import Timetable
+from lrkit.settings import MOST_STEPS
 from lrkit.units import Block, Part, split
 
 
@@ -79,6 +80,11 @@ class PolicyState:
     def over(self, total_steps: int) -> Timetable:
         """Bind the schedule to a run of so many steps. Raises LrkitError if it does not fit."""
         return self.policy.scheduler.over(total_steps, units=self.costs.whole, layers=self.costs.layer)
+
+    @property
+    def at_start(self) -> bool:
+        """Whether a decision is taken at step 0."""
+        return self.over(MOST_STEPS).at_start
 
     def cost(self, units: Tensor) -> int:
         """Return what some units cost, bool [units], as the schedule counts; their number if each counts as one."""

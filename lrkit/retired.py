@@ -15,7 +15,10 @@ RETIRED: Mapping[str, Sequence[str]] = {
 """By kind, the members that are retired. CHANGELOG.md says what takes the place of each."""
 
 CHANGED: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "parameterization": {"adapt": ("model", "targets")},
+    "parameterization": {
+        "adapt": ("model", "targets"),
+        "fresh": ("module", "count", "generator", "memory"),
+    },
 }
 """By kind, the methods that are called with these arguments now, and were called with others."""
 

@@ -12,6 +12,7 @@ from lrkit.adapt.heads import head_parameters
 from lrkit.adapt.optimizers import Steps, as_long_as_alive, as_one, held_by, unwrapped
 from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.saved import Loaded
+from lrkit.adapt.taps import Taps
 from lrkit.adapt.tied import passed_by
 from lrkit.adapt.weights import Weights
 from lrkit.errors import LrkitError, LrkitWarning, listing
@@ -43,6 +44,7 @@ class Binding:
         self._scale: Callable[[], float] | None = None
         self._unclipped: Unclipped | None = None
         self._looked = False
+        self.taps = Taps(model, lambda: self.controller.peers)
         self._outer = parallel.Outer(self._met)
         self._outer.hang_on(model)
         liveness.watch(self, Binding._watch)
@@ -113,8 +115,10 @@ class Binding:
         self.last = as_long_as_alive(optimizers)
         liveness.watch(self, Binding._watch)
         self._scale = None if scaler is None else scaler.get_scale
+        self.taps.scale = self._scale or (lambda: 1.0)
+        self.controller.peers = sharding.peers(self._model) or self.controller.peers
         if self.penalty.exists and penalty == "gradient":
-            for handle in self.penalty.add_in_backward(self._scale or (lambda: 1.0)):
+            for handle in self.penalty.add_in_backward(self.taps.scale):
                 self._steps.hold(handle)
         self._keep_gradients()
         self._outer.hang_on(self._model)
@@ -122,6 +126,7 @@ class Binding:
             calibration.agree(self._weights, self.controller)
             if beginning.decide(self.controller, now, as_one(optimizers)):
                 self.follow()
+        self.taps.hang(self.controller.readers())
 
     def calibrate(self, batches: Iterable[Any], loss: calibration.LossOf | None) -> None:
         """Take the decisions of step 0 that go by batches. The arguments are those of `Adapted.calibrate`."""
@@ -133,7 +138,10 @@ class Binding:
         self._weights.put_back()
         if reason := sharding.refusal(self._model, self.controller):
             raise LrkitError(reason)
-        if calibration.calibrate(self._model, self._weights, self.controller, batches, loss):
+        self.controller.peers = parallel.peers(None)
+        with self.taps.hung(beginning.waiting(self.controller, calibrated=True)):
+            moved = calibration.calibrate(self._model, self._weights, self.controller, batches, loss)
+        if moved:
             self.follow()
 
     def _tell_others(self, held: set[int]) -> None:
@@ -162,6 +170,7 @@ class Binding:
         if self._unclipped is not None:
             self._unclipped.remove()
         self.penalty.end()
+        self.taps.hang(())
         self._steps = self._unclipped = self._outer.ddp = None
         liveness.watch(self, Binding._watch)
 
@@ -174,6 +183,7 @@ class Binding:
     def take(self, loaded: Loaded) -> None:
         """Go on with the loop of a loaded state, and say what is to be said of it, since nothing can fail any more."""
         self.controller = loaded.controller
+        self.taps.hang(self.controller.readers() if self.bound else ())
         self.follow()
         if loaded.cast:
             self.controller.warn("cast state", loaded.cast)
@@ -206,6 +216,7 @@ class Binding:
         if self.controller.after_step(optimizer):
             self.follow()
         self._keep_gradients()
+        self.taps.hang(self.controller.readers())
 
     def _keep_gradients(self) -> None:
         """Keep gradients as backward leaves them in the next step, if they are going to be read there."""
@@ -286,3 +297,4 @@ class Binding:
         """Let chance be the same on every process of a DDP module, however each was seeded."""
         if ddp is not self._outer.ddp and self.controller.policies:
             self.controller.seed = parallel.first_says(self.controller.seed, ddp)
+            self.controller.peers = parallel.peers(ddp)

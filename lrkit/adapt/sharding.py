@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lrkit.loop.controller import Controller
 from lrkit.loop.gradients import on_gradient
+from lrkit.loop.remembered import Peers
 from lrkit.shards import is_sharded, told, whole
 
 Moves = Mapping[int, nn.Parameter]
@@ -100,6 +101,14 @@ def averaged(model: nn.Module, p: nn.Parameter) -> RemovableHandle:
         return mean
 
     return on_gradient(p, average)
+
+
+def peers(model: nn.Module) -> Peers | None:
+    """Return the processes that hold parts of a model; None if nothing is sharded."""
+    first: Any = next((p for p in model.parameters() if is_sharded(p)), None)
+    if first is None or first.device_mesh.size() == 1:
+        return None
+    return Peers(first.device_mesh.size(), lambda values: told(values, first))
 
 
 def one_seed(seed: int, model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """ElaLoRA as its released code has it: ranks move within a pool of weak components, and begin beside what is there."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import attrs
@@ -23,15 +23,20 @@ class ProjectedSVD(SVD):
     becomes x - Vᵀ V x, divided by its norm: orthogonal to V if its rows are orthonormal, nearly so otherwise.
     """
 
-    def fresh(self, part: lrkit.Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
-        """Draw further columns of P or rows of Q, one after the other."""
-        assert part.axis is not None
-        there = part.of(module).detach().movedim(part.axis, 0)
-        for _ in range(count):
-            x = torch.randn(there.shape[1], generator=generator).to(there)
-            x = x - there.t() @ (there @ x)
-            there = torch.cat([there, (x / (x.norm() + 1e-6))[None]])
-        return there[-count:].movedim(0, part.axis)
+    def fresh(
+        self, module: nn.Module, count: int, generator: torch.Generator, memory: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Draw further columns of P and rows of Q, one after the other."""
+        new = {}
+        for part in (part for part in self.parts if not part.core):
+            assert part.axis is not None
+            there = part.of(module).detach().movedim(part.axis, 0)
+            for _ in range(count):
+                x = torch.randn(there.shape[1], generator=generator).to(there)
+                x = x - there.t() @ (there @ x)
+                there = torch.cat([there, (x / (x.norm() + 1e-6))[None]])
+            new[part.name] = there[-count:].movedim(0, part.axis)
+        return new
 
 
 @attrs.frozen(kw_only=True)

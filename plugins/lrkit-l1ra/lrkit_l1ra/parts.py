@@ -1,6 +1,6 @@
 """The parts of L1RA: a rank vector beside LoRA, an L1 step on it, and ranks that move (Singh et al., arXiv 2509.04884)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import attrs
@@ -61,14 +61,15 @@ class RankVectorLoRA(lrkit.Parameterization):
         scaling = self.pace * self.alpha / target.scale_rank(self.rank, self.scale_by)
         return LowRank(target, a, b, core=core, scaling=scaling, dropout=self.dropout)
 
-    def fresh(self, part: lrkit.Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
-        """Draw further rows of A, or make columns of B, zero, as at the start."""
-        new = further(module, part, count)
-        if part.name == "B":
-            return nn.init.zeros_(new)
+    def fresh(
+        self, module: nn.Module, count: int, generator: torch.Generator, memory: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Draw further rows of A, and make columns of B, zero, as at the start."""
+        _, b, a = self.parts
         assert isinstance(module, LowRank)
         std = module.maps / max(module.first_rank, 1)
-        return started(module, part, nn.init.normal_(new, std=std, generator=generator))
+        rows = nn.init.normal_(further(module, a, count), std=std, generator=generator)
+        return {"A": started(module, a, rows), "B": nn.init.zeros_(further(module, b, count))}
 
 
 @attrs.frozen(kw_only=True)

@@ -37,7 +37,9 @@ class Nested(LowRank):
     def __init__(
         self, target: Target, a: nn.Parameter, b: nn.Parameter, *, scaling: float, dropout: float, row: bool
     ) -> None:
-        gates = nn.init.ones_(new_factor(target.layer, len(a))).requires_grad_(False)
+        gates = new_factor(target.layer, len(a))
+        nn.init.ones_(gates)
+        gates.requires_grad_(False)
         super().__init__(target, a, b, core=gates, scaling=scaling, dropout=dropout)
         self.row = row
 

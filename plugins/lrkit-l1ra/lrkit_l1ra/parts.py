@@ -55,9 +55,14 @@ class RankVectorLoRA(lrkit.Parameterization):
     def build(self, target: Target) -> nn.Module:
         """Return the layer with A, c and B beside it."""
         rank, layer = target.components_of(self.rank), target.layer
-        a = nn.init.normal_(new_factor(layer, rank, target.d_in), std=target.maps / max(rank, 1))
-        b = nn.init.zeros_(new_factor(layer, target.d_out, rank))
-        core = nn.init.constant_(new_factor(layer, rank), 1 / self.pace)
+        a, b, core = (
+            new_factor(layer, rank, target.d_in),
+            new_factor(layer, target.d_out, rank),
+            new_factor(layer, rank),
+        )
+        nn.init.normal_(a, std=target.maps / max(rank, 1))
+        nn.init.zeros_(b)
+        nn.init.constant_(core, 1 / self.pace)
         scaling = self.pace * self.alpha / target.scale_rank(self.rank, self.scale_by)
         return LowRank(target, a, b, core=core, scaling=scaling, dropout=self.dropout)
 

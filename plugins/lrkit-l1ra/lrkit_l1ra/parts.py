@@ -93,7 +93,7 @@ class Shrink(lrkit.Action):
     fate: ClassVar[Fate] = "masked"
     exact = False  # for its contract: who is kept follows from the values, and no number is asked for
 
-    strength: float = attrs.field(default=1e-3, validator=real(0.0))
+    strength: float = attrs.field(default=0.1, validator=real(0.0))
     most: float = attrs.field(default=1.0, validator=real(0.0, above=True))
 
     @property

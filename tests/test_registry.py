@@ -184,7 +184,7 @@ def test_the_built_ins_come_through_the_same_hooks() -> None:
             "ratio-uncertainty",
             "random",
         ],
-        "scheduler": ["constant", "linear", "quadratic", "cubic"],
+        "scheduler": ["constant", "linear", "quadratic", "cubic", "once"],
         "action": ["prune", "freeze", "zero"],
         "method": ["full", "lora", "dora", "svd-lora", "elora", "adalora", "aflora"],
         "layer": names["layer"],

@@ -1,5 +1,6 @@
 """Calibration in several processes: DDP and FSDP2; run by parallel_worker.py, and alone as the run to compare with."""
 
+import os
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -136,7 +137,25 @@ def run(name, kind="alone", rank=0, world=1):
     return tensors, [(d.step, d.kept, d.lost, d.fresh) for d in adapted.history]
 
 
-def clauses(rank, world):
+def trained(name, folder, rank, world):
+    """Train by the Trainer, which wraps the model before it tells a callback; go on from its checkpoint in a second one."""
+    from test_trainer import trainer
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # the group is there already
+    ends = []
+    for resume in (None, str(folder / "checkpoint-2")):
+        # The Trainer's own default would hide a reducer that waits for what is frozen.
+        saving = {"ddp_find_unused_parameters": False, "save_strategy": "no" if resume else "steps", "save_steps": 2}
+        t, adapted = trainer("bert", METHODS[name], folder, max_steps=4, use_cpu=True, **saving)
+        t.train(resume_from_checkpoint=resume)
+        assert isinstance(t.model_wrapped, DistributedDataParallel)
+        history = [(d.step, d.kept, d.lost, d.fresh) for d in adapted.history]
+        ends.append(({n: p.detach().clone() for n, p in adapted.named_parameters()}, history))
+    return ends
+
+
+def clauses(rank, world, folder):
     """All cases in one process of so many, and a calibration for which one process has nothing."""
     import warnings
 
@@ -146,6 +165,8 @@ def clauses(rank, world):
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always", lrkit.LrkitWarning)
                 results[name, kind] = (*run(name, kind, rank, world), [str(each.message) for each in said])
+        for name in ("cut", "frozen"):
+            results["trainer", name] = trained(name, folder / name, rank, world)
         adapted = lrkit.attach(models.make("bert"), METHODS["cut"])
         try:
             adapted.calibrate([models.batch()] if rank else [])

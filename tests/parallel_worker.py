@@ -1,6 +1,7 @@
 """One of several gloo processes; run by test_parallel.py with: MODE RANK WORLD INIT_FILE OUT."""
 
 import sys
+from pathlib import Path
 
 import attrs
 import calibration_worker
@@ -68,7 +69,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
     kind, _, name = mode.partition(":")
     if kind == "calibration":
-        torch.save(calibration_worker.clauses(rank, world), out)
+        torch.save(calibration_worker.clauses(rank, world, Path(out).parent), out)
         dist.destroy_process_group()
         sys.exit()
     model, adapted, sent = ddp(rank, world, METHODS[name], accumulate=2 if kind == "accumulate" else 1)

@@ -171,6 +171,6 @@ def _average(trained: list[nn.Parameter]) -> None:
     flat = torch.cat([there, *parts])
     distributed.all_reduce(flat)
     flat /= distributed.get_world_size()
-    means = flat[len(whole) :].split([p.numel() for p in whole])
+    means = torch.split(flat[len(whole) :], [p.numel() for p in whole])
     for p, mean, share in zip(whole, means, flat[: len(whole)].tolist(), strict=True):
         p.grad = mean.view(p.shape).to(p) if share else None

@@ -174,7 +174,9 @@ def no_entries(metric: Importance, action: Action) -> str | None:
         action.decide(_three_units(None, lambda: asked.append(True) or torch.tensor([3.0, 2.0, 1.0])))
     if not asked:
         return None
-    return f"metric {metric!r} does not fit action {action!r}: the action asks for scores of entries, and it scores units"
+    return (
+        f"metric {metric!r} does not fit action {action!r}: the action asks for scores of entries, and it scores units"
+    )
 
 
 def _three_units(costs: Tensor | None, entries: Callable[[], Tensor] | Tensor) -> Ballot:

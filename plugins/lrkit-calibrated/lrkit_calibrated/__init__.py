@@ -1,55 +1,63 @@
-"""Methods that look at some batches before the first step, for lrkit. See README.md."""
+"""Methods that look at a few batches before they train, for lrkit: EVA, FIM-LoRA, GoRA. See README.md."""
 
 from collections.abc import Callable, Mapping
 
 import lrkit
-from lrkit.ranks import Rank
-from lrkit_calibrated.fisher import Apportion, Fisher, shared
-
-
-def fim_lora(
-    *,
-    rank: Rank = 8,
-    alpha: float = 16.0,
-    dropout: float = 0.0,
-    calibration: int = 8,
-    least: int = 1,
-    most: int | None = None,
-) -> lrkit.Method:
-    """FIM-LoRA (arXiv 2605.16800): each layer's rank in proportion to its mean squared gradient over eight batches.
-
-    Args:
-        rank: r, the rank at first, and on average afterwards.
-        alpha: α; the increment is scaled by α/r, with the r at first in every layer.
-        dropout: probability of dropping an entry of the adapter's input while training.
-        calibration: batches that a Trainer takes for it.
-        least: r_min.
-        most: r_max; None for 2 r.
-    """
-    return lrkit.Method(
-        parameterization=lrkit.parameterizations.LoRA(rank=rank, alpha=alpha, dropout=dropout),
-        metric=Fisher(),
-        scheduler=lrkit.schedulers.Once(target=1.0, calibration=calibration),
-        action=Apportion(least=least, most=most),
-    )
+from lrkit_calibrated import drop as _drop
+from lrkit_calibrated import eva as _eva
+from lrkit_calibrated import fim as _fim
+from lrkit_calibrated import gora as _gora
+from lrkit_calibrated.allocation import Allocate, ShareOut
+from lrkit_calibrated.drop import AdapterOutput, Drop, lora_drop
+from lrkit_calibrated.eva import EvaLoRA, ExplainedVariance, eva
+from lrkit_calibrated.fim import MeanSquaredGradient, fim_lora
+from lrkit_calibrated.gora import GoraLoRA, WeightGradient, gora
+from lrkit_calibrated.lora import AllocatedLoRA, Following
 
 
 @lrkit.hookimpl
-def lrkit_metrics() -> Mapping[str, type[lrkit.Metric]]:
-    """The mean squared gradient."""
-    return {"fisher": Fisher}
+def lrkit_parameterizations() -> Mapping[str, type[lrkit.Parameterization]]:
+    """LoRA that is given its ranks, and its starts from what the batches have shown."""
+    return {"allocated-lora": AllocatedLoRA, "eva-lora": EvaLoRA, "gora-lora": GoraLoRA}
+
+
+@lrkit.hookimpl
+def lrkit_metrics() -> Mapping[str, type[lrkit.metrics.Importance]]:
+    """What the batches show."""
+    return {
+        "adapter-output": AdapterOutput,
+        "explained-variance": ExplainedVariance,
+        "mean-squared-gradient": MeanSquaredGradient,
+        "weight-gradient": WeightGradient,
+    }
 
 
 @lrkit.hookimpl
 def lrkit_actions() -> Mapping[str, type[lrkit.Action]]:
-    """Ranks in proportion to scores."""
-    return {"apportion": Apportion}
+    """Two ways to give ranks."""
+    return {"allocate": Allocate, "drop": Drop, "share-out": ShareOut}
 
 
 @lrkit.hookimpl
 def lrkit_methods() -> Mapping[str, Callable[..., lrkit.Method]]:
-    """FIM-LoRA."""
-    return {"fim-lora": fim_lora}
+    """The named methods."""
+    return {**_drop.METHODS, **_eva.METHODS, **_fim.METHODS, **_gora.METHODS}
 
 
-__all__ = ["Apportion", "Fisher", "fim_lora", "shared"]
+__all__ = [
+    "AdapterOutput",
+    "Allocate",
+    "AllocatedLoRA",
+    "Drop",
+    "EvaLoRA",
+    "ExplainedVariance",
+    "Following",
+    "GoraLoRA",
+    "MeanSquaredGradient",
+    "ShareOut",
+    "WeightGradient",
+    "eva",
+    "fim_lora",
+    "gora",
+    "lora_drop",
+]

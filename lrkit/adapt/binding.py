@@ -87,7 +87,7 @@ class Binding:
         if reason := sharding.refusal(self._model, self.controller.run):
             raise LrkitError(reason)
         held = set().union(*map(held_by, optimizers))
-        if reason := self._weights.refusal(held, self.controller.run.grows):
+        if reason := self._weights.refusal(held, self.controller.components.asleep()):
             raise LrkitError(reason)
         if reason := self.controller.objection(total_steps):
             raise LrkitError(reason)
@@ -266,3 +266,5 @@ class Binding:
             raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
         if ddp is not self._outer.ddp and self.controller.policies:
             self.controller.seed = parallel.first_says(self.controller.seed, ddp)
+            if any(not p.requires_grad for p in self._weights.parameters()):
+                parallel.follow(ddp)  # frozen since the model was wrapped: by a load, or before the first step

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lrkit.adapt import checkpoint, weights
 from lrkit.adapt.allocation import Allocation
 from lrkit.adapt.binding import Binding
+from lrkit.adapt.body import blocks
 from lrkit.adapt.choice import choose
 from lrkit.adapt.graft import Graft
 from lrkit.adapt.merging import dequantized
@@ -64,7 +65,9 @@ class Adapted(Trained):
         self._weights = weights.Weights(model, choice, self._graft.masters)
         self._archive = Archive(method, tuple(self.adapters), tuple(self.head), base, self._weights)
         try:
-            controller = Controller(Run.of(method, self.adapters, self._weights.trained, self._weights.head()))
+            body = blocks(model, self.adapters, parameterization.parts)
+            run = Run.of(method, model, self.adapters, self._weights.trained, self._weights.head(), body)
+            controller = Controller(run)
         except BaseException as error:
             self._graft.detach()
             if isinstance(error, LrkitError) and choice.offered is not None and targets == "all-linear":
@@ -171,7 +174,7 @@ class Adapted(Trained):
     def summary(self) -> Summary:
         """Return each layer's rank or frozen state, and its trainable parameters at first, now and on average."""
         self._graft.check()
-        return summarize(self.controller, *self._weights.counts(self.adapters), self.coverage)
+        return summarize(self.controller, sum(p.numel() for p in self._weights.head()), self.coverage)
 
     def allocation(self) -> Allocation:
         """Return each layer's rank that is in effect now (masked components do not count), with the layers' sizes."""

@@ -58,6 +58,19 @@ class Components:
         self.tally.survey([(block.name, block.count) for block in masking[0].blocks] if masking else None)
         self.count(step)
 
+    def settle(self) -> None:
+        """Let a tensor train only if no policy has it frozen."""
+        for state in self.policies:
+            state.fate.restore(state.blocks, state.kept)
+
+    def asleep(self) -> set[int]:
+        """Return the ``id`` of each tensor that does not train now, and may after a later decision."""
+        wakes = [state.wakes for state in self.policies]
+        frozen = [state.fate.frozen(state.blocks, state.kept) for state in self.policies]
+        empty = {id(p) for m in self.run.modules.values() for p in m.parameters() if self.run.grows and not p.numel()}
+        some, good = ([each for each, w in zip(frozen, wakes, strict=True) if w is wake] for wake in (True, False))
+        return empty.union(*some).difference(*good)
+
     def renew(
         self, state: PolicyState, verdict: Verdict, optimizer: torch.optim.Optimizer, seed: int
     ) -> tuple[str, ...]:
@@ -114,9 +127,7 @@ class Components:
             new = self._drawn(name, how.fresh, core, generator) if how.fresh else {}
             tensors |= resize_layer(self.run.modules[name], self.run.parts, how, new, optimizer, self.run.trained)
             fresh[name] = self.ranks.take(name, how)
-        for state in self.policies:
-            # A tensor that was frozen, then cut away whole, and has grown again stays frozen.
-            state.fate.restore(state.blocks, state.kept)
+        self.settle()  # a tensor that was frozen, then cut away whole, and has grown again stays frozen
         numbers = {name: self.ranks.numbers(name) for name in self.run.ranks}
         for state in self.policies:
             state.resize(resizes, tensors, numbers)

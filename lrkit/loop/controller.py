@@ -20,7 +20,7 @@ from lrkit.loop.layout import GradientOf, own_gradient
 from lrkit.loop.liveness import Liveness
 from lrkit.loop.policy import PolicyState
 from lrkit.loop.resizing import Ranks
-from lrkit.loop.run import Run
+from lrkit.loop.run import BESIDE, Run
 from lrkit.loop.state import Saved, SavedPolicy
 from lrkit.loop.statistics import Observed
 from lrkit.loop.tally import Tally
@@ -50,7 +50,7 @@ class Controller:
         self.total_steps: int | None = None
         self.history: list[Decision] = []
         self.liveness = Liveness(run.modules, run.trained, run.others, whole=run.penalized)
-        tally = Tally(run.modules, run.method.parameterization.parts, run.trained)
+        tally = run.tally()
         if saved is None:
             ranks, self.policies = Ranks(run.ranks), run.policies()
             for state in self.policies:
@@ -61,7 +61,7 @@ class Controller:
         else:
             self._take(saved, tensors or {})
             ranks = Ranks(run.ranks, saved.components, saved.numbered)
-            tally.load(saved.step, saved.sums)
+            tally.load(saved.step, fitting.sums_of(run, saved))
         self.components = Components(run, self.policies, ranks, tally)
         self.components.survey(self.step)
 
@@ -86,6 +86,9 @@ class Controller:
             state.fate.restore(state.blocks, state.kept)
         for state, record in zip(self.policies, saved.policies, strict=True):
             state.remember(tensors, record.observations)
+        for decision in self.history:
+            if decision.step == self.step:
+                self._doubt(decision)
 
     def loaded(self, saved: Saved, tensors: Mapping[str, Tensor]) -> "Controller":
         """Make the controller of a saved run of this method, which `check` has passed.
@@ -144,7 +147,7 @@ class Controller:
             return
         dead, modules = self.liveness.dead or [], self.run.modules
         for state in self.policies:
-            state.bury({id(modules[name]) for name in dead})
+            state.bury(self.run.tensors_of(dead))
             state.follow()
         if dead:
             self.warn(
@@ -237,6 +240,8 @@ class Controller:
         action.apply(state.blocks, verdict.kept, optimizer)
         lost, returned = (state.names(units) for units in (before & ~verdict.kept, verdict.kept & ~before))
         settled = state.fate.settles(bool(lost), bool(returned))
+        if settled:
+            self.components.settle()
         for other in self.policies if settled else ():
             other.follow()
         if self.step == state.times.last:
@@ -258,7 +263,13 @@ class Controller:
             whole=max(state.costs.whole, spent),
         )
         self.history.append(decision)
+        self._doubt(decision)
         return decision, settled or verdict.cut or bool(fresh)
+
+    def _doubt(self, decision: Decision) -> None:
+        """See at the next step whether a gradient reaches what a decision lets train again."""
+        blocks = self.policies[decision.policy].blocks if decision.returned else ()
+        self.liveness.doubt({id(t) for block in blocks if block.name in decision.returned for t in block.tensors})
 
     def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
         """Cut components that are masked and add nothing, once every policy has ended. The parameters stay the same objects.
@@ -280,7 +291,7 @@ class Controller:
     def saved(self, method: dict[str, Any], head: Sequence[str], base: Any) -> Saved:
         """Return everything else that the loop remembers. Arguments as in `Saved`."""
         self.tally.settle(self.step)
-        policies = [(state.statistics.observations, state.ended) for state in self.policies]
+        policies, sums = [(state.statistics.observations, state.ended) for state in self.policies], self.tally.totals
         return Saved(
             method=method,
             targets=tuple(self.run.modules),
@@ -293,7 +304,8 @@ class Controller:
             history=tuple(self.history),
             components=dict(self.ranks.components),
             numbered=dict(self.ranks.numbered),
-            sums=self.tally.totals,
+            sums={name: sums[name] for name in self.run.modules},
             dead=None if self.liveness.dead is None else tuple(self.liveness.dead),
+            beside=sums[BESIDE],
             base=base,
         )

@@ -59,7 +59,7 @@ class PolicyState:
         self.times: Timetable | None = None
         self.ended = False
         self.dead: frozenset[int] = frozenset()
-        """``id`` of each adapter that the loss does not reach: it has no entries, and ranks last."""
+        """``id`` of each tensor that the loss does not reach: a unit of such tensors alone has no entries, and ranks last."""
         device = blocks[0].tensors[0].device
         # A model without weights is there to be counted: what is kept must be a number all the same.
         device = torch.device("cpu") if device.type == "meta" else device
@@ -102,10 +102,15 @@ class PolicyState:
             return Layout([], [], self.policy.metric.reads)
         # Units that were cut away whole have no score, nor have those that the loss does not reach.
         present = [
-            there and id(block.module) not in self.dead and any(0 not in look(p)[0] for p in block.tensors)
+            there and self._reached(block) and any(0 not in look(p)[0] for p in block.tensors)
             for there, block in zip(self.fate.ranked(self.kept, self.blocks), self.blocks, strict=True)
         ]
         return Layout(self.blocks, present, self.policy.metric.reads, look)
+
+    @property
+    def wakes(self) -> bool:
+        """Say whether units that lost may come back at a decision that is still to be taken."""
+        return not (self.ended or self.policy.action.final)
 
     def due(self, step: int) -> bool:
         """Say whether a decision is taken after optimizer step `step` (1, 2, ...)."""
@@ -162,8 +167,11 @@ class PolicyState:
         self.kept = kept
 
     def bury(self, dead: Collection[int]) -> None:
-        """Take over which adapters the loss does not reach, by ``id``."""
+        """Take over which tensors the loss does not reach, by ``id``."""
         self.dead = frozenset(dead)
+
+    def _reached(self, block: Block) -> bool:
+        return not self.dead or any(id(tensor) not in self.dead for tensor in block.tensors)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return mask and statistics by the names that a state has for them."""
@@ -211,7 +219,7 @@ class PolicyState:
         blocks, budget = self.blocks, self.times.budget(step)  # as they are now, whenever the ballot is read
         each = self.costs.each
         if self.dead:
-            live = self._by_unit(blocks, [id(block.module) not in self.dead for block in blocks]).bool()
+            live = self._by_unit(blocks, [self._reached(block) for block in blocks]).bool()
             scores = torch.where(live, scores.clamp_min(torch.finfo(scores.dtype).min), -torch.inf)
             if is_known(self.policy.action) and self.cost(candidates & live) >= budget:
                 candidates = self.fate.without(candidates, live)

@@ -31,6 +31,7 @@ def refusal(parameterization: Parameterization, metric: Metric, scheduler: Sched
         or budget_that_rises(scheduler, action)
         or budget_above_units(scheduler, action, parameterization)
         or budget_in_costs(scheduler, action)
+        or no_optimizer_yet(scheduler, action)
     )
 
 
@@ -131,6 +132,16 @@ def budget_in_costs(scheduler: Scheduler, action: Action) -> str | None:
     else:
         return None
     return f'{type(scheduler).__name__}.amount = "{scheduler.amount}" does not fit action {action!r}: {why}'
+
+
+def no_optimizer_yet(scheduler: Scheduler, action: Action) -> str | None:
+    """Refuse a proximal step, which reads an optimizer's rates, in a decision that is taken before there is an optimizer."""
+    if not scheduler.calibration or type(action).proximal is Action.proximal:
+        return None
+    return (
+        f"scheduler {scheduler!r} does not fit action {action!r}: it decides by batches before any optimizer is bound, and "
+        "the action's proximal step reads the optimizer"
+    )
 
 
 def _keeps_to_costs(action: Action) -> bool:

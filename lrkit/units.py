@@ -2,8 +2,8 @@
 
 A *unit* is a rank component (a triplet P_:i, λ_i, Q_i: of SVD; r of them a layer), a whole projection matrix, all
 matrices of a layer, or a whole block of the transformer. A parameterization declares its tensors once, as `Part`s; every
-kind of unit follows from that declaration. The score of a unit is the sum over its parts of the mean of the entry-wise score over the part's slice. That one rule is both
-papers' formula:
+kind of unit follows from that declaration. The score of a unit is the sum over its parts of the mean of the entry-wise
+score over the part's slice. That one rule is both papers' formula:
 
 - AdaLoRA (arXiv 2303.10512, Eq. 7): S_i = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij), a unit of kind ``"component"``;
 - AFLoRA (arXiv 2403.13269, Eq. 4): s = mean(Ī ∘ Ū) of a projection matrix, a unit of kind ``"matrix"``.

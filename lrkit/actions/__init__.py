@@ -25,4 +25,18 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["BY", "Action", "Ballot", "By", "Fate", "Freeze", "Prune", "Switch", "Verdict", "Zero", "best", "unsound", "worth"]
+__all__ = [
+    "BY",
+    "Action",
+    "Ballot",
+    "By",
+    "Fate",
+    "Freeze",
+    "Prune",
+    "Switch",
+    "Verdict",
+    "Zero",
+    "best",
+    "unsound",
+    "worth",
+]

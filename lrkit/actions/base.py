@@ -262,7 +262,7 @@ class Action(abc.ABC):
             blocks: the policy's units, n in all.
             kept: bool [n], True for units that are kept.
             optimizer: the one that is bound; its state may be dropped, its ``param_groups`` are never edited. None after a
-                load and after the last decision.
+                load, after the last decision, and at the end of a calibration, before any optimizer is bound.
         """
 
     def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int] | None:

@@ -17,21 +17,21 @@ class Switch(Action):
     """A unit that is not kept stops training, until a later decision keeps it. Source: arXiv 2403.17919, Algorithm 1.
 
     Every decision ranks all units. The gradient of one that does not train is neither computed nor kept, and it keeps the
-    score that it had when it stopped: a metric that ranks by what it sees alone brings back a unit whose last score is above
-    the present ones of the others. What a metric remembers of a unit's entries begins anew when the unit trains again.
+    score that it had when it stopped: a metric that goes by gradients brings a unit back if its last score is above the
+    present ones of others. What a metric remembers of a unit's entries begins anew when the unit trains again.
 
     The optimizer must hold all units from the start, also those that do not train at the time: make it from
-    ``adapted.parameters()``. One that is made from what requires a gradient at some moment never moves the others, which
-    is what went wrong in LISA's released code (LMFlow, issue 726).
+    ``adapted.parameters()``. One that is made from what requires a gradient at some moment never moves the others, as it
+    went with LISA's first released code (LMFlow, issue 726).
 
     Args:
         unit: what stops and trains as a whole: ``"block"``, a block of the transformer with all that trains in it;
-            ``"layer"``, all matrices of a layer; ``"matrix"``, a single one.
+            ``"layer"``, all matrices of a layer; ``"matrix"``, a single matrix.
         state: what becomes of the optimizer's state of a unit that stops. ``"new"``: it is dropped, which frees its memory,
-            and begins anew when the unit trains again, bias correction included. Of LISA's released code (LMFlow) the Trainer
-            does so: it makes a new optimizer at each switch, and carries over the state of what always trains alone.
-            ``"kept"``: it stays, and goes on as it was: so does LMFlow's first version, a callback that sets flags alone. The
-            paper says "run AdamW" and leaves it open.
+            and begins anew when the unit trains again, bias correction included. LISA's released Trainer (LMFlow) does
+            so: it makes a new optimizer at each switch, and takes over the state of nothing but what always trains.
+            ``"kept"``: it stays, and goes on as it was, as with LMFlow's first version, a callback that sets flags alone.
+            The paper says "run AdamW", and leaves it open.
         by: how units that differ in cost are ranked, if the schedule counts costs (`lrkit.Scheduler`, `amount`): by
             ``"score"``, or by ``"score-per-cost"``.
     """

@@ -1,20 +1,21 @@
 """A method's tie to optimizers: the loop runs at their steps, and the penalty's gradient goes into their tensors."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrkit.adapt import parallel, sharding
+from lrkit.adapt import calibration, parallel, sharding
 from lrkit.adapt.heads import head_parameters
-from lrkit.adapt.optimizers import Steps, as_long_as_alive, held_by, unwrapped
+from lrkit.adapt.optimizers import Steps, as_long_as_alive, as_one, held_by, unwrapped
 from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.saved import Loaded
 from lrkit.adapt.tied import passed_by
 from lrkit.adapt.weights import Weights
-from lrkit.errors import LrkitError, listing
-from lrkit.loop import liveness
+from lrkit.errors import LrkitError, LrkitWarning, listing
+from lrkit.loop import beginning, liveness
 from lrkit.loop.controller import Controller
 from lrkit.loop.gradients import Unclipped
 
@@ -76,6 +77,11 @@ class Binding:
         optimizers = unwrapped(optimizer)
         if self.bound:
             raise LrkitError("already bound to an optimizer: call unbind() first")
+        if asked := beginning.batches(self.controller):
+            raise LrkitError(
+                f"the method decides by batches that it sees before the first step ({asked} by its calibration): call "
+                "adapted.calibrate(batches) before bind"
+            )
         if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
             raise LrkitError(f"total_steps must be an int of at least 1, not {total_steps!r}")
         if penalty not in ("loss", "gradient"):
@@ -112,6 +118,22 @@ class Binding:
                 self._steps.hold(handle)
         self._keep_gradients()
         self._outer.hang_on(self._model)
+        now = beginning.waiting(self.controller, calibrated=False)
+        if now and beginning.decide(self.controller, now, as_one(optimizers)):
+            self.follow()
+
+    def calibrate(self, batches: Iterable[Any], loss: calibration.LossOf | None) -> None:
+        """Take the decisions of step 0 that go by batches. The arguments are those of `Adapted.calibrate`."""
+        if not beginning.batches(self.controller):
+            asks = any(policy.scheduler.calibration for policy in self.controller.run.method.policies)
+            why = "its calibration has been done" if asks else "it asks for no calibration"
+            warnings.warn(f"calibrate does nothing for this method: {why}", LrkitWarning, stacklevel=3)
+            return
+        self._weights.put_back()
+        if reason := sharding.refusal(self._model, self.controller.run):
+            raise LrkitError(reason)
+        if calibration.calibrate(self._model, self._weights, self.controller, batches, loss):
+            self.follow()
 
     def _tell_others(self, held: set[int]) -> None:
         """Warn of the model's parameters that an optimizer trains and that are none of the method's."""
@@ -156,9 +178,8 @@ class Binding:
             self.controller.warn("cast state", loaded.cast)
 
     def follow(self) -> None:
-        """Let DDP follow tensors that have stopped training, or train again."""
-        if self._outer.ddp is not None:
-            parallel.follow(self._outer.ddp)
+        """Let DDP follow tensors that have stopped training, train again, or are of another size."""
+        self._outer.follow()
 
     # ---- at each step ----
 
@@ -266,5 +287,3 @@ class Binding:
             raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
         if ddp is not self._outer.ddp and self.controller.policies:
             self.controller.seed = parallel.first_says(self.controller.seed, ddp)
-            if any(not p.requires_grad for p in self._weights.parameters()):
-                parallel.follow(ddp)  # frozen since the model was wrapped: by a load, or before the first step

@@ -6,8 +6,17 @@ import attrs
 from torch import nn
 
 from lrkit.adapt.coverage import block_prefixes
+from lrkit.adapt.weights import Weights
+from lrkit.loop.run import Run
+from lrkit.method import Method
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.units import Block, Part
+
+
+def run_on(model: nn.Module, method: Method, adapters: Mapping[str, nn.Module], weights: Weights) -> Run:
+    """Look at an adapted model before its first step. Raises LrkitError as `Run.of`."""
+    body = blocks(model, adapters, method.parameterization.parts)
+    return Run.of(method, model, adapters, weights.trained, weights.head(), body)
 
 
 def blocks(model: nn.Module, adapters: Mapping[str, nn.Module], parts: Sequence[Part]) -> list[Block]:

@@ -47,6 +47,7 @@ class Outer:
 
     def __init__(self, met: Callable[[DistributedDataParallel], None] = lambda _: None) -> None:
         self.ddp: DistributedDataParallel | None = None
+        self._stale = False
         self._met = met
         self._handle: Any = None
 
@@ -67,6 +68,16 @@ class Outer:
         if not torch.compiler.is_compiling() and (ddp := wrapper()) is not None:
             self._met(ddp)
             self.ddp = ddp
+            if self._stale:
+                self.follow()
+                if torch.is_grad_enabled() and ddp.require_backward_grad_sync:
+                    ddp.reducer.prepare_for_forward()  # as DDP has just told the old one
+
+    def follow(self) -> None:
+        """Make the reducer anew (see `follow` below), or as soon as a DDP module is met that was made before."""
+        self._stale = self.ddp is None
+        if self.ddp is not None:
+            follow(self.ddp)
 
     def __deepcopy__(self, memo: object) -> "Outer":
         return Outer()

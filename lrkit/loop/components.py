@@ -59,9 +59,11 @@ class Components:
         self.count(step)
 
     def settle(self) -> None:
-        """Let a tensor train only if no policy has it frozen."""
+        """Let a tensor train only if no policy has it frozen; statistics follow what stops, or trains again."""
         for state in self.policies:
             state.fate.restore(state.blocks, state.kept)
+        for state in self.policies:
+            state.follow()
 
     def asleep(self) -> set[int]:
         """Return the ``id`` of each tensor that does not train now, and may after a later decision."""
@@ -72,7 +74,7 @@ class Components:
         return empty.union(*some).difference(*good)
 
     def renew(
-        self, state: PolicyState, verdict: Verdict, optimizer: torch.optim.Optimizer, seed: int
+        self, state: PolicyState, verdict: Verdict, optimizer: torch.optim.Optimizer | None, seed: int
     ) -> tuple[str, ...]:
         """Cut and add the components that a policy's verdict says. Returns the names of the new ones, drawn from `seed`."""
         if not (verdict.cut or verdict.fresh):
@@ -127,7 +129,9 @@ class Components:
             new = self._drawn(name, how.fresh, core, generator) if how.fresh else {}
             tensors |= resize_layer(self.run.modules[name], self.run.parts, how, new, optimizer, self.run.trained)
             fresh[name] = self.ranks.take(name, how)
-        self.settle()  # a tensor that was frozen, then cut away whole, and has grown again stays frozen
+        for state in self.policies:
+            # A tensor that was frozen, then cut away whole, and has grown again stays frozen.
+            state.fate.restore(state.blocks, state.kept)
         numbers = {name: self.ranks.numbers(name) for name in self.run.ranks}
         for state in self.policies:
             state.resize(resizes, tensors, numbers)

@@ -4,14 +4,13 @@ At every real optimizer step, each policy's metric observes weights and gradient
 decision is due, entry-wise scores are reduced to unit scores, the action decides who is kept, and it is applied.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from lrkit.errors import Once, listing
-from lrkit.loop import fitting, rules
+from lrkit.loop import fitting, rules, saving
 from lrkit.loop.components import Components
 from lrkit.loop.draws import seed_of
 from lrkit.loop.gradients import Unclipped
@@ -20,8 +19,8 @@ from lrkit.loop.layout import GradientOf, own_gradient
 from lrkit.loop.liveness import Liveness
 from lrkit.loop.policy import PolicyState
 from lrkit.loop.resizing import Ranks
-from lrkit.loop.run import BESIDE, Run
-from lrkit.loop.state import Saved, SavedPolicy
+from lrkit.loop.run import Run
+from lrkit.loop.state import Saved
 from lrkit.loop.statistics import Observed
 from lrkit.loop.tally import Tally
 
@@ -86,9 +85,9 @@ class Controller:
             state.fate.restore(state.blocks, state.kept)
         for state, record in zip(self.policies, saved.policies, strict=True):
             state.remember(tensors, record.observations)
-        for decision in self.history:
-            if decision.step == self.step:
-                self._doubt(decision)
+        for d in self.history:
+            if d.step == self.step:
+                self.liveness.doubt(self.policies[d.policy].blocks, d.returned)
 
     def loaded(self, saved: Saved, tensors: Mapping[str, Tensor]) -> "Controller":
         """Make the controller of a saved run of this method, which `check` has passed.
@@ -196,13 +195,17 @@ class Controller:
                 "over",
                 f"step {self.step} of a run that was bound for total_steps={self.total_steps}: every schedule has ended",
             )
-        changed = moved = False
         # All observe before any decides: a matrix that one policy freezes has no gradient for the next.
         for state in self.policies:
             if state.policy.metric.measure == "after-step":
                 self._observe(state, self.step, self._scale)
+        return self.act([state for state in self.policies if state.due(self.step)], optimizer)
+
+    def act(self, due: Collection[PolicyState], optimizer: torch.optim.Optimizer | None) -> bool:
+        """Let policies decide that have to, and hold the last decision of those that have ended. Returns as `after_step`."""
+        changed = moved = False
         for state in self.policies:
-            if state.due(self.step):
+            if state in due:
                 decision, settled = self._decide(state, optimizer)
                 changed |= bool(decision.lost or decision.returned)
                 moved |= settled
@@ -217,7 +220,19 @@ class Controller:
     def _observe(self, state: PolicyState, step: int, scale: Tensor | None, of: GradientOf = own_gradient) -> None:
         if state.ended or state.times is None or not state.times.observes(step):
             return
-        seen: Observed = state.statistics.observe(scale, of, scoring=state.due(step))
+        self.take_in(state, step, scale, of, scoring=state.due(step))
+
+    def take_in(
+        self,
+        state: PolicyState,
+        step: int,
+        scale: Tensor | None,
+        of: GradientOf = own_gradient,
+        *,
+        scoring: bool = False,
+    ) -> None:
+        """Let a policy observe the gradients of a step, or at step 0 of a batch; say what was wrong with them."""
+        seen: Observed = state.statistics.observe(scale, of, scoring=scoring)
         if seen.missing:
             self.warn(
                 "none",
@@ -227,11 +242,12 @@ class Controller:
         if not seen.finite:
             self.warn("finite", f"gradients are not finite at step {step}: the statistics skip this step")
 
-    def _decide(self, state: PolicyState, optimizer: torch.optim.Optimizer) -> tuple[Decision, bool]:
+    def _decide(self, state: PolicyState, optimizer: torch.optim.Optimizer | None) -> tuple[Decision, bool]:
         """Take one policy's decision, and carry it out. Returns its record, and whether tensors stopped or were resized."""
         assert state.times is not None
         action = state.policy.action
-        standing = action.proximal(state.blocks, state.times.share(self.step), optimizer)
+        share = state.times.share(self.step)
+        standing = None if optimizer is None else action.proximal(state.blocks, share, optimizer)
         decided = state.decide(self.step, standing, seed_of(self.seed, self.step, state.index))
         if decided.skipped:
             self.warn("finite", f"gradients are not finite before step {self.step}: the statistics skip this step")
@@ -242,8 +258,6 @@ class Controller:
         settled = state.fate.settles(bool(lost), bool(returned))
         if settled:
             self.components.settle()
-        for other in self.policies if settled else ():
-            other.follow()
         if self.step == state.times.last:
             state.end()
         seed = (self.seed + 1_000_003 * self.step + state.index) % 2**63
@@ -263,13 +277,8 @@ class Controller:
             whole=max(state.costs.whole, spent),
         )
         self.history.append(decision)
-        self._doubt(decision)
+        self.liveness.doubt(state.blocks, returned)
         return decision, settled or verdict.cut or bool(fresh)
-
-    def _doubt(self, decision: Decision) -> None:
-        """See at the next step whether a gradient reaches what a decision lets train again."""
-        blocks = self.policies[decision.policy].blocks if decision.returned else ()
-        self.liveness.doubt({id(t) for block in blocks if block.name in decision.returned for t in block.tensors})
 
     def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
         """Cut components that are masked and add nothing, once every policy has ended. The parameters stay the same objects.
@@ -288,24 +297,4 @@ class Controller:
         """Return copies of all tensors that the loop remembers, by name."""
         return {name: tensor.clone() for state in self.policies for name, tensor in state.tensors().items()}
 
-    def saved(self, method: dict[str, Any], head: Sequence[str], base: Any) -> Saved:
-        """Return everything else that the loop remembers. Arguments as in `Saved`."""
-        self.tally.settle(self.step)
-        policies, sums = [(state.statistics.observations, state.ended) for state in self.policies], self.tally.totals
-        return Saved(
-            method=method,
-            targets=tuple(self.run.modules),
-            head=tuple(head),
-            ranks=self.ranks.now(),
-            step=self.step,
-            total_steps=self.total_steps,
-            seed=self.seed,
-            policies=tuple(SavedPolicy(observations=seen, ended=ended) for seen, ended in policies),
-            history=tuple(self.history),
-            components=dict(self.ranks.components),
-            numbered=dict(self.ranks.numbered),
-            sums={name: sums[name] for name in self.run.modules},
-            dead=None if self.liveness.dead is None else tuple(self.liveness.dead),
-            beside=sums[BESIDE],
-            base=base,
-        )
+    saved = saving.saved

@@ -85,7 +85,7 @@ class Removed(Masked):
 
 
 class Frozen(Fate):
-    """Units that lost stop training; ``requires_grad`` is in no state dict. Its action lets units that return train again."""
+    """Units that lost stop training; ``requires_grad`` is in no state dict. The action lets those that return train."""
 
     def settles(self, lost: bool, returned: bool) -> bool:
         """Whenever a tensor stops training, or trains again."""

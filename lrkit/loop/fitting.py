@@ -102,6 +102,8 @@ def _check_progress(state: PolicyState, saved: Saved, total: int) -> None:
             raise misfit(f"step {saved.step} of {total} is beyond the last decision of policy {state.index}")
     blocks = {block.name for block in state.blocks}
     mine = [d for d in saved.history if d.policy == state.index]
+    if state.policy.scheduler.calibration and saved.step and not any(d.step == 0 for d in mine):
+        raise misfit(f"it is of step {saved.step}, and policy {state.index} was never calibrated")
     names = {name.partition("[")[0] for d in mine for name in (*d.lost, *d.returned, *d.fresh)}
     if not names <= blocks:
         raise misfit(f"history names {shown(min(names - blocks))}, which is no unit of this run")

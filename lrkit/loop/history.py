@@ -5,10 +5,10 @@ import attrs
 
 @attrs.frozen
 class Decision:
-    """A decision of one policy, after one optimizer step.
+    """A decision of one policy, after one optimizer step or before the first.
 
     Args:
-        step: how many optimizer steps had been taken: 1, 2, ...
+        step: how many optimizer steps had been taken: 1, 2, ...; 0 for a decision before the first.
         policy: index into ``method.policies``.
         budget: units that may be kept, or what they may cost (`amount`); all of them if the action goes by no number
             (`lrkit.actions.Verdict.budget`).

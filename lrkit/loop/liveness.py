@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lrkit.units import Block
+
 
 class Liveness:
     """The dead among a model's adapters.
@@ -46,10 +48,11 @@ class Liveness:
         self.dead, self._doubted = [name for name in names if name not in live], set()
         return self.dead != (before or [])
 
-    def doubt(self, tensors: Collection[int]) -> None:
-        """Look again, at the next step, at the adapters of some tensors (by ``id``), which have begun to train again."""
-        within = {name for name, m in self._adapters.items() if any(id(p) in tensors for p in m.parameters())}
-        self._doubted |= within
+    def doubt(self, blocks: Sequence[Block], returned: Collection[str]) -> None:
+        """Look again, at the next step, at the adapters of what has begun to train again: blocks by their names."""
+        again = {id(tensor) for block in blocks if block.name in returned for tensor in block.tensors}
+        if again:
+            self._doubted |= {n for n, m in self._adapters.items() if any(id(p) in again for p in m.parameters())}
 
     def _reached(self, module: nn.Module) -> bool:
         found = [p.grad is not None for p in module.parameters() if p.requires_grad and id(p) in self._trained]

@@ -20,6 +20,7 @@ from lrkit.loop.resizing import Resize, Resized
 from lrkit.loop.statistics import Statistics
 from lrkit.method import Policy
 from lrkit.schedulers import Timetable
+from lrkit.settings import MOST_STEPS
 from lrkit.units import Block, Part, split
 
 
@@ -59,7 +60,7 @@ class PolicyState:
         self.times: Timetable | None = None
         self.ended = False
         self.dead: frozenset[int] = frozenset()
-        """``id`` of each tensor that the loss does not reach: a unit of such tensors alone has no entries, and ranks last."""
+        """``id`` of each tensor that the loss does not reach: a unit of such ones alone has no entries, and ranks last."""
         device = blocks[0].tensors[0].device
         # A model without weights is there to be counted: what is kept must be a number all the same.
         device = torch.device("cpu") if device.type == "meta" else device
@@ -76,6 +77,11 @@ class PolicyState:
     def over(self, total_steps: int) -> Timetable:
         """Bind the schedule to a run of so many steps. Raises LrkitError if it does not fit."""
         return self.policy.scheduler.over(total_steps, units=self.costs.whole, layers=self.costs.layer)
+
+    @property
+    def at_start(self) -> bool:
+        """Whether a decision is taken at step 0."""
+        return self.over(MOST_STEPS).at_start
 
     def cost(self, units: Tensor) -> int:
         """Return what some units cost, bool [units], as the schedule counts; their number if each counts as one."""

@@ -121,7 +121,7 @@ class Saved:
         for d in self.history:
             if d.policy >= len(self.policies):
                 raise misfit(f"history has a decision of policy {d.policy}, and there are {len(self.policies)}")
-            if not max(before, last.get(d.policy, 0) + 1) <= d.step <= self.step:
+            if not max(before, last.get(d.policy, -1) + 1) <= d.step <= self.step:
                 raise misfit(f"history has a decision after step {d.step} that cannot be there at step {self.step}")
             if d.kept > d.units or max(d.budget, d.spent) > d.whole:
                 raise misfit(f"history has a decision after step {d.step} that keeps more units than there are")

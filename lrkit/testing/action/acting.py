@@ -95,8 +95,8 @@ class Acting(ActionClauses):
                     value, flag = wanted[name]
                     expect(
                         torch.equal(p, value) and p.requires_grad == flag,
-                        f"{name} is in a unit that lost and is kept again, and its value or requires_grad is not what it was "
-                        "before: `apply` must let kept units train, or final be True",
+                        f"{name} is in a unit that lost and is kept again, and its value or requires_grad is not what it "
+                        "was before: `apply` must let kept units train, or final be True",
                     )
 
     @clause

@@ -58,11 +58,11 @@ class Components:
         self.tally.survey([(block.name, block.count) for block in masking[0].blocks] if masking else None)
         self.count(step)
 
-    def settle(self) -> None:
-        """Let a tensor train only if no policy has it frozen; statistics follow what stops, or trains again."""
+    def settle(self, *, changed: bool) -> None:
+        """Let a tensor train only if no policy has it frozen; statistics follow if any stopped, or trains again."""
         for state in self.policies:
             state.fate.restore(state.blocks, state.kept)
-        for state in self.policies:
+        for state in self.policies if changed else ():
             state.follow()
 
     def asleep(self) -> set[int]:

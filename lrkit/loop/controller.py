@@ -256,8 +256,7 @@ class Controller:
         action.apply(state.blocks, verdict.kept, optimizer)
         lost, returned = (state.names(units) for units in (before & ~verdict.kept, verdict.kept & ~before))
         settled = state.fate.settles(bool(lost), bool(returned))
-        if settled:
-            self.components.settle()
+        self.components.settle(changed=settled)
         if self.step == state.times.last:
             state.end()
         seed = (self.seed + 1_000_003 * self.step + state.index) % 2**63

@@ -104,8 +104,11 @@ class Frozen(Fate):
 
 def _lost(blocks: Sequence[Block], kept: Tensor) -> list[nn.Parameter]:
     """Return the tensors of blocks of which no unit is kept."""
-    masks = zip(blocks, split(kept, blocks), strict=True)
-    return [tensor for block, mask in masks if not bool(mask.any()) for tensor in block.tensors]
+    stays, begin, lost = kept.tolist(), 0, []  # read at once: on a GPU, each reading waits
+    for block in blocks:
+        lost += [] if any(stays[begin : begin + block.count]) else block.tensors
+        begin += block.count
+    return lost
 
 
 _FATES = {"masked": Masked, "dimmed": Fate, "frozen": Frozen, "removed": Removed}

@@ -34,7 +34,8 @@ class Nothing(Parameterization):
 
 def on(action: Action, parameterization: Parameterization, **others: Any) -> Method:
     """Compose an action with a parameterization, with a metric that ranks every kind of unit, and with `others`."""
-    return method_with(action, parameterization=parameterization, metric=metrics.GradientUncertainty(), **others)
+    parts = {"parameterization": parameterization, "metric": metrics.GradientUncertainty(), **others}
+    return method_with(action, **parts)
 
 
 class Stage:

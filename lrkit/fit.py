@@ -4,12 +4,13 @@ A rule takes the parts that it compares, and gives the reason why they do not fi
 example, `no_units` refuses `Freeze` on a parameterization that has no matrix which trains.
 """
 
+from collections.abc import Mapping
 from typing import get_args
 
 import torch
 
 from lrkit.actions import Action, Ballot, Fate, unsound
-from lrkit.metrics import Metric
+from lrkit.metrics import Importance
 from lrkit.parameterizations import Parameterization
 from lrkit.ranks import most_of
 from lrkit.schedulers import Scheduler
@@ -18,14 +19,24 @@ from lrkit.units import UnitKind
 _ANY = 2**31 - 1
 """More units than any layer or model has."""
 
+_READS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "all": ("", get_args(UnitKind)),
+    "core": ("the core value of a component", ("component",)),
+    "component": ("whole components", ("component",)),
+    "inputs": ("layers one by one", ("component", "matrix", "layer")),
+    "gradient": ("layers one by one", ("component", "matrix", "layer")),
+}
+"""Every signal that a metric may read: what that is, and the kinds of units that have it."""
 
-def refusal(parameterization: Parameterization, metric: Metric, scheduler: Scheduler, action: Action) -> str | None:
+
+def refusal(parameterization: Parameterization, metric: Importance, scheduler: Scheduler, action: Action) -> str | None:
     """Return why these four cannot work together, by the first rule that refuses; None if they can."""
     return (
         unknown_fate(action)
         or refused_by_action(action, parameterization)
         or no_start_for_growth(action, parameterization)
         or no_units(action, parameterization)
+        or unknown_signal(metric)
         or other_units_read(metric, action)
         or no_core_read(metric, parameterization)
         or budget_that_rises(scheduler, action)
@@ -68,18 +79,25 @@ def no_units(action: Action, parameterization: Parameterization) -> str | None:
     )
 
 
-def other_units_read(metric: Metric, action: Action) -> str | None:
-    """Refuse to score matrices or layers by a metric of components."""
-    if metric.reads not in ("core", "component") or action.unit == "component":
+def unknown_signal(metric: Importance) -> str | None:
+    """Refuse a metric that reads nothing that the loop knows."""
+    if metric.reads in _READS:
         return None
-    what = "the core value of a component" if metric.reads == "core" else "whole components"
+    return f"metric {metric!r}: reads must be one of {', '.join(_READS)}, not {metric.reads!r}"
+
+
+def other_units_read(metric: Importance, action: Action) -> str | None:
+    """Refuse to score units by a signal that they do not have, such as matrices by core values."""
+    what, kinds = _READS[metric.reads]
+    if action.unit in kinds:
+        return None
     return (
         f"metric {metric!r} does not fit action {action!r}: the metric reads {what}, and the action's units are of kind "
         f"{action.unit!r}"
     )
 
 
-def no_core_read(metric: Metric, parameterization: Parameterization) -> str | None:
+def no_core_read(metric: Importance, parameterization: Parameterization) -> str | None:
     """Refuse to read core values if none train."""
     if metric.reads != "core" or any(part.core and part.trains for part in parameterization.parts):
         return None

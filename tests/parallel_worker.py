@@ -1,8 +1,10 @@
 """One of several gloo processes; run by test_parallel.py with: MODE RANK WORLD INIT_FILE OUT."""
 
 import sys
+from pathlib import Path
 
 import attrs
+import calibration_worker
 import models
 import torch
 import torch.distributed as dist
@@ -83,6 +85,10 @@ if __name__ == "__main__":
     mode, rank, world, init, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
     kind, _, names = mode.partition(":")
+    if kind == "calibration":
+        torch.save(calibration_worker.clauses(rank, world, Path(out).parent), out)
+        dist.destroy_process_group()
+        sys.exit()
     result = {}
     for name in names.split(","):
         model, adapted, sent = ddp(rank, world, METHODS[name], accumulate=2 if kind == "accumulate" else 1)

@@ -3,33 +3,19 @@
 import copy
 import random
 import warnings
-from collections.abc import Mapping
-from typing import ClassVar
 
 import attrs
+import calibration_worker
 import models
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from calibration_worker import SquaredGradient
+from test_parallel import processes
+from test_trainer import trainer
 
 import lrkit
 from lrkit.schedulers import Once
-
-
-@attrs.frozen(kw_only=True)
-class SquaredGradient(lrkit.Metric):
-    """The mean squared gradient."""
-
-    buffers: ClassVar[tuple[str, ...]] = ("sum",)
-
-    def observe(self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int) -> None:
-        """Add."""
-        state["sum"].add_(grad.square())
-
-    def score(self, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The sum."""
-        return state["sum"].clone()
 
 
 @pytest.fixture(autouse=True)
@@ -365,3 +351,103 @@ def test_nothing_is_said_beforehand():
         adapted.calibrate(BATCHES)
         adapted.bind(torch.optim.AdamW(adapted.parameters()), total_steps=4)
         adapted.check_finished()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """All cases in two processes, and the runs of one process with the rows of both."""
+    return processes("calibration", 2, tmp_path_factory.mktemp("pair")), {}
+
+
+@pytest.mark.parametrize(("name", "kind"), calibration_worker.CASES)
+def test_processes_decide_alike(name, kind, pair):
+    """Two processes decide alike and end where one process with all rows ends, whenever they were wrapped."""
+    results, alone = pair
+    with lrkit.current().lend("action", "one", calibration_worker.OneMore):
+        if name not in alone:
+            alone[name] = calibration_worker.run(name)
+    weights, history, said = results[0][name, kind]
+    assert results[1][name, kind][1] == history == alone[name][1]
+    for key, value in alone[name][0].items():
+        assert torch.equal(weights[key], results[1][name, kind][0][key])
+        torch.testing.assert_close(weights[key], value, rtol=1e-3, atol=1e-5)
+    calibrated = name not in ("frozen in bind", "grown")
+    assert any("another process has fewer batches" in each for each in said) == calibrated
+
+
+@pytest.mark.parametrize("name", ["cut", "frozen"])
+def test_trainers_processes_decide_alike(name, pair):
+    """Under DDP the Trainer calibrates after it has wrapped the model; a resumed one ends bitwise the same."""
+    first, second = (result["trainer", name] for result in pair[0])
+    for ends in zip(first, second, strict=True):
+        for weights, history in ends:
+            assert same(weights, first[0][0])
+            assert history == first[0][1]
+    assert [each[0] for each in first[0][1]] == [0]
+
+
+def test_processes_without_batches_stop(pair):
+    """If one process has no batch, all stop; and what cannot be cut is told before it is sharded."""
+    for result in pair[0]:
+        assert "in this process or another" in result["none"]
+        assert "calibrate before fully_shard" in result["sharded cut"]
+
+
+def test_trainer_calibrates_by_itself(tmp_path):
+    """The Trainer calibrates by its first batches as a bare loop does, and trains on the same batches as ever."""
+    seen = []
+
+    ends = {}
+    for count in (0, 2, 20):  # all batches that there are, in the end
+        del seen[:]
+        method = attrs.evolve(
+            METHODS["frozen"], scheduler=Once(target=0.5, calibration=count), metric=SquaredGradient()
+        )
+        t, adapted = trainer("bert", method, tmp_path, max_steps=8)
+        model = adapted.model
+        before = tensors(model)
+        model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"].clone()), with_kwargs=True)
+        t.train()
+        used = min(count, 6)
+        assert len(seen) == used + 8
+        ends[count] = seen[used:]
+        assert all(torch.equal(a, b) for a, b in zip(seen[:used], seen[used:], strict=False))
+        if count:
+            other, bare = attached(method, seed=0)
+            other.load_state_dict(before)
+            rows = models.batch(seed=7, rows=48)
+            where = [[int((rows["input_ids"] == row).all(1).nonzero()[0]) for row in batch] for batch in seen[:used]]
+            bare.calibrate([{k: v[i] for k, v in rows.items()} for i in where])
+            assert bare.history == adapted.history
+    assert all(torch.equal(a, b) for n in (2, 20) for a, b in zip(ends[0], ends[n], strict=True))
+
+
+@pytest.mark.parametrize("name", ["cut", "frozen"])
+def test_trainer_resumes_without_calibration(name, tmp_path):
+    """A Trainer that resumes has the decision of step 0 from its checkpoint, and ends bitwise the same."""
+    t, adapted = trainer("bert", METHODS[name], tmp_path, max_steps=6, save_strategy="steps", save_steps=3)
+    t.train()
+    again, other = trainer("bert", METHODS[name], tmp_path, max_steps=6)
+    other.calibrate = None  # would fail
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [d.step for d in other.history] == [0]
+    assert other.history == adapted.history
+    assert same(tensors(adapted.model), tensors(other.model))
+
+
+def test_trainer_that_begins_again_is_calibrated_once(tmp_path):
+    """If the Trainer finds a smaller batch and begins again, the decision of step 0 stays the one that was taken."""
+    t, adapted = trainer("bert", METHODS["cut"], tmp_path, max_steps=4, auto_find_batch_size=True)
+    tries, step = [], t.training_step
+
+    def training_step(*args, **kwargs):
+        if not tries:
+            tries.append(list(adapted.history))
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return step(*args, **kwargs)
+
+    t.training_step = training_step
+    with pytest.warns(lrkit.LrkitWarning, match="begins again"):
+        t.train()
+    assert adapted.history == tries[0]
+    assert adapted.step == 4

@@ -274,12 +274,12 @@ def test_final_freezes_stay() -> None:
     )
     method = attrs.evolve(switching(LoRA(rank=2), unit="layer"), also=(freeze,))
     model, adapted, optimizer = start(method)
-    one, two = adapted.controller.policies
     for at in range(STEPS):
         step(model, adapted, optimizer)
         if at == STEPS // 2:
             state = adapted.state_dict()
             adapted.load_state_dict(state)
+        one, two = adapted.controller.policies
         held = one.fate.frozen(one.blocks, one.kept) | two.fate.frozen(two.blocks, two.kept)
         assert {id(p) for p in adapted.adapter_parameters() if not p.requires_grad} == held
     assert any(d.returned for d in adapted.history if d.policy == 0)

@@ -12,6 +12,7 @@ from lrkit.adapt.heads import head_parameters
 from lrkit.adapt.optimizers import Steps, as_long_as_alive, as_one, held_by, unwrapped
 from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.saved import Loaded
+from lrkit.adapt.taps import Taps
 from lrkit.adapt.tied import passed_by
 from lrkit.adapt.weights import Weights
 from lrkit.errors import LrkitError, LrkitWarning, listing
@@ -43,6 +44,7 @@ class Binding:
         self._scale: Callable[[], float] | None = None
         self._unclipped: Unclipped | None = None
         self._looked = False
+        self.taps = Taps(model, lambda: self.controller.peers)
         self._outer = parallel.Outer(self._met)
         self._outer.hang_on(model)
         liveness.watch(self, Binding._watch)
@@ -90,7 +92,7 @@ class Binding:
             if reason := parallel.refusal(self._model, each, adaptive=bool(self.controller.policies)):
                 raise LrkitError(reason)
         trained = self._weights.parameters()
-        if reason := sharding.refusal(self._model, self.controller.run):
+        if reason := sharding.refusal(self._model, self.controller):
             raise LrkitError(reason)
         held = set().union(*map(held_by, optimizers))
         if reason := self._weights.refusal(held, self.controller.components.asleep()):
@@ -113,14 +115,18 @@ class Binding:
         self.last = as_long_as_alive(optimizers)
         liveness.watch(self, Binding._watch)
         self._scale = None if scaler is None else scaler.get_scale
+        self.taps.scale = self._scale or (lambda: 1.0)
+        self.controller.peers = sharding.peers(self._model) or self.controller.peers
         if self.penalty.exists and penalty == "gradient":
-            for handle in self.penalty.add_in_backward(self._scale or (lambda: 1.0)):
+            for handle in self.penalty.add_in_backward(self.taps.scale):
                 self._steps.hold(handle)
         self._keep_gradients()
         self._outer.hang_on(self._model)
-        now = beginning.waiting(self.controller, calibrated=False)
-        if now and beginning.decide(self.controller, now, as_one(optimizers)):
-            self.follow()
+        if now := beginning.waiting(self.controller, calibrated=False):
+            calibration.agree(self._weights, self.controller)
+            if beginning.decide(self.controller, now, as_one(optimizers)):
+                self.follow()
+        self.taps.hang(self.controller.readers())
 
     def calibrate(self, batches: Iterable[Any], loss: calibration.LossOf | None) -> None:
         """Take the decisions of step 0 that go by batches. The arguments are those of `Adapted.calibrate`."""
@@ -130,9 +136,12 @@ class Binding:
             warnings.warn(f"calibrate does nothing for this method: {why}", LrkitWarning, stacklevel=3)
             return
         self._weights.put_back()
-        if reason := sharding.refusal(self._model, self.controller.run):
+        if reason := sharding.refusal(self._model, self.controller):
             raise LrkitError(reason)
-        if calibration.calibrate(self._model, self._weights, self.controller, batches, loss):
+        self.controller.peers = parallel.peers(None)
+        with self.taps.hung(beginning.waiting(self.controller, calibrated=True)):
+            moved = calibration.calibrate(self._model, self._weights, self.controller, batches, loss)
+        if moved:
             self.follow()
 
     def _tell_others(self, held: set[int]) -> None:
@@ -161,6 +170,7 @@ class Binding:
         if self._unclipped is not None:
             self._unclipped.remove()
         self.penalty.end()
+        self.taps.hang(())
         self._steps = self._unclipped = self._outer.ddp = None
         liveness.watch(self, Binding._watch)
 
@@ -173,6 +183,7 @@ class Binding:
     def take(self, loaded: Loaded) -> None:
         """Go on with the loop of a loaded state, and say what is to be said of it, since nothing can fail any more."""
         self.controller = loaded.controller
+        self.taps.hang(self.controller.readers() if self.bound else ())
         self.follow()
         if loaded.cast:
             self.controller.warn("cast state", loaded.cast)
@@ -205,6 +216,7 @@ class Binding:
         if self.controller.after_step(optimizer):
             self.follow()
         self._keep_gradients()
+        self.taps.hang(self.controller.readers())
 
     def _keep_gradients(self) -> None:
         """Keep gradients as backward leaves them in the next step, if they are going to be read there."""
@@ -235,7 +247,7 @@ class Binding:
         if held_by(optimizer).isdisjoint(map(id, self._weights.adapter())):
             return
         trained = self._weights.parameters()
-        if reason := sharding.refusal(self._model, self.controller.run):
+        if reason := sharding.refusal(self._model, self.controller):
             raise LrkitError(reason)
         if left := sharding.left_whole(self._model, trained):
             raise LrkitError(
@@ -282,8 +294,7 @@ class Binding:
             )
 
     def _met(self, ddp: Any) -> None:
-        """Refuse what DDP cannot follow; and let chance be the same on every process, however each was seeded."""
-        if self.bound and self.controller.run.grows:
-            raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
+        """Let chance be the same on every process of a DDP module, however each was seeded."""
         if ddp is not self._outer.ddp and self.controller.policies:
             self.controller.seed = parallel.first_says(self.controller.seed, ddp)
+            self.controller.peers = parallel.peers(ddp)

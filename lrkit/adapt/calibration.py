@@ -42,8 +42,7 @@ def calibrate(
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         raise LrkitError(f"calibrate takes a list of batches, or an iterator, not {type(batches).__name__}")
     states = beginning.waiting(loop, calibrated=True)
-    if several():
-        loop.seed = _agree(weights, loop.seed)
+    agree(weights, loop)
     try:
         with _undisturbed(model):
             seen, left = 0, iter(batches)
@@ -130,15 +129,17 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 # ---- several processes ----
 
 
-def _agree(weights: Weights, seed: int) -> int:
-    """Begin as the first process does: take over what trains or was put in, and return its seed."""
+def agree(weights: Weights, loop: Controller) -> None:
+    """Begin as the first of several processes does: take over what trains or was put in, and its seed."""
+    if not several():
+        return
     distributed: Any = torch.distributed
     for tensor in weights.saved().values():
         if not is_sharded(tensor):
             distributed.broadcast(tensor.detach(), 0)
-    told = torch.tensor(seed, dtype=torch.int64, device=weights.parameters()[0].device)
+    told = torch.tensor(loop.seed, dtype=torch.int64, device=weights.parameters()[0].device)
     distributed.broadcast(told, 0)
-    return int(told)
+    loop.seed = int(told)
 
 
 def _next(left: Iterator[Any], loop: Controller, weights: Weights) -> Any:
@@ -170,6 +171,6 @@ def _average(trained: list[nn.Parameter]) -> None:
     flat = torch.cat([there, *parts])
     distributed.all_reduce(flat)
     flat /= distributed.get_world_size()
-    means = flat[len(whole) :].split([p.numel() for p in whole])
+    means = torch.split(flat[len(whole) :], [p.numel() for p in whole])
     for p, mean, share in zip(whole, means, flat[: len(whole)].tolist(), strict=True):
         p.grad = mean.view(p.shape).to(p) if share else None

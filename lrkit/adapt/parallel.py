@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lrkit.loop.remembered import Peers
+
 
 def refusal(model: nn.Module, optimizer: object, *, adaptive: bool) -> str | None:
     """Say why a method cannot run under this way of training in parallel; None if it can.
@@ -94,6 +96,22 @@ def first_says(number: int, ddp: Any) -> int:
     group, distributed = ddp.process_group, torch.distributed
     distributed.broadcast(told, distributed.get_global_rank(group, 0), group=group)
     return int(told)
+
+
+def peers(ddp: Any) -> Peers | None:
+    """Return the processes of a DDP module, or all that there are if it is None; None if this one is alone."""
+    distributed: Any = torch.distributed
+    if ddp is None and not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = None if ddp is None else ddp.process_group
+    count = distributed.get_world_size(group)
+
+    def tell(values: torch.Tensor) -> torch.Tensor:
+        told = [torch.empty_like(values) for _ in range(count)]
+        distributed.all_gather(told, values.contiguous(), group=group)
+        return torch.stack(told)
+
+    return Peers(count, tell) if count > 1 else None
 
 
 def follow(ddp: Any) -> None:

@@ -18,10 +18,10 @@ from lrkit.loop.history import Decision
 from lrkit.loop.layout import GradientOf, own_gradient
 from lrkit.loop.liveness import Liveness
 from lrkit.loop.policy import PolicyState
+from lrkit.loop.remembered import Observed, Peers
 from lrkit.loop.resizing import Ranks
 from lrkit.loop.run import Run
 from lrkit.loop.state import Saved
-from lrkit.loop.statistics import Observed
 from lrkit.loop.tally import Tally
 
 
@@ -45,6 +45,7 @@ class Controller:
         self.run = run
         self.warn = Once() if warn is None else warn
         self._scale: Tensor | None = None
+        self.peers: Peers | None = None
         self.step = 0
         self.total_steps: int | None = None
         self.history: list[Decision] = []
@@ -96,6 +97,7 @@ class Controller:
         """
         made = Controller(self.run, saved, tensors, self.warn)
         made.schedule(max(self.total_steps or 0, made.total_steps or 0) or None)
+        made.peers = self.peers
         return made
 
     def check(self, saved: Saved, tensors: Mapping[str, Tensor]) -> None:
@@ -161,6 +163,10 @@ class Controller:
         """Whether a metric measures gradients as they were before clipping."""
         return any(state.policy.metric.measure == "before-clipping" for state in self.policies)
 
+    def readers(self) -> list[PolicyState]:
+        """Return the policies that observe the next step and read what goes through layers."""
+        return [state for state in self.policies if state.statistics.reads and state.observes(self.step + 1)]
+
     def before_step(
         self, scale: Tensor | None = None, unclipped: Unclipped | None = None, loss_scale: float | None = None
     ) -> None:
@@ -218,7 +224,7 @@ class Controller:
         return moved
 
     def _observe(self, state: PolicyState, step: int, scale: Tensor | None, of: GradientOf = own_gradient) -> None:
-        if state.ended or state.times is None or not state.times.observes(step):
+        if not state.observes(step):
             return
         self.take_in(state, step, scale, of, scoring=state.due(step))
 
@@ -232,15 +238,9 @@ class Controller:
         scoring: bool = False,
     ) -> None:
         """Let a policy observe the gradients of a step, or at step 0 of a batch; say what was wrong with them."""
-        seen: Observed = state.statistics.observe(scale, of, scoring=scoring)
-        if seen.missing:
-            self.warn(
-                "none",
-                f"{seen.missing} of {seen.of} adapter tensors have no gradient at step {step}: they count as zero. Were "
-                "they left out of the graph, or the gradients cleared before the step?",
-            )
-        if not seen.finite:
-            self.warn("finite", f"gradients are not finite at step {step}: the statistics skip this step")
+        seen: Observed = state.statistics.observe(scale, of, scoring=scoring, peers=self.peers)
+        for key, message in seen.warnings(step):
+            self.warn(key, message)
 
     def _decide(self, state: PolicyState, optimizer: torch.optim.Optimizer | None) -> tuple[Decision, bool]:
         """Take one policy's decision, and carry it out. Returns its record, and whether tensors stopped or were resized."""
@@ -257,10 +257,10 @@ class Controller:
         lost, returned = (state.names(units) for units in (before & ~verdict.kept, verdict.kept & ~before))
         settled = state.fate.settles(bool(lost), bool(returned))
         self.components.settle(changed=settled)
-        if self.step == state.times.last:
-            state.end()
         seed = (self.seed + 1_000_003 * self.step + state.index) % 2**63
         fresh = self.components.renew(state, verdict, optimizer, seed)
+        if self.step == state.times.last:
+            state.end()
         decision = Decision(
             step=self.step,
             policy=state.index,

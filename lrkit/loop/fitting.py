@@ -46,11 +46,14 @@ def check(run: Run, saved: Saved, tensors: Mapping[str, Tensor], bound_for: int 
         return shape, id(p) not in frozen
 
     for state in policies:
-        layout = state.layout(look)
-        sizes = {f"policy.{state.index}.buffer.{n}": layout.size for n in _buffers(state)}
-        for name, size in (sizes | {f"policy.{state.index}.still": layout.still_size}).items():
-            if tensors[name].dtype != torch.float32 or tensors[name].shape != (size,):
-                raise misfit(f"{name} is not float32 [{size}]")
+        prefix = f"policy.{state.index}"
+        blank = {f"{prefix}.{name}": tensor for name, tensor in state.blank(look).items()}
+        given = {name for name in tensors if name.startswith(f"{prefix}.")} - {f"{prefix}.kept"}
+        if given != set(blank):
+            raise misfit(f"{', '.join(sorted(given ^ set(blank)))} missing or not expected")
+        for name, like in blank.items():
+            if tensors[name].dtype != like.dtype or tensors[name].shape != like.shape:
+                raise misfit(f"{name} is not {str(like.dtype).removeprefix('torch.')} {list(like.shape)}")
     known = {"weight", *(f"policy.{state.index}" for state in policies)}
     if odd := [n for n in tensors if ".".join(n.split(".", 2)[: 1 if n.startswith("weight.") else 2]) not in known]:
         raise misfit(f"{shown(odd[0])} is not expected")
@@ -68,11 +71,9 @@ def policies_of(run: Run, saved: Saved, tensors: Mapping[str, Tensor]) -> list[P
     for state, record in zip(policies, saved.policies, strict=True):
         state.ended = record.ended
         prefix = f"policy.{state.index}"
-        expected = {f"{prefix}.kept", f"{prefix}.still", *(f"{prefix}.buffer.{name}" for name in _buffers(state))}
-        given = {name for name in tensors if name.startswith(f"{prefix}.")}
-        if given != expected:
-            raise misfit(f"{', '.join(sorted(given ^ expected))} missing or not expected")
-        kept = tensors[f"{prefix}.kept"]
+        kept = tensors.get(f"{prefix}.kept")
+        if kept is None:
+            raise misfit(f"{prefix}.kept missing or not expected")
         state.take(numbers, state.kept)
         count = sum(block.count for block in state.blocks)
         if kept.dtype != torch.bool or kept.shape != (count,):
@@ -88,10 +89,6 @@ def sums_of(run: Run, saved: Saved) -> dict[str, int]:
     A state without a number for these is of a time when none of them ever stopped.
     """
     return {**saved.sums, BESIDE: saved.step * run.starts[BESIDE] if saved.beside is None else saved.beside}
-
-
-def _buffers(state: PolicyState) -> tuple[str, ...]:
-    return () if state.ended else tuple(state.policy.metric.buffers)
 
 
 def _check_progress(state: PolicyState, saved: Saved, total: int) -> None:

@@ -23,6 +23,7 @@ _READS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "all": ("", get_args(UnitKind)),
     "core": ("the core value of a component", ("component",)),
     "component": ("whole components", ("component",)),
+    "nothing": ("", get_args(UnitKind)),
     "inputs": ("layers one by one", ("component", "matrix", "layer")),
     "gradient": ("layers one by one", ("component", "matrix", "layer")),
 }

@@ -253,6 +253,7 @@ class PolicyState:
             layers=len(blocks),
             seed=seed,
             costs=None if each is None else (lambda: self._by_unit(blocks, each)),
+            memory=self.statistics.memory,
         )
         action = self.policy.action
         verdict = action.decide(ballot)

@@ -39,7 +39,7 @@ def lisa(
 
 def adagradselect(
     *,
-    active: Amount = 0.3,
+    active: Amount = 2,
     interval: Time = 1,
     exploration: int = 100,
     epsilon: float = 1.0,
@@ -54,7 +54,7 @@ def adagradselect(
     paper's text was not at hand.
 
     Args:
-        active: how many blocks train at a time: a share of all, or their number.
+        active: how many blocks train at a time, or a share of them, cut to a whole number.
         interval: steps between decisions.
         exploration: how many decisions the first phase has: those of the first epoch.
         epsilon: ε at first.
@@ -65,7 +65,7 @@ def adagradselect(
     return lrkit.Method(
         parameterization=lrkit.parameterizations.Full(),
         metric=GradientNorm(),
-        scheduler=lrkit.schedulers.Constant(target=active, interval=interval, rounding="up", ending="open"),
+        scheduler=lrkit.schedulers.Constant(target=active, interval=interval, ending="open"),
         action=EpsilonGreedy(exploration=exploration, epsilon=epsilon, decay=decay, delta=delta, state=state),
     )
 

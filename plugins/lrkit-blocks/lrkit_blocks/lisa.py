@@ -1,7 +1,7 @@
 """The parts of LISA that lrkit has not: lots, a decision before the first step and one every K (Pan et al., 2403.17919)."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import attrs
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 import lrkit
 from lrkit.actions import Ballot, Switch, Verdict
 from lrkit.metrics import Parts
-from lrkit.settings import Amount, Time, count_or_share
+from lrkit.settings import OWN, Amount, Time, count_or_share, one_of
 
 
 @attrs.frozen(kw_only=True)
@@ -49,9 +49,11 @@ class Periodic(lrkit.schedulers.Constant):
     at_start = True
 
     target: Amount = attrs.field(default=2, validator=count_or_share())
-    start: Amount = attrs.field(default=attrs.Factory(lambda self: self.target, takes_self=True))
+    start: Amount = attrs.field(default=attrs.Factory(lambda self: self.target, takes_self=True), metadata=OWN)
     interval: Time = attrs.field(default=20, validator=count_or_share(1))
-    ending: str = attrs.field(default="open", validator=attrs.validators.in_(("open",)))  # type: ignore[assignment]
+    ending: Literal["fixed", "peft", "released", "open", "every-step"] = attrs.field(
+        default="open", validator=one_of(("open",)), metadata=OWN
+    )
 
     @start.validator
     def _as_the_target(self, attribute: object, value: object) -> None:

@@ -117,7 +117,7 @@ def test_lisa_trains_a_few_blocks(form: Any) -> None:
 def test_lisa_decides_by_default() -> None:
     """In a run of 20 steps it decides before the first step and after the last; the history shows who trains."""
     *_, (adapted, _, _) = run(lrkit_blocks.lisa(), 20)
-    assert [(d.step, d.kept, len(d.lost)) for d in adapted.history][0] == (0, 2, 2)
+    assert [(d.step, d.kept, len(d.lost)) for d in adapted.history][:1] == [(0, 2, 2)]
     assert [d.step for d in adapted.history] == [0, 20]
 
 
@@ -214,7 +214,7 @@ def test_adagradselect_counts_choices() -> None:
             chosen[name] = chosen.get(name, 0) + 1
         memory = dict(zip(state.unit_names, state.statistics.memory["chosen"].tolist(), strict=True))
         assert {name: n for name, n in memory.items() if n} == chosen
-        assert len(keeps) == 2  # 0.3 of 4, rounded up
+        assert len(keeps) == 2
     assert len(adapted.history) == 12 and any(d.returned for d in adapted.history)
 
 

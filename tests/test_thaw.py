@@ -17,6 +17,7 @@ import lrkit
 from lrkit import accounting
 from lrkit.actions import Ballot, Freeze, Switch, Verdict, best
 from lrkit.adapt.body import block_names
+from lrkit.loop.history import training
 from lrkit.metrics import GradientUncertainty, Random
 from lrkit.parameterizations import SVD, Full, LoRA
 from lrkit.schedulers import Constant, Scheduler
@@ -381,3 +382,18 @@ def test_frozen_blocks_cost_nothing() -> None:
         step(model, adapted, optimizer)
     after = accounting.flops(model, batch)
     assert after.forward == before.forward and after.backward < before.backward
+
+
+def test_a_history_says_how_long_each_trained() -> None:
+    """The share of steps in which a layer trained follows from the decisions: of blocks, of matrices, or of neither."""
+    for method in (switching(), switching(LoRA(rank=2), unit="matrix")):
+        model, adapted, optimizer = start(method)
+        trained = dict.fromkeys(adapted.adapters, 0.0)
+        parts = [part for part in method.parameterization.parts if part.matrix]
+        for _ in range(STEPS):
+            for name, module in adapted.adapters.items():
+                flags = [part.of(module).requires_grad for part in parts]
+                trained[name] += sum(flags) / len(flags) / STEPS
+            step(model, adapted, optimizer)
+        assert training(adapted.history, STEPS, list(adapted.adapters)) == pytest.approx(trained)
+    assert training([d for d in adapted.history if not d.returned], STEPS, list(adapted.adapters)) == {}

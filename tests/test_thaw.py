@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
@@ -14,6 +15,7 @@ import transformers
 from torch import nn
 
 import lrkit
+import lrkit.trainer
 from lrkit import accounting
 from lrkit.actions import Ballot, Freeze, Switch, Verdict, best
 from lrkit.adapt.body import block_names
@@ -397,3 +399,34 @@ def test_a_history_says_how_long_each_trained() -> None:
             step(model, adapted, optimizer)
         assert training(adapted.history, STEPS, list(adapted.adapters)) == pytest.approx(trained)
     assert training([d for d in adapted.history if not d.returned], STEPS, list(adapted.adapters)) == {}
+
+
+def test_trainers_hold_all_blocks(tmp_path: Path) -> None:
+    """transformers' Trainer makes its optimizer of what requires a gradient: a run that is loaded trains all blocks."""
+    model, adapted, optimizer = start(switching())
+    for _ in range(3):
+        step(model, adapted, optimizer)
+    adapted.save(tmp_path)
+    adapted = lrkit.load(models.make("bert", seed=3), tmp_path)
+    frozen = [p for p in adapted.parameters() if not p.requires_grad]
+    rows = [{key: value[0] for key, value in models.batch(seed=i, rows=1).items()} for i in range(STEPS)]
+    trainer = transformers.Trainer(
+        adapted.model,
+        transformers.TrainingArguments(
+            str(tmp_path),
+            max_steps=STEPS - 3,
+            per_device_train_batch_size=1,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+        ),
+        train_dataset=rows,  # type: ignore[arg-type]
+        callbacks=[lrkit.trainer.AdaptCallback(adapted)],
+    )
+    trainer.train()
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert frozen and held >= set(map(id, frozen))
+    held_down = adapted.controller.policies[0].fate.frozen(
+        adapted.controller.policies[0].blocks, adapted.controller.policies[0].kept
+    )
+    assert {id(p) for p in adapted.parameters() if not p.requires_grad} == held_down

@@ -125,6 +125,7 @@ class Controller:
     def begin(self, total_steps: int) -> None:
         """Bind every schedule to the length of the run, and say what it will not reach. Raises as `schedule`."""
         self.schedule(total_steps)
+        self.components.settle(changed=False)  # for an optimizer that takes what trains, all may have been let train
         self.foretell(total_steps)
 
     def foretell(self, total_steps: int) -> None:

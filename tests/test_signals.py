@@ -263,6 +263,12 @@ def test_convolutions_have_patches():
     torch.testing.assert_close(streams(adapted)["0"]["gradient"], want.flatten(1), rtol=1e-4, atol=1e-3)
 
 
+def test_quantile_of_entries_is_refused():
+    """An action that goes by entry-wise scores is refused beside a layer metric, with both named."""
+    with pytest.raises(lrkit.LrkitError, match=r"InputNorm.*does not fit action Freeze.*scores of entries"):
+        attrs.evolve(freezing(InputNorm()), action=lrkit.actions.Freeze(rule="quantile"))
+
+
 def test_layers_without_rows_are_refused():
     """An embedding has no rows that a metric can read, and is named."""
     with pytest.raises(lrkit.LrkitError, match=r"word_embeddings.*token ids"):

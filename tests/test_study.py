@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,74 +79,66 @@ def checkpoints(out):
     return len(list(out.glob("cells/*/checkpoints/checkpoint-*")))
 
 
+def wait_for_checkpoint(process, out):
+    """Wait until some cell has one, and return the pids of the workers that have begun."""
+    deadline = time.monotonic() + 60
+    while not checkpoints(out) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert checkpoints(out), process.communicate()
+    return [e["pid"] for cell in (out / "cells").iterdir() for e in events(cell) if e["event"] == "begin"]
+
+
+def ends(pid):
+    """Whether a process comes to its end within five seconds."""
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_killed_study_resumes(place, tmp_path, undisturbed):
-    """A study that is killed at random and run again comes to the same bytes as one that never was."""
+    """A study that is killed, and one of its workers, comes to the same bytes as one that never was.
+
+    First the study's process alone is killed, amid a cell: its workers end as well, though no signal reaches them. Then all
+    of them, at random. At last a worker: that costs a retry from the checkpoint.
+    """
     chance, out = random.Random(4), tmp_path / "killed"
-    kills, amid = 0, 0
-    for kill in range(2):
-        process = start(place, out, 2)
-        # Somewhere in the cells: what comes before is the same every time. The second time amid a cell: its third checkpoint
-        # has been begun, so the second is whole.
-        deadline = time.monotonic() + 60
-        before = sum(1 for _ in out.glob("cells/*/attempts.jsonl"))
-        while process.poll() is None and time.monotonic() < deadline:
-            if kill and any(out.glob("cells/*/checkpoints/checkpoint-[3-9]")):
-                break
-            if not kill and sum(1 for _ in out.glob("cells/*/attempts.jsonl")) > before:
-                time.sleep(chance.uniform(0.0, 0.8))
-                break
-            time.sleep(0.005)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.communicate()
-        amid += any(checkpoints(out) for _ in (0,))
-        for path in out.glob("cells/*/result.json"):
-            assert json.loads(path.read_text())["steps"] == 14
-    assert kills == 2 and amid >= 1, "no kill fell into a cell"
     process = start(place, out, 2)
+    pids = wait_for_checkpoint(process, out)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    outlived = [pid for pid in pids if not ends(pid)]
+    for pid in outlived:
+        os.kill(pid, signal.SIGKILL)
+    assert not outlived, "a worker outlived its study"
+    process = start(place, out, 2)
+    before, deadline = sum(1 for cell in (out / "cells").iterdir() for _ in events(cell)), time.monotonic() + 60
+    while sum(1 for cell in (out / "cells").iterdir() for _ in events(cell)) == before and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(chance.uniform(0.0, 0.8))
+    assert process.poll() is None, "it was over before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    for path in out.glob("cells/*/result.json"):
+        assert json.loads(path.read_text())["steps"] == 14
+    begun = {e["pid"] for cell in (out / "cells").iterdir() for e in events(cell) if e["event"] == "begin"}
+    process = start(place, out, 2)
+    mine, deadline = set(), time.monotonic() + 60
+    while not mine and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        running = [cell for cell in (out / "cells").iterdir() if any(cell.glob("checkpoints/checkpoint-*"))]
+        mine = {e["pid"] for cell in running for e in events(cell) if e["event"] == "begin"} - begun
+    os.kill(mine.pop(), signal.SIGKILL)
     told, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, told
+    assert process.returncode == 0 and re.match(r"6 [1-6] \(\)", told), told
     assert results(out) == undisturbed
     for cell in (out / "cells").iterdir():
         assert [e["event"] for e in events(cell)].count("end") <= 1, "a cell ran twice to its end"
         assert not (cell / "checkpoints").exists()
     assert any(e.get("from_step") for cell in (out / "cells").iterdir() for e in events(cell)), "nothing was resumed"
-    again = start(place, out, 2)
-    assert again.communicate(timeout=60)[0].startswith("6 0 ")
-
-
-def test_dead_worker_is_retried(place, tmp_path, undisturbed):
-    """A worker that is killed costs a retry from the checkpoint, and changes no result."""
-    out = tmp_path / "out"
-    process = start(place, out, 2)
-    deadline = time.monotonic() + 60
-    while not checkpoints(out) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    pids = [e["pid"] for cell in (out / "cells").iterdir() for e in events(cell) if e["event"] == "begin"]
-    os.kill(pids[-1], signal.SIGKILL)
-    told, _ = process.communicate(timeout=120)
-    assert told.startswith("6 6 ()"), told
-    assert results(out) == undisturbed
-
-
-def test_workers_end_too(place, tmp_path):
-    """When the study's process is killed, its workers end as well."""
-    out = tmp_path / "out"
-    process = start(place, out, 1)
-    deadline = time.monotonic() + 60
-    while not checkpoints(out) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    pid = next(e["pid"] for cell in (out / "cells").iterdir() for e in events(cell))
-    os.kill(process.pid, signal.SIGKILL)  # the parent alone: no signal reaches the worker
-    process.communicate()
-    for _ in range(100):
-        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
-            break
-        time.sleep(0.05)
-    else:
-        os.kill(pid, signal.SIGKILL)
-        pytest.fail("the worker outlived its study")
+    again = execute(lay_out(killed_study.study(place)), out, workers=0, threads=1, costs=False)
+    assert (again.done, again.ran, again.failed) == (6, 0, ())
 
 
 def test_cells_are_independent(place, tmp_path):
@@ -430,11 +424,13 @@ def test_damaged_checkpoint_passed_over(place, tmp_path):
     job = jobs_of(plan)[0].cell
     from lrkit.study.run import Record
 
+    stopped = tmp_path / "stopped" / job.key
+    with stopped_at(5):
+        answer = run_cell(job.to_plain(), str(stopped), {"checkpoint_seconds": 0.0})
+    assert answer["status"] == "failed" and Record(folder=stopped).step() == 4
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "lrkit.safetensors"):
-        cell = tmp_path / name / job.key
-        with stopped_at(5):
-            answer = run_cell(job.to_plain(), str(cell), {"checkpoint_seconds": 0.0})
-        assert answer["status"] == "failed" and Record(folder=cell).step() == 4
+        cell = shutil.copytree(stopped, tmp_path / name / job.key)
+        assert Record(folder=cell).step() == 4
         (damaged,) = cell.glob(f"checkpoints/*/{name}")
         damaged.write_bytes(damaged.read_bytes()[:-3])
         assert Record(folder=cell).step() == 0

@@ -95,7 +95,7 @@ class Binding:
         if reason := sharding.refusal(self._model, self.controller):
             raise LrkitError(reason)
         held = set().union(*map(held_by, optimizers))
-        if reason := self._weights.refusal(held, self.controller.run.grows):
+        if reason := self._weights.refusal(held, self.controller.components.asleep()):
             raise LrkitError(reason)
         if reason := self.controller.objection(total_steps):
             raise LrkitError(reason)

@@ -15,6 +15,7 @@ from lrkit.parameterizations import LowRank, Target
 from lrkit.parameterizations.lowrank import new_factor
 from lrkit.ranks import SCALES, Rank, ScaleBy, as_rank, is_rank
 from lrkit.settings import one_of, real, whole
+from lrkit.shards import held, mine
 from lrkit.units import UnitKind, split
 
 Updates = Literal["all", "row"]
@@ -190,7 +191,8 @@ class Draw(lrkit.Action):
     def apply(self, blocks: Sequence[lrkit.Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         """Open the gates of those that are kept, and shut the others."""
         for block, open_ in zip(blocks, split(kept, blocks), strict=True):
-            block.module.get_parameter("core").copy_(open_)
+            gates = block.module.get_parameter("core")
+            held(gates).copy_(mine(open_, gates))
 
 
 def truncate(adapted: lrkit.Adapted, rank: int) -> None:

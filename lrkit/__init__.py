@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lrkit.hookspecs import hookimpl
     from lrkit.loop.history import Decision
     from lrkit.method import Method, Policy
-    from lrkit.metrics import Metric
+    from lrkit.metrics import LayerMetric, Metric
     from lrkit.parameterizations import Parameterization
     from lrkit.peft import export, from_peft, push_to_hub
     from lrkit.registry import Registry, current
@@ -38,6 +38,7 @@ _HOMES = {
     "Allocation": "adapt.allocation",
     "Block": "units",
     "Decision": "loop.history",
+    "LayerMetric": "metrics",
     "LrkitError": "errors",
     "LrkitWarning": "errors",
     "Method": "method",
@@ -80,6 +81,7 @@ __all__ = [
     "Allocation",
     "Block",
     "Decision",
+    "LayerMetric",
     "LrkitError",
     "LrkitWarning",
     "Method",

@@ -284,9 +284,7 @@ def memory(adapted: Adapted, optimizer: torch.optim.Optimizer | None = None) -> 
     unique = _unique(adapted.model)
     states = optimizer.state.values() if optimizer is not None else ()
     policies = adapted.controller.policies
-    held = [state.statistics for state in policies]
-    own = [state.kept for state in policies]
-    own += [t for each in held for t in (each.still, *each.buffers.values(), *each.layout.index)]
+    own = [tensor for state in policies for tensor in (state.kept, *state.statistics.held())]
     return Bytes(
         parameters=_bytes(unique),
         gradients=_bytes([p.grad for p in unique if p.grad is not None]),

@@ -4,33 +4,49 @@ A rule takes the parts that it compares, and gives the reason why they do not fi
 example, `no_units` refuses `Freeze` on a parameterization that has no matrix which trains.
 """
 
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import get_args
 
 import torch
+from torch import Tensor
 
 from lrkit.actions import Action, Ballot, Fate, unsound
-from lrkit.metrics import Metric
+from lrkit.metrics import Importance
 from lrkit.parameterizations import Parameterization
 from lrkit.ranks import most_of
 from lrkit.schedulers import Scheduler
 from lrkit.units import UnitKind
 
 _ANY = 2**31 - 1
-"""More units than any layer has."""
+"""More units than any layer or model has."""
+
+_READS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "all": ("", get_args(UnitKind)),
+    "core": ("the core value of a component", ("component",)),
+    "component": ("whole components", ("component",)),
+    "nothing": ("", get_args(UnitKind)),
+    "inputs": ("layers one by one", ("component", "matrix", "layer")),
+    "gradient": ("layers one by one", ("component", "matrix", "layer")),
+}
+"""Every signal that a metric may read: what that is, and the kinds of units that have it."""
 
 
-def refusal(parameterization: Parameterization, metric: Metric, scheduler: Scheduler, action: Action) -> str | None:
+def refusal(parameterization: Parameterization, metric: Importance, scheduler: Scheduler, action: Action) -> str | None:
     """Return why these four cannot work together, by the first rule that refuses; None if they can."""
     return (
         unknown_fate(action)
         or refused_by_action(action, parameterization)
         or no_start_for_growth(action, parameterization)
         or no_units(action, parameterization)
+        or unknown_signal(metric)
         or other_units_read(metric, action)
         or no_core_read(metric, parameterization)
+        or no_entries(metric, action)
         or budget_that_rises(scheduler, action)
         or budget_above_units(scheduler, action, parameterization)
         or budget_in_costs(scheduler, action)
+        or no_optimizer_yet(scheduler, action)
     )
 
 
@@ -67,18 +83,25 @@ def no_units(action: Action, parameterization: Parameterization) -> str | None:
     )
 
 
-def other_units_read(metric: Metric, action: Action) -> str | None:
-    """Refuse to score matrices or layers by a metric of components."""
-    if metric.reads not in ("core", "component") or action.unit == "component":
+def unknown_signal(metric: Importance) -> str | None:
+    """Refuse a metric that reads nothing that the loop knows."""
+    if metric.reads in _READS:
         return None
-    what = "the core value of a component" if metric.reads == "core" else "whole components"
+    return f"metric {metric!r}: reads must be one of {', '.join(_READS)}, not {metric.reads!r}"
+
+
+def other_units_read(metric: Importance, action: Action) -> str | None:
+    """Refuse to score units by a signal that they do not have, such as matrices by core values."""
+    what, kinds = _READS[metric.reads]
+    if action.unit in kinds:
+        return None
     return (
         f"metric {metric!r} does not fit action {action!r}: the metric reads {what}, and the action's units are of kind "
         f"{action.unit!r}"
     )
 
 
-def no_core_read(metric: Metric, parameterization: Parameterization) -> str | None:
+def no_core_read(metric: Importance, parameterization: Parameterization) -> str | None:
     """Refuse to read core values if none train."""
     if metric.reads != "core" or any(part.core and part.trains for part in parameterization.parts):
         return None
@@ -133,11 +156,40 @@ def budget_in_costs(scheduler: Scheduler, action: Action) -> str | None:
     return f'{type(scheduler).__name__}.amount = "{scheduler.amount}" does not fit action {action!r}: {why}'
 
 
+def no_optimizer_yet(scheduler: Scheduler, action: Action) -> str | None:
+    """Refuse a proximal step, which reads an optimizer's rates, in a decision that is taken before there is an optimizer."""
+    if not scheduler.calibration or type(action).proximal is Action.proximal:
+        return None
+    return (
+        f"scheduler {scheduler!r} does not fit action {action!r}: it decides by batches before any optimizer is bound, and "
+        "the action's proximal step reads the optimizer"
+    )
+
+
+def no_entries(metric: Importance, action: Action) -> str | None:
+    """Refuse an action that goes by entry-wise scores beside a metric that scores units as they are."""
+    if metric.reads not in ("inputs", "gradient"):
+        return None
+    asked = []
+    with suppress(Exception):  # whatever a plug-in's own choice may raise on units that are made up
+        action.decide(_three_units(None, lambda: asked.append(True) or torch.tensor([3.0, 2.0, 1.0])))
+    if not asked:
+        return None
+    return (
+        f"metric {metric!r} does not fit action {action!r}: the action asks for scores of entries, and it scores units"
+    )
+
+
+def _three_units(costs: Tensor | None, entries: Callable[[], Tensor] | Tensor) -> Ballot:
+    """Return a ballot of three made-up units of one layer and a budget of 2, of which the best has three entries."""
+    scores, sizes, places = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([3, 1, 1]), torch.zeros(3, dtype=torch.long)
+    everyone = torch.ones(3, dtype=torch.bool)
+    return Ballot(scores, everyone, 2, 0.4, entries, places + 1, places, sizes, layers=1, costs=costs)
+
+
 def _keeps_to_costs(action: Action) -> bool:
     """Try an action's choice on three units, of which the best alone costs more than the budget."""
-    scores, costs, places = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([3, 1, 1]), torch.zeros(3, dtype=torch.long)
-    everyone = torch.ones(3, dtype=torch.bool)
-    ballot = Ballot(scores, everyone, 2, 0.4, scores, places + 1, places, costs, layers=1, costs=costs)
+    ballot = _three_units(torch.tensor([3, 1, 1]), torch.tensor([3.0, 2.0, 1.0]))
     try:
         return unsound(action, action.decide(ballot), ballot, 3) is None
     except Exception:  # whatever a plug-in's own choice may raise on units that are made up
@@ -145,12 +197,15 @@ def _keeps_to_costs(action: Action) -> bool:
 
 
 def most_units(parameterization: Parameterization, kind: UnitKind) -> int:
-    """Return the largest number of units of a kind that one layer may have and that train; 0 if there are none."""
+    """Return the largest number of units of a kind that one layer, or for blocks a model, may have; 0 if none train."""
     live = [part for part in parameterization.parts if part.trains]
     matrices = sum(part.matrix for part in live)
     if kind == "component":
         rank = _ANY if parameterization.components is None else most_of(parameterization.components)
         return rank if any(part.axis is not None for part in live) else 0
+    if kind == "block":  # as many as the model has
+        own = type(parameterization).own_parameters is not Parameterization.own_parameters
+        return _ANY if live or own else 0
     return matrices if kind == "matrix" else min(matrices, 1)
 
 

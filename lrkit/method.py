@@ -17,7 +17,7 @@ from lrkit import fit
 from lrkit.actions import Action
 from lrkit.errors import LrkitError, shown
 from lrkit.hookspecs import Kind
-from lrkit.metrics import Metric
+from lrkit.metrics import Importance
 from lrkit.parameterizations import Parameterization
 from lrkit.retired import outdated
 from lrkit.schedulers import Scheduler
@@ -45,7 +45,7 @@ def _is_a(base: type, *, optional: bool = False) -> Any:
 class Policy:
     """A metric, a scheduler and an action that work together."""
 
-    metric: Metric = attrs.field(validator=_is_a(Metric))
+    metric: Importance = attrs.field(validator=_is_a(Importance))
     scheduler: Scheduler = attrs.field(validator=_is_a(Scheduler))
     action: Action = attrs.field(validator=_is_a(Action))
 
@@ -75,7 +75,7 @@ class Method:
     """
 
     parameterization: Parameterization = attrs.field(validator=_is_a(Parameterization))
-    metric: Metric | None = attrs.field(default=None, validator=_is_a(Metric, optional=True))
+    metric: Importance | None = attrs.field(default=None, validator=_is_a(Importance, optional=True))
     scheduler: Scheduler | None = attrs.field(default=None, validator=_is_a(Scheduler, optional=True))
     action: Action | None = attrs.field(default=None, validator=_is_a(Action, optional=True))
     also: tuple[Policy, ...] = attrs.field(default=(), converter=_as_tuple)

@@ -21,14 +21,14 @@ from lrkit.errors import LrkitError, LrkitWarning, nearest
 from lrkit.foreign import ForeignError
 from lrkit.hookspecs import KINDS, Kind
 from lrkit.method import Method
-from lrkit.metrics import Metric
+from lrkit.metrics import Importance
 from lrkit.parameterizations import Parameterization
 from lrkit.schedulers import Scheduler
 from lrkit.vetting import Offer, imported, installed, offers_of
 
 BASES: Mapping[Kind, type] = {
     "parameterization": Parameterization,
-    "metric": Metric,
+    "metric": Importance,
     "scheduler": Scheduler,
     "action": Action,
 }

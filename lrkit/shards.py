@@ -6,6 +6,7 @@ For a plain tensor each function returns what it is given, so that nobody has to
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -26,6 +27,8 @@ def held(p: Tensor) -> Tensor:
 def whole(p: Tensor) -> Tensor:
     """Return all of a tensor, on every process; a gradient goes back to the piece that each holds."""
     sharded: Any = p
+    if is_sharded(p) and not p.numel():  # torch fails to gather [n, 0]
+        return torch.empty(p.shape, dtype=p.dtype, device=p.device)
     return sharded.full_tensor() if is_sharded(p) else p
 
 

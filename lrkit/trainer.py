@@ -5,10 +5,12 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,6 +19,7 @@ from lrkit.adapt import checkpoint
 from lrkit.adapt.adapted import Adapted
 from lrkit.adapt.quantized import let_train
 from lrkit.errors import LrkitError, LrkitWarning, shown
+from lrkit.loop import beginning
 from lrkit.shards import is_sharded
 
 
@@ -30,6 +33,9 @@ class AdaptCallback(TrainerCallback):
     so that the run is the one of ``loss + penalty`` whoever computes the loss (TRL's trainers, label smoothing,
     ``compute_loss_func``). The loss that the Trainer logs is the task's; the penalty is logged beside it as ``penalty``,
     and trackers (``report_to``) get both.
+
+    If the method decides by batches before the first step, it is calibrated by the Trainer's loss on the first batches, as
+    many as the scheduler asks for; training then begins with the same ones. A run that resumes is not calibrated again.
 
     A model whose base is quantized trains in the Trainer once this callback has been made.
 
@@ -58,13 +64,22 @@ class AdaptCallback(TrainerCallback):
         let_train(adapted)
 
     def on_init_end(self, *_: Any, **kwargs: Any) -> None:
-        """Let a checkpoint of other ranks be loaded: the Trainer loads model weights before it calls `on_train_begin`."""
+        """Let a checkpoint of other ranks be loaded, and the Trainer's optimizer hold what may train later.
+
+        Before it calls `on_train_begin`, the Trainer loads weights, and makes its optimizer of what requires a gradient.
+        """
         self.adapted.take_ranks()
+        asleep = self.adapted.controller.components.asleep()
+        for p in self.adapted.parameters():
+            p.requires_grad_(p.requires_grad or (id(p) in asleep and p.numel() > 0))  # until bind
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Bind. Before that load if the Trainer resumes, or go back if it begins again; a second ``train()`` goes on."""
+        """Bind, once the run is loaded (if the Trainer resumes), rewound (if it begins again) or calibrated.
+
+        A second ``train()`` goes on.
+        """
         self.adapted.unbind(quietly=True)
         if state.global_step > 0:
             self.adapted.load_state_dict(checkpoint.read(self._folder(args, state)))
@@ -77,8 +92,11 @@ class AdaptCallback(TrainerCallback):
                 LrkitWarning,
                 stacklevel=2,
             )
-        elif args.auto_find_batch_size:
-            self._start = self.adapted.state_dict()
+        else:
+            if asked := beginning.batches(self.adapted.controller):
+                self._calibrate(kwargs["train_dataloader"], asked)
+            if args.auto_find_batch_size:
+                self._start = self.adapted.state_dict()
         before = self.adapted.step - state.global_step
         optimizer = kwargs["optimizer"]
         self.adapted.bind(
@@ -90,6 +108,21 @@ class AdaptCallback(TrainerCallback):
         self.adapted.expect_saves()  # `on_save` writes the adapters beside the model
         self._training = True
         _call_last(get_reporting_integration_callbacks(args.report_to))  # type: ignore[no-untyped-call]
+
+    def _calibrate(self, loader: Any, asked: int) -> None:
+        """Calibrate by the first batches of a Trainer, and its loss."""
+        trainer = _calling(Trainer)
+
+        def loss(batch: Any) -> torch.Tensor:
+            with trainer.compute_loss_context_manager():
+                inputs = trainer._prepare_inputs(batch)  # noqa: SLF001 - it moves them, and some trainers make them there
+                found: torch.Tensor = trainer.compute_loss(self.adapted.model, inputs)
+            return found
+
+        batches = iter(loader)
+        self.adapted.calibrate(islice(batches, asked), None if trainer is None else loss)
+        if hasattr(loader, "end"):
+            loader.end()  # accelerate's: it has been left halfway
 
     def _check_step(self, state: TrainerState) -> None:
         """Refuse a state that is not of the step at which the Trainer resumes.
@@ -156,16 +189,25 @@ class AdaptCallback(TrainerCallback):
 def _call_last(trackers: Sequence[type[TrainerCallback]]) -> None:
     """Let the Trainer that is calling now call its trackers after its other callbacks, so that they get what those log.
 
-    A Trainer calls the trackers of ``report_to`` before all callbacks that it is given, and tells a callback neither of
-    itself nor of them: its list of callbacks is found on the call stack.
+    A Trainer calls the trackers of ``report_to`` before all callbacks that it is given.
     """
-    frame, handler = inspect.currentframe(), None
-    while frame is not None and handler is None:
-        found, frame = frame.f_locals.get("self"), frame.f_back
-        handler = found if isinstance(found, CallbackHandler) else None
+    handler = _calling(CallbackHandler)
     if handler is not None:
         # A new list: the handler is going through the old one.
         handler.callbacks = sorted(handler.callbacks, key=lambda callback: isinstance(callback, tuple(trackers)))
+
+
+def _calling(kind: type[Any]) -> Any:
+    """Return the object of a class that calls now: a Trainer tells a callback neither of itself nor of its other callbacks.
+
+    It is found on the call stack; None if there is none.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        found, frame = frame.f_locals.get("self"), frame.f_back
+        if isinstance(found, kind):
+            return found
+    return None
 
 
 _PREFIX = "lrkit/"

@@ -43,7 +43,9 @@ def processes(mode, world, folder):
     return [torch.load(out) for out in outs]
 
 
-MODES = {2: ("ddp:adalora", "ddp:aflora", "accumulate:hybrid", "ddp:chance", "ddp:cut end", "ddp:cut always")}
+MODES = {
+    2: ("ddp:adalora", "ddp:aflora", "accumulate:hybrid", "ddp:chance", "ddp:switch", "ddp:cut end", "ddp:cut always")
+}
 MODES[3] = ("ddp:aflora",)
 
 
@@ -63,15 +65,17 @@ def test_ddp_ranks_decide_alike_and_end_where_one_process_ends(world, mode, ende
         assert results[0]["history"] == other["history"]
         assert all(torch.equal(v, other["weights"][k]) for k, v in results[0]["weights"].items())
     kind, _, name = mode.partition(":")
-    chosen = (METHODS | parallel_worker.CUTTING | {"chance": parallel_worker.CHANCE})[name]
+    chosen = (METHODS | parallel_worker.CUTTING | parallel_worker.CHOSEN)[name]
     model, adapted = parallel_worker.one(chosen, accumulate=2 if kind == "accumulate" else 1)
     assert results[0]["history"] == [(d.step, d.budget, d.kept, d.lost, d.returned) for d in adapted.history]
     for key, value in model.state_dict().items():
         torch.testing.assert_close(results[0]["weights"][key], value, rtol=1e-3, atol=1e-4)
-    if "aflora" in mode:
-        # A frozen matrix's gradient is neither computed nor sent.
-        counts = [sum(step) for step in results[0]["sent"]]
+    counts = [sum(step) for step in results[0]["sent"]]
+    if name == "aflora":  # a frozen matrix's gradient is neither computed nor sent
         assert counts[0] - counts[-1] == 8
+    if name == "switch":
+        assert len(set(counts)) == 1 and any(d.returned for d in adapted.history)
+        assert counts[0] < len(results[0]["sent"][0])
 
 
 def test_deepspeed_and_fsdp1_are_refused_in_one_line():

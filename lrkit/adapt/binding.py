@@ -1,20 +1,22 @@
 """A method's tie to optimizers: the loop runs at their steps, and the penalty's gradient goes into their tensors."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrkit.adapt import parallel, sharding
+from lrkit.adapt import calibration, parallel, sharding
 from lrkit.adapt.heads import head_parameters
-from lrkit.adapt.optimizers import Steps, as_long_as_alive, held_by, unwrapped
+from lrkit.adapt.optimizers import Steps, as_long_as_alive, as_one, held_by, unwrapped
 from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.saved import Loaded
+from lrkit.adapt.taps import Taps
 from lrkit.adapt.tied import passed_by
 from lrkit.adapt.weights import Weights
-from lrkit.errors import LrkitError, listing
-from lrkit.loop import liveness
+from lrkit.errors import LrkitError, LrkitWarning, listing
+from lrkit.loop import beginning, liveness
 from lrkit.loop.controller import Controller
 from lrkit.loop.gradients import Unclipped
 
@@ -42,6 +44,7 @@ class Binding:
         self._scale: Callable[[], float] | None = None
         self._unclipped: Unclipped | None = None
         self._looked = False
+        self.taps = Taps(model, lambda: self.controller.peers)
         self._outer = parallel.Outer(self._met)
         self._outer.hang_on(model)
         liveness.watch(self, Binding._watch)
@@ -76,6 +79,11 @@ class Binding:
         optimizers = unwrapped(optimizer)
         if self.bound:
             raise LrkitError("already bound to an optimizer: call unbind() first")
+        if asked := beginning.batches(self.controller):
+            raise LrkitError(
+                f"the method decides by batches that it sees before the first step ({asked} by its calibration): call "
+                "adapted.calibrate(batches) before bind"
+            )
         if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
             raise LrkitError(f"total_steps must be an int of at least 1, not {total_steps!r}")
         if penalty not in ("loss", "gradient"):
@@ -84,10 +92,10 @@ class Binding:
             if reason := parallel.refusal(self._model, each, adaptive=bool(self.controller.policies)):
                 raise LrkitError(reason)
         trained = self._weights.parameters()
-        if reason := sharding.refusal(self._model, self.controller.run):
+        if reason := sharding.refusal(self._model, self.controller):
             raise LrkitError(reason)
         held = set().union(*map(held_by, optimizers))
-        if reason := self._weights.refusal(held, self.controller.run.grows):
+        if reason := self._weights.refusal(held, self.controller.components.asleep()):
             raise LrkitError(reason)
         if reason := self.controller.objection(total_steps):
             raise LrkitError(reason)
@@ -107,11 +115,34 @@ class Binding:
         self.last = as_long_as_alive(optimizers)
         liveness.watch(self, Binding._watch)
         self._scale = None if scaler is None else scaler.get_scale
+        self.taps.scale = self._scale or (lambda: 1.0)
+        self.controller.peers = sharding.peers(self._model) or self.controller.peers
         if self.penalty.exists and penalty == "gradient":
-            for handle in self.penalty.add_in_backward(self._scale or (lambda: 1.0)):
+            for handle in self.penalty.add_in_backward(self.taps.scale):
                 self._steps.hold(handle)
         self._keep_gradients()
         self._outer.hang_on(self._model)
+        if now := beginning.waiting(self.controller, calibrated=False):
+            calibration.agree(self._weights, self.controller)
+            if beginning.decide(self.controller, now, as_one(optimizers)):
+                self.follow()
+        self.taps.hang(self.controller.readers())
+
+    def calibrate(self, batches: Iterable[Any], loss: calibration.LossOf | None) -> None:
+        """Take the decisions of step 0 that go by batches. The arguments are those of `Adapted.calibrate`."""
+        if not beginning.batches(self.controller):
+            asks = any(policy.scheduler.calibration for policy in self.controller.run.method.policies)
+            why = "its calibration has been done" if asks else "it asks for no calibration"
+            warnings.warn(f"calibrate does nothing for this method: {why}", LrkitWarning, stacklevel=3)
+            return
+        self._weights.put_back()
+        if reason := sharding.refusal(self._model, self.controller):
+            raise LrkitError(reason)
+        self.controller.peers = parallel.peers(None)
+        with self.taps.hung(beginning.waiting(self.controller, calibrated=True)):
+            moved = calibration.calibrate(self._model, self._weights, self.controller, batches, loss)
+        if moved:
+            self.follow()
 
     def _tell_others(self, held: set[int]) -> None:
         """Warn of the model's parameters that an optimizer trains and that are none of the method's."""
@@ -139,6 +170,7 @@ class Binding:
         if self._unclipped is not None:
             self._unclipped.remove()
         self.penalty.end()
+        self.taps.hang(())
         self._steps = self._unclipped = self._outer.ddp = None
         liveness.watch(self, Binding._watch)
 
@@ -151,14 +183,14 @@ class Binding:
     def take(self, loaded: Loaded) -> None:
         """Go on with the loop of a loaded state, and say what is to be said of it, since nothing can fail any more."""
         self.controller = loaded.controller
+        self.taps.hang(self.controller.readers() if self.bound else ())
         self.follow()
         if loaded.cast:
             self.controller.warn("cast state", loaded.cast)
 
     def follow(self) -> None:
-        """Let DDP follow tensors that have stopped training, or train again."""
-        if self._outer.ddp is not None:
-            parallel.follow(self._outer.ddp)
+        """Let DDP follow tensors that have stopped training, train again, or are of another size."""
+        self._outer.follow()
 
     # ---- at each step ----
 
@@ -184,6 +216,7 @@ class Binding:
         if self.controller.after_step(optimizer):
             self.follow()
         self._keep_gradients()
+        self.taps.hang(self.controller.readers())
 
     def _keep_gradients(self) -> None:
         """Keep gradients as backward leaves them in the next step, if they are going to be read there."""
@@ -214,7 +247,7 @@ class Binding:
         if held_by(optimizer).isdisjoint(map(id, self._weights.adapter())):
             return
         trained = self._weights.parameters()
-        if reason := sharding.refusal(self._model, self.controller.run):
+        if reason := sharding.refusal(self._model, self.controller):
             raise LrkitError(reason)
         if left := sharding.left_whole(self._model, trained):
             raise LrkitError(
@@ -261,8 +294,7 @@ class Binding:
             )
 
     def _met(self, ddp: Any) -> None:
-        """Refuse what DDP cannot follow; and let chance be the same on every process, however each was seeded."""
-        if self.bound and self.controller.run.grows:
-            raise LrkitError("the method adds components, which DDP cannot follow: train it in one process")
+        """Let chance be the same on every process of a DDP module, however each was seeded."""
         if ddp is not self._outer.ddp and self.controller.policies:
             self.controller.seed = parallel.first_says(self.controller.seed, ddp)
+            self.controller.peers = parallel.peers(ddp)

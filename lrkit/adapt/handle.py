@@ -1,7 +1,7 @@
 """The handle on an adapted model: all that a user calls, handed on to the rooms that do it."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lrkit.adapt import checkpoint, weights
 from lrkit.adapt.allocation import Allocation
 from lrkit.adapt.binding import Binding
+from lrkit.adapt.body import run_on
+from lrkit.adapt.calibration import LossOf
 from lrkit.adapt.choice import choose
 from lrkit.adapt.graft import Graft
 from lrkit.adapt.merging import dequantized
@@ -25,7 +27,6 @@ from lrkit.loop import state as states
 from lrkit.loop.controller import Controller
 from lrkit.loop.draws import seed_of
 from lrkit.loop.history import Decision
-from lrkit.loop.run import Run
 from lrkit.method import Method
 
 
@@ -64,7 +65,7 @@ class Adapted(Trained):
         self._weights = weights.Weights(model, choice, self._graft.masters)
         self._archive = Archive(method, tuple(self.adapters), tuple(self.head), base, self._weights)
         try:
-            controller = Controller(Run.of(method, self.adapters, self._weights.trained, self._weights.head()))
+            controller = Controller(run_on(model, method, self.adapters, self._weights))
         except BaseException as error:
             self._graft.detach()
             if isinstance(error, LrkitError) and choice.offered is not None and targets == "all-linear":
@@ -101,6 +102,22 @@ class Adapted(Trained):
         """
         self._graft.check()
         self._binding.bind(optimizer, total_steps, penalty, scaler)
+
+    def calibrate(self, batches: Iterable[Any], loss: LossOf | None = None) -> None:
+        """Show batches to a method that decides by them before the first step (`lrkit.Scheduler`, `calibration`).
+
+        Call it before `bind`. Each batch runs forward and backward, without dropout (as in EVA's code); gradients, modes,
+        buffers and random generators are as before. Of several processes each gives its own: all begin as the first does,
+        gradients are averaged, and the shortest list ends it.
+
+        Args:
+            batches: dicts with labels, as the model takes them: at least one. All are used.
+            loss: gives the loss of a batch, for other models and batches; None for the ``loss`` in the outputs.
+
+        Raise LrkitError, with nothing decided, if there is no batch or no loss. Warn if nothing is to be calibrated.
+        """
+        self._graft.check()
+        self._binding.calibrate(batches, loss)
 
     def begin_step(self) -> None:
         """Prepare the backward passes of one optimizer step, if bound with ``penalty="gradient"``."""
@@ -171,7 +188,7 @@ class Adapted(Trained):
     def summary(self) -> Summary:
         """Return each layer's rank or frozen state, and its trainable parameters at first, now and on average."""
         self._graft.check()
-        return summarize(self.controller, *self._weights.counts(self.adapters), self.coverage)
+        return summarize(self.controller, sum(p.numel() for p in self._weights.head()), self.coverage)
 
     def allocation(self) -> Allocation:
         """Return each layer's rank that is in effect now (masked components do not count), with the layers' sizes."""

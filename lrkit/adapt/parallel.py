@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lrkit.loop.remembered import Peers
+
 
 def refusal(model: nn.Module, optimizer: object, *, adaptive: bool) -> str | None:
     """Say why a method cannot run under this way of training in parallel; None if it can.
@@ -47,6 +49,7 @@ class Outer:
 
     def __init__(self, met: Callable[[DistributedDataParallel], None] = lambda _: None) -> None:
         self.ddp: DistributedDataParallel | None = None
+        self._stale = False
         self._met = met
         self._handle: Any = None
 
@@ -67,6 +70,16 @@ class Outer:
         if not torch.compiler.is_compiling() and (ddp := wrapper()) is not None:
             self._met(ddp)
             self.ddp = ddp
+            if self._stale:
+                self.follow()
+                if torch.is_grad_enabled() and ddp.require_backward_grad_sync:
+                    ddp.reducer.prepare_for_forward()  # as DDP has just told the old one
+
+    def follow(self) -> None:
+        """Make the reducer anew (see `follow` below), or as soon as a DDP module is met that was made before."""
+        self._stale = self.ddp is None
+        if self.ddp is not None:
+            follow(self.ddp)
 
     def __deepcopy__(self, memo: object) -> "Outer":
         return Outer()
@@ -83,6 +96,22 @@ def first_says(number: int, ddp: Any) -> int:
     group, distributed = ddp.process_group, torch.distributed
     distributed.broadcast(told, distributed.get_global_rank(group, 0), group=group)
     return int(told)
+
+
+def peers(ddp: Any) -> Peers | None:
+    """Return the processes of a DDP module, or all that there are if it is None; None if this one is alone."""
+    distributed: Any = torch.distributed
+    if ddp is None and not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = None if ddp is None else ddp.process_group
+    count = distributed.get_world_size(group)
+
+    def tell(values: torch.Tensor) -> torch.Tensor:
+        told = [torch.empty_like(values) for _ in range(count)]
+        distributed.all_gather(told, values.contiguous(), group=group)
+        return torch.stack(told)
+
+    return Peers(count, tell) if count > 1 else None
 
 
 def follow(ddp: Any) -> None:

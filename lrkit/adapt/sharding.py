@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lrkit.loop.controller import Controller
 from lrkit.loop.gradients import on_gradient
-from lrkit.loop.run import Run
+from lrkit.loop.remembered import Peers
 from lrkit.shards import is_sharded, told, whole
 
 Moves = Mapping[int, nn.Parameter]
@@ -31,24 +32,28 @@ def refusal_to_attach(model: nn.Module) -> str | None:
     return "the model's weights are sharded already: attach first, then fully_shard each block and the model"
 
 
-def refusal(model: nn.Module, run: Run) -> str | None:
+def refusal(model: nn.Module, loop: Controller) -> str | None:
     """Say why a method cannot run on sharded parameters; None if it can, or if nothing is sharded.
 
     Args:
         model: the adapted model, as it is now.
-        run: the method on its adapters.
+        loop: the method on its adapters.
     """
     if not any(is_sharded(p) for p in model.parameters()):
         return None
     if not any(map(is_managed, model.modules())):
         return _TENSOR_PARALLEL
+    run = loop.run
     base = {id(p) for module in run.modules.values() for p in getattr(module, "base", nn.Module()).parameters()}
     own = [p for module in run.modules.values() for p in module.parameters() if id(p) not in base]
     if not any(map(is_sharded, own)):  # left whole, what does not train as well
         return None
-    if run.grows or any(policy.action.fate == "removed" for policy in run.method.policies):
+    to_come = [state.policy for state in loop.policies if not state.ended]
+    if any(policy.action.grows or policy.action.fate == "removed" for policy in to_come):
+        early = " (or calibrate before fully_shard)" if all(policy.scheduler.calibration for policy in to_come) else ""
         return (
             "the method cuts or adds components, which sharded parameters (FSDP2) cannot follow: use DDP or one process"
+            f"{early}"
         )
     if any(part.shared for part in run.method.parameterization.parts):
         return "the layers share matrices, which FSDP2 gathers for one block at a time: use DDP or one process"
@@ -96,6 +101,14 @@ def averaged(model: nn.Module, p: nn.Parameter) -> RemovableHandle:
         return mean
 
     return on_gradient(p, average)
+
+
+def peers(model: nn.Module) -> Peers | None:
+    """Return the processes that hold parts of a model; None if nothing is sharded."""
+    first: Any = next((p for p in model.parameters() if is_sharded(p)), None)
+    if first is None or first.device_mesh.size() == 1:
+        return None
+    return Peers(first.device_mesh.size(), lambda values: told(values, first))
 
 
 def one_seed(seed: int, model: nn.Module) -> int:

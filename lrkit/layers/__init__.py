@@ -25,6 +25,7 @@ __all__ = [
     "Sizes",
     "Slice",
     "Slices",
+    "beneath",
     "is_conv1d",
     "kind_of",
     "lrkit_layers",
@@ -50,3 +51,11 @@ def lrkit_layers() -> Mapping[str, type[LayerKind]]:
 def kind_of(layer: nn.Module, kinds: Iterable[LayerKind] = BUILT_IN) -> LayerKind | None:
     """Return the first kind that knows a layer; None if none does."""
     return next((kind for kind in kinds if kind.sizes(layer) is not None), None)
+
+
+def beneath(module: nn.Module) -> tuple[nn.Module, LayerKind | None]:
+    """Return the layer whose place a module takes, and its kind: the module itself if it is one, as in full fine-tuning."""
+    kind, base = getattr(module, "kind", None), getattr(module, "base", None)
+    if isinstance(kind, LayerKind) and isinstance(base, nn.Module):
+        return base, kind
+    return module, kind_of(module)

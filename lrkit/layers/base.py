@@ -69,6 +69,21 @@ class LayerKind(abc.ABC):
         """Return features multiplied by a vector: core values [r] after `down`, an output scale [d_out] after `up`."""
         return h * by
 
+    def rows(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return the layer's input as rows [n, d_in], so that the layer is W times each. Of [..., d_in] unless overridden.
+
+        For example a convolution's rows are its patches.
+        """
+        return x.reshape(-1, x.shape[-1])
+
+    def out_rows(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """Return something in the shape of the layer's output as rows [n, d_out], in the order of `rows`."""
+        return y.reshape(-1, y.shape[-1])
+
+    def no_rows(self, layer: nn.Module) -> str | None:
+        """Say why this layer's input cannot be shown as rows, so that no metric can read it; None if it can."""
+        return None
+
     def start(self, layer: nn.Module, a: Tensor) -> Tensor:
         """Return a new A [r, d_in], with those columns set to zero that no gradient is to reach: none unless overridden."""
         return a

@@ -3,6 +3,7 @@
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,6 +47,23 @@ class Convolution(LayerKind):
         # The layer's own convolution, for its stride, dilation and kind of padding.
         h: Tensor = layer._conv_forward(x.to(a.dtype), filters, None)  # noqa: SLF001
         return h
+
+    def rows(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return the patches, as the layer itself cuts them out: convolved with the identity as filters."""
+        assert isinstance(layer, _KINDS)
+        size = layer.weight[0].numel()
+        return self.out_rows(layer, self.down(layer, x, torch.eye(size, device=x.device, dtype=x.dtype)))
+
+    def out_rows(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """Return one row of channels for each place."""
+        assert isinstance(layer, _KINDS)
+        channels = y.movedim(1 - layer.weight.ndim, -1)
+        return channels.reshape(-1, channels.shape[-1])
+
+    def no_rows(self, layer: nn.Module) -> str | None:
+        """Refuse groups: each has patches of its own."""
+        assert isinstance(layer, _KINDS)
+        return None if layer.groups == 1 else f"its {layer.groups} groups of channels have different inputs"
 
     def up(self, layer: nn.Module, h: Tensor, b: Tensor, *where: Any) -> Tensor:
         """Mix the r channels of each group into its output channels."""

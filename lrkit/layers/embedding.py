@@ -33,6 +33,10 @@ class Embedding(LayerKind):
         assert isinstance(layer, nn.Embedding)
         return layer.weight.t()
 
+    def no_rows(self, layer: nn.Module) -> str | None:
+        """Refuse: its input is one-hot, as wide as the vocabulary."""
+        return "an embedding's inputs are token ids"
+
     def start(self, layer: nn.Module, a: Tensor) -> Tensor:
         """Return a new A, with the column of ``padding_idx`` set to zero."""
         assert isinstance(layer, nn.Embedding)

@@ -95,6 +95,10 @@ class Experts(LayerKind):
         weight = layer.weight
         return None if is_plain(weight) else f"its experts are quantized ({type(weight).__name__}, {weight.dtype})"
 
+    def no_rows(self, layer: nn.Module) -> str | None:
+        """Refuse: each expert has rows of its own."""
+        return "each of its experts has inputs of its own"
+
     def down(self, layer: nn.Module, x: Tensor, a: Tensor, *where: Any) -> Tensor:
         """Return A x [n, r] for rows x [n, d_in], with the r rows of A that are the row's expert's."""
         ends, _ = where

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrkit.actions import Verdict
+from lrkit.errors import LrkitError
 from lrkit.loop.policy import PolicyState
 from lrkit.loop.resizing import Ranks, Resize, Resized, resize_layer
 from lrkit.loop.run import Run
@@ -58,8 +59,23 @@ class Components:
         self.tally.survey([(block.name, block.count) for block in masking[0].blocks] if masking else None)
         self.count(step)
 
+    def settle(self, *, changed: bool) -> None:
+        """Let a tensor train only if no policy has it frozen; statistics follow if any stopped, or trains again."""
+        for state in self.policies:
+            state.fate.restore(state.blocks, state.kept)
+        for state in self.policies if changed else ():
+            state.follow()
+
+    def asleep(self) -> set[int]:
+        """Return the ``id`` of each tensor that does not train now, and may after a later decision."""
+        wakes = [state.wakes for state in self.policies]
+        frozen = [state.fate.frozen(state.blocks, state.kept) for state in self.policies]
+        empty = {id(p) for m in self.run.modules.values() for p in m.parameters() if self.run.grows and not p.numel()}
+        some, good = ([each for each, w in zip(frozen, wakes, strict=True) if w is wake] for wake in (True, False))
+        return empty.union(*some).difference(*good)
+
     def renew(
-        self, state: PolicyState, verdict: Verdict, optimizer: torch.optim.Optimizer, seed: int
+        self, state: PolicyState, verdict: Verdict, optimizer: torch.optim.Optimizer | None, seed: int
     ) -> tuple[str, ...]:
         """Cut and add the components that a policy's verdict says. Returns the names of the new ones, drawn from `seed`."""
         if not (verdict.cut or verdict.fresh):
@@ -72,7 +88,7 @@ class Components:
                 resizes[block.name] = Resize(keep.nonzero().flatten(), count)
         if not resizes:
             return ()
-        new = self.resize(resizes, optimizer, verdict.core, torch.Generator().manual_seed(seed))
+        new = self.resize(resizes, optimizer, verdict.core, torch.Generator().manual_seed(seed), state)
         return tuple(f"{name}[{number}]" for name, numbers in new.items() for number in numbers)
 
     def compact(self, optimizer: torch.optim.Optimizer | None) -> None:
@@ -94,6 +110,7 @@ class Components:
         optimizer: torch.optim.Optimizer | None,
         core: float = 0.0,
         generator: torch.Generator | None = None,
+        state: PolicyState | None = None,
     ) -> dict[str, tuple[int, ...]]:
         """Cut components of layers, and add fresh ones behind them; masks, statistics and the optimizer's state follow.
 
@@ -102,6 +119,7 @@ class Components:
             optimizer: whose state follows; None for none.
             core: the core value of fresh components.
             generator: what their other parts are drawn from; None if there are none.
+            state: the policy that adds them: they may be drawn from what its metric has kept of the layers.
 
         Returns:
             The numbers of each layer's fresh components.
@@ -111,7 +129,8 @@ class Components:
         tensors: dict[int, Resized] = {}
         fresh = {}
         for name, how in resizes.items():
-            new = self._drawn(name, how.fresh, core, generator) if how.fresh else {}
+            memory = {} if state is None else state.statistics.kept_of(name)
+            new = self._drawn(name, how.fresh, core, generator, memory) if how.fresh else {}
             tensors |= resize_layer(self.run.modules[name], self.run.parts, how, new, optimizer, self.run.trained)
             fresh[name] = self.ranks.take(name, how)
         for state in self.policies:
@@ -122,14 +141,25 @@ class Components:
             state.resize(resizes, tensors, numbers)
         return fresh
 
-    def _drawn(self, name: str, count: int, core: float, generator: torch.Generator | None) -> dict[str, Tensor]:
+    def _drawn(
+        self,
+        name: str,
+        count: int,
+        core: float,
+        generator: torch.Generator | None,
+        memory: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
         """Return the slices of a layer's fresh components, by the part's name."""
-        module, new = self.run.modules[name], {}
+        module, parameterization = self.run.modules[name], self.run.method.parameterization
+        assert generator is not None
+        drawn, new = parameterization.fresh(module, count, generator, memory), {}
         for part in self.run.parts:
             tensor = part.of(module)
             if part.core:
                 new[part.name] = tensor.new_full((count,), core)
-            else:
-                assert generator is not None
-                new[part.name] = self.run.method.parameterization.fresh(part, module, count, generator).to(tensor)
+                continue
+            shape = [count if axis == part.axis else size for axis, size in enumerate(tensor.shape)]
+            if part.name not in drawn or list(drawn[part.name].shape) != shape:
+                raise LrkitError(f"{parameterization!r}: fresh must give {part.name} of {name} as {shape}")
+            new[part.name] = drawn[part.name].to(tensor)
         return new

@@ -4,14 +4,13 @@ At every real optimizer step, each policy's metric observes weights and gradient
 decision is due, entry-wise scores are reduced to unit scores, the action decides who is kept, and it is applied.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from lrkit.errors import Once, listing
-from lrkit.loop import fitting, rules
+from lrkit.loop import fitting, rules, saving
 from lrkit.loop.components import Components
 from lrkit.loop.draws import seed_of
 from lrkit.loop.gradients import Unclipped
@@ -19,10 +18,10 @@ from lrkit.loop.history import Decision
 from lrkit.loop.layout import GradientOf, own_gradient
 from lrkit.loop.liveness import Liveness
 from lrkit.loop.policy import PolicyState
+from lrkit.loop.remembered import Observed, Peers
 from lrkit.loop.resizing import Ranks
 from lrkit.loop.run import Run
-from lrkit.loop.state import Saved, SavedPolicy
-from lrkit.loop.statistics import Observed
+from lrkit.loop.state import Saved
 from lrkit.loop.tally import Tally
 
 
@@ -46,11 +45,12 @@ class Controller:
         self.run = run
         self.warn = Once() if warn is None else warn
         self._scale: Tensor | None = None
+        self.peers: Peers | None = None
         self.step = 0
         self.total_steps: int | None = None
         self.history: list[Decision] = []
         self.liveness = Liveness(run.modules, run.trained, run.others, whole=run.penalized)
-        tally = Tally(run.modules, run.method.parameterization.parts, run.trained)
+        tally = run.tally()
         if saved is None:
             ranks, self.policies = Ranks(run.ranks), run.policies()
             for state in self.policies:
@@ -61,7 +61,7 @@ class Controller:
         else:
             self._take(saved, tensors or {})
             ranks = Ranks(run.ranks, saved.components, saved.numbered)
-            tally.load(saved.step, saved.sums)
+            tally.load(saved.step, fitting.sums_of(run, saved))
         self.components = Components(run, self.policies, ranks, tally)
         self.components.survey(self.step)
 
@@ -86,6 +86,9 @@ class Controller:
             state.fate.restore(state.blocks, state.kept)
         for state, record in zip(self.policies, saved.policies, strict=True):
             state.remember(tensors, record.observations)
+        for d in self.history:
+            if d.step == self.step:
+                self.liveness.doubt(self.policies[d.policy].blocks, d.returned)
 
     def loaded(self, saved: Saved, tensors: Mapping[str, Tensor]) -> "Controller":
         """Make the controller of a saved run of this method, which `check` has passed.
@@ -94,6 +97,7 @@ class Controller:
         """
         made = Controller(self.run, saved, tensors, self.warn)
         made.schedule(max(self.total_steps or 0, made.total_steps or 0) or None)
+        made.peers = self.peers
         return made
 
     def check(self, saved: Saved, tensors: Mapping[str, Tensor]) -> None:
@@ -121,6 +125,7 @@ class Controller:
     def begin(self, total_steps: int) -> None:
         """Bind every schedule to the length of the run, and say what it will not reach. Raises as `schedule`."""
         self.schedule(total_steps)
+        self.components.settle(changed=False)  # for an optimizer that takes what trains, all may have been let train
         self.foretell(total_steps)
 
     def foretell(self, total_steps: int) -> None:
@@ -144,7 +149,7 @@ class Controller:
             return
         dead, modules = self.liveness.dead or [], self.run.modules
         for state in self.policies:
-            state.bury({id(modules[name]) for name in dead})
+            state.bury(self.run.tensors_of(dead))
             state.follow()
         if dead:
             self.warn(
@@ -158,6 +163,10 @@ class Controller:
     def wants_unclipped(self) -> bool:
         """Whether a metric measures gradients as they were before clipping."""
         return any(state.policy.metric.measure == "before-clipping" for state in self.policies)
+
+    def readers(self) -> list[PolicyState]:
+        """Return the policies that observe the next step and read what goes through layers."""
+        return [state for state in self.policies if state.statistics.reads and state.observes(self.step + 1)]
 
     def before_step(
         self, scale: Tensor | None = None, unclipped: Unclipped | None = None, loss_scale: float | None = None
@@ -193,13 +202,17 @@ class Controller:
                 "over",
                 f"step {self.step} of a run that was bound for total_steps={self.total_steps}: every schedule has ended",
             )
-        changed = moved = False
         # All observe before any decides: a matrix that one policy freezes has no gradient for the next.
         for state in self.policies:
             if state.policy.metric.measure == "after-step":
                 self._observe(state, self.step, self._scale)
+        return self.act([state for state in self.policies if state.due(self.step)], optimizer)
+
+    def act(self, due: Collection[PolicyState], optimizer: torch.optim.Optimizer | None) -> bool:
+        """Let policies decide that have to, and hold the last decision of those that have ended. Returns as `after_step`."""
+        changed = moved = False
         for state in self.policies:
-            if state.due(self.step):
+            if state in due:
                 decision, settled = self._decide(state, optimizer)
                 changed |= bool(decision.lost or decision.returned)
                 moved |= settled
@@ -212,23 +225,30 @@ class Controller:
         return moved
 
     def _observe(self, state: PolicyState, step: int, scale: Tensor | None, of: GradientOf = own_gradient) -> None:
-        if state.ended or state.times is None or not state.times.observes(step):
+        if not state.observes(step):
             return
-        seen: Observed = state.statistics.observe(scale, of, scoring=state.due(step))
-        if seen.missing:
-            self.warn(
-                "none",
-                f"{seen.missing} of {seen.of} adapter tensors have no gradient at step {step}: they count as zero. Were "
-                "they left out of the graph, or the gradients cleared before the step?",
-            )
-        if not seen.finite:
-            self.warn("finite", f"gradients are not finite at step {step}: the statistics skip this step")
+        self.take_in(state, step, scale, of, scoring=state.due(step))
 
-    def _decide(self, state: PolicyState, optimizer: torch.optim.Optimizer) -> tuple[Decision, bool]:
+    def take_in(
+        self,
+        state: PolicyState,
+        step: int,
+        scale: Tensor | None,
+        of: GradientOf = own_gradient,
+        *,
+        scoring: bool = False,
+    ) -> None:
+        """Let a policy observe the gradients of a step, or at step 0 of a batch; say what was wrong with them."""
+        seen: Observed = state.statistics.observe(scale, of, scoring=scoring, peers=self.peers)
+        for key, message in seen.warnings(step):
+            self.warn(key, message)
+
+    def _decide(self, state: PolicyState, optimizer: torch.optim.Optimizer | None) -> tuple[Decision, bool]:
         """Take one policy's decision, and carry it out. Returns its record, and whether tensors stopped or were resized."""
         assert state.times is not None
         action = state.policy.action
-        standing = action.proximal(state.blocks, state.times.share(self.step), optimizer)
+        share = state.times.share(self.step)
+        standing = None if optimizer is None else action.proximal(state.blocks, share, optimizer)
         decided = state.decide(self.step, standing, seed_of(self.seed, self.step, state.index))
         if decided.skipped:
             self.warn("finite", f"gradients are not finite before step {self.step}: the statistics skip this step")
@@ -237,12 +257,11 @@ class Controller:
         action.apply(state.blocks, verdict.kept, optimizer)
         lost, returned = (state.names(units) for units in (before & ~verdict.kept, verdict.kept & ~before))
         settled = state.fate.settles(bool(lost), bool(returned))
-        for other in self.policies if settled else ():
-            other.follow()
-        if self.step == state.times.last:
-            state.end()
+        self.components.settle(changed=settled)
         seed = (self.seed + 1_000_003 * self.step + state.index) % 2**63
         fresh = self.components.renew(state, verdict, optimizer, seed)
+        if self.step == state.times.last:
+            state.end()
         decision = Decision(
             step=self.step,
             policy=state.index,
@@ -258,6 +277,7 @@ class Controller:
             whole=max(state.costs.whole, spent),
         )
         self.history.append(decision)
+        self.liveness.doubt(state.blocks, returned)
         return decision, settled or verdict.cut or bool(fresh)
 
     def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
@@ -277,23 +297,4 @@ class Controller:
         """Return copies of all tensors that the loop remembers, by name."""
         return {name: tensor.clone() for state in self.policies for name, tensor in state.tensors().items()}
 
-    def saved(self, method: dict[str, Any], head: Sequence[str], base: Any) -> Saved:
-        """Return everything else that the loop remembers. Arguments as in `Saved`."""
-        self.tally.settle(self.step)
-        policies = [(state.statistics.observations, state.ended) for state in self.policies]
-        return Saved(
-            method=method,
-            targets=tuple(self.run.modules),
-            head=tuple(head),
-            ranks=self.ranks.now(),
-            step=self.step,
-            total_steps=self.total_steps,
-            seed=self.seed,
-            policies=tuple(SavedPolicy(observations=seen, ended=ended) for seen, ended in policies),
-            history=tuple(self.history),
-            components=dict(self.ranks.components),
-            numbered=dict(self.ranks.numbered),
-            sums=self.tally.totals,
-            dead=None if self.liveness.dead is None else tuple(self.liveness.dead),
-            base=base,
-        )
+    saved = saving.saved

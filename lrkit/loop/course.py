@@ -38,7 +38,8 @@ def course(times: Timetable, action: Action, units: int) -> list[Span]:
                 goes, comes = (max(0, there - allowed), 0) if moved is None else moved
                 if not goes and not comes:
                     break
-                found.append((span[at] - since, there, cut, added))
+                if span[at]:  # no step trains in the state before a decision at step 0
+                    found.append((span[at] - since, there, cut, added))
                 repeats = last - at + 1 if goes == comes and cut >= units else 1
                 since, there = span[at], there - goes + comes
                 cut, added, at = cut + goes * repeats, added + comes * repeats, at + repeats

@@ -10,9 +10,8 @@ from lrkit.loop.components import Components
 from lrkit.loop.policy import PolicyState
 from lrkit.loop.resizing import Ranks
 from lrkit.loop.rules import timetable
-from lrkit.loop.run import Run
+from lrkit.loop.run import BESIDE, Run
 from lrkit.loop.state import Saved, misfit
-from lrkit.loop.tally import Tally
 
 
 def check(run: Run, saved: Saved, tensors: Mapping[str, Tensor], bound_for: int | None) -> None:
@@ -47,11 +46,14 @@ def check(run: Run, saved: Saved, tensors: Mapping[str, Tensor], bound_for: int 
         return shape, id(p) not in frozen
 
     for state in policies:
-        layout = state.layout(look)
-        sizes = {f"policy.{state.index}.buffer.{n}": layout.size for n in _buffers(state)}
-        for name, size in (sizes | {f"policy.{state.index}.still": layout.still_size}).items():
-            if tensors[name].dtype != torch.float32 or tensors[name].shape != (size,):
-                raise misfit(f"{name} is not float32 [{size}]")
+        prefix = f"policy.{state.index}"
+        blank = {f"{prefix}.{name}": tensor for name, tensor in state.blank(look).items()}
+        given = {name for name in tensors if name.startswith(f"{prefix}.")} - {f"{prefix}.kept"}
+        if given != set(blank):
+            raise misfit(f"{', '.join(sorted(given ^ set(blank)))} missing or not expected")
+        for name, like in blank.items():
+            if tensors[name].dtype != like.dtype or tensors[name].shape != like.shape:
+                raise misfit(f"{name} is not {str(like.dtype).removeprefix('torch.')} {list(like.shape)}")
     known = {"weight", *(f"policy.{state.index}" for state in policies)}
     if odd := [n for n in tensors if ".".join(n.split(".", 2)[: 1 if n.startswith("weight.") else 2]) not in known]:
         raise misfit(f"{shown(odd[0])} is not expected")
@@ -69,22 +71,24 @@ def policies_of(run: Run, saved: Saved, tensors: Mapping[str, Tensor]) -> list[P
     for state, record in zip(policies, saved.policies, strict=True):
         state.ended = record.ended
         prefix = f"policy.{state.index}"
-        expected = {f"{prefix}.kept", f"{prefix}.still", *(f"{prefix}.buffer.{name}" for name in _buffers(state))}
-        given = {name for name in tensors if name.startswith(f"{prefix}.")}
-        if given != expected:
-            raise misfit(f"{', '.join(sorted(given ^ expected))} missing or not expected")
-        kept = tensors[f"{prefix}.kept"]
+        kept = tensors.get(f"{prefix}.kept")
+        if kept is None:
+            raise misfit(f"{prefix}.kept missing or not expected")
         state.take(numbers, state.kept)
         count = sum(block.count for block in state.blocks)
         if kept.dtype != torch.bool or kept.shape != (count,):
             raise misfit(f"{prefix}.kept is not bool [{count}]")
         state.take(numbers, kept.to(state.kept.device, copy=True))
-        state.bury({id(run.modules[name]) for name in saved.dead or ()})
+        state.bury(run.tensors_of(saved.dead or ()))
     return policies
 
 
-def _buffers(state: PolicyState) -> tuple[str, ...]:
-    return () if state.ended else tuple(state.policy.metric.buffers)
+def sums_of(run: Run, saved: Saved) -> dict[str, int]:
+    """Return the parameters that a saved run has trained, summed over its steps, by layer and `BESIDE` them.
+
+    A state without a number for these is of a time when none of them ever stopped.
+    """
+    return {**saved.sums, BESIDE: saved.step * run.starts[BESIDE] if saved.beside is None else saved.beside}
 
 
 def _check_progress(state: PolicyState, saved: Saved, total: int) -> None:
@@ -95,6 +99,8 @@ def _check_progress(state: PolicyState, saved: Saved, total: int) -> None:
             raise misfit(f"step {saved.step} of {total} is beyond the last decision of policy {state.index}")
     blocks = {block.name for block in state.blocks}
     mine = [d for d in saved.history if d.policy == state.index]
+    if state.policy.scheduler.calibration and saved.step and not any(d.step == 0 for d in mine):
+        raise misfit(f"it is of step {saved.step}, and policy {state.index} was never calibrated")
     names = {name.partition("[")[0] for d in mine for name in (*d.lost, *d.returned, *d.fresh)}
     if not names <= blocks:
         raise misfit(f"history names {shown(min(names - blocks))}, which is no unit of this run")
@@ -102,9 +108,11 @@ def _check_progress(state: PolicyState, saved: Saved, total: int) -> None:
 
 def _check_sums(run: Run, saved: Saved, policies: list[PolicyState], frozen: set[int]) -> None:
     """Refuse sums of more parameters than there were, or of too few for a run beyond its end."""
-    step, sums = saved.step, saved.sums
-    tally = Tally(run.modules, run.method.parameterization.parts, run.trained)
+    step, sums = saved.step, sums_of(run, saved)
+    tally = run.tally()
     ever = tally.would_be(run.shapes(saved.numbered), set(), {})
+    if sums[BESIDE] > step * run.starts[BESIDE]:
+        raise misfit(f"beside has {sums[BESIDE]}: more than {run.starts[BESIDE]} parameters at each of {step} steps")
     for name, first in run.ranks.items():
         grown = ever[name] if saved.numbered[name] else 0
         most = run.starts[name] * max(1, saved.numbered[name]) // first if first else max(run.starts[name], grown)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.loop.native import Compiled
-from lrkit.loop.pieces import Piece, as_units, pieces_of
+from lrkit.loop.pieces import Look, Piece, as_is, as_units, pieces_of
 from lrkit.metrics import Parts
 from lrkit.shards import held, is_sharded, joined, mine, told
 from lrkit.units import Block, Part
@@ -70,15 +70,6 @@ class Span:
         return (still if self.still else live)[self.offset : self.offset + prod(self.shape)].view(self.shape)
 
 
-Look = Callable[[nn.Parameter], tuple[tuple[int, ...], bool]]
-"""Gives a tensor's shape, and whether it trains."""
-
-
-def as_is(p: nn.Parameter) -> tuple[tuple[int, ...], bool]:
-    """Look at a tensor as it is now."""
-    return tuple(p.shape), p.requires_grad
-
-
 class Layout:
     """The order in which a policy's entries lie in flat tensors.
 
@@ -88,7 +79,7 @@ class Layout:
     Args:
         blocks: all blocks of the policy, n units in all.
         present: for each block whether it is still ranked; the others have no entries here.
-        reads: ``"core"`` takes the core parts alone.
+        reads: ``"core"`` takes the core parts alone, ``"nothing"`` takes none.
         look: how a tensor is looked at: as it is, or as a saved state has it.
     """
 
@@ -96,7 +87,7 @@ class Layout:
         self,
         blocks: Sequence[Block],
         present: Sequence[bool],
-        reads: Literal["all", "core", "component"],
+        reads: Literal["all", "core", "component", "nothing"],
         look: Look = as_is,
     ) -> None:
         self.units = sum(block.count for block in blocks)
@@ -225,7 +216,12 @@ class Layout:
         return torch.cat([held(t).reshape(-1).to(self.device, torch.float32) for t in tensors])
 
     def reduce(
-        self, live: Tensor, still: Tensor, rule: Callable[[Parts], Tensor], draw: Callable[[], Tensor] | None = None
+        self,
+        live: Tensor,
+        still: Tensor,
+        rule: Callable[[Parts], Tensor],
+        draw: Callable[[], Tensor] | None = None,
+        memory: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Unit scores from entry-wise scores.
 
@@ -234,6 +230,7 @@ class Layout:
             still: scores of the still entries [still_size].
             rule: `Metric.reduce`.
             draw: gives a random number for each unit [units], if the rule asks for them.
+            memory: what the metric remembers of each unit, by name [units].
 
         Returns:
             [units], -inf for units of blocks that are not present.
@@ -250,19 +247,22 @@ class Layout:
                 else:
                     by_unit = entries.view(group.blocks, *slab.shape).movedim(slab.axis + 1, 1)
                     parts.append(by_unit.unsqueeze(-1).flatten(2))
-            mine = None if draw is None else functools.partial(self._draws, draw, place, group)
-            scores.append(rule(Parts(parts, mine)).flatten())
+            mine = None if draw is None else functools.partial(self._drawn, draw, place, group)
+            own = {name: self._of_group(values, place, group) for name, values in (memory or {}).items()}
+            scores.append(rule(Parts(parts, mine, own)).flatten())
             place += group.blocks * group.units
         absent = torch.full((1,), -torch.inf, dtype=torch.float32, device=self.device)
         return torch.cat([*scores, absent]).index_select(0, self._order)
 
-    def _draws(self, draw: Callable[[], Tensor], place: int, group: _Group) -> Tensor:
-        """The random numbers of a group's units [blocks, units]; `place` is that of its first unit."""
-        drawn = draw().to(self.device)
+    def _drawn(self, draw: Callable[[], Tensor], place: int, group: _Group) -> Tensor:
+        return self._of_group(draw().to(self.device), place, group)
+
+    def _of_group(self, values: Tensor, place: int, group: _Group) -> Tensor:
+        """The numbers of a group's units [blocks, units], out of all [units]; `place` is that of its first unit."""
         here = (self._order >= place) & (self._order < place + group.blocks * group.units)
         units = here.nonzero().flatten()
         by_place = units[torch.argsort(self._order[units])]
-        return drawn[by_place].view(group.blocks, group.units)
+        return values[by_place].view(group.blocks, group.units)
 
     def reduce_means(self, means: Tensor) -> Tensor:
         """Unit scores by the default rule, from the mean score of each live tensor's units.
@@ -282,14 +282,14 @@ _Member = tuple[int, Block, list[Part]]
 
 
 def _alike(
-    blocks: Sequence[Block], present: Sequence[bool], reads: Literal["all", "core", "component"], look: Look
+    blocks: Sequence[Block], present: Sequence[bool], reads: Literal["all", "core", "component", "nothing"], look: Look
 ) -> list[list[_Member]]:
     """Gather the blocks that are present by shape, and by which of their tensors train."""
     gathered: dict[object, list[_Member]] = {}
     start = 0
     for block, there in zip(blocks, present, strict=True):
         if there:
-            parts = [part for part in block.parts if reads in ("all", "component") or part.core]
+            parts = [p for p in block.parts if reads in ("all", "component") or (reads == "core" and p.core)]
             key = (block.count, *((*look(block.tensor(part)), part.axis) for part in parts))
             gathered.setdefault(key, []).append((start, block, parts))
         start += block.count

@@ -1,10 +1,18 @@
-"""Tensors by pieces: runs of neighbours that fit into a CPU's cache together; and one as units see it."""
+"""Tensors by pieces: runs of neighbours that fit into a CPU's cache together; and one as units and layouts see it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
 import attrs
 from torch import nn
+
+Look = Callable[[nn.Parameter], tuple[tuple[int, ...], bool]]
+"""Gives a tensor's shape, and whether it trains."""
+
+
+def as_is(p: nn.Parameter) -> tuple[tuple[int, ...], bool]:
+    """Look at a tensor as it is now."""
+    return tuple(p.shape), p.requires_grad
 
 
 @attrs.frozen(eq=False)

@@ -4,6 +4,7 @@ import bisect
 import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -15,11 +16,13 @@ from lrkit.loop.costs import Costs
 from lrkit.loop.course import Span, course, is_known
 from lrkit.loop.draws import uniform
 from lrkit.loop.fates import fate_of
-from lrkit.loop.layout import Layout, Look, as_is
+from lrkit.loop.pieces import Look, as_is
+from lrkit.loop.remembered import unchanged
 from lrkit.loop.resizing import Resize, Resized
-from lrkit.loop.statistics import Statistics
+from lrkit.loop.signals import Remembered, kind_of
 from lrkit.method import Policy
 from lrkit.schedulers import Timetable
+from lrkit.settings import MOST_STEPS
 from lrkit.units import Block, Part, split
 
 
@@ -59,12 +62,13 @@ class PolicyState:
         self.times: Timetable | None = None
         self.ended = False
         self.dead: frozenset[int] = frozenset()
-        """``id`` of each adapter that the loss does not reach: it has no entries, and ranks last."""
+        """``id`` of each tensor that the loss does not reach: a unit of such ones alone has no entries, and ranks last."""
         device = blocks[0].tensors[0].device
         # A model without weights is there to be counted: what is kept must be a number all the same.
         device = torch.device("cpu") if device.type == "meta" else device
         self.kept = torch.ones(self.units, dtype=torch.bool, device=device)
-        self.statistics = Statistics(policy.metric, Layout([], [], policy.metric.reads), {})
+        kind = kind_of(policy.metric)
+        self.statistics: Remembered = kind.restored(policy.metric, kind.lay([], [], policy.metric.reads), {}, 0)
 
     @property
     def capacity(self) -> int:
@@ -77,13 +81,18 @@ class PolicyState:
         """Bind the schedule to a run of so many steps. Raises LrkitError if it does not fit."""
         return self.policy.scheduler.over(total_steps, units=self.costs.whole, layers=self.costs.layer)
 
+    @property
+    def at_start(self) -> bool:
+        """Whether a decision is taken at step 0."""
+        return self.over(MOST_STEPS).at_start
+
     def cost(self, units: Tensor) -> int:
         """Return what some units cost, bool [units], as the schedule counts; their number if each counts as one."""
         return int((units if self.costs.each is None else self._by_unit(self.blocks, self.costs.each)[units]).sum())
 
     def begin(self) -> None:
         """Lay out all entries and begin their statistics at zero. A loaded policy remembers its own instead."""
-        self.statistics = Statistics(self.policy.metric, self.layout())
+        self.statistics = kind_of(self.policy.metric)(self.policy.metric, self.layout())
 
     @property
     def unit_names(self) -> list[str]:
@@ -96,20 +105,32 @@ class PolicyState:
         places = [(bisect.bisect_right(ends, unit), unit) for unit in units.nonzero().flatten().tolist()]
         return tuple(self.blocks[at].unit_names()[unit - ends[at]] for at, unit in places)
 
-    def layout(self, look: Look = as_is) -> Layout:
-        """Lay out the entries of all units that are still ranked."""
+    def layout(self, look: Look = as_is) -> Any:
+        """Lay out all units that are still ranked, as the kind of statistics has them: none after the last decision."""
+        blocks = [] if self.ended else self.blocks
+        ranked = [] if self.ended else self.fate.ranked(self.kept, blocks)
+        # Those that the loss does not reach have no score.
+        present = [there and self._reached(block) for there, block in zip(ranked, blocks, strict=True)]
+        return kind_of(self.policy.metric).lay(blocks, present, self.policy.metric.reads, look)
+
+    def blank(self, look: Look) -> dict[str, Tensor]:
+        """Return tensors of the names, shapes and types that the statistics have in a state, looked at by `look`."""
         if self.ended:
-            return Layout([], [], self.policy.metric.reads)
-        # Units that were cut away whole have no score, nor have those that the loss does not reach.
-        present = [
-            there and id(block.module) not in self.dead and any(0 not in look(p)[0] for p in block.tensors)
-            for there, block in zip(self.fate.ranked(self.kept, self.blocks), self.blocks, strict=True)
-        ]
-        return Layout(self.blocks, present, self.policy.metric.reads, look)
+            return {name: t.new_empty(0) for name, t in self.statistics.saved().items()}
+        return kind_of(self.policy.metric).blank(self.policy.metric, self.layout(look))  # type: ignore[no-any-return]
+
+    @property
+    def wakes(self) -> bool:
+        """Say whether units that lost may come back at a decision that is still to be taken."""
+        return not (self.ended or self.policy.action.final)
 
     def due(self, step: int) -> bool:
         """Say whether a decision is taken after optimizer step `step` (1, 2, ...)."""
         return not self.ended and self.times is not None and self.times.due(step)
+
+    def observes(self, step: int) -> bool:
+        """Say whether the metric takes in optimizer step `step` (1, 2, ...)."""
+        return not self.ended and self.times is not None and self.times.observes(step)
 
     def course(self) -> list[Span]:
         """Return the run's spans of equal states, as the schedule alone has them. See `lrkit.loop.course`."""
@@ -145,12 +166,16 @@ class PolicyState:
             tensors: the same by the tensor's ``id``.
             numbers: by layer name the numbers of its components now.
         """
-        if self.blocks[0].kind == "component":
-            masks = zip(split(self.kept, self.blocks), self.blocks, strict=True)
-            self.kept = torch.cat([layers[b.name].of(m, 0, True) if b.name in layers else m for m, b in masks])
-            self.take(numbers, self.kept)
+        carried = unchanged
+        if (before := self.blocks)[0].kind == "component":
+
+            def carried(values: Tensor, new: float, /) -> Tensor:
+                each = zip(split(values, before), before, strict=True)
+                return torch.cat([layers[b.name].of(v, 0, new) if b.name in layers else v for v, b in each])
+
+            self.take(numbers, carried(self.kept, True))
         if not self.ended:
-            self.statistics = self.statistics.follow(self.layout(), tensors)
+            self.statistics = self.statistics.follow(self.layout(), tensors, carried)
 
     def take(self, numbers: Mapping[str, Sequence[int]], kept: Tensor) -> None:
         """Take over which components there are, by layer name, and which units are kept, bool [units]."""
@@ -162,28 +187,28 @@ class PolicyState:
         self.kept = kept
 
     def bury(self, dead: Collection[int]) -> None:
-        """Take over which adapters the loss does not reach, by ``id``."""
+        """Take over which tensors the loss does not reach, by ``id``."""
         self.dead = frozenset(dead)
+
+    def _reached(self, block: Block) -> bool:
+        return not self.dead or any(id(tensor) not in self.dead for tensor in block.tensors)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return mask and statistics by the names that a state has for them."""
-        prefix, (buffers, still) = f"policy.{self.index}", self.statistics.whole()
-        named = {f"{prefix}.buffer.{name}": flat for name, flat in buffers.items()}
-        return {f"{prefix}.kept": self.kept, f"{prefix}.still": still, **named}
+        named = {"kept": self.kept, **self.statistics.saved()}
+        return {f"policy.{self.index}.{name}": tensor for name, tensor in named.items()}
 
     def remember(self, tensors: Mapping[str, Tensor], observations: int) -> None:
         """Take over the statistics of a state, whose tensors `tensors` has named; the mask is there already."""
-        prefix, device, metric = f"policy.{self.index}", self.kept.device, self.policy.metric
-        names = () if self.ended else metric.buffers
-        layout = self.layout()
-        buffers = {name: layout.mine(tensors[f"{prefix}.buffer.{name}"].to(device, copy=True)) for name in names}
-        still = layout.mine(tensors[f"{prefix}.still"].to(device, copy=True), still=True)
-        self.statistics = Statistics(metric, layout, buffers, still, observations)
+        prefix = f"policy.{self.index}."
+        saved = {} if self.ended else {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        self.statistics = kind_of(self.policy.metric).restored(self.policy.metric, self.layout(), saved, observations)
 
     def end(self) -> None:
         """Drop the statistics after the last decision: they have done their work."""
         self.ended = True
-        self.statistics = Statistics(self.policy.metric, self.layout(), {}, None, self.statistics.observations)
+        observations, metric = self.statistics.observations, self.policy.metric
+        self.statistics = kind_of(metric).restored(metric, self.layout(), {}, observations)
 
     def scores(self, seed: int) -> Tensor:
         """Return the scores of all units [units], -inf for one that is out for good.
@@ -211,7 +236,7 @@ class PolicyState:
         blocks, budget = self.blocks, self.times.budget(step)  # as they are now, whenever the ballot is read
         each = self.costs.each
         if self.dead:
-            live = self._by_unit(blocks, [id(block.module) not in self.dead for block in blocks]).bool()
+            live = self._by_unit(blocks, [self._reached(block) for block in blocks]).bool()
             scores = torch.where(live, scores.clamp_min(torch.finfo(scores.dtype).min), -torch.inf)
             if is_known(self.policy.action) and self.cost(candidates & live) >= budget:
                 candidates = self.fate.without(candidates, live)
@@ -228,13 +253,14 @@ class PolicyState:
             layers=len(blocks),
             seed=seed,
             costs=None if each is None else (lambda: self._by_unit(blocks, each)),
+            memory=self.statistics.memory,
         )
         action = self.policy.action
         verdict = action.decide(ballot)
         if reason := unsound(action, verdict, ballot, max(self.capacity, len(scores))):
             raise LrkitError(f"{action!r} at step {step}: {reason}")
-        self.statistics.decided()
         kept = verdict.kept
+        self.statistics.decided(kept)
         return Decided(verdict, float(scores[kept].min()) if bool(kept.any()) else None, skipped)
 
     def _by_unit(self, blocks: Sequence[Block], values: Sequence[int]) -> Tensor:

@@ -80,7 +80,7 @@ def forewarnings(state: PolicyState, times: Timetable) -> Iterator[tuple[str, st
     """
     scheduler, action = state.policy.scheduler, state.policy.action
     name, end = type(scheduler).__name__, times.number(times.last)
-    if not 1 <= times.last <= times.total_steps:
+    if not (1 <= times.last <= times.total_steps or (times.last == 0 and times.at_start)):
         first = times.number(1)
         yield (
             "end",

@@ -58,6 +58,7 @@ class Saved:
         numbered: layer name to how many numbers have been given.
         sums: layer name to trainable parameters, summed over the steps.
         dead: layers that no gradient reaches; None if none has been seen yet.
+        beside: the same as `sums` of what trains in no layer, without the head; None in states that do not say it.
         base: what the plain model was.
         allocation: the ranks in effect as plain data, for those who have only the file; None if the method has none.
     """
@@ -75,6 +76,7 @@ class Saved:
     numbered: dict[str, int]
     sums: dict[str, int]
     dead: tuple[str, ...] | None = None
+    beside: int | None = None
     base: Any = None
     allocation: Any = None
 
@@ -119,7 +121,7 @@ class Saved:
         for d in self.history:
             if d.policy >= len(self.policies):
                 raise misfit(f"history has a decision of policy {d.policy}, and there are {len(self.policies)}")
-            if not max(before, last.get(d.policy, 0) + 1) <= d.step <= self.step:
+            if not max(before, last.get(d.policy, -1) + 1) <= d.step <= self.step:
                 raise misfit(f"history has a decision after step {d.step} that cannot be there at step {self.step}")
             if d.kept > d.units or max(d.budget, d.spent) > d.whole:
                 raise misfit(f"history has a decision after step {d.step} that keeps more units than there are")

@@ -1,4 +1,4 @@
-"""The protocol of an importance metric: an entry-wise score from weights and gradients."""
+"""The protocols of importance metrics: what the loop knows of each, and an entry-wise score from weights and gradients."""
 
 import abc
 from collections.abc import Callable, Iterable, Mapping
@@ -13,20 +13,27 @@ from lrkit.settings import one_of
 
 
 class Parts(tuple[Tensor, ...]):
-    """The parts of blocks of one shape, each with its entries' scores [blocks, units, entries]; and a draw for each unit.
+    """The parts of blocks of one shape, each with its entries' scores [blocks, units, entries]; and numbers of each unit.
 
     Args:
         scores: the tensors.
         draw: makes `draws`; without it there are none.
+        memory: what the metric remembers of each unit, by the names in `Importance.memory`, float32 [blocks, units] each.
     """
 
-    def __new__(cls, scores: Iterable[Tensor], draw: Callable[[], Tensor] | None = None) -> "Parts":
+    def __new__(
+        cls,
+        scores: Iterable[Tensor],
+        draw: Callable[[], Tensor] | None = None,
+        memory: Mapping[str, Tensor] | None = None,
+    ) -> "Parts":
         """Make the tuple."""
         made = super().__new__(cls, scores)
-        made._draw = draw
+        made._draw, made.memory = draw, memory or {}
         return made
 
     _draw: Callable[[], Tensor] | None
+    memory: Mapping[str, Tensor]
 
     @property
     def draws(self) -> Tensor:
@@ -44,7 +51,38 @@ class Parts(tuple[Tensor, ...]):
 
 
 @attrs.frozen(kw_only=True)
-class Metric(abc.ABC):
+class Importance:
+    """How much each unit matters: everything that the loop knows of any metric.
+
+    There are two kinds. `Metric` scores entries, by their weights and gradients. `LayerMetric` scores a layer's units by
+    the layer's inputs, or by the gradient of its weight. Subclass one of them.
+    """
+
+    reads: ClassVar[str] = ""
+    """The signal that it reads, by which the loop chooses what to remember for it: see the two kinds."""
+    memory: ClassVar[tuple[str, ...]] = ()
+    """Names of the numbers that it remembers of each unit: one float32 tensor [units] each, zero at first. lrkit saves them
+    until the last decision, and lets them follow if units are cut or added: those of a new unit are zero."""
+
+    @property
+    def measure(self) -> Literal["before-step", "after-step", "before-clipping"]:
+        """Return when a step is taken in: as the optimizer finds it, unless a subclass says otherwise."""
+        return "before-step"
+
+    def decided(self, kept: Tensor, memory: Mapping[str, Tensor]) -> None:
+        """Take in a decision, writing only to the tensors of `memory`, in place.
+
+        For example a metric that counts how often a unit was kept writes ``memory["kept"].add_(kept)``.
+
+        Args:
+            kept: who is kept, bool [units]. Not to be written to.
+            memory: one tensor [units] for each name in `memory`.
+        """
+        return
+
+
+@attrs.frozen(kw_only=True)
+class Metric(Importance, abc.ABC):
     """How much each entry matters. Subclass with ``@attrs.frozen(kw_only=True)``.
 
     lrkit hands a metric the entries of all units as flat float32 tensors [N], so a metric is a few elementwise lines, and
@@ -60,9 +98,10 @@ class Metric(abc.ABC):
             they are clipped (AFLoRA's released code). Under a ``GradScaler``, `Adapted.bind` must be told of it.
     """
 
-    reads: ClassVar[Literal["all", "core", "component"]] = "all"
+    reads: ClassVar[Literal["all", "core", "component", "nothing"]] = "all"
     """``"core"``: only the core value of each component is read. ``"component"``: all parts, but only where units are rank
-    components: a score that makes no sense for a single matrix."""
+    components: a score that makes no sense for a single matrix. ``"nothing"``: no entry, so that `reduce`
+    has no parts, and goes by draws and memory; no tensor is gathered, however large the units are."""
     buffers: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors it remembers. A metric with none is never asked to observe."""
 
@@ -97,7 +136,8 @@ class Metric(abc.ABC):
 
         Args:
             parts: for each part of the units its entries' scores [blocks, units, entries]. A metric that leaves something to
-                chance finds its random numbers in ``parts.draws`` [blocks, units] (`Parts.draws`).
+                chance finds its random numbers in ``parts.draws`` [blocks, units] (`Parts.draws`), and one that remembers
+                numbers of each unit finds them in ``parts.memory``.
 
         Returns:
             Unit scores [blocks, units], by default the sum over parts of the mean over entries (AdaLoRA, Eq. 7; AFLoRA,

@@ -1,7 +1,7 @@
 """The protocol of a parameterization: how an increment ΔW is written in trainable tensors."""
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import attrs
@@ -126,19 +126,22 @@ class Parameterization(abc.ABC):
         """Return a scalar that is added to the loss while training, or None."""
         return None
 
-    def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
-        """Draw the start of further components in one tensor, as `build` does. An action gives the core values itself.
+    def fresh(
+        self, module: nn.Module, count: int, generator: torch.Generator, memory: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Draw the start of further components of one adapter, as `build` does. An action gives the core values itself.
 
         A parameterization that does not override it cannot grow: an action that adds components is refused.
 
         Args:
-            part: one that has an `axis` and is not the core.
             module: the adapter.
             count: how many components.
             generator: on the CPU. Draw from it alone, so that a resumed run draws the same.
+            memory: what a `LayerMetric` of the policy that adds them has kept of the layer, by name. Otherwise empty.
 
         Returns:
-            The tensor's further slices, of its shape, with `count` along `axis`.
+            By the name of each part that has an `axis` and is not the core, the tensor's further slices: of its shape, with
+            `count` along `axis`.
         """
         raise NotImplementedError
 

@@ -1,5 +1,6 @@
 """DoRA: W' = m ∘ (W + ΔW) / ‖W + ΔW‖, a magnitude per output and a low-rank direction (arXiv 2402.09353, Eq. 5)."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -177,6 +178,8 @@ class DoRA(Parameterization):
         assert isinstance(low, LowRank)
         return Magnitude(target, low.A, low.B, core=low.core, scaling=low.scaling, dropout=self.dropout)
 
-    def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
+    def fresh(
+        self, module: nn.Module, count: int, generator: torch.Generator, memory: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Draw further components of ΔW, as at the start."""
-        return self.direction.fresh(part, module, count, generator)
+        return self.direction.fresh(module, count, generator, memory)

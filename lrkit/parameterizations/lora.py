@@ -1,6 +1,7 @@
 """LoRA: ΔW = (α/r) B A (Hu et al., arXiv 2106.09685, section 4.1)."""
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import attrs
@@ -55,15 +56,16 @@ class LoRA(Parameterization):
         """Return r."""
         return self.rank
 
-    def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
-        """Draw further rows of A, Kaiming-uniform, or make columns of B, zero, as at the start.
+    def fresh(
+        self, module: nn.Module, count: int, generator: torch.Generator, memory: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Draw further rows of A, Kaiming-uniform, and make columns of B, zero, as at the start.
 
         The scale stays as it was with the initial r.
         """
-        new = further(module, part, count)
-        if part.name == "B":
-            return nn.init.zeros_(new)
-        return started(module, part, nn.init.kaiming_uniform_(new, math.sqrt(5), generator=generator))
+        a, b = self.parts
+        rows = nn.init.kaiming_uniform_(further(module, a, count), math.sqrt(5), generator=generator)
+        return {a.name: started(module, a, rows), b.name: nn.init.zeros_(further(module, b, count))}
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with A and B beside it."""

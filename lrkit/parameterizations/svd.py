@@ -1,6 +1,6 @@
 """The SVD form of AdaLoRA: ΔW = P Λ Q with an orthogonality penalty (Zhang et al., arXiv 2303.10512, section 3.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import attrs
@@ -76,10 +76,16 @@ class SVD(Parameterization):
             scaling = self.alpha / divisor(target.scale_rank(self.rank, self.scale_by) + 1e-5, self.scale)
         return LowRank(target, q, p, core=core, scaling=scaling)
 
-    def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
-        """Draw further columns of P or rows of Q: Gaussian, as at the start."""
-        new = nn.init.normal_(further(module, part, count), std=self.init_std, generator=generator)
-        return started(module, part, new)
+    def fresh(
+        self, module: nn.Module, count: int, generator: torch.Generator, memory: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Draw further columns of P and rows of Q: Gaussian, as at the start."""
+
+        def drawn(part: Part) -> Tensor:
+            new = nn.init.normal_(further(module, part, count), std=self.init_std, generator=generator)
+            return started(module, part, new)
+
+        return {part.name: drawn(part) for part in self.parts if not part.core}
 
     def penalty(self, modules: Sequence[nn.Module]) -> Tensor | None:
         """Return γ R(P, Q), a scalar; None if γ is 0."""

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import attrs
@@ -76,16 +76,16 @@ class VectorScaled(Parameterization):
         """Return r."""
         return self.rank
 
-    def fresh(self, part: Part, module: nn.Module, count: int, generator: torch.Generator) -> Tensor:
-        """Draw further rows of A or columns of B from the same range as at the start."""
-        new = further(module, part, count)
-        if part.name == "A":
-            return nn.init.kaiming_uniform_(new, generator=generator)
+    def fresh(
+        self, module: nn.Module, count: int, generator: torch.Generator, memory: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Draw further columns of B and rows of A from the same range as at the start."""
+        _, b, a, _ = self.parts
         assert isinstance(module, LowRank)
-        bound = math.sqrt(
-            6 / max(1, module.first_rank // module.maps)
-        )  # Kaiming's, whose fan-in is the initial rank for B
-        return nn.init.uniform_(new, -bound, bound, generator=generator)
+        # Kaiming's bound, whose fan-in is the initial rank for B.
+        bound = math.sqrt(6 / max(1, module.first_rank // module.maps))
+        columns = nn.init.uniform_(further(module, b, count), -bound, bound, generator=generator)
+        return {b.name: columns, a.name: nn.init.kaiming_uniform_(further(module, a, count), generator=generator)}
 
     def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
         """Return all adapters. If `shared`, they hold the same two tensors, as wide as the widest layer."""

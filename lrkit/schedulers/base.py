@@ -66,6 +66,12 @@ class Scheduler(Amounts, abc.ABC):
         default="fixed", validator=one_of(("fixed", "peft", "released", "open", "every-step"))
     )
 
+    calibration = 0
+    """How many batches the metric sees before the decision at step 0 (`lrkit.Adapted.calibrate`); 0 for none. A
+    scheduler that asks for some has it as a setting, as `lrkit.schedulers.Once` does."""
+    at_start = False
+    """Whether a decision is taken at step 0 as well, before the first optimizer step. Asking for calibration implies it."""
+
     @abc.abstractmethod
     def decay(self, progress: float) -> float:
         """Return how far from `target` to `start` the budget is: 1 at progress 0, 0 at progress 1, never increasing.

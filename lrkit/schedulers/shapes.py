@@ -1,8 +1,11 @@
-"""The built-in schedulers: constant, linear, quadratic, cubic."""
+"""The built-in schedulers: constant, linear, quadratic, cubic, once."""
+
+from typing import Literal
 
 import attrs
 
 from lrkit.schedulers.base import Scheduler
+from lrkit.settings import OWN, Time, one_of, whole
 
 
 @attrs.frozen(kw_only=True)
@@ -43,3 +46,31 @@ class Cubic(Scheduler):
     def decay(self, progress: float) -> float:
         """(1 - u)³."""
         return (1.0 - progress) ** 3
+
+
+@attrs.frozen(kw_only=True)
+class Once(Constant):
+    """`target` from before the first step on: one decision, at step 0, and no other.
+
+    For methods that look at some batches and share out ranks before they train: EVA (arXiv 2410.07170), GoRA (arXiv
+    2502.12171). The decision is taken at the end of ``adapted.calibrate(batches)``. Source: lrkit's own.
+
+    Args:
+        calibration: how many batches the metric sees before the decision. A Trainer takes so many; a bare loop gives as
+            many as it likes. 0 for a metric that needs none (`lrkit.metrics.Magnitude`, for example): the decision is then
+            taken by `bind`.
+        warmup: always 0.
+        final: always the whole run.
+        first_step: always 1.
+        ending: always ``"fixed"``.
+    """
+
+    at_start = True
+
+    calibration: int = attrs.field(default=8, validator=whole(0))
+    warmup: Time = attrs.field(default=0, validator=one_of((0,)), metadata=OWN)
+    final: Time = attrs.field(default=1.0, validator=one_of((1.0,)), metadata=OWN)
+    first_step: Literal[0, 1] = attrs.field(default=1, validator=one_of((1,)), metadata=OWN)
+    ending: Literal["fixed", "peft", "released", "open", "every-step"] = attrs.field(
+        default="fixed", validator=one_of(("fixed",)), metadata=OWN
+    )

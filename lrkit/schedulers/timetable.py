@@ -1,6 +1,6 @@
 """A schedule bound to a run: when a decision is due, and how much may be kept then.
 
-Steps here are 1, 2, ..., whatever number a scheduler gives the first one (`Scheduler.first_step`).
+Steps here are 1, 2, ..., whatever number a scheduler gives the first one (`Scheduler.first_step`); 0 is before the first.
 """
 
 import functools
@@ -85,12 +85,22 @@ class Timetable:
         return self._begin, self._end
 
     @property
+    def at_start(self) -> bool:
+        """Whether a decision is taken at step 0."""
+        return self.scheduler.at_start or self.scheduler.calibration > 0
+
+    @property
     def last(self) -> int:
         """The step after which the last decision is taken; nothing changes sides after it."""
         return self._last + 1 - self.scheduler.first_step
 
     def due(self, step: int) -> bool:
-        """Say whether a decision is taken after a step: every `interval` steps after t_i until the last one."""
+        """Say whether a decision is taken after a step: every `interval` steps after t_i until the last one.
+
+        At step 0 one is taken if the scheduler says so (`Scheduler.at_start`).
+        """
+        if step == 0:
+            return self.at_start
         number = self.number(step)
         if number == self._last or (number == self._end and self._decides_at_end):
             return True
@@ -115,7 +125,8 @@ class Timetable:
             at = max(at, stop // every * every + every)
         last, back = first + self.total_steps - 1, 1 - first
         cut = (range(max(r.start, first + (r.start - first) % r.step), min(r.stop, last + 1), r.step) for r in found)
-        return [range(each.start + back, each.stop + back, each.step) for each in cut if each]
+        begun = [range(1)] if self.at_start else []
+        return begun + [range(each.start + back, each.stop + back, each.step) for each in cut if each]
 
     def observes(self, step: int) -> bool:
         """Say whether scores are measured at a step."""

@@ -17,11 +17,13 @@ import attrs
 from lrkit.errors import LrkitError
 from lrkit.hookspecs import Kind
 from lrkit.method import Method
+from lrkit.metrics import LayerMetric
 from lrkit.parameterizations import Parameterization
 from lrkit.registry import BASES
 from lrkit.testing.action import ActionContract
 from lrkit.testing.base import Contract, PartContract
 from lrkit.testing.findings import Broken, Finding, raised, title
+from lrkit.testing.layer_metric import LayerMetricContract
 from lrkit.testing.method import MethodContract
 from lrkit.testing.metric import MetricContract
 from lrkit.testing.neighbours import only
@@ -34,6 +36,7 @@ from lrkit.testing.tiny import TinyModel
 CONTRACTS: dict[Kind | str, type[Contract]] = {
     "parameterization": ParameterizationContract,
     "metric": MetricContract,
+    "layer metric": LayerMetricContract,
     "scheduler": SchedulerContract,
     "action": ActionContract,
     "method": MethodContract,
@@ -56,7 +59,7 @@ def check(component: object, *, kind: Kind | None = None) -> list[Finding]:
     Raises:
         LrkitError: there is no contract for such a component.
     """
-    contract = CONTRACTS.get(kind) if kind is not None else _contract_of(component)
+    contract = _contract_of(component, kind)
     if contract is None:
         raise LrkitError(f"there is no contract for {kind or 'this'}: {component!r}")
     if isinstance(component, type):
@@ -92,11 +95,15 @@ def _small(component: Any) -> Any:
     return attrs.evolve(component, rank=4) if has_rank else component
 
 
-def _contract_of(component: object) -> type[Contract] | None:
+def _contract_of(component: object, kind: Kind | None) -> type[Contract] | None:
     cls = component if isinstance(component, type) else type(component)
-    for kind, base in BASES.items():
+    if issubclass(cls, LayerMetric):
+        return LayerMetricContract
+    if kind is not None:
+        return CONTRACTS.get(kind)
+    for each, base in BASES.items():
         if issubclass(cls, base):
-            return CONTRACTS[kind]
+            return CONTRACTS[each]
     return MethodContract if callable(component) or isinstance(component, Method) else None
 
 
@@ -106,6 +113,7 @@ __all__ = [
     "Broken",
     "Contract",
     "Finding",
+    "LayerMetricContract",
     "MethodContract",
     "MetricContract",
     "ParameterizationContract",

@@ -280,10 +280,9 @@ def test_new_vectors_begin_as_the_first_ones_did() -> None:
     method = attrs.evolve(METHODS["increlora"], parameterization=lrkit.parameterizations.SVD(rank=1, init_std=0.3))
     model = models.make("bert")
     adapted = lrkit.attach(model, method)
-    drawn = []
-    for part in method.parameterization.parts[1:]:
-        module = next(iter(adapted.adapters.values()))
-        drawn.append(method.parameterization.fresh(part, module, 200, torch.Generator().manual_seed(0)))
+    module = next(iter(adapted.adapters.values()))
+    new = method.parameterization.fresh(module, 200, torch.Generator().manual_seed(0), {})
+    drawn = [new[part.name] for part in method.parameterization.parts[1:]]
     for one in drawn:
         assert one.std().item() == pytest.approx(0.3, rel=0.05) and abs(one.mean().item()) < 0.02
     assert not torch.equal(drawn[0].flatten()[:32], drawn[1].flatten()[:32]) or drawn[0].shape != drawn[1].shape
@@ -434,14 +433,6 @@ def test_a_budget_that_will_not_be_reached_is_said() -> None:
     _, adapted, optimizer = run(METHODS["increlora, h"])
     with pytest.warns(lrkit.LrkitWarning, match="there will be 5 components of a budget of 6"):
         adapted.bind(optimizer, total_steps=4)
-
-
-def test_ddp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, adapted, optimizer = run(METHODS["increlora"])
-    adapted.bind(optimizer, total_steps=20)
-    monkeypatch.setattr("lrkit.adapt.parallel.wrapper", lambda: object())
-    with pytest.raises(lrkit.LrkitError, match="DDP cannot follow"):
-        adapted._binding._outer()
 
 
 # ---- norm share ----

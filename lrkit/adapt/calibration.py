@@ -1,0 +1,176 @@
+"""Batches before the first step: gradients are observed and thrown away, and the decisions of step 0 are taken by them."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrkit.adapt.sharding import several
+from lrkit.adapt.weights import Weights
+from lrkit.errors import LrkitError
+from lrkit.loop import beginning
+from lrkit.loop.controller import Controller
+from lrkit.process import as_it_was
+from lrkit.shards import is_sharded
+
+LossOf = Callable[[Any], Tensor]
+"""Gives the loss of a batch, a scalar with a graph."""
+
+_LARGE = 1 << 16
+
+
+def calibrate(
+    model: nn.Module, weights: Weights, loop: Controller, batches: Iterable[Any], loss: LossOf | None
+) -> bool:
+    """Show batches to the policies that ask for some, and take their decisions.
+
+    Args:
+        model: the adapted model.
+        weights: what trains.
+        loop: its loop, with policies that wait for a calibration.
+        batches: at least one.
+        loss: the loss of a batch; None for the model's own.
+
+    Returns:
+        Whether tensors have stopped training, or are of another size.
+
+    Raises:
+        LrkitError: no batches, or one without a loss. Nothing is decided then.
+    """
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise LrkitError(f"calibrate takes a list of batches, or an iterator, not {type(batches).__name__}")
+    states = beginning.waiting(loop, calibrated=True)
+    agree(weights, loop)
+    try:
+        with _undisturbed(model):
+            seen, left = 0, iter(batches)
+            while (batch := _next(left, loop, weights)) is not None:
+                _backward(loss or model_loss(model), batch)
+                weights.put_back()
+                if several():
+                    _average(weights.parameters())
+                beginning.observe(loop, states)
+                for p in model.parameters():
+                    p.grad = None
+                seen += 1
+            if not seen:
+                where = ", in this process or another" if several() else ""
+                raise LrkitError(f"calibrate needs at least one batch, and was given none{where}")
+    except BaseException:
+        weights.put_back()
+        for state in states:
+            state.begin()
+        raise
+    return beginning.decide(loop, states, None)
+
+
+def model_loss(model: nn.Module) -> LossOf:
+    """Return a function from a batch, a dict, to the loss in the model's outputs. Raises LrkitError if there is none."""
+
+    def of(batch: Any) -> Tensor:
+        if not isinstance(batch, Mapping):
+            raise LrkitError(
+                f"a batch to calibrate by must be a dict, as the model takes it, not {type(batch).__name__}: or give "
+                "calibrate(batches, loss=...), a function from a batch to its loss"
+            )
+        outputs = model(**batch)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        if loss is None:
+            raise LrkitError(
+                f"{type(model).__name__} returns no loss for this batch ({', '.join(map(str, batch))}): add labels, or give "
+                "calibrate(batches, loss=...), a function from a batch to its loss"
+            )
+        return loss  # type: ignore[no-any-return]
+
+    return of
+
+
+def _backward(loss_of: LossOf, batch: Any) -> None:
+    with torch.enable_grad():
+        loss = loss_of(batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise LrkitError("the loss to calibrate by must be one number that depends on what trains")
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluate the model for a while. Afterwards gradients, modes, buffers and random generators are as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    grads = [(p, p.grad) for p in model.parameters()]
+    # A quantized base keeps weights in large whole-number buffers, to which no forward pass writes.
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and (buffer.is_floating_point() or buffer.numel() < _LARGE)
+    ]
+    with as_it_was():
+        try:
+            for module, _ in modes:
+                # transformers recomputes activations (gradient checkpointing) in the mode for training alone.
+                module.training = getattr(module, "gradient_checkpointing", False) is True
+            for p, _ in grads:
+                p.grad = None
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for p, grad in grads:
+                p.grad = grad
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+# ---- several processes ----
+
+
+def agree(weights: Weights, loop: Controller) -> None:
+    """Begin as the first of several processes does: take over what trains or was put in, and its seed."""
+    if not several():
+        return
+    distributed: Any = torch.distributed
+    for tensor in weights.saved().values():
+        if not is_sharded(tensor):
+            distributed.broadcast(tensor.detach(), 0)
+    told = torch.tensor(loop.seed, dtype=torch.int64, device=weights.parameters()[0].device)
+    distributed.broadcast(told, 0)
+    loop.seed = int(told)
+
+
+def _next(left: Iterator[Any], loop: Controller, weights: Weights) -> Any:
+    """Return the next batch; None once this process or another has none left."""
+    batch = next(left, None)
+    if not several():
+        return batch
+    distributed: Any = torch.distributed
+    all_have = torch.tensor(float(batch is not None), device=weights.parameters()[0].device)
+    distributed.all_reduce(all_have, op=distributed.ReduceOp.MIN)
+    if bool(all_have):
+        return batch
+    if batch is not None:
+        loop.warn(
+            "calibration", "another process has fewer batches to calibrate by: those beyond its last are left out"
+        )
+    return None
+
+
+def _average(trained: list[nn.Parameter]) -> None:
+    """Average gradients over all processes. Sharded ones are averaged already."""
+    distributed: Any = torch.distributed
+    whole = [p for p in trained if p.requires_grad and not is_sharded(p)]
+    if not whole:
+        return
+    device = whole[0].device
+    there = torch.tensor([float(p.grad is not None) for p in whole], device=device)
+    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).to(device, torch.float32) for p in whole]
+    flat = torch.cat([there, *parts])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    means = torch.split(flat[len(whole) :], [p.numel() for p in whole])
+    for p, mean, share in zip(whole, means, flat[: len(whole)].tolist(), strict=True):
+        p.grad = mean.view(p.shape).to(p) if share else None

@@ -1,0 +1,183 @@
+"""Hooks on adapted layers that hand what goes through them to the metrics that read it."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from lrkit.errors import LrkitError
+from lrkit.layers import beneath
+from lrkit.loop.policy import PolicyState
+from lrkit.loop.remembered import Peers
+
+
+@attrs.frozen(eq=False)
+class Marks:
+    """The masks that one call of a model came with.
+
+    Args:
+        tokens: which tokens are no padding, bool [batch, length]; None if the call does not say.
+        labels: the labels; None for none.
+        decoder: the same as `tokens` for the decoder of an encoder-decoder, whose `tokens` are the encoder's.
+        split: whether the model is an encoder-decoder.
+    """
+
+    tokens: Tensor | None = None
+    labels: Tensor | None = None
+    decoder: Tensor | None = None
+    split: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Marks":
+        """Read a call's arguments, by name or, as the model's forward names them, by position."""
+        code = getattr(model.forward, "__code__", None)
+        names = code.co_varnames[1 : code.co_argcount] if code is not None else ()
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+
+        def mask(name: str) -> Tensor | None:
+            value = given.get(name)
+            return value != 0 if isinstance(value, Tensor) and value.ndim == 2 else None
+
+        labels = given.get("labels")
+        split = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        labels = labels if isinstance(labels, Tensor) and labels.ndim == 2 else None
+        return cls(mask("attention_mask"), labels, mask("decoder_attention_mask"), split)
+
+    def rows(self, name: str, shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+        """Return which rows of a layer's input are no padding, and which have labels, bool [n] each; None if not known.
+
+        Args:
+            name: the layer's name.
+            shape: of its input without the last dimension.
+        """
+        own = not self.split or (re.search(_DECODER, name) is not None and re.search(_ACROSS, name) is None)
+        tokens = self.decoder if self.split and own else self.tokens
+        labels = None if self.labels is None or not own else self.labels != -100
+        return _fitting(tokens, shape), _fitting(labels, shape)
+
+
+_DECODER = r"(^|\.)decoder(\.|$)"
+_ACROSS = r"\.(EncDecAttention|encoder_attn|cross_?attn|crossattention)\.(.*\.)?(k|v|key|value)(_proj)?$"
+"""Layers of a decoder that read what the encoder gives: keys and values of cross-attention."""
+
+
+def _fitting(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """Return a mask [batch, length] as one of rows [n], if the rows are those tokens."""
+    if mask is None or tuple(shape) not in (tuple(mask.shape), (mask.numel(),)):
+        return None
+    return mask.reshape(-1)
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps a layer's input as autograd keeps it: gradient checkpointing drops it, and computes it again."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, None
+
+
+class Taps:
+    """The hooks of one adapted model: none unless a metric reads layers in the next step.
+
+    A row counts if a gradient comes back to it, and then once: hooks of the recomputed forward pass of checkpointing are on
+    outputs that no gradient comes back to, or on the only ones to which one does.
+
+    Args:
+        model: the adapted model.
+        peers: returns the processes that train together.
+    """
+
+    def __init__(self, model: nn.Module, peers: Callable[[], Peers | None] = lambda: None) -> None:
+        self._model, self._peers = model, peers
+        self.scale: Callable[[], float] = lambda: 1.0
+        """Returns the factor that the loss carries."""
+        self._handles: list[Any] = []
+        self._hung: dict[str, nn.Module] = {}
+        self._marks = Marks()
+        self._readers: Sequence[PolicyState] = ()
+
+    def hang(self, readers: Sequence[PolicyState]) -> None:
+        """Put hooks on the layers that these policies read, and take away all others.
+
+        Args:
+            readers: policies that read layers (`lrkit.loop.controller.Controller.readers`).
+        """
+        layers = {name: module for state in readers for name, module in state.statistics.reads.items()}
+        self._readers = readers
+        if layers.keys() == self._hung.keys() and all(self._hung[name] is m for name, m in layers.items()):
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hung, self._marks = [], layers, Marks()
+        if layers:
+            self._handles.append(self._model.register_forward_pre_hook(self._enter, with_kwargs=True))
+        for name, module in layers.items():
+            self._handles.append(module.register_forward_hook(_Tap(self, name), with_kwargs=True))
+
+    @contextmanager
+    def hung(self, readers: Sequence[PolicyState]) -> Iterator[None]:
+        """Put hooks for these policies, and take them away at the end."""
+        self.hang(readers)
+        try:
+            yield
+        finally:
+            self.hang(())
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._marks = Marks.of(model, args, kwargs)
+
+    def through(self, name: str, module: Any, x: Tensor, y: Tensor) -> None:
+        """Follow a layer's input and output, until the output's gradient arrives."""
+        if not (torch.is_grad_enabled() and y.requires_grad):
+            return
+        kept: Any = _Kept.apply(torch.zeros(0, requires_grad=True), x.detach())  # type: ignore[no-untyped-call]
+        marks, shape = self._marks, x.shape[:-1]
+
+        def arrive(g: Tensor) -> None:
+            (x,) = kept.grad_fn.saved_tensors
+            with torch.no_grad():
+                self._arrive(name, module, x, g, marks.rows(name, shape))
+
+        y.register_hook(arrive)  # type: ignore[no-untyped-call]
+
+    def _arrive(self, name: str, module: Any, x: Tensor, g: Tensor, which: tuple[Tensor | None, Tensor | None]) -> None:
+        (base, kind), peers = beneath(module), self._peers()
+        assert kind is not None
+        rows = kind.rows(base, x).float()
+        tokens, labelled = (None if mask is None or len(mask) != len(rows) else mask for mask in which)
+        for state in self._readers:
+            if state.policy.metric.reads == "gradient":
+                grads = kind.out_rows(base, g).float() / (self.scale() * (1 if peers is None else peers.count))
+                if len(grads) != len(rows):
+                    raise LrkitError(f"{name} has {len(rows)} rows of inputs and {len(grads)} of outputs")
+                state.statistics.take(name, rows, grads, labelled, peers)
+            elif tokens is None:
+                state.statistics.take(name, rows, None, labelled, peers)
+            else:
+                state.statistics.take(name, rows[tokens], None, None if labelled is None else labelled[tokens], peers)
+
+    def __deepcopy__(self, memo: object) -> "Taps":
+        return Taps(nn.Module())
+
+
+class _Tap:
+    """The hook on one layer. A copy of the model has a copy of it, which does nothing."""
+
+    def __init__(self, taps: Taps | None, name: str) -> None:
+        self._taps, self._name = taps, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+        if self._taps is not None and isinstance(y, Tensor):
+            self._taps.through(self._name, module, args[0] if args else next(iter(kwargs.values())), y)
+
+    def __deepcopy__(self, memo: object) -> "_Tap":
+        return _Tap(None, self._name)

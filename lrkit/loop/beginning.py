@@ -1,0 +1,57 @@
+"""Step 0 of a run: decisions that are taken before the first optimizer step, and the batches that are seen before them."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lrkit.loop import rules
+from lrkit.loop.controller import Controller
+from lrkit.loop.policy import PolicyState
+from lrkit.settings import MOST_STEPS
+
+
+def waiting(loop: Controller, *, calibrated: bool) -> list[PolicyState]:
+    """Return the policies whose decision at step 0 is still to come.
+
+    Args:
+        loop: the loop.
+        calibrated: those that ask for batches before it; False for those that ask for none.
+    """
+    taken = {decision.policy for decision in loop.history if decision.step == 0}
+    states = [state for state in loop.policies if state.at_start and not loop.step and state.index not in taken]
+    return [state for state in states if (state.policy.scheduler.calibration > 0) == calibrated]
+
+
+def batches(loop: Controller) -> int:
+    """Return how many batches the policies ask for that are still to be calibrated; 0 for none."""
+    return max((state.policy.scheduler.calibration for state in waiting(loop, calibrated=True)), default=0)
+
+
+def observe(loop: Controller, states: Sequence[PolicyState]) -> None:
+    """Let policies observe the gradients of one batch."""
+    loop.look()
+    for state in states:
+        state.follow_device()
+        loop.take_in(state, 0, None)
+
+
+def decide(loop: Controller, states: Sequence[PolicyState], optimizer: torch.optim.Optimizer | None) -> bool:
+    """Take the decisions of step 0.
+
+    Args:
+        loop: the loop.
+        states: the policies that take one.
+        optimizer: the one that is bound; None at the end of a calibration.
+
+    Returns:
+        As `Controller.after_step`.
+    """
+    before = [state.times for state in states]
+    for state in states:
+        # Nothing at step 0 depends on the length of the run.
+        state.times = rules.timetable(state, loop.total_steps or MOST_STEPS)
+    try:
+        return loop.act(states, optimizer)
+    finally:
+        for state, times in zip(states, before, strict=True):
+            state.times = times

@@ -1,0 +1,76 @@
+"""FIM-LoRA: ranks in proportion to the mean squared gradient of each layer's factors."""
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal
+
+import attrs
+from torch import Tensor
+
+import lrkit
+from lrkit.ranks import Rank, most_of
+from lrkit_calibrated.allocation import ShareOut
+from lrkit_calibrated.lora import AllocatedLoRA
+
+
+@attrs.frozen(kw_only=True)
+class MeanSquaredGradient(lrkit.Metric):
+    """The mean over steps of an entry's squared gradient: the diagonal of the empirical Fisher information.
+
+    Source: FIM-LoRA, arXiv 2605.16800, section 3: F_ii ≈ (1/T) Σ_t (∂ℓ_t/∂θ_i)². At LoRA's start B is zero, and so is A's
+    gradient: what is seen is B's.
+    """
+
+    buffers: ClassVar[tuple[str, ...]] = ("mean",)
+
+    def observe(self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int) -> None:
+        """Take in a step: mean += (g² - mean) / t."""
+        state["mean"].lerp_(grad.square(), 1.0 / step)
+
+    def score(self, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean."""
+        return state["mean"].clone()
+
+
+def fim_lora(
+    *,
+    rank: Rank = 8,
+    least: int = 1,
+    most: int | None = None,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    calibration: int = 8,
+    scale_of: Literal["new-rank", "first-rank"] = "new-rank",
+    variant: Literal["paper", "released"] = "paper",
+) -> lrkit.Method:
+    """FIM-LoRA (Sathyavageeswaran, arXiv 2605.16800): LoRA with ranks by the Fisher information of a few batches.
+
+    A layer's importance is the mean squared gradient of its B over the batches. The budget of `rank` per layer is shared
+    out in proportion, once, before the first step: arXiv 2605.16800, section 3.
+
+    Args:
+        rank: r, a layer's rank on average.
+        least: r_min.
+        most: r_max; 2 r by default.
+        alpha: α of the scale α/r.
+        dropout: of the adapter's input.
+        calibration: batches before the first step.
+        scale_of: the r of the scale: ``"new-rank"``, as the author's code computes; or ``"first-rank"``, as its comments
+            say.
+        variant: ``"paper"``: the ranks' sum is the budget, exactly. ``"released"``: the author's code, in which low ranks are
+            raised to `least` beyond the budget.
+    """
+    if variant not in ("paper", "released"):
+        raise lrkit.LrkitError(f'fim_lora variant must be "paper" or "released", not {variant!r}')
+    return lrkit.Method(
+        parameterization=AllocatedLoRA(rank=rank, alpha=alpha, dropout=dropout, scale_of=scale_of),
+        metric=MeanSquaredGradient(),
+        scheduler=lrkit.schedulers.Once(target=1.0, calibration=calibration),
+        action=ShareOut(
+            least=least,
+            most=2 * most_of(rank) if most is None else most,
+            rule="filled" if variant == "paper" else "saturated",
+        ),
+    )
+
+
+METHODS: Mapping[str, Callable[..., lrkit.Method]] = {"fim-lora": fim_lora}

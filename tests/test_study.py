@@ -1,6 +1,7 @@
 """Studies as they are run: real processes, killed; cells named by what they are; one failure that stops nothing."""
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import torch
 
 import lrkit
 from lrkit.study.cell import Cell, make_cell
+from lrkit.study.code import inside
 from lrkit.study.execute import execute
 from lrkit.study.graph import jobs_of
 from lrkit.study.plan import lay_out, study_from
@@ -26,6 +28,7 @@ from lrkit.study.store import Lines, lock, read_json, write_json
 from lrkit.study.worker import run_cell
 
 HERE = Path(__file__).resolve()
+_NOT_NAMED = ("train_also", "needs", "selection", "stop", "loading")  # at their defaults
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +180,26 @@ def test_cell_keys(place):
         make_cell(plain, spec, plan.study.model, "all-linear", {**settings, "lr": 0.5}).key,
     }
     assert len(others | {key}) == 6
+
+
+def test_number_counts_not(place, tmp_path, monkeypatch):
+    """A version number alone changes no key: a study that is done under 0.1.0 is done under any other."""
+    plan, keys = lay_out(small(place, rows=[], swap={})), []
+    for number in ("0.1.0", "0.2.0", "7.0"):
+        numbers = {"lrkit": number, "lrkit-sora": number}
+        monkeypatch.setattr("lrkit.study.cell._version", lambda name, numbers=numbers: numbers.get(name, "1"))
+        outcome = execute(plan, tmp_path, workers=0, costs=False)
+        assert (outcome.done, outcome.ran) == (1, number == "0.1.0")
+        cell = attrs.evolve(cell := jobs_of(plan)[0].cell, versions={**cell.versions, **numbers})
+        keys.append((cell.key, cell.setup))
+    first = attrs.evolve(cell, versions={**cell.versions, "lrkit": "0.1.0", "lrkit-sora": "0.1.0"})
+    was = {name: each for name, each in first.to_plain().items() if name not in _NOT_NAMED}
+    was["task"]["data"], was["model"] = first.versions["data"], first.versions["model"]
+    text = json.dumps(was, sort_keys=True, separators=(",", ":"))
+    assert set(keys) == {(hashlib.sha256(text.encode()).hexdigest()[:16], first.setup)}, "keys are as 0.1.0 made them"
+    assert attrs.evolve(cell, versions={**cell.versions, "torch": "9"}).key != cell.key
+    assert attrs.evolve(cell, versions={**cell.versions, "code": "9"}).key != cell.key
+    assert not any(path.name == "version.py" for path in inside(Path(lrkit.__file__).parent))
 
 
 def test_key_follows_data(place, tmp_path):

@@ -63,11 +63,11 @@ def events(cell):
     return [json.loads(line) for line in (cell / "attempts.jsonl").read_text().splitlines()]
 
 
-def start(place, out, workers, executor="local"):
+def start(place, out, workers, executor="local", *rest):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(HERE.with_name("killed_study.py")), str(place), str(out)]
     return subprocess.Popen(
-        [*command, str(workers), executor],
+        [*command, str(workers), executor, *rest],
         env=environment,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -331,10 +331,10 @@ def test_replaced_whole_or_not(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-def ray_survives_kills(place, tmp_path, undisturbed):
-    """On Ray a worker that is killed costs a retry, and changes no result. See tests/integrations/test_executors.py."""
+def survives_kills(place, tmp_path, undisturbed, *executor):
+    """A worker or job that is killed costs a retry, and changes no result. See tests/integrations/test_executors.py."""
     out = tmp_path / "out"
-    process = start(place, out, 2, "ray")
+    process = start(place, out, 2, *executor)
     deadline = time.monotonic() + 100
     while not checkpoints(out) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)

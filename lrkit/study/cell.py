@@ -82,7 +82,8 @@ class Cell:
     def setup(self) -> str:
         """Hash what all cells of a study on one task must share: task, model, and versions but plug-ins'."""
         # A cell of other code is a cell of this study all the same: it is shown as such, and computed again.
-        common = {name: self._counted.get(name) for name in ("lrkit", "torch", "transformers", "data", "model")}
+        counted = self._counted
+        common = {name: counted.get(name) for name in ("lrkit", "torch", "transformers", "data", "model")}
         return digest_of([{**self.task, "data": None}, common])
 
     @property

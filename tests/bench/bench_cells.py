@@ -1,8 +1,8 @@
 """What a study of up to 10,000 cells costs to plan, to run and to report, with a training function that does nothing.
 
-Cells are those of a real study (rows that differ in rank and seed, 50 seeds, a tiny BERT, a folder of data), on a pool of two
-threads; what trains them is replaced by a function that gives one and the same small result with another score. So all that
-is left is lrkit's own work: by cell it must not grow with the number of cells.
+Cells are those of a real study (rows that differ in rank and rate, 50 seeds, a tiny BERT, a folder of data), on a pool of
+two threads; what trains them is replaced by a function that gives one small result with another score each time. So all
+that is left is lrkit's own work: by cell it must not grow with the number of cells. Times are of the CPU.
 
     PYTHONPATH=tests/bench:tests python -P tests/bench/bench_cells.py                 # a few minutes
     PYTHONPATH=tests/bench:tests python -P tests/bench/bench_cells.py --rounds 0.1    # 100 to 1,000 cells

@@ -1,4 +1,4 @@
-"""Jobs of submitit on this machine: real processes that come to their ends, fail, are killed, or are put back in the queue."""
+"""Jobs of submitit on this machine: real processes that come to their ends, fail, are killed, or are put back."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class _Graph:
         return self._grids[index]
 
     def _all(self, tune: TuneSpec, index: int, spec: TaskSpec, sizes: Sequence[int]) -> Need:
-        """Return the need of the first rungs of a row's trials on a task, of so many trials each: one for all who need it."""
+        """Return the need of the first rungs of a row's trials on a task, of so many trials each: one for all."""
         place = (index, spec.name, *sizes)
         if place in self._choices:
             return self._choices[place]

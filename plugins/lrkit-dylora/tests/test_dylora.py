@@ -36,7 +36,7 @@ from lrkit.testing import (
 
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[Registry]:
-    with only(lrkit_dylora, distribution="lrkit-dylora 0.1.0") as made:
+    with only(lrkit_dylora, distribution="lrkit-dylora 0.2.0") as made:
         yield made
 
 

@@ -25,7 +25,7 @@ from lrkit.testing import ActionContract, MethodContract, ParameterizationContra
 
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[Registry]:
-    with only(lrkit_l1ra, distribution="lrkit-l1ra 0.1.0") as made:
+    with only(lrkit_l1ra, distribution="lrkit-l1ra 0.2.0") as made:
         yield made
 
 

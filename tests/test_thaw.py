@@ -17,7 +17,7 @@ from torch import nn
 import lrkit
 import lrkit.trainer
 from lrkit import accounting
-from lrkit.actions import Ballot, Freeze, Switch, Verdict, best
+from lrkit.actions import Freeze, Switch
 from lrkit.adapt.body import block_names
 from lrkit.loop.history import training
 from lrkit.metrics import GradientUncertainty, Random
@@ -28,32 +28,10 @@ from lrkit.testing import ActionContract
 STEPS = 12
 
 
-@attrs.frozen(kw_only=True)
-class Raffle(Switch):
-    """Any units may train. Source: this test."""
-
-    def decide(self, ballot: Ballot) -> Verdict:
-        """Keep as many as the budget has room for, at random."""
-        chance = torch.rand(len(ballot.scores), generator=ballot.generator)
-        return Verdict(best(attrs.evolve(ballot, scores=chance)))
-
-
-class TestKept(ActionContract):
-    """The optimizer's state of what stops may stay."""
-
-    component: ClassVar = Switch(state="kept")
-
-
-class TestMatrices(ActionContract):
-    """Single matrices stop and train again, by what they cost."""
-
-    component: ClassVar = Switch(unit="matrix", by="score-per-cost")
-
-
 class TestLayers(ActionContract):
-    """So do layers, at random."""
+    """Layers stop and train again, by what they cost; the optimizer's state stays."""
 
-    component: ClassVar = Raffle(unit="layer")
+    component: ClassVar = Switch(unit="layer", state="kept", by="score-per-cost")
 
 
 def switching(

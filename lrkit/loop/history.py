@@ -53,7 +53,7 @@ class Decision:
 def training(history: Sequence[Decision], steps: int, layers: Sequence[str]) -> dict[str, float]:
     """Return the share of a run's steps in which each layer trained, if units of whole matrices came back in it.
 
-    A layer with several units, its matrices, has their mean; a unit may also be a block with several layers. Nothing is
+    A layer of which several matrices stopped has their mean; a unit may also be a block with several layers. Nothing is
     returned for a run in which no such unit came back: its units stopped at one step each.
 
     Args:

@@ -54,9 +54,9 @@ class TestCoins(ActionContract):
 
 
 class TestEpsilonGreedy(ActionContract):
-    """So does the choice of AdaGradSelect, early and late."""
+    """So does the choice of AdaGradSelect."""
 
-    component = (EpsilonGreedy(epsilon=0.5), EpsilonGreedy(exploration=0, state="kept"))
+    component = EpsilonGreedy(epsilon=0.5, state="kept")
 
 
 class TestMethods(MethodContract):

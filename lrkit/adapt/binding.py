@@ -119,6 +119,7 @@ class Binding:
 
     def calibrate(self, batches: Iterable[Any], loss: calibration.LossOf | None) -> None:
         """Take the decisions of step 0 that go by batches. The arguments are those of `Adapted.calibrate`."""
+        self._weights.put_back()  # the loop of sharded parameters is another one
         if calibration.calibrate(self._model, self._weights, self.controller, batches, loss):
             self.follow()
 

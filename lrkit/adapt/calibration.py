@@ -47,7 +47,6 @@ def calibrate(
         why = "its calibration has been done" if asks else "it asks for no calibration"
         warnings.warn(f"calibrate does nothing for this method: {why}", LrkitWarning, stacklevel=4)
         return False
-    weights.put_back()
     if reason := sharding.refusal(model, loop):
         raise LrkitError(reason)
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):

@@ -551,7 +551,7 @@ def test_half_precision_is_widened(call: Any, ran: Path, tmp_path: Path) -> None
     adapted.save(tmp_path / "run")
     base = ("--model", ran / "model")
     code, _, err = call("export", tmp_path / "run", "--to", "merged", *base, "--out", tmp_path / "narrow")
-    assert code == 2 and "which rounds ΔW; load it in float32 to export it (--dtype float32)" in " ".join(err.split())
+    assert code == 2 and "which rounds ΔW; export it in float32 (--dtype float32)" in " ".join(err.split())
     words = ("--dtype", "float32", "--out", tmp_path / "wide")
     assert call("export", tmp_path / "run", "--to", "merged", *base, *words)[0] == 0
     found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "wide")

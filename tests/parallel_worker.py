@@ -1,4 +1,4 @@
-"""One of several gloo processes; run by test_parallel.py with: MODE RANK WORLD INIT_FILE OUT."""
+"""One of several gloo processes; run by test_parallel.py with: MODES (comma-separated) RANK WORLD INIT_FILE OUT."""
 
 import sys
 from pathlib import Path
@@ -84,18 +84,18 @@ if __name__ == "__main__":
     METHODS = METHODS | CUTTING | CHOSEN
     mode, rank, world, init, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
-    kind, _, names = mode.partition(":")
-    if kind == "calibration":
+    if mode == "calibration":
         torch.save(calibration_worker.clauses(rank, world, Path(out).parent), out)
         dist.destroy_process_group()
         sys.exit()
-    result = {}
-    for name in names.split(","):
+    results = {}
+    for each in mode.split(","):
+        kind, _, name = each.partition(":")
         model, adapted, sent = ddp(rank, world, METHODS[name], accumulate=2 if kind == "accumulate" else 1)
-        result[name] = {
+        results[each] = {
             "weights": {k: v.clone() for k, v in model.state_dict().items()},
             "history": [(d.step, d.budget, d.kept, d.lost, d.returned) for d in adapted.history],
             "sent": sent,
         }
-    torch.save(result, out)
+    torch.save(results, out)
     dist.destroy_process_group()

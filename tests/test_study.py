@@ -1,6 +1,7 @@
 """Studies as they are run: real processes, killed; cells named by what they are; one failure that stops nothing."""
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import torch
 
 import lrkit
 from lrkit.study.cell import Cell, make_cell
+from lrkit.study.code import inside
 from lrkit.study.execute import execute
 from lrkit.study.graph import jobs_of
 from lrkit.study.plan import lay_out, study_from
@@ -28,6 +30,7 @@ from lrkit.study.store import Lines, lock, read_json, write_json
 from lrkit.study.worker import run_cell
 
 HERE = Path(__file__).resolve()
+_NOT_NAMED = ("train_also", "needs", "selection", "stop", "loading")  # at their defaults
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +65,11 @@ def events(cell):
     return [json.loads(line) for line in (cell / "attempts.jsonl").read_text().splitlines()]
 
 
-def start(place, out, workers, executor="local"):
+def start(place, out, workers, executor="local", *rest):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(HERE.with_name("killed_study.py")), str(place), str(out)]
     return subprocess.Popen(
-        [*command, str(workers), executor],
+        [*command, str(workers), executor, *rest],
         env=environment,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -79,13 +82,18 @@ def checkpoints(out):
     return len(list(out.glob("cells/*/checkpoints/checkpoint-*")))
 
 
+def all_events(out):
+    """The events of all cells that have begun."""
+    return [event for path in out.glob("cells/*/attempts.jsonl") for event in events(path.parent)]
+
+
 def wait_for_checkpoint(process, out):
     """Wait until some cell has one, and return the pids of the workers that have begun."""
     deadline = time.monotonic() + 60
     while not checkpoints(out) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert checkpoints(out), process.communicate()
-    return [e["pid"] for cell in (out / "cells").iterdir() for e in events(cell) if e["event"] == "begin"]
+    return [e["pid"] for e in all_events(out) if e["event"] == "begin"]
 
 
 def ends(pid):
@@ -113,8 +121,8 @@ def test_killed_study_resumes(place, tmp_path, undisturbed):
         os.kill(pid, signal.SIGKILL)
     assert not outlived, "a worker outlived its study"
     process = start(place, out, 2)
-    before, deadline = sum(1 for cell in (out / "cells").iterdir() for _ in events(cell)), time.monotonic() + 60
-    while sum(1 for cell in (out / "cells").iterdir() for _ in events(cell)) == before and time.monotonic() < deadline:
+    before, deadline = len(all_events(out)), time.monotonic() + 60
+    while len(all_events(out)) == before and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(chance.uniform(0.0, 0.8))
     assert process.poll() is None, "it was over before it could be killed"
@@ -122,12 +130,12 @@ def test_killed_study_resumes(place, tmp_path, undisturbed):
     process.communicate()
     for path in out.glob("cells/*/result.json"):
         assert json.loads(path.read_text())["steps"] == 14
-    begun = {e["pid"] for cell in (out / "cells").iterdir() for e in events(cell) if e["event"] == "begin"}
+    begun = {e["pid"] for e in all_events(out) if e["event"] == "begin"}
     process = start(place, out, 2)
     mine, deadline = set(), time.monotonic() + 60
     while not mine and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-        running = [cell for cell in (out / "cells").iterdir() if any(cell.glob("checkpoints/checkpoint-*"))]
+        running = {path.parents[1] for path in out.glob("cells/*/checkpoints/checkpoint-*")}
         mine = {e["pid"] for cell in running for e in events(cell) if e["event"] == "begin"} - begun
     os.kill(mine.pop(), signal.SIGKILL)
     told, _ = process.communicate(timeout=120)
@@ -171,6 +179,26 @@ def test_cell_keys(place):
         make_cell(plain, spec, plan.study.model, "all-linear", {**settings, "lr": 0.5}).key,
     }
     assert len(others | {key}) == 6
+
+
+def test_number_counts_not(place, tmp_path, monkeypatch):
+    """A version number alone changes no key: a study that is done under 0.1.0 is done under any other."""
+    plan, keys = lay_out(small(place, rows=[], swap={})), []
+    for number in ("0.1.0", "0.2.0", "7.0"):
+        numbers = {"lrkit": number, "lrkit-sora": number}
+        monkeypatch.setattr("lrkit.study.cell._version", lambda name, numbers=numbers: numbers.get(name, "1"))
+        outcome = execute(plan, tmp_path, workers=0, costs=False)
+        assert (outcome.done, outcome.ran) == (1, number == "0.1.0")
+        cell = attrs.evolve(cell := jobs_of(plan)[0].cell, versions={**cell.versions, **numbers})
+        keys.append((cell.key, cell.setup))
+    first = attrs.evolve(cell, versions={**cell.versions, "lrkit": "0.1.0", "lrkit-sora": "0.1.0"})
+    was = {name: each for name, each in first.to_plain().items() if name not in _NOT_NAMED}
+    was["task"]["data"], was["model"] = first.versions["data"], first.versions["model"]
+    text = json.dumps(was, sort_keys=True, separators=(",", ":"))
+    assert set(keys) == {(hashlib.sha256(text.encode()).hexdigest()[:16], first.setup)}, "keys are as 0.1.0 made them"
+    assert attrs.evolve(cell, versions={**cell.versions, "torch": "9"}).key != cell.key
+    assert attrs.evolve(cell, versions={**cell.versions, "code": "9"}).key != cell.key
+    assert not any(path.name == "version.py" for path in inside(Path(lrkit.__file__).parent))
 
 
 def test_key_follows_data(place, tmp_path):
@@ -302,10 +330,10 @@ def test_replaced_whole_or_not(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-def ray_survives_kills(place, tmp_path, undisturbed):
-    """On Ray a worker that is killed costs a retry, and changes no result. See tests/integrations/test_executors.py."""
+def survives_kills(place, tmp_path, undisturbed, *executor):
+    """A worker or job that is killed costs a retry, and changes no result. See tests/integrations/test_executors.py."""
     out = tmp_path / "out"
-    process = start(place, out, 2, "ray")
+    process = start(place, out, 2, *executor)
     deadline = time.monotonic() + 100
     while not checkpoints(out) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)

@@ -1,21 +1,18 @@
 """A method's tie to optimizers: the loop runs at their steps, and the penalty's gradient goes into their tensors."""
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrkit.adapt import calibration, parallel, sharding
-from lrkit.adapt.heads import head_parameters
+from lrkit.adapt import calibration, parallel, sharding, watching
 from lrkit.adapt.optimizers import Steps, as_long_as_alive, as_one, held_by, unwrapped
 from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.saved import Loaded
 from lrkit.adapt.taps import Taps
-from lrkit.adapt.tied import passed_by
 from lrkit.adapt.weights import Weights
-from lrkit.errors import LrkitError, LrkitWarning, listing
+from lrkit.errors import LrkitError, listing
 from lrkit.loop import beginning, liveness
 from lrkit.loop.controller import Controller
 from lrkit.loop.gradients import Unclipped
@@ -79,11 +76,8 @@ class Binding:
         optimizers = unwrapped(optimizer)
         if self.bound:
             raise LrkitError("already bound to an optimizer: call unbind() first")
-        if asked := beginning.batches(self.controller):
-            raise LrkitError(
-                f"the method decides by batches that it sees before the first step ({asked} by its calibration): call "
-                "adapted.calibrate(batches) before bind"
-            )
+        if reason := beginning.refusal(self.controller):
+            raise LrkitError(reason)
         if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
             raise LrkitError(f"total_steps must be an int of at least 1, not {total_steps!r}")
         if penalty not in ("loss", "gradient"):
@@ -122,24 +116,17 @@ class Binding:
                 self._steps.hold(handle)
         self._keep_gradients()
         self._outer.hang_on(self._model)
-        if now := beginning.waiting(self.controller, calibrated=False):
-            calibration.agree(self._weights, self.controller)
-            if beginning.decide(self.controller, now, as_one(optimizers)):
-                self.follow()
+        if calibration.begin(self._weights, self.controller, as_one(optimizers)):
+            self.follow()
         self.taps.hang(self.controller.readers())
 
     def calibrate(self, batches: Iterable[Any], loss: calibration.LossOf | None) -> None:
         """Take the decisions of step 0 that go by batches. The arguments are those of `Adapted.calibrate`."""
-        if not beginning.batches(self.controller):
-            asks = any(policy.scheduler.calibration for policy in self.controller.run.method.policies)
-            why = "its calibration has been done" if asks else "it asks for no calibration"
-            warnings.warn(f"calibrate does nothing for this method: {why}", LrkitWarning, stacklevel=3)
-            return
-        self._weights.put_back()
-        if reason := sharding.refusal(self._model, self.controller):
-            raise LrkitError(reason)
-        self.controller.peers = parallel.peers(None)
-        with self.taps.hung(beginning.waiting(self.controller, calibrated=True)):
+        self._weights.put_back()  # the loop of sharded parameters is another one
+        waiting = beginning.waiting(self.controller, calibrated=True)
+        if waiting:
+            self.controller.peers = parallel.peers(None)
+        with self.taps.hung(waiting):
             moved = calibration.calibrate(self._model, self._weights, self.controller, batches, loss)
         if moved:
             self.follow()
@@ -265,33 +252,7 @@ class Binding:
 
     def _first_look(self) -> None:
         """Name the modules that train and have no gradient, before the first step that has any."""
-        self.controller.look()
-        dead = self.controller.liveness.dead
-        if dead is None and self.controller.run.modules:
-            return
-        self._looked = True
-        if cast := self._weights.cast():
-            self.controller.warn("cast", cast)
-        silent = liveness.unreached({name: list(head_parameters(self._model, [name])) for name in self._head})
-        if silent:
-            self.controller.warn(
-                "head",
-                f"no gradient reaches {listing(silent)}, which trains in full: the loss does not depend on it. Leave it out "
-                "with train_also",
-            )
-        if passed := passed_by(self._model):
-            self.controller.warn(
-                "passed by",
-                f"{listing(passed)} is tied to an adapted embedding and has not been called: a loss that reads its weight, "
-                "as TRL's do, misses the ΔW that the model's own outputs have. Leave the embedding out of targets",
-            )
-        ddp = self._outer.ddp
-        if ddp is not None and (dead or silent) and not (ddp.find_unused_parameters or ddp.static_graph):
-            raise LrkitError(
-                f"no gradient reaches {listing([*(dead or []), *silent])}, and DDP waits for it, so that others are not "
-                "averaged: leave it out (targets, train_also), or use DistributedDataParallel(..., "
-                "find_unused_parameters=True)"
-            )
+        self._looked = watching.look(self._model, self._head, self._weights, self.controller, self._outer.ddp)
 
     def _met(self, ddp: Any) -> None:
         """Let chance be the same on every process of a DDP module, however each was seeded."""

@@ -61,6 +61,7 @@ class Stage:
         blocks = blocks_of(adapted.adapters, parameterization.parts, action.unit, trained, body)
         self.blocks: list[Block] = blocks[: max(2, len(blocks) // 2)]
         self.parameters = dict(self.model.named_parameters())
+        self.gates = [part for part in parameterization.parts if part.core and not part.trains]
 
     @property
     def count(self) -> int:

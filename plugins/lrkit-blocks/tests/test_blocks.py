@@ -25,7 +25,7 @@ BLOCKS = "bert.encoder.layer"
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[Registry]:
     """Know this plug-in alone."""
-    with only(lrkit_blocks, distribution="lrkit-blocks 0.1.0") as made:
+    with only(lrkit_blocks, distribution="lrkit-blocks 0.2.0") as made:
         yield made
 
 

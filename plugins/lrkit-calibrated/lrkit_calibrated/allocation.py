@@ -19,6 +19,7 @@ class _Allocation(lrkit.Action):
     fate: ClassVar[Fate] = "removed"
     final: ClassVar[bool] = True
     grows: ClassVar[bool] = True
+    exact = False  # for its contract: what a layer gets is fresh, and not what was there
 
     @property
     def unit(self) -> UnitKind:
@@ -70,8 +71,6 @@ class ShareOut(_Allocation):
             promised. ``"floored"``: GoRA's released code: the same with m + n, rounded down.
         anew: whether all components are drawn anew. False: those that there are stay, from the first on.
     """
-
-    exact = False  # for its contract: see the rules
 
     least: int = attrs.field(default=1, validator=whole(0))
     most: int = attrs.field(default=16, validator=whole(1))

@@ -4,10 +4,12 @@ A rule takes the parts that it compares, and gives the reason why they do not fi
 example, `no_units` refuses `Freeze` on a parameterization that has no matrix which trains.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import get_args
 
 import torch
+from torch import Tensor
 
 from lrkit.actions import Action, Ballot, Fate, unsound
 from lrkit.metrics import Importance
@@ -39,6 +41,7 @@ def refusal(parameterization: Parameterization, metric: Importance, scheduler: S
         or unknown_signal(metric)
         or other_units_read(metric, action)
         or no_core_read(metric, parameterization)
+        or no_entries(metric, action)
         or budget_that_rises(scheduler, action)
         or budget_above_units(scheduler, action, parameterization)
         or budget_in_costs(scheduler, action)
@@ -162,11 +165,30 @@ def no_optimizer_yet(scheduler: Scheduler, action: Action) -> str | None:
     )
 
 
+def no_entries(metric: Importance, action: Action) -> str | None:
+    """Refuse an action that goes by entry-wise scores beside a metric that scores units as they are."""
+    if metric.reads not in ("inputs", "gradient"):
+        return None
+    asked = []
+    with suppress(Exception):  # whatever a plug-in's own choice may raise on units that are made up
+        action.decide(_three_units(None, lambda: asked.append(True) or torch.tensor([3.0, 2.0, 1.0])))
+    if not asked:
+        return None
+    return (
+        f"metric {metric!r} does not fit action {action!r}: the action asks for scores of entries, and it scores units"
+    )
+
+
+def _three_units(costs: Tensor | None, entries: Callable[[], Tensor] | Tensor) -> Ballot:
+    """Return a ballot of three made-up units of one layer and a budget of 2, of which the best has three entries."""
+    scores, sizes, places = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([3, 1, 1]), torch.zeros(3, dtype=torch.long)
+    everyone = torch.ones(3, dtype=torch.bool)
+    return Ballot(scores, everyone, 2, 0.4, entries, places + 1, places, sizes, layers=1, costs=costs)
+
+
 def _keeps_to_costs(action: Action) -> bool:
     """Try an action's choice on three units, of which the best alone costs more than the budget."""
-    scores, costs, places = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([3, 1, 1]), torch.zeros(3, dtype=torch.long)
-    everyone = torch.ones(3, dtype=torch.bool)
-    ballot = Ballot(scores, everyone, 2, 0.4, scores, places + 1, places, costs, layers=1, costs=costs)
+    ballot = _three_units(torch.tensor([3, 1, 1]), torch.tensor([3.0, 2.0, 1.0]))
     try:
         return unsound(action, action.decide(ballot), ballot, 3) is None
     except Exception:  # whatever a plug-in's own choice may raise on units that are made up

@@ -1,10 +1,15 @@
 """lrkit in Lightning's Trainer: one callback, nothing else to call. It needs ``lightning``."""
 
+import inspect
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import CombinedLoader
 
 from lrkit.adapt.adapted import Adapted
+from lrkit.loop import beginning
 
 
 class AdaptCallback(Callback):  # type: ignore[misc] # Lightning is not installed where types are checked
@@ -12,7 +17,8 @@ class AdaptCallback(Callback):  # type: ignore[misc] # Lightning is not installe
 
     It binds the method to the optimizers that ``configure_optimizers`` returns, adds the penalty's gradient to the factors'
     before clipping (leave ``adapted.penalty()`` out of the loss), and keeps everything adaptive in Lightning's checkpoints,
-    so that ``fit(ckpt_path=...)`` is bitwise the run that was not interrupted.
+    so that ``fit(ckpt_path=...)`` is bitwise the run that was not interrupted. A method that decides by batches before the first
+    step is calibrated by the loss of ``training_step`` on the training data.
 
     Args:
         adapted: the handle that `lrkit.attach` returned for the LightningModule's model.
@@ -32,14 +38,28 @@ class AdaptCallback(Callback):  # type: ignore[misc] # Lightning is not installe
         self._loaded = state_dict
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Load if the Trainer resumes, then bind."""
+        """Load if the Trainer resumes, or calibrate; then bind."""
         self.adapted.unbind(quietly=True)
         if self._loaded is not None:
             self.adapted.load_state_dict(self._loaded)
+        if asked := beginning.batches(self.adapted.controller):
+            self._calibrate(trainer, pl_module, asked)
         before, self._loaded = self.adapted.step - trainer.global_step, None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         total = before + int(trainer.estimated_stepping_batches)
         self.adapted.bind(trainer.optimizers, total_steps=total, penalty="gradient", scaler=scaler)
+
+    def _calibrate(self, trainer: Any, module: Any, asked: int) -> None:
+        """Calibrate by the first batches of the training data."""
+        taken = len(inspect.signature(module.training_step).parameters)
+
+        def loss(batch: Any) -> Any:
+            with trainer.precision_plugin.train_step_context():
+                found = module.training_step(*(trainer.strategy.batch_to_device(batch), 0)[:taken])
+            return found["loss"] if isinstance(found, Mapping) else found
+
+        loader = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
+        self.adapted.calibrate((batch for batch, *_ in islice(loader, asked)), loss)
 
     def on_before_zero_grad(self, *_: Any) -> None:
         """Compute the penalty's gradient: gradients are emptied once per optimizer step, before the first backward pass."""

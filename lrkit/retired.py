@@ -22,6 +22,9 @@ CHANGED: Mapping[str, Mapping[str, Sequence[str]]] = {
 }
 """By kind, the methods that are called with these arguments now, and were called with others."""
 
+BY_NAME = ("fresh",)
+"""Those that took as many arguments before, so that only the arguments' names tell."""
+
 
 def outdated(kind: str, cls: type) -> str | None:
     """Return what follows a component's name in the refusal of a class that was written for lrkit 0.1.0, or None.
@@ -41,17 +44,18 @@ def outdated(kind: str, cls: type) -> str | None:
         asked = "is no longer asked for" if len(found) == 1 else "are no longer asked for"
         reasons.append(f"{', '.join(f'`{name}`' for name in found)} {asked}")
     for name, arguments in CHANGED.get(kind, {}).items():
-        if any(name in members and not _takes(members[name], arguments) for members in foreign):
+        if any(name in members and not _takes(members[name], arguments, name in BY_NAME) for members in foreign):
             reasons.append(f"`{name}` takes ({', '.join(arguments)})")
     if not reasons:
         return None
     return f"was written for lrkit 0.1.0: {', '.join(reasons)}; CHANGELOG.md has a table of what takes their place"
 
 
-def _takes(function: object, arguments: Sequence[str]) -> bool:
-    """Return whether a method can be called with so many arguments, whatever it calls them."""
+def _takes(function: object, arguments: Sequence[str], by_name: bool) -> bool:
+    """Return whether a method can be called with so many arguments, whatever it calls them, or with those of these names."""
+    named, placed = (dict.fromkeys(arguments), ()) if by_name else ({}, arguments)
     try:
-        inspect.signature(function).bind(None, *arguments)  # type: ignore[arg-type]
+        inspect.signature(function).bind(None, *placed, **named)  # type: ignore[arg-type]
     except TypeError:
         return False
     except ValueError:  # a builtin without a signature

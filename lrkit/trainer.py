@@ -70,7 +70,10 @@ class AdaptCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Load if the Trainer resumes, go back if it begins again, else calibrate; and bind. A second ``train()`` goes on."""
+        """Bind, once the run is loaded (if the Trainer resumes), rewound (if it begins again) or calibrated.
+
+        A second ``train()`` goes on.
+        """
         self.adapted.unbind(quietly=True)
         if state.global_step > 0:
             self.adapted.load_state_dict(checkpoint.read(self._folder(args, state)))

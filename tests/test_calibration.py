@@ -400,7 +400,9 @@ def test_trainer_calibrates_by_itself(tmp_path):
     ends = {}
     for count in (0, 2, 20):  # all batches that there are, in the end
         del seen[:]
-        method = attrs.evolve(METHODS["frozen"], scheduler=Once(target=0.5, calibration=count), metric=SquaredGradient())
+        method = attrs.evolve(
+            METHODS["frozen"], scheduler=Once(target=0.5, calibration=count), metric=SquaredGradient()
+        )
         t, adapted = trainer("bert", method, tmp_path, max_steps=8)
         model = adapted.model
         before = tensors(model)

@@ -635,11 +635,11 @@ def test_a_policy_is_whole_or_not_there(given_: tuple[str, ...]) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "a class": ({"metric": Magnitude}, "metric must be a Metric, not .*write Magnitude\\(\\)"),
+    "a class": ({"metric": Magnitude}, "metric must be an Importance, not .*write Magnitude\\(\\)"),
     "a class for the parameterization": ({"parameterization": SVD}, "must be a Parameterization.*write SVD\\(\\)"),
     "a class for the scheduler": ({"scheduler": Cubic}, "must be a Scheduler.*write Cubic\\(\\)"),
     "a class for the action": ({"action": Prune}, "must be an? Action.*write Prune\\(\\)"),
-    "another kind": ({"metric": Cubic()}, "metric must be a Metric, not Cubic\\("),
+    "another kind": ({"metric": Cubic()}, "metric must be an Importance, not Cubic\\("),
     "a name": ({"action": "prune"}, "action must be an? Action, not 'prune'"),
     "nothing": ({"parameterization": None}, "parameterization must be a Parameterization, not None"),
     "a method": ({"parameterization": methods.lora()}, "must be a Parameterization, not Method\\("),
@@ -663,7 +663,8 @@ def test_a_wrong_type_is_refused_in_one_line(case: str) -> None:
 @pytest.mark.parametrize("field", ["metric", "scheduler", "action"])
 @pytest.mark.parametrize("value", [None, Magnitude, "cubic", 3, SVD()], ids=repr)
 def test_a_policy_takes_no_other_types(field: str, value: Any) -> None:
-    with pytest.raises(LrkitError, match=rf"Policy\.{field} must be an? {field.capitalize()}, not "):
+    base = {"metric": "Importance"}.get(field, field.capitalize())
+    with pytest.raises(LrkitError, match=rf"Policy\.{field} must be an? {base}, not "):
         Policy(**{**prune, field: value})
 
 

@@ -184,7 +184,7 @@ def test_the_built_ins_come_through_the_same_hooks() -> None:
             "ratio-uncertainty",
             "random",
         ],
-        "scheduler": ["constant", "linear", "quadratic", "cubic"],
+        "scheduler": ["constant", "linear", "quadratic", "cubic", "once"],
         "action": ["prune", "freeze", "zero"],
         "method": ["full", "lora", "dora", "svd-lora", "elora", "adalora", "aflora"],
         "layer": names["layer"],
@@ -373,11 +373,11 @@ BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
     "an empty name": (lambda: offering(lrkit_metrics={"": Alternating}), "must have names as keys, not ''"),
     "not derived": (
         lambda: offering(lrkit_metrics={"odd": NotDerived}),
-        'lrkit_metrics: "odd" must be a class derived from Metric, not .*NotDerived',
+        'lrkit_metrics: "odd" must be a class derived from Importance, not .*NotDerived',
     ),
     "derived from another kind": (
         lambda: offering(lrkit_metrics={"odd": Linear}),
-        'lrkit_metrics: "odd" must be a class derived from Metric, not .*Linear',
+        'lrkit_metrics: "odd" must be a class derived from Importance, not .*Linear',
     ),
     "an instance": (
         lambda: offering(lrkit_actions={"odd": Freeze()}),
@@ -385,7 +385,7 @@ BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a factory": (
         lambda: offering(lrkit_metrics={"odd": lambda: Alternating()}),
-        'lrkit_metrics: "odd" must be a class derived from Metric, not ',
+        'lrkit_metrics: "odd" must be a class derived from Importance, not ',
     ),
     "not attrs": (
         lambda: offering(lrkit_metrics={"odd": Undecorated}),
@@ -410,7 +410,7 @@ BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
     "an executor that is a number": (lambda: offering(lrkit_executors={"odd": 4}), '"odd" must be callable, not 4'),
     "one bad name among good ones": (
         lambda: offering(lrkit_metrics={"alternating": Alternating, "odd": NotDerived}),
-        '"odd" must be a class derived from Metric',
+        '"odd" must be a class derived from Importance',
     ),
     "one bad hook among good ones": (
         lambda: offering(lrkit_metrics={"alternating": Alternating}, lrkit_tasks=3),

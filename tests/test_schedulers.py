@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import lrkit
 from lrkit.errors import LrkitError
-from lrkit.schedulers import Constant, Cubic, Linear, Quadratic, Scheduler
+from lrkit.schedulers import Constant, Cubic, Linear, Once, Quadratic, Scheduler
 
 QUICK = settings(max_examples=150)
 POWER = {Constant: None, Linear: 1, Cubic: 3}
@@ -26,6 +26,11 @@ def registered() -> list[type[Scheduler]]:
     from lrkit.registry import Registry
 
     return [offer.value for offer in Registry(discover=False).offers("scheduler")]  # plug-ins test their own
+
+
+def phased() -> list[type[Scheduler]]:
+    """Return those whose phases can be set."""
+    return [kind for kind in registered() if kind is not Once]
 
 
 @st.composite
@@ -134,7 +139,7 @@ def test_quadratic_is_aflora_s_code(timing: dict[str, int], units: int, data: st
         assert got == int(exact) or (abs(exact - round(exact)) < 1e-6 and got == round(exact) - 1), t
 
 
-@pytest.mark.parametrize("kind", registered(), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", phased(), ids=lambda kind: kind.__name__)
 @given(timings(), st.integers(1, 24), st.integers(1, 100), st.data())
 @settings(max_examples=60)
 def test_every_schedule_falls_from_start_to_target(
@@ -157,7 +162,7 @@ def test_every_schedule_falls_from_start_to_target(
             assert b == units
 
 
-@pytest.mark.parametrize("kind", registered(), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", phased(), ids=lambda kind: kind.__name__)
 @given(timings(most=400), st.integers(1, 200))
 @settings(max_examples=60)
 def test_monotone_over_every_step(kind: type[Scheduler], timing: dict[str, int], units: int) -> None:
@@ -188,7 +193,7 @@ def test_due_after_the_warmup_on_the_interval_and_at_the_end(timing: dict[str, i
     assert not schedules.due(scheduler, timing["warmup"], total_steps=total)
 
 
-@pytest.mark.parametrize("kind", registered(), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", phased(), ids=lambda kind: kind.__name__)
 @given(timings(most=300))
 @settings(max_examples=40)
 def test_decisions_of_every_schedule(kind: type[Scheduler], timing: dict[str, int]) -> None:
@@ -332,3 +337,29 @@ def test_schedulers_are_frozen_and_keyword_only() -> None:
             kind(1)  # type: ignore[misc]
         with pytest.raises(attrs.exceptions.FrozenInstanceError):
             kind(target=1).target = 2  # type: ignore[misc]
+
+
+@given(st.integers(1, 2000), st.integers(1, 24), st.integers(1, 100), st.data())
+@QUICK
+def test_once_decides_at_step_zero(total: int, rank: int, layers: int, data: st.DataObject) -> None:
+    """Its one decision is before the first step, at the target, whatever the length of the run."""
+    target = data.draw(st.integers(0, rank) | st.floats(0, 1))
+    times = Once(target=target).over(total, units=rank * layers, layers=layers)
+    assert [step for step in range(min(total, 50) + 2) if times.due(step)] == [0]
+    assert times.decisions() == [range(1)]
+    assert times.last == 0
+    whole = target * layers if isinstance(target, int) else round(target * rank * layers)
+    assert {times.budget(step) for step in (0, 1, total)} == {whole}
+    assert times.observes(0)
+    assert not times.observes(1)
+
+
+@pytest.mark.parametrize(
+    "other", [{"warmup": 1}, {"final": 0.5}, {"first_step": 0}, {"ending": "open"}, {"calibration": -1}], ids=str
+)
+def test_once_has_no_phases(other: dict[str, Any]) -> None:
+    """A setting that would mean nothing is refused; a swap for another schedule's does not carry it over."""
+    with pytest.raises(LrkitError, match=rf"Once\.{next(iter(other))} must be"):
+        Once(target=1, **other)
+    plain = lrkit.with_component(lrkit.to_plain(lrkit.methods.adalora(target_rank=2)), "scheduler", "once")
+    assert lrkit.from_plain(plain).scheduler == Once(target=2, interval=plain["scheduler"]["interval"])

@@ -2,11 +2,16 @@
 
 import contextlib
 import copy
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import ClassVar
 
 import attrs
 import pytest
+import signals_worker
 import torch
 from models import batch, make
 from signals import ByUnit, GradientNorm, InputNorm, freezing, method
@@ -258,6 +263,12 @@ def test_convolutions_have_patches():
     torch.testing.assert_close(streams(adapted)["0"]["gradient"], want.flatten(1), rtol=1e-4, atol=1e-3)
 
 
+def test_quantile_of_entries_is_refused():
+    """An action that goes by entry-wise scores is refused beside a layer metric, with both named."""
+    with pytest.raises(lrkit.LrkitError, match=r"InputNorm.*does not fit action Freeze.*scores of entries"):
+        attrs.evolve(freezing(InputNorm()), action=lrkit.actions.Freeze(rule="quantile"))
+
+
 def test_layers_without_rows_are_refused():
     """An embedding has no rows that a metric can read, and is named."""
     with pytest.raises(lrkit.LrkitError, match=r"word_embeddings.*token ids"):
@@ -319,6 +330,49 @@ def test_calibration_reads_layers(metric):
         want = {name: float(g.square().sum()) for name, g in weight_gradients(model, adapted, batches).items()}
     adapted.calibrate(batches)
     (decision,) = adapted.history
-    ranked = sorted(want, key=want.__getitem__)
-    assert (decision.step, set(decision.lost)) == (0, set(ranked[: len(ranked) - decision.kept]))
+    lost = sorted(want[name] for name in decision.lost)  # query, key and value have one input, and one score
+    assert (decision.step, lost) == (0, pytest.approx(sorted(want.values())[: len(want) - decision.kept]))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What two processes have found, each of which saw half of the rows."""
+    folder, here = tmp_path_factory.mktemp("signals"), Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-P", str(here / "signals_worker.py")]
+    running = [
+        subprocess.Popen([*command, str(rank), "2", folder], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=150)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", list(signals_worker.METRICS))
+def test_processes_see_one_whole(how, name, processes):
+    """Two processes, by DDP or FSDP2, hold the same, which is what one process has that sees all rows."""
+    with lrkit.current().lend("metric", name, type(signals_worker.METRICS[name])):
+        alone = signals_worker.trained(signals_worker.METRICS[name], "alone")
+    one, two = (each[f"{how} {name}"] for each in processes)
+    assert one["history"] == two["history"] == alone["history"]
+    tensors = [run["state"][0]["tensors"] for run in (one, two, alone)]
+    assert tensors[0].keys() == tensors[2].keys()
+    for key in tensors[0]:
+        if key.startswith("policy."):
+            assert torch.equal(tensors[0][key], tensors[1][key])
+            torch.testing.assert_close(tensors[0][key], tensors[2][key], rtol=1e-4, atol=1e-8)
+
+
+def test_processes_resume_bitwise(processes):
+    """A run of two processes that is saved and resumed is the run."""
+    for each in processes:
+        through, again = (each[key]["state"][0]["tensors"] for key in ("ddp gradient", "resumed"))
+        assert all(torch.equal(value, again[key]) for key, value in through.items())
+
+
+def test_processes_calibrate_alike(processes):
+    """Two processes that each see half of the rows decide at step 0 as one that sees all."""
+    assert processes[0]["calibrated"] == processes[1]["calibrated"] == signals_worker.calibrated()

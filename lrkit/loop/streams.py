@@ -167,7 +167,8 @@ class Streams:
             state = self._own[name] if name in self._own else self._own.setdefault(name, self._begun(name))
         # Avoid a device sync: if a number is not finite, the tensors are rolled back on the device.
         before = {key: values.clone() for key, values in state.items()} if waits else {}
-        self.metric.observe(Seen(x, g, labelled, self.observations + 1), state)
+        layer = self.layout.layer(name, self.memory)
+        self.metric.observe(Seen(layer, x, g, labelled, self.observations + 1), state)
         for key, values in before.items():
             state[key].copy_(torch.where(finite, state[key], values))
 

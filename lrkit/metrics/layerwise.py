@@ -48,12 +48,14 @@ class Seen:
     """Rows that went through a layer in one forward and backward pass of the model.
 
     Args:
-        x: the layer's inputs, float32 [n, d_in].
-        g: the loss's gradient by the layer's outputs, float32 [n, d_out]; None for a metric that reads inputs alone.
+        layer: the layer.
+        x: its inputs, float32 [n, d_in].
+        g: the loss's gradient by its outputs, float32 [n, d_out]; None for a metric that reads inputs alone.
         labelled: for rows that are tokens with labels, whether the label is not -100, bool [n]; None if no labels fit.
         step: how many optimizer steps have been observed, this one included: 1, 2, ...
     """
 
+    layer: Layer
     x: Tensor
     g: Tensor | None
     labelled: Tensor | None

@@ -153,11 +153,13 @@ class _Side:
         state: Path | None,
         device: Any,
         objective: "Objective | None",
+        batches: Iterator[dict[str, Any]],
     ) -> None:
         import torch
 
         from lrkit.adapt import checkpoint
         from lrkit.adapt.adapted import attach
+        from lrkit.loop import beginning
 
         torch.manual_seed(0)
         self.net, self.objective = net.to(device), objective
@@ -166,9 +168,17 @@ class _Side:
         if state is not None:
             self.adapted.load_state_dict(checkpoint.read(state))
         self.optimizer = torch.optim.AdamW(self.adapted.parameters(), lr=1e-5)
-        self.adapted.bind(self.optimizer, total_steps=steps)
         self.clip, self.device = cell["run"]["grad_clip"], device
         self.bf16 = cell["run"]["bf16"]
+        if asked := beginning.batches(self.adapted.controller):
+            self.adapted.calibrate(itertools.islice(batches, asked), self._loss)
+        self.adapted.bind(self.optimizer, total_steps=steps)
+
+    def _loss(self, batch: Mapping[str, Any]) -> Any:
+        import torch
+
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.net(**batch).loss if self.objective is None else self.objective.loss(self.net, batch)[0]
 
     def step(self, batch: Mapping[str, Any]) -> float:
         """Take one whole step, and return its seconds."""
@@ -176,9 +186,7 @@ class _Side:
 
         self._settle()
         begin = time.perf_counter()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.net(**batch).loss if self.objective is None else self.objective.loss(self.net, batch)[0]
-        (loss + self.adapted.penalty()).backward()
+        (self._loss(batch) + self.adapted.penalty()).backward()
         if self.clip:
             torch.nn.utils.clip_grad_norm_([p for p in self.adapted.parameters() if p.grad is not None], self.clip)
         self.optimizer.step()
@@ -223,7 +231,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                 chosen = rows.select(range(start, min(start + settings.batch_size, len(rows))))
                 yield {key: value.to(device) for key, value in collate(list(chosen)).items()}
 
-    alone = _Side(copy.deepcopy(net), row, steps, None, device, objective)
+    alone = _Side(copy.deepcopy(net), row, steps, None, device, objective, batches())
     ahead = batches()
     seconds = [alone.step(next(ahead)) for _ in range(WARM + 1)]
     answer: dict[str, Any] = {
@@ -237,12 +245,12 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
     same = base["method"] == row["method"]
     if not same:
-        sides = [_Side(copy.deepcopy(net), base, steps, None, device, objective), alone]
+        sides = [_Side(copy.deepcopy(net), base, steps, None, device, objective, batches()), alone]
         answer |= dict(zip(("row_step_ratio", "base_step_ms", "step_ms"), _pairs(sides, batches()), strict=True))
     states = [None if key is None else folder / "cells" / key / "lrkit.safetensors" for key in asked["trained"]]
     if all(state is not None and state.is_file() for state in states):
         ends = [
-            _Side(copy.deepcopy(net), cell, steps, state, device, objective)
+            _Side(copy.deepcopy(net), cell, steps, state, device, objective, batches())
             for cell, state in zip((base, row), states, strict=True)
         ]
         if any(side.adapted.summary().now != side.adapted.summary().start for side in ends):

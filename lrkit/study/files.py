@@ -56,7 +56,7 @@ class RunFlops:
     length counts beside the source's. Padding, the penalty, the optimizer, the decisions and evaluation are not in it.
 
     Args:
-        run: of all steps.
+        run: of all steps, and of calibration before the first.
         first_step: of the first step, a whole batch.
         last_step: of the last one.
     """

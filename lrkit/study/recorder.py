@@ -128,7 +128,8 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Note the decisions and the step of the checkpoint that the run goes on from."""
-        self._decisions, self._step = len(self._adapted.history), state.global_step
+        # Before the first step a decision may have been taken that is still to be written.
+        self._decisions, self._step = len(self._adapted.history) if state.global_step else 0, state.global_step
         self._saved = self._logged = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:

@@ -226,7 +226,9 @@ def _train(
             ],
         )
         latest = None if record is None else record.latest()
-        if latest is not None:
+        if latest is None:
+            trainer.count_calibration()
+        else:
             tell(f"going on from {latest.name.replace('checkpoint-', 'step ')}")
         try:
             trainer.train(resume_from_checkpoint=None if latest is None else str(latest))

@@ -1,5 +1,6 @@
 """The Trainer of a run: FLOPs and tokens counted on the way, and checkpoints without a copy of the frozen base."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lrkit.accounting import flops
 from lrkit.adapt.adapted import Adapted
+from lrkit.loop import beginning
 from lrkit.settings import in_steps
 from lrkit.study.files import RunFlops
 from lrkit.study.loaded import Tokens
@@ -56,6 +58,7 @@ class RunTrainer(Trainer):
         self._sample = sample if objective is None else objective.inputs(sample)
         last = self.args.max_steps - 1
         self._counted: tuple[int, float] | None = None
+        self._calibration = 0.0
         self._points = {round(i * last / (_POINTS - 1)) for i in range(_POINTS)}
         self._tokens: torch.Tensor | int = 0
         self._tokens_here = 0
@@ -155,11 +158,19 @@ class RunTrainer(Trainer):
             for each, before in zip_longest(found, base)
         ]
 
+    def count_calibration(self) -> None:
+        """Count the FLOPs of a calibration that is to come, per row of a batch; they are logged with the first step's."""
+        if asked := beginning.batches(self._adapted.controller):
+            rows: Any = self.train_dataset
+            there = math.ceil(len(rows) / (self.args.train_batch_size * self.args.world_size))
+            self._calibration = min(asked, there) * self._flops()
+
     def _log_flops(self) -> None:
         trains = self._adapted.summary().now
         if self._counted is None or self._counted[0] != trains:
             self._counted = trains, self._flops()
-        self.log({"flops_of_a_row": self._counted[1]})
+        before, self._calibration = self._calibration, 0.0
+        self.log({"flops_of_a_row": self._counted[1], **({"flops_of_calibration": before} if before else {})})
 
     def _flops(self) -> float:
         model = self._adapted.model
@@ -265,7 +276,7 @@ def trainer_for(
 def run_flops(log: Sequence[dict[str, Any]], settings: RunSettings) -> RunFlops:
     """Sum up the FLOPs of a whole run from those that were counted at some of its steps.
 
-    Between two of these, half the steps cost as much as each.
+    Between two of these, half the steps cost as much as each. A calibration before the first step is in the sum.
 
     Args:
         log: the Trainer's.
@@ -276,4 +287,7 @@ def run_flops(log: Sequence[dict[str, Any]], settings: RunSettings) -> RunFlops:
     total = sum((b - a) * (at_a + at_b) / 2 for (a, at_a), (b, at_b) in pairwise(points))
     mean = total / (last - points[0][0]) if last > points[0][0] else points[0][1]
     size = settings.batch_size
-    return RunFlops(run=mean * size * (last + 1), first_step=points[0][1] * size, last_step=points[-1][1] * size)
+    before = sum(line.get("flops_of_calibration", 0.0) for line in log)
+    return RunFlops(
+        run=(mean * (last + 1) + before) * size, first_step=points[0][1] * size, last_step=points[-1][1] * size
+    )

@@ -50,11 +50,16 @@ def _begun(metric: LayerMetric, layer: Layer) -> State:
 
 
 def _observe(
-    metric: LayerMetric, state: Mapping[str, Tensor], pairs: Sequence[tuple[Tensor, Tensor]], step: int = 1
+    metric: LayerMetric,
+    state: Mapping[str, Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    step: int = 1,
+    units: int = 4,
 ) -> None:
+    layer = _layer(metric, units)
     for x, g in pairs:
         with calling("observe"):
-            metric.observe(Seen(x, g if metric.reads == "gradient" else None, None, step), state)
+            metric.observe(Seen(layer, x, g if metric.reads == "gradient" else None, None, step), state)
 
 
 def _score(metric: LayerMetric, layer: Layer, state: Mapping[str, Tensor]) -> Tensor:
@@ -108,7 +113,7 @@ class LayerMetricContract(PartContract):
                 ("no rows in a batch", [*_stream(1), *_stream(1, 0)]),
             ):
                 state = _begun(component, layer)
-                _observe(component, state, pairs)
+                _observe(component, state, pairs, units=units)
                 score = _score(component, layer, state)
                 expect(bool(torch.isfinite(score.float()).all()), f"{name}: score is not finite")
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from lrkit.adapt.adapted import attach
+from lrkit.loop import beginning
 from lrkit.method import Method
 from lrkit.testing.comparisons import differing
 from lrkit.testing.findings import expect
@@ -34,13 +36,18 @@ class Run:
         rate = method.parameterization.learning_rate
         rate = rate if is_rate(rate) else 1e-3  # a clause of its own says so
         self.seed, self.optimizer = seed, torch.optim.AdamW(self.adapted.parameters(), lr=rate, foreach=True)
+        if beginning.batches(self.adapted.controller):
+            self.adapted.calibrate([batch()], self._loss)
         self.adapted.bind(self.optimizer, total_steps=total_steps)
+
+    def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, labels = batch
+        return F.cross_entropy(self.model(x), labels)
 
     def step(self) -> float:
         """Take one optimizer step. Returns the loss before it, without the penalty."""
         seed_torch(100 + self.adapted.step)  # for dropout, the same at each resume
-        x, labels = batch()
-        loss = F.cross_entropy(self.model(x), labels)
+        loss = self._loss(batch())
         (loss + self.adapted.penalty()).backward()  # type: ignore[no-untyped-call]
         # Another seed per run, so that a draw in the optimizer's step or in a decision shows when a run is resumed.
         seed_torch(200 + 50 * self.seed + self.adapted.step)
@@ -114,7 +121,7 @@ def decides(run: Run, exact: bool = True) -> None:
     total = run.adapted.total_steps or 0
     taken = [d for d in run.adapted.history if d.policy == 0]
     times = scheduler.over(total, units=1, layers=1)
-    due = [step for step in range(1, total + 1) if times.due(step) and step <= times.last]
+    due = [step for step in range(total + 1) if times.due(step) and step <= times.last]
     expect([d.step for d in taken] == due, f"decisions at {[d.step for d in taken]}, due {due}")
     for earlier, later in itertools.pairwise(taken):
         expect(

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import attrs
 import pytest
+import torch
 from torch import nn
 
 import lrkit
@@ -46,6 +47,14 @@ class Told(lrkit.parameterizations.LoRA):
 
     def adapt(self, *given):
         return {layer.name: self.build(layer) for layer in given[-1]}
+
+
+@attrs.frozen(kw_only=True)
+class Drawing(lrkit.parameterizations.LoRA):
+    """One that draws fresh components part by part, with as many arguments as now."""
+
+    def fresh(self, part, module, count, generator):
+        return torch.zeros(count)
 
 
 @attrs.frozen(kw_only=True)
@@ -99,7 +108,7 @@ class Plugin:
 
     @hookimpl
     def lrkit_parameterizations(self):
-        return {"growing": Growing, "counting": Counting, "sharing": Sharing, "told": Told}
+        return {"growing": Growing, "counting": Counting, "sharing": Sharing, "told": Told, "drawing": Drawing}
 
     @hookimpl
     def lrkit_actions(self):
@@ -123,6 +132,7 @@ LINES = {
     'parameterization "growing"': "`grows` is no longer asked for",
     'parameterization "counting"': "`units` is no longer asked for",
     'parameterization "sharing"': "`adapt` takes (model, targets)",
+    'parameterization "drawing"': "`fresh` takes (module, count, generator, memory)",
     'action "flagged"': "`reversible`, `select` are no longer asked for",
     'action "inherits"': "`reversible`, `select` are no longer asked for",
     'action "settable"': "`retains` is no longer asked for",

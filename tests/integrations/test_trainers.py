@@ -1,5 +1,6 @@
 """The penalty and the schedule in other people's real trainers: TRL, sentence-transformers, Lightning."""
 
+import attrs
 import pytest
 import small_words
 import torch
@@ -25,18 +26,23 @@ CONFIG = {
 COMMON = small_words.COMMON | {"max_steps": 12}
 
 
-def made(gamma, cls=LlamaForCausalLM):
+def made(gamma, cls=LlamaForCausalLM, scheduler=None):
     torch.manual_seed(0)
     model = cls(LlamaConfig(**CONFIG, **({"num_labels": 1} if cls is LlamaForSequenceClassification else {})))
     torch.manual_seed(1)
     method = lrkit.methods.adalora(rank=4, target_rank=2, orthogonality=gamma, variant="paper")
+    if scheduler is not None:
+        method = attrs.evolve(method, scheduler=scheduler, action=lrkit.actions.Prune(cut="always"))
     return model, lrkit.attach(model, method)
 
 
-def sft(gamma, folder):
+ONCE = lrkit.schedulers.Once(target=2, calibration=3)
+
+
+def sft(gamma, folder, scheduler=None):
     from trl import SFTConfig, SFTTrainer
 
-    model, adapted = made(gamma)
+    model, adapted = made(gamma, scheduler=scheduler)
     rows = Dataset.from_dict(
         {"text": ["a good film", "the plot was bad", "not a very good film", "the film is bad"] * 4}
     )
@@ -217,7 +223,7 @@ def test_lightning_steps_with_a_closure(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(module.adapted.parameters(), adapted.parameters(), strict=True))
 
 
-def lit(folder, checkpoint=None):
+def lit(folder, checkpoint=None, scheduler=None):
     """Return a Lightning run with lrkit's callback, of 3 epochs of 4 steps, from its beginning or from a checkpoint."""
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -227,10 +233,12 @@ def lit(folder, checkpoint=None):
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.model, self.adapted = made(0.1)
+            self.model, self.adapted = made(0.1, scheduler=scheduler)
 
         def training_step(self, batch, _):
-            return self.model(input_ids=batch, labels=batch).loss
+            loss = self.model(input_ids=batch, labels=batch).loss
+            self.log("loss", loss)
+            return {"loss": loss}
 
         def configure_optimizers(self):
             return torch.optim.AdamW(self.adapted.parameters(), lr=1e-2)
@@ -272,6 +280,27 @@ def test_lightning_resumes_bitwise(tmp_path):
         again, _ = lit(tmp_path / f"b{epoch}", tmp_path / "a" / f"epoch={epoch}-step={step}.ckpt")
         assert again.step == 12 and again.history == whole.history
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+
+
+def test_lightning_calibrates_by_itself(tmp_path):
+    """The callback calibrates by the first batches, as a bare loop does; a run that goes on from a checkpoint does not again."""
+    ours, batches = lit(tmp_path / "a", scheduler=ONCE)
+    _, adapted = made(0.1, scheduler=ONCE)
+    adapted.calibrate([{"input_ids": batch, "labels": batch} for batch in batches[:3]])
+    assert ours.history == adapted.history and [d.step for d in ours.history] == [0]
+    again, _ = lit(tmp_path / "b", tmp_path / "a" / "epoch=1-step=8.ckpt", ONCE)
+    assert again.history == ours.history
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
+
+
+def test_sft_calibrates_by_itself(tmp_path):
+    """TRL's trainer calibrates by its own loss and batches, of the length that training sees."""
+    adapted, trainer = sft(0.0, tmp_path, ONCE)
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"]), with_kwargs=True)
+    trainer.train()
+    assert [d.step for d in adapted.history] == [0]
+    assert all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:6], strict=True))
 
 
 def test_accelerate_loop_is_the_loop():

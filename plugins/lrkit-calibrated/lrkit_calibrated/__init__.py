@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 
 import lrkit
+from lrkit_calibrated import drop as _drop
 from lrkit_calibrated import eva as _eva
 from lrkit_calibrated import fim as _fim
 from lrkit_calibrated import gora as _gora
 from lrkit_calibrated.allocation import Allocate, ShareOut
+from lrkit_calibrated.drop import AdapterOutput, Drop, lora_drop
 from lrkit_calibrated.eva import EvaLoRA, ExplainedVariance, eva
 from lrkit_calibrated.fim import MeanSquaredGradient, fim_lora
 from lrkit_calibrated.gora import GoraLoRA, WeightGradient, gora
@@ -23,6 +25,7 @@ def lrkit_parameterizations() -> Mapping[str, type[lrkit.Parameterization]]:
 def lrkit_metrics() -> Mapping[str, type[lrkit.metrics.Importance]]:
     """What the batches show."""
     return {
+        "adapter-output": AdapterOutput,
         "explained-variance": ExplainedVariance,
         "mean-squared-gradient": MeanSquaredGradient,
         "weight-gradient": WeightGradient,
@@ -32,18 +35,20 @@ def lrkit_metrics() -> Mapping[str, type[lrkit.metrics.Importance]]:
 @lrkit.hookimpl
 def lrkit_actions() -> Mapping[str, type[lrkit.Action]]:
     """Two ways to give ranks."""
-    return {"allocate": Allocate, "share-out": ShareOut}
+    return {"allocate": Allocate, "drop": Drop, "share-out": ShareOut}
 
 
 @lrkit.hookimpl
 def lrkit_methods() -> Mapping[str, Callable[..., lrkit.Method]]:
     """The named methods."""
-    return {**_eva.METHODS, **_fim.METHODS, **_gora.METHODS}
+    return {**_drop.METHODS, **_eva.METHODS, **_fim.METHODS, **_gora.METHODS}
 
 
 __all__ = [
-    "AllocatedLoRA",
+    "AdapterOutput",
     "Allocate",
+    "AllocatedLoRA",
+    "Drop",
     "EvaLoRA",
     "ExplainedVariance",
     "Following",
@@ -54,4 +59,5 @@ __all__ = [
     "eva",
     "fim_lora",
     "gora",
+    "lora_drop",
 ]

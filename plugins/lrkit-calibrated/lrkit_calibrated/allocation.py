@@ -92,7 +92,9 @@ class ShareOut(_Allocation):
         layers = there.nonzero().flatten().tolist()
         importance = (sums / there.clamp_min(1))[layers].tolist()
         ranks = [0] * ballot.layers
-        for layer, rank in zip(layers, self._ranks(importance, self._sizes(ballot, layers), ballot.budget), strict=True):
+        for layer, rank in zip(
+            layers, self._ranks(importance, self._sizes(ballot, layers), ballot.budget), strict=True
+        ):
             ranks[layer] = rank
         # The place of each component in its own layer: 0, 1, ...
         place = torch.arange(len(ballot.blocks), device=there.device) - (there.cumsum(0) - there)[ballot.blocks]

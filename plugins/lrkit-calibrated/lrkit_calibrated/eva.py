@@ -216,9 +216,7 @@ def eva(
         labelled: whether tokens without a label are left out.
     """
     return lrkit.Method(
-        parameterization=EvaLoRA(
-            rank=rank, rho=rho, alpha=alpha, dropout=dropout, whiten=whiten, scale_of=scale_of
-        ),
+        parameterization=EvaLoRA(rank=rank, rho=rho, alpha=alpha, dropout=dropout, whiten=whiten, scale_of=scale_of),
         metric=ExplainedVariance(labelled=labelled),
         scheduler=lrkit.schedulers.Once(
             target=rank if isinstance(rank, int) else min(1.0, 1 / rho), calibration=calibration

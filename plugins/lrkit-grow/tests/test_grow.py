@@ -435,14 +435,6 @@ def test_a_budget_that_will_not_be_reached_is_said() -> None:
         adapted.bind(optimizer, total_steps=4)
 
 
-def test_ddp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, adapted, optimizer = run(METHODS["increlora"])
-    adapted.bind(optimizer, total_steps=20)
-    monkeypatch.setattr("lrkit.adapt.parallel.wrapper", lambda: object())
-    with pytest.raises(lrkit.LrkitError, match="DDP cannot follow"):
-        adapted._binding._outer()
-
-
 # ---- norm share ----
 
 

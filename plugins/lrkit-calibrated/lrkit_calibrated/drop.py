@@ -1,0 +1,117 @@
+"""LoRA-drop (Zhou et al., arXiv 2402.07721): layers whose LoRA adds little to their output lose it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+import lrkit
+from lrkit.actions import Ballot, Verdict
+from lrkit.actions.base import Fate
+from lrkit.metrics import Layer, LayerMetric, Seen
+from lrkit.ranks import Rank
+from lrkit.settings import real
+from lrkit.shards import held
+from lrkit.units import Block, UnitKind
+
+
+@attrs.frozen(kw_only=True)
+class AdapterOutput(LayerMetric):
+    """g = Σ ‖ΔW x‖² over the inputs x of a layer: how much its adapter adds. Source: arXiv 2402.07721, section 3."""
+
+    def begin(self, layer: Layer) -> dict[str, Tensor]:
+        """Return a sum, in float64: it runs over all tokens."""
+        return {"sum": torch.zeros((), dtype=torch.float64, device=layer.device)}
+
+    def observe(self, seen: Seen, state: Mapping[str, Tensor]) -> None:
+        """Add ‖ΔW x‖² of each row, with ΔW as it is now."""
+        adapter: Any = seen.layer.module
+        if not hasattr(adapter, "export_factors"):
+            raise lrkit.LrkitError(
+                f"{seen.layer.name}: the adapter is not of low rank, so that its output is not known"
+            )
+        a, b, core, scaling = adapter.export_factors()
+        outputs = (seen.x @ a.float().t() * core.float()) @ b.float().t()
+        state["sum"].add_(outputs.double().square().sum() * scaling**2)
+
+    def score(self, layer: Layer, state: Mapping[str, Tensor]) -> Tensor:
+        """Return g for each of the layer's units."""
+        return state["sum"].float().expand(layer.units)
+
+
+@attrs.frozen(kw_only=True)
+class Drop(lrkit.Action):
+    """The best layers stay, as few as have a share T of all scores; the others lose their ΔW. Source: arXiv 2402.07721, section 3.
+
+    A layer that is dropped has A = B = 0, and stops training for good. It goes by no budget: the scheduler says when.
+
+    Args:
+        threshold: T, the share of all scores that the layers which stay have together: 0.9 in the paper.
+    """
+
+    fate: ClassVar[Fate] = "frozen"
+    final: ClassVar[bool] = True
+
+    threshold: float = attrs.field(default=0.9, validator=real(0.0, 1.0))
+
+    @property
+    def unit(self) -> UnitKind:
+        """All matrices of a layer."""
+        return "layer"
+
+    def refusal(self, parameterization: lrkit.Parameterization) -> str | None:
+        """Ask for matrices that train, since nothing else is set to zero."""
+        if any(part.matrix and part.trains for part in parameterization.parts):
+            return None
+        return "it drops projection matrices that train, and this parameterization has none"
+
+    def decide(self, ballot: Ballot) -> Verdict:
+        """Keep the fewest candidates whose scores sum to T of all candidates' scores."""
+        scores = torch.where(ballot.candidates, ballot.scores.double().clamp(min=0), 0.0)
+        order = torch.argsort(scores, descending=True, stable=True)
+        before = torch.cumsum(scores[order], 0) - scores[order]
+        kept = torch.zeros_like(ballot.candidates)
+        kept[order] = before < self.threshold * scores.sum()
+        return Verdict(kept & ballot.candidates, budget=len(scores))
+
+    def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int] | None:
+        """Return None: how many are dropped follows from the scores."""
+        return None
+
+    def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        """Set the matrices of layers that are not kept to zero, and let them stop training."""
+        for block, keep in zip(blocks, kept.tolist(), strict=True):
+            for tensor in () if keep else block.tensors:
+                held(tensor).zero_()
+                tensor.requires_grad_(False)
+                tensor.grad = None
+                if optimizer is not None:
+                    optimizer.state.pop(tensor, None)
+
+
+def lora_drop(*, rank: Rank = 8, alpha: float = 16.0, threshold: float = 0.9, sample: float = 0.1) -> lrkit.Method:
+    """LoRA-drop (Zhou et al., arXiv 2402.07721): layers whose LoRA adds little to the output lose it.
+
+    All layers train for the first `sample` of the run. Then g_i = Σ ‖ΔW_i x‖² over the inputs of these steps is divided by the
+    sum over all layers, and the layers with the largest stay, as few as have `threshold` of the whole (section 3).
+
+    Args:
+        rank: r of every layer.
+        alpha: α.
+        threshold: T = 0.9 in the paper.
+        sample: the share of the run by which outputs are measured; the paper samples 10 % of the data.
+    """
+    if not 0.0 < sample < 1.0:
+        raise lrkit.LrkitError(f"lora-drop sample must be above 0 and below 1, not {sample!r}")
+    return lrkit.Method(
+        parameterization=lrkit.parameterizations.LoRA(rank=rank, alpha=alpha),
+        metric=AdapterOutput(),
+        # One decision, after the first share of the run: the action goes by its threshold, and not by the target.
+        scheduler=lrkit.schedulers.Constant(target=1.0, final=1.0 - sample, interval=1.0),
+        action=Drop(threshold=threshold),
+    )
+
+
+METHODS = {"lora-drop": lora_drop}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lrkit
 from lrkit.metrics import Layer, LayerMetric, Seen
-from lrkit.ranks import Rank, Scale, divisor, most_of
+from lrkit.ranks import Rank, Scale, most_of
 from lrkit.settings import one_of, real
 from lrkit_calibrated.allocation import ShareOut
 from lrkit_calibrated.lora import AllocatedLoRA
@@ -58,7 +58,7 @@ class GoraLoRA(AllocatedLoRA):
 
     Source: GoRA, arXiv 2502.12171, Eq. 9 to 12. A⁺ is A's pseudo-inverse, so that B A is the gradient's projection on A's
     rows, of a norm near √(r / d_in) that of G. ξ = γ √d_in / α makes the increment's norm near γ that of G, at any rank:
-    here ξ = γ √(d_in / r) / s, with s the scale, which is the same for α/√r and holds for α/r as well.
+    here ξ = γ √(d_in / r) / s with the scale s, which is that for α/√r, and right for α/r as well.
 
     Args:
         gamma: γ.
@@ -75,17 +75,14 @@ class GoraLoRA(AllocatedLoRA):
         drawn = super().fresh(module, count, generator, memory)
         if "gradient" not in memory:
             return drawn
+        adapter: Any = module
         gradient = memory["gradient"].double() / memory["batches"].double().clamp_min(1)
         a, b = (part.name for part in self.parts)
         inverse = torch.linalg.pinv(drawn[a].to(gradient))
-        drawn[b] = (-self._size(module, count) * (gradient @ inverse)).float()
+        # Equal to γ √d_in / α with α/√r.
+        size = self.gamma * math.sqrt(adapter.d_in / count) / adapter.scaling
+        drawn[b] = (-size * (gradient @ inverse)).float()
         return drawn
-
-    def _size(self, module: nn.Module, count: int) -> float:
-        """Return ξ for an adapter of so many components."""
-        adapter: Any = module
-        scale = self.alpha / divisor(count, self.scale) if self.scale_of == "new-rank" else adapter.scaling
-        return self.gamma * math.sqrt(adapter.d_in / count) / scale
 
 
 def gora(
@@ -126,7 +123,6 @@ def gora(
             least=max(1, middle // 2) if least is None else least,
             most=4 * middle if most is None else most,
             rule="rounded" if variant == "paper" else "floored",
-            anew=True,
         ),
     )
 

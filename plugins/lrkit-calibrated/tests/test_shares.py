@@ -27,7 +27,7 @@ class TestAllocate(ActionContract):
 
 
 class TestShareOut(ActionContract):
-    component = (ShareOut(), ShareOut(rule="rounded", anew=True, least=2, most=4))
+    component = (ShareOut(), ShareOut(rule="rounded", least=2, most=4))
     exact = False
 
 
@@ -86,16 +86,9 @@ def test_gora_rules_follow_the_formula(rule):
     total = sum(f) * 4 / 2
     exact = [total * share / each for share, each in zip((2 / 7, 5 / 7), f, strict=True)]
     wanted = [round(x) for x in exact] if rule == "rounded" else [math.floor(x) for x in exact]
-    verdict = ShareOut(rule=rule, least=1, most=99, anew=True).decide(given)
+    verdict = ShareOut(rule=rule, least=1, most=99).decide(given)
     assert verdict.fresh == (wanted[0], 0, wanted[1])
     assert not verdict.kept.any()
-
-
-def test_first_components_stay():
-    """Where components are not drawn anew, the first ones stay, and what is lacking comes fresh."""
-    verdict = ShareOut(least=1, most=4).decide(ballot([0.2, 0.2, 1.0, 1.0], [0, 0, 1, 1], 4, [1] * 4))
-    assert verdict.kept.tolist() == [True, False, True, True]
-    assert verdict.fresh == (0, 1, 0)
 
 
 def test_what_does_not_fit_is_refused():

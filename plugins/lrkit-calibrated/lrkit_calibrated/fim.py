@@ -56,8 +56,8 @@ def fim_lora(
         calibration: batches before the first step.
         scale_of: the r of the scale: ``"new-rank"``, as the author's code computes; or ``"first-rank"``, as its comments
             say.
-        variant: ``"paper"``: the ranks' sum is the budget, exactly. ``"released"``: the author's code, in which low ranks are
-            raised to `least` beyond the budget.
+        variant: ``"paper"``: the ranks' sum is the budget, exactly. ``"released"``: the author's code, in which low
+            ranks are raised to `least` beyond the budget.
     """
     if variant not in ("paper", "released"):
         raise lrkit.LrkitError(f'fim_lora variant must be "paper" or "released", not {variant!r}')

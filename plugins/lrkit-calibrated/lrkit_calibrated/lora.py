@@ -40,7 +40,7 @@ class Rescaled(LowRank):
     def scaling(self) -> float:
         """The scale, read from the stored rank whenever that has changed."""
         stored = self.scale_rank
-        version = (id(stored), stored._version)
+        version = (id(stored), stored._version)  # noqa: SLF001
         if version != self._read and not stored.is_meta:
             self._read, self._now = version, self._alpha / divisor(float(whole(stored.detach())), self._divisor)
         return self._now
@@ -66,8 +66,8 @@ class AllocatedLoRA(LoRA):
 
     Args:
         scale_of: the r of the scale α/r or α/√r (`scale`) of a layer that is given fresh components in the place of all that
-            it had. ``"new-rank"``: their number. ``"first-rank"``: the rank that it began with, so that all layers go on with
-            the scale that they had. Once ΔW is not zero, a layer's scale stays as it is.
+            it had. ``"new-rank"``: their number. ``"first-rank"``: the rank that it began with, so that all layers go on
+            with the scale that they had. Once ΔW is not zero, a layer's scale stays as it is.
     """
 
     scale_of: Literal["new-rank", "first-rank"] = attrs.field(
@@ -81,10 +81,11 @@ class AllocatedLoRA(LoRA):
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with A and B beside it."""
-        made: Any = super().build(target)
+        made = super().build(target)
         if self.scale_of == "first-rank":
             return made
-        return Rescaled(target, made.A, made.B, alpha=self.alpha, scale=self.scale, dropout=self.dropout)
+        plain: Any = made
+        return Rescaled(target, plain.A, plain.B, alpha=self.alpha, scale=self.scale, dropout=self.dropout)
 
     def fresh(
         self, module: nn.Module, count: int, generator: torch.Generator, memory: Mapping[str, Tensor]

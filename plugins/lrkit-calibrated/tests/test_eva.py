@@ -53,6 +53,10 @@ def calibrated(model, method, batches):
     return adapted
 
 
+def normal(rows):
+    return nn.functional.normalize(rows.double())
+
+
 def same_directions(found, wanted):
     """Compare row by row, up to the sign."""
     found, wanted = found.double(), wanted.double()
@@ -81,7 +85,9 @@ def test_ranks_and_directions_are_peft_s(labels, rho, whiten):
     assert sum(ranks.values()) == 4 * len(names)
     assert rho == 1.0 or len(set(ranks.values())) > 1
     for name, adapter in adapted.adapters.items():
-        same_directions(adapter.A.detach(), theirs[name])
+        # PEFT divides in place, and so several times where layers share an input: there directions alone agree.
+        often = whiten and not name.endswith("dense")
+        same_directions(*(normal(each) if often else each for each in (adapter.A.detach(), theirs[name])))
         assert not adapter.B.any()
         assert adapter.scaling == 16 / 4
 
@@ -133,12 +139,12 @@ def test_directions_are_those_of_all_rows(parts):
     states = [metric.begin(place) for _ in range(parts)]
     batches = torch.tensor(rows).split([30, 17, 43])
     for i, batch in enumerate(batches):
-        metric.observe(Seen(batch, None, None, i + 1), states[i % parts])
+        metric.observe(Seen(layer=place, x=batch, g=None, labelled=None, step=i + 1), states[i % parts])
     state = metric.merge([metric.begin(place), *states]) if parts > 1 else states[0]
     centred = rows - rows.mean(0)
     _, s, vt = np.linalg.svd(centred, full_matrices=False)
     np.testing.assert_allclose(metric.score(place, state)[:4], (s**2 / (s**2).sum())[:4], rtol=1e-5)
-    np.testing.assert_allclose(np.abs((state["directions"][:4].numpy() * vt[:4]).sum(1)), 1, atol=1e-8)
+    np.testing.assert_allclose(np.abs((state["directions"][:4].numpy() * vt[:4]).sum(1)), 1, atol=1e-6)
     np.testing.assert_allclose(state["mean"], rows.mean(0), atol=1e-12)
 
 
@@ -146,7 +152,7 @@ def test_few_rows_are_left_out():
     """As in PEFT, a batch with fewer rows than directions changes nothing."""
     metric, place = ExplainedVariance(), layer(6, 20)
     state = metric.begin(place)
-    metric.observe(Seen(torch.randn(5, 20), None, None, 1), state)
+    metric.observe(Seen(layer=place, x=torch.randn(5, 20), g=None, labelled=None, step=1), state)
     assert not any(values.any() for values in state.values())
     assert metric.score(place, state).tolist() == [0.0] * 6
 

@@ -76,5 +76,5 @@ def test_a_scale_follows_or_stays():
             r = adapter.rank if scale_of == "new-rank" else 4
             assert adapter.scaling == pytest.approx(16 / r)
             assert adapter.export_factors()[3] == pytest.approx(16 / r)
-    with pytest.raises(lrkit.LrkitError, match="pissa.*first-rank"):
+    with pytest.raises(lrkit.LrkitError, match=r"pissa.*first-rank"):
         AllocatedLoRA(init="pissa")

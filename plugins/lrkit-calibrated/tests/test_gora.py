@@ -59,7 +59,7 @@ def test_ranks_and_starts_follow_the_formulas(variant, rank):
     assert {name: adapter.rank for name, adapter in adapted.adapters.items()} == ranks
     assert len(set(ranks.values())) > 2
     for name, adapter in adapted.adapters.items():
-        a, (w, g) = adapter.A.detach().numpy(), known[name]
+        a, (_, g) = adapter.A.detach().numpy(), known[name]
         r, d_in = a.shape
         assert adapter.scaling == pytest.approx(16 / np.sqrt(r))
         wanted = -(0.05 * np.sqrt(d_in) / 16) * g @ a.T @ np.linalg.inv(a @ a.T)

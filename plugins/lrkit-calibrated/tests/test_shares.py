@@ -74,7 +74,15 @@ def test_saturated_is_the_author_s():
 def ballot(scores, blocks, budget, sizes):
     blocks, ones = torch.tensor(blocks), torch.ones(len(blocks), dtype=torch.bool)
     return Ballot(
-        torch.tensor(scores), ones, budget, 1.0, torch.tensor(scores), ones.long(), blocks, torch.tensor(sizes), layers=3
+        torch.tensor(scores),
+        ones,
+        budget,
+        1.0,
+        torch.tensor(scores),
+        ones.long(),
+        blocks,
+        torch.tensor(sizes),
+        layers=3,
     )
 
 
@@ -94,7 +102,7 @@ def test_gora_rules_follow_the_formula(rule):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(lrkit.LrkitError, match="least 5 is above most 4"):
         ShareOut(least=5, most=4)
-    with pytest.raises(lrkit.LrkitError, match="Allocate.* does not fit .*SVD.*core value"):
+    with pytest.raises(lrkit.LrkitError, match=r"Allocate.* does not fit .*SVD.*core value"):
         lrkit.Method(
             parameterization=lrkit.parameterizations.SVD(),
             metric=lrkit_calibrated.ExplainedVariance(),

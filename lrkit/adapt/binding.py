@@ -7,13 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrkit.adapt import calibration, parallel, sharding
-from lrkit.adapt.heads import head_parameters
+from lrkit.adapt import calibration, parallel, sharding, watching
 from lrkit.adapt.optimizers import Steps, as_long_as_alive, as_one, held_by, unwrapped
 from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.saved import Loaded
 from lrkit.adapt.taps import Taps
-from lrkit.adapt.tied import passed_by
 from lrkit.adapt.weights import Weights
 from lrkit.errors import LrkitError, LrkitWarning, listing
 from lrkit.loop import beginning, liveness
@@ -265,33 +263,7 @@ class Binding:
 
     def _first_look(self) -> None:
         """Name the modules that train and have no gradient, before the first step that has any."""
-        self.controller.look()
-        dead = self.controller.liveness.dead
-        if dead is None and self.controller.run.modules:
-            return
-        self._looked = True
-        if cast := self._weights.cast():
-            self.controller.warn("cast", cast)
-        silent = liveness.unreached({name: list(head_parameters(self._model, [name])) for name in self._head})
-        if silent:
-            self.controller.warn(
-                "head",
-                f"no gradient reaches {listing(silent)}, which trains in full: the loss does not depend on it. Leave it out "
-                "with train_also",
-            )
-        if passed := passed_by(self._model):
-            self.controller.warn(
-                "passed by",
-                f"{listing(passed)} is tied to an adapted embedding and has not been called: a loss that reads its weight, "
-                "as TRL's do, misses the ΔW that the model's own outputs have. Leave the embedding out of targets",
-            )
-        ddp = self._outer.ddp
-        if ddp is not None and (dead or silent) and not (ddp.find_unused_parameters or ddp.static_graph):
-            raise LrkitError(
-                f"no gradient reaches {listing([*(dead or []), *silent])}, and DDP waits for it, so that others are not "
-                "averaged: leave it out (targets, train_also), or use DistributedDataParallel(..., "
-                "find_unused_parameters=True)"
-            )
+        self._looked = watching.look(self._model, self._head, self._weights, self.controller, self._outer.ddp)
 
     def _met(self, ddp: Any) -> None:
         """Let chance be the same on every process of a DDP module, however each was seeded."""

@@ -1,5 +1,6 @@
 """Hooks on adapted layers that hand what goes through them to the metrics that read it."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,15 +21,15 @@ class Marks:
     """The masks that one call of a model came with.
 
     Args:
-        tokens: which tokens are no padding, bool [batch, length]; None if the call does not say.
+        tokens: which tokens are no padding; None if all are, or the call does not say.
         labels: the labels; None for none.
         decoder: the same as `tokens` for the decoder of an encoder-decoder, whose `tokens` are the encoder's.
         split: whether the model is an encoder-decoder.
     """
 
-    tokens: Tensor | None = None
+    tokens: "Tokens | None" = None
     labels: Tensor | None = None
-    decoder: Tensor | None = None
+    decoder: "Tokens | None" = None
     split: bool = False
 
     @classmethod
@@ -38,9 +39,9 @@ class Marks:
         names = code.co_varnames[1 : code.co_argcount] if code is not None else ()
         given = {**dict(zip(names, args, strict=False)), **kwargs}
 
-        def mask(name: str) -> Tensor | None:
+        def mask(name: str) -> Tokens | None:
             value = given.get(name)
-            return value != 0 if isinstance(value, Tensor) and value.ndim == 2 else None
+            return Tokens.of(value) if isinstance(value, Tensor) and value.ndim == 2 else None
 
         labels = given.get("labels")
         split = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
@@ -48,7 +49,7 @@ class Marks:
         return cls(mask("attention_mask"), labels, mask("decoder_attention_mask"), split)
 
     def rows(self, name: str, shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
-        """Return which rows of a layer's input are no padding, and which have labels, bool [n] each; None if not known.
+        """Return which rows of a layer's input are no padding, and whether each has a label, bool [n]; None if not known.
 
         Args:
             name: the layer's name.
@@ -56,8 +57,30 @@ class Marks:
         """
         own = not self.split or (re.search(_DECODER, name) is not None and re.search(_ACROSS, name) is None)
         tokens = self.decoder if self.split and own else self.tokens
-        labels = None if self.labels is None or not own else self.labels != -100
-        return _fitting(tokens, shape), _fitting(labels, shape)
+        labels = self.labels if own else None
+        return (
+            None if tokens is None or not _fits(tokens.shape, shape) else tokens.index,
+            None if labels is None or not _fits(labels.shape, shape) else (labels != -100).reshape(-1),
+        )
+
+
+@attrs.frozen(eq=False)
+class Tokens:
+    """The tokens of a batch [batch, length] that are no padding.
+
+    Args:
+        shape: of the batch.
+        index: their places among all.
+    """
+
+    shape: tuple[int, ...]
+    index: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Tokens | None":
+        """Read an attention mask, once per call of the model; None if nothing is padding."""
+        index = mask.reshape(-1).nonzero().flatten()
+        return None if len(index) == mask.numel() else cls(tuple(mask.shape), index)
 
 
 _DECODER = r"(^|\.)decoder(\.|$)"
@@ -65,11 +88,9 @@ _ACROSS = r"\.(EncDecAttention|encoder_attn|cross_?attn|crossattention)\.(.*\.)?
 """Layers of a decoder that read what the encoder gives: keys and values of cross-attention."""
 
 
-def _fitting(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """Return a mask [batch, length] as one of rows [n], if the rows are those tokens."""
-    if mask is None or tuple(shape) not in (tuple(mask.shape), (mask.numel(),)):
-        return None
-    return mask.reshape(-1)
+def _fits(tokens: Sequence[int], rows: Sequence[int]) -> bool:
+    """Return whether rows are the tokens of a batch [batch, length], in that shape or one after the other."""
+    return tuple(rows) in (tuple(tokens), (math.prod(tokens),))
 
 
 class _Kept(torch.autograd.Function):
@@ -153,7 +174,8 @@ class Taps:
         (base, kind), peers = beneath(module), self._peers()
         assert kind is not None
         rows = kind.rows(base, x).float()
-        tokens, labelled = (None if mask is None or len(mask) != len(rows) else mask for mask in which)
+        # A convolution's rows are no tokens, whatever its sizes.
+        tokens, labelled = which if math.prod(x.shape[:-1]) == len(rows) else (None, None)
         for state in self._readers:
             if state.policy.metric.reads == "gradient":
                 grads = kind.out_rows(base, g).float() / (self.scale() * (1 if peers is None else peers.count))

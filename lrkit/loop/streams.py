@@ -155,7 +155,7 @@ class Streams:
         """Take in rows of a layer. Arguments as in `Seen`; `peers` are the processes that train together, if there are."""
         if name not in self.state:
             return
-        finite = torch.stack([torch.isfinite(rows).all() for rows in (x, g) if rows is not None]).all()
+        finite = torch.isfinite(torch.stack([rows.sum() for rows in (x, g) if rows is not None])).all()
         waits = finite.device.type != "cpu"
         self._finite = finite if self._finite is None else self._finite & finite
         self._seen.add(name)

@@ -169,9 +169,9 @@ class LayerMetricContract(PartContract):
         layer, pairs = _layer(component), _stream()
         rows = torch.cat([x for x, _ in pairs]), torch.cat([g for _, g in pairs])
 
-        def score(cuts: Sequence[int]) -> Tensor:
+        def score(cuts: list[int]) -> Tensor:
             state = _begun(component, layer)
-            _observe(component, state, list(zip(rows[0].split(cuts), rows[1].split(cuts), strict=True)))
+            _observe(component, state, list(zip(torch.split(rows[0], cuts), torch.split(rows[1], cuts), strict=True)))
             return _score(component, layer, state).double()
 
         whole = score([36])

@@ -27,23 +27,30 @@ class AdapterOutput(LayerMetric):
 
     def observe(self, seen: Seen, state: Mapping[str, Tensor]) -> None:
         """Add ‖ΔW x‖² of each row, with ΔW as it is now."""
-        adapter: Any = seen.layer.module
-        if not hasattr(adapter, "export_factors"):
-            raise lrkit.LrkitError(
-                f"{seen.layer.name}: the adapter is not of low rank, so that its output is not known"
-            )
-        a, b, core, scaling = adapter.export_factors()
-        outputs = (seen.x @ a.float().t() * core.float()) @ b.float().t()
-        state["sum"].add_(outputs.double().square().sum() * scaling**2)
+        state["sum"].add_(_added(seen).double().square().sum())
 
     def score(self, layer: Layer, state: Mapping[str, Tensor]) -> Tensor:
         """Return g for each of the layer's units."""
         return state["sum"].float().expand(layer.units)
 
 
+def _added(seen: Seen) -> Tensor:
+    """Return ΔW x of each row [n, d_out]; of a layer that trains itself, beside which nothing stands, zeros."""
+    adapter: Any = seen.layer.module
+    if getattr(adapter, "additive", False):
+        a, b, core, scaling = adapter.export_factors()
+        outputs: Tensor = (seen.x @ a.float().t() * core.float()) @ b.float().t() * scaling
+        return outputs
+    if hasattr(adapter, "merged_weight"):  # DoRA scales W as well: W' x - W x
+        return seen.x @ (adapter.merged_weight().float() - seen.layer.weight).t()
+    return seen.x.new_zeros(len(seen.x), 1)
+
+
 @attrs.frozen(kw_only=True)
 class Drop(lrkit.Action):
-    """The best layers stay, as few as have a share T of all scores; the others lose their ΔW. Source: arXiv 2402.07721, section 3.
+    """The best layers stay, as few as have a share T of all scores; the others lose their ΔW.
+
+    Source: arXiv 2402.07721, section 3.
 
     A layer that is dropped has A = B = 0, and stops training for good. It goes by no budget: the scheduler says when.
 
@@ -94,8 +101,21 @@ class Drop(lrkit.Action):
 def lora_drop(*, rank: Rank = 8, alpha: float = 16.0, threshold: float = 0.9, sample: float = 0.1) -> lrkit.Method:
     """LoRA-drop (Zhou et al., arXiv 2402.07721): layers whose LoRA adds little to the output lose it.
 
-    All layers train for the first `sample` of the run. Then g_i = Σ ‖ΔW_i x‖² over the inputs of these steps is divided by the
-    sum over all layers, and the layers with the largest stay, as few as have `threshold` of the whole (section 3).
+    All layers train for the first `sample` of the run. Then g_i = Σ ‖ΔW_i x‖² over the inputs of these steps is divided by
+    the sum over all layers, and the layers with the largest stay, as few as have `threshold` of the whole (section 3).
+
+    Known: the score is the sum over the steps that are measured of the squared norm of what the adapter adds, ΔW as it is in
+    each step, against outputs by hand in float64; the layers that stay are the fewest that reach the threshold; a layer that
+    is dropped computes what the plain model does; a resumed run is the run. What differs from the paper:
+
+    - No sharing. The paper gives all layers that are dropped one common LoRA, by which a method would change its
+      parameterization on the way; here they have none, and train no further.
+    - A layer is one adapted linear map: query and value of a block are ranked apart.
+    - The paper draws a sample of 10 % of the data, trains on it and measures on it. Here the first steps of the run are the
+      sample: each batch is measured with ΔW as it is then, and the run goes on from there, not from the start.
+    - Rows that the attention mask calls padding are left out.
+
+    Not known: the released code, of which none was found; and the paper's scores, which have not been run here.
 
     Args:
         rank: r of every layer.

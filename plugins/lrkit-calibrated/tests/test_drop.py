@@ -29,6 +29,7 @@ class TestAdapterOutput(lrkit.testing.LayerMetricContract):
 
 class TestDrop(lrkit.testing.ActionContract):
     component = (Drop(), Drop(threshold=0.5))
+    exact = False
 
 
 class TestMethod(lrkit.testing.MethodContract):
@@ -45,11 +46,12 @@ def test_score_is_the_outputs():
     want = dict.fromkeys(("0", "2"), 0.0)
     for step in range(10):
         x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
-        twin, h = copy.deepcopy(model).double(), x.double()
-        for place, layer in enumerate(twin):
-            if str(place) in want:
-                want[str(place)] += float((layer(h) - layer.base(h)).square().sum())
-            h = layer(h)
+        h = x.double()
+        with torch.no_grad():
+            for place, layer in enumerate(copy.deepcopy(model).double()):
+                if str(place) in want:
+                    want[str(place)] += float((layer(h) - layer.base(h)).square().sum())
+                h = layer(h)
         model(x).square().sum().backward()
         if step == 9:
             scores = adapted.scores()
@@ -67,13 +69,12 @@ def test_fewest_layers_reach_the_threshold(scores, threshold):
     values = torch.tensor(scores)
     none = torch.zeros(len(scores), dtype=torch.long)
     ballot = Ballot(values, torch.ones(len(scores), dtype=torch.bool), 1, 0.5, values, none + 1, none)
-    kept = values.double()[Drop(threshold=threshold).decide(ballot).kept]
-    whole = values.double().sum()
+    chosen = Drop(threshold=threshold).decide(ballot).kept
+    kept, left, whole = values.double()[chosen], values.double()[~chosen], values.double().sum()
     assert kept.sum() >= threshold * whole * (1 - 1e-9)
-    assert not len(kept) or kept.sum() - kept.min() < threshold * whole
-    assert (
-        not len(kept) or kept.min() >= values[values < kept.min()].max() if bool((values < kept.min()).any()) else True
-    )
+    if len(kept):
+        assert kept.sum() - kept.min() < threshold * whole
+        assert not len(left) or kept.min() >= left.max()
 
 
 def test_dropped_layers_add_nothing():

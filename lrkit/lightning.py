@@ -17,8 +17,8 @@ class AdaptCallback(Callback):  # type: ignore[misc] # Lightning is not installe
 
     It binds the method to the optimizers that ``configure_optimizers`` returns, adds the penalty's gradient to the factors'
     before clipping (leave ``adapted.penalty()`` out of the loss), and keeps everything adaptive in Lightning's checkpoints,
-    so that ``fit(ckpt_path=...)`` is bitwise the run that was not interrupted. A method that decides by batches before the first
-    step is calibrated by the loss of ``training_step`` on the training data.
+    so that ``fit(ckpt_path=...)`` is bitwise the run that was not interrupted. A method that decides by batches before the
+    first step is calibrated by the loss of ``training_step`` on the training data.
 
     Args:
         adapted: the handle that `lrkit.attach` returned for the LightningModule's model.

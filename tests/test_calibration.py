@@ -451,3 +451,13 @@ def test_trainer_that_begins_again_is_calibrated_once(tmp_path):
         t.train()
     assert adapted.history == tries[0]
     assert adapted.step == 4
+
+
+def test_flops_count_calibration():
+    """A run's FLOPs are those of its steps and of its calibration, whole batches each."""
+    from lrkit.study.run_settings import RunSettings
+    from lrkit.study.trainer import run_flops
+
+    log = [{"step": 0, "flops_of_a_row": 10.0, "flops_of_calibration": 36.0}, {"step": 3, "flops_of_a_row": 8.0}]
+    found = run_flops(log, RunSettings(batch_size=2))
+    assert (found.run, found.first_step, found.last_step) == ((9.0 * 4 + 36.0) * 2, 20.0, 16.0)

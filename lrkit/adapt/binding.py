@@ -1,6 +1,5 @@
 """A method's tie to optimizers: the loop runs at their steps, and the penalty's gradient goes into their tensors."""
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.saved import Loaded
 from lrkit.adapt.taps import Taps
 from lrkit.adapt.weights import Weights
-from lrkit.errors import LrkitError, LrkitWarning, listing
+from lrkit.errors import LrkitError, listing
 from lrkit.loop import beginning, liveness
 from lrkit.loop.controller import Controller
 from lrkit.loop.gradients import Unclipped
@@ -77,11 +76,8 @@ class Binding:
         optimizers = unwrapped(optimizer)
         if self.bound:
             raise LrkitError("already bound to an optimizer: call unbind() first")
-        if asked := beginning.batches(self.controller):
-            raise LrkitError(
-                f"the method decides by batches that it sees before the first step ({asked} by its calibration): call "
-                "adapted.calibrate(batches) before bind"
-            )
+        if reason := beginning.refusal(self.controller):
+            raise LrkitError(reason)
         if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
             raise LrkitError(f"total_steps must be an int of at least 1, not {total_steps!r}")
         if penalty not in ("loss", "gradient"):
@@ -120,22 +116,13 @@ class Binding:
                 self._steps.hold(handle)
         self._keep_gradients()
         self._outer.hang_on(self._model)
-        if now := beginning.waiting(self.controller, calibrated=False):
-            calibration.agree(self._weights, self.controller)
-            if beginning.decide(self.controller, now, as_one(optimizers)):
-                self.follow()
+        if calibration.begin(self._weights, self.controller, as_one(optimizers)):
+            self.follow()
         self.taps.hang(self.controller.readers())
 
     def calibrate(self, batches: Iterable[Any], loss: calibration.LossOf | None) -> None:
         """Take the decisions of step 0 that go by batches. The arguments are those of `Adapted.calibrate`."""
-        if not beginning.batches(self.controller):
-            asks = any(policy.scheduler.calibration for policy in self.controller.run.method.policies)
-            why = "its calibration has been done" if asks else "it asks for no calibration"
-            warnings.warn(f"calibrate does nothing for this method: {why}", LrkitWarning, stacklevel=3)
-            return
-        self._weights.put_back()
-        if reason := sharding.refusal(self._model, self.controller):
-            raise LrkitError(reason)
+        self._weights.put_back()  # the loop of sharded parameters is another one
         self.controller.peers = parallel.peers(None)
         with self.taps.hung(beginning.waiting(self.controller, calibrated=True)):
             moved = calibration.calibrate(self._model, self._weights, self.controller, batches, loss)

@@ -1,5 +1,6 @@
 """Batches before the first step: gradients are observed and thrown away, and the decisions of step 0 are taken by them."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrkit.adapt import sharding
 from lrkit.adapt.sharding import several
 from lrkit.adapt.weights import Weights
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.loop import beginning
 from lrkit.loop.controller import Controller
 from lrkit.process import as_it_was
@@ -29,7 +31,7 @@ def calibrate(
     Args:
         model: the adapted model.
         weights: what trains.
-        loop: its loop, with policies that wait for a calibration.
+        loop: its loop. If no policy waits for a calibration, nothing is done but to warn.
         batches: at least one.
         loss: the loss of a batch; None for the model's own.
 
@@ -39,9 +41,16 @@ def calibrate(
     Raises:
         LrkitError: no batches, or one without a loss. Nothing is decided then.
     """
+    states = beginning.waiting(loop, calibrated=True)
+    if not states:
+        asks = any(policy.scheduler.calibration for policy in loop.run.method.policies)
+        why = "its calibration has been done" if asks else "it asks for no calibration"
+        warnings.warn(f"calibrate does nothing for this method: {why}", LrkitWarning, stacklevel=4)
+        return False
+    if reason := sharding.refusal(model, loop):
+        raise LrkitError(reason)
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         raise LrkitError(f"calibrate takes a list of batches, or an iterator, not {type(batches).__name__}")
-    states = beginning.waiting(loop, calibrated=True)
     agree(weights, loop)
     try:
         with _undisturbed(model):
@@ -64,6 +73,15 @@ def calibrate(
             state.begin()
         raise
     return beginning.decide(loop, states, None)
+
+
+def begin(weights: Weights, loop: Controller, optimizer: torch.optim.Optimizer) -> bool:
+    """Take the decisions of step 0 that need no batches. Returns as `calibrate`."""
+    states = beginning.waiting(loop, calibrated=False)
+    if not states:
+        return False
+    agree(weights, loop)
+    return beginning.decide(loop, states, optimizer)
 
 
 def model_loss(model: nn.Module) -> LossOf:

@@ -108,13 +108,10 @@ class Adapted(Trained):
 
         Call it before `bind`. Each batch runs forward and backward, without dropout (as in EVA's code); gradients, modes,
         buffers and random generators are as before. Of several processes each gives its own: all begin as the first does,
-        gradients are averaged, and the shortest list ends it.
+        gradients are averaged, and the shortest list ends it. `batches` are dicts with labels, as the model takes them: at
+        least one, and all are used. `loss` gives the loss of a batch, for other models and batches.
 
-        Args:
-            batches: dicts with labels, as the model takes them: at least one. All are used.
-            loss: gives the loss of a batch, for other models and batches; None for the ``loss`` in the outputs.
-
-        Raise LrkitError, with nothing decided, if there is no batch or no loss. Warn if nothing is to be calibrated.
+        Raise LrkitError, with nothing decided, if there is no batch or no loss. Warn if there is nothing to calibrate.
         """
         self._graft.check()
         self._binding.calibrate(batches, loss)

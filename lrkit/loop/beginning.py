@@ -27,6 +27,16 @@ def batches(loop: Controller) -> int:
     return max((state.policy.scheduler.calibration for state in waiting(loop, calibrated=True)), default=0)
 
 
+def refusal(loop: Controller) -> str | None:
+    """Say why a run cannot begin; None if no batches are missing."""
+    if not (asked := batches(loop)):
+        return None
+    return (
+        f"the method decides by batches that it sees before the first step ({asked} by its calibration): call "
+        "adapted.calibrate(batches) before bind"
+    )
+
+
 def observe(loop: Controller, states: Sequence[PolicyState]) -> None:
     """Let policies observe the gradients of one batch."""
     loop.look()

@@ -283,7 +283,7 @@ def test_lightning_resumes_bitwise(tmp_path):
 
 
 def test_lightning_calibrates_by_itself(tmp_path):
-    """The callback calibrates by the first batches, as a bare loop does; a run that goes on from a checkpoint does not again."""
+    """The callback calibrates by the first batches, as a bare loop does; a run that is resumed does not again."""
     ours, batches = lit(tmp_path / "a", scheduler=ONCE)
     _, adapted = made(0.1, scheduler=ONCE)
     adapted.calibrate([{"input_ids": batch, "labels": batch} for batch in batches[:3]])

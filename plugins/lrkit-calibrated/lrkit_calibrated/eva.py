@@ -206,6 +206,17 @@ def eva(
     A few batches go through the model before it trains. Of all layers' directions those that explain the largest shares
     of their layers' variance are kept, `rank` per layer on average (Algorithm 1). A begins with them, B with zero.
 
+    Known: ranks and directions, up to the sign, are those of PEFT 0.21.2 from the same batches, with padding and with tokens
+    that have no label; the ranks' sum is r per layer; a resumed run is the run. What differs from PEFT:
+
+    - All batches that are given count. PEFT stops a layer once its directions turn by less than τ from one batch to the next
+      (cosine 0.99), and goes through the data again until all layers have stopped.
+    - Layers that share an input each have their own SVD; PEFT computes one for all of them, of equal numbers.
+    - PEFT's ``whiten`` divides in place, and so twice or three times where layers share an input; here it is once.
+    - Of several processes each keeps k directions of its own rows, and these are joined; PEFT gathers all rows.
+
+    Not known: the paper's scores, which have not been run here.
+
     Args:
         rank: r, a layer's rank on average.
         rho: ρ: a layer is given at most ρ r.

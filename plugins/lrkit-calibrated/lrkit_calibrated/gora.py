@@ -101,6 +101,18 @@ def gora(
     The gradient G of each frozen weight W is averaged over a few batches. A layer's share of the budget is that of
     mean(abs(W ∘ G)) (Eq. 5 to 8), and B begins as -ξ G A⁺ (Eq. 9 to 12). The scale is α/√r of the layer's own rank.
 
+    Known: importance, ranks and B are the formulas', against gradients of the plain model in float64; the first increment
+    is a step downhill of about γ times the gradient's norm; a resumed run is the run. The released code is
+    ``hhnqqq/MyTransformers`` @4037d4d. What differs:
+
+    - That commit begins with +ξ G A⁺, a step uphill. The paper and earlier commits have the minus, as here.
+    - Batches go through the model without dropout; there in the mode for training.
+    - The gradient is kept where the layer lies; there in the CPU's memory.
+    - A step size γ or a number of batches that is found on the way (``adaptive``) is left out.
+    - The scripts train B 16 times as fast as A (LoRA+): give the optimizer such groups.
+
+    Not known: the paper's scores, which have not been run here.
+
     Args:
         rank: r_ref, by which the budget is counted.
         least: r_min; r_ref / 2 by default.

@@ -12,10 +12,11 @@ PY       := .venv/bin/python
 PIP      := $(PY) -m pip --disable-pip-version-check --no-input
 PLUGINS  := $(patsubst %/pyproject.toml,./%,$(wildcard plugins/*/pyproject.toml))
 SOURCES  := pyproject.toml README.md LICENSE $(shell find lrkit $(PLUGINS) -name __pycache__ -prune -o -print)
+TWINE    := twine==7.0.0
 ARGS     ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-integrations test-lowest fuzz mutants roles check bench docs clean
+.PHONY: help setup demo test test-integrations test-lowest fuzz mutants roles check bench docs release clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -102,6 +103,21 @@ bench: .venv/.installed ## every benchmark in tests/bench, and one table (15 min
 	  echo "== $$f"; $(PY) -P "$$f" --json "$$out/$$(basename $$f .py).json" $(ARGS) || exit 1; \
 	done; \
 	$(PY) -P tests/bench/report.py "$$out"; echo "figures: $$out/all.json"
+
+# Wheels are made of the sdists, and installed alone into an empty environment, in a folder and with a cache that are new.
+# So the demo has to find MiniLM and its sentences by itself, too.
+release: .venv/.installed ## sdists and wheels of lrkit and each plug-in in dist/, tried in an empty environment (by hand)
+	@rm -rf dist; for project in . $(PLUGINS); do \
+	  (cd $$project && $(CURDIR)/$(PY) -m hatchling build -t sdist -d $(CURDIR)/dist >/dev/null) || exit 1; \
+	done
+	@$(PIP) -qq wheel --no-deps --no-build-isolation -w dist dist/*.tar.gz
+	@unset PYTHONPATH; room=$$(mktemp -d); trap 'rm -rf "$$room"' EXIT; set -e; \
+	$(call venv,$$room/twine); $$room/twine/bin/python -m pip -qq install $(TWINE); \
+	$$room/twine/bin/python -m twine check --strict dist/*; \
+	$(call venv,$$room/env); $$room/env/bin/python -m pip -qq install -c constraints.txt torch dist/*.whl; \
+	cd $$room; export LRKIT_CACHE=$$room/cache; \
+	env/bin/lrkit plugins; env/bin/lrkit demo --steps 20; env/bin/lrkit run sora --set run.steps=20
+	@echo "dist/ is ready: docs/contributing.md says how it is published"
 
 fuzz: .venv/.installed ## 4,000 bad inputs, by hand (ARGS="--seed 7 --cases 100" for others)
 	@OMP_NUM_THREADS=1 $(PY) -P tests/fuzz.py $(ARGS)

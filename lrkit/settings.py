@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, Union
 
 import attrs
@@ -125,9 +126,14 @@ def check_settings(cls: type, given: Mapping[str, Any], place: str) -> dict[str,
     Raises:
         LrkitError: a setting that the class does not have (with the nearest one), or a value of another type.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     refuse_others(given, [field.name for field in attrs.fields(cls)], place)
     return {key: as_annotated(value, hints[key], f"{place}.{key}") for key, value in given.items()}
+
+
+@lru_cache(maxsize=256)
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def annotation_of(cls: type, name: str) -> Any:

@@ -64,8 +64,14 @@ class AdaptCallback(TrainerCallback):
         let_train(adapted)
 
     def on_init_end(self, *_: Any, **kwargs: Any) -> None:
-        """Let a checkpoint of other ranks be loaded: the Trainer loads model weights before it calls `on_train_begin`."""
+        """Let a checkpoint of other ranks be loaded, and the Trainer's optimizer hold what may train later.
+
+        Before it calls `on_train_begin`, the Trainer loads weights, and makes its optimizer of what requires a gradient.
+        """
         self.adapted.take_ranks()
+        asleep = self.adapted.controller.components.asleep()
+        for p in self.adapted.parameters():
+            p.requires_grad_(p.requires_grad or (id(p) in asleep and p.numel() > 0))  # until bind
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

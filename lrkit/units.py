@@ -1,9 +1,9 @@
 """Units: what an action acts on, and how a unit's score follows from entry-wise scores.
 
-A *unit* is a rank component (a triplet P_:i, λ_i, Q_i: of SVD; r of them a layer) or a whole projection matrix. A
-parameterization declares its tensors once, as `Part`s; every kind of unit follows from that declaration. The score of
-a unit is the sum over its parts of the mean of the entry-wise score over the part's slice. That one rule is both
-papers' formula:
+A *unit* is a rank component (a triplet P_:i, λ_i, Q_i: of SVD; r of them a layer), a whole projection matrix, all
+matrices of a layer, or a whole block of the transformer. A parameterization declares its tensors once, as `Part`s; every
+kind of unit follows from that declaration. The score of a unit is the sum over its parts of the mean of the entry-wise
+score over the part's slice. That one rule is both papers' formula:
 
 - AdaLoRA (arXiv 2303.10512, Eq. 7): S_i = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij), a unit of kind ``"component"``;
 - AFLoRA (arXiv 2403.13269, Eq. 4): s = mean(Ī ∘ Ū) of a projection matrix, a unit of kind ``"matrix"``.
@@ -17,8 +17,15 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-UnitKind = Literal["component", "matrix", "layer"]
-"""``component``: one rank component; ``matrix``: one projection matrix; ``layer``: all matrices of a layer together."""
+UnitKind = Literal["component", "matrix", "layer", "block"]
+"""The kinds of units.
+
+- ``"component"``: one rank component.
+- ``"matrix"``: one projection matrix.
+- ``"layer"``: all matrices of a layer together.
+- ``"block"``: all that trains inside one block of the transformer, of adapters or of the model's own weights, biases and
+  norms included. A budget that is an int is then a number of blocks of the whole model.
+"""
 
 
 @attrs.frozen
@@ -48,13 +55,13 @@ class Part:
 
 @attrs.frozen(eq=False)
 class Block:
-    """The units of one adapter that stand together: its components, one matrix, or all its matrices.
+    """Units that stand together: the components of one adapter, one matrix, all its matrices, or a transformer's block.
 
     Args:
-        name: the layer's name; for one matrix the layer's name and the part's, joined by a dot.
-        module: what stands in the layer's place.
+        name: the layer's name; for one matrix the layer's name and the part's, joined by a dot; the transformer block's.
+        module: what stands in the layer's place; for a transformer's block the whole model.
         parts: the tensors that make up the units.
-        count: how many units: the rank for components, 1 for a matrix or a layer.
+        count: how many units: the rank for components, 1 for any other kind.
         kind: the kind of its units.
         numbers: the numbers that name its components, if some have been cut or added since the start; None if none has.
     """
@@ -96,7 +103,11 @@ class Block:
 
 
 def blocks_of(
-    modules: Mapping[str, nn.Module], parts: Sequence[Part], kind: UnitKind, trained: set[int]
+    modules: Mapping[str, nn.Module],
+    parts: Sequence[Part],
+    kind: UnitKind,
+    trained: set[int],
+    body: Sequence[Block] = (),
 ) -> list[Block]:
     """Return the blocks of one kind over all adapted layers, in the model's order.
 
@@ -106,7 +117,10 @@ def blocks_of(
         kind: which units are wanted.
         trained: ``id`` of every parameter that trains in this run. A part that never trains has no gradient, so its
             score would stand at its start, zero, for ever: it is left out. So is a matrix of a layer of rank 0.
+        body: the transformer's blocks as units, which no layer knows.
     """
+    if kind == "block":
+        return list(body)
     blocks = []
     for name, module in modules.items():
         live = [part for part in parts if id(part.of(module)) in trained]

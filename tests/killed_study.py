@@ -1,5 +1,5 @@
 """A small study in processes of its own, for tests that kill it:
-`python killed_study.py FOLDER OUT WORKERS [EXECUTOR [SEEDS [STEPS]]]`."""
+`python killed_study.py FOLDER OUT WORKERS [EXECUTOR [SEEDS [STEPS [ADDRESS]]]]`."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ def study(folder, seeds=2, steps=14):
     )
 
 
-def main(folder, out, workers, executor="local", seeds=2, steps=14):
+def main(folder, out, workers, executor="local", seeds=2, steps=14, address=None):
     from lrkit.study.execute import execute
     from lrkit.study.plan import lay_out
 
@@ -32,6 +32,7 @@ def main(folder, out, workers, executor="local", seeds=2, steps=14):
         Path(out),
         executor=executor,
         workers=int(workers),
+        address=address,
         threads=1,
         costs=False,
         checkpoint_seconds=0.0,

@@ -1,4 +1,4 @@
-"""One of several gloo processes; run by test_parallel.py with: MODE RANK WORLD INIT_FILE OUT."""
+"""One of several gloo processes; run by test_parallel.py with: MODES (comma-separated) RANK WORLD INIT_FILE OUT."""
 
 import sys
 from pathlib import Path
@@ -23,6 +23,23 @@ CUTTING = {
 
 
 CHANCE = attrs.evolve(lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=5), metric=lrkit.metrics.Random())
+
+
+@attrs.frozen(kw_only=True)
+class FromTheStart(lrkit.schedulers.Constant):
+    """Decides before the first step as well. Source: this file."""
+
+    at_start = True
+
+
+# With the penalty's gradient, and half of the blocks frozen when DDP has wrapped the model already.
+SWITCH = attrs.evolve(
+    lrkit.methods.svd_lora(rank=4),
+    metric=lrkit.metrics.Random(),
+    scheduler=FromTheStart(target=1, start=1, interval=3, ending="open"),
+    action=lrkit.actions.Switch(),
+)
+CHOSEN = {"chance": CHANCE, "switch": SWITCH}
 
 
 def start(method, seed=3):
@@ -64,19 +81,21 @@ def one(method, accumulate=1):
 if __name__ == "__main__":
     from test_attach import METHODS
 
-    METHODS = METHODS | CUTTING | {"chance": CHANCE}
+    METHODS = METHODS | CUTTING | CHOSEN
     mode, rank, world, init, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
-    kind, _, name = mode.partition(":")
-    if kind == "calibration":
+    if mode == "calibration":
         torch.save(calibration_worker.clauses(rank, world, Path(out).parent), out)
         dist.destroy_process_group()
         sys.exit()
-    model, adapted, sent = ddp(rank, world, METHODS[name], accumulate=2 if kind == "accumulate" else 1)
-    result = {
-        "weights": {k: v.clone() for k, v in model.state_dict().items()},
-        "history": [(d.step, d.budget, d.kept, d.lost, d.returned) for d in adapted.history],
-        "sent": sent,
-    }
-    torch.save(result, out)
+    results = {}
+    for each in mode.split(","):
+        kind, _, name = each.partition(":")
+        model, adapted, sent = ddp(rank, world, METHODS[name], accumulate=2 if kind == "accumulate" else 1)
+        results[each] = {
+            "weights": {k: v.clone() for k, v in model.state_dict().items()},
+            "history": [(d.step, d.budget, d.kept, d.lost, d.returned) for d in adapted.history],
+            "sent": sent,
+        }
+    torch.save(results, out)
     dist.destroy_process_group()

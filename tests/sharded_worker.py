@@ -31,6 +31,12 @@ METHODS = {
         action=lrkit.actions.Zero(),
     ),
 }
+METHODS["blocks by chance"] = attrs.evolve(
+    lrkit.methods.full(),
+    metric=lrkit.metrics.Random(),
+    scheduler=lrkit.schedulers.Constant(target=1, interval=2, ending="open"),
+    action=lrkit.actions.Switch(state="kept"),
+)
 METHODS["adalora by gradient"] = attrs.evolve(
     METHODS["adalora"], metric=attrs.evolve(METHODS["adalora"].metric, measure="before-clipping")
 )

@@ -102,7 +102,7 @@ def test_whole_life(name, method, tmp_path):
 def adapted_summary(adapted, again):
     from lrkit.adapt.summary import summarize
 
-    return summarize(adapted.controller, again.summary().head, again.summary().beside)
+    return summarize(adapted.controller, again.summary().head)
 
 
 def test_all_parameters_counted():

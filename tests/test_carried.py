@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lrkit import carrying as place
 from lrkit.errors import LrkitError
 from lrkit.study import carried
-from lrkit.study.carried import gguf, onnx, place, smollm2
+from lrkit.study.carried import gguf, onnx, smollm2
 from lrkit.study.models import empty_model, load_config, source_of
 from lrkit.tasks import Head
 
@@ -31,7 +32,7 @@ CONTENT = b"the weights of a model"
 STAND_IN = """
 import hashlib, os, time
 from pathlib import Path
-from lrkit.study.carried.place import Carried, Package, folder_for
+from lrkit.carrying import Carried, Package, folder_for
 
 def convert(files, folder):
     if log := os.environ.get("CONVERSIONS"):

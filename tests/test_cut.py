@@ -6,13 +6,11 @@ import copy
 
 import attrs
 import models
-import parallel_worker
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attach import logits
-from test_parallel import processes
 from test_trainer import trainer
 
 import lrkit
@@ -249,15 +247,3 @@ def test_shared_matrices_refused():
     with pytest.raises(lrkit.LrkitError, match="layers share their matrices"):
         lrkit.attach(model, method)
     assert list(model.state_dict()) == names
-
-
-@pytest.mark.parametrize("method", ["end", "always"])
-def test_ddp_follows(method, tmp_path):
-    """Under DDP both processes cut alike, and train on."""
-    results = processes(f"ddp:cut {method}", 2, tmp_path)
-    assert results[0]["history"] == results[1]["history"]
-    assert all(torch.equal(v, results[1]["weights"][k]) for k, v in results[0]["weights"].items())
-    model, adapted = parallel_worker.one(parallel_worker.CUTTING[f"cut {method}"])
-    assert results[0]["history"] == [(d.step, d.budget, d.kept, d.lost, d.returned) for d in adapted.history]
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(results[0]["weights"][key], value, rtol=1e-3, atol=1e-4)

@@ -540,6 +540,28 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_half_precision_is_widened(call: Any, ran: Path, tmp_path: Path) -> None:
+    """A run in bfloat16 is merged in float32 on request; in bfloat16 it is refused with the option's name."""
+    from transformers import AutoModelForSequenceClassification
+
+    plain = AutoModelForSequenceClassification.from_pretrained(ran / "model", dtype=torch.bfloat16)
+    adapted = lrkit.attach(plain, lrkit.methods.lora(rank=2))
+    for adapter in adapted.adapters.values():
+        nn.init.normal_(adapter.B, std=0.1)
+    adapted.save(tmp_path / "run")
+    base = ("--model", ran / "model")
+    code, _, err = call("export", tmp_path / "run", "--to", "merged", *base, "--out", tmp_path / "narrow")
+    assert code == 2 and "which rounds ΔW; export it in float32 (--dtype float32)" in " ".join(err.split())
+    words = ("--dtype", "float32", "--out", tmp_path / "wide")
+    assert call("export", tmp_path / "run", "--to", "merged", *base, *words)[0] == 0
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "wide")
+    assert found.dtype == torch.float32
+    wide = AutoModelForSequenceClassification.from_pretrained(ran / "model", dtype=torch.float32)
+    again = lrkit.load(wide, tmp_path / "run")
+    ids = {"input_ids": torch.tensor([[2, 5, 6, 7, 8, 3]])}
+    torch.testing.assert_close(found.eval()(**ids).logits, again.model.eval()(**ids).logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("to", lrkit.peft.TARGETS)
 def test_command_exports_run(call: Any, ran: Path, tmp_path: Path, to: str) -> None:
     """``lrkit export`` writes what a run saved in every format, and says what it wrote."""

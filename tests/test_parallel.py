@@ -43,25 +43,39 @@ def processes(mode, world, folder):
     return [torch.load(out) for out in outs]
 
 
-@pytest.mark.parametrize(
-    ("mode", "world"),
-    [("ddp:adalora", 2), ("ddp:aflora", 2), ("accumulate:hybrid", 2), ("ddp:aflora", 3), ("ddp:chance", 2)],
-)
-def test_ddp_ranks_decide_alike_and_end_where_one_process_ends(mode, world, tmp_path):
-    results = processes(mode, world, tmp_path)
+MODES = {
+    2: ("ddp:adalora", "ddp:aflora", "accumulate:hybrid", "ddp:chance", "ddp:switch", "ddp:cut end", "ddp:cut always")
+}
+MODES[3] = ("ddp:aflora",)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """By how many processes there are, what each of them has found for each mode: one start for all modes."""
+    return {
+        world: processes(",".join(modes), world, tmp_path_factory.mktemp(f"{world}")) for world, modes in MODES.items()
+    }
+
+
+@pytest.mark.parametrize(("world", "mode"), [(world, mode) for world, modes in MODES.items() for mode in modes])
+def test_ddp_ranks_decide_alike_and_end_where_one_process_ends(world, mode, ended):
+    """All ranks hold the same, and what one process with all rows holds; also if components are cut on the way."""
+    results = [each[mode] for each in ended[world]]
     for other in results[1:]:
         assert results[0]["history"] == other["history"]
         assert all(torch.equal(v, other["weights"][k]) for k, v in results[0]["weights"].items())
     kind, _, name = mode.partition(":")
-    chosen = (METHODS | {"chance": parallel_worker.CHANCE})[name]
+    chosen = (METHODS | parallel_worker.CUTTING | parallel_worker.CHOSEN)[name]
     model, adapted = parallel_worker.one(chosen, accumulate=2 if kind == "accumulate" else 1)
     assert results[0]["history"] == [(d.step, d.budget, d.kept, d.lost, d.returned) for d in adapted.history]
     for key, value in model.state_dict().items():
         torch.testing.assert_close(results[0]["weights"][key], value, rtol=1e-3, atol=1e-4)
-    if "aflora" in mode:
-        # A frozen matrix's gradient is neither computed nor sent.
-        counts = [sum(step) for step in results[0]["sent"]]
+    counts = [sum(step) for step in results[0]["sent"]]
+    if name == "aflora":  # a frozen matrix's gradient is neither computed nor sent
         assert counts[0] - counts[-1] == 8
+    if name == "switch":
+        assert len(set(counts)) == 1 and any(d.returned for d in adapted.history)
+        assert counts[0] < len(results[0]["sent"][0])
 
 
 def test_deepspeed_and_fsdp1_are_refused_in_one_line():

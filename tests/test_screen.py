@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
-import termios
 from collections import Counter
 from pathlib import Path
 
@@ -113,7 +110,7 @@ COMMANDS = {
     "power": ["power", "study", "--size", "0.01", "--margin", "0.01"],
 }
 PROGRAM = """
-import contextlib, json, sys, types
+import contextlib, fcntl, json, os, struct, sys, termios, types
 import lrkit.registry
 registry = lrkit.registry.Registry(discover=False)  # no other plug-in is part of this test
 lrkit.registry.current = lambda: registry
@@ -132,27 +129,31 @@ registry.add("acme-with-a-long-name 1.0", "acme", acme)
 train, load_task = run.train, tasks.load_task
 run.train = lambda *a, **k: train(*a, **{"model": "model"} | k | {"settings": run.RunSettings(steps=4, max_length=8)})
 tasks.load_task = lambda *a, **k: load_task(**k | {"data": "data"})
-for case, words in json.loads(sys.argv[1]).items():
-    print("=====", case)
-    try:
-        main(words)
-    except SystemExit as end:
-        print("===== exit", end.code)
+home = os.getcwd()
+for columns in map(int, sys.argv[2:]):
+    os.chdir(os.path.join(home, str(columns)))
+    os.environ["COLUMNS"] = str(columns)
+    fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    for case, words in json.loads(sys.argv[1]).items():
+        print("=====", columns, case)
+        try:
+            main(words)
+        except SystemExit as end:
+            print("===== exit", end.code)
 """
 
 
-def on_terminal(columns: int, cwd: Path) -> dict[str, str]:
-    """Run all commands with a terminal of so many columns as stdout: what each said, its exit code last."""
+def on_terminal(widths: tuple[int, ...], place: Path) -> dict[tuple[int, str], str]:
+    """Run all commands with a terminal as stdout, at each width: what each said, its exit code last."""
     ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm", "NO_COLOR": "1"}
+    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1"}
     environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, json.dumps(COMMANDS)],
+        [sys.executable, "-c", PROGRAM, json.dumps(COMMANDS), *map(str, widths)],
         stdout=theirs,
         stderr=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,
-        cwd=cwd,
+        cwd=place,
         env=environment,
     )
     os.close(theirs)
@@ -163,32 +164,30 @@ def on_terminal(columns: int, cwd: Path) -> dict[str, str]:
     os.close(ours)
     assert process.wait(timeout=60) == 0
     text = re.sub(r"\x1b\[[0-9;]*m", "", said.decode().replace("\r\n", "\n"))
-    parts = re.split(r"^===== (?!exit)(.*)\n", text, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+    parts = re.split(r"^===== (\d+) (.*)\n", text, flags=re.MULTILINE)[1:]
+    return {(int(parts[i]), parts[i + 1]): parts[i + 2] for i in range(0, len(parts), 3)}
 
 
 @pytest.fixture(scope="module")
-def screens(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]]:
+def screens(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], str]:
     """What the commands say at 400 columns and at 80, on the same model, data and studies."""
     place = folders.write_place(tmp_path_factory.mktemp("place"))
     labels = ("adalora", "metric=sensitivity-uncertainty, scheduler.warmup=0.25", "parameterization.orthogonality=0.0")
     studies.write_study(place / "study", labels=labels, tasks=("movies", "glue/rte"))
     (place / "ablated").mkdir()
-    told = {}
     for columns in (400, 80):
         (place / str(columns)).mkdir()
         for name in ("model", "data", "study", "ablated"):
             (place / str(columns) / name).symlink_to(place / name)
-        told[columns] = on_terminal(columns, place / str(columns))
-    return told
+    return on_terminal((400, 80), place)
 
 
 @pytest.mark.parametrize("case", COMMANDS)
-def test_eighty_columns_break_nothing(case: str, screens: dict[int, dict[str, str]]) -> None:
+def test_eighty_columns_break_nothing(case: str, screens: dict[tuple[int, str], str]) -> None:
     """Each word at 80 columns is one of those that are there at 400, and no line is wider than the terminal."""
-    said = re.sub(LEFT_OUT, "", screens[80][case])
+    said = re.sub(LEFT_OUT, "", screens[80, case])
     assert said.endswith("===== exit 0\n")
-    wide = set(screens[400][case].split())
+    wide = set(screens[400, case].split())
     if case == "methods":  # which shows the parts in one column
         wide |= {*"composition + lrkit plugins show NAME: what one is, and what can be set".split()}  # noqa: SIM905
     assert [word for word in said.split() if word not in wide and set(word) != {"─"}] == []

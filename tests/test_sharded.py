@@ -38,7 +38,9 @@ def alike(one, other):
     assert one["sums"] == other["sums"]
     assert one["tensors"].keys() == other["tensors"].keys()
     for key, value in one["tensors"].items():
-        rounding = {"rtol": 1e-5, "atol": 1e-9} if value.dtype == torch.float32 else {"rtol": 0, "atol": 1e-14}
+        # A key's bias cancels in the softmax: its gradient is rounding alone, of which Adam makes larger steps.
+        exact = 1e-12 if key.endswith("key.bias") else 1e-14
+        rounding = {"rtol": 1e-5, "atol": 1e-9} if value.dtype == torch.float32 else {"rtol": 0, "atol": exact}
         torch.testing.assert_close(other["tensors"][key], value, **rounding, msg=lambda m, k=key: f"{k}: {m}")
 
 

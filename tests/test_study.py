@@ -1,9 +1,12 @@
 """Studies as they are run: real processes, killed; cells named by what they are; one failure that stops nothing."""
 
 import contextlib
+import hashlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +22,7 @@ import torch
 
 import lrkit
 from lrkit.study.cell import Cell, make_cell
+from lrkit.study.code import inside
 from lrkit.study.execute import execute
 from lrkit.study.graph import jobs_of
 from lrkit.study.plan import lay_out, study_from
@@ -26,6 +30,7 @@ from lrkit.study.store import Lines, lock, read_json, write_json
 from lrkit.study.worker import run_cell
 
 HERE = Path(__file__).resolve()
+_NOT_NAMED = ("train_also", "needs", "selection", "stop", "loading")  # at their defaults
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +65,11 @@ def events(cell):
     return [json.loads(line) for line in (cell / "attempts.jsonl").read_text().splitlines()]
 
 
-def start(place, out, workers, executor="local"):
+def start(place, out, workers, executor="local", *rest):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(HERE.with_name("killed_study.py")), str(place), str(out)]
     return subprocess.Popen(
-        [*command, str(workers), executor],
+        [*command, str(workers), executor, *rest],
         env=environment,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -77,74 +82,71 @@ def checkpoints(out):
     return len(list(out.glob("cells/*/checkpoints/checkpoint-*")))
 
 
+def all_events(out):
+    """The events of all cells that have begun."""
+    return [event for path in out.glob("cells/*/attempts.jsonl") for event in events(path.parent)]
+
+
+def wait_for_checkpoint(process, out):
+    """Wait until some cell has one, and return the pids of the workers that have begun."""
+    deadline = time.monotonic() + 60
+    while not checkpoints(out) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert checkpoints(out), process.communicate()
+    return [e["pid"] for e in all_events(out) if e["event"] == "begin"]
+
+
+def ends(pid):
+    """Whether a process comes to its end within five seconds."""
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_killed_study_resumes(place, tmp_path, undisturbed):
-    """A study that is killed at random and run again comes to the same bytes as one that never was."""
+    """A study that is killed, and one of its workers, comes to the same bytes as one that never was.
+
+    First the study's process alone is killed, amid a cell: its workers end as well, though no signal reaches them. Then all
+    of them, at random. At last a worker: that costs a retry from the checkpoint.
+    """
     chance, out = random.Random(4), tmp_path / "killed"
-    kills, amid = 0, 0
-    for kill in range(2):
-        process = start(place, out, 2)
-        # Somewhere in the cells: what comes before is the same every time. The second time amid a cell: its third checkpoint
-        # has been begun, so the second is whole.
-        deadline = time.monotonic() + 60
-        before = sum(1 for _ in out.glob("cells/*/attempts.jsonl"))
-        while process.poll() is None and time.monotonic() < deadline:
-            if kill and any(out.glob("cells/*/checkpoints/checkpoint-[3-9]")):
-                break
-            if not kill and sum(1 for _ in out.glob("cells/*/attempts.jsonl")) > before:
-                time.sleep(chance.uniform(0.0, 0.8))
-                break
-            time.sleep(0.005)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.communicate()
-        amid += any(checkpoints(out) for _ in (0,))
-        for path in out.glob("cells/*/result.json"):
-            assert json.loads(path.read_text())["steps"] == 14
-    assert kills == 2 and amid >= 1, "no kill fell into a cell"
     process = start(place, out, 2)
+    pids = wait_for_checkpoint(process, out)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    outlived = [pid for pid in pids if not ends(pid)]
+    for pid in outlived:
+        os.kill(pid, signal.SIGKILL)
+    assert not outlived, "a worker outlived its study"
+    process = start(place, out, 2)
+    before, deadline = len(all_events(out)), time.monotonic() + 60
+    while len(all_events(out)) == before and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(chance.uniform(0.0, 0.8))
+    assert process.poll() is None, "it was over before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    for path in out.glob("cells/*/result.json"):
+        assert json.loads(path.read_text())["steps"] == 14
+    begun = {e["pid"] for e in all_events(out) if e["event"] == "begin"}
+    process = start(place, out, 2)
+    mine, deadline = set(), time.monotonic() + 60
+    while not mine and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        running = {path.parents[1] for path in out.glob("cells/*/checkpoints/checkpoint-*")}
+        mine = {e["pid"] for cell in running for e in events(cell) if e["event"] == "begin"} - begun
+    os.kill(mine.pop(), signal.SIGKILL)
     told, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, told
+    assert process.returncode == 0 and re.match(r"6 [1-6] \(\)", told), told
     assert results(out) == undisturbed
     for cell in (out / "cells").iterdir():
         assert [e["event"] for e in events(cell)].count("end") <= 1, "a cell ran twice to its end"
         assert not (cell / "checkpoints").exists()
     assert any(e.get("from_step") for cell in (out / "cells").iterdir() for e in events(cell)), "nothing was resumed"
-    again = start(place, out, 2)
-    assert again.communicate(timeout=60)[0].startswith("6 0 ")
-
-
-def test_dead_worker_is_retried(place, tmp_path, undisturbed):
-    """A worker that is killed costs a retry from the checkpoint, and changes no result."""
-    out = tmp_path / "out"
-    process = start(place, out, 2)
-    deadline = time.monotonic() + 60
-    while not checkpoints(out) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    pids = [e["pid"] for cell in (out / "cells").iterdir() for e in events(cell) if e["event"] == "begin"]
-    os.kill(pids[-1], signal.SIGKILL)
-    told, _ = process.communicate(timeout=120)
-    assert told.startswith("6 6 ()"), told
-    assert results(out) == undisturbed
-
-
-def test_workers_end_too(place, tmp_path):
-    """When the study's process is killed, its workers end as well."""
-    out = tmp_path / "out"
-    process = start(place, out, 1)
-    deadline = time.monotonic() + 60
-    while not checkpoints(out) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    pid = next(e["pid"] for cell in (out / "cells").iterdir() for e in events(cell))
-    os.kill(process.pid, signal.SIGKILL)  # the parent alone: no signal reaches the worker
-    process.communicate()
-    for _ in range(100):
-        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
-            break
-        time.sleep(0.05)
-    else:
-        os.kill(pid, signal.SIGKILL)
-        pytest.fail("the worker outlived its study")
+    again = execute(lay_out(killed_study.study(place)), out, workers=0, threads=1, costs=False)
+    assert (again.done, again.ran, again.failed) == (6, 0, ())
 
 
 def test_cells_are_independent(place, tmp_path):
@@ -177,6 +179,26 @@ def test_cell_keys(place):
         make_cell(plain, spec, plan.study.model, "all-linear", {**settings, "lr": 0.5}).key,
     }
     assert len(others | {key}) == 6
+
+
+def test_number_counts_not(place, tmp_path, monkeypatch):
+    """A version number alone changes no key: a study that is done under 0.1.0 is done under any other."""
+    plan, keys = lay_out(small(place, rows=[], swap={})), []
+    for number in ("0.1.0", "0.2.0", "7.0"):
+        numbers = {"lrkit": number, "lrkit-sora": number}
+        monkeypatch.setattr("lrkit.study.cell._version", lambda name, numbers=numbers: numbers.get(name, "1"))
+        outcome = execute(plan, tmp_path, workers=0, costs=False)
+        assert (outcome.done, outcome.ran) == (1, number == "0.1.0")
+        cell = attrs.evolve(cell := jobs_of(plan)[0].cell, versions={**cell.versions, **numbers})
+        keys.append((cell.key, cell.setup))
+    first = attrs.evolve(cell, versions={**cell.versions, "lrkit": "0.1.0", "lrkit-sora": "0.1.0"})
+    was = {name: each for name, each in first.to_plain().items() if name not in _NOT_NAMED}
+    was["task"]["data"], was["model"] = first.versions["data"], first.versions["model"]
+    text = json.dumps(was, sort_keys=True, separators=(",", ":"))
+    assert set(keys) == {(hashlib.sha256(text.encode()).hexdigest()[:16], first.setup)}, "keys are as 0.1.0 made them"
+    assert attrs.evolve(cell, versions={**cell.versions, "torch": "9"}).key != cell.key
+    assert attrs.evolve(cell, versions={**cell.versions, "code": "9"}).key != cell.key
+    assert not any(path.name == "version.py" for path in inside(Path(lrkit.__file__).parent))
 
 
 def test_key_follows_data(place, tmp_path):
@@ -308,10 +330,10 @@ def test_replaced_whole_or_not(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-def ray_survives_kills(place, tmp_path, undisturbed):
-    """On Ray a worker that is killed costs a retry, and changes no result. See tests/integrations/test_executors.py."""
+def survives_kills(place, tmp_path, undisturbed, *executor):
+    """A worker or job that is killed costs a retry, and changes no result. See tests/integrations/test_executors.py."""
     out = tmp_path / "out"
-    process = start(place, out, 2, "ray")
+    process = start(place, out, 2, *executor)
     deadline = time.monotonic() + 100
     while not checkpoints(out) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
@@ -430,11 +452,13 @@ def test_damaged_checkpoint_passed_over(place, tmp_path):
     job = jobs_of(plan)[0].cell
     from lrkit.study.run import Record
 
+    stopped = tmp_path / "stopped" / job.key
+    with stopped_at(5):
+        answer = run_cell(job.to_plain(), str(stopped), {"checkpoint_seconds": 0.0})
+    assert answer["status"] == "failed" and Record(folder=stopped).step() == 4
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "lrkit.safetensors"):
-        cell = tmp_path / name / job.key
-        with stopped_at(5):
-            answer = run_cell(job.to_plain(), str(cell), {"checkpoint_seconds": 0.0})
-        assert answer["status"] == "failed" and Record(folder=cell).step() == 4
+        cell = shutil.copytree(stopped, tmp_path / name / job.key)
+        assert Record(folder=cell).step() == 4
         (damaged,) = cell.glob(f"checkpoints/*/{name}")
         damaged.write_bytes(damaged.read_bytes()[:-3])
         assert Record(folder=cell).step() == 0

@@ -2,7 +2,7 @@
 
 import abc
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, get_args
 
 import attrs
@@ -43,6 +43,8 @@ class Ballot:
         seed: what `generator` begins with: from the run's seed, the step and the policy.
         costs: what each unit costs [n], if the budget is one of costs (`lrkit.Scheduler`, `amount`); None if it is a number
             of units.
+        memory: what the metric remembers of each unit, by the names in its `lrkit.metrics.Importance.memory` [n]; not to be
+            written to.
 
     Entries, parts, blocks, sizes and costs may be given as functions, called when first read: most actions go by the units'
     scores.
@@ -60,6 +62,7 @@ class Ballot:
     layers: int = 0
     seed: int = 0
     _costs: _Lazy | None = None
+    memory: Mapping[str, Tensor] = attrs.field(factory=dict)
 
     @functools.cached_property
     def generator(self) -> torch.Generator:

@@ -89,7 +89,7 @@ class Binding:
         if reason := sharding.refusal(self._model, self.controller):
             raise LrkitError(reason)
         held = set().union(*map(held_by, optimizers))
-        if reason := self._weights.refusal(held, self.controller.run.grows):
+        if reason := self._weights.refusal(held, self.controller.components.asleep()):
             raise LrkitError(reason)
         if reason := self.controller.objection(total_steps):
             raise LrkitError(reason)
@@ -123,8 +123,10 @@ class Binding:
     def calibrate(self, batches: Iterable[Any], loss: calibration.LossOf | None) -> None:
         """Take the decisions of step 0 that go by batches. The arguments are those of `Adapted.calibrate`."""
         self._weights.put_back()  # the loop of sharded parameters is another one
-        self.controller.peers = parallel.peers(None)
-        with self.taps.hung(beginning.waiting(self.controller, calibrated=True)):
+        waiting = beginning.waiting(self.controller, calibrated=True)
+        if waiting:
+            self.controller.peers = parallel.peers(None)
+        with self.taps.hung(waiting):
             moved = calibration.calibrate(self._model, self._weights, self.controller, batches, loss)
         if moved:
             self.follow()

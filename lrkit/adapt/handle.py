@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lrkit.adapt import checkpoint, weights
 from lrkit.adapt.allocation import Allocation
 from lrkit.adapt.binding import Binding
+from lrkit.adapt.body import run_on
 from lrkit.adapt.calibration import LossOf
 from lrkit.adapt.choice import choose
 from lrkit.adapt.graft import Graft
@@ -26,7 +27,6 @@ from lrkit.loop import state as states
 from lrkit.loop.controller import Controller
 from lrkit.loop.draws import seed_of
 from lrkit.loop.history import Decision
-from lrkit.loop.run import Run
 from lrkit.method import Method
 
 
@@ -65,7 +65,7 @@ class Adapted(Trained):
         self._weights = weights.Weights(model, choice, self._graft.masters)
         self._archive = Archive(method, tuple(self.adapters), tuple(self.head), base, self._weights)
         try:
-            controller = Controller(Run.of(method, self.adapters, self._weights.trained, self._weights.head()))
+            controller = Controller(run_on(model, method, self.adapters, self._weights))
         except BaseException as error:
             self._graft.detach()
             if isinstance(error, LrkitError) and choice.offered is not None and targets == "all-linear":
@@ -185,7 +185,7 @@ class Adapted(Trained):
     def summary(self) -> Summary:
         """Return each layer's rank or frozen state, and its trainable parameters at first, now and on average."""
         self._graft.check()
-        return summarize(self.controller, *self._weights.counts(self.adapters), self.coverage)
+        return summarize(self.controller, sum(p.numel() for p in self._weights.head()), self.coverage)
 
     def allocation(self) -> Allocation:
         """Return each layer's rank that is in effect now (masked components do not count), with the layers' sizes."""

@@ -67,9 +67,11 @@ class Summary:
         layers: one record per layer.
         head: parameters of the head.
         step: optimizer steps taken.
-        beside: parameters of the method that are in none of the layers, such as all others in full fine-tuning.
+        beside: parameters of the method that are in none of the layers, such as all others in full fine-tuning, at first.
         coverage: the share of the blocks' weights that is adapted, and the kinds that are not; None for a model without
             blocks.
+        beside_now: what of `beside` trains now.
+        beside_average: the same, averaged over the steps so far.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -77,6 +79,8 @@ class Summary:
     step: int
     beside: int = 0
     coverage: "Coverage | None" = attrs.field(default=None, eq=False)
+    beside_now: int = attrs.field(default=attrs.Factory(lambda self: self.beside, takes_self=True))
+    beside_average: float = attrs.field(default=attrs.Factory(lambda self: self.beside, takes_self=True))
 
     @property
     def start(self) -> int:
@@ -86,12 +90,12 @@ class Summary:
     @property
     def now(self) -> int:
         """Return trainable parameters now, without the head."""
-        return self.beside + sum(layer.now for layer in self.layers)
+        return self.beside_now + sum(layer.now for layer in self.layers)
 
     @property
     def average(self) -> float:
         """Return trainable parameters averaged over the steps so far, without the head."""
-        return self.beside + sum(layer.average for layer in self.layers)
+        return self.beside_average + sum(layer.average for layer in self.layers)
 
     def to_plain(self) -> dict[str, Any]:
         """Return the same as plain data."""
@@ -108,7 +112,7 @@ class Summary:
             for layer in self.layers
         ]
         if self.beside:
-            rows.append(("in no layer", "", *[f"{self.beside:,}"] * 3))
+            rows.append(("in no layer", "", f"{self.beside:,}", f"{self.beside_now:,}", f"{self.beside_average:,.0f}"))
         rows.append(("adapters", "", f"{self.start:,}", f"{self.now:,}", f"{self.average:,.0f}"))
         rows.append(("head", "", f"{self.head:,}", f"{self.head:,}", f"{self.head:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -119,8 +123,9 @@ class Summary:
         return table if self.coverage is None else f"{table}\n{self.coverage}"
 
 
-def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "Coverage | None" = None) -> Summary:
-    """Summarize a run so far. `head`, `beside` and `coverage` are as in `Summary`."""
+def summarize(controller: "Controller", head: int, coverage: "Coverage | None" = None) -> Summary:
+    """Summarize a run so far. `head` and `coverage` are as in `Summary`."""
+    from lrkit.loop.run import BESIDE
     from lrkit.parameterizations.adapter import layer_shape
     from lrkit.units import maps_of, rank_of
 
@@ -138,7 +143,8 @@ def summarize(controller: "Controller", head: int, beside: int = 0, coverage: "C
         trains = run.starts[name], counts[name], average[name]
         d_in, d_out = layer_shape(getattr(module, "base", module)) or (None, None)
         layers.append(LayerSummary(name, rank, initial, frozen, *trains, d_in, d_out, maps_of(module)))
-    return Summary(tuple(layers), head, controller.step, beside, coverage)
+    beside = run.starts[BESIDE], counts[BESIDE], average[BESIDE]
+    return Summary(tuple(layers), head, controller.step, beside[0], coverage, *beside[1:])
 
 
 def trainable(model: "nn.Module", everything: int, summary: Summary) -> str:

@@ -1,6 +1,6 @@
 """Which parameters of an adapted model train, and which of its tensors a state holds: names, precision, and other ranks."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,17 +101,12 @@ class Weights:
         """Return the head's."""
         return [p for p in self.parameters() if id(p) in self._head]
 
-    def counts(self, adapters: Mapping[str, nn.Module]) -> tuple[int, int]:
-        """Return how many parameters the head has, and how many train that are in neither it nor an adapter."""
-        inside = {id(p) for module in adapters.values() for p in module.parameters()}
-        return sum(p.numel() for p in self.head()), sum(p.numel() for p in self.adapter() if id(p) not in inside)
-
-    def refusal(self, held: set[int], grows: bool = False) -> str | None:
+    def refusal(self, held: set[int], later: Collection[int] = ()) -> str | None:
         """Say why an optimizer cannot train them; None if it can.
 
         Args:
             held: ``id`` of every tensor that the optimizer holds.
-            grows: whether the method adds components, so that tensors without entries may train later.
+            later: ``id`` of every tensor that does not train now, and may later.
         """
         named = list(self.named())
         if len(named) != len(self.trained):
@@ -119,7 +114,7 @@ class Weights:
                 "the model's parameters are no longer those that were attached: something (FSDP, quantization, a cast that "
                 "makes new ones) has replaced them"
             )
-        missing = [name for name, p in named if (p.requires_grad or (grows and not p.numel())) and id(p) not in held]
+        missing = [name for name, p in named if (p.requires_grad or id(p) in later) and id(p) not in held]
         if missing:
             when = " after fully_shard" if any(is_sharded(p) for _, p in named) else ""
             return (

@@ -31,6 +31,7 @@ def export(
         bool, typer.Option("--dry-run", help="With --push: show what would be uploaded, without a network.")
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Of the base model on the hub, if not RUN's own.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the base's weights, if not RUN's own: float32, ...")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -62,6 +63,8 @@ def export(
         trained = {name.removeprefix("weight.") for name in stored.shapes}
     if base is None:
         raise LrkitError(f"{run} does not say which transformers model it was attached to: export it with lrkit.export")
+    if dtype is not None:
+        base = {**base, "dtype": loading_from({"dtype": dtype}).dtype}
     named, loading = _model_of(run)
     # Another model than the run's has revisions of its own; and no file says that code is to be run.
     how: dict[str, Any] = {name: loading[name] for name in ("revision", "attn_implementation") if name in loading}

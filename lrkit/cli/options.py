@@ -49,7 +49,7 @@ TrainAlso = Annotated[
 Targets = Annotated[str | None, typer.Option("--targets", help="As of `lrkit run`.")]
 Executor = Annotated[str, typer.Option("--executor", help="local, ray, or a plug-in's.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads of each worker.", min=1, max=1024)]
-Address = Annotated[str | None, typer.Option("--address", help="Of a cluster, for --executor ray.")]
+Address = Annotated[str | None, typer.Option("--address", help="Of a cluster (ray), or settings of its jobs (slurm).")]
 Tune = Annotated[
     list[str] | None,
     typer.Option(

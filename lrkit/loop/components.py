@@ -59,6 +59,21 @@ class Components:
         self.tally.survey([(block.name, block.count) for block in masking[0].blocks] if masking else None)
         self.count(step)
 
+    def settle(self, *, changed: bool) -> None:
+        """Let a tensor train only if no policy has it frozen; statistics follow if any stopped, or trains again."""
+        for state in self.policies:
+            state.fate.restore(state.blocks, state.kept)
+        for state in self.policies if changed else ():
+            state.follow()
+
+    def asleep(self) -> set[int]:
+        """Return the ``id`` of each tensor that does not train now, and may after a later decision."""
+        wakes = [state.wakes for state in self.policies]
+        frozen = [state.fate.frozen(state.blocks, state.kept) for state in self.policies]
+        empty = {id(p) for m in self.run.modules.values() for p in m.parameters() if self.run.grows and not p.numel()}
+        some, good = ([each for each, w in zip(frozen, wakes, strict=True) if w is wake] for wake in (True, False))
+        return empty.union(*some).difference(*good)
+
     def renew(
         self, state: PolicyState, verdict: Verdict, optimizer: torch.optim.Optimizer | None, seed: int
     ) -> tuple[str, ...]:

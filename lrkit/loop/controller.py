@@ -50,7 +50,7 @@ class Controller:
         self.total_steps: int | None = None
         self.history: list[Decision] = []
         self.liveness = Liveness(run.modules, run.trained, run.others, whole=run.penalized)
-        tally = Tally(run.modules, run.method.parameterization.parts, run.trained)
+        tally = run.tally()
         if saved is None:
             ranks, self.policies = Ranks(run.ranks), run.policies()
             for state in self.policies:
@@ -61,7 +61,7 @@ class Controller:
         else:
             self._take(saved, tensors or {})
             ranks = Ranks(run.ranks, saved.components, saved.numbered)
-            tally.load(saved.step, saved.sums)
+            tally.load(saved.step, fitting.sums_of(run, saved))
         self.components = Components(run, self.policies, ranks, tally)
         self.components.survey(self.step)
 
@@ -86,6 +86,9 @@ class Controller:
             state.fate.restore(state.blocks, state.kept)
         for state, record in zip(self.policies, saved.policies, strict=True):
             state.remember(tensors, record.observations)
+        for d in self.history:
+            if d.step == self.step:
+                self.liveness.doubt(self.policies[d.policy].blocks, d.returned)
 
     def loaded(self, saved: Saved, tensors: Mapping[str, Tensor]) -> "Controller":
         """Make the controller of a saved run of this method, which `check` has passed.
@@ -122,6 +125,7 @@ class Controller:
     def begin(self, total_steps: int) -> None:
         """Bind every schedule to the length of the run, and say what it will not reach. Raises as `schedule`."""
         self.schedule(total_steps)
+        self.components.settle(changed=False)  # for an optimizer that takes what trains, all may have been let train
         self.foretell(total_steps)
 
     def foretell(self, total_steps: int) -> None:
@@ -145,7 +149,7 @@ class Controller:
             return
         dead, modules = self.liveness.dead or [], self.run.modules
         for state in self.policies:
-            state.bury({id(modules[name]) for name in dead})
+            state.bury(self.run.tensors_of(dead))
             state.follow()
         if dead:
             self.warn(
@@ -253,8 +257,7 @@ class Controller:
         action.apply(state.blocks, verdict.kept, optimizer)
         lost, returned = (state.names(units) for units in (before & ~verdict.kept, verdict.kept & ~before))
         settled = state.fate.settles(bool(lost), bool(returned))
-        for other in self.policies if settled else ():
-            other.follow()
+        self.components.settle(changed=settled)
         seed = (self.seed + 1_000_003 * self.step + state.index) % 2**63
         fresh = self.components.renew(state, verdict, optimizer, seed)
         if self.step == state.times.last:
@@ -274,6 +277,7 @@ class Controller:
             whole=max(state.costs.whole, spent),
         )
         self.history.append(decision)
+        self.liveness.doubt(state.blocks, returned)
         return decision, settled or verdict.cut or bool(fresh)
 
     def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrkit.actions import Action
 from lrkit.units import Block, split
@@ -85,20 +85,30 @@ class Removed(Masked):
 
 
 class Frozen(Fate):
-    """Units that lost stop training; ``requires_grad`` is in no state dict."""
+    """Units that lost stop training; ``requires_grad`` is in no state dict. The action lets those that return train."""
 
     def settles(self, lost: bool, returned: bool) -> bool:
         """Whenever a tensor stops training, or trains again."""
         return lost or returned
 
     def restore(self, blocks: Sequence[Block], kept: Tensor) -> None:
-        """Freeze again what was frozen."""
-        self.action.apply(blocks, kept, None)
+        """Freeze again what was frozen: after a load, or if another policy's action lets it train."""
+        for tensor in _lost(blocks, kept):
+            tensor.requires_grad_(False)
+            tensor.grad = None  # an optimizer would go on by a gradient that is left
 
     def frozen(self, blocks: Sequence[Block], kept: Tensor) -> set[int]:
         """Return the tensors of blocks that lost."""
-        masks = zip(blocks, split(kept, blocks), strict=True)
-        return {id(tensor) for block, mask in masks if not bool(mask.any()) for tensor in block.tensors}
+        return {id(tensor) for tensor in _lost(blocks, kept)}
+
+
+def _lost(blocks: Sequence[Block], kept: Tensor) -> list[nn.Parameter]:
+    """Return the tensors of blocks of which no unit is kept."""
+    stays, begin, lost = kept.tolist(), 0, []  # read at once: on a GPU, each reading waits
+    for block in blocks:
+        lost += [] if any(stays[begin : begin + block.count]) else block.tensors
+        begin += block.count
+    return lost
 
 
 _FATES = {"masked": Masked, "dimmed": Fate, "frozen": Frozen, "removed": Removed}

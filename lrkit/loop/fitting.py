@@ -10,9 +10,8 @@ from lrkit.loop.components import Components
 from lrkit.loop.policy import PolicyState
 from lrkit.loop.resizing import Ranks
 from lrkit.loop.rules import timetable
-from lrkit.loop.run import Run
+from lrkit.loop.run import BESIDE, Run
 from lrkit.loop.state import Saved, misfit
-from lrkit.loop.tally import Tally
 
 
 def check(run: Run, saved: Saved, tensors: Mapping[str, Tensor], bound_for: int | None) -> None:
@@ -80,8 +79,16 @@ def policies_of(run: Run, saved: Saved, tensors: Mapping[str, Tensor]) -> list[P
         if kept.dtype != torch.bool or kept.shape != (count,):
             raise misfit(f"{prefix}.kept is not bool [{count}]")
         state.take(numbers, kept.to(state.kept.device, copy=True))
-        state.bury({id(run.modules[name]) for name in saved.dead or ()})
+        state.bury(run.tensors_of(saved.dead or ()))
     return policies
+
+
+def sums_of(run: Run, saved: Saved) -> dict[str, int]:
+    """Return the parameters that a saved run has trained, summed over its steps, by layer and `BESIDE` them.
+
+    A state without a number for these is of a time when none of them ever stopped.
+    """
+    return {**saved.sums, BESIDE: saved.step * run.starts[BESIDE] if saved.beside is None else saved.beside}
 
 
 def _check_progress(state: PolicyState, saved: Saved, total: int) -> None:
@@ -101,9 +108,11 @@ def _check_progress(state: PolicyState, saved: Saved, total: int) -> None:
 
 def _check_sums(run: Run, saved: Saved, policies: list[PolicyState], frozen: set[int]) -> None:
     """Refuse sums of more parameters than there were, or of too few for a run beyond its end."""
-    step, sums = saved.step, saved.sums
-    tally = Tally(run.modules, run.method.parameterization.parts, run.trained)
+    step, sums = saved.step, sums_of(run, saved)
+    tally = run.tally()
     ever = tally.would_be(run.shapes(saved.numbered), set(), {})
+    if sums[BESIDE] > step * run.starts[BESIDE]:
+        raise misfit(f"beside has {sums[BESIDE]}: more than {run.starts[BESIDE]} parameters at each of {step} steps")
     for name, first in run.ranks.items():
         grown = ever[name] if saved.numbered[name] else 0
         most = run.starts[name] * max(1, saved.numbered[name]) // first if first else max(run.starts[name], grown)

@@ -1,5 +1,7 @@
 """Decisions of policies, one record each. Nothing here needs torch: the records are read back without it."""
 
+from collections.abc import Sequence
+
 import attrs
 
 
@@ -46,3 +48,31 @@ class Decision:
     def began(self) -> int:
         """What was in effect before it as the budget is counted, if it is the first of its policy."""
         return self.before if self.amount == "units" else self.whole
+
+
+def training(history: Sequence[Decision], steps: int, layers: Sequence[str]) -> dict[str, float]:
+    """Return the share of a run's steps in which each layer trained, if units of whole matrices came back in it.
+
+    A layer of which several matrices stopped has their mean; a unit may also be a block with several layers. Nothing is
+    returned for a run in which no such unit came back: its units stopped at one step each.
+
+    Args:
+        history: the run's decisions, in order.
+        steps: its length.
+        layers: names of its layers.
+    """
+    switching = {d.policy for d in history if any("[" not in name for name in d.returned)}
+    away: dict[str, int] = {}
+    since: dict[str, int] = {}
+    for d in history:
+        if d.policy in switching:
+            since |= dict.fromkeys(d.lost, d.step)
+            for name in d.returned:
+                away[name] = away.get(name, 0) + d.step - since.pop(name)
+    for name, step in since.items():
+        away[name] = away.get(name, 0) + steps - step
+    found = {}
+    for layer in layers if switching else ():
+        mine = [n for name, n in away.items() if f"{layer}.".startswith(f"{name}.") or name.startswith(f"{layer}.")]
+        found[layer] = 1 - sum(mine) / max(1, len(mine)) / max(1, steps)
+    return found

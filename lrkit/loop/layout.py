@@ -79,7 +79,7 @@ class Layout:
     Args:
         blocks: all blocks of the policy, n units in all.
         present: for each block whether it is still ranked; the others have no entries here.
-        reads: ``"core"`` takes the core parts alone.
+        reads: ``"core"`` takes the core parts alone, ``"nothing"`` takes none.
         look: how a tensor is looked at: as it is, or as a saved state has it.
     """
 
@@ -87,7 +87,7 @@ class Layout:
         self,
         blocks: Sequence[Block],
         present: Sequence[bool],
-        reads: Literal["all", "core", "component"],
+        reads: Literal["all", "core", "component", "nothing"],
         look: Look = as_is,
     ) -> None:
         self.units = sum(block.count for block in blocks)
@@ -282,14 +282,14 @@ _Member = tuple[int, Block, list[Part]]
 
 
 def _alike(
-    blocks: Sequence[Block], present: Sequence[bool], reads: Literal["all", "core", "component"], look: Look
+    blocks: Sequence[Block], present: Sequence[bool], reads: Literal["all", "core", "component", "nothing"], look: Look
 ) -> list[list[_Member]]:
     """Gather the blocks that are present by shape, and by which of their tensors train."""
     gathered: dict[object, list[_Member]] = {}
     start = 0
     for block, there in zip(blocks, present, strict=True):
         if there:
-            parts = [part for part in block.parts if reads in ("all", "component") or part.core]
+            parts = [p for p in block.parts if reads in ("all", "component") or (reads == "core" and p.core)]
             key = (block.count, *((*look(block.tensor(part)), part.axis) for part in parts))
             gathered.setdefault(key, []).append((start, block, parts))
         start += block.count

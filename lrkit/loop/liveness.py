@@ -6,12 +6,14 @@ is *dead*: it is named, ranks below all others, and takes part again from the fi
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lrkit.units import Block
 
 
 class Liveness:
@@ -29,20 +31,28 @@ class Liveness:
         self, adapters: Mapping[str, nn.Module], trained: set[int], others: Sequence[nn.Parameter] = (), *, whole: bool
     ) -> None:
         self._adapters, self._trained, self._others, self._whole = adapters, trained, others, whole
+        self._doubted: set[str] = set()
         self.dead: list[str] | None = None
         """Names of the dead layers, in the model's order; None as long as no gradient has been seen."""
 
     def look(self) -> bool:
         """See which adapters have gradients now. Returns whether that has changed who is dead."""
         before = self.dead
-        names = list(self._adapters) if before is None else before
+        open_ = self._adapters if before is None else {*before, *self._doubted}
+        names = [name for name in self._adapters if name in open_] if open_ else []
         if not names:
             return False
-        live = [name for name in names if self._reached(self._adapters[name])]
-        if not live and (before is not None or all(p.grad is None for p in self._others)):
-            return False  # before the first gradient nothing is known, and after it nothing is new
-        self.dead = [name for name in names if name not in set(live)]
+        live = {name for name in names if self._reached(self._adapters[name])}
+        if not live and all(p.grad is None for p in self._others):
+            return False  # where there is no gradient at all nothing is known
+        self.dead, self._doubted = [name for name in names if name not in live], set()
         return self.dead != (before or [])
+
+    def doubt(self, blocks: Sequence[Block], returned: Collection[str]) -> None:
+        """Look again, at the next step, at the adapters of what has begun to train again: blocks by their names."""
+        again = {id(tensor) for block in blocks if block.name in returned for tensor in block.tensors}
+        if again:
+            self._doubted |= {n for n, m in self._adapters.items() if any(id(p) in again for p in m.parameters())}
 
     def _reached(self, module: nn.Module) -> bool:
         found = [p.grad is not None for p in module.parameters() if p.requires_grad and id(p) in self._trained]

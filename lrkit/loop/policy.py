@@ -62,7 +62,7 @@ class PolicyState:
         self.times: Timetable | None = None
         self.ended = False
         self.dead: frozenset[int] = frozenset()
-        """``id`` of each adapter that the loss does not reach: it has no entries, and ranks last."""
+        """``id`` of each tensor that the loss does not reach: a unit of such ones alone has no entries, and ranks last."""
         device = blocks[0].tensors[0].device
         # A model without weights is there to be counted: what is kept must be a number all the same.
         device = torch.device("cpu") if device.type == "meta" else device
@@ -110,7 +110,7 @@ class PolicyState:
         blocks = [] if self.ended else self.blocks
         ranked = [] if self.ended else self.fate.ranked(self.kept, blocks)
         # Those that the loss does not reach have no score.
-        present = [there and id(b.module) not in self.dead for there, b in zip(ranked, blocks, strict=True)]
+        present = [there and self._reached(block) for there, block in zip(ranked, blocks, strict=True)]
         return kind_of(self.policy.metric).lay(blocks, present, self.policy.metric.reads, look)
 
     def blank(self, look: Look) -> dict[str, Tensor]:
@@ -118,6 +118,11 @@ class PolicyState:
         if self.ended:
             return {name: t.new_empty(0) for name, t in self.statistics.saved().items()}
         return kind_of(self.policy.metric).blank(self.policy.metric, self.layout(look))  # type: ignore[no-any-return]
+
+    @property
+    def wakes(self) -> bool:
+        """Say whether units that lost may come back at a decision that is still to be taken."""
+        return not (self.ended or self.policy.action.final)
 
     def due(self, step: int) -> bool:
         """Say whether a decision is taken after optimizer step `step` (1, 2, ...)."""
@@ -182,8 +187,11 @@ class PolicyState:
         self.kept = kept
 
     def bury(self, dead: Collection[int]) -> None:
-        """Take over which adapters the loss does not reach, by ``id``."""
+        """Take over which tensors the loss does not reach, by ``id``."""
         self.dead = frozenset(dead)
+
+    def _reached(self, block: Block) -> bool:
+        return not self.dead or any(id(tensor) not in self.dead for tensor in block.tensors)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return mask and statistics by the names that a state has for them."""
@@ -228,7 +236,7 @@ class PolicyState:
         blocks, budget = self.blocks, self.times.budget(step)  # as they are now, whenever the ballot is read
         each = self.costs.each
         if self.dead:
-            live = self._by_unit(blocks, [id(block.module) not in self.dead for block in blocks]).bool()
+            live = self._by_unit(blocks, [self._reached(block) for block in blocks]).bool()
             scores = torch.where(live, scores.clamp_min(torch.finfo(scores.dtype).min), -torch.inf)
             if is_known(self.policy.action) and self.cost(candidates & live) >= budget:
                 candidates = self.fate.without(candidates, live)
@@ -245,6 +253,7 @@ class PolicyState:
             layers=len(blocks),
             seed=seed,
             costs=None if each is None else (lambda: self._by_unit(blocks, each)),
+            memory=self.statistics.memory,
         )
         action = self.policy.action
         verdict = action.decide(ballot)

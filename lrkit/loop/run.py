@@ -1,6 +1,6 @@
 """The things that do not change while a run is trained: the method, the adapters, and what they were at first."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from lrkit.loop.tally import Tally
 from lrkit.method import Method
 from lrkit.units import Block, Part, blocks_of, maps_of, rank_of, ranked
 
+BESIDE = ""
+"""The place in a count of the tensors that train in no layer and are not the head's."""
+
 
 @attrs.frozen(eq=False)
 class Run:
@@ -18,15 +21,17 @@ class Run:
 
     Args:
         method: the method.
+        model: the model that they are in.
         modules: layer name to adapter.
         trained: ``id`` of every parameter that trains when the run begins.
         others: what trains beside the adapters.
         ranks: layer name to the components that it stores at first; 0 for an adapter without any.
         blocks: the units of each policy at first.
-        starts: layer name to trainable parameters at first.
+        starts: layer name to trainable parameters at first; under `BESIDE` those in no layer, without the head.
     """
 
     method: Method
+    model: nn.Module
     modules: Mapping[str, nn.Module]
     trained: set[int]
     others: Sequence[nn.Parameter]
@@ -36,9 +41,15 @@ class Run:
 
     @classmethod
     def of(
-        cls, method: Method, modules: Mapping[str, nn.Module], trained: set[int], others: Sequence[nn.Parameter] = ()
+        cls,
+        method: Method,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        trained: set[int],
+        others: Sequence[nn.Parameter] = (),
+        body: Sequence[Block] = (),
     ) -> "Run":
-        """Look at adapters as they are at first.
+        """Look at adapters as they are at first. `body` are the transformer's blocks as units; the others as in `Run`.
 
         Raises:
             LrkitError: a policy has no unit to act on, or layers that share matrices would have to be cut.
@@ -46,16 +57,17 @@ class Run:
         parts = method.parameterization.parts
         blocks = []
         for policy in method.policies:
-            found = blocks_of(modules, parts, policy.action.unit, trained)
+            found = blocks_of(modules, parts, policy.action.unit, trained, body)
             if not any(block.count for block in found):
+                where = "the layers that were chosen" if policy.action.unit != "block" else type(model).__name__
                 raise LrkitError(
                     f"{type(policy.action).__name__} has nothing to act on: no unit of kind {policy.action.unit!r} trains "
-                    "in the layers that were chosen"
+                    f"in {where}"
                 )
             blocks.append(found)
         ranks = {name: rank_of(module, parts) for name, module in modules.items()}
-        starts = Tally(modules, parts, trained).counts
-        run = cls(method, modules, trained, others, ranks, blocks, starts)
+        run = cls(method, model, modules, trained, others, ranks, blocks, {})
+        run = attrs.evolve(run, starts=run.tally().counts)
         if any(policy.action.fate == "removed" for policy in method.policies):
             run.check_cuttable()
         resizing = next((p.action for p in method.policies if p.action.fate == "removed" or p.action.grows), None)
@@ -88,6 +100,12 @@ class Run:
         if len(set(tensors)) < len(tensors):
             raise LrkitError("layers share their matrices, and each has a mask of its own: they cannot be cut")
 
+    def tally(self) -> Tally:
+        """Count what trains in each layer now, and under `BESIDE` what does in none."""
+        head = {id(p) for p in self.others}
+        beside = [p for p in self.model.parameters() if id(p) not in head]
+        return Tally(self.modules, self.method.parameterization.parts, self.trained, {BESIDE: beside})
+
     def policies(self) -> list[PolicyState]:
         """Make the state of each policy as it is at first, without statistics."""
         each = enumerate(zip(self.method.policies, self.blocks, strict=True))
@@ -103,6 +121,10 @@ class Run:
         blocks = [[attrs.evolve(block) for block in each] for each in self.blocks]
         return attrs.evolve(self, others=others, blocks=blocks)
 
+    def tensors_of(self, layers: Iterable[str]) -> set[int]:
+        """Return the ``id`` of each parameter of some layers, by their names."""
+        return {id(p) for name in layers for p in self.modules[name].parameters()}
+
     def froze(self, tensor: Tensor) -> bool:
         """Say whether a tensor trained when the run began and was frozen on the way."""
         return id(tensor) in self.trained and not tensor.requires_grad and tensor.numel() > 0
@@ -114,7 +136,7 @@ class Run:
     def idle(self, ranks: Mapping[str, int]) -> set[int]:
         """Return the ``id`` of each tensor of the layers that began with rank 0, and have it at these ranks, too."""
         names = [name for name in self.modules if self.parts and not self.ranks[name] and not ranks[name]]
-        return {id(p) for name in names for p in self.modules[name].parameters()}
+        return self.tensors_of(names)
 
     def shapes(self, ranks: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
         """Return the shapes that component-wise tensors have at other ranks, by the tensor's ``id``."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lrkit.loop.run import BESIDE
 from lrkit.loop.state import Saved, SavedPolicy
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 def saved(loop: "Controller", method: dict[str, Any], head: Sequence[str], base: Any) -> Saved:
     """Return everything that the loop remembers beside its tensors. Arguments as in `Saved`."""
     loop.tally.settle(loop.step)
+    sums = loop.tally.totals
     policies = [(state.statistics.observations, state.ended) for state in loop.policies]
     return Saved(
         method=method,
@@ -25,7 +27,8 @@ def saved(loop: "Controller", method: dict[str, Any], head: Sequence[str], base:
         history=tuple(loop.history),
         components=dict(loop.ranks.components),
         numbered=dict(loop.ranks.numbered),
-        sums=loop.tally.totals,
+        sums={name: sums[name] for name in loop.run.modules},
         dead=None if loop.liveness.dead is None else tuple(loop.liveness.dead),
+        beside=sums[BESIDE],
         base=base,
     )

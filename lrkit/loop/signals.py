@@ -10,6 +10,7 @@ _KINDS: dict[str, Any] = {
     "all": Statistics,
     "core": Statistics,
     "component": Statistics,
+    "nothing": Statistics,
     "inputs": Streams,
     "gradient": Streams,
 }

@@ -58,6 +58,7 @@ class Saved:
         numbered: layer name to how many numbers have been given.
         sums: layer name to trainable parameters, summed over the steps.
         dead: layers that no gradient reaches; None if none has been seen yet.
+        beside: the same as `sums` of what trains in no layer, without the head; None in states that do not say it.
         base: what the plain model was.
         allocation: the ranks in effect as plain data, for those who have only the file; None if the method has none.
     """
@@ -75,6 +76,7 @@ class Saved:
     numbered: dict[str, int]
     sums: dict[str, int]
     dead: tuple[str, ...] | None = None
+    beside: int | None = None
     base: Any = None
     allocation: Any = None
 

@@ -53,7 +53,7 @@ class Statistics:
         cls,
         blocks: Sequence[Block],
         present: Sequence[bool],
-        reads: Literal["all", "core", "component"],
+        reads: Literal["all", "core", "component", "nothing"],
         look: Look = as_is,
     ) -> Layout:
         """Lay out the entries of the blocks that are ranked. Units that were cut away whole have none."""

@@ -20,11 +20,18 @@ class Tally:
         modules: layer name to adapter.
         parts: the parameterization's declaration.
         trained: ``id`` of every parameter that trains when the run begins.
+        beside: names of further places to tensors, of which those count that are in no adapter.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], parts: Sequence[Part], trained: set[int]) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        parts: Sequence[Part],
+        trained: set[int],
+        beside: Mapping[str, Sequence[nn.Parameter]],
+    ) -> None:
         axes = {part.name: part.axis for part in parts}
-        self.names = list(modules)
+        self.names = [*modules, *beside]
         self._place = {name: index for index, name in enumerate(self.names)}
         self._tensors: list[list[tuple[nn.Parameter, int | None]]] = []
         seen: set[int] = set()
@@ -32,6 +39,7 @@ class Tally:
             mine = [(p, axes.get(key)) for key, p in module.named_parameters() if id(p) in trained - seen]
             seen |= {id(p) for p, _ in mine}
             self._tensors.append(mine)
+        self._tensors += [[(p, None) for p in tensors if id(p) in trained - seen] for tensors in beside.values()]
         self.sums = torch.zeros(len(self.names), dtype=torch.int64)
         self._settled = 0
         self._layer_of_unit: Tensor | None = None

@@ -98,9 +98,10 @@ class Metric(Importance, abc.ABC):
             they are clipped (AFLoRA's released code). Under a ``GradScaler``, `Adapted.bind` must be told of it.
     """
 
-    reads: ClassVar[Literal["all", "core", "component"]] = "all"
+    reads: ClassVar[Literal["all", "core", "component", "nothing"]] = "all"
     """``"core"``: only the core value of each component is read. ``"component"``: all parts, but only where units are rank
-    components: a score that makes no sense for a single matrix."""
+    components: a score that makes no sense for a single matrix. ``"nothing"``: no entry, so that `reduce`
+    has no parts, and goes by draws and memory; no tensor is gathered, however large the units are."""
     buffers: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors it remembers. A metric with none is never asked to observe."""
 

@@ -138,7 +138,7 @@ def _expected(adapted: Adapted, plain: nn.Module, batch: Mapping[str, Tensor]) -
 def _rounding(model: nn.Module) -> str:
     narrow = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
     if narrow:
-        return f": the model's weights are {narrow.pop()}, which rounds ΔW; load it in float32 to export it"
+        return f": the model's weights are {narrow.pop()}, which rounds ΔW; export it in float32 (--dtype float32)"
     return ". Where it is a little, it may be float32's rounding, above all of merged weights: try it in float64"
 
 

@@ -25,6 +25,9 @@ from lrkit.study.task_spec import TaskSpec
 _BEFORE: dict[str, Any] = {"train_also": "auto", "needs": (), "selection": None, "stop": None, "loading": {}}
 """The attributes that a cell did not always have, and the values that leave its name as it was then."""
 
+_NUMBER = "0.1.0"
+"""The version under which lrkit and plug-ins count in a cell's name: their code counts itself, and a number is no code."""
+
 
 @attrs.frozen(kw_only=True)
 class Cell:
@@ -65,7 +68,7 @@ class Cell:
 
         A folder of data or of a model counts by its content, not by its path.
         """
-        plain = self.to_plain()
+        plain = {**self.to_plain(), "versions": self._counted}
         for name, default in _BEFORE.items():
             if getattr(self, name) == default:
                 del plain[name]  # as it was named before there was a choice
@@ -79,8 +82,15 @@ class Cell:
     def setup(self) -> str:
         """Hash what all cells of a study on one task must share: task, model, and versions but plug-ins'."""
         # A cell of other code is a cell of this study all the same: it is shown as such, and computed again.
-        common = {name: self.versions.get(name) for name in ("lrkit", "torch", "transformers", "data", "model")}
+        counted = self._counted
+        common = {name: counted.get(name) for name in ("lrkit", "torch", "transformers", "data", "model")}
         return digest_of([{**self.task, "data": None}, common])
+
+    @property
+    def _counted(self) -> dict[str, str]:
+        """Return the versions as they count: of packages that the digest of the code covers, whatever their number is."""
+        foreign = {"torch", "transformers", "data", "model", "code", loading_from(self.loading).package}
+        return {name: each if name in foreign else _NUMBER for name, each in self.versions.items()}
 
     @property
     def seed(self) -> int:

@@ -52,6 +52,7 @@ OUTSIDE = (
     "study/tuned.py",
     "templates",
     "testing",
+    "version.py",
 )
 """Files and folders of the package lrkit that no result depends on."""
 

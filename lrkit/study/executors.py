@@ -47,7 +47,7 @@ def local(workers: int, threads: int, address: str | None) -> Executor:
         LrkitError: an address.
     """
     if address is not None:
-        raise LrkitError("--address is for executors on other machines, such as ray; local has none")
+        raise LrkitError("--address is for executors on other machines, such as ray and slurm; local has none")
     from loky import ProcessPoolExecutor
 
     class Local(ProcessPoolExecutor):  # type: ignore[misc]  # loky ships no types

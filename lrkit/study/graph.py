@@ -46,7 +46,7 @@ class _Graph:
         self._plan = plan
         self._found: dict[tuple[Any, ...], Job] = {}
         self._rows: dict[str, int] = {}
-        self._choices: dict[tuple[int, str], Need] = {}
+        self._choices: dict[tuple[Any, ...], Need] = {}
         self._grids: dict[int, list[dict[str, Any]]] = {}
 
     @property
@@ -58,7 +58,7 @@ class _Graph:
         """Add a row's cell on a task with a seed, with settings that are tuned or as they are given; return it."""
         place = (index, spec.name, seed, tune is not None)
         if place not in self._found:
-            needs = [] if tune is None else [self._chosen(tune, index, spec)]
+            needs = [] if tune is None else [self._all(tune, index, spec, tune.rungs)]
             if (control := self._plan.rows[index].control) is not None:
                 at = control.reads(self._plan.tasks, self._plan.seeds, spec, seed)
                 needs += control.needs(None if at is None else self.test(tune, control.row, *at).key)
@@ -85,7 +85,7 @@ class _Graph:
             if row.control is not None and (
                 source := row.control.reads(self._plan.tasks, tune.tuning_seeds, spec, seed)
             ):
-                among = self._chosen(tune, row.control.row, source[0])
+                among = self._all(tune, row.control.row, source[0], tune.rungs)
                 which = tune.tuning_seeds.index(source[1])
                 needs += [
                     Need(
@@ -104,14 +104,11 @@ class _Graph:
             self._grids[index] = grid(space_of(tune, self._plan.rows[index].tuned))
         return self._grids[index]
 
-    def _chosen(self, tune: TuneSpec, index: int, spec: TaskSpec) -> Need:
-        """Return the need of all trials of a row on a task, and of what they choose."""
-        if (index, spec.name) not in self._choices:
-            self._choices[index, spec.name] = self._all(tune, index, spec, tune.rungs)
-        return self._choices[index, spec.name]
-
     def _all(self, tune: TuneSpec, index: int, spec: TaskSpec, sizes: Sequence[int]) -> Need:
-        """Return the need of the first rungs of a row's trials on a task, of so many trials each."""
+        """Return the need of the first rungs of a row's trials on a task, of so many trials each: one for all."""
+        place = (index, spec.name, *sizes)
+        if place in self._choices:
+            return self._choices[place]
         trials = [
             self.trial(tune, index, spec, seed, Trial(number=number, rung=rung))
             for rung, size in enumerate(sizes)
@@ -126,7 +123,8 @@ class _Graph:
             settings["rungs"] = list(sizes)
         if tune.sampler == "tpe":
             settings |= {"batch": tune.batch, "seed": tune.seed, "optuna": optuna_version()}
-        return Need(rule="chosen", cells=[job.key for job in trials], settings=settings)
+        self._choices[place] = Need(rule="chosen", cells=[job.key for job in trials], settings=settings)
+        return self._choices[place]
 
     def _add(
         self,

@@ -224,28 +224,32 @@ def _joined_rows(
     """
     gone: set[int] = set()
     codes = {c.row: c.code for c in mine.cells}
+    theirs: dict[int, set[str]] = {}
+    for cell in there.cells:
+        theirs.setdefault(cell.row, set()).add(cell.code)
 
     def gives_way(index: int, now: int) -> bool:
         """Tell if a row that is there is all of other code than its namesake here: then a default may have changed."""
-        return yields and all(c.code != codes.get(now) for c in there.cells if c.row == index and index not in gone)
+        return yields and (index in gone or codes.get(now) not in theirs.get(index, ()))
 
     if _normal(there.rows[0].method) != _normal(mine.rows[0].method) and not gives_way(0, 0):
         raise _refusal(where, f'its base is "{there.rows[0].label}" with other settings')
     rows = list(there.rows)
+    named = {row.label: index for index, row in reversed(list(enumerate(rows)))}
     place = {}
     for index, row in enumerate(mine.rows):
         # The base is the base, whatever it is called.
-        same = [i for i, r in enumerate(rows) if r.label == row.label] if index else [0]
-        if same and canonical(_trained(rows[same[0]], there)) != canonical(_trained(row, mine)):
-            if not gives_way(same[0], index):
-                raise _refusal(where, f'row "{row.label}" is another method there')
-            gone.add(same[0])
-        if same:
-            was = rows[same[0]]
-            rows[same[0]] = attrs.evolve(row, label=was.label, tuned=row.tuned or was.tuned)
-        else:
+        at = named.setdefault(row.label, len(rows)) if index else 0
+        place[index] = at
+        if at == len(rows):
             rows.append(row)
-        place[index] = same[0] if same else len(rows) - 1
+            continue
+        was = rows[at]
+        if canonical(_trained(was, there)) != canonical(_trained(row, mine)):
+            if not gives_way(at, index):
+                raise _refusal(where, f'row "{row.label}" is another method there')
+            gone.add(at)
+        rows[at] = attrs.evolve(row, label=was.label, tuned=row.tuned or was.tuned)
     return rows, place, lambda cell: cell.row not in gone
 
 

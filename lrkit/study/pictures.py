@@ -1,4 +1,4 @@
-"""Pictures of runs: final rank by layer and module, when each matrix froze, budget planned and kept over time."""
+"""Pictures of runs: final rank by layer and module, when each matrix froze or how long it trained, budget over time."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from lrkit.loop.history import training
 from lrkit.study.charts import Canvas, Cell, Curve, Style, drawing, grid_of
 from lrkit.study.charts.axes import limit
 from lrkit.study.charts.curves import draw_curve
@@ -34,12 +35,13 @@ def draw(results: "Mapping[str, Result]", folder: Path) -> list[Path]:
 
     Returns:
         The PNG files; an SVG and a PDF stand beside each. ``ranks.png`` if a run ranked components, ``freezing.png`` if one
-        froze matrices, and ``budget.png`` if one has a policy.
+        froze matrices, ``training.png`` if frozen ones came back, and ``budget.png`` if one has a policy.
     """
     with drawing():
         drawn = {
             "ranks.png": _maps(_ranks(results), "heat"),
             "freezing.png": _maps(_freezing(results), "warm"),
+            "training.png": _maps(_training(results), "warm"),
             "budget.png": _budget(results),
         }
         return [canvas.save(folder / name)[0] for name, canvas in drawn.items() if canvas is not None]
@@ -66,7 +68,7 @@ def _freezing(results: "Mapping[str, Result]") -> list[_Map]:
     maps = []
     for label, result in results.items():
         frozen = sorted(f"{layer.name}.{matrix}" for layer in result.summary.layers for matrix in layer.frozen)
-        if not frozen:
+        if not frozen or training(result.history, result.steps, ["any"]):
             continue
         when = {name: decision.step for decision in result.history for name in decision.lost}
         # Matrices that froze together stand in the history by their layer's name.
@@ -76,6 +78,16 @@ def _freezing(results: "Mapping[str, Result]") -> list[_Map]:
         maps.append(_Map(title, cells, float(max(steps.values()))))
     last = max((each.top for each in maps), default=0.0)
     return [attrs.evolve(each, top=last) for each in maps]
+
+
+def _training(results: "Mapping[str, Result]") -> list[_Map]:
+    maps = []
+    for label, result in results.items():
+        shares = training(result.history, result.steps, [layer.name for layer in result.summary.layers])
+        cells = {name: Cell(share, f"{share:.0%}") for name, share in shares.items()}
+        if cells:
+            maps.append(_Map(f"{label}: share of {result.steps} steps in which each layer trained", cells, 1.0))
+    return maps
 
 
 def _maps(maps: list[_Map], colour: str) -> Canvas | None:

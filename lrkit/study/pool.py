@@ -4,9 +4,10 @@ A cell goes on from its last checkpoint.
 """
 
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import BrokenExecutor, Executor, Future
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import attrs
@@ -93,6 +94,10 @@ def run_jobs(
     tries = dict.fromkeys(waiting, 0)
     plain = attrs.asdict(conditions)
     left = dict(waiting)
+    needing: dict[str, list[str]] = {}  # the cells that wait for each cell
+    for key, job in waiting.items():
+        for source in job.sources:
+            needing.setdefault(source, []).append(key)
     pool, idle = first, 0
 
     def end(job: Job, answer: Mapping[str, Any]) -> None:
@@ -102,7 +107,7 @@ def run_jobs(
             told(job, answer, total - len(left), total)
         if answer["status"] != "done":
             # Ending one may end others with it, which need both.
-            for other in [each for each in left.values() if job.key in each.sources]:
+            for other in [left[key] for key in needing.get(job.key, ()) if key in left]:
                 if other.key in left:
                     end(other, _without_source(other, job, answer["status"], cells))
 
@@ -112,39 +117,40 @@ def run_jobs(
         begun = {key: attempts_size(cells / key) for key in left}
         cause: BaseException | None = None
 
-        def submit() -> set[Future[Any]]:
-            """Hand in the cells that wait for no other any more."""
-            running = {job.key for job in futures.values()}  # noqa: B023 (called in this round alone)
-            new = {}
-            for key, job in left.items():
-                if key not in running and not any(source in left for source in job.sources):
-                    new[pool.submit(run_cell, job.cell.to_plain(), str(cells / key), plain)] = job  # noqa: B023
-            futures.update(new)  # noqa: B023
-            return set(new)
+        ended: SimpleQueue[Future[Any]] = SimpleQueue()
+
+        def submit(keys: Iterable[str]) -> int:
+            """Hand in those of some cells that wait for no other any more; return their number."""
+            ready = [key for key in keys if key in left and not any(source in left for source in left[key].sources)]
+            for key in ready:
+                future = pool.submit(run_cell, left[key].cell.to_plain(), str(cells / key), plain)  # noqa: B023 (this round's)
+                futures[future] = left[key]  # noqa: B023
+                future.add_done_callback(ended.put)  # noqa: B023
+            return len(ready)
 
         try:
-            pending = submit()
+            pending = submit(left)
             while pending:
-                ended, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    job = futures[future]
-                    key = job.key
-                    error = future.exception()
-                    if error is None:
-                        answer: Mapping[str, Any] = future.result()
-                    else:
-                        cause = error
-                        # A pool whose worker died fails all that it had; a cell that had not begun is not to blame.
-                        innocent = isinstance(error, BrokenExecutor) and attempts_size(cells / key) == begun[key]
-                        tries[key] += not innocent
-                        if tries[key] < _TRIES:
-                            continue
-                        line = f"its worker died {tries[key]} times ({line_of(error)})"
-                        note_failure(cells / key, line, line)
-                        answer = {"key": key, "status": "failed", "score": None, "error": line}
-                    end(job, answer)
+                future = ended.get()
+                pending -= 1
+                job = futures.pop(future)
+                key = job.key
+                error = future.exception()
+                if error is None:
+                    answer: Mapping[str, Any] = future.result()
+                else:
+                    cause = error
+                    # A pool whose worker died fails all that it had; a cell that had not begun is not to blame.
+                    innocent = isinstance(error, BrokenExecutor) and attempts_size(cells / key) == begun[key]
+                    tries[key] += not innocent
+                    if tries[key] < _TRIES:
+                        continue
+                    line = f"its worker died {tries[key]} times ({line_of(error)})"
+                    note_failure(cells / key, line, line)
+                    answer = {"key": key, "status": "failed", "score": None, "error": line}
+                end(job, answer)
                 if not isinstance(cause, BrokenExecutor):
-                    pending |= submit()
+                    pending += submit(needing.get(key, ()))
             clean = True
         except BrokenExecutor as error:
             cause = (

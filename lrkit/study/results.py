@@ -241,11 +241,18 @@ class StudyRecord:
 
     def cells_of(self, row: int, task: str | None = None) -> tuple[CellRecord, ...]:
         """List the cells of one row, of one task if it is given."""
-        return tuple(cell for cell in self.cells if cell.row == row and task in (None, cell.task))
+        return tuple(cell for cell in self._cells.get(row, ()) if task in (None, cell.task))
 
     def trials_in(self, row: int, task: str) -> tuple[CellRecord, ...]:
         """List the cells that settings of one row were tried in, on one task."""
         return tuple(self._trials.get((row, task), ()))
+
+    @cached_property
+    def _cells(self) -> dict[int, list[CellRecord]]:
+        found: dict[int, list[CellRecord]] = {}
+        for cell in self.cells:
+            found.setdefault(cell.row, []).append(cell)
+        return found
 
     @cached_property
     def _trials(self) -> dict[tuple[int, str], list[CellRecord]]:

@@ -1,5 +1,6 @@
 """A task as a study asks for it: by name, or a folder of data; and with its options."""
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -30,7 +31,7 @@ class TaskSpec:
     run: dict[str, Any] = attrs.field(factory=dict)
     set: dict[str, Any] = attrs.field(factory=dict)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Return the name that the study calls it by."""
         from lrkit.tasks.splits import place_of

@@ -97,9 +97,9 @@ class MetricContract(PartContract):
 
     @clause
     def test_reads_and_buffers_are_declared(self, component: Any) -> None:
-        """`reads` is ``"all"``, ``"core"`` or ``"component"``; `buffers` are distinct names, all used, and no others."""
-        kinds = ("all", "core", "component")
-        expect(component.reads in kinds, f'reads must be "all", "core" or "component", not {component.reads!r}')
+        """`reads` is a word that lrkit knows; `buffers` are distinct names, all used, and no others."""
+        kinds = ("all", "core", "component", "nothing")
+        expect(component.reads in kinds, f"reads must be one of {', '.join(kinds)}, not {component.reads!r}")
         names = component.buffers
         good = isinstance(names, tuple | list) and all(isinstance(n, str) and n for n in names)
         expect(good and len(set(names)) == len(names), f"buffers must be a tuple of distinct names, not {names!r}")
@@ -239,5 +239,5 @@ class MetricContract(PartContract):
     def test_resumes_exactly(self, component: Any) -> None:
         """A run that is saved and resumed, before, between and after decisions, is bitwise the run."""
         for action in builtin_actions():
-            if component.reads == "all" or action.unit == "component":
+            if component.reads in ("all", "nothing") or action.unit == "component":
                 resumes(method_with(component, action=action), 10, POINTS)

@@ -69,7 +69,7 @@ def builtin_metrics() -> list[Metric]:
 
 def builtin_actions() -> list[Action]:
     """List lrkit's own."""
-    return [actions.Prune(), actions.Freeze(), actions.Zero()]
+    return [actions.Prune(), actions.Freeze(), actions.Zero(), actions.Switch()]
 
 
 def or_refused(build: Callable[[], Method], *sides: object) -> Method | None:

@@ -214,9 +214,8 @@ def action_that_counts_what_it_halves_as_gone():
     return variant(Shrink, fate="masked")
 
 
-@fault(RESTORE, RESUME)
-def action_that_masks_again_on_load():
-    # As if it froze: its values are then applied a second time.
+@fault(RESTORE, "what returns trains again", "what is frozen stays")
+def action_that_masks_and_says_it_freezes():
     return variant(Shrink, fate="frozen")
 
 

@@ -10,8 +10,8 @@ and not quite equal to them.
 from pathlib import Path
 from typing import Any
 
+from lrkit.carrying import folder_for
 from lrkit.study.carried.catalogue import MODELS
-from lrkit.study.carried.place import folder_for
 
 __all__ = ["MODELS", "config_of", "folder_of"]
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from lrkit.carrying import Carried, Package
 from lrkit.study.carried import distilbert, flan_t5, mpnet, smollm2
-from lrkit.study.carried.place import Carried, Package
 
 _MPNET = (  # each part's wheel, and the part of the zip file in it
     (

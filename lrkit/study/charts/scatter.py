@@ -1,6 +1,6 @@
 """Marks with two coordinates, for example score against parameters. Values that are not finite are left out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -86,23 +86,46 @@ Box = tuple[float, float, float, float]
 def _name_marks(axes: "Axes", points: Sequence[Point]) -> None:
     """Write each mark's name at a place beside it that covers nothing, if there is one."""
     at = [tuple(map(float, axes.transData.transform((p.x, p.y)))) for p in points]
-    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in at]
+    taken = _Taken((x - 7, y - 7, x + 7, y + 7) for x, y in at)
     for p, (x, _) in zip(points, at, strict=True):
         if p.error:
             ends = [float(axes.transData.transform((p.x, p.y + s * p.error))[1]) for s in (-1, 1)]
-            taken.append((x - 2, ends[0], x + 2, ends[1]))
+            taken.add((x - 2, ends[0], x + 2, ends[1]))
     within = axes.get_window_extent()
     for p, (x, y) in zip(points, at, strict=True):
         spot = _spot(x, y, width_of(readable(p.label)), taken, (within.x0, within.y0, within.x1, within.y1))
         if spot is not None:
-            taken.append(spot)
+            taken.add(spot)
             place = axes.transData.inverted().transform((spot[0], spot[1] + 3))
             axes.text(float(place[0]), float(place[1]), readable(p.label), color=p.style.hex, fontsize=TEXT).set_gid(
                 OVER
             )
 
 
-def _spot(x: float, y: float, wide: float, taken: Sequence[Box], within: Box) -> Box | None:
+class _Taken:
+    """Boxes that are taken, by the tiles that they lie in: of thousands of marks, only the near ones are looked at."""
+
+    def __init__(self, boxes: Iterable[Box]) -> None:
+        self._tiles: dict[tuple[int, int], list[Box]] = {}
+        for box in boxes:
+            self.add(box)
+
+    def add(self, box: Box) -> None:
+        """Take a box."""
+        for tile in self._tiles_of(box):
+            self._tiles.setdefault(tile, []).append(box)
+
+    def meets(self, box: Box) -> bool:
+        """Tell if a box covers part of one that is taken."""
+        near = (each for tile in self._tiles_of(box) for each in self._tiles.get(tile, ()))
+        return any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in near)
+
+    def _tiles_of(self, box: Box) -> Iterator[tuple[int, int]]:
+        left, low, right, top = (int(max(0.0, min(side / 24, 200.0))) for side in box)
+        return ((x, y) for x in range(left, right + 1) for y in range(low, top + 1))
+
+
+def _spot(x: float, y: float, wide: float, taken: "_Taken", within: Box) -> Box | None:
     """Find a place for a label beside a mark; None if each of them covers something."""
     tall = TEXT + 2
     places = [(10.0, -7.0), (-10 - wide, -7.0), (8, 7.0), (8, -21.0), (-8 - wide, 7.0), (-8 - wide, -21.0)]
@@ -110,6 +133,6 @@ def _spot(x: float, y: float, wide: float, taken: Sequence[Box], within: Box) ->
     for dx, dy in places:
         box = (x + dx, y + dy, x + dx + wide, y + dy + tall)
         inside = box[0] >= within[0] and box[2] <= within[2] and box[1] >= within[1] and box[3] <= within[3] + 8
-        if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
+        if inside and not taken.meets(box):
             return box
     return None

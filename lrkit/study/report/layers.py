@@ -1,4 +1,4 @@
-"""The figures by layer: ranks at the end, and when matrices froze."""
+"""The figures by layer: ranks at the end, when matrices froze, and how long each trained if they came back."""
 
 import math
 import re
@@ -6,6 +6,7 @@ import statistics
 
 from markupsafe import Markup
 
+from lrkit.loop.history import training
 from lrkit.study.charts import Cell, grid_of, heat_map
 from lrkit.study.report.figures import Figures, Panel, Panels
 from lrkit.study.report.view import View
@@ -70,6 +71,29 @@ def freezing(view: View, task: str) -> Figures:
     return [Panels(panels=panels, caption=caption, width=_widest(panels))] if panels else []
 
 
+def switching(view: View, task: str) -> Figures:
+    """Draw the share of steps in which each layer trained, for rows whose units stop and train again."""
+    panels = []
+    for row in view.rows:
+        found: dict[str, list[float]] = {}
+        for cell in view.cells(row, task):
+            layers = [layer.name for layer in cell.result.layers] if cell.result else []
+            for name, share in training(cell.decisions, cell.steps, layers).items():
+                found.setdefault(name, []).append(share)
+        if found:
+            means = {name: statistics.fmean(shares) for name, shares in found.items()}
+            cells = {
+                name: Cell(
+                    mean, f"{mean:.0%}", f"{name}: trained in {mean:.1%} of the steps, mean of {len(found[name])} seeds"
+                )
+                for name, mean in means.items()
+            }
+            aside = f"mean {statistics.fmean(means.values()):.0%}"
+            panels.append(Panel(svg=Markup(heat_map(cells, top=1.0, colour="warm")), row=row, aside=aside))
+    caption = "Share of the steps in which each layer trained, mean over seeds: its units stopped, and came back."
+    return [Panels(panels=panels, caption=caption, width=_widest(panels))] if panels else []
+
+
 def _frozen(view: View, row: int, task: str) -> tuple[dict[str, dict[str, list[int]]], int]:
     """Return the steps by matrix and layer, one for each seed in which it froze, and how many seeds are done."""
     steps: dict[str, dict[str, list[int]]] = {}
@@ -77,6 +101,8 @@ def _frozen(view: View, row: int, task: str) -> tuple[dict[str, dict[str, list[i
     for cell in view.cells(row, task):
         if cell.result is None:
             continue
+        if training(cell.decisions, cell.steps, ["any"]):
+            continue  # they come back: see `switching`
         done += 1
         when: dict[str, int] = {}
         for decision in cell.decisions:

@@ -63,6 +63,7 @@ def _sections(view: View) -> list[Section]:
         ("budget", "Budget", figures.budget),
         ("ranks", "Ranks at the end", layers.ranks),
         ("freezing", "When matrices froze", layers.freezing),
+        ("switching", "How long each layer trained", layers.switching),
         ("curves", "Learning curves", figures.curves),
         ("cost", "Cost", figures.cost),
     ]

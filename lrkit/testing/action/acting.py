@@ -62,7 +62,9 @@ class Acting(ActionClauses):
         names = {id(p): n for n, p in stage.parameters.items()}
         inside: set[str] = set()
         for block, keep in zip(stage.blocks, split(kept, stage.blocks), strict=True):
-            for part, tensor in zip(block.parts, block.tensors, strict=True):
+            gates = [part for part in stage.gates if block.kind == "component"]
+            for part in (*block.parts, *gates):
+                tensor = block.tensor(part)
                 key = names.get(id(tensor))
                 if key is None:  # put in another's place, which is another clause's matter
                     continue
@@ -78,6 +80,26 @@ class Acting(ActionClauses):
                 key in inside or same(before[key], after[key]),
                 f"{name} {key} is in none of the blocks, and its value, flag, gradient or optimizer state has changed",
             )
+
+    @clause
+    def test_what_returns_trains_again(self, component: Any) -> None:
+        """If frozen units may come back, `apply` lets those that are kept train, as they are; without an optimizer, too."""
+        if component.fate != "frozen" or component.final:
+            return
+        for parameterization in self._fitting(component):
+            stage = Stage(component, parameterization)
+            wanted = {name: (value, flag) for name, (value, flag, *_) in stage.look().items()}
+            for optimizer in (stage.optimizer, None):
+                for which in ("none", "all"):
+                    with calling(f"apply on {parameterization!r}, {which} kept,"):
+                        component.apply(stage.blocks, stage.kept(which), optimizer)
+                for name, p in stage.parameters.items():
+                    value, flag = wanted[name]
+                    expect(
+                        torch.equal(p, value) and p.requires_grad == flag,
+                        f"{name} is in a unit that lost and is kept again, and its value or requires_grad is not what it "
+                        "was before: `apply` must let kept units train, or final be True",
+                    )
 
     @clause
     def test_parameters_stay_what_they_are(self, component: Any) -> None:

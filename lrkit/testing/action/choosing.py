@@ -14,6 +14,7 @@ from lrkit.testing.action.stage import ballot_of
 from lrkit.testing.base import clause
 from lrkit.testing.comparisons import same
 from lrkit.testing.findings import calling, expect
+from lrkit.units import UnitKind
 
 
 def _drew(ballot: Ballot) -> bool:
@@ -27,7 +28,7 @@ class Choosing(ActionClauses):
     @clause
     def test_says_what_it_acts_on(self, component: Any) -> None:
         """`unit` and `fate` are words that lrkit knows; `final` and `grows` are True or False."""
-        kinds = ("component", "matrix", "layer")
+        kinds = get_args(UnitKind)
         expect(component.unit in kinds, f"unit must be one of {', '.join(kinds)}, not {component.unit!r}")
         fates = get_args(Fate)
         says = getattr(component, "fate", None)

@@ -1,8 +1,12 @@
 """Ask how an action runs in a method: what it refuses, what it takes out, and whether it resumes."""
 
 import functools
+import warnings
 from typing import Any
 
+import torch
+
+from lrkit import metrics
 from lrkit.testing.action.clauses import ActionClauses
 from lrkit.testing.action.stage import Nothing, on
 from lrkit.testing.base import clause
@@ -46,6 +50,28 @@ class Running(ActionClauses):
                     f"on {parameterization!r}: {back} components of {block.name} that lost are not zero two steps after the "
                     'last decision, and are counted as gone: `apply` must take them out, or fate be "dimmed"',
                 )
+
+    @clause
+    def test_what_is_frozen_stays(self, component: Any) -> None:
+        """If the fate is "frozen", every unit that is kept moves at the next step, one that came back too, and no other."""
+        for parameterization in self._fitting(component) if component.fate == "frozen" else ():
+            with calling(f"a run with {parameterization!r}"), warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                run = Run(on(component, parameterization, metric=metrics.Random()), 10)
+                (state,) = run.adapted.controller.policies
+                for _ in range(10):
+                    kept = split(state.kept, state.blocks)
+                    before = [[p.detach().clone() for p in block.tensors] for block in state.blocks]
+                    run.step()
+                    for block, keep, old in zip(state.blocks, kept, before, strict=True):
+                        moved = not all(map(torch.equal, block.tensors, old))
+                        expect(
+                            moved == bool(keep.any()),
+                            f"on {parameterization!r}: {block.name} is {'' if keep.any() else 'not '}kept, and step "
+                            f"{run.adapted.step} {'moves' if moved else 'does not move'} it",
+                        )
+            lines = [line for each in said if "no gradient" in (line := str(each.message))]
+            expect(not lines, f"on {parameterization!r}: {lines[0] if lines else ''}")
 
     @clause
     def test_trains_with_all_it_takes(self, component: Any) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from lrkit import metrics
 from lrkit.actions import Action, Ballot
 from lrkit.adapt.adapted import attach
+from lrkit.adapt.body import blocks as body_of
 from lrkit.method import Method
 from lrkit.parameterizations import Parameterization, Target
 from lrkit.testing.neighbours import method_with
@@ -33,7 +34,8 @@ class Nothing(Parameterization):
 
 def on(action: Action, parameterization: Parameterization, **others: Any) -> Method:
     """Compose an action with a parameterization, with a metric that ranks every kind of unit, and with `others`."""
-    return method_with(action, parameterization=parameterization, metric=metrics.GradientUncertainty(), **others)
+    parts = {"parameterization": parameterization, "metric": metrics.GradientUncertainty(), **others}
+    return method_with(action, **parts)
 
 
 class Stage:
@@ -55,9 +57,11 @@ class Stage:
             self.optimizer.step()
         adapted.unbind()
         trained = {id(p) for p in adapted.parameters()}
-        blocks = blocks_of(adapted.adapters, parameterization.parts, action.unit, trained)
+        body = body_of(self.model, adapted.adapters, parameterization.parts)
+        blocks = blocks_of(adapted.adapters, parameterization.parts, action.unit, trained, body)
         self.blocks: list[Block] = blocks[: max(2, len(blocks) // 2)]
         self.parameters = dict(self.model.named_parameters())
+        self.gates = [part for part in parameterization.parts if part.core and not part.trains]
 
     @property
     def count(self) -> int:

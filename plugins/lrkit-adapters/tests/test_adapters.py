@@ -44,7 +44,7 @@ FREEZE: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[Registry]:
-    with only(lrkit_adapters, distribution="lrkit-adapters 0.1.0") as made:
+    with only(lrkit_adapters, distribution="lrkit-adapters 0.2.0") as made:
         yield made
 
 

@@ -1,12 +1,14 @@
 """Ranks that grow or move, and a norm's shares, for lrkit. See README.md for what is known and what is not."""
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import lrkit
 from lrkit.ranks import Rank
 from lrkit.settings import Amount, Time
 from lrkit_grow.actions import Exchange, Grow
 from lrkit_grow.norm_share import LateCubic, NormShare
+from lrkit_grow.pool import PoolExchange, ProjectedSVD
 
 
 def increlora(
@@ -74,9 +76,12 @@ def elalora(
     interval: Time = 0.02,
     beta1: float = 0.85,
     beta2: float = 0.85,
-    core: float = 1e-5,
+    core: float | None = None,
     alpha: float | None = None,
     orthogonality: float = 0.1,
+    variant: Literal["simple", "released"] = "simple",
+    pool: int = 2,
+    taper: bool = False,
 ) -> lrkit.Method:
     """ElaLoRA (Chang et al., arXiv 2504.00254): warm-up; then at each decision b components are cut and b added; then rest.
 
@@ -88,15 +93,32 @@ def elalora(
         interval: steps between decisions.
         beta1: β1 of Ī.
         beta2: β2 of Ū.
-        core: λ of a new component.
+        core: λ of a new component; None for 1e-5, or 1e-13 in the released variant.
         alpha: None for no scale; else α/(rank + 1e-5).
         orthogonality: γ, weight of the penalty.
+        variant: ``"simple"``: the b lowest components of all layers go, and the b best layers gain (`Exchange`).
+            ``"released"``: the code's pool, its start of new components, its optimizer that begins anew, scores after the
+            step, and steps that are numbered from 0 (`PoolExchange`, `ProjectedSVD`).
+        pool: k, how many of its lowest components each matrix puts into the pool.
+        taper: whether b falls as round(b₀ (1 - u³)).
     """
+    if variant not in ("simple", "released"):
+        raise lrkit.LrkitError(f'elalora variant must be "simple" or "released", not {variant!r}')
+    if variant == "simple":
+        if taper or pool != 2:
+            raise lrkit.LrkitError('elalora: pool and taper are settings of variant="released"')
+        return lrkit.Method(
+            parameterization=lrkit.parameterizations.SVD(rank=rank, alpha=alpha, orthogonality=orthogonality),
+            metric=lrkit.metrics.SensitivityUncertainty(beta1=beta1, beta2=beta2),
+            scheduler=lrkit.schedulers.Constant(target=1.0, warmup=warmup, final=final, interval=interval),
+            action=Exchange(count=count, core=1e-5 if core is None else core),
+        )
+    pace, target = (LateCubic, 0.0) if taper else (lrkit.schedulers.Constant, 1.0)
     return lrkit.Method(
-        parameterization=lrkit.parameterizations.SVD(rank=rank, alpha=alpha, orthogonality=orthogonality),
-        metric=lrkit.metrics.SensitivityUncertainty(beta1=beta1, beta2=beta2),
-        scheduler=lrkit.schedulers.Constant(target=1.0, warmup=warmup, final=final, interval=interval),
-        action=Exchange(count=count, core=core),
+        parameterization=ProjectedSVD(rank=rank, alpha=alpha, orthogonality=orthogonality),
+        metric=lrkit.metrics.SensitivityUncertainty(beta1=beta1, beta2=beta2, measure="after-step"),
+        scheduler=pace(target=target, warmup=warmup, final=final, interval=interval, first_step=0),
+        action=PoolExchange(count=count, pool=pool, taper=taper, core=1e-13 if core is None else core),
     )
 
 
@@ -121,6 +143,12 @@ def dynamic_dora(
 
 
 @lrkit.hookimpl
+def lrkit_parameterizations() -> Mapping[str, type[lrkit.Parameterization]]:
+    """The form of ElaLoRA's released code."""
+    return {"projected-svd": ProjectedSVD}
+
+
+@lrkit.hookimpl
 def lrkit_metrics() -> Mapping[str, type[lrkit.Metric]]:
     """Dynamic DoRA's score."""
     return {"norm-share": NormShare}
@@ -135,7 +163,7 @@ def lrkit_schedulers() -> Mapping[str, type[lrkit.Scheduler]]:
 @lrkit.hookimpl
 def lrkit_actions() -> Mapping[str, type[lrkit.Action]]:
     """IncreLoRA's and ElaLoRA's."""
-    return {"grow": Grow, "exchange": Exchange}
+    return {"grow": Grow, "exchange": Exchange, "pool-exchange": PoolExchange}
 
 
 @lrkit.hookimpl
@@ -144,4 +172,14 @@ def lrkit_methods() -> Mapping[str, Callable[..., lrkit.Method]]:
     return {"increlora": increlora, "elalora": elalora, "dynamic-dora": dynamic_dora}
 
 
-__all__ = ["Exchange", "Grow", "LateCubic", "NormShare", "dynamic_dora", "elalora", "increlora"]
+__all__ = [
+    "Exchange",
+    "Grow",
+    "LateCubic",
+    "NormShare",
+    "PoolExchange",
+    "ProjectedSVD",
+    "dynamic_dora",
+    "elalora",
+    "increlora",
+]

@@ -59,7 +59,7 @@ STEPS = 14
 
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[Registry]:
-    with only(lrkit_grow, distribution="lrkit-grow 0.1.0") as made:
+    with only(lrkit_grow, distribution="lrkit-grow 0.2.0") as made:
         yield made
 
 

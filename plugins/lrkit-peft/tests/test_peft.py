@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[Registry]:
-    with only(lrkit_peft, distribution="lrkit-peft 0.1.0") as made:
+    with only(lrkit_peft, distribution="lrkit-peft 0.2.0") as made:
         yield made
 
 

@@ -29,7 +29,7 @@ from lrkit.testing import ActionContract, MethodContract, MetricContract, Parame
 
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[Registry]:
-    with only(lrkit_platon, distribution="lrkit-platon 0.1.0") as made:
+    with only(lrkit_platon, distribution="lrkit-platon 0.2.0") as made:
         yield made
 
 

@@ -30,7 +30,7 @@ from lrkit.testing import MethodContract, ParameterizationContract, only, resume
 
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[Registry]:
-    with only(lrkit_prune_lora, distribution="lrkit-prune-lora 0.1.0") as made:
+    with only(lrkit_prune_lora, distribution="lrkit-prune-lora 0.2.0") as made:
         yield made
 
 

@@ -31,7 +31,7 @@ from lrkit.testing import ActionContract, MethodContract, ParameterizationContra
 
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[Registry]:
-    with only(lrkit_sora, distribution="lrkit-sora 0.1.0") as made:
+    with only(lrkit_sora, distribution="lrkit-sora 0.2.0") as made:
         yield made
 
 

@@ -713,7 +713,10 @@ def test_any_combination_trains_or_is_refused_when_it_is_built(parameterization:
     offered = [[o.value for o in registry.offers(kind)] for kind in ("metric", "scheduler")]
     built = 0
     for metric, scheduler in itertools.product(*offered):
-        fields = {"metric": metric(), "scheduler": scheduler(target=0.5, warmup=1, final=1), "action": action}
+        settings = {field.name: field for field in attrs.fields(scheduler)}
+        times = {name: 1 for name in ("warmup", "final") if not settings[name].metadata.get("own")}
+        times |= {name: 0 for name in ("calibration",) if name in settings}
+        fields = {"metric": metric(), "scheduler": scheduler(target=0.5, **times), "action": action}
         method, refusal = _build(parameterization=parameterization, **fields)
         if method is None:
             names = [type(part).__name__ for part in (parameterization, *fields.values())]
@@ -740,7 +743,7 @@ def test_any_combination_trains_or_is_refused_when_it_is_built(parameterization:
         Freeze: getattr(parameterization, "train", "both") != "none",
     }[type(action)]
     # Every metric but magnitude reads any unit; magnitude is for components alone.
-    assert built == (0 if not can else 24 if isinstance(action, Prune) else 20)
+    assert built == (0 if not can else 30 if isinstance(action, Prune) else 25)
 
 
 # ---- plain data that is wrong ----------------------------------------------------------------------------------------

@@ -90,6 +90,13 @@ def batch(seed=0, rows=8, length=12):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": (ids[:, 0] > 33).long()}
 
 
+def ragged(seed=0, rows=12, length=12):
+    """A batch whose rows have different lengths."""
+    data = batch(seed, rows, length)
+    lengths = torch.arange(length, length - rows, -1).clamp_min(5)
+    return data | {"attention_mask": (torch.arange(length) < lengths[:, None]).long()}
+
+
 def checkpoint_activations(model):
     """Compute activations again in the backward pass, by the name that the installed transformers has for it."""
     new = getattr(model, "activation_checkpointing_enable", None)

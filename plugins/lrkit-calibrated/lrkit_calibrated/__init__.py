@@ -12,7 +12,7 @@ from lrkit_calibrated.drop import AdapterOutput, Drop, lora_drop
 from lrkit_calibrated.eva import EvaLoRA, ExplainedVariance, eva
 from lrkit_calibrated.fim import MeanSquaredGradient, fim_lora
 from lrkit_calibrated.gora import GoraLoRA, WeightGradient, gora
-from lrkit_calibrated.lora import AllocatedLoRA, Following
+from lrkit_calibrated.lora import AllocatedLoRA, Rescaled
 
 
 @lrkit.hookimpl
@@ -51,9 +51,9 @@ __all__ = [
     "Drop",
     "EvaLoRA",
     "ExplainedVariance",
-    "Following",
     "GoraLoRA",
     "MeanSquaredGradient",
+    "Rescaled",
     "ShareOut",
     "WeightGradient",
     "eva",

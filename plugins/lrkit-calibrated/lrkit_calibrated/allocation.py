@@ -19,6 +19,7 @@ class _Allocation(lrkit.Action):
     fate: ClassVar[Fate] = "removed"
     final: ClassVar[bool] = True
     grows: ClassVar[bool] = True
+    exact = False  # for its contract: what a layer gets is fresh, and not what was there
 
     @property
     def unit(self) -> UnitKind:
@@ -56,7 +57,7 @@ class Allocate(_Allocation):
 
 @attrs.frozen(kw_only=True)
 class ShareOut(_Allocation):
-    """Each layer gets a rank in proportion to its importance, the mean of its components' scores.
+    """Each layer gets a rank in proportion to its importance, the mean of its components' scores. All are drawn anew.
 
     Sources: FIM-LoRA, arXiv 2605.16800, section 3, and its author's code; GoRA, arXiv 2502.12171, Eq. 5 to 8.
 
@@ -65,20 +66,16 @@ class ShareOut(_Allocation):
         most: the highest.
         rule: how whole numbers come from shares. ``"filled"``: by water-filling between both bounds and largest remainders,
             so that the ranks' sum is the budget, exactly. ``"saturated"``: as FIM-LoRA's author has it, which raises low
-            shares to `least` at the end, beyond the budget. ``"rounded"``: GoRA's paper: a share of Σ r √(m + n) over √(m + n)
-            of its own m x n, rounded, then put between the bounds; the sum of ranks is about the budget, and no more is
-            promised. ``"floored"``: GoRA's released code: the same with m + n, rounded down.
-        anew: whether all components are drawn anew. False: those that there are stay, from the first on.
+            shares to `least` at the end, beyond the budget. ``"rounded"``: GoRA's paper: of b = Σ r √(m + n) over all layers
+            a layer of m x n gets its share over √(m + n), rounded, then put between the bounds; the ranks' sum is about the
+            budget, and no more is promised. ``"floored"``: GoRA's released code: the same with m + n, rounded down.
     """
-
-    exact = False  # for its contract: see the rules
 
     least: int = attrs.field(default=1, validator=whole(0))
     most: int = attrs.field(default=16, validator=whole(1))
     rule: Literal["filled", "saturated", "rounded", "floored"] = attrs.field(
         default="filled", validator=one_of(("filled", "saturated", "rounded", "floored"))
     )
-    anew: bool = False
 
     def __attrs_post_init__(self) -> None:
         """Refuse a least above the most."""
@@ -97,12 +94,7 @@ class ShareOut(_Allocation):
             layers, self._ranks(importance, self._sizes(ballot, layers), ballot.budget), strict=True
         ):
             ranks[layer] = rank
-        # The place of each component in its own layer: 0, 1, ...
-        place = torch.arange(len(ballot.blocks), device=there.device) - (there.cumsum(0) - there)[ballot.blocks]
-        given = torch.tensor(ranks, device=there.device)
-        kept = torch.zeros_like(ballot.candidates) if self.anew else place < given[ballot.blocks]
-        stay = torch.bincount(ballot.blocks[kept], minlength=ballot.layers)
-        return Verdict(kept, cut=True, fresh=tuple((given - stay).tolist()))
+        return Verdict(torch.zeros_like(ballot.candidates), cut=True, fresh=tuple(ranks))
 
     def _sizes(self, ballot: Ballot, layers: Sequence[int]) -> list[float]:
         """Return the entries of one component of each layer: m + n of LoRA."""

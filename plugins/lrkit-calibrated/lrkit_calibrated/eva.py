@@ -34,10 +34,10 @@ def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
         S [k] and V [k, d], each row of it with its largest entry above zero.
     """
     tall = matrix.shape[0] >= matrix.shape[1]
-    a = matrix if tall else matrix.t()
+    a = (matrix if tall else matrix.t()).float()  # half the time of float64, of which only the draws are
     width = min(2 * count, *matrix.shape)
     seed = torch.Generator().manual_seed(_SEED)
-    q, _ = torch.linalg.qr(a @ torch.randn(a.shape[1], width, dtype=a.dtype, generator=seed).to(a.device))
+    q, _ = torch.linalg.qr(a @ torch.randn(a.shape[1], width, dtype=matrix.dtype, generator=seed).to(a))
     for _ in range(_ITERATIONS):
         q, _ = torch.linalg.qr(a.t() @ q)
         q, _ = torch.linalg.qr(a @ q)
@@ -88,7 +88,7 @@ class ExplainedVariance(LayerMetric):
         if len(x) < len(state["values"]) or not len(x):
             return
         mean = x.mean(dim=0, dtype=torch.float64)
-        # As PEFT computes: the first batch in float32, and those that are joined to it in float64.
+        # The random numbers are PEFT's: float32 for the first batch, and float64 for those that are joined to it.
         centre = x.mean(dim=0) if state["rows"] else mean
         batch, scatter = (x - centre).to(x.dtype), (x - mean).square().sum()
         for name, values in _joined(state, batch, centre, mean, len(x), scatter).items():
@@ -144,8 +144,8 @@ def _joined(
 class EvaLoRA(AllocatedLoRA):
     """LoRA whose A begins with the principal directions of the layer's inputs, and B with zero.
 
-    Source: EVA, arXiv 2410.07170, section 3.2. At first every layer has `rho` times the rank, as candidates: `Allocate` gives
-    it as many components as are among the best of all.
+    Source: EVA, arXiv 2410.07170, section 3.2. At first every layer has `rho` times the rank, as candidates: `Allocate`
+    gives it as many components as are among the best of all.
 
     Args:
         rho: ρ: a layer is given at most ρ times its rank.
@@ -169,9 +169,10 @@ class EvaLoRA(AllocatedLoRA):
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with ρ r candidates beside it, and the scale of r."""
-        made: Any = super(EvaLoRA, attrs.evolve(self, rank=self.components, rho=1.0)).build(target)
+        made = super(EvaLoRA, attrs.evolve(self, rank=self.components, rho=1.0)).build(target)
         if self.scale_of == "first-rank":
-            made.scaling = self.alpha / divisor(target.scale_rank(self.rank, self.scale_by), self.scale)
+            adapter: Any = made
+            adapter.scaling = self.alpha / divisor(target.scale_rank(self.rank, self.scale_by), self.scale)
         return made
 
     def fresh(
@@ -183,7 +184,7 @@ class EvaLoRA(AllocatedLoRA):
             return drawn
         directions = memory["directions"][:count]
         if self.whiten:
-            directions = directions / memory["values"][:count, None].sqrt()
+            directions = directions / memory["values"][:count, None].clamp_min(torch.finfo(torch.float32).tiny).sqrt()
         a, _ = self.parts
         drawn[a.name][: len(directions)] = started(module, a, directions.to(drawn[a.name]))
         return drawn
@@ -204,6 +205,17 @@ def eva(
 
     A few batches go through the model before it trains. Of all layers' directions those that explain the largest shares
     of their layers' variance are kept, `rank` per layer on average (Algorithm 1). A begins with them, B with zero.
+
+    Known: ranks and directions, up to the sign, are those of PEFT 0.21.2 from the same batches, with padding and with tokens
+    that have no label; the ranks' sum is r per layer; a resumed run is the run. What differs from PEFT:
+
+    - All batches that are given count. PEFT stops a layer once its directions turn by less than τ from one batch to the next
+      (cosine 0.99), and goes through the data again until all layers have stopped.
+    - Layers that share an input each have their own SVD; PEFT computes one for all of them, of equal numbers.
+    - PEFT's ``whiten`` divides in place, and so twice or three times where layers share an input; here it is once.
+    - Of several processes each keeps k directions of its own rows, and these are joined; PEFT gathers all rows.
+
+    Not known: the paper's scores, which have not been run here.
 
     Args:
         rank: r, a layer's rank on average.

@@ -1,21 +1,21 @@
-"""LoRA for layers that are given their rank before the first step: a scale that follows the rank."""
+"""LoRA for layers that are given their rank before the first step: a scale of the rank that they are given."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import attrs
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lrkit.errors import LrkitError
 from lrkit.parameterizations import LoRA, LowRank, Target
 from lrkit.ranks import divisor
 from lrkit.settings import one_of
+from lrkit.shards import whole
 
 
-class Following(LowRank):
-    """A low-rank adapter with the scale α/r, or α/√r, of the rank r that it has now.
-
-    It is meant for ranks that are given before training. If components that have trained are cut, all others' share in the
-    output changes with the scale.
+class Rescaled(LowRank):
+    """A low-rank adapter with the scale α/r or α/√r of a rank r that is stored beside A and B, and does not train.
 
     Args:
         base: as `LowRank` takes it.
@@ -23,25 +23,41 @@ class Following(LowRank):
         b: as `LowRank` takes it.
         alpha: α.
         scale: the divisor, ``"rank"`` or ``"sqrt-rank"``.
-        others: as `LowRank` takes them.
+        dropout: as `LowRank` takes it.
     """
 
-    def __init__(self, base: Any, a: Any, b: Any, *, alpha: float, scale: Literal["rank", "sqrt-rank"], **others: Any):
-        self.alpha, self.scale = alpha, scale
-        super().__init__(base, a, b, **others)
-
-    def scaling_at(self, rank: int) -> float:
-        """Return the scale at a rank; that of rank 1 at rank 0."""
-        return self.alpha / divisor(max(1, rank // self.maps), self.scale)
+    def __init__(
+        self, base: Any, a: Any, b: Any, *, alpha: float, scale: Literal["rank", "sqrt-rank"], dropout: float = 0.0
+    ) -> None:
+        self._alpha, self._divisor = alpha, scale
+        super().__init__(base, a, b, dropout=dropout)
+        first = float(max(1, self.rank // self.maps))
+        self.scale_rank = nn.Parameter(torch.full((1,), first, device=a.device), requires_grad=False)
+        self._read: tuple[int, int] | None = None
+        self._now = alpha / divisor(first, scale)
 
     @property
     def scaling(self) -> float:
-        """The scale at the rank that there is now."""
-        return self.scaling_at(self.rank)
+        """The scale, read from the stored rank whenever that has changed."""
+        stored = self.scale_rank
+        version = (id(stored), stored._version)  # noqa: SLF001
+        if version != self._read and not stored.is_meta:
+            self._read, self._now = version, self._alpha / divisor(float(whole(stored.detach())), self._divisor)
+        return self._now
 
     @scaling.setter
     def scaling(self, value: float) -> None:
-        """Ignore what the base class sets: the scale follows from the rank."""
+        """Ignore the base class's: the scale follows from the stored rank."""
+
+    @torch.no_grad()
+    def give(self, rank: int) -> None:
+        """Take the scale of a rank, unless ΔW is not zero any more: no output changes.
+
+        Args:
+            rank: how many components the adapter is given.
+        """
+        if not self.B.any():
+            self.scale_rank.fill_(max(1, rank // self.maps))
 
 
 @attrs.frozen(kw_only=True)
@@ -49,9 +65,9 @@ class AllocatedLoRA(LoRA):
     """LoRA that is given its ranks before the first step. Source: arXiv 2106.09685, section 4.1; arXiv 2312.03732.
 
     Args:
-        scale_of: the r of the scale α/r or α/√r (`scale`) in a layer that is given another rank than it began with.
-            ``"new-rank"``: the one that it is given. ``"first-rank"``: the one that it began with, so that all layers go on
-            with the same scale.
+        scale_of: the r of the scale α/r or α/√r (`scale`) of a layer that is given fresh components in the place of all that
+            it had. ``"new-rank"``: their number. ``"first-rank"``: the rank that it began with, so that all layers go on
+            with the scale that they had. Once ΔW is not zero, a layer's scale stays as it is.
     """
 
     scale_of: Literal["new-rank", "first-rank"] = attrs.field(
@@ -59,13 +75,22 @@ class AllocatedLoRA(LoRA):
     )
 
     def __attrs_post_init__(self) -> None:
-        """Refuse a start whose increment is counted from the base's weight with a scale that follows the rank."""
+        """Refuse a start whose increment is counted from the base's weight with a scale that may change."""
         if self.scale_of == "new-rank" and self.init not in ("kaiming", "orthogonal"):
             raise LrkitError(f'{type(self).__name__}: init="{self.init}" goes with scale_of="first-rank" alone')
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with A and B beside it."""
-        made: Any = super().build(target)
+        made = super().build(target)
         if self.scale_of == "first-rank":
             return made
-        return Following(target, made.A, made.B, alpha=self.alpha, scale=self.scale, dropout=self.dropout)
+        plain: Any = made
+        return Rescaled(target, plain.A, plain.B, alpha=self.alpha, scale=self.scale, dropout=self.dropout)
+
+    def fresh(
+        self, module: nn.Module, count: int, generator: torch.Generator, memory: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Draw components as LoRA does, and take the scale of their number."""
+        if isinstance(module, Rescaled):
+            module.give(count)
+        return super().fresh(module, count, generator, memory)

@@ -1,0 +1,80 @@
+"""FIM-LoRA: the metric and the ranks against plain backward passes in float64."""
+
+import lrkit_calibrated
+import models
+import pytest
+import torch
+from lrkit_calibrated import AllocatedLoRA, MeanSquaredGradient, fim_lora
+from lrkit_calibrated.shares import filled, saturated
+
+import lrkit
+from lrkit.testing import MethodContract, MetricContract, ParameterizationContract, only
+
+
+@pytest.fixture(autouse=True)
+def registry():
+    with only(lrkit_calibrated, distribution="lrkit-calibrated 0.1.0") as made:
+        yield made
+
+
+class TestAllocatedLoRA(ParameterizationContract):
+    component = AllocatedLoRA(rank=4, scale="sqrt-rank")
+
+
+class TestMeanSquaredGradient(MetricContract):
+    component = MeanSquaredGradient()
+
+
+class TestFimLoRA(MethodContract):
+    component = fim_lora
+
+
+BATCHES = [models.ragged(30 + i) for i in range(8)]
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("rank", [3, 8])
+def test_ranks_follow_the_fisher_information(variant, rank):
+    """By the mean of B's squared gradients over eight batches, in float64."""
+    method = fim_lora(rank=rank, variant=variant)
+    model = models.make("bert", seed=3).double().eval()
+    adapted = lrkit.attach(model, method)
+    sums = dict.fromkeys(adapted.adapters, 0.0)
+    for batch in BATCHES:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for name, adapter in adapted.adapters.items():
+            assert not adapter.A.grad.any()
+            sums[name] += float(adapter.B.grad.square().mean()) / 8
+    model.zero_grad()
+    adapted.calibrate(BATCHES)
+    rule = filled if variant == "paper" else saturated
+    wanted = dict(zip(sums, rule(list(sums.values()), rank * len(sums), 1, 2 * rank), strict=True))
+    assert {name: adapter.rank for name, adapter in adapted.adapters.items()} == wanted
+    assert len(set(wanted.values())) > 2
+    assert variant == "released" or sum(wanted.values()) == rank * len(sums)
+    for adapter in adapted.adapters.values():
+        assert not adapter.B.any()
+        assert adapter.A.any(dim=1).all()
+        assert adapter.scaling == pytest.approx(16 / adapter.rank)
+
+
+def test_the_mean_is_over_steps():
+    metric, grads = MeanSquaredGradient(), torch.randn(5, 7, dtype=torch.float32)
+    state = {"mean": torch.zeros(7)}
+    for step, grad in enumerate(grads, 1):
+        metric.observe(torch.zeros(7), grad, state, step)
+    torch.testing.assert_close(metric.score(torch.zeros(7), state).double(), grads.double().square().mean(0))
+
+
+def test_a_scale_follows_or_stays():
+    """α/r of the new rank, or of the first one; and what is exported says so."""
+    for scale_of in ("new-rank", "first-rank"):
+        adapted = lrkit.attach(models.make("bert", seed=3), fim_lora(rank=4, scale_of=scale_of))
+        adapted.calibrate(BATCHES[:2])
+        for adapter in adapted.adapters.values():
+            r = adapter.rank if scale_of == "new-rank" else 4
+            assert adapter.scaling == pytest.approx(16 / r)
+            assert adapter.export_factors()[3] == pytest.approx(16 / r)
+    with pytest.raises(lrkit.LrkitError, match=r"pissa.*first-rank"):
+        AllocatedLoRA(init="pissa")

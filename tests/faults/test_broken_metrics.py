@@ -192,7 +192,12 @@ def metric_that_puts_new_tensors_into_its_state():
     return variant(Peak, observe=observe)
 
 
-@fault("reads and buffers are declared", "trains or is refused everywhere")
+@fault(
+    "settings survive plain data",
+    "settings refuse what cannot be meant",
+    "reads and buffers are declared",
+    "trains or is refused everywhere",
+)
 def metric_that_reads_something_else():
     return variant(Peak, reads="cores")
 

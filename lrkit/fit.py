@@ -21,15 +21,15 @@ from lrkit.units import UnitKind
 _ANY = 2**31 - 1
 """More units than any layer or model has."""
 
-_READS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "all": ("", get_args(UnitKind)),
+_READS: Mapping[str, tuple[str, tuple[str, ...] | None]] = {
+    "all": ("", None),
     "core": ("the core value of a component", ("component",)),
     "component": ("whole components", ("component",)),
-    "nothing": ("", get_args(UnitKind)),
+    "nothing": ("", None),
     "inputs": ("layers one by one", ("component", "matrix", "layer")),
     "gradient": ("layers one by one", ("component", "matrix", "layer")),
 }
-"""Every signal that a metric may read: what that is, and the kinds of units that have it."""
+"""Every signal that a metric may read: what that is, and the kinds of units that have it; None for any."""
 
 
 def refusal(parameterization: Parameterization, metric: Importance, scheduler: Scheduler, action: Action) -> str | None:
@@ -93,7 +93,7 @@ def unknown_signal(metric: Importance) -> str | None:
 def other_units_read(metric: Importance, action: Action) -> str | None:
     """Refuse to score units by a signal that they do not have, such as matrices by core values."""
     what, kinds = _READS[metric.reads]
-    if action.unit in kinds:
+    if kinds is None or action.unit in kinds:
         return None
     return (
         f"metric {metric!r} does not fit action {action!r}: the metric reads {what}, and the action's units are of kind "

@@ -62,9 +62,8 @@ class Acting(ActionClauses):
         names = {id(p): n for n, p in stage.parameters.items()}
         inside: set[str] = set()
         for block, keep in zip(stage.blocks, split(kept, stage.blocks), strict=True):
-            gates = [part for part in stage.gates if block.kind == "component"]
-            for part in (*block.parts, *gates):
-                tensor = block.tensor(part)
+            gates = [(part, block.tensor(part)) for part in stage.gates if block.kind == "component"]
+            for part, tensor in (*zip(block.parts, block.tensors, strict=True), *gates):
                 key = names.get(id(tensor))
                 if key is None:  # put in another's place, which is another clause's matter
                     continue

@@ -98,15 +98,11 @@ def built(names):
 
 def paired():
     """All parameterizations, metrics and actions together, each with one scheduler, so that all pairs occur."""
-    three = itertools.product(NAMES["parameterization"], NAMES["metric"], NAMES["action"])
-    schedulers = itertools.cycle(NAMES["scheduler"])
-    # One more step of the cycle per parameterization: as many triples as there are would bring the same pairs again.
-    found, last = [], None
-    for p, m, a in three:
-        if p != last:
-            last, _ = p, next(schedulers)
-        found.append((p, m, next(schedulers), a))
-    return found
+    places = [range(len(NAMES[kind])) for kind in ("parameterization", "metric", "action")]
+    each = [NAMES[kind] for kind in ("parameterization", "metric", "scheduler", "action")]
+    # There are at least as many parameterizations, and as many metrics, as schedulers: so the sum takes every remainder.
+    threes = [(p, m, (p + m + a) % len(NAMES["scheduler"]), a) for p, m, a in itertools.product(*places)]
+    return [tuple(names[at] for names, at in zip(each, four, strict=True)) for four in threes]
 
 
 def test_all_pairs_occur():

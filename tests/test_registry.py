@@ -185,7 +185,7 @@ def test_the_built_ins_come_through_the_same_hooks() -> None:
             "random",
         ],
         "scheduler": ["constant", "linear", "quadratic", "cubic", "once"],
-        "action": ["prune", "freeze", "zero"],
+        "action": ["prune", "freeze", "switch", "zero"],
         "method": ["full", "lora", "dora", "svd-lora", "elora", "adalora", "aflora"],
         "layer": names["layer"],
         "task": ["movies", "glue", "teacher", "squad", "squad_v2", "xsum", "cnn_dailymail", "gsm8k"],
@@ -580,7 +580,7 @@ def test_one_plug_in_under_two_entry_points_is_told_once() -> None:
         (
             "action",
             "zzz",
-            r'unknown action "zzz"; there are prune, freeze, zero; others come with plug-ins',
+            r'unknown action "zzz"; there are prune, freeze, switch, zero; others come with plug-ins',
         ),
         ("metric", None, r'unknown metric "None"'),
         ("metric", ["magnitude"], r"unknown metric "),

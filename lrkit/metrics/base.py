@@ -59,14 +59,14 @@ class Importance:
     """
 
     reads: ClassVar[str] = ""
-    """The signal that it reads, by which the loop chooses what to remember for it: see the two kinds."""
+    """The signal that it reads, by which the loop chooses what to remember for it (see the two kinds)."""
     memory: ClassVar[tuple[str, ...]] = ()
-    """Names of the numbers that it remembers of each unit: one float32 tensor [units] each, zero at first. lrkit saves them
+    """Names of the numbers that it remembers of each unit, one float32 tensor [units] each, zero at first. lrkit saves them
     until the last decision, and lets them follow if units are cut or added: those of a new unit are zero."""
 
     @property
     def measure(self) -> Literal["before-step", "after-step", "before-clipping"]:
-        """Return when a step is taken in: as the optimizer finds it, unless a subclass says otherwise."""
+        """Return when a step is taken in, which is as the optimizer finds it unless a subclass says otherwise."""
         return "before-step"
 
     def decided(self, kept: Tensor, memory: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from lrkit.parameterizations import SVD, Target
 from lrkit.testing.base import PartContract, clause
 from lrkit.testing.comparisons import close, equal
 from lrkit.testing.findings import calling, expect
-from lrkit.testing.neighbours import builtin_actions, builtin_parameterizations, method_with, taken
+from lrkit.testing.neighbours import builtin_actions, builtin_parameterizations, taken
 from lrkit.testing.runs import POINTS, Run, decides, resumes
 
 State = dict[str, Tensor]
@@ -215,5 +215,5 @@ class LayerMetricContract(PartContract):
     @clause
     def test_resumes_exactly(self, component: Any) -> None:
         """A run that is saved and resumed, before, between and after decisions, is bitwise the run."""
-        for action in builtin_actions():
-            resumes(method_with(component, action=action), 10, POINTS)
+        for _, method in taken(component, action=builtin_actions()):
+            resumes(method, 10, POINTS)

@@ -42,7 +42,8 @@ def _added(seen: Seen) -> Tensor:
         outputs: Tensor = (seen.x @ a.float().t() * core.float()) @ b.float().t() * scaling
         return outputs
     if hasattr(adapter, "merged_weight"):  # DoRA scales W as well: W' x - W x
-        return seen.x @ (adapter.merged_weight().float() - seen.layer.weight).t()
+        change: Tensor = adapter.merged_weight().float() - seen.layer.weight
+        return seen.x @ change.t()
     return seen.x.new_zeros(len(seen.x), 1)
 
 

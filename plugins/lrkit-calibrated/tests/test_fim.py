@@ -2,6 +2,7 @@
 
 import lrkit_calibrated
 import models
+import peft
 import pytest
 import torch
 from lrkit_calibrated import AllocatedLoRA, MeanSquaredGradient, fim_lora
@@ -65,6 +66,23 @@ def test_the_mean_is_over_steps():
     for step, grad in enumerate(grads, 1):
         metric.observe(torch.zeros(7), grad, state, step)
     torch.testing.assert_close(metric.score(torch.zeros(7), state).double(), grads.double().square().mean(0))
+
+
+@pytest.mark.parametrize("method", [fim_lora(rank=3), lrkit_calibrated.gora(rank=3), lrkit_calibrated.eva(rank=3)])
+def test_exports_are_peft_s(method, tmp_path):
+    """PEFT computes the same from the files: ranks and scales are each layer's own."""
+    model = models.make("bert", seed=3).eval()
+    adapted = lrkit.attach(model, method)
+    adapted.calibrate(BATCHES[:2])
+    adapted.bind(optimizer := torch.optim.SGD(adapted.parameters(), lr=0.1), total_steps=1)
+    model(**BATCHES[0]).loss.backward()
+    optimizer.step()
+    lrkit.export(adapted, tmp_path, to="peft-lora")
+    theirs = peft.PeftModel.from_pretrained(models.make("bert", seed=3).eval(), tmp_path)
+    with torch.no_grad():
+        wanted, plain = model(**BATCHES[1]).logits, models.make("bert", seed=3).eval()(**BATCHES[1]).logits
+        torch.testing.assert_close(theirs(**BATCHES[1]).logits, wanted)
+    assert not torch.allclose(plain, wanted)
 
 
 def test_a_scale_follows_or_stays():

@@ -47,9 +47,10 @@ def pair(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", calibrated_pair.METHODS)
-def test_two_processes_are_one(name, pair):
+@pytest.mark.parametrize("kind", calibrated_pair.KINDS)
+def test_two_processes_are_one(name, kind, pair):
     """Both end with the same tensors and decisions, and these are those of one process with all rows."""
-    (deltas, history), (others, other) = (each[name] for each in pair)
+    (deltas, history), (others, other) = (each[name, kind] for each in pair)
     alone, wanted = calibrated_pair.run(name)
     assert history == other
     assert all(torch.equal(delta, others[layer]) for layer, delta in deltas.items())

@@ -99,6 +99,12 @@ def test_gora_rules_follow_the_formula(rule):
     assert not verdict.kept.any()
 
 
+def test_importance_is_the_components_mean():
+    """A layer with three components that score 1 matters a third as much as one with a single component that scores 3."""
+    verdict = ShareOut().decide(ballot([1.0, 1.0, 1.0, 3.0], [0, 0, 0, 2], 8, [1] * 4))
+    assert verdict.fresh == (2, 0, 6)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(lrkit.LrkitError, match="least 5 is above most 4"):
         ShareOut(least=5, most=4)

@@ -1,8 +1,10 @@
 """Methods that look at a few batches before they train, for lrkit: EVA, FIM-LoRA, GoRA. See README.md."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import lrkit
+from lrkit.study.shipped import files_in
 from lrkit_calibrated import drop as _drop
 from lrkit_calibrated import eva as _eva
 from lrkit_calibrated import fim as _fim
@@ -42,6 +44,12 @@ def lrkit_actions() -> Mapping[str, type[lrkit.Action]]:
 def lrkit_methods() -> Mapping[str, Callable[..., lrkit.Method]]:
     """The named methods."""
     return {**_drop.METHODS, **_eva.METHODS, **_fim.METHODS, **_gora.METHODS}
+
+
+@lrkit.hookimpl
+def lrkit_studies() -> Mapping[str, Any]:
+    """Claims on the newer allocators, beside lrkit-l1ra's."""
+    return files_in(__name__)
 
 
 __all__ = [

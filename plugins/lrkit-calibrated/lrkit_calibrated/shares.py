@@ -58,9 +58,10 @@ def filled(importance: Sequence[float], budget: int, least: int, most: int) -> l
 
 
 def saturated(importance: Sequence[float], budget: int, least: int, most: int) -> list[int]:
-    """Share out a budget as FIM-LoRA's author does: those at `most` first, and `least` at the very end.
+    """Share out a budget as FIM-LoRA's released code does: those at `most` first, and `least` at the very end.
 
-    So the sum is above the budget if a share has been raised to `least`. Arguments as in `filled`.
+    If a share is raised to `least`, the others that are not full give what that takes, the least important first. The sum is
+    the budget, but where the bounds or full ones leave too little for the rest. Arguments as in `filled`.
     """
     weights = [max(value, 1e-10) if math.isfinite(value) else 1e-10 for value in importance]
     numbers = [0] * len(weights)
@@ -74,7 +75,12 @@ def saturated(importance: Sequence[float], budget: int, least: int, most: int) -
     down = {i: math.floor(share) for i, share in shares.items()}
     rest = left - sum(down.values())
     for place, i in enumerate(sorted(free, key=lambda i: down[i] - shares[i])):
-        numbers[i] = max(least, min(most, down[i] + (place < rest)))
+        numbers[i] = down[i] + (place < rest)
+    lack = sum(max(0, least - numbers[i]) for i in free)
+    for i in sorted(free, key=weights.__getitem__):
+        given = min(max(0, numbers[i] - least), lack)
+        numbers[i] = max(least, numbers[i] - given)
+        lack -= given
     return numbers
 
 

@@ -63,9 +63,45 @@ def test_higher_importance_gets_no_less(importance, rank):
     assert all(a <= b for a, b, v, w in zip(ranked, ranked[1:], values, values[1:], strict=False) if v < w)
 
 
-def test_saturated_is_the_author_s():
-    """Worked by hand: 40 to share, at most 16; 90 % of it fills the first, then 24 go 1:1:0 with 1 at least for the last."""
-    assert saturated([90.0, 5.0, 5.0, 0.0], 40, 1, 16) == [16, 12, 12, 1]
+def released(importance, base, least, most):
+    """``allocate_ranks`` of FIM-LoRA's released code, in its own steps: saturate, round, enforce the minimum."""
+    scores = {at: max(value, 1e-10) for at, value in enumerate(importance)}
+    ranks, free, budget = {}, list(scores), float(base * len(scores))
+    while free:
+        parts = {at: scores[at] / sum(scores[i] for i in free) * budget for at in free}
+        over = [at for at in free if math.floor(parts[at]) >= most]
+        if not over:
+            break
+        ranks |= dict.fromkeys(over, most)
+        budget -= len(over) * most
+        free = [at for at in free if at not in over]
+    if free:
+        floors = {at: math.floor(parts[at]) for at in free}
+        remainders = sorted(free, key=lambda at: parts[at] - floors[at], reverse=True)
+        for at in remainders[: int(budget) - sum(floors.values())]:
+            floors[at] += 1
+        lack = sum(max(0, least - floors[at]) for at in free)
+        ranks |= {at: max(least, rank) for at, rank in floors.items()}
+        for at in sorted((at for at in free if ranks[at] > least), key=scores.__getitem__):
+            gives = min(ranks[at] - least, lack)
+            ranks[at] -= gives
+            lack -= gives
+    return [ranks[at] for at in scores]
+
+
+@given(weights, st.integers(1, 12), st.integers(0, 3), st.integers(1, 3))
+def test_saturated_is_the_released_rule(importance, base, least, times):
+    """The same ranks as the released code's steps give; and above the budget only if nobody has more than the least."""
+    least, most = min(least, base), base * times
+    numbers = saturated(importance, base * len(importance), least, most)
+    assert numbers == released(importance, base, least, most)
+    assert all(least <= n <= most for n in numbers)
+    assert sum(numbers) <= base * len(importance) or set(numbers) <= {least, most}
+
+
+def test_saturated_by_hand():
+    """40 to share, at most 16; 90 % of it fills the first, then 24 go 1:1:0, and the last one's 1 is taken from the second."""
+    assert saturated([90.0, 5.0, 5.0, 0.0], 40, 1, 16) == [16, 11, 12, 1]
     assert filled([90.0, 5.0, 5.0, 0.0], 40, 1, 16) == [16, 12, 11, 1]
     assert saturated([1.0, 1.0, 1.0], 8, 1, 16) == [3, 3, 2]
     assert saturated([3.0, 2.0, 1.0], 12, 1, 16) == [6, 4, 2]

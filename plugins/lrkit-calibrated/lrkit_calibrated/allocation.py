@@ -65,10 +65,11 @@ class ShareOut(_Allocation):
         least: the lowest rank of a layer that has components.
         most: the highest.
         rule: how whole numbers come from shares. ``"filled"``: by water-filling between both bounds and largest remainders,
-            so that the ranks' sum is the budget, exactly. ``"saturated"``: FIM-LoRA's released code, which raises low
-            shares to `least` at the end, at the cost of the least important others. ``"rounded"``: GoRA's paper: of b = Σ r √(m + n) over all layers
-            a layer of m x n gets its share over √(m + n), rounded, then put between the bounds; the ranks' sum is about the
-            budget, and no more is promised. ``"floored"``: GoRA's released code: the same with m + n, rounded down.
+            so that the ranks' sum is the budget, exactly. ``"saturated"``: FIM-LoRA's released code, which raises low shares
+            to `least` at the end, at the cost of the least important others. ``"rounded"``: GoRA's paper: of
+            b = Σ r √(m + n) over all layers a layer of m x n gets its share over √(m + n), rounded, then put between the
+            bounds; the ranks' sum is about the budget, and no more is promised. ``"floored"``: GoRA's released code: the
+            same with m + n, rounded down.
     """
 
     least: int = attrs.field(default=1, validator=whole(0))

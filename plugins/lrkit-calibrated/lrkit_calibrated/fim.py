@@ -49,13 +49,13 @@ def fim_lora(
 
     Known: the importance is B's mean squared gradient over the batches, against plain backward passes in float64; the ranks
     are the shares between both bounds, and their sum is the budget; the released variant's ranks are those of the released
-    rule on random importances; a resumed run is the run. What differs from the author's code (``Kernel-ML/fim-lora-experiments``
-    @9811817):
+    rule on random importances; a resumed run is the run. What differs from the author's code
+    (``Kernel-ML/fim-lora-experiments`` @9811817):
 
     - Batches go through the model without dropout; there in the mode for training.
     - All components are drawn anew, of one distribution; there the first of each layer stay as they were drawn.
-    - His pull requests to PEFT, #3204, and axolotl, #3639, neither of which was merged, raise low ranks beyond the budget. The
-      one to PEFT reads A's gradient, which is zero at LoRA's start; the others read B's, as here.
+    - His pull requests to PEFT, #3204, and axolotl, #3639, neither of which was merged, raise low ranks beyond the budget.
+      The one to PEFT reads A's gradient, which is zero at LoRA's start; the others read B's, as here.
 
     Not known: the paper's own text on scale and rounding beyond its abstract and that code, and its scores, which have not
     been run here.
@@ -69,9 +69,9 @@ def fim_lora(
         calibration: batches before the first step.
         scale_of: the r of the scale: ``"new-rank"``, as the author's code computes; or ``"first-rank"``, as its comments
             say.
-        variant: ``"paper"``: the ranks' sum is the budget, exactly. ``"released"``: the author's code, in which
-            shares are cut at `most` alone and then rounded, and what low ranks lack to `least` is taken from the layers that
-            matter least.
+        variant: ``"paper"``: shares between both bounds, rounded so that their sum is the budget. ``"released"``: the
+            author's code, in which shares are bounded by `most` alone and rounded, and what low ranks then lack to `least`
+            is taken from the layers that matter least.
     """
     if variant not in ("paper", "released"):
         raise lrkit.LrkitError(f'fim_lora variant must be "paper" or "released", not {variant!r}')

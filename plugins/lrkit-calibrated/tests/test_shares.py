@@ -100,7 +100,7 @@ def test_saturated_is_the_released_rule(importance, base, least, times):
 
 
 def test_saturated_by_hand():
-    """40 to share, at most 16; 90 % of it fills the first, then 24 go 1:1:0, and the last one's 1 is taken from the second."""
+    """40 to share, at most 16; 90 % fills the first, then 24 go 1:1:0, and the last one's 1 is taken from the second."""
     assert saturated([90.0, 5.0, 5.0, 0.0], 40, 1, 16) == [16, 11, 12, 1]
     assert filled([90.0, 5.0, 5.0, 0.0], 40, 1, 16) == [16, 12, 11, 1]
     assert saturated([1.0, 1.0, 1.0], 8, 1, 16) == [3, 3, 2]

@@ -45,13 +45,14 @@ def adagradselect(
     epsilon: float = 1.0,
     decay: float = 0.05,
     delta: float = 1.0,
+    draw: Literal["chance", "largest"] = "chance",
     state: Literal["new", "kept"] = "kept",
 ) -> lrkit.Method:
     """AdaGradSelect (Kumar et al., arXiv 2512.15764): blocks with large gradients at first, then those chosen most often.
 
     At each decision of the first phase, with probability ε: the blocks with the largest gradient norms. Otherwise, and
-    always after that phase: a draw from a Dirichlet distribution of how often each was chosen. README.md says where the
-    paper's text was not at hand.
+    always after that phase: blocks by probabilities p from a Dirichlet distribution of how often each was chosen. README.md
+    says where the paper's text was not at hand.
 
     Args:
         active: how many blocks train at a time, or a share of them, cut to a whole number.
@@ -60,13 +61,16 @@ def adagradselect(
         epsilon: ε at first.
         decay: ε falls by this rate at each decision: ε exp(-decay · t).
         delta: added to every count, so that a block that was never chosen may be.
+        draw: how blocks are chosen by p: by ``"chance"``, without replacement; or those with the ``"largest"`` p.
         state: the optimizer's state of a block that stops (`lrkit.actions.Switch`).
     """
     return lrkit.Method(
         parameterization=lrkit.parameterizations.Full(),
         metric=GradientNorm(),
         scheduler=lrkit.schedulers.Constant(target=active, interval=interval, ending="open"),
-        action=EpsilonGreedy(exploration=exploration, epsilon=epsilon, decay=decay, delta=delta, state=state),
+        action=EpsilonGreedy(
+            exploration=exploration, epsilon=epsilon, decay=decay, delta=delta, draw=draw, state=state
+        ),
     )
 
 

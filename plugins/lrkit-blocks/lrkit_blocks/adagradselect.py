@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import attrs
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 import lrkit
 from lrkit.actions import Ballot, Switch, Verdict, best
 from lrkit.metrics import Parts
-from lrkit.settings import real, whole
+from lrkit.settings import one_of, real, whole
 
 
 @attrs.frozen(kw_only=True)
@@ -48,20 +48,22 @@ class EpsilonGreedy(Switch):
     """The best by their scores with probability ε at first; otherwise a Dirichlet draw by how often each was chosen.
 
     Source: arXiv 2512.15764. At decision t = 0, 1, ... the best are kept with probability ε exp(-decay · t), and with
-    probability 0 from `exploration` on. Otherwise p is drawn from Dirichlet(counts + δ), and units are drawn without
-    replacement with probabilities p.
+    probability 0 from `exploration` on. Otherwise p is drawn from Dirichlet(counts + δ), and units are chosen by p.
 
     Args:
         exploration: how many decisions there are before ε is 0.
         epsilon: ε at the first.
         decay: the rate at which ε falls per decision.
         delta: δ.
+        draw: how units are chosen by p: by ``"chance"``, that is, drawn without replacement with probabilities p; or those
+            with the ``"largest"`` p.
     """
 
     exploration: int = attrs.field(default=100, validator=whole(0))
     epsilon: float = attrs.field(default=1.0, validator=real(0.0, 1.0))
     decay: float = attrs.field(default=0.05, validator=real(0.0))
     delta: float = attrs.field(default=1.0, validator=real(0.0, above=True))
+    draw: Literal["chance", "largest"] = attrs.field(default="chance", validator=one_of(("chance", "largest")))
 
     def decide(self, ballot: Ballot) -> Verdict:
         """Explore, or go by what was chosen before."""
@@ -72,7 +74,8 @@ class EpsilonGreedy(Switch):
         if float(torch.rand((), generator=ballot.generator)) < chance:
             return Verdict(best(ballot, self.by))
         gamma = torch._standard_gamma(counts + self.delta, generator=ballot.generator)  # noqa: SLF001
-        # The largest of log p + Gumbel noise are a draw by p without replacement.
-        uniform = torch.rand(len(counts), generator=ballot.generator, dtype=torch.float64)
-        keys = gamma.clamp_min(1e-300).log() - (-uniform.clamp_min(1e-300).log()).log()
+        keys = gamma.clamp_min(1e-300).log()
+        if self.draw == "chance":  # the largest of log p + Gumbel noise are a draw by p without replacement
+            uniform = torch.rand(len(counts), generator=ballot.generator, dtype=torch.float64)
+            keys = keys - (-uniform.clamp_min(1e-300).log()).log()
         return Verdict(best(attrs.evolve(ballot, scores=keys.to(ballot.scores.device))))

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import lrkit_blocks
 import models
+import numpy as np
 import pytest
 import torch
 from lrkit_blocks import Coins, EpsilonGreedy, GradientNorm, Lots, Periodic
@@ -196,6 +197,20 @@ def test_counts_give_the_dirichlet() -> None:
     for share, count in zip(found.tolist(), counts, strict=True):
         wanted = (count + 0.5) / 6.5
         assert abs(share - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / draws)
+
+
+def test_the_largest_shares_win() -> None:
+    """Two of four blocks have the largest of a Dirichlet draw as often as in numpy's draws; by chance it is less often."""
+    draws, counts = 2000, [6.0, 0.0, 2.0, 0.0]
+    p = np.random.default_rng(0).dirichlet(np.array(counts) + 0.5, 200_000)
+    wanted = (p >= np.sort(p)[:, -2:-1]).mean(0)
+    for draw, equal in (("largest", True), ("chance", False)):
+        late = EpsilonGreedy(exploration=0, delta=0.5, draw=draw)
+        kept = [late.decide(ballot([0.0] * 4, 2, seed, chosen=counts)).kept for seed in range(draws)]
+        assert all(int(each.sum()) == 2 for each in kept)
+        found = torch.stack(kept).double().mean(0).numpy()
+        near = np.abs(found - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / draws)
+        assert bool(near.all()) == equal
 
 
 def test_adagradselect_counts_choices() -> None:

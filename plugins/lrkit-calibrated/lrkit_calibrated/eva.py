@@ -211,7 +211,8 @@ def eva(
 
     - All batches that are given count. PEFT stops a layer once its directions turn by less than τ from one batch to the next
       (cosine 0.99), and goes through the data again until all layers have stopped.
-    - Layers that share an input each have their own SVD; PEFT computes one for all of them, of equal numbers.
+    - Layers that share an input each have their own SVD; PEFT computes one for all of them, of equal numbers. If the budget
+      ends between their equal shares, the earlier layer has the component; in PEFT by a sort that is not stable.
     - PEFT's ``whiten`` divides in place, and so twice or three times where layers share an input; here it is once.
     - Of several processes each keeps k directions of its own rows, and these are joined; PEFT gathers all rows.
 

@@ -100,7 +100,7 @@ def elalora(
             ``"released"``: the code's pool, its start of new components, its optimizer that begins anew, scores after the
             step, and steps that are numbered from 0 (`PoolExchange`, `ProjectedSVD`).
         pool: k, how many of its lowest components each matrix puts into the pool.
-        taper: whether b falls as round(b₀ (1 - u³)).
+        taper: whether b falls as round(b₀ (1 - u³)), as in all of the released scripts.
     """
     if variant not in ("simple", "released"):
         raise lrkit.LrkitError(f'elalora variant must be "simple" or "released", not {variant!r}')

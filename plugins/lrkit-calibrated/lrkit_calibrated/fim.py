@@ -57,8 +57,8 @@ def fim_lora(
     - His pull requests to PEFT, #3204, and axolotl, #3639, neither of which was merged, raise low ranks beyond the budget.
       The one to PEFT reads A's gradient, which is zero at LoRA's start; the others read B's, as here.
 
-    Not known: the paper's own text on scale and rounding beyond its abstract and that code, and its scores, which have not
-    been run here.
+    Not known: the paper's own text on scale and rounding beyond its abstract and that code, so that the released variant
+    may be the paper's rule as well; and its scores, which have not been run here.
 
     Args:
         rank: r, a layer's rank on average.

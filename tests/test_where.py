@@ -107,7 +107,7 @@ def test_rows_leave_layers_out(folder):
 def test_costs_are_of_the_rest():
     """The steps that are measured train the layers that the cell trained."""
     asked = cell(slices=True, exclude=["c_attn.k", "c_fc", "c_proj"]).to_plain()
-    side = cost._Side(models.make("gpt2"), asked, 10, None, torch.device("cpu"), None)
+    side = cost._Side(models.make("gpt2"), asked, 10, None, torch.device("cpu"), None, iter(()))
     assert {name.rpartition(".")[2] for name in side.adapted.adapters} == {"q", "v"}
 
 

@@ -53,7 +53,8 @@ class Drop(lrkit.Action):
 
     Source: arXiv 2402.07721, section 3.
 
-    A layer that is dropped has A = B = 0, and stops training for good. It goes by no budget: the scheduler says when.
+    A layer that is dropped has A = B = 0, and stops training for good. It goes by no budget: the scheduler says when. If all
+    scores are zero, as after a sample of one step, in which B is still zero, every layer stays.
 
     Args:
         threshold: T, the share of all scores that the layers which stay have together: 0.9 in the paper.
@@ -78,6 +79,8 @@ class Drop(lrkit.Action):
     def decide(self, ballot: Ballot) -> Verdict:
         """Keep the fewest candidates whose scores sum to T of all candidates' scores."""
         scores = torch.where(ballot.candidates, ballot.scores.double().clamp(min=0), 0.0)
+        if not bool(scores.any()):
+            return Verdict(ballot.candidates, budget=len(scores))
         order = torch.argsort(scores, descending=True, stable=True)
         before = torch.cumsum(scores[order], 0) - scores[order]
         kept = torch.zeros_like(ballot.candidates)

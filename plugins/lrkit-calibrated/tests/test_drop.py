@@ -72,7 +72,9 @@ def test_fewest_layers_reach_the_threshold(scores, threshold):
     chosen = Drop(threshold=threshold).decide(ballot).kept
     kept, left, whole = values.double()[chosen], values.double()[~chosen], values.double().sum()
     assert kept.sum() >= threshold * whole * (1 - 1e-9)
-    if len(kept):
+    if not whole:
+        assert chosen.all()
+    elif len(kept):
         assert kept.sum() - kept.min() < threshold * whole
         assert not len(left) or kept.min() >= left.max()
 
@@ -87,6 +89,17 @@ def test_dropped_layers_add_nothing():
         assert not run.adapted.adapters[name].delta().any()
         assert not any(p.requires_grad for p in (run.adapted.adapters[name].A, run.adapted.adapters[name].B))
     lrkit.testing.resumes(lora_drop(rank=4), 20, (1, 2, 3))
+
+
+def test_nothing_measured_drops_nothing():
+    """After a sample of one step, in which B is zero, every layer stays."""
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+    adapted = lrkit.attach(model, lora_drop(rank=3, sample=0.1), targets=["0", "2"], train_also=())
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=0.05)
+    adapted.bind(optimizer, total_steps=8)
+    model(torch.randn(5, 6)).square().sum().backward()
+    optimizer.step()
+    assert adapted.history[-1].kept == 2
 
 
 def test_wrong_samples_are_refused():

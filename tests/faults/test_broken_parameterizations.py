@@ -49,23 +49,6 @@ CORE, A, B = Gates().parts
 # It cannot be attached at all, and torch has drawn numbers by then.
 NOWHERE = {PARTS, EVERYWHERE, CUT, RESUME, MASKED, SAVED, START, LEFT, LEARNS, DOWN, SEED, SHAPES, PENALTY}
 NOWHERE |= {DTYPES, MERGE, DETACH, "leaves global state alone"}
-    PARTS,
-    EVERYWHERE,
-    CUT,
-    RESUME,
-    MASKED,
-    SAVED,
-    START,
-    LEFT,
-    LEARNS,
-    DOWN,
-    SEED,
-    SHAPES,
-    PENALTY,
-    DTYPES,
-    MERGE,
-    DETACH,
-)
 
 
 @fault(*NOWHERE)

@@ -130,7 +130,7 @@ while adapted.step < t.STEPS:
 """
 
 
-@pytest.mark.parametrize("name", ["adalora", "hybrid on SVD"])
+@pytest.mark.parametrize("name", ["hybrid on SVD"])  # AdaLoRA's is in tests/integrations/test_killed.py
 def test_killed_process_resumes(name, tmp_path):
     """A process that is killed while it saves goes on from its last whole state."""
     script = tmp_path / "worker.py"

@@ -125,30 +125,31 @@ def said(call):
     return result, " ".join(str(w.message) for w in caught if issubclass(w.category, lrkit.LrkitWarning))
 
 
-def pooler_rank(rank, init, folder, named):
+def pooler_rank(rank, init, folder):
     """One of two processes (of a module that a new process can import) that train a BERT alone by mean pooling."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
     warnings.simplefilter("ignore")
-    model = make("bert-alone")
-    adapted = lrkit.attach(
-        model, lrkit.methods.adalora(rank=4, target_rank=2), train_also=["pooler"] if named else "auto"
-    )
-    ddp = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(adapted.parameters(), lr=1e-3)
-    adapted.bind(optimizer, total_steps=4)
-    error = ""
-    try:
-        for _ in range(4):
-            ids = torch.randint(0, 64, (2, 8))
-            (ddp(input_ids=ids).last_hidden_state.mean(1).pow(2).mean() + adapted.penalty()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    except lrkit.LrkitError as told:
-        error = str(told)
-    torch.save((error, adapted.step), f"{folder}/{rank}")
+    for named in (False, True):
+        model = make("bert-alone")
+        adapted = lrkit.attach(
+            model, lrkit.methods.adalora(rank=4, target_rank=2), train_also=["pooler"] if named else "auto"
+        )
+        ddp = torch.nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(adapted.parameters(), lr=1e-3)
+        adapted.bind(optimizer, total_steps=4)
+        error = ""
+        try:
+            for _ in range(4):
+                ids = torch.randint(0, 64, (2, 8))
+                (ddp(input_ids=ids).last_hidden_state.mean(1).pow(2).mean() + adapted.penalty()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        except lrkit.LrkitError as told:
+            error = str(told)
+        torch.save((error, adapted.step), f"{folder}/{rank}-{named}")
     dist.destroy_process_group()
 
 

@@ -10,6 +10,7 @@ import models
 import numpy as np
 import pytest
 import torch
+import transformers
 from calibration_worker import SquaredGradient
 from test_parallel import processes
 from test_trainer import trainer
@@ -214,6 +215,19 @@ def test_odd_batches_are_refused(batches, words):
     assert adapted.history == other.history
 
 
+def test_a_failing_decision_counts_nothing_twice(monkeypatch):
+    """If the action fails at the end, a second try begins from nothing."""
+    _, adapted = attached(METHODS["cut"])
+    with monkeypatch.context() as patch:
+        patch.setattr(lrkit.actions.Prune, "decide", lambda self, ballot: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            adapted.calibrate(BATCHES)
+    adapted.calibrate(BATCHES)
+    _, other = attached(METHODS["cut"])
+    other.calibrate(BATCHES)
+    assert adapted.history == other.history
+
+
 def test_superfluous_calibrations_are_told():
     """A method that asks for none, and a second call, do nothing and say so."""
     _, plain = attached(lrkit.methods.adalora(rank=4, target_rank=2))
@@ -299,6 +313,24 @@ def test_proximal_steps_need_an_optimizer():
     with pytest.raises(lrkit.LrkitError, match=r"Once\(.*does not fit action .*Soft.*reads the optimizer"):
         attrs.evolve(METHODS["cut"], action=Soft())
     attrs.evolve(METHODS["cut"], action=Soft(), scheduler=Once(target=2, calibration=0))
+
+
+def test_recomputed_blocks_drop_nothing():
+    """A block that is recomputed, and drops by a rate of its own, drops nothing, and has its rate again afterwards."""
+    sizes = {"d_model": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.OPTConfig(vocab_size=64, hidden_size=16, max_position_embeddings=40, dropout=0.3, **sizes)
+    thresholds = []
+    for seed in range(2):
+        torch.manual_seed(0)
+        model = transformers.OPTForCausalLM(config)
+        models.checkpoint_activations(model)
+        adapted = lrkit.attach(model, METHODS["cut"])
+        torch.manual_seed(seed)
+        ids = BATCHES[0]["input_ids"]
+        adapted.calibrate([{"input_ids": ids, "labels": ids}])
+        thresholds.append(adapted.history[0].threshold)
+        assert model.model.decoder.layers[0].dropout == 0.3
+    assert thresholds[0] == thresholds[1]
 
 
 def test_recomputed_activations_change_nothing():

@@ -95,6 +95,14 @@ def test_inputs_are_those_of_tokens():
     }
 
 
+def test_masks_by_position_count():
+    """An attention mask that the caller gives by position is seen, whatever decorates the model's forward."""
+    model, adapted, _ = attached()
+    data = masked()
+    model(data["input_ids"], data["attention_mask"], labels=data["labels"]).loss.backward()
+    assert {int(state["rows"]) for state in streams(adapted).values()} == {int(data["attention_mask"].sum())}
+
+
 def weight_gradients(model, adapted, batches, divide=1.0):
     """Return the gradient of each frozen weight, by autograd in a copy in float64 in which it trains."""
     twin = copy.deepcopy(model).double()

@@ -67,12 +67,12 @@ def calibrate(
             if not seen:
                 where = ", in this process or another" if several() else ""
                 raise LrkitError(f"calibrate needs at least one batch, and was given none{where}")
+        return beginning.decide(loop, states, None)
     except BaseException:
         weights.put_back()
         for state in states:
             state.begin()
         raise
-    return beginning.decide(loop, states, None)
 
 
 def begin(weights: Weights, loop: Controller, optimizer: torch.optim.Optimizer) -> bool:
@@ -113,10 +113,19 @@ def _backward(loss_of: LossOf, batch: Any) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
 
+def _drops(name: str, value: object) -> bool:
+    """Return whether a module's attribute is a rate of dropout, or of layers left out."""
+    return isinstance(value, float) and ("drop" in name)
+
+
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluate the model for a while. Afterwards gradients, modes, buffers and random generators are as they were."""
     modes = [(module, module.training) for module in model.modules()]
+    # transformers recomputes activations (gradient checkpointing) in the mode for training alone, in which such a module
+    # drops by rates of its own.
+    recomputed = [module for module, _ in modes if getattr(module, "gradient_checkpointing", False) is True]
+    rates = [(module, name, rate) for module in recomputed for name, rate in vars(module).items() if _drops(name, rate)]
     grads = [(p, p.grad) for p in model.parameters()]
     # A quantized base keeps weights in large whole-number buffers, to which no forward pass writes.
     buffers = [
@@ -128,14 +137,19 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     with as_it_was():
         try:
             for module, _ in modes:
-                # transformers recomputes activations (gradient checkpointing) in the mode for training alone.
-                module.training = getattr(module, "gradient_checkpointing", False) is True
+                module.training = False
+            for module in recomputed:
+                module.training = True
+            for module, name, _ in rates:
+                setattr(module, name, 0.0)
             for p, _ in grads:
                 p.grad = None
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
+            for module, name, rate in rates:
+                setattr(module, name, rate)
             for p, grad in grads:
                 p.grad = grad
             for module, name, buffer, before in buffers:

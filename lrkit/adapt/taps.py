@@ -1,5 +1,6 @@
 """Hooks on adapted layers that hand what goes through them to the metrics that read it."""
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,8 +36,8 @@ class Marks:
     @classmethod
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Marks":
         """Read a call's arguments, by name or, as the model's forward names them, by position."""
-        code = getattr(model.forward, "__code__", None)
-        names = code.co_varnames[1 : code.co_argcount] if code is not None else ()
+        # A signature sees through the decorators that transformers puts around `forward`.
+        names = list(inspect.signature(model.forward).parameters) if args else []
         given = {**dict(zip(names, args, strict=False)), **kwargs}
 
         def mask(name: str) -> Tokens | None:

@@ -263,7 +263,8 @@ class Streams:
         if before == after:
             return self.state[name]
         # Where each of the layer's units was among them before; -1 for one that is fresh.
-        index = torch.tensor([before.index(n) if n in before else -1 for n in after], device=self.layout.device)
+        found = [before.index(n) if n in before else -1 for n in after]
+        index = torch.tensor(found, dtype=torch.long, device=self.layout.device)
         begun, wider = self._begun(name), self.metric.begin(self.layout.layer(name, {}, more=1))
         new = self.metric.begin(layout.layer(name, {}))
         state = dict(self.state[name])

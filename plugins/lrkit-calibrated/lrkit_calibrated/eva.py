@@ -1,5 +1,6 @@
 """EVA: A begins with the directions in which a layer's inputs vary most, and layers get ranks by how much these explain."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -182,9 +183,20 @@ class EvaLoRA(AllocatedLoRA):
         drawn = super().fresh(module, count, generator, memory)
         if "directions" not in memory:
             return drawn
-        directions = memory["directions"][:count]
+        if not memory["rows"]:
+            warnings.warn(
+                f"EVA: no batch had as many rows as a layer has candidates ({len(memory['values'])}), so that A begins at "
+                "random and the ranks say nothing: calibrate by larger batches",
+                lrkit.LrkitWarning,
+                stacklevel=2,
+            )
+            return drawn
+        found = int(
+            (memory["values"][:count] > 0).sum()
+        )  # fewer if the rows span less: then the others begin at random
+        directions = memory["directions"][:found]
         if self.whiten:
-            directions = directions / memory["values"][:count, None].clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+            directions = directions / memory["values"][:found, None].clamp_min(torch.finfo(torch.float32).tiny).sqrt()
         a, _ = self.parts
         drawn[a.name][: len(directions)] = started(module, a, directions.to(drawn[a.name]))
         return drawn

@@ -157,6 +157,25 @@ def test_few_rows_are_left_out():
     assert metric.score(place, state).tolist() == [0.0] * 6
 
 
+def test_batches_too_small_are_told():
+    """If every batch has fewer rows than directions, that is said, and A is not left at zero, where nothing could train."""
+    adapted = lrkit.attach(models.make("bert"), eva(rank=12))  # 24 candidates
+    with pytest.warns(lrkit.LrkitWarning, match="calibrate by larger batches"):
+        adapted.calibrate([models.batch(0, rows=1)])
+    assert all(bool((row != 0).any()) for m in adapted.adapters.values() for row in m.A)
+
+
+def test_layers_may_get_nothing():
+    """A layer of which no direction is among the best has no component, and the run goes on."""
+    model = calibrated(models.make("bert", seed=3), eva(rank=1, rho=4.0), [models.ragged(i) for i in range(4)])
+    ranks = [layer.rank for layer in model.summary().layers]
+    assert min(ranks) == 0 and sum(ranks) == len(ranks)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.bind(optimizer, total_steps=2)
+    model.model(**models.batch(0)).loss.backward()
+    optimizer.step()
+
+
 def test_nothing_square_is_kept():
     """Per layer k + 1 vectors of the input's size, k numbers, and two more."""
     adapted = lrkit.attach(models.make("bert"), eva(rank=4))

@@ -79,11 +79,18 @@ def _score(metric: Metric, weight: Tensor, state: Mapping[str, Tensor]) -> Tenso
     return score
 
 
-def _parts(scores: Sequence[Tensor], first: int = 0) -> Parts:
-    """Return parts as the loop hands them over, with the draws of the blocks from number `first` on."""
+def _parts(metric: Metric, scores: Sequence[Tensor], first: int = 0) -> Parts:
+    """Return parts as the loop hands them over, with draws and memory of the blocks from number `first` on."""
     blocks, units = scores[0].shape[:2]
     drawn = torch.rand(first + blocks, units, generator=torch.Generator().manual_seed(5))
-    return Parts(scores, lambda: drawn[first:])
+    generator = torch.Generator().manual_seed(6)
+    # After three decisions, of which each unit has won some: a block's numbers are the same beside others and alone.
+    memory = {name: torch.zeros(first + blocks, units) for name in metric.memory}
+    for _ in range(3 if memory else 0):
+        kept = torch.rand(8, units, generator=generator)[: first + blocks] < 0.5
+        with calling("decided"):
+            metric.decided(kept.flatten(), {name: values.view(-1) for name, values in memory.items()})
+    return Parts(scores, lambda: drawn[first:], {name: values[first:] for name, values in memory.items()})
 
 
 class MetricContract(PartContract):
@@ -93,7 +100,7 @@ class MetricContract(PartContract):
         pairs, state = _stream(), _Loose(component, 257)
         _observe(component, state, pairs)
         score = _score(component, pairs[-1][0], state)
-        component.reduce(_parts([score[:240].view(2, 4, 30), score[:8].view(2, 4, 1)]))
+        component.reduce(_parts(component, [score[:240].view(2, 4, 30), score[:8].view(2, 4, 1)]))
 
     @clause
     def test_reads_and_buffers_are_declared(self, component: Any) -> None:
@@ -211,7 +218,7 @@ class MetricContract(PartContract):
         for given in ([parts[0]], parts) if component.reads == "core" else ([parts[1]], parts):
             copies = [part.clone() for part in given]
             with calling("reduce"):
-                scores = component.reduce(_parts(given))
+                scores = component.reduce(_parts(component, given))
             expect(
                 isinstance(scores, Tensor) and scores.shape == (3, 4),
                 f"reduce of parts [3, 4, entries] must be [3, 4], not {list(getattr(scores, 'shape', ()))}",
@@ -220,7 +227,7 @@ class MetricContract(PartContract):
             expect(torch.isfinite(scores).all(), "reduce of finite scores is not finite")
             expect(all(map(torch.equal, copies, given)), "reduce writes to the parts it was given")
             with calling("reduce"):
-                alone = component.reduce(_parts([part[1:2].clone() for part in given], first=1))
+                alone = component.reduce(_parts(component, [part[1:2].clone() for part in given], first=1))
             expect(
                 close(alone, scores[1:2]),
                 "reduce scores a block differently beside others: which blocks come together is by their shape alone",

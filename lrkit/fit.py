@@ -16,6 +16,7 @@ from lrkit.metrics import Importance
 from lrkit.parameterizations import Parameterization
 from lrkit.ranks import most_of
 from lrkit.schedulers import Scheduler
+from lrkit.settings import MOST_STEPS
 from lrkit.units import UnitKind
 
 _ANY = 2**31 - 1
@@ -47,6 +48,7 @@ def refusal(parameterization: Parameterization, metric: Importance, scheduler: S
         or budget_above_units(scheduler, action, parameterization)
         or budget_in_costs(scheduler, action)
         or no_optimizer_yet(scheduler, action)
+        or nothing_seen_yet(metric, scheduler)
     )
 
 
@@ -129,9 +131,10 @@ def budget_above_units(scheduler: Scheduler, action: Action, parameterization: P
         amount = getattr(scheduler, name)
         if isinstance(amount, int) and amount > most and not action.grows:
             what = "initial rank" if action.unit == "component" else f"number of units ({action.unit})"
+            each = "" if action.unit == "component" else " in each layer"
             return (
-                f"{type(scheduler).__name__}.{name} = {amount} is above the {what} {most} of {parameterization!r}: it must "
-                f"be at most {most}, or a share such as 0.5"
+                f"{type(scheduler).__name__}.{name} = {amount} is above the {what} {most}{each} of {parameterization!r}: it "
+                f"must be at most {most}, or a share of all such as 0.5"
             )
     return None
 
@@ -190,6 +193,19 @@ def _three_units(costs: Tensor | None, entries: Callable[[], Tensor] | Tensor) -
     scores, sizes, places = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([3, 1, 1]), torch.zeros(3, dtype=torch.long)
     everyone = torch.ones(3, dtype=torch.bool)
     return Ballot(scores, everyone, 2, 0.4, entries, places + 1, places, sizes, layers=1, costs=costs)
+
+
+def nothing_seen_yet(metric: Importance, scheduler: Scheduler) -> str | None:
+    """Refuse to decide at step 0 alone by a metric that goes by what it has seen, if it is shown no batches before."""
+    remembers = metric.reads in ("inputs", "gradient") or bool(getattr(metric, "buffers", False))
+    if not scheduler.at_start or scheduler.calibration or not remembers:
+        return None
+    if scheduler.over(MOST_STEPS, units=1, layers=1).last > 0:  # later decisions go by what it has seen
+        return None
+    return (
+        f"metric {metric!r} does not fit scheduler {scheduler!r}: it decides once, before the metric has seen "
+        "anything: calibration must be 1 batch or more"
+    )
 
 
 def _keeps_to_costs(action: Action) -> bool:

@@ -215,6 +215,24 @@ def test_odd_batches_are_refused(batches, words):
     assert adapted.history == other.history
 
 
+@pytest.mark.parametrize("odd", ["not finite", "elsewhere"])
+def test_useless_losses_are_refused(odd):
+    """A loss that is no number, or that depends on the head alone, decides nothing."""
+    model, adapted = attached(METHODS["cut"])
+
+    def loss(batch):
+        whole = model(**batch).loss
+        return whole * torch.nan if odd == "not finite" else model.classifier.weight.sum() + whole.detach()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(
+            lrkit.LrkitError, match="no finite gradient has come back to the adapters in any of 3 batches"
+        ):
+            adapted.calibrate(BATCHES[:3], loss=loss)
+    assert adapted.history == []
+
+
 def test_a_failing_decision_counts_nothing_twice(monkeypatch):
     """If the action fails at the end, a second try begins from nothing."""
     _, adapted = attached(METHODS["cut"])
@@ -302,6 +320,13 @@ def test_later_decisions_follow():
         assert adapted.controller.policies[0].times.decisions() == [range(1), range(2, 3), range(3, 4)]
 
 
+def test_metrics_must_have_seen_something():
+    """A metric that goes by what it has seen cannot decide at step 0 without batches; one that goes by weights can."""
+    with pytest.raises(lrkit.LrkitError, match=r"SquaredGradient.*Once.*calibration must be 1 batch or more"):
+        attrs.evolve(METHODS["cut"], scheduler=Once(target=2, calibration=0))
+    attrs.evolve(METHODS["cut"], metric=lrkit.metrics.Magnitude(), scheduler=Once(target=2, calibration=0))
+
+
 def test_proximal_steps_need_an_optimizer():
     """An action that moves units by an optimizer's rates cannot decide before there is one."""
 
@@ -312,7 +337,8 @@ def test_proximal_steps_need_an_optimizer():
 
     with pytest.raises(lrkit.LrkitError, match=r"Once\(.*does not fit action .*Soft.*reads the optimizer"):
         attrs.evolve(METHODS["cut"], action=Soft())
-    attrs.evolve(METHODS["cut"], action=Soft(), scheduler=Once(target=2, calibration=0))
+    magnitude = lrkit.metrics.Magnitude()
+    attrs.evolve(METHODS["cut"], metric=magnitude, action=Soft(), scheduler=Once(target=2, calibration=0))
 
 
 def test_recomputed_blocks_drop_nothing():
@@ -432,9 +458,8 @@ def test_trainer_calibrates_by_itself(tmp_path):
     ends = {}
     for count in (0, 2, 20):  # all batches that there are, in the end
         del seen[:]
-        method = attrs.evolve(
-            METHODS["frozen"], scheduler=Once(target=0.5, calibration=count), metric=SquaredGradient()
-        )
+        metric = SquaredGradient() if count else lrkit.metrics.Random()
+        method = attrs.evolve(METHODS["frozen"], scheduler=Once(target=0.5, calibration=count), metric=metric)
         t, adapted = trainer("bert", method, tmp_path, max_steps=8)
         model = adapted.model
         before = tensors(model)

@@ -123,7 +123,8 @@ def test_blocks_hold_all_that_trains() -> None:
 
 def test_blocks_hold_adapters() -> None:
     """Of LoRA a block has the adapters' matrices in it, whichever layers are adapted; blocks without any are no units."""
-    _, adapted, _ = start(switching(LoRA(rank=2)), targets=r".*layer\.1\..*(query|value)", train_also=[])
+    method = switching(LoRA(rank=2), scheduler=Constant(target=1.0, interval=2, ending="open"))
+    _, adapted, _ = start(method, targets=r".*layer\.1\..*(query|value)", train_also=[])
     ((block,),) = (state.blocks for state in adapted.controller.policies)
     assert block.name == "bert.encoder.layer.1"
     assert {id(p) for p in block.tensors} == {id(p) for p in adapted.parameters()}

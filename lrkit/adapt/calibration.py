@@ -15,7 +15,7 @@ from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.loop import beginning
 from lrkit.loop.controller import Controller
 from lrkit.process import as_it_was
-from lrkit.shards import is_sharded
+from lrkit.shards import held, is_sharded
 
 LossOf = Callable[[Any], Tensor]
 """Gives the loss of a batch, a scalar with a graph."""
@@ -39,7 +39,7 @@ def calibrate(
         Whether tensors have stopped training, or are of another size.
 
     Raises:
-        LrkitError: no batches, or one without a loss. Nothing is decided then.
+        LrkitError: no batches, one without a loss, or none with a finite gradient. Nothing is decided then.
     """
     states = beginning.waiting(loop, calibrated=True)
     if not states:
@@ -54,19 +54,25 @@ def calibrate(
     agree(weights, loop)
     try:
         with _undisturbed(model):
-            seen, left = 0, iter(batches)
+            seen, arrived, left = 0, False, iter(batches)
             while (batch := _next(left, loop, weights)) is not None:
                 _backward(loss or model_loss(model), batch)
                 weights.put_back()
                 if several():
                     _average(weights.parameters())
                 beginning.observe(loop, states)
+                arrived |= _arrived(weights.adapter())
                 for p in model.parameters():
                     p.grad = None
                 seen += 1
             if not seen:
                 where = ", in this process or another" if several() else ""
                 raise LrkitError(f"calibrate needs at least one batch, and was given none{where}")
+            if not _told(arrived, weights):
+                raise LrkitError(
+                    f"no finite gradient has come back to the adapters in any of {seen} batches: nothing can be decided "
+                    "by them. Is the loss finite, and does it depend on the adapted layers?"
+                )
         return beginning.decide(loop, states, None)
     except BaseException:
         weights.put_back()
@@ -158,7 +164,23 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
+def _arrived(adapter: Iterable[nn.Parameter]) -> bool:
+    """Return whether a gradient has come back, and all that have are finite."""
+    sums = [held(p.grad).sum() for p in adapter if p.grad is not None]
+    return bool(sums) and bool(torch.isfinite(torch.stack(sums)).all())
+
+
 # ---- several processes ----
+
+
+def _told(arrived: bool, weights: Weights) -> bool:
+    """Return whether gradients have arrived in this process or another."""
+    if not several():
+        return arrived
+    distributed: Any = torch.distributed
+    flag = torch.tensor(float(arrived), device=weights.parameters()[0].device)
+    distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 def agree(weights: Weights, loop: Controller) -> None:

@@ -155,7 +155,8 @@ class Taps:
             self.hang(())
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._marks = Marks.of(model, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self._marks = Marks.of(model, args, kwargs)
 
     def through(self, name: str, module: Any, x: Tensor, y: Tensor) -> None:
         """Follow a layer's input and output, until the output's gradient arrives."""
@@ -199,7 +200,8 @@ class _Tap:
         self._taps, self._name = taps, name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-        if self._taps is not None and isinstance(y, Tensor):
+        # A compiled model has no rows to show, which the step says.
+        if self._taps is not None and isinstance(y, Tensor) and not torch.compiler.is_compiling():
             self._taps.through(self._name, module, args[0] if args else next(iter(kwargs.values())), y)
 
     def __deepcopy__(self, memo: object) -> "_Tap":

@@ -89,6 +89,12 @@ def forewarnings(state: PolicyState, times: Timetable) -> Iterator[tuple[str, st
         )
         return
     budget = times.budget(times.last)
+    if not budget and action.fate == "frozen" and not action.final:
+        yield (
+            "none",
+            f"{name}.target = {scheduler.target!r} is none of {state.costs.whole:,} {scheduler.amount}: after the decision "
+            f"at step {end} nothing trains that {action!r} acts on",
+        )
     if not state.fate.counts and is_known(action) and budget < state.costs.least:
         yield (
             "nothing",

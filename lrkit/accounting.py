@@ -162,13 +162,16 @@ def _removed(state: PolicyState) -> list[tuple[int, _Removed]]:
     below = [0]
     for size in sizes:
         below.append(below[-1] + size)
+    if not is_known(state.policy.action):
+        # Their number is known only after a run: none go, or all from the first decision on, whatever the budget says.
+        assert state.times is not None
+        total, decisions = state.times.total_steps, state.times.decisions()
+        first = decisions[0].start if decisions else total
+        spans = [(first, _Removed(0, 0, 0.0)), (total - first, _Removed(0, below[-1], 0.0))]
+        return [(times, removed) for times, removed in spans if times]
     removed = []
     # Step t trains what the decision after step t - 1 kept.
     for times, there, cut, _ in _but_last(state.course()):
-        if not is_known(state.policy.action):
-            # Their number is known only after a run: none go, or all if the schedule has begun.
-            removed.append((times, _Removed(0, below[-1] if cut else 0, 0.0)))
-            continue
         if costs.each is not None:
             least, most = costs.in_parameters(cut)
             removed.append((times, _Removed(least, min(most, below[-1]), cut / costs.first)))

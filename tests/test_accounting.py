@@ -2,6 +2,7 @@
 
 import math
 
+import attrs
 import models
 import pytest
 import torch
@@ -216,3 +217,15 @@ def test_a_handle_in_one_line():
     assert ", step 1 of 20>" in repr(adapted)
     adapted.detach()
     assert ", step 1 of 20>" in repr(adapted)
+
+
+def test_unknown_numbers_are_a_range():
+    """An action that goes by no budget may freeze all from its first decision on, whatever the schedule's budget is."""
+    scheduler = lrkit.schedulers.Constant(target=1.0, interval=5)
+    method = attrs.evolve(
+        lrkit.methods.aflora(rank=4), scheduler=scheduler, action=lrkit.actions.Freeze(rule="quantile")
+    )
+    counted = accounting.count(method, models.make("bert"), total_steps=20)
+    fixed = counted.end_range[0]
+    assert fixed < counted.start == counted.end_range[1]
+    assert counted.average_range == pytest.approx(((5 * counted.start + 15 * fixed) / 20, counted.start))

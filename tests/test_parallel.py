@@ -46,7 +46,7 @@ def processes(mode, world, folder):
 MODES = {
     2: ("ddp:adalora", "ddp:aflora", "accumulate:hybrid", "ddp:chance", "ddp:switch", "ddp:cut end", "ddp:cut always")
 }
-MODES[3] = ("ddp:aflora",)
+"""By how many processes, what they do. tests/integrations/test_more_processes.py has three."""
 
 
 @pytest.fixture(scope="module")

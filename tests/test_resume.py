@@ -140,7 +140,10 @@ def test_killed_process_resumes(name, tmp_path):
 
     def run(kill_at):
         process = subprocess.Popen(
-            [sys.executable, "-P", str(script), str(runs), name], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-P", str(script), str(runs), name],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # as many as here: sums are cut alike
         )
         begun = None
         for line in process.stdout:

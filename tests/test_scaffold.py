@@ -61,8 +61,8 @@ def test_four_files_are_written(packages: Path) -> None:
             assert "example" not in text.lower(), f"{kind}: {path}"
 
 
-def test_new_packages_pass(packages: Path) -> None:
-    """In one process, for time's sake; one of them below as its README has it."""
+def new_packages_pass(packages: Path) -> None:
+    """In one process, for time's sake (tests/integrations/test_new_packages.py); one of them below as its README has it."""
     folders = [packages / name for name in NAMES.values()]
     done = python(
         *("-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(packages)),

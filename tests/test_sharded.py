@@ -12,6 +12,8 @@ import torch
 from sharded_worker import METHODS
 
 HERE = Path(__file__).parent
+WORLDS = (2,)
+"""Numbers of processes; tests/integrations/test_more_processes.py has three as well."""
 
 
 def processes(folder, *worlds):
@@ -25,11 +27,11 @@ def processes(folder, *worlds):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The runs of one process, of two and of three, each of the later ones resuming what those before it saved."""
+    """The runs of one process, and of each number of several, each of the later ones resuming what those before it saved."""
     folder = tmp_path_factory.mktemp("sharded")
     models.make("llama").save_pretrained(folder / "llama")
     alone = {name: sharded_worker.one(method, folder / f"{name}-1") for name, method in METHODS.items()}
-    return alone, processes(folder, 2, 3), folder
+    return alone, processes(folder, *WORLDS), folder
 
 
 def alike(one, other):
@@ -45,7 +47,7 @@ def alike(one, other):
 
 
 def test_sharded_equals_one_process(runs):
-    """Every method ends where one process ends, on two processes and on three, which all hold the same."""
+    """Every method ends where one process ends, on several processes, which all hold the same."""
     alone, sharded, _ = runs
     for results in sharded.values():
         for name in METHODS:
@@ -63,7 +65,7 @@ def test_sharded_runs_resume_anywhere(runs):
         for name, found in results[0]["resumed"].items():
             alike(alone[name], found)
     for name in METHODS:
-        alike(alone[name], sharded_worker.resumed(folder / f"{name}-3"))
+        alike(alone[name], sharded_worker.resumed(folder / f"{name}-{WORLDS[-1]}"))
 
 
 @pytest.mark.parametrize("kind", sharded_worker.KINDS)

@@ -402,8 +402,8 @@ def test_absent_ray_refused(place, tmp_path):
         execute(lay_out(small(place)), tmp_path / "out", executor="ray", address="127.0.0.1:1", workers=1, costs=False)
 
 
-def test_cell_of_two_devices(place, tmp_path):
-    """A cell with two devices trains in two processes by torchrun."""
+def cell_of_two_devices(place, tmp_path):
+    """A cell with two devices trains in two processes by torchrun. See tests/integrations/test_more_processes.py."""
     study = small(place, rows=[], swap={})
     study = attrs.evolve(study, run={**study.run, "devices": 2})
     outcome = execute_here(study, tmp_path / "out")

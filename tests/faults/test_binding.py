@@ -336,7 +336,7 @@ def trainer(adapted, folder, cls=Trainer, **more):
     return cls(model=adapted.model, args=TrainingArguments(**settings), train_dataset=rows(), callbacks=callbacks)
 
 
-@pytest.mark.parametrize("method", ["adalora", "aflora", "cut", "hybrid"])
+@pytest.mark.parametrize("method", ["cut", "hybrid"])  # the hybrid prunes and freezes
 def test_smaller_batch_begins_again(method, tmp_path):
     """After out-of-memory the Trainer begins at step 0: so does everything adaptive; the weights stay."""
     methods = METHODS | {"cut": attrs.evolve(ADALORA, action=lrkit.actions.Prune(cut="always"))}

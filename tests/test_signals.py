@@ -109,13 +109,11 @@ def weight_gradients(model, adapted, batches, divide=1.0):
     weights = {name: twin.get_submodule(name).base.weight for name in adapted.adapters}
     for weight in weights.values():
         weight.requires_grad_(True)
-    for adapter in (twin.get_submodule(name) for name in weights):
-        type(adapter).fused, kept = False, type(adapter).fused
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in {type(twin.get_submodule(name)) for name in weights}:
+            patch.setattr(kind, "fused", False)
         for data in batches:
             (twin(**data).loss / divide).backward()
-    finally:
-        type(adapter).fused = kept
     return {name: weight.grad for name, weight in weights.items()}
 
 

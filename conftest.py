@@ -49,7 +49,7 @@ def _threads_are_the_process_s() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _adapters_stay_fused() -> Iterator[None]:
-    """Left unfused, adapters round otherwise than those of a process that a test starts, and a resumed run is not the run."""
+    """Left unfused, adapters round otherwise than in a process that a test starts: a resumed run is not the run."""
     yield
     if (module := sys.modules.get("lrkit.parameterizations.lowrank")) and not module.LowRank.fused:
         module.LowRank.fused = True

@@ -168,6 +168,15 @@ def evened(stays: Tensor, maps: int) -> Tensor:
     return torch.zeros_like(by_map).scatter_(1, first, True).flatten()
 
 
+def stop(p: nn.Parameter, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Let a parameter stop training, and stay as it is; drop an optimizer's state for it if the optimizer is given."""
+    p.requires_grad_(False)
+    # Optimizers skip a parameter whose gradient is None; a stale or zero gradient would move it on.
+    p.grad = None
+    if optimizer is not None:
+        optimizer.state.pop(p, None)
+
+
 def resize(p: nn.Parameter, data: Tensor) -> None:
     """Give a parameter values of another shape; it stays the same object, without a gradient."""
     p.grad = None

@@ -11,7 +11,7 @@ from lrkit.actions.base import BY, Action, Ballot, By, Fate, Verdict, best
 from lrkit.errors import LrkitError
 from lrkit.parameterizations.base import Parameterization
 from lrkit.settings import flag, one_of
-from lrkit.units import Block, UnitKind
+from lrkit.units import Block, UnitKind, stop
 
 
 @attrs.frozen(kw_only=True)
@@ -75,11 +75,5 @@ class Freeze(Action):
     def apply(self, blocks: Sequence[Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         """Freeze what is not kept."""
         for block, keep in zip(blocks, kept.tolist(), strict=True):
-            if keep:
-                continue
-            for tensor in block.tensors:
-                tensor.requires_grad_(False)
-                # Optimizers skip a parameter whose gradient is None; a stale or zero gradient would move it on.
-                tensor.grad = None
-                if optimizer is not None:
-                    optimizer.state.pop(tensor, None)
+            for tensor in () if keep else block.tensors:
+                stop(tensor, optimizer)

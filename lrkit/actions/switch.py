@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrkit.actions.base import BY, Action, Ballot, By, Fate, Verdict, best
 from lrkit.settings import one_of
-from lrkit.units import Block, UnitKind
+from lrkit.units import Block, UnitKind, stop
 
 
 @attrs.frozen(kw_only=True)
@@ -50,9 +50,7 @@ class Switch(Action):
         """Freeze what is not kept, and let what is kept train."""
         for block, keep in zip(blocks, kept.tolist(), strict=True):
             for tensor in block.tensors:
-                tensor.requires_grad_(keep and tensor.numel() > 0)
-                if not keep:
-                    # Optimizers skip a parameter whose gradient is None; a stale or zero gradient would move it on.
-                    tensor.grad = None
-                    if optimizer is not None and self.state == "new":
-                        optimizer.state.pop(tensor, None)
+                if keep:
+                    tensor.requires_grad_(tensor.numel() > 0)
+                else:
+                    stop(tensor, optimizer if self.state == "new" else None)

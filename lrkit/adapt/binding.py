@@ -127,7 +127,7 @@ class Binding:
         if waiting:
             self.controller.peers = parallel.peers(None)
         with self.taps.hung(waiting):
-            moved = calibration.calibrate(self._model, self._weights, self.controller, batches, loss)
+            moved = calibration.calibrate(self._model, self._weights, self.controller, waiting, batches, loss)
         if moved:
             self.follow()
 

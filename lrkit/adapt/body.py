@@ -15,7 +15,8 @@ from lrkit.units import Block, Part
 
 def run_on(model: nn.Module, method: Method, adapters: Mapping[str, nn.Module], weights: Weights) -> Run:
     """Look at an adapted model before its first step. Raises LrkitError as `Run.of`."""
-    body = blocks(model, adapters, method.parameterization.parts)
+    asked = any(policy.action.unit == "block" for policy in method.policies)
+    body = blocks(model, adapters, method.parameterization.parts) if asked else []
     return Run.of(method, model, adapters, weights.trained, weights.head(), body)
 
 

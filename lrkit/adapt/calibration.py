@@ -1,7 +1,7 @@
 """Batches before the first step: gradients are observed and thrown away, and the decisions of step 0 are taken by them."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from lrkit.adapt.weights import Weights
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.loop import beginning
 from lrkit.loop.controller import Controller
+from lrkit.loop.policy import PolicyState
 from lrkit.process import as_it_was
 from lrkit.shards import held, is_sharded
 
@@ -24,14 +25,20 @@ _LARGE = 1 << 16
 
 
 def calibrate(
-    model: nn.Module, weights: Weights, loop: Controller, batches: Iterable[Any], loss: LossOf | None
+    model: nn.Module,
+    weights: Weights,
+    loop: Controller,
+    states: Sequence[PolicyState],
+    batches: Iterable[Any],
+    loss: LossOf | None,
 ) -> bool:
     """Show batches to the policies that ask for some, and take their decisions.
 
     Args:
         model: the adapted model.
         weights: what trains.
-        loop: its loop. If no policy waits for a calibration, nothing is done but to warn.
+        loop: its loop.
+        states: the policies that wait for a calibration. If there are none, nothing is done but to warn.
         batches: at least one.
         loss: the loss of a batch; None for the model's own.
 
@@ -41,7 +48,6 @@ def calibrate(
     Raises:
         LrkitError: no batches, one without a loss, or none with a finite gradient. Nothing is decided then.
     """
-    states = beginning.waiting(loop, calibrated=True)
     if not states:
         asks = any(policy.scheduler.calibration for policy in loop.run.method.policies)
         why = "its calibration has been done" if asks else "it asks for no calibration"
@@ -61,7 +67,7 @@ def calibrate(
                 if several():
                     _average(weights.parameters())
                 beginning.observe(loop, states)
-                arrived |= _arrived(weights.adapter())
+                arrived = arrived or _arrived(weights.adapter())
                 for p in model.parameters():
                     p.grad = None
                 seen += 1

@@ -68,11 +68,17 @@ class Components:
 
     def asleep(self) -> set[int]:
         """Return the ``id`` of each tensor that does not train now, and may after a later decision."""
-        wakes = [state.wakes for state in self.policies]
-        frozen = [state.fate.frozen(state.blocks, state.kept) for state in self.policies]
-        empty = {id(p) for m in self.run.modules.values() for p in m.parameters() if self.run.grows and not p.numel()}
-        some, good = ([each for each, w in zip(frozen, wakes, strict=True) if w is wake] for wake in (True, False))
-        return empty.union(*some).difference(*good)
+        wakes: set[int] = set()
+        if self.run.grows:
+            wakes = {id(p) for module in self.run.modules.values() for p in module.parameters() if not p.numel()}
+        stays: set[int] = set()
+        for state in self.policies:
+            frozen = state.fate.frozen(state.blocks, state.kept)
+            if state.wakes:
+                wakes |= frozen
+            else:
+                stays |= frozen
+        return wakes - stays
 
     def renew(
         self, state: PolicyState, verdict: Verdict, optimizer: torch.optim.Optimizer | None, seed: int

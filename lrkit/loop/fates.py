@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.actions import Action
-from lrkit.units import Block, split
+from lrkit.units import Block, split, stop
 
 
 @attrs.frozen(eq=False)
@@ -94,8 +94,7 @@ class Frozen(Fate):
     def restore(self, blocks: Sequence[Block], kept: Tensor) -> None:
         """Freeze again what was frozen: after a load, or if another policy's action lets it train."""
         for tensor in _lost(blocks, kept):
-            tensor.requires_grad_(False)
-            tensor.grad = None  # an optimizer would go on by a gradient that is left
+            stop(tensor)
 
     def frozen(self, blocks: Sequence[Block], kept: Tensor) -> set[int]:
         """Return the tensors of blocks that lost."""

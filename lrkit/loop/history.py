@@ -50,6 +50,11 @@ class Decision:
         return self.before if self.amount == "units" else self.whole
 
 
+def switches(history: Sequence[Decision]) -> set[int]:
+    """Return the policies of which units of whole matrices came back: they stopped training, and trained again."""
+    return {d.policy for d in history if any("[" not in name for name in d.returned)}
+
+
 def training(history: Sequence[Decision], steps: int, layers: Sequence[str]) -> dict[str, float]:
     """Return the share of a run's steps in which each layer trained, if units of whole matrices came back in it.
 
@@ -61,7 +66,7 @@ def training(history: Sequence[Decision], steps: int, layers: Sequence[str]) -> 
         steps: its length.
         layers: names of its layers.
     """
-    switching = {d.policy for d in history if any("[" not in name for name in d.returned)}
+    switching = switches(history)
     away: dict[str, int] = {}
     since: dict[str, int] = {}
     for d in history:

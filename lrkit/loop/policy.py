@@ -22,7 +22,7 @@ from lrkit.loop.resizing import Resize, Resized
 from lrkit.loop.signals import Remembered, kind_of
 from lrkit.method import Policy
 from lrkit.schedulers import Timetable
-from lrkit.settings import MOST_STEPS
+from lrkit.schedulers.timetable import decides_at_start
 from lrkit.units import Block, Part, split
 
 
@@ -84,7 +84,7 @@ class PolicyState:
     @property
     def at_start(self) -> bool:
         """Whether a decision is taken at step 0."""
-        return self.over(MOST_STEPS).at_start
+        return decides_at_start(self.policy.scheduler)
 
     def cost(self, units: Tensor) -> int:
         """Return what some units cost, bool [units], as the schedule counts; their number if each counts as one."""

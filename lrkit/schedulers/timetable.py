@@ -87,7 +87,7 @@ class Timetable:
     @property
     def at_start(self) -> bool:
         """Whether a decision is taken at step 0."""
-        return self.scheduler.at_start or self.scheduler.calibration > 0
+        return decides_at_start(self.scheduler)
 
     @property
     def last(self) -> int:
@@ -170,6 +170,11 @@ class Timetable:
         if number >= end:
             return 0.0
         return 1.0 if number <= begin else self.scheduler.decay((number - begin) / (end - begin))
+
+
+def decides_at_start(scheduler: "Scheduler") -> bool:
+    """Say whether a scheduler takes a decision at step 0, whatever the length of the run."""
+    return scheduler.at_start or scheduler.calibration > 0
 
 
 def over(scheduler: "Scheduler", total_steps: int, *, units: int, layers: int) -> Timetable:

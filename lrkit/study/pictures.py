@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from lrkit.loop.history import training
+from lrkit.loop.history import switches, training
 from lrkit.study.charts import Canvas, Cell, Curve, Style, drawing, grid_of
 from lrkit.study.charts.axes import limit
 from lrkit.study.charts.curves import draw_curve
@@ -68,7 +68,7 @@ def _freezing(results: "Mapping[str, Result]") -> list[_Map]:
     maps = []
     for label, result in results.items():
         frozen = sorted(f"{layer.name}.{matrix}" for layer in result.summary.layers for matrix in layer.frozen)
-        if not frozen or training(result.history, result.steps, ["any"]):
+        if not frozen or switches(result.history):
             continue
         when = {name: decision.step for decision in result.history for name in decision.lost}
         # Matrices that froze together stand in the history by their layer's name.

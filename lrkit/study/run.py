@@ -227,8 +227,7 @@ def _train(
         )
         latest = None if record is None else record.latest()
         if latest is None:
-            trainer.count_calibration()
-            if asked := max((policy.scheduler.calibration for policy in adapted.method.policies), default=0):
+            if asked := trainer.count_calibration():
                 tell(f"calibrating by {asked} batches")
         else:
             tell(f"going on from {latest.name.replace('checkpoint-', 'step ')}")

@@ -158,12 +158,17 @@ class RunTrainer(Trainer):
             for each, before in zip_longest(found, base)
         ]
 
-    def count_calibration(self) -> None:
-        """Count the FLOPs of a calibration that is to come, per row of a batch; they are logged with the first step's."""
+    def count_calibration(self) -> int:
+        """Count the FLOPs of a calibration that is to come, per row of a batch; they are logged with the first step's.
+
+        Returns:
+            How many batches it asks for; 0 if none is to come.
+        """
         if asked := beginning.batches(self._adapted.controller):
             rows: Any = self.train_dataset
             there = math.ceil(len(rows) / (self.args.train_batch_size * self.args.world_size))
             self._calibration = min(asked, there) * self._flops()
+        return asked
 
     def _log_flops(self) -> None:
         trains = self._adapted.summary().now

@@ -128,12 +128,8 @@ def budget(view: View, task: str) -> Figures:
                 ("kept", "spent", own, 1.75),
             ):
                 # A decision at step 0 is the beginning: no step trains in the state before it.
-                begun = [[(0, run[0].began)] if run[0].step else [] for run in runs]
                 x, mean, low, high = over_seeds(
-                    [
-                        [*first, *((d.step, getattr(d, amount)) for d in run)]
-                        for first, run in zip(begun, runs, strict=True)
-                    ]
+                    [[(0, run[0].began)][: run[0].step] + [(d.step, getattr(d, amount)) for d in run] for run in runs]
                 )
                 if x[-1] < end:
                     x, mean, low, high = [*x, end], [*mean, mean[-1]], [*low, low[-1]], [*high, high[-1]]

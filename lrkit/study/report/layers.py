@@ -6,7 +6,7 @@ import statistics
 
 from markupsafe import Markup
 
-from lrkit.loop.history import training
+from lrkit.loop.history import switches, training
 from lrkit.study.charts import Cell, grid_of, heat_map
 from lrkit.study.report.figures import Figures, Panel, Panels
 from lrkit.study.report.view import View
@@ -101,7 +101,7 @@ def _frozen(view: View, row: int, task: str) -> tuple[dict[str, dict[str, list[i
     for cell in view.cells(row, task):
         if cell.result is None:
             continue
-        if training(cell.decisions, cell.steps, ["any"]):
+        if switches(cell.decisions):
             continue  # they come back: see `switching`
         done += 1
         when: dict[str, int] = {}

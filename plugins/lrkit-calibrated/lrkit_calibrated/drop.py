@@ -14,7 +14,7 @@ from lrkit.metrics import Layer, LayerMetric, Seen
 from lrkit.ranks import Rank
 from lrkit.settings import real
 from lrkit.shards import held
-from lrkit.units import Block, UnitKind
+from lrkit.units import Block, UnitKind, stop
 
 
 @attrs.frozen(kw_only=True)
@@ -96,10 +96,7 @@ class Drop(lrkit.Action):
         for block, keep in zip(blocks, kept.tolist(), strict=True):
             for tensor in () if keep else block.tensors:
                 held(tensor).zero_()
-                tensor.requires_grad_(False)
-                tensor.grad = None
-                if optimizer is not None:
-                    optimizer.state.pop(tensor, None)
+                stop(tensor, optimizer)
 
 
 def lora_drop(*, rank: Rank = 8, alpha: float = 16.0, threshold: float = 0.9, sample: float = 0.1) -> lrkit.Method:

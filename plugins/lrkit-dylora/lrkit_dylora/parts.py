@@ -127,7 +127,7 @@ class Position(lrkit.Metric):
 
 
 @attrs.frozen(kw_only=True)
-class AtEachStep(lrkit.Scheduler):
+class AtEachStep(lrkit.schedulers.Constant):
     """All of the budget, from step 0 to the end: a decision before the first step, and then after each. Source: lrkit's own.
 
     For actions that draw at every step.
@@ -136,10 +136,6 @@ class AtEachStep(lrkit.Scheduler):
     at_start = True
 
     target: float = attrs.field(default=1.0, validator=real(0.0, 1.0))
-
-    def decay(self, progress: float) -> float:
-        """0 as soon as the warm-up is over."""
-        return 1.0 if progress <= 0 else 0.0
 
 
 @attrs.frozen(kw_only=True)

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Mapping
-from itertools import islice
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -42,14 +41,14 @@ class AdaptCallback(Callback):  # type: ignore[misc] # Lightning is not installe
         self.adapted.unbind(quietly=True)
         if self._loaded is not None:
             self.adapted.load_state_dict(self._loaded)
-        if asked := beginning.batches(self.adapted.controller):
-            self._calibrate(trainer, pl_module, asked)
+        if beginning.batches(self.adapted.controller):
+            self._calibrate(trainer, pl_module)
         before, self._loaded = self.adapted.step - trainer.global_step, None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         total = before + int(trainer.estimated_stepping_batches)
         self.adapted.bind(trainer.optimizers, total_steps=total, penalty="gradient", scaler=scaler)
 
-    def _calibrate(self, trainer: Any, module: Any, asked: int) -> None:
+    def _calibrate(self, trainer: Any, module: Any) -> None:
         """Calibrate by the first batches of the training data."""
         taken = len(inspect.signature(module.training_step).parameters)
 
@@ -59,7 +58,8 @@ class AdaptCallback(Callback):  # type: ignore[misc] # Lightning is not installe
             return found["loss"] if isinstance(found, Mapping) else found
 
         loader = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
-        self.adapted.calibrate((batch for batch, *_ in islice(loader, asked)), loss)
+        batches = beginning.taken(self.adapted.controller, loader)
+        self.adapted.calibrate((batch for batch, *_ in batches), loss)
 
     def on_before_zero_grad(self, *_: Any) -> None:
         """Compute the penalty's gradient: gradients are emptied once per optimizer step, before the first backward pass."""

@@ -5,7 +5,6 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,8 +92,8 @@ class AdaptCallback(TrainerCallback):
                 stacklevel=2,
             )
         else:
-            if asked := beginning.batches(self.adapted.controller):
-                self._calibrate(kwargs["train_dataloader"], asked)
+            if beginning.batches(self.adapted.controller):
+                self._calibrate(kwargs["train_dataloader"])
             if args.auto_find_batch_size:
                 self._start = self.adapted.state_dict()
         before = self.adapted.step - state.global_step
@@ -109,7 +108,7 @@ class AdaptCallback(TrainerCallback):
         self._training = True
         _call_last(get_reporting_integration_callbacks(args.report_to))  # type: ignore[no-untyped-call]
 
-    def _calibrate(self, loader: Any, asked: int) -> None:
+    def _calibrate(self, loader: Any) -> None:
         """Calibrate by the first batches of a Trainer, and its loss."""
         trainer = _calling(Trainer)
 
@@ -119,8 +118,8 @@ class AdaptCallback(TrainerCallback):
                 found: torch.Tensor = trainer.compute_loss(self.adapted.model, inputs)
             return found
 
-        batches = iter(loader)
-        self.adapted.calibrate(islice(batches, asked), None if trainer is None else loss)
+        batches = beginning.taken(self.adapted.controller, loader)
+        self.adapted.calibrate(batches, None if trainer is None else loss)
         if hasattr(loader, "end"):
             loader.end()  # accelerate's: it has been left halfway
 

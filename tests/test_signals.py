@@ -132,6 +132,14 @@ def test_gradient_is_the_weights(kind):
     assert scores == pytest.approx({name: float(want[name].square().sum()) for name in scores}, rel=1e-4)
 
 
+def checkpoint(model, reentrant):
+    """Let a model recompute its activations."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("metric", [InputNorm(), GradientNorm()])
 def test_checkpointing_counts_once(metric, reentrant):
@@ -141,17 +149,30 @@ def test_checkpointing_counts_once(metric, reentrant):
     for module in checked[0].modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model = checked[0]
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
-    if reentrant:
-        checked[0].enable_input_require_grads()
+    checkpoint(checked[0], reentrant)
     for model, _, _ in (plain, checked):
         model(**masked()).loss.backward()
     one, two = streams(plain[1]), streams(checked[1])
     for name in one:
         for key in one[name]:
             torch.testing.assert_close(one[name][key], two[name][key])
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_doubtful_recomputation_fails(differ):
+    """Whose rows checkpointing recomputes is not known after two calls with masks: then the step fails."""
+    model, *_ = attached(how=freezing(InputNorm()))
+    model.train()
+    checkpoint(model, reentrant=True)
+    calls = [(masked if differ else batch)(seed=seed) for seed in range(2)]
+    losses = sum(model(**data).loss for data in calls)
+    if differ:
+        with pytest.raises(lrkit.LrkitError, match=r"after 2 calls of the model.*use_reentrant=False"):
+            losses.backward()
+        return
+    losses.backward()
+    for data in map(masked, range(2)):  # one after the other
+        model(**data).loss.backward()
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +197,10 @@ def test_resumes_bitwise():
 
 
 def test_hooks_come_and_go():
-    """No hook stands on any layer of an entry-wise method; those of a layer metric go with the last decision."""
+    """No hook stands in the model of an entry-wise method; those of a layer metric go with the last decision.
+
+    They stand on ten layers, and on the model.
+    """
     entries = Run(lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=2), 10)
     layers = Run(method(InputNorm()), 10)
 
@@ -185,7 +209,7 @@ def test_hooks_come_and_go():
 
     for _ in range(10):
         assert hooks(entries) == 0
-        assert hooks(layers) == (10 if layers.adapted.step < 8 else 0)
+        assert hooks(layers) == (11 if layers.adapted.step < 8 else 0)
         entries.step()
         layers.step()
     assert layers.adapted.controller.policies[0].statistics.state == {}

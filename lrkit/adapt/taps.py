@@ -49,6 +49,11 @@ class Marks:
         labels = labels if isinstance(labels, Tensor) and labels.ndim == 2 else None
         return cls(mask("attention_mask"), labels, mask("decoder_attention_mask"), split)
 
+    @property
+    def tell(self) -> bool:
+        """Whether they leave anything out."""
+        return self.tokens is not None or self.decoder is not None or self.labels is not None
+
     def rows(self, name: str, shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
         """Return which rows of a layer's input are no padding, and whether each has a label, bool [n]; None if not known.
 
@@ -111,7 +116,9 @@ class Taps:
     """The hooks of one adapted model: none unless a metric reads layers in the next step.
 
     A row counts if a gradient comes back to it, and then once: hooks of the recomputed forward pass of checkpointing are on
-    outputs that no gradient comes back to, or on the only ones to which one does.
+    outputs that no gradient comes back to, or on the only ones to which one does. Those come after the model's call: if
+    several calls with masks of their own wait for a gradient, nothing says whose the recomputed rows are, and the step
+    fails.
 
     Args:
         model: the adapted model.
@@ -125,6 +132,7 @@ class Taps:
         self._handles: list[Any] = []
         self._hung: dict[str, nn.Module] = {}
         self._marks = Marks()
+        self._inside, self._waiting = False, 0
         self._readers: Sequence[PolicyState] = ()
 
     def hang(self, readers: Sequence[PolicyState]) -> None:
@@ -140,8 +148,10 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._handles, self._hung, self._marks = [], layers, Marks()
+        self._inside, self._waiting = False, 0
         if layers:
             self._handles.append(self._model.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._handles.append(self._model.register_forward_hook(self._leave, always_call=True))
         for name, module in layers.items():
             self._handles.append(module.register_forward_hook(_Tap(self, name), with_kwargs=True))
 
@@ -156,16 +166,28 @@ class Taps:
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            self._marks = Marks.of(model, args, kwargs)
+            self._marks, self._inside = Marks.of(model, args, kwargs), True
+            if torch.is_grad_enabled() and self._marks.tell:
+                self._waiting += 1
+
+    def _leave(self, *_: Any) -> None:
+        self._inside = False
 
     def through(self, name: str, module: Any, x: Tensor, y: Tensor) -> None:
         """Follow a layer's input and output, until the output's gradient arrives."""
         if not (torch.is_grad_enabled() and y.requires_grad):
             return
         kept: Any = _Kept.apply(torch.zeros(0, requires_grad=True), x.detach())  # type: ignore[no-untyped-call]
-        marks, shape = self._marks, x.shape[:-1]
+        marks, shape, doubtful = self._marks, x.shape[:-1], not self._inside and self._waiting > 1
 
         def arrive(g: Tensor) -> None:
+            if doubtful:
+                raise LrkitError(
+                    f"{name} is recomputed by gradient checkpointing after {self._waiting} calls of the model, each with "
+                    "a mask of its own, and a metric reads its rows: call backward after each, or checkpoint with "
+                    "use_reentrant=False"
+                )
+            self._waiting = 0
             (x,) = kept.grad_fn.saved_tensors
             with torch.no_grad():
                 self._arrive(name, module, x, g, marks.rows(name, shape))

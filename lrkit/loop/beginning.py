@@ -1,6 +1,8 @@
 """Step 0 of a run: decisions that are taken before the first optimizer step, and the batches that are seen before them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 
@@ -25,6 +27,18 @@ def waiting(loop: Controller, *, calibrated: bool) -> list[PolicyState]:
 def batches(loop: Controller) -> int:
     """Return how many batches the policies ask for that are still to be calibrated; 0 for none."""
     return max((state.policy.scheduler.calibration for state in waiting(loop, calibrated=True)), default=0)
+
+
+def taken(loop: Controller, loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield the first batches of a trainer's loader, as many as the policies ask for; warn if it has fewer."""
+    asked, seen = batches(loop), 0
+    for batch in islice(loader, asked):
+        seen += 1
+        yield batch
+    if seen < asked:
+        loop.warn(
+            "calibration", f"the method asks for {asked} batches to calibrate by, and the training data has {seen}"
+        )
 
 
 def refusal(loop: Controller) -> str | None:

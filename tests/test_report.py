@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import html
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -214,6 +215,16 @@ def test_maps_hold_means(tmp_path: Path) -> None:
         mean = sum(steps[name] for steps in frozen) / 2
         assert f"{name}: froze at step {mean:.1f} on average (2 of 2 seeds)" in text
     assert "lora keeps rank 8 in every layer." in text
+
+
+def test_ranks_decided_before_step_1(tmp_path: Path) -> None:
+    """The map of a row that decided at step 0 alone says so."""
+    folder = small(tmp_path / "s", labels=["adalora", "metric=magnitude"])
+    for path in folder.glob("cells/01*/history.jsonl"):
+        first = json.loads(path.read_text().splitlines()[0])
+        path.write_text(json.dumps({**first, "step": 0}) + "\n")
+    shown = re.findall(r"mean [\d.]+ of 8(, decided before step 1)?", report_of(folder).words)
+    assert shown == ["", ", decided before step 1"]
 
 
 def test_frozen_together(tmp_path: Path) -> None:

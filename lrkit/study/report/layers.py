@@ -40,7 +40,9 @@ def ranks(view: View, task: str) -> Figures:
             cells[name] = Cell(mean, _short(mean), told)
         mean = statistics.fmean(cell.value for cell in cells.values())
         svg = Markup(heat_map(cells, top=top))
-        panels.append(Panel(svg=svg, row=row, aside=f"mean {mean:.2f} of {initial[row]}"))
+        decided = [decision for cell in view.cells(row, task) for decision in cell.decisions]
+        when = ", decided before step 1" if decided and not any(decision.step for decision in decided) else ""
+        panels.append(Panel(svg=svg, row=row, aside=f"mean {mean:.2f} of {initial[row]}{when}"))
     if not panels and not same:
         return []
     caption = "Components kept at the end, mean over seeds, by transformer block and module." if panels else ""

@@ -89,7 +89,7 @@ def test_glue_holds() -> None:
 
 # ---- a real terminal -------------------------------------------------------------------------------------------------
 
-CELLS = ["--set", "run.steps=2", "--set", "run.batch_size=4", "--set", "run.max_length=8", "--model", "model"]
+CELLS = ["--set", "run.steps=4", "--set", "run.batch_size=4", "--set", "run.max_length=8", "--model", "model"]
 RUN = [*CELLS, "--data", "data"]
 LEFT_OUT = r"Left out at 80 columns: [^.]*\.\s+A\s+wider\s+terminal\s+or\s+--json\s+has\s+it\s+all\."
 COMMANDS = {
@@ -179,7 +179,10 @@ def screens(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], s
         (place / str(columns)).mkdir()
         for name in ("model", "data", "study", "ablated"):
             (place / str(columns) / name).symlink_to(place / name)
-    return on_terminal((400, 80), place)
+    said = on_terminal((400, 80), place)
+    # Costs are not measured again though the model lies under another path.
+    assert len(list((place / "ablated" / "costs").glob("*.json"))) == 2
+    return said
 
 
 @pytest.mark.parametrize("case", COMMANDS)

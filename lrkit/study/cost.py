@@ -74,14 +74,15 @@ def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], N
             _settled(plan, each, spec, trained.get((place, spec.name)), folder)
             for each, place in ((plan.rows[0], 0), (row, index))
         )
-        key = digest_of([base_cell, own_cell, threads])
+        key = digest_of([base_cell.key, own_cell.key, threads])
         mine[row.label, spec.name] = known[index, spec.name] = key
         path = folder / "costs" / f"{key}.json"
         if not _is_measured(path):
             if told is not None:
                 told(f"{row.label}, {spec.name} ({number} of {len(plan.tasks) * len(plan.rows)})")
             states = [trained.get((i, spec.name)) for i in (0, index)]
-            asked = {"base": base_cell, "row": own_cell, "threads": threads, "trained": states}
+            sides = {"base": base_cell.to_plain(), "row": own_cell.to_plain()}
+            asked = {**sides, "threads": threads, "trained": states}
             _in_own_process(asked, folder, path, key)
     _add_base_memory(folder / "costs", known)
     with lock(folder / "study.lock", wait=True):
@@ -95,11 +96,11 @@ def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], N
         write_study_file(folder, attrs.evolve(study, costs=tuple(costs.values())))
 
 
-def _settled(plan: Plan, row: Row, spec: TaskSpec, trained: str | None, folder: Path) -> dict[str, Any]:
-    """Return a row's cell as plain data: as it was trained if it needs other cells and was, and else as it is planned."""
+def _settled(plan: Plan, row: Row, spec: TaskSpec, trained: str | None, folder: Path) -> Cell:
+    """Return a row's cell: as it was trained if it needs other cells and was, and else as it is planned."""
     needs = plan.study.tune is not None or row.control is not None
     config = read_json(folder / "cells" / trained / "config.json") if needs and trained else None
-    return (Cell.from_config(config) if config else cell_of(plan, row, spec, plan.seeds[0])).to_plain()
+    return Cell.from_config(config) if config else cell_of(plan, row, spec, plan.seeds[0])
 
 
 def _study_in(folder: Path) -> StudyFile:

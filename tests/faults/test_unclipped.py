@@ -140,8 +140,11 @@ torch.save(adapted.scores(), f"{folder}/out.{rank}")
 """
 
 
-def test_processes_see_the_mean(tmp_path):
-    """Under DDP every process measures the averaged gradient, before clipping."""
+def processes_see_the_mean(tmp_path):
+    """Under DDP every process measures the averaged gradient, before clipping.
+
+    See tests/integrations/test_more_processes.py.
+    """
     run_two(WORKER, tmp_path)
     one, two = (torch.load(tmp_path / f"out.{rank}") for rank in range(2))
     alone, seen = train(METHOD, clip=1e-6, steps=2, micro=1)

@@ -1,9 +1,12 @@
-"""Three processes where the default suite has two, and two devices to a cell."""
+"""Three processes where the default suite has two, two devices to a cell, and faults that DDP alone shows."""
 
 import pytest
 import test_parallel
 import test_sharded
+from faults.test_heads import an_unread_pooler_under_ddp as test_an_unread_pooler_under_ddp
+from faults.test_penalty import processes_average_it as test_processes_average_it
 from faults.test_stale_cells import workers_reach_the_executor as test_workers_reach_the_executor
+from faults.test_unclipped import processes_see_the_mean as test_processes_see_the_mean
 from test_sharded import runs, test_sharded_equals_one_process, test_sharded_runs_resume_anywhere
 from test_study import cell_of_two_devices as test_cell_of_two_devices
 from test_study import place
@@ -27,7 +30,10 @@ def test_three_ranks_decide_alike(tmp_path):
 __all__ = [
     "place",
     "runs",
+    "test_an_unread_pooler_under_ddp",
     "test_cell_of_two_devices",
+    "test_processes_average_it",
+    "test_processes_see_the_mean",
     "test_sharded_equals_one_process",
     "test_sharded_runs_resume_anywhere",
     "test_workers_reach_the_executor",

@@ -142,13 +142,12 @@ class Taps:
             readers: policies that read layers (`lrkit.loop.controller.Controller.readers`).
         """
         layers = {name: module for state in readers for name, module in state.statistics.reads.items()}
-        self._readers = readers
+        self._readers, self._waiting = readers, 0
         if layers.keys() == self._hung.keys() and all(self._hung[name] is m for name, m in layers.items()):
             return
         for handle in self._handles:
             handle.remove()
-        self._handles, self._hung, self._marks = [], layers, Marks()
-        self._inside, self._waiting = False, 0
+        self._handles, self._hung, self._marks, self._inside = [], layers, Marks(), False
         if layers:
             self._handles.append(self._model.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(self._model.register_forward_hook(self._leave, always_call=True))
@@ -181,13 +180,13 @@ class Taps:
         marks, shape, doubtful = self._marks, x.shape[:-1], not self._inside and self._waiting > 1
 
         def arrive(g: Tensor) -> None:
+            calls, self._waiting = self._waiting, 0
             if doubtful:
                 raise LrkitError(
-                    f"{name} is recomputed by gradient checkpointing after {self._waiting} calls of the model, each with "
+                    f"{name} is recomputed by gradient checkpointing after {calls} calls of the model, each with "
                     "a mask of its own, and a metric reads its rows: call backward after each, or checkpoint with "
                     "use_reentrant=False"
                 )
-            self._waiting = 0
             (x,) = kept.grad_fn.saved_tensors
             with torch.no_grad():
                 self._arrive(name, module, x, g, marks.rows(name, shape))

@@ -171,8 +171,8 @@ class _Side:
         self.optimizer = torch.optim.AdamW(self.adapted.parameters(), lr=1e-5)
         self.clip, self.device = cell["run"]["grad_clip"], device
         self.bf16 = cell["run"]["bf16"]
-        if asked := beginning.batches(self.adapted.controller):
-            self.adapted.calibrate(itertools.islice(batches, asked), self._loss)
+        if beginning.batches(self.adapted.controller):
+            self.adapted.calibrate(beginning.taken(self.adapted.controller, batches), self._loss)
         self.adapted.bind(self.optimizer, total_steps=steps)
 
     def _loss(self, batch: Mapping[str, Any]) -> Any:

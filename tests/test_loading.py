@@ -113,9 +113,9 @@ def test_settings_are_checked():
     """A wrong name or value is one line with the right one, by the name that was typed."""
     for given, told in (
         ({"dtyp": "float16"}, 'model has no setting "dtyp".*dtype'),
-        ({"dtype": "bfloat"}, "model.dtype must be one of float32, bfloat16, float16, auto, not .bfloat"),
+        ({"dtype": "bfloat"}, "model.dtype must be one of 'float32', 'bfloat16', 'float16', 'auto'.*, not .bfloat"),
         ({"dtype": 16}, "model.dtype must be"),
-        ({"quantization": "bnb-4bits"}, f"model.quantization must be one of {', '.join(SCHEMES)}"),
+        ({"quantization": "bnb-4bits"}, f"model.quantization must be one of {', '.join(map(repr, SCHEMES))}"),
         ({"revision": ""}, "model.revision must be a text"),
     ):
         with pytest.raises(LrkitError, match=told):

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import attrs
 from torch import nn
 
+from lrkit import registry
 from lrkit.adapt.coverage import block_prefixes
 from lrkit.adapt.grammar import entries
 from lrkit.adapt.roles import is_output, places, role_of
@@ -14,7 +15,6 @@ from lrkit.errors import LrkitError, LrkitWarning, cut, listing, nearest, patter
 from lrkit.layers import LayerKind, kind_of
 from lrkit.parameterizations.base import Role, Target
 from lrkit.parameterizations.lowrank import layer_shape
-from lrkit.registry import current
 
 
 @attrs.frozen(eq=False)
@@ -50,8 +50,8 @@ class Found:
 
 def kinds() -> list[LayerKind]:
     """Return all kinds of layers, lrkit's own first."""
-    registry = current()
-    return [registry.made("layer", name) for name in registry.names("layer")]
+    now = registry.current()
+    return [now.made("layer", name) for name in now.names("layer")]
 
 
 def _layers(model: nn.Module) -> tuple[dict[str, Found], dict[str, str]]:

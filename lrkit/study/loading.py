@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from lrkit.errors import LrkitError, nearest, shown
-from lrkit.settings import check_settings, flag
+from lrkit.errors import LrkitError, shown
+from lrkit.settings import check_settings, flag, one_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,15 +36,6 @@ def _text(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         raise LrkitError(f"Loading.{attribute.name} must be a text, not {shown(value)}")
 
 
-def _one_of(*names: str) -> Any:
-    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if value not in names:
-            close = nearest(value, names) if isinstance(value, str) else ""
-            raise LrkitError(f"Loading.{attribute.name} must be one of {', '.join(names)}, not {shown(value)}{close}")
-
-    return check
-
-
 @attrs.frozen(kw_only=True)
 class Loading:
     """How a model is loaded.
@@ -59,9 +50,9 @@ class Loading:
         trust_remote_code: run the Python code that comes with the model.
     """
 
-    dtype: str = attrs.field(default="float32", validator=_one_of(*DTYPES))
+    dtype: str = attrs.field(default="float32", validator=one_of(DTYPES))
     attn_implementation: str | None = attrs.field(default=None, validator=_text)
-    quantization: str | None = attrs.field(default=None, validator=attrs.validators.optional(_one_of(*SCHEMES)))
+    quantization: str | None = attrs.field(default=None, validator=attrs.validators.optional(one_of(SCHEMES)))
     revision: str | None = attrs.field(default=None, validator=_text)
     trust_remote_code: bool = attrs.field(default=False, validator=flag())
 

@@ -37,6 +37,7 @@ def _only_built_ins() -> Any:
     """What happens to be installed beside lrkit is no part of these tests."""
     patch = pytest.MonkeyPatch()
     registry = Registry(discover=False)
+    patch.setattr("lrkit.current", lambda: registry)  # looked up once, and kept: its true value comes back as well
     patch.setattr("lrkit.registry.current", lambda: registry)
     yield registry
     patch.undo()

@@ -18,13 +18,13 @@ SEEDS = tuple(range(10))
 TASKS = ("movies", "rte")
 
 
-def judged(folder, differences, margin=0.01, claims=None, **where):
+def judged(folder, differences, margin=0.01, claims=None, *, seeds=SEEDS, **where):
     """Judge claims "b over a" of a study whose rows differ by `differences` (task to one per seed), and by nothing else."""
 
     def score(row, task, seed):
         return 0.8 + 0.001 * seed + (differences[task][seed] if row == 1 else 0.0)
 
-    studies.write_study(folder, labels=("a", "b"), tasks=TASKS, seeds=SEEDS, score=score, costs=False, **where)
+    studies.write_study(folder, labels=("a", "b"), tasks=TASKS, seeds=seeds, score=score, costs=False, **where)
     plain = json.loads((folder / "study.json").read_text())
     plain["margin"] = margin
     plain["claims"] = claims or [{"name": "c", "says": "b beats a", "source": "us", "higher": "b", "lower": "a"}]
@@ -69,10 +69,14 @@ def test_missing_cells_leave_it_open(tmp_path):
     assert (found.verdict, found.missing, found.why) == ("open", 1, "1 pair of cells still to come")
 
 
-def test_equal_differences_say_nothing(tmp_path):
-    """Rows whose differences are all zero, as of scores at chance, exclude no advantage."""
-    (found,) = judged(tmp_path / "s", {"movies": [0.0] * 10, "rte": spread(0.0)})
+@pytest.mark.parametrize("seeds", [5, 10])
+@pytest.mark.parametrize("equal", [0.0, 0.02, -0.02])
+@pytest.mark.parametrize("other", [0.0, 0.05])
+def test_equal_differences_say_nothing(tmp_path, seeds, equal, other):
+    """Differences that are all equal on a task say nothing, whatever p is, and however few or clear they are."""
+    (found,) = judged(tmp_path / "s", {"movies": [equal] * 10, "rte": spread(other)}, seeds=tuple(range(seeds)))
     assert found.verdict == "open" and "too coarse" in found.why
+    assert found.p_holm is None
 
 
 def test_diverged_runs_leave_it_open(tmp_path):
@@ -91,6 +95,36 @@ def test_corrected_over_claims(tmp_path):
     up, down = judged(tmp_path / "s", {"movies": spread(0.02), "rte": spread(0.02)}, claims=claims)
     assert (up.verdict, down.verdict) == ("replicated", "not replicated")
     assert up.p_holm == down.p_holm == pytest.approx(2 * up.p)
+
+
+def test_verdicts_are_not_taken_back(tmp_path):
+    """A claim that is done counts those to come with p = 1: what they will be can only make it clearer."""
+    rows, rng = ("a", "b", "c", "d"), np.random.default_rng(2)
+    claims = [{"name": row, "says": "s", "source": "us", "higher": row, "lower": "a"} for row in "bcd"]
+    mine, clear, unclear = spread(0.0043, sd=0.0045), spread(0.02), list(rng.normal(0.0, 0.004, 10))
+    for others in (clear, unclear):
+        found = []
+        for missing in ([], [(2, "movies", 3)], [(row, "movies", seed) for row in (2, 3) for seed in SEEDS]):
+
+            def score(row, task, seed, others=others):
+                return 0.8 + 0.001 * seed + (0.0 if row == 0 else (mine if row == 1 else others)[seed])
+
+            folder = tmp_path / f"{len(found)}{others is clear}"
+            studies.write_study(
+                folder, labels=rows, tasks=("movies",), seeds=SEEDS, score=score, costs=False, missing=missing
+            )
+            plain = {**json.loads((folder / "study.json").read_text()), "margin": 0.02, "claims": claims}
+            (folder / "study.json").write_text(json.dumps(plain))
+            found.append(judge(read_study(folder))[0])
+        done, one_missing, not_begun = found
+        assert done.p == one_missing.p == not_begun.p
+        assert 0.05 / 3 < done.p < 0.05 / 2  # so the correction decides
+        assert not_begun.p_holm == pytest.approx(3 * done.p)
+        assert (not_begun.verdict, not_begun.why) == (
+            "open",
+            "p is below 0.05 before Holm's correction, which waits for the other claims",
+        )
+        assert done.verdict == ("replicated" if others is clear else "not replicated")
 
 
 def test_errors_under_the_null(tmp_path):

@@ -9,14 +9,17 @@ the smallest advantage that would matter. The verdict is
 - *not replicated* if that test rejects with the second row ahead, or if on every task an advantage of m or more is
   rejected at 0.05, one-sided (the upper end of the 90 % interval lies below m);
 - *open* otherwise; as long as a cell is missing; if a run of either row diverged (those that did not are no fair sample);
-  and if all differences on a task are equal (the scores are too coarse).
+  and if all differences on a task are equal (the scores are too coarse), whatever p is.
+
+Holm's correction is over all claims of the study: one that cannot be tested, or not yet, counts with p = 1. So a corrected p
+can only fall while a study runs, and no verdict is taken back: a p that is below 0.05 without it waits for the other claims.
 
 For example, of a claim with m = 0.01 and a mean difference of 0.002 from -0.003 to 0.007 on its one task, the advantage
 that was claimed is excluded: not replicated.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import attrs
@@ -25,7 +28,7 @@ from lrkit.study.claim import Claim
 from lrkit.study.combined import combined_p, standardized
 from lrkit.study.comparison import gains_between, over_rows, scale_on
 from lrkit.study.equivalence import below_p
-from lrkit.study.paired import LEVEL, interval, smallest_p
+from lrkit.study.paired import LEVEL, all_equal, interval, smallest_p
 from lrkit.study.results import StudyRecord
 from lrkit.study.scores import Scale
 from lrkit.study.texts import markdown
@@ -74,7 +77,7 @@ class Judged:
         why: the reason in a few words.
         tasks: the differences on each task.
         p: two-sided p over all tasks; None without a pair.
-        p_holm: the same, Holm-corrected over the claims.
+        p_holm: the same, Holm-corrected over the claims; None if the claim cannot be tested, or not yet.
         missing: pairs of cells that are still to come.
         diverged: pairs of which a score is NaN; they have no difference.
     """
@@ -105,12 +108,34 @@ def judge(record: StudyRecord) -> tuple[Judged, ...]:
     labels = {row.label: index for index, row in enumerate(record.rows)}
     scales = {task.name: scale_on(record, task.name) for task in record.tasks}
     pairs = [_pairs(record, labels[claim.higher], labels[claim.lower]) for claim in record.claims]
-    p = {index: combined_p([*each.differences.values()]) for index, each in enumerate(pairs) if each.differences}
-    adjusted = over_rows(p)
-    return tuple(
-        _judged(record, claim, pairs[index], scales, p.get(index), adjusted.get(index))
-        for index, claim in enumerate(record.claims)
-    )
+    untested = [_untested(each) for each in pairs]
+    p = [combined_p([*each.differences.values()]) if each.differences else None for each in pairs]
+    corrected = over_rows({i: 1.0 if untested[i] else p[i] for i in range(len(pairs))})
+    waits = any(each.missing for each in pairs)
+    found = []
+    for index, (claim, each) in enumerate(zip(record.claims, pairs, strict=True)):
+        margin = record.margin if claim.margin is None else claim.margin
+        tasks = tuple(_on_task(task, their, margin, scales[task]) for task, their in each.differences.items())
+        verdict: Verdict = "open"
+        why, p_holm = untested[index], None
+        if not why:
+            p_holm = corrected[index]
+            ahead = standardized([*each.differences.values()]) > 0
+            verdict, why = _verdict(tasks, margin, ahead, p_holm, waits and (p[index] or 0.0) < LEVEL)
+        found.append(
+            Judged(
+                claim=claim,
+                margin=margin,
+                verdict=verdict,
+                why=why,
+                tasks=tasks,
+                p=p[index],
+                p_holm=p_holm,
+                missing=each.missing,
+                diverged=each.diverged,
+            )
+        )
+    return tuple(found)
 
 
 @attrs.frozen
@@ -135,28 +160,17 @@ def _pairs(record: StudyRecord, higher: int, lower: int) -> _Pairs:
     return _Pairs(differences, missing, diverged)
 
 
-def _judged(
-    record: StudyRecord,
-    claim: Claim,
-    pairs: _Pairs,
-    scales: Mapping[str, Scale],
-    p: float | None,
-    p_holm: float | None,
-) -> Judged:
-    margin = record.margin if claim.margin is None else claim.margin
-    tasks = tuple(_on_task(task, each, margin, scales[task]) for task, each in pairs.differences.items())
-    verdict, why = _verdict(pairs, tasks, margin, p_holm)
-    return Judged(
-        claim=claim,
-        margin=margin,
-        verdict=verdict,
-        why=why,
-        tasks=tasks,
-        p=p,
-        p_holm=p_holm,
-        missing=pairs.missing,
-        diverged=pairs.diverged,
-    )
+def _untested(pairs: _Pairs) -> str:
+    """Return why a claim cannot be tested, or not yet; empty if it can."""
+    if pairs.missing:
+        return f"{_count(pairs.missing)} still to come"
+    if pairs.diverged:
+        return f"in {_count(pairs.diverged)} a run diverged"
+    if not pairs.differences:
+        return "no pair of cells"
+    if equal := [task for task, each in pairs.differences.items() if len(each) > 1 and all_equal(each)]:
+        return f"all differences on {equal[0]} are equal: the scores are too coarse to tell"
+    return ""
 
 
 def _on_task(task: str, differences: Sequence[float], margin: float | None, scale: Scale) -> OnTask:
@@ -172,21 +186,16 @@ def _on_task(task: str, differences: Sequence[float], margin: float | None, scal
     )
 
 
-def _verdict(pairs: _Pairs, tasks: Sequence[OnTask], margin: float | None, p_holm: float | None) -> tuple[Verdict, str]:
-    """Return the verdict by the rule of this module, and its reason."""
-    if pairs.missing:
-        return "open", f"{_count(pairs.missing)} still to come"
-    if pairs.diverged:
-        return "open", f"in {_count(pairs.diverged)} a run diverged"
-    if p_holm is None:
-        return "open", "no pair of cells"
+def _verdict(
+    tasks: Sequence[OnTask], margin: float | None, ahead: bool, p_holm: float, waits: bool
+) -> tuple[Verdict, str]:
+    """Return a tested claim's verdict by the rule of this module, and its reason."""
     if p_holm < LEVEL:
-        ahead = standardized([*pairs.differences.values()]) > 0
         return ("replicated", f"ahead, p {p_holm:.2g}") if ahead else ("not replicated", f"behind, p {p_holm:.2g}")
+    if waits:
+        return "open", "p is below 0.05 before Holm's correction, which waits for the other claims"
     if margin is None:
         return "open", f"p {p_holm:.2g}, and no margin was stated"
-    if coarse := [each.task for each in tasks if each.low is not None and each.low == each.high]:
-        return "open", f"all differences on {coarse[0]} are equal: the scores are too coarse to tell"
     if all(each.p_below is not None and each.p_below < LEVEL for each in tasks):
         return "not replicated", f"an advantage of {margin:g} is excluded on every task"
     few = [each for each in tasks if smallest_p(each.n) / 2 >= LEVEL]

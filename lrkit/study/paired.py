@@ -53,6 +53,12 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     return max((as_far + 1) / (_RANDOM + 1), smallest_p(len(differences)))
 
 
+def all_equal(differences: Sequence[float]) -> bool:
+    """Say whether all differences are equal, but for rounding: two or more of them [n], n >= 1."""
+    spread = max(differences) - min(differences)
+    return len(differences) > 1 and spread <= _TIE * math.fsum(abs(each) for each in differences)
+
+
 def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
     """Compute an interval of the mean: every value that the sign-flip test does not reject, at 0.05 for 95 %.
 

@@ -145,6 +145,8 @@ def tuning(
     found: dict[str, Any] = {"space": {}} if spaces else {}
     for text in spaces or []:
         path, said = pair(text, "--tune")
+        if path in found["space"]:
+            raise LrkitError(f"--tune {path} is given twice: join its values with commas, --tune {path}=VALUE,VALUE")
         tried = said if said.startswith("log(") else [value(name) for name in names(said)]
         found["space"][path] = tried
     given = {

@@ -19,6 +19,7 @@ import attrs
 
 from lrkit.compose import with_setting
 from lrkit.errors import LrkitError, nearest
+from lrkit.ranks import divisor
 from lrkit.study.composing import without
 from lrkit.study.needs import Need, Source
 
@@ -70,13 +71,13 @@ class Control:
         return () if key is None else (Need(rule="allocation", cells=[key], settings={"control": self.kind}),)
 
 
-def check_control(control: Control, tasks: Sequence[str], seeds: int) -> None:
-    """Raise LrkitError if a control cannot be had in a study of some tasks and so many seeds."""
+def check_control(control: Control, tasks: Sequence[str], seeds: Mapping[str, int]) -> None:
+    """Raise LrkitError if a control cannot be had in a study of some tasks and so many seeds, and tuning seeds."""
     if control.kind != "transplanted":
         if control.task is not None:
             raise LrkitError(f'from_task is for control = "transplanted", not "{control.kind}"')
-    elif control.task is None and seeds < 2:
-        raise LrkitError("transplanted ranks are the next seed's, and there is one seed: give more, or from_task")
+    elif control.task is None and (one := [kind for kind, count in seeds.items() if count < 2]):
+        raise LrkitError(f"transplanted ranks are the next seed's, and there is one {one[0]}: give more, or from_task")
     elif control.task is not None and control.task not in tasks:
         hint = f"{nearest(control.task, tasks)}; there are {', '.join(tasks)}"
         raise LrkitError(f'from_task: there is no task "{control.task}" in the study{hint}')
@@ -173,8 +174,8 @@ _OWN_SCALES = (
 def _same_scale(method: dict[str, Any], source: Source, made: "Allocation") -> dict[str, Any]:
     """Set α so that the increment is scaled as in the source, in every layer.
 
-    With α/r there, r being its first or its first mean rank, it is α'/(mean rank) here, α' = α · (mean rank)/r. The method
-    has the source's α, or its own if that is tuned.
+    With α/r there, r being its first or its first mean rank, it is α'/(mean rank) here, α' = α · (mean rank)/r; with α/√r it
+    is α' = α · √(mean rank)/√r. The method has the source's α, or its own if that is tuned.
 
     Raises:
         LrkitError: the source's layers have scales of their own.
@@ -188,4 +189,5 @@ def _same_scale(method: dict[str, Any], source: Source, made: "Allocation") -> d
         raise LrkitError(_OWN_SCALES)
     mean = made.total / len(made.layers())
     method = with_setting(method, "parameterization.scale_by", "mean-rank")
-    return with_setting(method, "parameterization.alpha", alpha * mean / (sum(first) / len(first)))
+    here, there = (divisor(rank, part.get("scale", "rank")) for rank in (mean, sum(first) / len(first)))
+    return with_setting(method, "parameterization.alpha", alpha * here / there)

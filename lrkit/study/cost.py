@@ -111,8 +111,7 @@ def _study_in(folder: Path) -> StudyFile:
 
 
 def _is_measured(path: Path) -> bool:
-    data = read_json(path)
-    return data is not None and "error" not in data
+    return "error" not in (read_json(path) or {"error": "no such file"})
 
 
 def _add_base_memory(costs: Path, known: Mapping[tuple[int, str], str]) -> None:
@@ -212,8 +211,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     torch.set_num_threads(asked["threads"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base, row = asked["base"], asked["row"]
-    settings = settings_from(row["run"])
-    task = load_task_of(TaskSpec(**row["task"]))
+    settings, task = settings_from(row["run"]), load_task_of(TaskSpec(**row["task"]))
     net, tokenizer = load_model(row["model"], task.head, loading_from(row["loading"]))
     net.train()
     used = task.subset(settings.train_rows, 1, settings.seed)
@@ -244,7 +242,7 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "row_step_ratio_end": None,
         "base_step_ms": seconds[-1] * 1000,
     }
-    same = base["method"] == row["method"]
+    same = _stepped(base) == _stepped(row)
     if not same:
         sides = [_Side(copy.deepcopy(net), base, steps, None, device, objective, batches()), alone]
         answer |= dict(zip(("row_step_ratio", "base_step_ms", "step_ms"), _pairs(sides, batches()), strict=True))
@@ -259,6 +257,12 @@ def _measure(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return answer
 
 
+def _stepped(cell: Mapping[str, Any]) -> list[Any]:
+    """Return all of a cell that a step's time can depend on."""
+    run = {**cell["run"], "seed": None, "lr": None, "head_lr": None}
+    return [cell["method"], cell["targets"], cell["train_also"], run]
+
+
 def _pairs(sides: list[_Side], batches: Iterator[dict[str, Any]]) -> tuple[float, float, float]:
     """Return the median ratio of paired steps (second to first), and each one's median in ms. They take turns to begin."""
     times: list[tuple[float, float]] = []
@@ -267,12 +271,9 @@ def _pairs(sides: list[_Side], batches: Iterator[dict[str, Any]]) -> tuple[float
         order = (0, 1) if index % 2 else (1, 0)
         took = {side: sides[side].step(batch) for side in order}
         times.append((took[0], took[1]))
-    times = times[WARM:]
-    return (
-        statistics.median(b / a for a, b in times),
-        statistics.median(a for a, _ in times) * 1000,
-        statistics.median(b for _, b in times) * 1000,
-    )
+    first, second = zip(*times[WARM:], strict=True)
+    ratio = statistics.median(b / a for a, b in times[WARM:])
+    return ratio, statistics.median(first) * 1000, statistics.median(second) * 1000
 
 
 def _peak(device: Any) -> int:

@@ -67,7 +67,9 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
     tasks = {}
     for spec in plan.tasks:
         task = load_task_of(spec)
-        _check_margin(plan.study.margin, task.primary, spec.name)
+        _check_margin(plan.study.margin, "margin", task.primary, spec.name)
+        for claim in plan.study.claims:
+            _check_margin(claim.margin, f"the margin of claim {claim.name}", task.primary, spec.name)
         tasks[spec.name] = TaskRecord(
             name=spec.name,
             metric=task.primary,
@@ -99,10 +101,10 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
     return tasks
 
 
-def _check_margin(margin: float | None, score: str, task: str) -> None:
+def _check_margin(margin: float | None, called: str, score: str, task: str) -> None:
     """Raise LrkitError for a margin that no difference of shares can reach: per cent were meant."""
     if margin is not None and margin >= 1 and is_share(score):
-        raise LrkitError(f"task {task}: margin must be below 1{MARGIN}, not {margin:g}: {score} is a share")
+        raise LrkitError(f"task {task}: {called} must be below 1{MARGIN}, not {margin:g}: {score} is a share")
 
 
 def execute(

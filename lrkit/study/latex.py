@@ -33,7 +33,7 @@ def latex_table(
         lines += _tabular(table, columns)
     told = [latex(note) for note in notes]
     if any(_best(table, column) for _, table, columns in tables for column in columns):
-        told.insert(0, "Bold: the highest mean.")
+        told.insert(0, "Bold: the best mean.")
     if told:
         lines += [r"\begin{minipage}{\linewidth}\raggedright", r"\par ".join(told), r"\end{minipage}"]
     return "\n".join([*lines, r"\end{table}"]) + "\n"

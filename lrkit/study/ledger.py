@@ -28,6 +28,7 @@ from lrkit.study.study_file import (
     TaskRecord,
     TrialEntry,
     read_study_file,
+    with_base_called,
     write_study_file,
 )
 
@@ -74,7 +75,7 @@ def check_same(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord],
         there: the other one.
         where: the file that it is from, for errors.
     """
-    mine = _planned(plan, jobs, tasks, there.name)
+    mine = with_base_called(_planned(plan, jobs, tasks, there.name), there.rows[0].label)
     for what in ("margin", "claims"):
         was, now = getattr(there, what), getattr(mine, what)
         if now and now != was:
@@ -145,6 +146,10 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
     for task in mine.tasks:
         if (was := canonical(were.get(task.name, task.options))) != (now := canonical(task.options)):
             raise _refusal(where, f"options of {task.name} are {was} there and {now} here")
+    mine = with_base_called(mine, there.rows[0].label)
+    if mine.rows[0].label in [row.label for row in mine.rows[1:]]:
+        raise _refusal(where, f'its base is called "{mine.rows[0].label}", which is another row here')
+    stated = {what: _stated(there, mine, what, where) for what in ("margin", "claims")}
     there = with_tuning(there, mine, where)
     rows, place, stays = _joined_rows(there, mine, where, yields)
     cells = _joined_cells([c for c in there.cells if stays(c)], mine.cells, place, rows)
@@ -169,8 +174,7 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
         tune=mine.tune or there.tune,
         costs=there.costs,
         published=mine.published or there.published,
-        margin=_stated(there, mine, "margin", where),
-        claims=_stated(there, mine, "claims", where),
+        **stated,
     )
 
 
@@ -238,7 +242,6 @@ def _joined_rows(
     named = {row.label: index for index, row in reversed(list(enumerate(rows)))}
     place = {}
     for index, row in enumerate(mine.rows):
-        # The base is the base, whatever it is called.
         at = named.setdefault(row.label, len(rows)) if index else 0
         place[index] = at
         if at == len(rows):
@@ -249,7 +252,7 @@ def _joined_rows(
             if not gives_way(at, index):
                 raise _refusal(where, f'row "{row.label}" is another method there')
             gone.add(at)
-        rows[at] = attrs.evolve(row, label=was.label, tuned=row.tuned or was.tuned)
+        rows[at] = attrs.evolve(row, tuned=row.tuned or was.tuned)
     return rows, place, lambda cell: cell.row not in gone
 
 

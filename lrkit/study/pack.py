@@ -22,7 +22,7 @@ from lrkit.study.packed import FORMAT, PACK, Pack, PackedCell, places, read_pack
 from lrkit.study.place import try_folder
 from lrkit.study.records import frame, read_study
 from lrkit.study.sheet import safe_csv
-from lrkit.study.store import finite, read_lines, read_object, write_bytes
+from lrkit.study.store import canonical, finite, read_lines, read_object, write_bytes
 from lrkit.study.study_file import StudyFile, read_study_file
 
 CURVE = 100
@@ -81,7 +81,17 @@ def write_pack(folder: str | Path, dest: str | Path) -> tuple[list[Path], int]:
 
 
 def _check_none_lost(old: Pack, study: StudyFile, done: set[str], folder: Path) -> None:
-    """Raise LrkitError if a pack that would be replaced holds a cell whose place has none that is done."""
+    """Raise LrkitError if a pack that would be replaced is of another study, or holds a cell whose place has none done."""
+    for what, was, asked in (
+        ("model", Path(old.study.model).name, Path(study.model).name),
+        ("targets", canonical(old.study.targets), canonical(study.targets)),
+        ("run", canonical(old.study.run), canonical(study.run)),
+    ):
+        if was != asked:
+            raise LrkitError(
+                f"{old.path} is of another study, whose {what} is {was} and not {asked}: nothing is replaced; choose "
+                "another folder, or delete the pack"
+            )
     now = places(study)
     lost = [
         place

@@ -247,7 +247,11 @@ def _check_settings(plan: Plan) -> None:
     for row in plan.rows:
         if row.control is not None:
             try:
-                check_control(row.control, [task.name for task in plan.tasks], len(plan.seeds))
+                tune = plan.study.tune
+                seeds = {"seed": len(plan.seeds)} | (
+                    {"tuning seed": len(tune.tuning_seeds)} if tune and row.tuned else {}
+                )
+                check_control(row.control, names, seeds)
             except LrkitError as error:
                 raise LrkitError(f"row {row.label}: {error}") from None
         for task in plan.tasks:

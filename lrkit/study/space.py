@@ -142,7 +142,7 @@ class TuneSpec:
     @property
     def rungs(self) -> tuple[int, ...]:
         """Return how many trials each rung has: all in the only one; with halving by η all, one in η and one in η²."""
-        if self.halving is None:
+        if self.halving is None or self.halving < 2:  # which `check_tune` refuses
             return (self.count,)
         return tuple(self.count // self.halving**k for k in range(3) if self.count >= self.halving**k)
 

@@ -195,6 +195,24 @@ def write_study_file(folder: Path, study: StudyFile) -> None:
     write_json(folder / "study.json", study.to_plain())
 
 
+def with_base_called(study: StudyFile, label: str) -> StudyFile:
+    """Give the base another label, in whatever names it: rows made from it, claims and published values."""
+    own = study.rows[0].label
+
+    def now(name: str) -> str:
+        return label if name == own else name
+
+    published = study.published
+    if published is not None:
+        published = attrs.evolve(published, values={now(row): each for row, each in published.values.items()})
+    return attrs.evolve(
+        study,
+        rows=tuple(attrs.evolve(row, label=now(row.label), source=now(row.source)) for row in study.rows),
+        claims=tuple(attrs.evolve(each, higher=now(each.higher), lower=now(each.lower)) for each in study.claims),
+        published=published,
+    )
+
+
 def _check(study: StudyFile, path: Path) -> None:
     """Raise LrkitError if what a study lists does not fit together."""
     rows, tasks = len(study.rows), {task.name for task in study.tasks}

@@ -170,7 +170,8 @@ def _toml(study: Study, task: TaskSpec, found: Tuned) -> str:
     run = {path.removeprefix("run."): value for path, value in settings.items() if path.startswith("run.")}
     own = {path: value for path, value in settings.items() if not path.startswith("run.")}
     mean = found.trials[[trial.number for trial in found.trials].index(found.choice.trial)].mean
-    where = {key: value for key, value in attrs.asdict(task).items() if value}
+    # The task's own settings come before the chosen ones, as they did in the trials: so they are written as the study's.
+    where = {key: value for key, value in attrs.asdict(task).items() if value and key not in ("run", "set")}
     # Code from a repository is for the command line to allow.
     shared = {key: value for key, value in study.loading.items() if key != "trust_remote_code"}
     lines = [
@@ -181,8 +182,8 @@ def _toml(study: Study, task: TaskSpec, found: Tuned) -> str:
         *([f"loading = {toml.value(shared)}"] if shared else []),
         f"targets = {toml.value(study.targets)}",
         f"train_also = {toml.value(study.train_also)}",
-        f"\n[set]\n{toml.table({**study.set, **own})}",
-        f"[run]\n{toml.table({**study.run, **run})}",
+        f"\n[set]\n{toml.table({**study.set, **task.set, **own})}",
+        f"[run]\n{toml.table({**study.run, **task.run, **run})}",
     ]
     return "\n".join(lines)
 

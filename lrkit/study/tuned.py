@@ -147,7 +147,10 @@ def lr_of(record: "StudyRecord", row: int, task: str) -> str:
     if record.tune is None or "run.lr" not in record.rows[row].tuned.values():
         return record.rows[row].lr
     choice = chosen_of(record, row, task)
-    return "" if choice is None else f"{choice.settings['run.lr']:g}"
+    if choice is None:
+        return ""
+    lr = choice.settings["run.lr"]  # None is the method's own rate, which may have been tried as well
+    return record.rows[row].lr if lr is None else f"{lr:g}"
 
 
 def _tune(record: "StudyRecord") -> TuneSpec:

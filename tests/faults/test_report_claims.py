@@ -110,7 +110,7 @@ def test_latex_can_be_listed(tmp_path: Path) -> None:
     folder = studies.write_study(tmp_path / "s", score=lambda r, t, s: 0.8 + 0.02 * (r == 1) + 0.001 * s, **SMALL)
     text = compare(read_study(folder)).to_latex()
     assert re.findall(r"\\caption{(.*)}", text) == ["A made-up study."]
-    assert text.rindex(r"\end{tabular}") < text.index("Bold: the highest mean.") < text.index(r"\end{table}")
+    assert text.rindex(r"\end{tabular}") < text.index("Bold: the best mean.") < text.index(r"\end{table}")
     assert re.findall(r"\\textbf{([^}]*)}", text) == ["82.25"]
     (line,) = [line for line in text.splitlines() if r"\textbf" in line]
     assert line.startswith("b & ")

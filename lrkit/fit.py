@@ -165,7 +165,7 @@ def no_optimizer_yet(scheduler: Scheduler, action: Action) -> str | None:
         return None
     return (
         f"scheduler {scheduler!r} does not fit action {action!r}: it decides by batches before any optimizer is bound, and "
-        "the action's proximal step reads the optimizer"
+        "the action's proximal step is called with one"
     )
 
 

@@ -39,6 +39,8 @@ class Part:
         matrix: a projection matrix, on which freezing acts as a whole.
         trains: False if it is fixed at its random start in every layer (ELoRA's A and B).
         shared: whether all layers read one tensor (VeRA's A and B), so that no layer's components can grow alone.
+        started: whether the increment is counted from this tensor's value at the start (PiSSA), so that a component of
+            zeros takes away what it began with, and does not add nothing.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Part:
     matrix: bool = False
     trains: bool = True
     shared: bool = False
+    started: bool = False
 
     def of(self, module: nn.Module) -> nn.Parameter:
         """Return the tensor of this part on one adapter."""

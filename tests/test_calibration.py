@@ -340,7 +340,7 @@ def test_proximal_steps_need_an_optimizer():
         def proximal(self, blocks, share, optimizer):
             return None
 
-    with pytest.raises(lrkit.LrkitError, match=r"Once\(.*does not fit action .*Soft.*reads the optimizer"):
+    with pytest.raises(lrkit.LrkitError, match=r"Once\(.*does not fit action .*Soft.*is called with one"):
         attrs.evolve(METHODS["cut"], action=Soft())
     magnitude = lrkit.metrics.Magnitude()
     attrs.evolve(METHODS["cut"], metric=magnitude, action=Soft(), scheduler=Once(target=2, calibration=0))

@@ -202,7 +202,8 @@ def test_zeroed_components_leave_the_model():
     plain = copy.deepcopy(model)
     adapted = lrkit.attach(model, method, targets=["query"], train_also=[])
     starts = {name: (a.start_A.clone(), a.start_B.clone()) for name, a in adapted.adapters.items()}
-    fit(model, adapted, steps=20)
+    with pytest.warns(lrkit.LrkitWarning, match="takes that piece of the base's weight with it"):
+        fit(model, adapted, steps=20)
     trained = logits(model)
     adapted.compact()
     assert {a.rank for a in adapted.adapters.values()} <= {0, 1, 2, 3, 4} and adapted.allocation().total == 4

@@ -31,7 +31,7 @@ class Ballot:
     Args:
         scores: unit scores [n], never NaN.
         candidates: bool [n], the units that may be kept: all, or those kept so far if losing is final; without those that
-            the action's `Action.proximal` has just taken out.
+            the action's `Action.proximal` has just taken out. A verdict that keeps another one is refused.
         budget: how many units may be kept, or what they may cost where there are `costs`.
         share: the budget as a share of all units, before it was made a whole number.
         entries: the entry-wise scores [N] behind the candidates' scores.
@@ -45,6 +45,8 @@ class Ballot:
             of units.
         memory: what the metric remembers of each unit, by the names in its `lrkit.metrics.Importance.memory` [n]; not to be
             written to.
+        kept: bool [n], the units that the last decision kept, all of them before the first one; not to be written to. Those
+            that it leaves out are masked or frozen now, and candidates all the same unless losing is final.
 
     Entries, parts, blocks, sizes and costs may be given as functions, called when first read: most actions go by the units'
     scores.
@@ -63,6 +65,7 @@ class Ballot:
     seed: int = 0
     _costs: _Lazy | None = None
     memory: Mapping[str, Tensor] = attrs.field(factory=dict)
+    kept: Tensor = attrs.field(default=attrs.Factory(lambda self: torch.ones_like(self.candidates), takes_self=True))
 
     @functools.cached_property
     def generator(self) -> torch.Generator:
@@ -137,6 +140,8 @@ def unsound(action: "Action", verdict: object, ballot: Ballot, most: int) -> str
     if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != (units,):
         given = f"{getattr(kept, 'dtype', type(kept).__name__)} {list(getattr(kept, 'shape', ()))}"
         return f"kept must be bool [{units}], not {given}"
+    if bool((kept & ~ballot.candidates).any()):
+        return f"it keeps {int((kept & ~ballot.candidates).sum())} units that are no candidates (`Ballot.candidates`)"
     fresh = verdict.fresh
     if fresh and not (len(fresh) == ballot.layers and all(type(n) is int and n >= 0 for n in fresh)):
         return f"fresh must be a whole number for each of {ballot.layers} blocks, not {fresh}"

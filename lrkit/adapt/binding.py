@@ -170,6 +170,8 @@ class Binding:
     def take(self, loaded: Loaded) -> None:
         """Go on with the loop of a loaded state, and say what is to be said of it, since nothing can fail any more."""
         self.controller = loaded.controller
+        if self._steps is not None:
+            self._steps.forget()
         self.taps.hang(self.controller.readers() if self.bound else ())
         self.follow()
         if loaded.cast:

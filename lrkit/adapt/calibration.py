@@ -58,6 +58,7 @@ def calibrate(
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         raise LrkitError(f"calibrate takes a list of batches, or an iterator, not {type(batches).__name__}")
     agree(weights, loop)
+    dead = loop.liveness.dead
     try:
         with _undisturbed(model):
             seen, arrived, left = 0, False, iter(batches)
@@ -82,6 +83,9 @@ def calibrate(
         return beginning.decide(loop, states, None)
     except BaseException:
         weights.put_back()
+        loop.liveness.dead = dead
+        for state in loop.policies:
+            state.bury(loop.run.tensors_of(dead or []))
         for state in states:
             state.begin()
         raise

@@ -167,7 +167,9 @@ class Graft:
         pretrained.strip(model)
         for module in model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in hooks.items() if type(hook).__module__.startswith(_OURS)]:
+                for key in [
+                    key for key, hook in hooks.items() if str(getattr(hook, "__module__", "")).startswith(_OURS)
+                ]:
                     del hooks[key]
                     module._forward_hooks_always_called.pop(key, None)
         for p, flag in self._flags:

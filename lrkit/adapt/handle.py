@@ -232,7 +232,7 @@ class Adapted(Trained):
     def take_ranks(self) -> None:
         """Let ``model.load_state_dict`` take weights of other ranks, for those who load them before the adaptive state."""
         for adapter in self.adapters.values():
-            weights.take_ranks(adapter, self.method.parameterization.parts, self._binding.last)
+            weights.take_ranks(adapter, self.method.parameterization.parts, lambda: self._binding.last())
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write everything adaptive to ``folder/lrkit.safetensors``, atomically, and return its path."""

@@ -1,7 +1,10 @@
 """torch optimizers as `bind` takes them, one or several, and their steps: one step of each is one step of a method."""
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ from torch.optim import Optimizer
 from lrkit.adapt import parallel
 from lrkit.errors import LrkitError
 from lrkit.loop.gradients import on_accumulated
+
+_DEPTH = 16  # frames from `GradScaler.step` to a hook of the optimizer, wrappers around its step included
 
 
 def held_by(optimizer: Optimizer) -> set[int]:
@@ -120,7 +125,7 @@ class Steps:
 
     `before` is called when the first of them is about to step, with all gradients still there, and `after` when the last of
     them has stepped. A step that a gradient scaler skips does not count. If one steps again while another has not, the
-    previous step of the method ends there.
+    previous step of the method ends there. One that an exception has broken off is forgotten.
 
     Args:
         optimizers: as `unwrapped` returns them.
@@ -148,6 +153,7 @@ class Steps:
         self._handles: list[Any] = []
         self._stepped: set[int] = set()
         self._inside = 0
+        self._outermost: FrameType | None = None
         self._begun = self._backward = False
         for each in self.optimizers:
             self._handles += [each.register_step_pre_hook(self._enter), each.register_step_post_hook(self._leave)]
@@ -157,7 +163,7 @@ class Steps:
     @property
     def stepping(self) -> bool:
         """Return whether one of them is inside its step. Another optimizer that steps now is one that it wraps."""
-        return self._inside > 0
+        return self._inside > 0 and _runs(self._outermost)
 
     def hold(self, handle: Any) -> None:
         """Keep the handle of another hook, and remove it together with these."""
@@ -167,13 +173,31 @@ class Steps:
         """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._inside = [], 0
+        self._handles = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget a step that has begun and was broken off, or that a state that was loaded since knows nothing of."""
+        self._inside, self._outermost = 0, None
+        self._begun = self._backward = False
+        self._stepped = set()
 
     # The optimizers' hooks hold this object, and it holds whoever it calls: a method goes on running if a script keeps no
     # more than the model and the optimizer.
 
     def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self._inside and not _runs(self._outermost):
+            self.forget()
+        if not self._inside:
+            self._outermost = _caller()
         self._inside += 1
+        try:
+            return self._begin(optimizer, args, kwargs)
+        except BaseException:
+            self._inside -= 1
+            raise
+
+    def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         replaced = _called_before(optimizer, args, kwargs) if self._adaptive else None
         again = id(optimizer) in self._stepped
         if self._begun and (again or self._backward):
@@ -182,12 +206,15 @@ class Steps:
             self._finish()
         scale, skips = parallel.scaled_by(optimizer)
         if not skips and not self._begun:
-            self._begun, self._backward = True, False
+            if scale is None and len(self.optimizers) > 1:
+                _unscale([each for each in self.optimizers if each is not optimizer])
             self._before(scale)
+            self._begun, self._backward = True, False
         return replaced
 
     def _leave(self, optimizer: Optimizer, *_: Any) -> None:
         self._inside = max(0, self._inside - 1)
+        self._outermost = self._outermost if self._inside else None
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self.optimizers):
             self._finish()
@@ -200,6 +227,32 @@ class Steps:
 
     def _see(self, _: Tensor) -> None:
         self._backward = True
+
+
+def _caller() -> FrameType | None:
+    """Return the frame that a hook was called from; None while torch.compile traces, which has none."""
+    return None if torch.compiler.is_compiling() else sys._getframe(2)  # noqa: SLF001
+
+
+def _runs(frame: FrameType | None) -> bool:
+    """Return whether a call has not come to its end: its frame is still on the stack."""
+    now = None if frame is None else sys._getframe(1)  # noqa: SLF001
+    while now is not None and now is not frame:
+        now = now.f_back
+    return now is not None or frame is None
+
+
+def _unscale(others: Sequence[Optimizer]) -> None:
+    """Unscale the gradients of the other optimizers as well, if a GradScaler steps the first: it does so one by one."""
+    now: FrameType | None = sys._getframe(1)  # noqa: SLF001
+    for _ in range(_DEPTH):
+        scaler = None if now is None else now.f_locals.get("self")
+        if isinstance(scaler, torch.amp.GradScaler):
+            for each in others:
+                with suppress(RuntimeError):  # it has been done
+                    scaler.unscale_(each)
+            return
+        now = None if now is None else now.f_back
 
 
 def _called_before(

@@ -132,7 +132,7 @@ class Taps:
         self._handles: list[Any] = []
         self._hung: dict[str, nn.Module] = {}
         self._marks = Marks()
-        self._inside, self._waiting = False, 0
+        self._inside, self._waiting, self._telling = False, 0, False
         self._readers: Sequence[PolicyState] = ()
 
     def hang(self, readers: Sequence[PolicyState]) -> None:
@@ -142,7 +142,7 @@ class Taps:
             readers: policies that read layers (`lrkit.loop.controller.Controller.readers`).
         """
         layers = {name: module for state in readers for name, module in state.statistics.reads.items()}
-        self._readers, self._waiting = readers, 0
+        self._readers, self._waiting, self._telling = readers, 0, False
         if layers.keys() == self._hung.keys() and all(self._hung[name] is m for name, m in layers.items()):
             return
         for handle in self._handles:
@@ -164,10 +164,11 @@ class Taps:
             self.hang(())
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
+        # A call without gradients, such as an evaluation, leaves the marks of those that wait for theirs.
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self._marks, self._inside = Marks.of(model, args, kwargs), True
-            if torch.is_grad_enabled() and self._marks.tell:
-                self._waiting += 1
+            self._waiting += 1
+            self._telling = self._telling or self._marks.tell
 
     def _leave(self, *_: Any) -> None:
         self._inside = False
@@ -177,10 +178,10 @@ class Taps:
         if not (torch.is_grad_enabled() and y.requires_grad):
             return
         kept: Any = _Kept.apply(torch.zeros(0, requires_grad=True), x.detach())  # type: ignore[no-untyped-call]
-        marks, shape, doubtful = self._marks, x.shape[:-1], not self._inside and self._waiting > 1
+        marks, shape, doubtful = self._marks, x.shape[:-1], not self._inside and self._telling and self._waiting > 1
 
         def arrive(g: Tensor) -> None:
-            calls, self._waiting = self._waiting, 0
+            calls, self._waiting, self._telling = self._waiting, 0, False
             if doubtful:
                 raise LrkitError(
                     f"{name} is recomputed by gradient checkpointing after {calls} calls of the model, each with "
@@ -213,6 +214,9 @@ class Taps:
     def __deepcopy__(self, memo: object) -> "Taps":
         return Taps(nn.Module())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Taps, (nn.Module(),)
+
 
 class _Tap:
     """The hook on one layer. A copy of the model has a copy of it, which does nothing."""
@@ -227,3 +231,6 @@ class _Tap:
 
     def __deepcopy__(self, memo: object) -> "_Tap":
         return _Tap(None, self._name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Tap, (None, self._name)

@@ -44,7 +44,6 @@ class Controller:
     ) -> None:
         self.run = run
         self.warn = Once() if warn is None else warn
-        self._scale: Tensor | None = None
         self.peers: Peers | None = None
         self.step = 0
         self.total_steps: int | None = None
@@ -178,7 +177,6 @@ class Controller:
             unclipped: the gradients as backward left them, if a metric wants them.
             loss_scale: the factor that those carry; None for none.
         """
-        self._scale = scale
         self.look()
         for state in self.policies:
             state.follow_device()
@@ -205,7 +203,8 @@ class Controller:
         # All observe before any decides: a matrix that one policy freezes has no gradient for the next.
         for state in self.policies:
             if state.policy.metric.measure == "after-step":
-                self._observe(state, self.step, self._scale)
+                # Even a fused optimizer, which unscales the gradients itself, has written them back by now.
+                self._observe(state, self.step, None)
         return self.act([state for state in self.policies if state.due(self.step)], optimizer)
 
     def act(self, due: Collection[PolicyState], optimizer: torch.optim.Optimizer | None) -> bool:

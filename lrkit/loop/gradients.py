@@ -54,7 +54,7 @@ class Unclipped:
     def __init__(self, tensors: Iterable[nn.Parameter]) -> None:
         self._tensors = list(tensors)
         self._copies: dict[int, Tensor] = {}
-        self._waiting = False
+        self._passes: set[int] = set()  # backward passes at whose end copies will be made
         self._handles = []
         for p in self._tensors:
             self._handles.append(on_accumulated(p, self._arrive))
@@ -68,7 +68,7 @@ class Unclipped:
 
     def clear(self) -> None:
         """Forget the copies, after an optimizer step."""
-        self._copies, self._waiting = {}, False
+        self._copies, self._passes = {}, set()
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -78,8 +78,9 @@ class Unclipped:
         self.clear()
 
     def _arrive(self, _: Tensor) -> None:
-        if not self._waiting:
-            self._waiting = True
+        # Known by its number: one that failed never comes to its end, and must not stand for the next.
+        if (now := torch._C._current_graph_task_id()) not in self._passes:  # noqa: SLF001 (there is no public name)
+            self._passes.add(now)
             _at_end(self._wait)
 
     def _wait(self) -> None:
@@ -87,7 +88,6 @@ class Unclipped:
         _at_end(self._copy)
 
     def _copy(self) -> None:
-        self._waiting = False
         self._copies = {id(p): p.grad.clone() for p in self._tensors if p.grad is not None}
 
 

@@ -108,10 +108,11 @@ class PolicyState:
     def layout(self, look: Look = as_is) -> Any:
         """Lay out all units that are still ranked, as the kind of statistics has them: none after the last decision."""
         blocks = [] if self.ended else self.blocks
-        ranked = [] if self.ended else self.fate.ranked(self.kept, blocks)
-        # Those that the loss does not reach have no score.
-        present = [there and self._reached(block) for there, block in zip(ranked, blocks, strict=True)]
-        return kind_of(self.policy.metric).lay(blocks, present, self.policy.metric.reads, look)
+        present = [] if self.ended else self.fate.ranked(self.kept, blocks)
+        kind = kind_of(self.policy.metric)
+        if kind.by_gradient:  # those that the loss does not reach have no entries to score
+            present = [there and self._reached(block) for there, block in zip(present, blocks, strict=True)]
+        return kind.lay(blocks, present, self.policy.metric.reads, look)
 
     def blank(self, look: Look) -> dict[str, Tensor]:
         """Return tensors of the names, shapes and types that the statistics have in a state, looked at by `look`."""
@@ -254,6 +255,7 @@ class PolicyState:
             seed=seed,
             costs=None if each is None else (lambda: self._by_unit(blocks, each)),
             memory=self.statistics.memory,
+            kept=self.kept,
         )
         action = self.policy.action
         verdict = action.decide(ballot)

@@ -88,6 +88,16 @@ def forewarnings(state: PolicyState, times: Timetable) -> Iterator[tuple[str, st
             f"{times.number(times.total_steps)}: the budget will not be reached",
         )
         return
+    if (
+        action.unit == "component"
+        and action.fate in ("masked", "removed")
+        and any(p.started for p in state.blocks[0].parts)
+    ):
+        yield (
+            "started",
+            f"{action!r} takes components out whose increment is counted from what they began with: each one that goes "
+            "takes that piece of the base's weight with it",
+        )
     budget = times.budget(times.last)
     if not budget and action.fate == "frozen" and not action.final:
         yield (

@@ -4,7 +4,7 @@ This is the one seam for the compiled path (`lrkit.loop.native`): metrics know n
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class Statistics:
         observations: how many steps have been observed.
         memory: what is remembered of each unit, by the metric's names [units]; zero by default.
     """
+
+    by_gradient: ClassVar[bool] = True  # of layers that no gradient reaches there is nothing to remember
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -81,6 +82,8 @@ class Streams:
     Raises:
         LrkitError: a layer's input cannot be shown as rows.
     """
+
+    by_gradient: ClassVar[bool] = False  # rows come before anybody knows whom the gradients reach
 
     def __init__(
         self,

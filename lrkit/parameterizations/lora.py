@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrkit.parameterizations.adapter import further, started
 from lrkit.parameterizations.base import Parameterization, Target
-from lrkit.parameterizations.starts import INITS, Init, begin
+from lrkit.parameterizations.starts import FROM_BASE, INITS, Init, begin
 from lrkit.ranks import DIVISORS, SCALES, Rank, Scale, ScaleBy, as_rank, divisor, is_rank
 from lrkit.settings import one_of, real
 from lrkit.units import Part
@@ -49,7 +49,8 @@ class LoRA(Parameterization):
     @property
     def parts(self) -> tuple[Part, ...]:
         """Declare A and B."""
-        return (Part("A", axis=0, matrix=True), Part("B", axis=1, matrix=True))
+        started = self.init in FROM_BASE
+        return (Part("A", axis=0, matrix=True, started=started), Part("B", axis=1, matrix=True, started=started))
 
     @property
     def components(self) -> Rank:

@@ -18,7 +18,7 @@ from lrkit.parameterizations.lowrank import LowRank
 
 Init = Literal["kaiming", "pissa", "pissa-fast", "olora", "orthogonal"]
 INITS: tuple[Init, ...] = ("kaiming", "pissa", "pissa-fast", "olora", "orthogonal")
-_FROM_BASE = ("pissa", "pissa-fast", "olora")
+FROM_BASE = ("pissa", "pissa-fast", "olora")
 _ITERATIONS = 16
 
 
@@ -90,7 +90,7 @@ def begin(init: Init, target: Target, rank: int, scaling: float, dropout: float)
     with torch.no_grad():
         a.copy_(down.reshape(a.shape))
         b.copy_(up.movedim(-2, 0).reshape(b.shape))
-    kind: Any = Started if init in _FROM_BASE else LowRank
+    kind: Any = Started if init in FROM_BASE else LowRank
     adapter: LowRank = kind(target, a, b, scaling=scaling, dropout=dropout)
     return adapter
 

@@ -168,7 +168,7 @@ def _untested(pairs: _Pairs) -> str:
         return f"in {_count(pairs.diverged)} a run diverged"
     if not pairs.differences:
         return "no pair of cells"
-    if equal := [task for task, each in pairs.differences.items() if len(each) > 1 and all_equal(each)]:
+    if equal := [task for task, each in pairs.differences.items() if all_equal(each)]:
         return f"all differences on {equal[0]} are equal: the scores are too coarse to tell"
     return ""
 

@@ -14,7 +14,7 @@ import attrs
 from lrkit.study.effects import corrected, effect_interval, effect_size
 from lrkit.study.equivalence import equivalence_p, verdict_of, why_open
 from lrkit.study.files import Cost
-from lrkit.study.paired import ENOUGH_PAIRS, LEVEL, enough_pairs, holm, interval, sign_flip_p, smallest_p
+from lrkit.study.paired import ENOUGH_PAIRS, LEVEL, all_equal, enough_pairs, holm, interval, sign_flip_p, smallest_p
 from lrkit.study.results import StudyRecord
 from lrkit.study.scores import Scale, scale_of
 from lrkit.study.table_row import TableRow
@@ -140,7 +140,7 @@ def _row(record: StudyRecord, index: int, task: str, cost: Cost | None) -> Table
         margin=None if is_base else record.margin,
         p_equivalent=None if record.margin is None or not differences else equivalence_p(differences, record.margin),
     )
-    notes = _row_notes(row, left_out)
+    notes = _row_notes(row, left_out, all_equal(differences))
     if row.warning and row.guess is not None:
         guess = scale_on(record, task, [row.guess]).text(row.guess)
         notes.append(f"mean {row.warning.replace('the', 'the best')}, {guess} (†).")
@@ -152,7 +152,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(finite) if finite else None
 
 
-def _row_notes(row: TableRow, left_out: int) -> list[str]:
+def _row_notes(row: TableRow, left_out: int, equal: bool) -> list[str]:
     """Say how far a row is, and which pairs were left out of its difference."""
     notes = []
     to_come = row.running + row.missing
@@ -166,10 +166,10 @@ def _row_notes(row: TableRow, left_out: int) -> list[str]:
         notes.append(
             f"{left_out} pairs left out, since the row or the base diverged." if left_out > 1 else _ONE_LEFT_OUT
         )
-    if row.low is not None and row.low == row.high:
+    if equal:
         notes.append(
-            f"all {row.pairs} differences are equal, so the interval has no width: that says how coarse the scores are, "
-            "and is no certainty."
+            f"all {row.pairs} differences are equal{', so the interval has no width' if row.low is not None else ''}: that "
+            "says how coarse the scores are, and is no certainty."
         )
     return notes
 

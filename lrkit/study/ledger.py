@@ -75,7 +75,7 @@ def check_same(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord],
         there: the other one.
         where: the file that it is from, for errors.
     """
-    mine = with_base_called(_planned(plan, jobs, tasks, there.name), there.rows[0].label)
+    mine = _called_alike(_planned(plan, jobs, tasks, there.name), there, where)
     for what in ("margin", "claims"):
         was, now = getattr(there, what), getattr(mine, what)
         if now and now != was:
@@ -146,9 +146,7 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
     for task in mine.tasks:
         if (was := canonical(were.get(task.name, task.options))) != (now := canonical(task.options)):
             raise _refusal(where, f"options of {task.name} are {was} there and {now} here")
-    mine = with_base_called(mine, there.rows[0].label)
-    if mine.rows[0].label in [row.label for row in mine.rows[1:]]:
-        raise _refusal(where, f'its base is called "{mine.rows[0].label}", which is another row here')
+    mine = _called_alike(mine, there, where)
     stated = {what: _stated(there, mine, what, where) for what in ("margin", "claims")}
     there = with_tuning(there, mine, where)
     rows, place, stays = _joined_rows(there, mine, where, yields)
@@ -176,6 +174,18 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
         published=mine.published or there.published,
         **stated,
     )
+
+
+def _called_alike(mine: StudyFile, there: StudyFile, where: Path) -> StudyFile:
+    """Call my base as it is called there: the base is the base. Raise LrkitError if it is another one."""
+    label, own = there.rows[0].label, mine.rows[0].label
+    if label == own:
+        return mine
+    if _normal(there.rows[0].method) != _normal(mine.rows[0].method):
+        raise _refusal(where, f'its base is "{label}", and not "{own}"')
+    if label in [row.label for row in mine.rows[1:]]:
+        raise _refusal(where, f'its base is called "{label}", which is another row here')
+    return with_base_called(mine, label)
 
 
 def _stated(there: StudyFile, mine: StudyFile, what: str, folder: Path) -> Any:

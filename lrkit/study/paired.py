@@ -54,9 +54,10 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 
 
 def all_equal(differences: Sequence[float]) -> bool:
-    """Say whether all differences are equal, but for rounding: two or more of them [n], n >= 1."""
-    spread = max(differences) - min(differences)
-    return len(differences) > 1 and spread <= _TIE * math.fsum(abs(each) for each in differences)
+    """Say whether all differences [n] are equal, but for rounding; False for fewer than two."""
+    if len(differences) < 2:
+        return False
+    return max(differences) - min(differences) <= _TIE * math.fsum(abs(each) for each in differences)
 
 
 def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:

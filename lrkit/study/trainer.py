@@ -53,6 +53,8 @@ class RunTrainer(Trainer):
         objective: Objective | None = None,
         **settings: Any,
     ) -> None:
+        alone: Any = settings["args"]
+        alone._n_gpu = min(1, alone.n_gpu)  # noqa: SLF001 (several would be fed by DataParallel, a batch each)
         super().__init__(**settings)
         self._adapted, self._task, self._objective, self._scored = adapted, task, objective, scored
         self._sample = sample if objective is None else objective.inputs(sample)

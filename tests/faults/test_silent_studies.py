@@ -1,5 +1,6 @@
 """Studies that were silently another one: names of the base, statements made late, settings that lost, scales, packs."""
 
+import functools
 import json
 import shutil
 
@@ -7,9 +8,11 @@ import attrs
 import folders
 import pytest
 import studies
+from transformers import TrainingArguments
 
 import lrkit
 from lrkit.cli import main
+from lrkit.cli.studies import _study
 from lrkit.compose import from_plain
 from lrkit.errors import LrkitError
 from lrkit.study.asked import study_from, study_named
@@ -24,8 +27,11 @@ from lrkit.study.needs import Source
 from lrkit.study.pack import write_pack
 from lrkit.study.plan import lay_out
 from lrkit.study.records import read_study
+from lrkit.study.run import train
+from lrkit.study.run_settings import settings_from
 from lrkit.study.statistics import compare
 from lrkit.study.study_file import read_study_file
+from lrkit.study.trainer import RunTrainer
 from lrkit.study.tune import Tuned, _toml, tuning_plan
 from lrkit.study.tuned import Choice, TrialRecord
 from lrkit.tasks import load_task
@@ -206,3 +212,69 @@ def test_another_study_s_pack_stays(tmp_path):
     assert (tmp_path / "pack" / "cells.jsonl.gz").read_bytes() == before
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
     write_pack(tmp_path / "copy", tmp_path / "pack")
+
+
+@pytest.mark.parametrize("seeds", [5, 6])
+def test_equal_differences_are_told(tmp_path, seeds):
+    """The table says of equal differences that they are coarse, also where there are too few for an interval."""
+    labels = ("adalora", "metric=magnitude")
+    studies.write_study(tmp_path / "s", labels=labels, seeds=range(seeds), score=lambda *_: 0.8, costs=False)
+    _, row = compare(read_study(tmp_path / "s")).rows
+    assert any(note.startswith(f"all {seeds} differences are equal") for note in row.notes)
+
+
+def test_settings_beside_a_file(tmp_path):
+    """Settings of the command line replace those of the file, and those of its tasks."""
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'base = "adalora"\nseeds = 6\n[swap]\nmetric = ["magnitude"]\n[run]\nsteps = 20\n[[tasks]]\ntask = "movies"\n'
+        'run = {lr = 5e-3, batch_size = 8}\nset = {"scheduler.warmup" = 0.4}\n'
+    )
+    changes = {"set": {}, "run": {}, "swap": {}, "tune": {}, "loading": {}}
+    given = ({"run": {"lr": 1e-5}}, {"set": {"scheduler.warmup": 0.25}}, {"set": {"warmup": 0.25}})
+    plans = [lay_out(_study(str(file), {**changes, **each}, [], None)) for each in given]
+    found = [
+        (plan.settings(plan.rows[0], plan.tasks[0], 0), plan.method(plan.rows[0], plan.tasks[0]).scheduler.warmup)
+        for plan in plans
+    ]
+    assert [(settings.lr, settings.batch_size, warmup) for settings, warmup in found] == [
+        (1e-5, 8, 0.4),
+        (5e-3, 8, 0.25),
+        (5e-3, 8, 0.25),
+    ]
+
+
+def test_another_base_with_old_cells(write):
+    """A study with another base is another study, whatever has become of the code that its cells are of."""
+    folder = write("s", rows=[{"label": "lora", "base": "lora"}], swap={})
+    plain = json.loads((folder / "study.json").read_text())
+    for cell in plain["cells"]:
+        cell["code"] = "0123456789abcdef"
+    (folder / "study.json").write_text(json.dumps(plain))
+    with pytest.raises(LrkitError, match='its base is "adalora", and not "lora"'):
+        write("s", base="lora", rows=[{"label": "adalora", "base": "adalora"}], swap={})
+
+
+def test_one_device_in_one_process(place, monkeypatch):
+    """A run has one GPU, however many a process sees: transformers would feed all of them, a batch each."""
+
+    class Seen(Exception):
+        """Ends the run."""
+
+    real = TrainingArguments.__dict__["_setup_devices"].func
+
+    def two(self):
+        device, self._n_gpu = real(self), 2
+        return device
+
+    def trained(self, **_):
+        assert (self.args.n_gpu, self.args.train_batch_size) == (1, 4)
+        raise Seen
+
+    seen = functools.cached_property(two)
+    seen.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", seen)
+    monkeypatch.setattr(RunTrainer, "train", trained)
+    where = {"model": str(place / "model"), "settings": settings_from({**RUN, "batch_size": 4})}
+    with pytest.raises(Seen):
+        train(lrkit.methods.lora(rank=2), load_task(data=str(place / "data")), **where)

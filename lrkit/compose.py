@@ -106,9 +106,6 @@ def _table(value: Any, place: str) -> dict[str, Any]:
     return dict(table)
 
 
-# ---- one change ------------------------------------------------------------------------------------------------------
-
-
 def with_setting(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
     """Change one setting in a copy of a method's plain data: ``with_setting(plain, "parameterization.rank", 8)``.
 
@@ -125,7 +122,9 @@ def with_setting(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, A
         raise LrkitError('no setting "also": it holds whole policies; change one part, such as "also.0.metric"')
     copy, node = _descend(plain, owner, path)
     known = [name for name in node if name != "name"] if isinstance(node, dict) else []
-    if key not in known or (not owner and key in FIELDS):
+    if not owner and key in FIELDS:
+        raise LrkitError(f'no setting {quoted(key)}, a part: swap it, swap = {{"{key}" = "NAME"}} or --swap {key}=NAME')
+    if key not in known:
         leaves = [leaf for leaf in _leaves(plain) if not leaf.endswith(".name")]
         same = [leaf for leaf in leaves if leaf.rpartition(".")[2] == key]
         hint = f" (did you mean {' or '.join(same)}?)" if same else nearest(path, leaves)

@@ -197,8 +197,7 @@ def _three_units(costs: Tensor | None, entries: Callable[[], Tensor] | Tensor) -
 
 def nothing_seen_yet(metric: Importance, scheduler: Scheduler) -> str | None:
     """Refuse to decide at step 0 alone by a metric that goes by what it has seen, if it is shown no batches before."""
-    remembers = metric.reads in ("inputs", "gradient") or bool(getattr(metric, "buffers", False))
-    if not scheduler.at_start or scheduler.calibration or not remembers:
+    if not scheduler.at_start or scheduler.calibration or not remembers(metric):
         return None
     if scheduler.over(MOST_STEPS, units=1, layers=1).last > 0:  # later decisions go by what it has seen
         return None
@@ -206,6 +205,11 @@ def nothing_seen_yet(metric: Importance, scheduler: Scheduler) -> str | None:
         f"metric {metric!r} does not fit scheduler {scheduler!r}: it decides once, before the metric has seen "
         "anything: calibration must be 1 batch or more"
     )
+
+
+def remembers(metric: Importance) -> bool:
+    """Say whether a metric goes by what it has seen, and not by the weights or by chance alone."""
+    return metric.reads in ("inputs", "gradient") or bool(getattr(metric, "buffers", False))
 
 
 def _keeps_to_costs(action: Action) -> bool:

@@ -87,7 +87,7 @@ class Method:
             given = [name for name in POLICY if name not in missing]
             raise LrkitError(
                 f"a policy is a metric, a scheduler and an action: {' and '.join(given)} given, "
-                f"{' and '.join(missing)} missing"
+                f"{' and '.join(missing)} missing; give all three, or none"
             )
         for policy in self.also:
             if not isinstance(policy, Policy):

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lrkit.adapt import checkpoint
 from lrkit.adapt.adapted import Adapted
 from lrkit.adapt.quantized import let_train
+from lrkit.compose import to_plain
 from lrkit.errors import LrkitError, LrkitWarning, shown
 from lrkit.loop import beginning
 from lrkit.shards import is_sharded
@@ -96,6 +97,10 @@ class AdaptCallback(TrainerCallback):
                 self._calibrate(kwargs["train_dataloader"])
             if args.auto_find_batch_size:
                 self._start = self.adapted.state_dict()
+        if args.save_strategy != "no":
+            to_plain(
+                self.adapted.method
+            )  # what has no name could not be saved, which the first checkpoint would find out
         before = self.adapted.step - state.global_step
         optimizer = kwargs["optimizer"]
         self.adapted.bind(

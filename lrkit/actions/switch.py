@@ -18,7 +18,8 @@ class Switch(Action):
 
     Every decision ranks all units. The gradient of one that does not train is neither computed nor kept, and it keeps the
     score that it had when it stopped: a metric that goes by gradients brings a unit back if its last score is above the
-    present ones of others. What a metric remembers of a unit's entries begins anew when the unit trains again.
+    present ones of others. (One that reads layers sees those that are frozen as well.) What a metric remembers of a unit's
+    entries begins anew when the unit trains again.
 
     The optimizer must hold all units from the start, also those that do not train at the time: make it from
     ``adapted.parameters()``. One that is made from what requires a gradient at some moment never moves the others, as it

@@ -196,7 +196,7 @@ class Adapted(Trained):
         print(trainable(self.model, entries(self.model), self.summary()))  # noqa: T201
 
     def scores(self, policy: int = 0) -> dict[str, float]:
-        """Return the present score of every unit of one policy, by name; nothing once its last decision is taken."""
+        """Return every unit's present score by one policy, by name (-inf: out for good); nothing after its last decision."""
         state, seed = self.controller.policies[policy], seed_of(self.controller.seed, self.step, policy)
         return {} if state.ended else dict(zip(state.unit_names, state.scores(seed).tolist(), strict=True))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lrkit.fit import remembers
 from lrkit.loop import rules
 from lrkit.loop.controller import Controller
 from lrkit.loop.policy import PolicyState
@@ -74,6 +75,14 @@ def decide(loop: Controller, states: Sequence[PolicyState], optimizer: torch.opt
     for state in states:
         # Nothing at step 0 depends on the length of the run.
         state.times = rules.timetable(state, loop.total_steps or MOST_STEPS)
+        metric, scheduler = state.policy.metric, type(state.policy.scheduler).__name__
+        lose = state.times.budget(0) < state.costs.whole
+        if lose and remembers(metric) and not state.statistics.observations:
+            loop.warn(
+                f"unseen {state.index}",
+                f"{scheduler} decides at step 0, when {metric!r} has seen nothing: all units count alike, and the first of "
+                "them are kept. Let the scheduler calibrate, or begin with all units (start=1.0)",
+            )
     try:
         return loop.act(states, optimizer)
     finally:

@@ -52,7 +52,7 @@ class Seen:
         x: its inputs, float32 [n, d_in].
         g: the loss's gradient by its outputs, float32 [n, d_out]; None for a metric that reads inputs alone.
         labelled: for rows that are tokens with labels, whether the label is not -100, bool [n]; None if no labels fit.
-        step: how many optimizer steps have been observed, this one included: 1, 2, ...
+        step: how many steps have been observed, this one included: 1, 2, ...; each batch of a calibration counts as one.
     """
 
     layer: Layer

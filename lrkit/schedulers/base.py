@@ -74,7 +74,7 @@ class Scheduler(Amounts, abc.ABC):
 
     @abc.abstractmethod
     def decay(self, progress: float) -> float:
-        """Return how far from `target` to `start` the budget is: 1 at progress 0, 0 at progress 1, never increasing.
+        """Return how far from `target` to `start` the budget is, in [0, 1], after progress 0 and before 1. Never increasing.
 
         For example a straight line is ``1 - progress``.
         """

@@ -8,10 +8,13 @@ import attrs
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import lrkit
+import lrkit.trainer
 from lrkit.errors import LrkitError
+from lrkit.study.asked import study_from
+from lrkit.study.plan import lay_out
 from lrkit.testing import resumes
 
 LAYERS = [f"layers.{i}" for i in range(3)]
@@ -486,3 +489,55 @@ def test_models_with_taps_travel():
         file.seek(0)
         found = torch.load(file, weights_only=False)
         assert torch.equal(found(**batch(0))["loss"], each(**batch(0))["loss"])
+
+
+# ---- decisions by nothing ----
+
+
+@pytest.mark.parametrize("start", [1.0, 0.5])
+def test_step_0_by_nothing(start):
+    """A metric that has seen nothing cannot say who loses at step 0: it is told, unless nobody loses."""
+
+    @attrs.frozen(kw_only=True)
+    class Early(lrkit.schedulers.Linear):
+        """A line that begins at step 0. Source: none."""
+
+        at_start = True
+
+    method = attrs.evolve(adalora(), scheduler=Early(start=start, target=0.25))
+    _, adapted = attached(method)
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
+    told = "Early decides at step 0, when SensitivityUncertainty.* has seen nothing"
+    with pytest.warns(lrkit.LrkitWarning, match=told) if start < 1 else contextlib.nullcontext():
+        adapted.bind(optimizer, total_steps=10)
+    assert adapted.history[0].step == 0
+
+
+def test_parts_are_swapped_and_not_set():
+    """A part of the method in `set` is answered with the word for it."""
+    study = {"base": "adalora", "rows": [{"from": "adalora", "label": "frozen", "set": {"action": "zero"}}]}
+    with pytest.raises(LrkitError, match=r'no setting "action", a part: swap it, swap = \{"action" = "NAME"\}'):
+        lay_out(study_from(study))
+
+
+def test_a_trainer_asks_for_names_first(tmp_path):
+    """What cannot be saved without a name is told before the first step, and not at the first checkpoint."""
+    model, adapted = attached(attrs.evolve(adalora(), metric=Nameless()))
+    rows = [{name: values[0] for name, values in batch(number).items()} for number in range(8)]
+    where = {"output_dir": str(tmp_path), "max_steps": 4, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    for strategy in ("steps", "no"):
+        trainer = Trainer(
+            model,
+            TrainingArguments(**where, save_strategy=strategy, save_steps=2),
+            train_dataset=rows,
+            callbacks=[lrkit.trainer.AdaptCallback(adapted)],
+        )
+        refused = pytest.raises(LrkitError, match=r"Nameless.* is not registered")
+        with refused if strategy == "steps" else contextlib.nullcontext():
+            trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@attrs.frozen(kw_only=True)
+class Nameless(lrkit.metrics.SensitivityUncertainty):
+    """As its base. Source: none."""

@@ -106,6 +106,8 @@ def params(
     screen.table(columns, rows, f"{model}: {counted.model:,} parameters without its head")
     head = f"the head (classifier, pooler: {counted.head:,}) is not counted" if counted.head else "no head is trained"
     screen.say(f"Averages are over {steps:,} steps; {head}.")
+    if any("≈" in cell for row in rows for cell in row):
+        screen.say("≈: layers differ in size, and in which of them units go is known after a run: --json has the range.")
 
 
 def _composed(
@@ -143,7 +145,8 @@ def _is_broken(name: str) -> bool:
 
 
 def _counts(method: "Method", counted: Any) -> list[str]:
-    end, average = f"{counted.end:,.0f}", f"{counted.average:,.0f}"
+    ranges = ((counted.end, counted.end_range), (counted.average, counted.average_range))
+    end, average = (f"{'≈ ' if low < high else ''}{number:,.0f}" for number, (low, high) in ranges)
     if any(policy.action.turnover(1, 1, 1) is None for policy in method.policies):
         # The number of units that go is known only after a run: any number would be a guess.
         end, average = (f"{low:,.0f} to {high:,.0f}" for low, high in (counted.end_range, counted.average_range))

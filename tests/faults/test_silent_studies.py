@@ -278,3 +278,13 @@ def test_one_device_in_one_process(place, monkeypatch):
     where = {"model": str(place / "model"), "settings": settings_from({**RUN, "batch_size": 4})}
     with pytest.raises(Seen):
         train(lrkit.methods.lora(rank=2), load_task(data=str(place / "data")), **where)
+
+
+def test_counts_that_are_not_exact(capsys):
+    """A count that depends on which units go is marked; one that does not is exact."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["params", "adalora", "aflora", "--model", "minilm"])
+    found = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in found.splitlines() if line.strip()}
+    assert "≈ 332,064" in lines["adalora"] and " 20,880 " in lines["aflora"] and "≈ 20,880" not in lines["aflora"]
+    assert "--json has the range" in found

@@ -9,8 +9,10 @@ from command_line import ask
 
 from lrkit.cli import main
 from lrkit.errors import LrkitError
+from lrkit.study.claim_power import _excluded, _shown, seeds_to_exclude, seeds_to_show
 from lrkit.study.claims import judge
 from lrkit.study.combined import combined_p, standardized
+from lrkit.study.equivalence import below_p
 from lrkit.study.plan import lay_out, study_from
 from lrkit.study.records import read_study
 
@@ -135,6 +137,26 @@ def test_errors_under_the_null(tmp_path):
         tasks = [list(rng.normal(0.0, scale, 8)) for scale in (0.004, 0.03)]
         wrong += combined_p(tasks) < 0.05 and standardized(tasks) > 0
     assert wrong <= 12  # binomial(200, 0.025): 99.6 % are at or below
+
+
+def test_open_claims_name_seeds(tmp_path):
+    """An open claim says how many seeds would decide it: as many as the tests themselves need."""
+    wide = {"movies": spread(0.002, sd=0.02), "rte": spread(0.002, sd=0.03)}
+    (found,) = judged(tmp_path / "s", wide)
+    show, exclude = seeds_to_show([0.02, 0.03], 0.01), seeds_to_exclude([0.02, 0.03], 0.01)
+    assert (
+        f"; about {show} seeds would probably (0.8) show an advantage of 0.01, about {exclude} exclude it" in found.why
+    )
+    rng, spreads, margin = np.random.default_rng(5), (0.006, 0.008), 0.01
+    shown = excluded = 0
+    for _ in range(400):
+        ahead, level = ([list(rng.normal(mean, each, 6)) for each in spreads] for mean in (margin, 0.0))
+        shown += combined_p(ahead) < 0.05 and standardized(ahead) > 0
+        excluded += all(below_p(each, margin) < 0.05 for each in level)
+    assert _shown(spreads, margin, 1, 6) == pytest.approx(shown / 400, abs=0.1)
+    assert _excluded(spreads, margin, 6) == pytest.approx(excluded / 400, abs=0.1)
+    assert seeds_to_show([1.0], 0.001) is None
+    assert seeds_to_show([0.02, 0.03], 0.01, claims=5) > show
 
 
 def test_shown_everywhere(tmp_path, capsys):

@@ -107,7 +107,9 @@ def params(
     head = f"the head (classifier, pooler: {counted.head:,}) is not counted" if counted.head else "no head is trained"
     screen.say(f"Averages are over {steps:,} steps; {head}.")
     if any("≈" in cell for row in rows for cell in row):
-        screen.say("≈: layers differ in size, and in which of them units go is known after a run: --json has the range.")
+        screen.say(
+            "≈: layers differ in size, and in which of them units go is known after a run: --json has the range."
+        )
 
 
 def _composed(

@@ -25,10 +25,12 @@ from typing import Literal
 import attrs
 
 from lrkit.study.claim import Claim
+from lrkit.study.claim_power import seeds_to_exclude, seeds_to_show
 from lrkit.study.combined import combined_p, standardized
 from lrkit.study.comparison import gains_between, over_rows, scale_on
 from lrkit.study.equivalence import below_p
 from lrkit.study.paired import LEVEL, all_equal, interval, smallest_p
+from lrkit.study.power import MOST
 from lrkit.study.results import StudyRecord
 from lrkit.study.scores import Scale
 from lrkit.study.texts import markdown
@@ -121,7 +123,10 @@ def judge(record: StudyRecord) -> tuple[Judged, ...]:
         if not why:
             p_holm = corrected[index]
             ahead = standardized([*each.differences.values()]) > 0
-            verdict, why = _verdict(tasks, margin, ahead, p_holm, waits and (p[index] or 0.0) < LEVEL)
+            others = waits and (p[index] or 0.0) < LEVEL
+            verdict, why = _verdict(tasks, margin, ahead, p_holm, others)
+            if verdict == "open" and margin is not None and not others:
+                why += _seeds([*each.differences.values()], margin, len(pairs))
         found.append(
             Judged(
                 claim=claim,
@@ -202,6 +207,18 @@ def _verdict(
     if few:
         return "open", f"with {few[0].n} pairs nothing can be excluded"
     return "open", f"p {p_holm:.2g}, and an advantage of {margin:g} is not excluded on every task"
+
+
+def _seeds(differences: Sequence[Sequence[float]], margin: float, claims: int) -> str:
+    """Say how many seeds would decide an open claim, by how its differences vary; empty if these are too few."""
+    spreads = [statistics.stdev(each) for each in differences if len(each) > 2]
+    if len(spreads) < len(differences):
+        return ""
+    show, exclude = seeds_to_show(spreads, margin, claims=claims), seeds_to_exclude(spreads, margin)
+    told = [f"over {MOST:,}" if each is None else f"about {each:,}" for each in (show, exclude)]
+    return (
+        f"; {told[0]} seeds would probably (0.8) show an advantage of {margin:g}, {told[1]} exclude it if there is none"
+    )
 
 
 def _count(pairs: int) -> str:

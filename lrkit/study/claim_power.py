@@ -1,0 +1,77 @@
+"""Say with how many seeds a claim would be decided, by what its differences vary: an open one has too few. No torch here.
+
+Assumed are normal differences of a known standard deviation on each task. Of the two ways in which a claim is decided, one
+needs an advantage of the margin on every task, which the stratified test is to see; the other none at all, so that an
+advantage of the margin can be excluded on every task. Sign flips are stood for by a normal and by Student's t, since beyond
+a dozen pairs their p moves in steps too small to matter.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+from lrkit.study.paired import ENOUGH_PAIRS, LEVEL
+from lrkit.study.power import MOST
+
+_SAMPLES = 20_000
+
+
+def seeds_to_show(spreads: Sequence[float], margin: float, *, claims: int = 1, power: float = 0.8) -> int | None:
+    """Return the fewest seeds with which a claim is likely to be replicated, if its advantage is the margin everywhere.
+
+    >>> seeds_to_show([0.01, 0.02], 0.01)                    # two tasks, whose differences vary by 0.01 and 0.02
+    10
+
+    Args:
+        spreads: standard deviation of the differences on each task, above 0.
+        margin: the advantage, above 0.
+        claims: how many claims the study has: Holm's correction takes the least p times so many.
+        power: the wanted probability.
+
+    Returns:
+        Seeds of each row on each task; None if more than 1,000 are needed.
+    """
+    return _fewest(functools.partial(_shown, spreads, margin, claims), power)
+
+
+def seeds_to_exclude(spreads: Sequence[float], margin: float, *, power: float = 0.8) -> int | None:
+    """Return the fewest seeds that are likely to exclude an advantage of the margin on every task, if there is none.
+
+    Arguments and result as of `seeds_to_show`.
+    """
+    return _fewest(functools.partial(_excluded, spreads, margin), power)
+
+
+def _fewest(chance: Callable[[int], float], power: float) -> int | None:
+    low, high = ENOUGH_PAIRS - 1, MOST
+    if chance(high) < power:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if chance(middle) >= power else (middle, high)
+    return high
+
+
+def _shown(spreads: Sequence[float], margin: float, claims: int, seeds: int) -> float:
+    """Return the probability that the stratified test rejects, with the first row ahead."""
+    import numpy as np
+    from scipy.special import ndtri
+
+    rng = np.random.default_rng(seeds)
+    total = np.zeros(_SAMPLES)
+    for spread in spreads:
+        mean = rng.normal(margin, spread / math.sqrt(seeds), _SAMPLES)
+        total += mean / np.sqrt(mean**2 + spread**2 * rng.chisquare(seeds - 1, _SAMPLES) / seeds)
+    # With each task's differences in units of their root mean square, sign flips have a variance of 1 / seeds on each.
+    return float((total * math.sqrt(seeds / len(spreads)) > ndtri(1 - LEVEL / claims / 2)).mean())
+
+
+def _excluded(spreads: Sequence[float], margin: float, seeds: int) -> float:
+    """Return the probability that one-sided tests exclude the margin on every task."""
+    from scipy.special import nctdtr, stdtrit
+
+    critical = float(stdtrit(seeds - 1, 1 - LEVEL))
+    return math.prod(1 - float(nctdtr(seeds - 1, margin * math.sqrt(seeds) / each, critical)) for each in spreads)
+
+
+__all__ = ["seeds_to_exclude", "seeds_to_show"]

@@ -190,6 +190,15 @@ def test_costs_of_rows_alike():
         assert _stepped(cell) != _stepped({**cell, **other})
 
 
+@pytest.mark.parametrize("option", ["--size", "--margin"])
+def test_power_of_points(tmp_path, capsys, option):
+    """A size in points is no share: of accuracy 0.01 is one point."""
+    studies.write_study(tmp_path / "s", costs=False)
+    with pytest.raises(SystemExit, match="2"):
+        main(["power", str(tmp_path / "s"), option, "1"])
+    assert f"{option} must be below 1" in capsys.readouterr().err
+
+
 def test_best_of_perplexities(tmp_path):
     """The bold mean in LaTeX is the lowest one of a score that is better if it is lower, and the note does not lie."""
     labels = ("a", "b")

@@ -47,7 +47,7 @@ class UncertaintyMetric(Metric):
         beta1: β1, smoothing of the importance.
         beta2: β2, smoothing of the uncertainty.
         window: 1: I is one step's. n > 1: I is the mean over the last n steps, and Ī and Ū move every n steps, when the next
-            window begins (PLATON, arXiv 2206.12562, section 3.2; the released code of AFLoRA). A step that is skipped because
+            window begins (PLATON, arXiv 2206.12562, section 3.2; the released code of AFLoRA). A step that is skipped since
             gradients are not finite keeps its place; if it is a window's first, that window and the one before are one.
     """
 

@@ -197,7 +197,7 @@ def test_tokens_are_counted(place):
 
 def test_packed_tokens():
     """Of packed texts of 4, 2 and 3 tokens in two blocks of 8, nine are counted, and not what fills the blocks up."""
-    from lrkit.study.trainer import tokens_in
+    from lrkit.study.batches import tokens_in
 
     batch = {
         "input_ids": torch.ones(2, 8),

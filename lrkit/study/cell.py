@@ -25,6 +25,9 @@ from lrkit.study.task_spec import TaskSpec
 _BEFORE: dict[str, Any] = {"train_also": "auto", "needs": (), "selection": None, "stop": None, "loading": {}}
 """The attributes that a cell did not always have, and the values that leave its name as it was then."""
 
+_LATER = (*ATTACH, "group_by_length")
+"""The settings of a run that there were not always: at their defaults, which are false, they are not in a cell's name."""
+
 _NUMBER = "0.1.0"
 """The version under which lrkit and plug-ins count in a cell's name: their code counts itself, and a number is no code."""
 
@@ -40,7 +43,7 @@ class Cell:
         targets: as `lrkit.attach` takes it.
         method: plain data.
         run: plain data of `RunSettings` with the learning rates in force; seed included; without threads, and
-            without those of `ATTACH` that are at their defaults.
+            without those of `_LATER` that are at their defaults.
         versions: of whatever can change the result; file digests of a data or model folder, and of the code.
         train_also: as `lrkit.attach` takes it.
         needs: what it takes from other cells, in the order in which it is filled in.
@@ -142,7 +145,7 @@ def make_cell(
         loading: how the model is loaded, as plain data; None for the defaults.
     """
     # Threads change the speed, and the last bits; they are in env.json. Keys are as they were before there was a choice.
-    settings = {key: value for key, value in as_plain(run).items() if key != "threads" and (value or key not in ATTACH)}
+    settings = {key: value for key, value in as_plain(run).items() if key != "threads" and (value or key not in _LATER)}
     settings["lr"], settings["head_lr"] = _rates(method, run)
     where = {
         "task": task.task,

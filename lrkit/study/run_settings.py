@@ -47,6 +47,7 @@ class RunSettings:
         eval_every: steps, or share of the run, between two scores of the validation rows while training; None to score
             them at the end alone.
         bf16: compute in bfloat16 by autocast.
+        group_by_length: make batches of rows of like length, which pad less; batches come in random order.
         devices: processes that share each batch (data parallel); only a study's cells can have more than one.
         seed: of everything random.
         threads: CPU threads; None for torch's own choice.
@@ -69,6 +70,7 @@ class RunSettings:
     validation_rows: int | None = attrs.field(default=None, validator=_optional(whole(1)))
     eval_every: Time | None = attrs.field(default=None, validator=_optional(count_or_share(1)))
     bf16: bool = attrs.field(default=False, validator=flag())
+    group_by_length: bool = attrs.field(default=False, validator=flag())
     devices: int = attrs.field(default=1, validator=whole(1, 64))
     seed: int = attrs.field(default=0, validator=whole(0, 2**32 - 1))
     threads: int | None = attrs.field(default=None, validator=_optional(whole(1, 1024)))

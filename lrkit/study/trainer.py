@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -16,11 +16,11 @@ from lrkit.accounting import flops
 from lrkit.adapt.adapted import Adapted
 from lrkit.loop import beginning
 from lrkit.settings import in_steps
+from lrkit.study.batches import ByLength, tokens_in
 from lrkit.study.files import RunFlops
 from lrkit.study.loaded import Tokens
 from lrkit.study.run_settings import RunSettings
 from lrkit.tasks import Task
-from lrkit.tasks.generating import IGNORED
 from lrkit.tasks.objective import Objective
 
 _POINTS = 8
@@ -40,6 +40,7 @@ class RunTrainer(Trainer):
         task: says what is predicted.
         scored: makes a batch of examples that are scored.
         objective: the task's loss; None for the model's own.
+        order: the order of the training rows; None for a random one.
         **settings: as Trainer takes them.
     """
 
@@ -51,12 +52,13 @@ class RunTrainer(Trainer):
         task: Task,
         scored: Any,
         objective: Objective | None = None,
+        order: ByLength | None = None,
         **settings: Any,
     ) -> None:
         alone: Any = settings["args"]
         alone._n_gpu = min(1, alone.n_gpu)  # noqa: SLF001 (several would be fed by DataParallel, a batch each)
         super().__init__(**settings)
-        self._adapted, self._task, self._objective, self._scored = adapted, task, objective, scored
+        self._adapted, self._task, self._objective, self._scored, self._order = adapted, task, objective, scored, order
         self._sample = sample if objective is None else objective.inputs(sample)
         last = self.args.max_steps - 1
         self._counted: tuple[int, float] | None = None
@@ -64,6 +66,9 @@ class RunTrainer(Trainer):
         self._points = {round(i * last / (_POINTS - 1)) for i in range(_POINTS)}
         self._tokens: torch.Tensor | int = 0
         self._tokens_here = 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self._order is None else self._order
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Make the folder, and write nothing into it: see the class."""
@@ -190,21 +195,6 @@ class RunTrainer(Trainer):
         return float(counted.total)
 
 
-def tokens_in(batch: Mapping[str, Any], model: Any) -> torch.Tensor | int:
-    """Count the tokens of a training batch without padding; of an encoder-decoder those of the targets, too."""
-    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
-    found: torch.Tensor
-    if mask is not None and mask.ndim == 2:
-        found = mask.sum()
-    elif positions is not None:  # packed: each text begins at 0, and what fills a block up is at 0
-        found = (positions > 0).sum() + (positions == 1).sum()
-    else:
-        found = (batch.get("input_ids", torch.empty(0)) >= 0).sum()
-    if model.config.is_encoder_decoder and "labels" in batch:
-        found = found + (batch["labels"] != IGNORED).sum()
-    return found
-
-
 def trainer_for(
     adapted: Adapted,
     tokens: Tokens,
@@ -246,6 +236,7 @@ def trainer_for(
         task=tokens.task,
         scored=tokens.task.collator(tokens.tokenizer, training=False),
         objective=objective,
+        order=ByLength.of(tokens.train, settings) if settings.group_by_length else None,
         model=adapted.model,
         args=TrainingArguments(
             output_dir=str(folder),

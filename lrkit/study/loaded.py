@@ -81,7 +81,8 @@ def tokens_for(
     used = min(len(task.train), settings.train_rows or len(task.train))
     asked = used if steps is None or not task.by_row else steps * settings.batch_size
     # The seed matters only to a choice of rows, and only a run shorter than an epoch leaves rows out.
-    seed, wanted = settings.seed if any(rows) else 0, asked if asked < used else None
+    # To order rows by their lengths all of them must be known.
+    seed, wanted = settings.seed if any(rows) else 0, asked if asked < used and not settings.group_by_length else None
     tokens = _tokens(task, model, _stamp(model), settings.max_length, rows, seed, wanted, loading)
     _check_length(model_for(model, task, loading), tokens, settings)
     return tokens

@@ -19,6 +19,7 @@ VALUES = {
     "lr_warmup": "0.1",
     "eval_every": "0.5",
     "bf16": "true",
+    "group_by_length": "true",
     "devices": "1",
     "lr": "1e-3",
     "head_lr": "1e-3",

@@ -191,13 +191,6 @@ class Steps:
         if not self._inside:
             self._outermost = _caller()
         self._inside += 1
-        try:
-            return self._begin(optimizer, args, kwargs)
-        except BaseException:
-            self._inside -= 1
-            raise
-
-    def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         replaced = _called_before(optimizer, args, kwargs) if self._adaptive else None
         again = id(optimizer) in self._stepped
         if self._begun and (again or self._backward):

@@ -14,7 +14,7 @@ from lrkit.adapt.weights import Weights
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.loop import beginning
 from lrkit.loop.controller import Controller
-from lrkit.loop.policy import PolicyState
+from lrkit.loop.policy import PolicyState, leave_out
 from lrkit.process import as_it_was
 from lrkit.shards import held, is_sharded
 
@@ -84,8 +84,7 @@ def calibrate(
     except BaseException:
         weights.put_back()
         loop.liveness.dead = dead
-        for state in loop.policies:
-            state.bury(loop.run.tensors_of(dead or []))
+        leave_out(loop.policies, loop.run.tensors_of(dead or []))
         for state in states:
             state.begin()
         raise

@@ -17,7 +17,7 @@ from lrkit.loop.gradients import Unclipped
 from lrkit.loop.history import Decision
 from lrkit.loop.layout import GradientOf, own_gradient
 from lrkit.loop.liveness import Liveness
-from lrkit.loop.policy import PolicyState
+from lrkit.loop.policy import PolicyState, leave_out
 from lrkit.loop.remembered import Observed, Peers
 from lrkit.loop.resizing import Ranks
 from lrkit.loop.run import Run
@@ -147,9 +147,7 @@ class Controller:
         if not self.liveness.look():
             return
         dead, modules = self.liveness.dead or [], self.run.modules
-        for state in self.policies:
-            state.bury(self.run.tensors_of(dead))
-            state.follow()
+        leave_out(self.policies, self.run.tensors_of(dead))
         if dead:
             self.warn(
                 "dead",

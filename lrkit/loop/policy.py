@@ -269,3 +269,10 @@ class PolicyState:
         """Return a number per block as one per unit [units]."""
         each = [value for value, block in zip(values, blocks, strict=True) for _ in range(block.count)]
         return torch.tensor(each, dtype=torch.long, device=self.kept.device)
+
+
+def leave_out(policies: Sequence[PolicyState], dead: Collection[int]) -> None:
+    """Let policies leave out the tensors that the loss does not reach, by ``id``, and their statistics follow."""
+    for state in policies:
+        state.bury(dead)
+        state.follow()

@@ -297,6 +297,30 @@ def test_calibration_after_a_failed_one():
     assert adapted.history == other.history
 
 
+def test_a_failed_calibration_beside_another_policy():
+    """A policy that was not calibrated ranks all layers again, too: its statistics are those of the beginning."""
+    gradients = lrkit.Policy(
+        metric=lrkit.metrics.GradientUncertainty(),
+        scheduler=lrkit.schedulers.Cubic(target=0.5, warmup=2, final=2),
+        action=lrkit.actions.Freeze(),
+    )
+    _, adapted = attached(attrs.evolve(counting(calibration=2), also=(gradients,)))
+
+    def buffers():
+        return {name: values.clone() for name, values in adapted.controller.policies[1].statistics.buffers.items()}
+
+    def batches():
+        yield batch(0, use=LATE[0])
+        raise RuntimeError("broken off")
+
+    before = buffers()
+    with pytest.warns(lrkit.LrkitWarning), pytest.raises(RuntimeError, match="broken off"):
+        adapted.calibrate(batches())
+    after = buffers()
+    assert {name: values.shape for name, values in after.items()} == {n: v.shape for n, v in before.items()}
+    assert before and not any(values.any() for values in after.values())
+
+
 # ---- masks of other calls ----
 
 PADDED = torch.tensor([[1] * 2 + [0] * 6, [1] * 8])

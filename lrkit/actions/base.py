@@ -140,8 +140,8 @@ def unsound(action: "Action", verdict: object, ballot: Ballot, most: int) -> str
     if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != (units,):
         given = f"{getattr(kept, 'dtype', type(kept).__name__)} {list(getattr(kept, 'shape', ()))}"
         return f"kept must be bool [{units}], not {given}"
-    if bool((kept & ~ballot.candidates).any()):
-        return f"it keeps {int((kept & ~ballot.candidates).sum())} units that are no candidates (`Ballot.candidates`)"
+    if strange := int((kept & ~ballot.candidates).sum()):
+        return f"it keeps {strange} units that are no candidates (`Ballot.candidates`)"
     fresh = verdict.fresh
     if fresh and not (len(fresh) == ballot.layers and all(type(n) is int and n >= 0 for n in fresh)):
         return f"fresh must be a whole number for each of {ballot.layers} blocks, not {fresh}"

@@ -4,6 +4,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from types import FrameType
 from typing import Any
 
@@ -222,6 +223,14 @@ class Steps:
         self._backward = True
 
 
+def _stack() -> Iterator[FrameType]:
+    """Yield the frames of all calls that run now, the innermost first."""
+    now: FrameType | None = sys._getframe(1)  # noqa: SLF001
+    while now is not None:
+        yield now
+        now = now.f_back
+
+
 def _caller() -> FrameType | None:
     """Return the frame that a hook was called from; None while torch.compile traces, which has none."""
     return None if torch.compiler.is_compiling() else sys._getframe(2)  # noqa: SLF001
@@ -229,23 +238,17 @@ def _caller() -> FrameType | None:
 
 def _runs(frame: FrameType | None) -> bool:
     """Return whether a call has not come to its end: its frame is still on the stack."""
-    now = None if frame is None else sys._getframe(1)  # noqa: SLF001
-    while now is not None and now is not frame:
-        now = now.f_back
-    return now is not None or frame is None
+    return frame is None or any(each is frame for each in _stack())
 
 
 def _unscale(others: Sequence[Optimizer]) -> None:
     """Unscale the gradients of the other optimizers as well, if a GradScaler steps the first: it does so one by one."""
-    now: FrameType | None = sys._getframe(1)  # noqa: SLF001
-    for _ in range(_DEPTH):
-        scaler = None if now is None else now.f_locals.get("self")
-        if isinstance(scaler, torch.amp.GradScaler):
-            for each in others:
-                with suppress(RuntimeError):  # it has been done
-                    scaler.unscale_(each)
-            return
-        now = None if now is None else now.f_back
+    owners = (frame.f_locals.get("self") for frame in islice(_stack(), _DEPTH))
+    scaler = next((each for each in owners if isinstance(each, torch.amp.GradScaler)), None)
+    if scaler is not None:
+        for each in others:
+            with suppress(RuntimeError):  # it has been done
+                scaler.unscale_(each)
 
 
 def _called_before(

@@ -132,7 +132,9 @@ class Taps:
         self._handles: list[Any] = []
         self._hung: dict[str, nn.Module] = {}
         self._marks = Marks()
-        self._inside, self._waiting, self._telling = False, 0, False
+        self._inside = False
+        self._waiting: list[bool] = []
+        """Calls whose gradients are still to come: whether the marks of each tell anything."""
         self._readers: Sequence[PolicyState] = ()
 
     def hang(self, readers: Sequence[PolicyState]) -> None:
@@ -142,7 +144,7 @@ class Taps:
             readers: policies that read layers (`lrkit.loop.controller.Controller.readers`).
         """
         layers = {name: module for state in readers for name, module in state.statistics.reads.items()}
-        self._readers, self._waiting, self._telling = readers, 0, False
+        self._readers, self._waiting = readers, []
         if layers.keys() == self._hung.keys() and all(self._hung[name] is m for name, m in layers.items()):
             return
         for handle in self._handles:
@@ -167,8 +169,7 @@ class Taps:
         # A call without gradients, such as an evaluation, leaves the marks of those that wait for theirs.
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self._marks, self._inside = Marks.of(model, args, kwargs), True
-            self._waiting += 1
-            self._telling = self._telling or self._marks.tell
+            self._waiting.append(self._marks.tell)
 
     def _leave(self, *_: Any) -> None:
         self._inside = False
@@ -178,10 +179,11 @@ class Taps:
         if not (torch.is_grad_enabled() and y.requires_grad):
             return
         kept: Any = _Kept.apply(torch.zeros(0, requires_grad=True), x.detach())  # type: ignore[no-untyped-call]
-        marks, shape, doubtful = self._marks, x.shape[:-1], not self._inside and self._telling and self._waiting > 1
+        marks, shape = self._marks, x.shape[:-1]
+        doubtful = not self._inside and len(self._waiting) > 1 and any(self._waiting)
 
         def arrive(g: Tensor) -> None:
-            calls, self._waiting, self._telling = self._waiting, 0, False
+            calls, self._waiting = len(self._waiting), []
             if doubtful:
                 raise LrkitError(
                     f"{name} is recomputed by gradient checkpointing after {calls} calls of the model, each with "

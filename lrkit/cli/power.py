@@ -35,7 +35,7 @@ def power(
     """
     from lrkit.study.power import seeds_needed
     from lrkit.study.records import read_study
-    from lrkit.study.scores import MARGIN, is_share
+    from lrkit.study.scores import check_share
     from lrkit.study.spreads import Spread, spreads_of
 
     if (folder is None) == (spread is None):
@@ -43,10 +43,9 @@ def power(
     if folder is not None:
         record = read_study(folder)
         found = spreads_of(record)
-        shares = [task.metric for task in record.tasks if is_share(task.metric)]
-        for option, value in (("--size", size), ("--margin", margin)):
-            if shares and value is not None and value >= 1:
-                raise LrkitError(f"{option} must be below 1{MARGIN}, not {value:g}: {shares[0]} is a share")
+        for task in record.tasks:
+            check_share(size, "--size", task.metric)
+            check_share(margin, "--margin", task.metric)
         margin = record.margin if margin is None else margin
         rows = max(1, len(record.rows) - 1) if rows is None else rows
     else:

@@ -251,9 +251,9 @@ def _study(what: str, changes: dict[str, Any], sets: Sequence[str], profile: str
         given = study_named(what, profile=profile)
         # The command line's settings come on top of the file's, and of those of its tasks.
         file = attrs.asdict(given)
+        own = {*changes["set"], *(f"{kind}.{key}" for kind in FIELDS for key in changes["set"])}
         for spec in file["tasks"]:
             spec["run"] = {key: each for key, each in spec["run"].items() if key not in changes["run"]}
-            own = {*changes["set"], *(f"{kind}.{key}" for kind in FIELDS for key in changes["set"])}
             spec["set"] = {path: each for path, each in spec["set"].items() if path not in own}
         for key in ("set", "run", "swap", "tune", "loading"):
             changes[key] = {**(file[key] or {}), **changes[key]}

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from lrkit.study.run_settings import RunSettings
 from lrkit.tasks.generating import IGNORED
 
 _POOL = 50
@@ -26,11 +25,6 @@ class ByLength(Sampler[int]):
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self._lengths, self._size, self._seed, self._epoch = lengths, batch_size, seed, 0
-
-    @classmethod
-    def of(cls, rows: Any, settings: RunSettings) -> "ByLength":
-        """Order the training rows of a run, which are encoded."""
-        return cls([len(row) for row in rows["input_ids"]], settings.batch_size, settings.seed)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch, from 0; the Trainer calls it."""

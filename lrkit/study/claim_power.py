@@ -6,12 +6,12 @@ advantage of the margin can be excluded on every task. Sign flips are stood for 
 a dozen pairs their p moves in steps too small to matter.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 
 from lrkit.study.paired import ENOUGH_PAIRS, LEVEL
-from lrkit.study.power import MOST
+from lrkit.study.power import fewest
 
 _SAMPLES = 20_000
 
@@ -31,7 +31,7 @@ def seeds_to_show(spreads: Sequence[float], margin: float, *, claims: int = 1, p
     Returns:
         Seeds of each row on each task; None if more than 1,000 are needed.
     """
-    return _fewest(functools.partial(_shown, spreads, margin, claims), power)
+    return fewest(lambda seeds: _shown(tuple(spreads), margin, claims, seeds) >= power, ENOUGH_PAIRS)
 
 
 def seeds_to_exclude(spreads: Sequence[float], margin: float, *, power: float = 0.8) -> int | None:
@@ -39,20 +39,11 @@ def seeds_to_exclude(spreads: Sequence[float], margin: float, *, power: float = 
 
     Arguments and result as of `seeds_to_show`.
     """
-    return _fewest(functools.partial(_excluded, spreads, margin), power)
+    return fewest(lambda seeds: _excluded(spreads, margin, seeds) >= power, ENOUGH_PAIRS)
 
 
-def _fewest(chance: Callable[[int], float], power: float) -> int | None:
-    low, high = ENOUGH_PAIRS - 1, MOST
-    if chance(high) < power:
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if chance(middle) >= power else (middle, high)
-    return high
-
-
-def _shown(spreads: Sequence[float], margin: float, claims: int, seeds: int) -> float:
+@cache  # a report judges its claims for the terminal, the page and a file
+def _shown(spreads: tuple[float, ...], margin: float, claims: int, seeds: int) -> float:
     """Return the probability that the stratified test rejects, with the first row ahead."""
     import numpy as np
     from scipy.special import ndtri

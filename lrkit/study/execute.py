@@ -21,7 +21,7 @@ from lrkit.study.old import check_old, tell_damaged, with_old
 from lrkit.study.plan import Plan
 from lrkit.study.pool import chosen, run_jobs
 from lrkit.study.run_settings import steps_of
-from lrkit.study.scores import MARGIN, is_share
+from lrkit.study.scores import check_share
 from lrkit.study.study_file import TaskRecord
 from lrkit.study.taken import Source, take_in
 from lrkit.study.task_spec import load_task_of
@@ -67,9 +67,9 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
     tasks = {}
     for spec in plan.tasks:
         task = load_task_of(spec)
-        _check_margin(plan.study.margin, "margin", task.primary, spec.name)
+        check_share(plan.study.margin, f"task {spec.name}: margin", task.primary)
         for claim in plan.study.claims:
-            _check_margin(claim.margin, f"the margin of claim {claim.name}", task.primary, spec.name)
+            check_share(claim.margin, f"task {spec.name}: the margin of claim {claim.name}", task.primary)
         tasks[spec.name] = TaskRecord(
             name=spec.name,
             metric=task.primary,
@@ -99,12 +99,6 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
             except LrkitError as error:
                 raise LrkitError(f"row {row.label} on {spec.name}: {error}") from None
     return tasks
-
-
-def _check_margin(margin: float | None, called: str, score: str, task: str) -> None:
-    """Raise LrkitError for a margin that no difference of shares can reach: per cent were meant."""
-    if margin is not None and margin >= 1 and is_share(score):
-        raise LrkitError(f"task {task}: {called} must be below 1{MARGIN}, not {margin:g}: {score} is a share")
 
 
 def execute(

@@ -27,6 +27,7 @@ from lrkit.study.study_file import (
     StudyFile,
     TaskRecord,
     TrialEntry,
+    differing,
     read_study_file,
     with_base_called,
     write_study_file,
@@ -138,10 +139,9 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
     Raises:
         LrkitError: they cannot be compared in one table.
     """
-    for key in ("model", "loading", "targets", "train_also", "run"):
-        was, now = canonical(getattr(there, key)), canonical(getattr(mine, key))
-        if was != now:
-            raise _refusal(where, f"{key} is {was} there and {now} here")
+    if found := differing(there, mine, ("model", "loading", "targets", "train_also", "run")):
+        key, was, now = found
+        raise _refusal(where, f"{key} is {was} there and {now} here")
     were = {task.name: task.options for task in there.tasks}
     for task in mine.tasks:
         if (was := canonical(were.get(task.name, task.options))) != (now := canonical(task.options)):

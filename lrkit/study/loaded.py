@@ -4,6 +4,7 @@ The result of a run does not depend on what is kept here: a model is set back to
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ class Tokens:
         train: training examples.
         validation: validation examples.
         sample: the training example of median length, as a batch of one.
+        lengths: tokens of each training example; empty if they are encoded when they are asked for.
     """
 
     task: "Task"
@@ -39,6 +41,7 @@ class Tokens:
     train: Any
     validation: Any
     sample: dict[str, Any]
+    lengths: Sequence[int] = ()
 
     def score(self, outputs: Any) -> dict[str, float]:
         """Score what `lrkit.tasks.Task.predict` returned of the validation examples."""

@@ -22,8 +22,8 @@ from lrkit.study.packed import FORMAT, PACK, Pack, PackedCell, places, read_pack
 from lrkit.study.place import try_folder
 from lrkit.study.records import frame, read_study
 from lrkit.study.sheet import safe_csv
-from lrkit.study.store import canonical, finite, read_lines, read_object, write_bytes
-from lrkit.study.study_file import StudyFile, read_study_file
+from lrkit.study.store import finite, read_lines, read_object, write_bytes
+from lrkit.study.study_file import StudyFile, differing, read_study_file
 
 CURVE = 100
 """The most training losses of a cell that are packed."""
@@ -82,16 +82,13 @@ def write_pack(folder: str | Path, dest: str | Path) -> tuple[list[Path], int]:
 
 def _check_none_lost(old: Pack, study: StudyFile, done: set[str], folder: Path) -> None:
     """Raise LrkitError if a pack that would be replaced is of another study, or holds a cell whose place has none done."""
-    for what, was, asked in (
-        ("model", Path(old.study.model).name, Path(study.model).name),
-        ("targets", canonical(old.study.targets), canonical(study.targets)),
-        ("run", canonical(old.study.run), canonical(study.run)),
-    ):
-        if was != asked:
-            raise LrkitError(
-                f"{old.path} is of another study, whose {what} is {was} and not {asked}: nothing is replaced; choose "
-                "another folder, or delete the pack"
-            )
+    there, mine = (attrs.evolve(each, model=Path(each.model).name) for each in (old.study, study))
+    if found := differing(there, mine, ("model", "targets", "run")):
+        what, was, asked = found
+        raise LrkitError(
+            f"{old.path} is of another study, whose {what} is {was} and not {asked}: nothing is replaced; choose another "
+            "folder, or delete the pack"
+        )
     now = places(study)
     lost = [
         place

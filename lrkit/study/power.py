@@ -8,6 +8,7 @@ matter, Student's t stands for the sign flips. Random numbers have a fixed seed:
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,12 @@ def seeds_needed(
     for seeds in range(least, _EXACT + 1):
         if enough(seeds):
             return seeds
-    low, high = max(least, _EXACT + 1) - 1, MOST
+    return fewest(enough, max(least, _EXACT + 1))
+
+
+def fewest(enough: Callable[[int], bool], least: int) -> int | None:
+    """Return the fewest seeds, from `least` to 1,000, that are enough, if more of them are as well; None if none are."""
+    low, high = least - 1, MOST
     if not enough(high):
         return None
     while high - low > 1:
@@ -146,4 +152,4 @@ def _check(spread: float, size: float, margin: float | None, rows: int, power: f
         raise LrkitError(f"power must be a probability between 0 and 1, such as 0.8, not {power}")
 
 
-__all__ = ["MOST", "power_of", "seeds_needed"]
+__all__ = ["MOST", "fewest", "power_of", "seeds_needed"]

@@ -41,7 +41,9 @@ class Lazily(torch.utils.data.Dataset[dict[str, Any]]):
         return [{key: column[i] for key, column in encoded.items()} for i in range(len(indices))]
 
 
-def encoded(task: "Task", pretrained: "Pretrained", max_length: int, wanted: int) -> tuple[Any, Any, dict[str, Any]]:
+def encoded(
+    task: "Task", pretrained: "Pretrained", max_length: int, wanted: int
+) -> tuple[Any, Any, dict[str, Any], list[int]]:
     """Encode the rows of a run.
 
     Args:
@@ -51,8 +53,9 @@ def encoded(task: "Task", pretrained: "Pretrained", max_length: int, wanted: int
         wanted: training rows that the run takes, repeated ones included.
 
     Returns:
-        Training rows and validation rows; and the training row of median length as a batch of one. If fewer rows are
-        wanted than there are, the median is that of up to 1,000 rows spread evenly.
+        Training rows and validation rows; the training row of median length as a batch of one; and the lengths of the
+        training rows. If fewer rows are wanted than there are, the median is that of up to 1,000 rows spread evenly, and the
+        lengths are not known: none are returned.
 
     Raises:
         LrkitError: the tokenizer does not know the text, or cannot encode it, or the model cannot learn the task.
@@ -65,13 +68,18 @@ def encoded(task: "Task", pretrained: "Pretrained", max_length: int, wanted: int
     # A longer row than the model has positions for must be found before the first step: then all are looked at.
     if not task.by_row or wanted >= len(task.train) or max_length > min(positions, tokenizer.model_max_length):
         train, validation = task.tokenize(tokenizer, max_length)
-        middle = _middle(_lengths(train, pretrained))
-        return train, validation, _batch(collate, pretrained, train[middle])
+        lengths = _lengths(train, pretrained)
+        return train, validation, _batch(collate, pretrained, train[_middle(lengths)]), lengths
     rows = Lazily(task, tokenizer, max_length)
     some = list(range(0, len(rows), max(1, len(rows) // _SAMPLE)))
     looked_at = rows.__getitems__(some)
     middle = _middle(_lengths({key: [row[key] for row in looked_at] for key in looked_at[0]}, pretrained))
-    return rows, task.examples(tokenizer, max_length, training=False), _batch(collate, pretrained, looked_at[middle])
+    return (
+        rows,
+        task.examples(tokenizer, max_length, training=False),
+        _batch(collate, pretrained, looked_at[middle]),
+        [],
+    )
 
 
 def _batch(collate: Any, pretrained: "Pretrained", example: dict[str, Any]) -> dict[str, Any]:

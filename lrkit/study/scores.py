@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import attrs
 
+from lrkit.errors import LrkitError
+
 _SHARES = {"accuracy", "f1", "precision", "recall", "em", "final_number"}
 _GROUPS = ("has_answer_", "no_answer_", "best_")
 """Begin the names of scores of a part of the rows, or at the best threshold."""
@@ -59,6 +61,12 @@ def scale_of(names: Iterable[str], values: Iterable[float] = (), *, higher_is_be
     if names and all(name.startswith("perplexity") for name in names):
         return Scale("", 3 if size < 100 else 2 if size < 10_000 else 0, lower)
     return Scale("", 4 if size < 10 else 2 if size < 1000 else 0, lower)
+
+
+def check_share(value: float | None, called: str, score: str) -> None:
+    """Raise LrkitError for a margin or size that no difference of shares can reach: per cent were meant."""
+    if value is not None and value >= 1 and is_share(score):
+        raise LrkitError(f"{called} must be below 1{MARGIN}, not {value:g}: {score} is a share")
 
 
 def is_share(name: str) -> bool:

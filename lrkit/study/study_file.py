@@ -5,6 +5,7 @@ Keys that a class does not have are passed over, and a key that an earlier lrkit
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lrkit.errors import LrkitError, shown
 from lrkit.study.claim import Claim, check_claims
 from lrkit.study.published import Published
 from lrkit.study.space import tune_from
-from lrkit.study.store import FORMAT, read_object, whole_in, write_json
+from lrkit.study.store import FORMAT, canonical, read_object, whole_in, write_json
 
 
 @attrs.frozen(kw_only=True)
@@ -193,6 +194,12 @@ def study_in(data: Any, path: Path) -> StudyFile:
 def write_study_file(folder: Path, study: StudyFile) -> None:
     """Replace ``study.json`` in one move."""
     write_json(folder / "study.json", study.to_plain())
+
+
+def differing(there: StudyFile, mine: StudyFile, keys: Sequence[str]) -> tuple[str, str, str] | None:
+    """Return the first of some attributes that two studies do not share, and both values; None if they share all."""
+    pairs = ((key, canonical(getattr(there, key)), canonical(getattr(mine, key))) for key in keys)
+    return next((each for each in pairs if each[1] != each[2]), None)
 
 
 def with_base_called(study: StudyFile, label: str) -> StudyFile:

@@ -20,7 +20,6 @@ from lrkit.study.batches import ByLength, tokens_in
 from lrkit.study.files import RunFlops
 from lrkit.study.loaded import Tokens
 from lrkit.study.run_settings import RunSettings
-from lrkit.tasks import Task
 from lrkit.tasks.objective import Objective
 
 _POINTS = 8
@@ -36,9 +35,7 @@ class RunTrainer(Trainer):
 
     Args:
         adapted: the handle on the model.
-        sample: a batch of one row, on which FLOPs are counted.
-        task: says what is predicted.
-        scored: makes a batch of examples that are scored.
+        rows: those of the run, whose task says what is predicted; FLOPs are counted on its sample.
         objective: the task's loss; None for the model's own.
         order: the order of the training rows; None for a random one.
         **settings: as Trainer takes them.
@@ -48,9 +45,7 @@ class RunTrainer(Trainer):
         self,
         *,
         adapted: Adapted,
-        sample: dict[str, Any],
-        task: Task,
-        scored: Any,
+        rows: Tokens,
         objective: Objective | None = None,
         order: ByLength | None = None,
         **settings: Any,
@@ -58,8 +53,8 @@ class RunTrainer(Trainer):
         alone: Any = settings["args"]
         alone._n_gpu = min(1, alone.n_gpu)  # noqa: SLF001 (several would be fed by DataParallel, a batch each)
         super().__init__(**settings)
-        self._adapted, self._task, self._objective, self._scored, self._order = adapted, task, objective, scored, order
-        self._sample = sample if objective is None else objective.inputs(sample)
+        self._adapted, self._rows, self._objective, self._order = adapted, rows, objective, order
+        self._sample = rows.sample if objective is None else objective.inputs(rows.sample)
         last = self.args.max_steps - 1
         self._counted: tuple[int, float] | None = None
         self._calibration = 0.0
@@ -98,7 +93,8 @@ class RunTrainer(Trainer):
     @contextmanager
     def _collating(self) -> Iterator[None]:
         """Make batches as evaluation needs them, for a while."""
-        training, self.data_collator = self.data_collator, self._scored
+        scored = self._rows.task.collator(self._rows.tokenizer, training=False)
+        training, self.data_collator = self.data_collator, scored
         try:
             yield
         finally:
@@ -122,7 +118,7 @@ class RunTrainer(Trainer):
             return step
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, predictions = self._task.predict(model, inputs)
+            loss, predictions = self._rows.task.predict(model, inputs)
         several = predictions if isinstance(predictions, tuple) else (predictions,)
         kept = tuple(each.detach() for each in several)
         # The Trainer scores nothing without labels; the task has its own references.
@@ -155,11 +151,11 @@ class RunTrainer(Trainer):
         model = self._adapted.model
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(), self.compute_loss_context_manager():
-            found = self._task.samples(model, tokens.tokenizer, max_length, count)
+            found = self._rows.task.samples(model, tokens.tokenizer, max_length, count)
             base: Sequence[Any] = ()
-            if found and self._task.head.num_labels is None:
+            if found and self._rows.task.head.num_labels is None:
                 with self._adapted.disabled():
-                    base = self._task.samples(model, tokens.tokenizer, max_length, count)
+                    base = self._rows.task.samples(model, tokens.tokenizer, max_length, count)
         return [
             {"input": each.input, "reference": each.reference, "base": before and before.output, "output": each.output}
             for each, before in zip_longest(found, base)
@@ -232,11 +228,9 @@ def trainer_for(
     )
     trainer = RunTrainer(
         adapted=adapted,
-        sample=tokens.sample,
-        task=tokens.task,
-        scored=tokens.task.collator(tokens.tokenizer, training=False),
+        rows=tokens,
         objective=objective,
-        order=ByLength.of(tokens.train, settings) if settings.group_by_length else None,
+        order=ByLength(tokens.lengths, settings.batch_size, settings.seed) if settings.group_by_length else None,
         model=adapted.model,
         args=TrainingArguments(
             output_dir=str(folder),

@@ -4,7 +4,6 @@ import attrs
 import pytest
 import studies
 
-import lrkit
 from lrkit.errors import LrkitError
 from lrkit.study.charts import Curve, Style, drawing
 from lrkit.study.charts.rates import is_log, rates
@@ -136,10 +135,19 @@ def test_published_is_shown(record):
 
 @pytest.mark.parametrize(
     ("values", "told"),
-    [({"lroa": {"movies": 1}}, 'did you mean "lora"'), ({"lora": {"movies": [1]}}, "as it is printed")],
+    [
+        ({"lroa": {"movies": 1}}, 'did you mean "lora"'),
+        ({"lora": {"movies": 1}, "rnak=2": {"movies": 1}}, 'did you mean "rank=2"'),
+        ({"lora": {"movies": [1]}}, "as it is printed"),
+    ],
 )
 def test_odd_published_refused(values, told):
     """A published value of no row, or that is no value, is refused in one line."""
     with pytest.raises(LrkitError, match=told):
         lay_out(published(**values))
-    assert lrkit.LrkitError is LrkitError
+
+
+def test_published_of_rows_left_out():
+    """Values of rows that are not in the study, as a profile's, are taken and not shown."""
+    plan = lay_out(published(**{"lora": {"movies": 1}, "rank=2": {"movies": 2}, "adalora": {"movies": 3}}))
+    assert plan.study.published.of("adalora", "movies") == "3"

@@ -29,13 +29,19 @@ class Published:
 
 
 def check_published(published: Published | None, rows: Sequence[str]) -> None:
-    """Raise LrkitError if a value is neither a text nor a number, or none of the values is of a row that there is."""
+    """Raise LrkitError if a value is neither a text nor a number, or is of no row.
+
+    A file may state values of rows that a profile leaves out. So a label that no row has is refused only if it is like that
+    of a row without values, or if none of the labels is that of a row.
+    """
     if published is None:
         return
+    without = [label for label in rows if label not in published.values]
     for row, values in published.values.items():
         for task, value in values.items():
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise LrkitError(f'published: "{row}" on {task} must be as it is printed, "95.80", not {shown(value)}')
-    if published.values and not set(published.values) & set(rows):
-        first = next(iter(published.values))
-        raise LrkitError(f'published: there is no row "{first}"{nearest(first, rows)}; there are {", ".join(rows)}')
+    unknown = [label for label in published.values if label not in rows]
+    for label in unknown:
+        if nearest(label, without) or len(unknown) == len(published.values):
+            raise LrkitError(f'published: there is no row "{label}"{nearest(label, without)}; there are {", ".join(rows)}')

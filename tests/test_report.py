@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import html
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -14,8 +15,11 @@ from typing import Any
 
 import pytest
 import studies
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lrkit import LrkitError
+from lrkit.loop.history import Decision, comebacks
 from lrkit.study.report import write_report
 
 BAD = '<script>alert("1")</script>&amp;'
@@ -215,6 +219,35 @@ def test_maps_hold_means(tmp_path: Path) -> None:
         mean = sum(steps[name] for steps in frozen) / 2
         assert f"{name}: froze at step {mean:.1f} on average (2 of 2 seeds)" in text
     assert "lora keeps rank 8 in every layer." in text
+
+
+@given(st.lists(st.frozensets(st.sampled_from("abcd")), min_size=1, max_size=6))
+def test_comebacks_counted(kept: list[frozenset[str]]) -> None:
+    """Who was lost, came back and stayed, against the sets of kept units themselves."""
+    sets = [frozenset("abcd"), *kept]
+    history = [
+        Decision(step, 0, 4, len(now), 4, None, tuple(sorted(before - now)), tuple(sorted(now - before)))
+        for step, (before, now) in enumerate(itertools.pairwise(sets), 1)
+    ]
+    rows = {unit: "".join("+-"[unit not in each] for each in sets) for unit in "abcd"}
+    lost = [unit for unit, row in rows.items() if "-" in row]
+    back = [unit for unit in lost if "-+" in rows[unit]]
+    assert comebacks(history) == (len(lost), len(back), sum(rows[unit].endswith("+") for unit in back))
+
+
+def test_comebacks_shown(tmp_path: Path) -> None:
+    """The map of ranks says how many components came back, if a row has decided more than once."""
+    from lrkit.study.records import read_study
+
+    folder = small(tmp_path / "s", labels=["adalora", "lora"])
+    words = report_of(folder).words
+    runs = [cell.decisions for cell in read_study(folder).cells_of(0)]
+    lost = [{name for d in run for name in d.lost} for run in runs]
+    back = [{name for d in run for name in d.returned} for run in runs]
+    told = (
+        f"adalora lost {sum(map(len, lost)) / len(runs):.1f} components, of which {sum(map(len, back)) / len(runs):.1f}"
+    )
+    assert told in words and "lora lost" not in words.replace("adalora lost", "")
 
 
 def test_ranks_decided_before_step_1(tmp_path: Path) -> None:

@@ -55,6 +55,24 @@ def switches(history: Sequence[Decision]) -> set[int]:
     return {d.policy for d in history if any("[" not in name for name in d.returned)}
 
 
+def comebacks(history: Sequence[Decision]) -> tuple[int, int, int]:
+    """Count the units that were lost, those of them that came back, and those of these that were kept at the end.
+
+    A unit counts once, however often it was lost. For example, a is lost, comes back and is lost again, and b is lost and
+    comes back: (2, 2, 1).
+
+    Args:
+        history: a run's decisions, in order.
+    """
+    lost: set[tuple[int, str]] = set()
+    back: set[tuple[int, str]] = set()
+    away: set[tuple[int, str]] = set()
+    for d in history:
+        going, coming = {(d.policy, name) for name in d.lost}, {(d.policy, name) for name in d.returned}
+        lost, back, away = lost | going, back | coming, (away | going) - coming
+    return len(lost), len(back), len(back - away)
+
+
 def training(history: Sequence[Decision], steps: int, layers: Sequence[str]) -> dict[str, float]:
     """Return the share of a run's steps in which each layer trained, if units of whole matrices came back in it.
 

@@ -3,10 +3,11 @@
 import math
 import re
 import statistics
+from collections.abc import Iterator
 
 from markupsafe import Markup
 
-from lrkit.loop.history import switches, training
+from lrkit.loop.history import comebacks, switches, training
 from lrkit.study.charts import Cell, grid_of, heat_map
 from lrkit.study.report.figures import Figures, Panel, Panels
 from lrkit.study.report.view import View
@@ -16,7 +17,7 @@ def ranks(view: View, task: str) -> Figures:
     """Draw the rank that each layer has at the end; rows that keep theirs are told in words."""
     tables: dict[int, dict[str, list[int]]] = {}
     initial: dict[int, int] = {}
-    same: list[tuple[int, str]] = []
+    told: list[tuple[int, str]] = []
     for row in view.rows:
         layers = [layer for cell in view.cells(row, task) if cell.result for layer in cell.result.layers]
         ranked = [layer for layer in layers if layer.rank is not None]
@@ -25,7 +26,7 @@ def ranks(view: View, task: str) -> Figures:
         if all(layer.rank == layer.initial_rank for layer in ranked):
             kept = sorted({layer.rank for layer in ranked if layer.rank is not None})
             shown = str(kept[0]) if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
-            same.append((row, f"keeps rank {shown} in every layer."))
+            told.append((row, f"keeps rank {shown} in every layer."))
             continue
         initial[row] = max(max(layer.initial_rank or 0, layer.rank or 0) for layer in ranked)
         for layer in ranked:
@@ -36,17 +37,27 @@ def ranks(view: View, task: str) -> Figures:
         cells = {}
         for name, found in table.items():
             mean = statistics.fmean(found)
-            told = f"{name}: {mean:.2f} on average ({', '.join(map(str, found))})"
-            cells[name] = Cell(mean, _short(mean), told)
+            text = f"{name}: {mean:.2f} on average ({', '.join(map(str, found))})"
+            cells[name] = Cell(mean, _short(mean), text)
         mean = statistics.fmean(cell.value for cell in cells.values())
         svg = Markup(heat_map(cells, top=top))
         decided = [decision for cell in view.cells(row, task) for decision in cell.decisions]
         when = ", decided before step 1" if decided and not any(decision.step for decision in decided) else ""
         panels.append(Panel(svg=svg, row=row, aside=f"mean {mean:.2f} of {initial[row]}{when}"))
-    if not panels and not same:
+        told += [(row, text) for text in _returns(view, row, task)]
+    if not panels and not told:
         return []
     caption = "Components kept at the end, mean over seeds, by transformer block and module." if panels else ""
-    return [Panels(panels=panels, caption=caption, notes=same, width=_widest(panels))]
+    return [Panels(panels=panels, caption=caption, notes=told, width=_widest(panels))]
+
+
+def _returns(view: View, row: int, task: str) -> Iterator[str]:
+    """Say how many components came back after they were cut, if a decision could have brought some back."""
+    runs = [cell.decisions for cell in view.cells(row, task) if cell.result is not None]
+    counts = [comebacks(run) for run in runs if len({d.step for d in run if d.lost or d.returned}) > 1]
+    if counts:
+        lost, back, kept = (statistics.fmean(each) for each in zip(*counts, strict=True))
+        yield f"lost {lost:.1f} components, of which {back:.1f} came back and {kept:.1f} stayed (means over seeds)."
 
 
 def freezing(view: View, task: str) -> Figures:

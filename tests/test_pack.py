@@ -12,6 +12,7 @@ import folders
 import killed_study
 import pytest
 import studies
+from command_line import ask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ from lrkit.study.plan import lay_out, study_from
 from lrkit.study.records import frame, read_study
 from lrkit.study.report import write_report
 from lrkit.study.store import read_json
-from lrkit.study.taken import Source
+from lrkit.study.taken import Source, unpack
 
 TABLES = ("table.csv", "table.md", "table.tex", "cells.csv")
 
@@ -92,6 +93,41 @@ def test_same_tables_from_pack(place, whole, packed, tmp_path):
     assert [c.config for c in records[0].cells] == [c.config for c in records[1].cells]
     assert str(place).encode() not in gzip.decompress(packed.read_bytes())
     assert [c.decisions for c in records[0].cells] == [c.decisions for c in records[1].cells]
+
+
+def test_unpacked_without_data(whole, packed, tmp_path, capsys):
+    """A pack becomes a study's folder anywhere: the same tables and decisions, and a pack of it is the same again."""
+    told = ask(capsys, "unpack", packed.parent, tmp_path / "study")
+    for folder in (whole, tmp_path / "study"):
+        write_report(folder)
+
+    assert (
+        told == {"folder": str(tmp_path / "study"), "cells": 6} == told | {"cells": unpack(packed, tmp_path / "again")}
+    )
+    assert [(whole / name).read_bytes() for name in TABLES] == [
+        (tmp_path / "study" / name).read_bytes() for name in TABLES
+    ]
+    records = [read_study(folder) for folder in (whole, tmp_path / "study")]
+    assert [c.decisions for c in records[0].cells] == [c.decisions for c in records[1].cells]
+    assert write_pack(tmp_path / "study", tmp_path / "third")[1] == 6
+    assert [attrs.asdict(cell) for cell in read_pack(tmp_path / "third").cells.values()] == [
+        attrs.asdict(cell) for cell in read_pack(packed).cells.values()
+    ]
+
+
+def test_odd_unpacking_refused(packed, tmp_path):
+    """A folder with something in it, a file, and a pack that is not what it says are refused, and nothing is written."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    for place in (tmp_path / "full", tmp_path / "full" / "letter.txt"):
+        with pytest.raises(LrkitError, match="is not an empty folder"):
+            unpack(packed, place)
+    lines = [json.loads(line) for line in gzip.decompress(packed.read_bytes()).splitlines()]
+    lines[1]["config"]["method"]["parameterization"]["rank"] = 7
+    (tmp_path / "odd.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    with pytest.raises(LrkitError, match="is not of the configuration"):
+        unpack(tmp_path / "odd.gz", tmp_path / "study")
+    assert not (tmp_path / "study").exists() and [p.name for p in (tmp_path / "full").iterdir()] == ["letter.txt"]
 
 
 def test_other_code_is_kept(place, packed, tmp_path, monkeypatch):

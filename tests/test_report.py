@@ -196,7 +196,7 @@ def test_changes_are_shown(tmp_path: Path) -> None:
     words = report_of(small(tmp_path / "s")).words
     assert "metricsensitivity-uncertainty→magnitude" in words
     assert "parameterization.rank12→8" in words
-    from lrkit.study.report.view import setting
+    from lrkit.study.setting_texts import setting
 
     also = [{"metric": None, "scheduler": {"name": "cubic", "target": 2}, "action": {"name": "freeze"}}]
     assert setting(also) == "[(metric=none, scheduler=cubic(target=2), action=freeze)]"

@@ -9,8 +9,9 @@ from lrkit.cli.exports import export
 from lrkit.cli.methods import list_methods, params
 from lrkit.cli.plugins import doctor, new, plugins, show
 from lrkit.cli.power import power
+from lrkit.cli.reports import pack, report, unpack
 from lrkit.cli.runs import run
-from lrkit.cli.studies import ablate, pack, report
+from lrkit.cli.studies import ablate
 from lrkit.cli.tuning import tune
 
 _WITH_H = {"help_option_names": ["-h", "--help"]}
@@ -43,7 +44,7 @@ def options(
     """Adaptive parameter-efficient fine-tuning, composed from four parts."""
 
 
-for command in (demo, run, tune, ablate, report, pack, power, params):
+for command in (demo, run, tune, ablate, report, pack, unpack, power, params):
     app.command()(command)
 app.command(name="methods")(list_methods)
 app.command()(export)

@@ -1,4 +1,4 @@
-"""``lrkit ablate`` and ``lrkit report``: compare methods over many seeds, and show what came of it."""
+"""``lrkit ablate``: compare methods over many seeds. What came of it is shown by `lrkit.cli.reports`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -145,41 +145,6 @@ def ablate(
     how |= {"checkpoint_seconds": checkpoint, "report_to": report_to or [], "keep_old": keep_old}
     how |= {"recompute": recompute, "packed": source_of(packed, what, out)}
     _carry_out(plan, out, how, as_json)
-
-
-def pack(
-    folder: Annotated[Path, typer.Argument(help="A study's folder; it may still be running.")],
-    dest: Annotated[Path, typer.Argument(help="The folder of the pack, such as docs/replication/NAME.")],
-    as_json: Json = False,
-) -> None:
-    """Pack a study's finished cells into one small file, without weights.
-
-    cells.jsonl.gz, for lrkit ablate --packed on any machine, and cells.csv for people. Packing again replaces both.
-    """
-    from lrkit.study.pack import write_pack
-
-    written, number = write_pack(folder, dest)
-    if as_json:
-        screen.say_json({"files": [str(path) for path in written], "cells": number})
-        return
-    size = written[0].stat().st_size / 1024
-    screen.say(f"{number} {'cell' if number == 1 else 'cells'}, {size:,.0f} KiB: {' '.join(map(str, written))}")
-
-
-def report(
-    folder: Annotated[Path, typer.Argument(help="A study's folder; it may still be running.")],
-    as_json: Json = False,
-) -> None:
-    """Write a study's report, in HTML and as tables.
-
-    report.html, table.csv, table.md, table.tex and cells.csv, in the study's folder.
-    """
-    found = Findings.of(folder)
-    if as_json:
-        screen.say_json(found.to_plain())
-        return
-    found.show()
-    screen.say("written: " + " ".join(str(path) for path in found.written))
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------

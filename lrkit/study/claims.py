@@ -33,7 +33,9 @@ from lrkit.study.paired import LEVEL, all_equal, interval, smallest_p
 from lrkit.study.power import MOST
 from lrkit.study.results import StudyRecord
 from lrkit.study.scores import Scale
+from lrkit.study.setting_texts import in_words
 from lrkit.study.texts import markdown
+from lrkit.study.tuned import chosen_of, lr_of
 
 Verdict = Literal["replicated", "not replicated", "open"]
 
@@ -60,12 +62,13 @@ class OnTask:
     p_below: float | None
     scale: Scale
 
-    def __str__(self) -> str:
-        """Return difference and interval in the units of the tables: ``+0.31 [-0.12, +0.74], n 10``."""
+    @property
+    def words(self) -> str:
+        """Return difference and interval in the units of the tables: ``+0.31 [-0.12, +0.74]``."""
         number = self.scale.number
         ends = "" if self.low is None or self.high is None else f" [{number(self.low, '+')}, {number(self.high, '+')}]"
         ends = ", no width" if self.low is not None and self.low == self.high else ends
-        return f"{number(self.difference, '+')}{ends}, n {self.n}"
+        return f"{number(self.difference, '+')}{ends}"
 
 
 @attrs.frozen(kw_only=True)
@@ -96,9 +99,17 @@ class Judged:
 
     @property
     def difference(self) -> str:
-        """Return the mean difference on each task with its 95 % interval, in words."""
-        several = len(self.tasks) > 1
-        return "; ".join(f"{each.task} {each}" if several else str(each) for each in self.tasks) or "-"
+        """Return the mean difference on each task with its 95 % interval and n, in words."""
+        return self._by_task([f"{each.words}, n {each.n}" for each in self.tasks])
+
+    @property
+    def without_n(self) -> str:
+        """Return the same without n."""
+        return self._by_task([each.words for each in self.tasks])
+
+    def _by_task(self, words: Sequence[str]) -> str:
+        named = [f"{each.task} {text}" for each, text in zip(self.tasks, words, strict=True)]
+        return "; ".join(named if len(named) > 1 else words) or "-"
 
 
 def judge(record: StudyRecord) -> tuple[Judged, ...]:
@@ -225,16 +236,40 @@ def _count(pairs: int) -> str:
     return f"{pairs} pair{'s' if pairs > 1 else ''} of cells"
 
 
-def to_markdown(judged: Sequence[Judged]) -> str:
-    """Return the claims as a Markdown table: claim, verdict, differences, p and the reason."""
-    head = "| claim | verdict | difference [95 % interval] | p (Holm) | margin | because |\n|---|---|---|---|---|---|\n"
+def to_markdown(record: StudyRecord, judged: Sequence[Judged]) -> str:
+    """Return the claims as a Markdown table: claim, verdict, differences, n, p, what was chosen for both rows, the reason.
+
+    Args:
+        record: the study.
+        judged: its claims, as `judge` returns them.
+    """
+    head = (
+        "| claim | verdict | difference [95 % interval] | n | p (Holm) | margin | chosen | because |\n"
+        "|---|---|---|---|---|---|---|---|\n"
+    )
     lines = [
-        f"| **{markdown(each.claim.name)}**: {markdown(each.claim.says)} | {each.verdict} | {markdown(each.difference)} "
+        f"| **{markdown(each.claim.name)}**: {markdown(each.claim.says)} | {each.verdict} | {markdown(each.without_n)} "
+        f"| {' and '.join(map(str, dict.fromkeys(task.n for task in each.tasks))) or '-'} "
         f"| {'-' if each.p_holm is None else f'{each.p_holm:.2g}'} "
-        f"| {'-' if each.margin is None else f'{each.margin:g}'} | {markdown(each.why)} |\n"
+        f"| {'-' if each.margin is None else f'{each.margin:g}'} "
+        f"| {markdown('; '.join(_chosen(record, row) for row in (each.claim.higher, each.claim.lower)))} "
+        f"| {markdown(each.why)} |\n"
         for each in judged
     ]
     return head + "".join(lines)
+
+
+def _chosen(record: StudyRecord, label: str) -> str:
+    """Say what was chosen for a row by task: ``adalora lr 0.03, alpha 8 on movies, lr 0.01, alpha 8 on glue/sst2``."""
+    row = next(index for index, each in enumerate(record.rows) if each.label == label)
+    by_words: dict[str, list[str]] = {}
+    for task in record.tasks:
+        choice = chosen_of(record, row, task.name)
+        words = f"lr {lr_of(record, row, task.name) or '?'}" if choice is None else in_words(choice.settings)
+        by_words.setdefault(words, []).append(task.name)
+    if len(by_words) == 1:
+        return f"{label} {next(iter(by_words))}"
+    return f"{label} " + ", ".join(f"{words} on {' and '.join(tasks)}" for words, tasks in by_words.items())
 
 
 __all__ = ["Judged", "OnTask", "Verdict", "judge", "to_markdown"]

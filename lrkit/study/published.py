@@ -44,4 +44,6 @@ def check_published(published: Published | None, rows: Sequence[str]) -> None:
     unknown = [label for label in published.values if label not in rows]
     for label in unknown:
         if nearest(label, without) or len(unknown) == len(published.values):
-            raise LrkitError(f'published: there is no row "{label}"{nearest(label, without)}; there are {", ".join(rows)}')
+            raise LrkitError(
+                f'published: there is no row "{label}"{nearest(label, without)}; there are {", ".join(rows)}'
+            )

@@ -97,8 +97,49 @@ def take_in(source: Source, plan: Plan, jobs: Sequence[Job], tasks: Mapping[str,
     allowed = (PACK, "cells.csv", ".study.json.", "study.lock")  # the last two: of a process that was killed
     if own is None and not all(name.startswith(allowed) for name in there):
         raise LrkitError(f"{folder} exists and holds no study: nothing is overwritten, choose another --out")
+    taken = _take(pack, {job.task: job.cell for job in jobs}, folder)
+    if taken:
+        code = ", ".join(sorted({entry.code or "unknown" for entry in taken}))
+        many = "1 finished cell is" if len(taken) == 1 else f"{len(taken)} finished cells are"
+        again = "" if source.asked else " (recompute=True, --recompute, computes them here)"
+        warnings.warn(f"{many} taken in from {pack.path}, of code {code}{again}", LrkitWarning, stacklevel=5)
+    return len(taken)
+
+
+def unpack(path: str | Path, folder: str | Path) -> int:
+    """Make a study's folder of a pack, as it was packed, to report on: neither data nor models are needed.
+
+    Args:
+        path: the pack, or its folder.
+        folder: the study's, which is not there yet or is empty. `lrkit.study.report.write_report` writes its report.
+
+    Returns:
+        How many finished cells it holds.
+
+    Raises:
+        LrkitError: the pack cannot be read or is not what it says, or the folder is not empty. Nothing is written then.
+    """
+    pack, folder = read_pack(path), Path(folder)
+    _check_keys(pack)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LrkitError(f"{folder} exists and is not an empty folder: nothing is overwritten, choose another")
+    return len(_take(pack, {}, folder))
+
+
+def _take(pack: Pack, here: Mapping[str, Cell], folder: Path) -> list[CellEntry]:
+    """Restore the cells of a pack that a folder does not have.
+
+    Args:
+        pack: the pack.
+        here: task to a cell of it on this machine, for the folders of its data and model.
+        folder: the study's folder.
+
+    Returns:
+        Those that were restored.
+    """
+    own = read_study_file(folder) if folder.is_dir() else None
     if not _waiting(pack, own, folder):
-        return 0
+        return []
     try_folder(folder / "cells")
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / "study.lock", wait=True):
@@ -109,22 +150,22 @@ def take_in(source: Source, plan: Plan, jobs: Sequence[Job], tasks: Mapping[str,
             if not (path := folder / "costs" / f"{key}.json").exists():
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, content)
-    here = {job.task: job.cell for job in jobs}
     for entry in waiting.values():
         cell = _placed(pack.cells[entry.key], here.get(entry.task))
         _restore(cell, entry, pack.path, folder / "cells" / entry.key)
-    code = ", ".join(sorted({entry.code or "unknown" for entry in waiting.values()}))
-    many = "1 finished cell is" if len(waiting) == 1 else f"{len(waiting)} finished cells are"
-    again = "" if source.asked else " (recompute=True, --recompute, computes them here)"
-    warnings.warn(f"{many} taken in from {pack.path}, of code {code}{again}", LrkitWarning, stacklevel=5)
-    return len(waiting)
+    return list(waiting.values())
+
+
+def _check_keys(pack: Pack) -> None:
+    """Raise LrkitError if packed cells are not what their keys say."""
+    for key, packed in pack.cells.items():
+        if _key_of(packed.config) != key:
+            raise LrkitError(f"{pack.path}: the cell {key} is not of the configuration that it holds")
 
 
 def _check_inputs(pack: Pack, jobs: Sequence[Job]) -> None:
     """Raise LrkitError if packed cells are not what their keys say, or of other data, metrics or models than these."""
-    for key, packed in pack.cells.items():
-        if _key_of(packed.config) != key:
-            raise LrkitError(f"{pack.path}: the cell {key} is not of the configuration that it holds")
+    _check_keys(pack)
     here = {job.task: job.cell for job in jobs}
     for entry in places(pack.study).values():
         cell, job = pack.cells.get(entry.key), here.get(entry.task)

@@ -7,9 +7,10 @@ from typing import Any
 
 import attrs
 
-from lrkit.study.report.view import WORDS, View, setting
+from lrkit.study.report.view import WORDS, View
 from lrkit.study.results import CellRecord, Status, StudyRecord
 from lrkit.study.scores import scale_of
+from lrkit.study.setting_texts import setting
 
 
 @attrs.frozen(kw_only=True)

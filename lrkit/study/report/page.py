@@ -13,8 +13,9 @@ from markupsafe import Markup
 from lrkit.study.charts import DARK, LIGHT, chip, drawing, styles
 from lrkit.study.charts.palette import in_css
 from lrkit.study.report import answers, cells, claims, effects, figures, head, layers, results, rows, truth, tuning
-from lrkit.study.report.view import View, breakable, setting
+from lrkit.study.report.view import View, breakable
 from lrkit.study.results import StudyRecord
+from lrkit.study.setting_texts import setting
 from lrkit.study.table import Table
 
 if TYPE_CHECKING:

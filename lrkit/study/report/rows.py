@@ -5,8 +5,8 @@ from typing import Any
 
 import attrs
 
-from lrkit.study.report.tuning import in_words
 from lrkit.study.report.view import View, alpha_over_rank
+from lrkit.study.setting_texts import in_words
 from lrkit.study.texts import compact
 from lrkit.study.tuned import chosen_of
 

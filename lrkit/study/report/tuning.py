@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -15,8 +15,9 @@ from lrkit.study.columns import SCORES
 from lrkit.study.comparison import scale_on, score_name
 from lrkit.study.report.figures import Figures, Panel, Panels
 from lrkit.study.report.results import Heading, Line, tabled
-from lrkit.study.report.view import View, alpha_over_rank, setting
+from lrkit.study.report.view import View, alpha_over_rank
 from lrkit.study.scores import Scale
+from lrkit.study.setting_texts import in_words, ordered, ordinal, short_name, value_text
 from lrkit.study.statistics import compare
 from lrkit.study.tuned import Choice, TrialRecord, chosen_of, trials_of
 
@@ -89,7 +90,7 @@ def _chosen(
     method: dict[str, Any] = next(
         (cell.config["method"] for cell in view.cells(row, task) if cell.config.get("method")), {}
     )
-    edges = [f"{_short(path)} {_value(choice.settings[path])}" for path in _ordered(choice.edges)]
+    edges = [f"{short_name(path)} {value_text(choice.settings[path])}" for path in ordered(choice.edges)]
     return Chosen(
         row=row,
         chosen=in_words(choice.settings),
@@ -102,25 +103,6 @@ def _chosen(
     )
 
 
-def in_words(settings: Mapping[str, Any]) -> str:
-    """Write settings by path, those of the run first: ``lr 0.001, alpha 16``."""
-    return ", ".join(f"{_short(path)} {_value(settings[path])}" for path in _ordered(settings))
-
-
-def _ordered(paths: Iterable[str]) -> list[str]:
-    """Sort settings: those of the run first, among them the learning rate."""
-    return sorted(paths, key=lambda path: (path != "run.lr", not path.startswith("run."), path))
-
-
-def _short(path: str) -> str:
-    """Return a setting's name without the part that it is of, if that is the run or the parameterization."""
-    return path.removeprefix("run.").removeprefix("parameterization.")
-
-
-def _value(value: Any) -> str:
-    return setting(value) if _number(value) is None else f"{value:g}"
-
-
 # ---- the charts ------------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +110,7 @@ def _charts(
     tried: Mapping[int, Sequence[TrialRecord]], choices: Mapping[int, Choice | None], scale: Scale, heading: str
 ) -> Figures:
     """Draw the score over each setting that has a range, the rows side by side: a line per value of the other settings."""
-    paths = _ordered({path for trials in tried.values() for trial in trials for path in trial.settings})
+    paths = ordered({path for trials in tried.values() for trial in trials for path in trial.settings})
     ends = [scale.of(score) for trials in tried.values() for trial in trials for score in trial.scores.values()]
     ends = [end for end in ends if math.isfinite(end)]
     if not ends:
@@ -140,7 +122,7 @@ def _charts(
         every = [value for numbers in values.values() for value in numbers]
         if len(set(every)) < 2:
             continue
-        given = [_number(choice.default.get(path)) for choice in choices.values() if choice is not None]
+        given = [ordinal(choice.default.get(path)) for choice in choices.values() if choice is not None]
         every += [value for value in given if value is not None]
         panels = []
         for row, trials in tried.items():
@@ -151,15 +133,15 @@ def _charts(
             curves = _curves(trials, path, scale)
             svg = rates(
                 curves,
-                x_label=_short(path),
+                x_label=short_name(path),
                 y_label=heading,
                 x_range=(min(every), max(every)),
                 y_range=(min(ends) - air, max(ends) + air),
                 chosen=_point(picked, path, scale),
-                default=None if choice is None else _number(choice.default.get(path)),
+                default=None if choice is None else ordinal(choice.default.get(path)),
             )
             if svg:
-                aside = "" if choice is None else f"chosen: {_value(choice.settings.get(path))}"
+                aside = "" if choice is None else f"chosen: {value_text(choice.settings.get(path))}"
                 panels.append(Panel(svg=Markup(svg), row=row, aside=aside))
         found += [Panels(panels=panels, caption=_CAPTION + _key(tried, path, scale))] if panels else []
     return found
@@ -178,7 +160,7 @@ def _curves(trials: Sequence[TrialRecord], path: str, scale: Scale) -> list[Curv
     """Make a line for each combination of the other settings; points alone if no two trials share these."""
     groups: defaultdict[str, list[TrialRecord]] = defaultdict(list)
     for trial in trials:
-        if _number(trial.settings.get(path)) is not None and trial.scores:
+        if ordinal(trial.settings.get(path)) is not None and trial.scores:
             rest = {name: value for name, value in trial.settings.items() if name != path}
             groups[in_words(rest)].append(trial)
     curves = []
@@ -200,19 +182,14 @@ def _curves(trials: Sequence[TrialRecord], path: str, scale: Scale) -> list[Curv
 
 
 def _point(trial: TrialRecord | None, path: str, scale: Scale) -> tuple[float, float] | None:
-    value = None if trial is None else _number(trial.settings.get(path))
+    value = None if trial is None else ordinal(trial.settings.get(path))
     if trial is None or value is None or trial.mean is None:
         return None
     return value, scale.of(trial.mean)
 
 
 def _numbers(trials: Sequence[TrialRecord], path: str) -> list[float]:
-    return [value for trial in trials if (value := _number(trial.settings.get(path))) is not None]
-
-
-def _number(value: Any) -> float | None:
-    """Return a value that has an order; None for any other."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return [value for trial in trials if (value := ordinal(trial.settings.get(path))) is not None]
 
 
 # ---- as given, best and last -----------------------------------------------------------------------------------------

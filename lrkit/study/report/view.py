@@ -1,6 +1,5 @@
 """A study as every section of the report looks at it, and how its names and settings are written."""
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -77,21 +76,6 @@ class View:
 def breakable(text: str) -> Markup:
     """Return a label that may break behind an equals sign or a dot, but not in a number."""
     return Markup(re.sub(r"(=|[.,/](?!\d))", r"\1<wbr>", str(escape(text))))
-
-
-def setting(value: Any) -> str:
-    """Write a setting in a few characters: a component by its name with its settings, ``cubic(target=2)``."""
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return "none"
-    if isinstance(value, dict):
-        name = value.get("name", "")
-        settings = ", ".join(f"{key}={setting(v)}" for key, v in value.items() if key != "name")
-        return f"{name}({settings})" if settings else str(name)
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(setting, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def alpha_over_rank(method: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ def write_report(folder: str | Path) -> list[Path]:
         "cells.csv": safe_csv(frame(record).to_csv(index=False, lineterminator="\n")),
     }
     if record.claims:
-        files["claims.md"] = to_markdown(judge(record))
+        files["claims.md"] = to_markdown(record, judge(record))
     if record.trials:
         files["trials.csv"] = safe_csv(trial_frame(record).to_csv(index=False, lineterminator="\n"))
     return [_replace(folder / name, text) for name, text in files.items()]

@@ -1,0 +1,29 @@
+"""The verdicts that docs/replication.md prints, against the committed cells."""
+
+from pathlib import Path
+
+import pytest
+
+from lrkit.study.claims import judge, to_markdown
+from lrkit.study.records import read_study
+from lrkit.study.taken import unpack
+
+DOCS = Path(__file__).parents[1] / "docs"
+PACKS = sorted(path.parent.name for path in DOCS.glob("replication/*/cells.jsonl.gz"))
+
+
+def rows(study):
+    """The rows of a study in the page's first table."""
+    table = (DOCS / "replication.md").read_text().split("## Verdicts")[1].split("\n## ")[0]
+    return [line for line in table.splitlines() if line.startswith(f"| `{study}` ")]
+
+
+@pytest.mark.parametrize("study", PACKS)
+def test_printed_verdicts(study, tmp_path):
+    """The table has the line of each claim of a finished study as the cells give it, and none of an unfinished one."""
+    unpack(DOCS / "replication" / study, tmp_path / study)
+    record = read_study(tmp_path / study)
+    judged = judge(record)
+    missing = sum(each.missing for each in judged)
+    lines = to_markdown(record, judged).splitlines()[2:]
+    assert judged and rows(study) == ([] if missing else [f"| `{study}` {line}" for line in lines])

@@ -159,6 +159,20 @@ def test_open_claims_name_seeds(tmp_path):
     assert seeds_to_show([0.02, 0.03], 0.01, claims=5) > show
 
 
+def test_tasks_that_disagree(tmp_path):
+    """An open claim whose first row is ahead on one task and behind on the other, either of them surely, says so."""
+    for movies, rte, told in (
+        (0.02, -0.02, True),
+        (0.009, -0.005, True),
+        (0.001, -0.001, False),
+        (0.003, 0.002, False),
+    ):
+        wide = {"movies": spread(movies, 0.01), "rte": spread(rte, 0.01)}
+        (found,) = judged(tmp_path / f"{movies}{rte}", wide, 0.001)
+        assert found.verdict == "open" and ("(ahead on movies, behind on rte)" in found.why) == told
+        assert ("seeds would probably" in found.why) != told
+
+
 def test_shown_everywhere(tmp_path, capsys):
     """Verdicts stand in the terminal, in JSON, in claims.md and in the page."""
     judged(tmp_path / "s", {"movies": spread(0.02), "rte": spread(0.02)})

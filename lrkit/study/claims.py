@@ -137,7 +137,7 @@ def judge(record: StudyRecord) -> tuple[Judged, ...]:
             others = waits and (p[index] or 0.0) < LEVEL
             verdict, why = _verdict(tasks, margin, ahead, p_holm, others)
             if verdict == "open" and margin is not None and not others:
-                why += _seeds([*each.differences.values()], margin, len(pairs))
+                why += _disagreement(tasks) or _seeds([*each.differences.values()], margin, len(pairs))
         found.append(
             Judged(
                 claim=claim,
@@ -218,6 +218,17 @@ def _verdict(
     if few:
         return "open", f"with {few[0].n} pairs nothing can be excluded"
     return "open", f"p {p_holm:.2g}, and an advantage of {margin:g} is not excluded on every task"
+
+
+def _disagreement(tasks: Sequence[OnTask]) -> str:
+    """Say that the first row is ahead on one task and behind on another, if one of the two is shown; empty otherwise."""
+    ahead = [each for each in tasks if each.difference > 0]
+    behind = [each for each in tasks if each.difference < 0]
+    shown = any(each.low is not None and each.high is not None and each.low * each.high > 0 for each in tasks)
+    if not (ahead and behind and shown):
+        return ""
+    names = " and ".join(each.task for each in ahead), " and ".join(each.task for each in behind)
+    return f": the tasks disagree (ahead on {names[0]}, behind on {names[1]}), which more seeds do not settle"
 
 
 def _seeds(differences: Sequence[Sequence[float]], margin: float, claims: int) -> str:

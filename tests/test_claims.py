@@ -182,7 +182,7 @@ def test_shown_everywhere(tmp_path, capsys):
     assert ask(capsys, "report", tmp_path / "s")["claims"][0]["verdict"] == "replicated"
     table = (tmp_path / "s" / "claims.md").read_text()
     (line,) = [line for line in table.splitlines() if line.startswith("| **c**: b beats a | replicated | movies +2")]
-    assert line.count("|") == table.splitlines()[0].count("|") and "| 10 |" in line and "lr " in line
+    assert line.count("|") == table.splitlines()[0].count("|") and "| 10 |" in line and "a: lr " in line
     assert "b beats a" in (tmp_path / "s" / "report.html").read_text()
 
 

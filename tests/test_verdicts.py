@@ -15,7 +15,14 @@ PACKS = sorted(path.parent.name for path in DOCS.glob("replication/*/cells.jsonl
 def rows(study):
     """The rows of a study in the page's first table."""
     table = (DOCS / "replication.md").read_text().split("## Verdicts")[1].split("\n## ")[0]
-    return [line for line in table.splitlines() if line.startswith(f"| `{study}` ")]
+    return [line for line in table.splitlines() if line.startswith(f"| `{study}`: ")]
+
+
+def printed(study, line):
+    """The page's row of a line of claims.md: some of its columns."""
+    claim, verdict, difference, n, p, _, chosen, _ = line.strip("| ").split(" | ")
+    name = claim.split("**")[1].replace("-", " ")
+    return f"| `{study}`: {name} | {verdict} | {difference} | {p} | {n} | {chosen} |"
 
 
 def test_studies_with_rows():
@@ -33,4 +40,4 @@ def test_printed_verdicts(study, tmp_path):
     judged = judge(record)
     missing = sum(each.missing for each in judged)
     lines = to_markdown(record, judged).splitlines()[2:]
-    assert rows(study) == ([] if missing else [f"| `{study}` {line}" for line in lines])
+    assert rows(study) == ([] if missing else [printed(study, line) for line in lines])

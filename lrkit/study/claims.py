@@ -33,7 +33,7 @@ from lrkit.study.paired import LEVEL, all_equal, interval, smallest_p
 from lrkit.study.power import MOST
 from lrkit.study.results import StudyRecord
 from lrkit.study.scores import Scale
-from lrkit.study.setting_texts import in_words
+from lrkit.study.setting_texts import ordered, short_name, value_text
 from lrkit.study.texts import markdown
 from lrkit.study.tuned import chosen_of, lr_of
 
@@ -100,16 +100,13 @@ class Judged:
     @property
     def difference(self) -> str:
         """Return the mean difference on each task with its 95 % interval and n, in words."""
-        return self._by_task([f"{each.words}, n {each.n}" for each in self.tasks])
+        return "; ".join(f"{text}, n {each.n}" for text, each in zip(self.differences, self.tasks, strict=True)) or "-"
 
     @property
-    def without_n(self) -> str:
-        """Return the same without n."""
-        return self._by_task([each.words for each in self.tasks])
-
-    def _by_task(self, words: Sequence[str]) -> str:
-        named = [f"{each.task} {text}" for each, text in zip(self.tasks, words, strict=True)]
-        return "; ".join(named if len(named) > 1 else words) or "-"
+    def differences(self) -> tuple[str, ...]:
+        """Return the mean difference on each task with its 95 % interval, after the task's name if there are several."""
+        several = len(self.tasks) > 1
+        return tuple(f"{each.task} {each.words}" if several else each.words for each in self.tasks)
 
 
 def judge(record: StudyRecord) -> tuple[Judged, ...]:
@@ -248,7 +245,9 @@ def _count(pairs: int) -> str:
 
 
 def to_markdown(record: StudyRecord, judged: Sequence[Judged]) -> str:
-    """Return the claims as a Markdown table: claim, verdict, differences, n, p, what was chosen for both rows, the reason.
+    """Return the claims as a Markdown table: claim, verdict, differences, n, p, margin, what was chosen, the reason.
+
+    Values that differ from task to task stand in the order of the tasks, ``0.01 / 0.003``.
 
     Args:
         record: the study.
@@ -258,29 +257,33 @@ def to_markdown(record: StudyRecord, judged: Sequence[Judged]) -> str:
         "| claim | verdict | difference [95 % interval] | n | p (Holm) | margin | chosen | because |\n"
         "|---|---|---|---|---|---|---|---|\n"
     )
-    lines = [
-        f"| **{markdown(each.claim.name)}**: {markdown(each.claim.says)} | {each.verdict} | {markdown(each.without_n)} "
-        f"| {' and '.join(map(str, dict.fromkeys(task.n for task in each.tasks))) or '-'} "
-        f"| {'-' if each.p_holm is None else f'{each.p_holm:.2g}'} "
-        f"| {'-' if each.margin is None else f'{each.margin:g}'} "
-        f"| {markdown('; '.join(_chosen(record, row) for row in (each.claim.higher, each.claim.lower)))} "
-        f"| {markdown(each.why)} |\n"
-        for each in judged
-    ]
+    lines = []
+    for each in judged:
+        chosen = [_chosen(record, row) for row in (each.claim.higher, each.claim.lower)]
+        cells = (
+            f"**{markdown(each.claim.name)}**: {markdown(each.claim.says)}",
+            each.verdict,
+            "<br>".join(map(markdown, each.differences)) or "-",
+            " / ".join(map(str, dict.fromkeys(task.n for task in each.tasks))) or "-",
+            "-" if each.p_holm is None else f"{each.p_holm:.2g}",
+            "-" if each.margin is None else f"{each.margin:g}",
+            "<br>".join(map(markdown, chosen)),
+            markdown(each.why),
+        )
+        lines.append(f"| {' | '.join(cells)} |\n")
     return head + "".join(lines)
 
 
 def _chosen(record: StudyRecord, label: str) -> str:
-    """Say what was chosen for a row by task: ``adalora lr 0.03, alpha 8 on movies, lr 0.01, alpha 8 on glue/sst2``."""
+    """Say what was chosen for a row, task by task where it differs: ``adalora: lr 0.01 / 0.003, alpha 32``."""
     row = next(index for index, each in enumerate(record.rows) if each.label == label)
-    by_words: dict[str, list[str]] = {}
-    for task in record.tasks:
-        choice = chosen_of(record, row, task.name)
-        words = f"lr {lr_of(record, row, task.name) or '?'}" if choice is None else in_words(choice.settings)
-        by_words.setdefault(words, []).append(task.name)
-    if len(by_words) == 1:
-        return f"{label} {next(iter(by_words))}"
-    return f"{label} " + ", ".join(f"{words} on {' and '.join(tasks)}" for words, tasks in by_words.items())
+    choices = [chosen_of(record, row, task.name) for task in record.tasks]
+    found = [each.settings for each in choices if each is not None]
+    if not found or len(found) < len(choices):
+        rates = dict.fromkeys(lr_of(record, row, task.name) or "?" for task in record.tasks)
+        return f"{label}: lr {' / '.join(rates)}"
+    told = [(path, dict.fromkeys(value_text(each[path]) for each in found)) for path in ordered(found[0])]
+    return f"{label}: " + ", ".join(f"{short_name(path)} {' / '.join(values)}" for path, values in told)
 
 
 __all__ = ["Judged", "OnTask", "Verdict", "judge", "to_markdown"]

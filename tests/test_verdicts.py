@@ -10,12 +10,12 @@ from lrkit.study.taken import unpack
 
 DOCS = Path(__file__).parents[1] / "docs"
 PACKS = sorted(path.parent.name for path in DOCS.glob("replication/*/cells.jsonl.gz"))
+TABLE = (DOCS / "replication.md").read_text().split("## Verdicts")[1].split("\n## ")[0].splitlines()
 
 
 def rows(study):
     """The rows of a study in the page's first table."""
-    table = (DOCS / "replication.md").read_text().split("## Verdicts")[1].split("\n## ")[0]
-    return [line for line in table.splitlines() if line.startswith(f"| `{study}`: ")]
+    return [line for line in TABLE if line.startswith(f"| `{study}`: ")]
 
 
 def printed(study, line):
@@ -27,8 +27,7 @@ def printed(study, line):
 
 def test_studies_with_rows():
     """Whatever the table names is packed, and it names at least one study."""
-    table = (DOCS / "replication.md").read_text().split("## Verdicts")[1].split("\n## ")[0]
-    named = {line.split("`")[1] for line in table.splitlines() if line.startswith("| `")}
+    named = {line.split("`")[1] for line in TABLE if line.startswith("| `")}
     assert named and named <= set(PACKS)
 
 

@@ -97,7 +97,7 @@ def take_in(source: Source, plan: Plan, jobs: Sequence[Job], tasks: Mapping[str,
     allowed = (PACK, "cells.csv", ".study.json.", "study.lock")  # the last two: of a process that was killed
     if own is None and not all(name.startswith(allowed) for name in there):
         raise LrkitError(f"{folder} exists and holds no study: nothing is overwritten, choose another --out")
-    taken = _take(pack, {job.task: job.cell for job in jobs}, folder)
+    taken = _take(pack, own, {job.task: job.cell for job in jobs}, folder)
     if taken:
         code = ", ".join(sorted({entry.code or "unknown" for entry in taken}))
         many = "1 finished cell is" if len(taken) == 1 else f"{len(taken)} finished cells are"
@@ -123,21 +123,21 @@ def unpack(path: str | Path, folder: str | Path) -> int:
     _check_keys(pack)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LrkitError(f"{folder} exists and is not an empty folder: nothing is overwritten, choose another")
-    return len(_take(pack, {}, folder))
+    return len(_take(pack, None, {}, folder))
 
 
-def _take(pack: Pack, here: Mapping[str, Cell], folder: Path) -> list[CellEntry]:
+def _take(pack: Pack, own: StudyFile | None, here: Mapping[str, Cell], folder: Path) -> list[CellEntry]:
     """Restore the cells of a pack that a folder does not have.
 
     Args:
         pack: the pack.
+        own: the study in the folder; None if there is none.
         here: task to a cell of it on this machine, for the folders of its data and model.
         folder: the study's folder.
 
     Returns:
         Those that were restored.
     """
-    own = read_study_file(folder) if folder.is_dir() else None
     if not _waiting(pack, own, folder):
         return []
     try_folder(folder / "cells")

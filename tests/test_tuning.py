@@ -298,6 +298,11 @@ def test_sampler_in_a_study(place, tmp_path):
     assert [trial.settings for trial in trials] == proposals(tune["space"], means, 3, batch=2, seed=0)
     (cell,) = record.cells
     assert cell.config["run"]["lr"] == chosen_of(record, 0, "data").settings["run.lr"]
+    choice = chosen_of(record, 0, "data")
+    assert choice.edges and choice.widen.endswith(" --out ANOTHER")  # a further range proposes other trials
+    wider = {**tune, "space": {**tune["space"], "scheduler.warmup": [1, 2, 3]}}
+    with pytest.raises(LrkitError, match="choose another --out"):
+        run(asked(place, wider, rows=[], seeds=1), out)
     keys = [job.key for job in jobs_of(lay_out(study))]
     more = [job.key for job in jobs_of(lay_out(asked(place, {**tune, "trials": 5}, rows=[], seeds=1))) if job.trial]
     assert [key for key in more if key in keys] == [trial.key for trial in record.trials] and len(more) == 5

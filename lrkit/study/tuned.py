@@ -47,6 +47,7 @@ class Choice:
         default: path to the value that the row has without tuning.
         edges: paths whose chosen value is the least or the greatest that was tried.
         widen: what the same command is given to try further values, ``--tune run.lr=...``; empty if none is at an edge.
+            Where trials depend on one another, by TPE or halving, a wider range begins a study anew: with ``--out ANOTHER``.
     """
 
     trial: int
@@ -133,6 +134,8 @@ def chosen_of(record: "StudyRecord", row: int, task: str) -> Choice | None:
         if end:
             edges.append(path)
         words.append(f"--tune {name}={_wider(tried, end)}")
+    if tune.sampler == "tpe" or tune.halving is not None:  # `retuned` refuses the range in a folder that has trials
+        words.append("--out ANOTHER")
     return Choice(
         trial=best.number,
         settings=best.settings,

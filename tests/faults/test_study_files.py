@@ -22,7 +22,7 @@ from lrkit.study.paired import smallest_p
 from lrkit.study.plan import lay_out, read_study, study_from
 from lrkit.study.shipped import with_profile
 
-CLAIMS = ("adalora-choices", "adalora-tuned", "aflora-tuned", "newer")
+CLAIMS = ("adalora-choices", "adalora-tuned", "aflora-choices", "aflora-tuned", "newer")
 CLAIMS += ("prompts", "questions", "teacher", "where-the-rank-goes")
 """Studies of claims rather than of a paper's table: each runs where it is, and has no profiles."""
 CORE = [name for name in Registry(discover=False).names("study") if name not in CLAIMS]

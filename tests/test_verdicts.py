@@ -1,5 +1,8 @@
 """The verdicts that docs/replication.md prints, against the committed cells."""
 
+import itertools
+import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -7,10 +10,13 @@ import pytest
 from lrkit.study.claims import judge, to_markdown
 from lrkit.study.records import read_study
 from lrkit.study.taken import unpack
+from lrkit.study.tuned import trials_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 PACKS = sorted(path.parent.name for path in DOCS.glob("replication/*/cells.jsonl.gz"))
 TABLE = (DOCS / "replication.md").read_text().split("## Verdicts")[1].split("\n## ")[0].splitlines()
+
+FIRST, SECOND, OUTPUT = "intermediate.dense", "[0-9].output.dense", "attention.output.dense"
 
 
 def rows(study):
@@ -40,3 +46,105 @@ def test_printed_verdicts(study, tmp_path):
     missing = sum(each.missing for each in judged)
     lines = to_markdown(record, judged).splitlines()[2:]
     assert rows(study) == ([] if missing else [printed(study, line) for line in lines])
+
+
+def told():
+    """The page in one line, without marks of its tables and lists."""
+    return " ".join((DOCS / "replication.md").read_text().split())
+
+
+def of_study(name, folder):
+    """Read a study back from its committed cells."""
+    unpack(DOCS / "replication" / name, folder / name)
+    return read_study(folder / name)
+
+
+def cells_of(record, label):
+    """The test cells of the row with a label."""
+    return record.cells_of(next(index for index, each in enumerate(record.rows) if each.label == label))
+
+
+def ranks_of(record, label, task=None):
+    """The ranks that a row's runs end with: seed and task to layer to rank."""
+    return {
+        (cell.task, cell.seed): {layer.name: layer.rank or 0 for layer in cell.result.layers}
+        for cell in cells_of(record, label)
+        if task in (None, cell.task)
+    }
+
+
+def in_module(ranks, end):
+    """The mean rank of the layers whose name ends so, as a regular expression has it."""
+    return statistics.fmean(rank for run in ranks.values() for name, rank in run.items() if re.search(f"{end}$", name))
+
+
+def correlation(some, others):
+    """Pearson's correlation of two runs' ranks over the layers."""
+    return statistics.correlation(list(some.values()), [others[name] for name in some])
+
+
+def test_ranks_of_controls(tmp_path):
+    """What the page says of the ranks in `where-the-rank-goes`: who agrees with whom, empty layers, and modules."""
+    record, page = of_study("where-the-rank-goes", tmp_path), told()
+    agree, empty, unlike = [], [], []
+    for task in ("movies", "glue/sst2"):
+        found, cut = (ranks_of(record, label, task) for label in ("adalora", "cut-at-end"))
+        agree.append(statistics.fmean(correlation(a, b) for a, b in itertools.combinations(found.values(), 2)))
+        unlike.append(statistics.fmean(correlation(found[key], cut[key]) for key in found))
+        empty.append(statistics.fmean(list(run.values()).count(0) for run in found.values()))
+    assert f"{agree[0]:.2f} on movies, {agree[1]:.2f} on SST-2" in page
+    assert f"{empty[0]:.0f} and {empty[1]:.0f} layers end with no rank" in page
+    assert f"correlation {unlike[0]:.2f} and {unlike[1]:.2f}" in page
+    found, cut = ranks_of(record, "adalora"), ranks_of(record, "cut-at-end")
+    first = [in_module(cut, f"self.{name}") for name in ("query", "key")]
+    assert f"query and key ({first[0]:.1f} and {first[1]:.1f} of 8" in page
+    assert f"second matrix ({in_module(cut, SECOND):.1f})" in page
+    here = [in_module(found, f"self.{name}") for name in ("query", "key")]
+    assert f"the opposite ({here[0]:.1f}, {here[1]:.1f} and {in_module(found, SECOND):.1f})" in page
+
+
+def test_ranks_of_adalora(tmp_path):
+    """What the page says of the ranks in `adalora-tuned`, by module and block, and of components that came back."""
+    record, page = of_study("adalora-tuned", tmp_path), told()
+    ranks = ranks_of(record, "adalora")
+    modules = {name: f"{in_module(ranks, name):.1f}" for name in (FIRST, SECOND, "value", "key", "query", OUTPUT)}
+    assert modules[FIRST] == modules[SECOND]
+    assert f"{modules[FIRST]} in both of its matrices, {modules['value']} in value, {modules[OUTPUT]} in the" in page
+    assert f"{modules['key']} in key, {modules['query']} in query" in page
+    ends = [
+        statistics.fmean(rank for run in ranks.values() for name, rank in run.items() if f"layer.{block}." in name)
+        for block in (0, 5)
+    ]
+    assert f"{ends[0]:.1f} in the first block, {ends[1]:.1f} in the last" in page
+    back, stay = [], []
+    for cell in cells_of(record, "adalora"):
+        gone: set[str] = set()
+        came: set[str] = set()
+        for decision in cell.decisions:
+            gone = (gone | {*decision.lost}) - {*decision.returned}
+            came |= {*decision.returned}
+        back.append(len(came))
+        stay.append(len(came - gone))
+    assert f"{statistics.fmean(back):.1f} of 144 in a run ({min(back)} to {max(back)})" in page
+    assert f"of which {statistics.fmean(stay):.1f} stay" in page
+
+
+def test_losses_by_rate(tmp_path):
+    """The page's table of losses by rate and scale is that of the trials."""
+    record = of_study("adalora-tuned", tmp_path)
+    losses: dict[tuple[float, float, str, str], list[float]] = {}
+    for index, row in enumerate(record.rows):
+        for task in record.tasks:
+            settings = {trial.number: trial.settings for trial in trials_of(record, index, task.name)}
+            for cell in record.trials_in(index, task.name):
+                late = statistics.fmean(value for step, value in cell.losses if 90 < step <= 120)
+                lr, alpha = settings[cell.number]["run.lr"], settings[cell.number]["parameterization.alpha"]
+                losses.setdefault((lr, alpha / 2, row.label, task.name), []).append(late)
+    lines = [line.strip(" |").split(" | ") for line in (DOCS / "replication.md").read_text().splitlines()]
+    table = [line for line in lines if line[0] in ("1e-3", "1e-2") and len(line) == 5]
+    assert len(table) == 4
+    for rate, scale, *cells in table:
+        for label, told_here in zip(("lora", "svd-lora", "adalora"), cells, strict=True):
+            means = [losses[float(rate), float(scale), label, task] for task in ("movies", "glue/sst2")]
+            assert [len(each) for each in means] == [2, 2]
+            assert told_here == " / ".join(f"{statistics.fmean(each):.2f}" for each in means)

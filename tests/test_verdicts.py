@@ -86,13 +86,15 @@ def correlation(some, others):
 def test_ranks_of_controls(tmp_path):
     """What the page says of the ranks in `where-the-rank-goes`: who agrees with whom, empty layers, and modules."""
     record, page = of_study("where-the-rank-goes", tmp_path), told()
-    agree, empty, unlike = [], [], []
+    agree, alike, empty, unlike = [], [], [], []
     for task in ("movies", "glue/sst2"):
         found, cut = (ranks_of(record, label, task) for label in ("adalora", "cut-at-end"))
-        agree.append(statistics.fmean(correlation(a, b) for a, b in itertools.combinations(found.values(), 2)))
+        for ranks, means in ((found, agree), (cut, alike)):
+            means.append(statistics.fmean(correlation(*two) for two in itertools.combinations(ranks.values(), 2)))
         unlike.append(statistics.fmean(correlation(found[key], cut[key]) for key in found))
         empty.append(statistics.fmean(list(run.values()).count(0) for run in found.values()))
     assert f"{agree[0]:.2f} on movies, {agree[1]:.2f} on SST-2" in page
+    assert f"cut at the end agree as well ({alike[0]:.2f} and {alike[1]:.2f})" in page
     assert f"{empty[0]:.0f} and {empty[1]:.0f} layers end with no rank" in page
     assert f"correlation {unlike[0]:.2f} and {unlike[1]:.2f}" in page
     found, cut = ranks_of(record, "adalora"), ranks_of(record, "cut-at-end")

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import attrs
 import torch
@@ -40,8 +40,6 @@ class VectorScaled(Parameterization):
         d_init: first value of d.
     """
 
-    learning_rate: ClassVar[float] = 1e-2
-
     rank: Rank = attrs.field(default=4, converter=as_rank, validator=is_rank())
     train: Literal["ffn", "attention", "both", "none"] = attrs.field(
         default="both", validator=one_of(("ffn", "attention", "both", "none"))
@@ -59,6 +57,11 @@ class VectorScaled(Parameterization):
             raise LrkitError(
                 f'VectorScaled(shared=True) has one A and B for all layers: train must be "none", not "{self.train}"'
             )
+
+    @property
+    def learning_rate(self) -> float:  # type: ignore[override]  # of each setting, where others have one for their class
+        """Return 3e-2 for vectors alone; 1e-2 if matrices train beside them."""
+        return 3e-2 if self.train == "none" else 1e-2
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -29,7 +29,7 @@ _ELSEWHERE = {
     "method step by step",
 }
 _OWN_PLACES = ("IA3", "LN_TUNING", "BEFT")
-_RATES = {"IA3": 1e-2, "VERA": 1e-2, "LN_TUNING": 1e-3, "PREFIX_TUNING": 1e-2, "PROMPT_TUNING": 3e-2, "P_TUNING": 1e-3}
+_RATES = {"IA3": 1e-2, "VERA": 3e-2, "LN_TUNING": 1e-3, "PREFIX_TUNING": 1e-2, "PROMPT_TUNING": 3e-2, "P_TUNING": 1e-3}
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",

@@ -150,3 +150,30 @@ def test_losses_by_rate(tmp_path):
             means = [losses[float(rate), float(scale), label, task] for task in ("movies", "glue/sst2")]
             assert [len(each) for each in means] == [2, 2]
             assert told_here == " / ".join(f"{statistics.fmean(each):.2f}" for each in means)
+
+
+def test_freezing_order(tmp_path):
+    """What the page says of AFLoRA: when each kind of matrix froze, which is last in every run, and its FLOPs."""
+    record, page = of_study("aflora-tuned", tmp_path), told()
+    kinds = ("intermediate.dense.A", "output.dense.A", "output.dense.B", "intermediate.dense.B")
+    every: dict[str, list[int]] = {kind: [] for kind in kinds}
+    for cell in cells_of(record, "aflora"):
+        steps: dict[str, list[int]] = {kind: [] for kind in kinds}
+        for decision in cell.decisions:
+            for name in decision.lost:
+                steps[name.split(".", 4)[-1]].append(decision.step)
+        assert {len(each) for each in steps.values()} == {6}
+        assert max(steps, key=lambda kind: statistics.fmean(steps[kind])) == kinds[0]
+        assert max(step for each in steps.values() for step in each) == 26
+        for kind in kinds:
+            every[kind] += steps[kind]
+    assert len(every[kinds[0]]) == 6 * 20
+    means = [f"{statistics.fmean(every[kind]):.1f}" for kind in kinds]
+    words = "after step {}, the output layer's A after {}, its B after {}, the intermediate's B after {}."
+    assert words.format(*means) in page
+    flops = {
+        label: statistics.fmean(cell.result.flops.run for cell in cells_of(record, label))
+        for label in ("aflora", "lora", "elora")
+    }
+    assert f"{flops['aflora'] / flops['lora']:.2f} times as many as LoRA's" in page
+    assert f"{flops['aflora'] / flops['elora']:.2f} times as many as ELoRA's" in page

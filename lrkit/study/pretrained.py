@@ -46,7 +46,7 @@ class Pretrained:
     _put_back: Callable[[], None] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        """Remember configs, buffers and modes, which a run changes."""
+        """Remember configs, buffers, modes and attributes, which a run changes."""
         object.__setattr__(self, "_put_back", _memory_of(self.model))
 
     def restart(self, seed: int) -> PreTrainedModel:
@@ -65,7 +65,7 @@ class Pretrained:
 
 
 def _memory_of(model: PreTrainedModel) -> Callable[[], None]:
-    """Return a function that gives a model back the configs, buffers and modes that it has now."""
+    """Return a function that gives a model back the configs, buffers, modes and attributes that it has now."""
     modules = [module for module in model.modules() if hasattr(module, "config")]
     generation = [
         module.generation_config for module in modules if getattr(module, "generation_config", None) is not None
@@ -79,8 +79,12 @@ def _memory_of(model: PreTrainedModel) -> Callable[[], None]:
     values = [copies(vars(config)) for config in configs]
     modes = [(module, module.training) for module in model.modules()]
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
+    names = {*vars(model)}
 
     def put_back() -> None:
+        # By accelerate's mark a model counts as prepared, and is not wrapped for mixed precision again.
+        for name in {*vars(model)} - names:
+            delattr(model, name)
         for config, was in zip(configs, values, strict=True):
             vars(config).clear()
             vars(config).update(copies(was))

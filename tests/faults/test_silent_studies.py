@@ -297,3 +297,12 @@ def test_counts_that_are_not_exact(capsys):
     lines = {line.split()[0]: line for line in found.splitlines() if line.strip()}
     assert "≈ 332,064" in lines["adalora"] and " 20,880 " in lines["aflora"] and "≈ 20,880" not in lines["aflora"]
     assert "--json has the range" in found
+
+
+def test_second_run_in_bfloat16():
+    """A run in bfloat16 computes so in whichever place of its process: accelerate's mark on the model would turn it off."""
+    losses = []
+    for bf16 in (True, True, False, True):
+        settings = settings_from({**RUN, "steps": 2, "bf16": bf16, "seed": 1})
+        losses.append(train(lrkit.methods.lora(rank=2), load_task("movies"), settings=settings).losses)
+    assert losses[0] == losses[1] == losses[3] != losses[2]

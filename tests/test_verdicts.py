@@ -1,5 +1,6 @@
 """The verdicts that docs/replication.md prints, against the committed cells."""
 
+import functools
 import itertools
 import re
 import statistics
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lrkit.loop.history import comebacks
 from lrkit.study.claims import judge, to_markdown
 from lrkit.study.records import read_study
 from lrkit.study.taken import unpack
@@ -17,6 +19,19 @@ PACKS = sorted(path.parent.name for path in DOCS.glob("replication/*/cells.jsonl
 TABLE = (DOCS / "replication.md").read_text().split("## Verdicts")[1].split("\n## ")[0].splitlines()
 
 FIRST, SECOND, OUTPUT = "intermediate.dense", "[0-9].output.dense", "attention.output.dense"
+
+
+@pytest.fixture(scope="module")
+def record_of(tmp_path_factory):
+    """Read a study back from its committed cells, once."""
+
+    @functools.cache
+    def read(name):
+        folder = tmp_path_factory.mktemp("packs") / name
+        unpack(DOCS / "replication" / name, folder)
+        return read_study(folder)
+
+    return read
 
 
 def rows(study):
@@ -38,10 +53,9 @@ def test_studies_with_rows():
 
 
 @pytest.mark.parametrize("study", PACKS)
-def test_printed_verdicts(study, tmp_path):
+def test_printed_verdicts(study, record_of):
     """The table has the line of each claim of a finished study as the cells give it, and none of an unfinished one."""
-    unpack(DOCS / "replication" / study, tmp_path / study)
-    record = read_study(tmp_path / study)
+    record = record_of(study)
     judged = judge(record)
     missing = sum(each.missing for each in judged)
     lines = to_markdown(record, judged).splitlines()[2:]
@@ -51,12 +65,6 @@ def test_printed_verdicts(study, tmp_path):
 def told():
     """The page in one line, without marks of its tables and lists."""
     return " ".join((DOCS / "replication.md").read_text().split())
-
-
-def of_study(name, folder):
-    """Read a study back from its committed cells."""
-    unpack(DOCS / "replication" / name, folder / name)
-    return read_study(folder / name)
 
 
 def cells_of(record, label):
@@ -83,9 +91,9 @@ def correlation(some, others):
     return statistics.correlation(list(some.values()), [others[name] for name in some])
 
 
-def test_ranks_of_controls(tmp_path):
+def test_ranks_of_controls(record_of):
     """What the page says of the ranks in `where-the-rank-goes`: who agrees with whom, empty layers, and modules."""
-    record, page = of_study("where-the-rank-goes", tmp_path), told()
+    record, page = record_of("where-the-rank-goes"), told()
     agree, alike, empty, unlike = [], [], [], []
     for task in ("movies", "glue/sst2"):
         found, cut = (ranks_of(record, label, task) for label in ("adalora", "cut-at-end"))
@@ -105,9 +113,9 @@ def test_ranks_of_controls(tmp_path):
     assert f"the opposite ({here[0]:.1f}, {here[1]:.1f} and {in_module(found, SECOND):.1f})" in page
 
 
-def test_ranks_of_adalora(tmp_path):
+def test_ranks_of_adalora(record_of):
     """What the page says of the ranks in `adalora-tuned`, by module and block, and of components that came back."""
-    record, page = of_study("adalora-tuned", tmp_path), told()
+    record, page = record_of("adalora-tuned"), told()
     ranks = ranks_of(record, "adalora")
     modules = {name: f"{in_module(ranks, name):.1f}" for name in (FIRST, SECOND, "value", "key", "query", OUTPUT)}
     assert modules[FIRST] == modules[SECOND]
@@ -118,22 +126,14 @@ def test_ranks_of_adalora(tmp_path):
         for block in (0, 5)
     ]
     assert f"{ends[0]:.1f} in the first block, {ends[1]:.1f} in the last" in page
-    back, stay = [], []
-    for cell in cells_of(record, "adalora"):
-        gone: set[str] = set()
-        came: set[str] = set()
-        for decision in cell.decisions:
-            gone = (gone | {*decision.lost}) - {*decision.returned}
-            came |= {*decision.returned}
-        back.append(len(came))
-        stay.append(len(came - gone))
+    _, back, stay = zip(*(comebacks(cell.decisions) for cell in cells_of(record, "adalora")), strict=True)
     assert f"{statistics.fmean(back):.1f} of 144 in a run ({min(back)} to {max(back)})" in page
     assert f"of which {statistics.fmean(stay):.1f} stay" in page
 
 
-def test_losses_by_rate(tmp_path):
+def test_losses_by_rate(record_of):
     """The page's table of losses by rate and scale is that of the trials."""
-    record = of_study("adalora-tuned", tmp_path)
+    record = record_of("adalora-tuned")
     losses: dict[tuple[float, float, str, str], list[float]] = {}
     for index, row in enumerate(record.rows):
         for task in record.tasks:
@@ -152,9 +152,9 @@ def test_losses_by_rate(tmp_path):
             assert told_here == " / ".join(f"{statistics.fmean(each):.2f}" for each in means)
 
 
-def test_freezing_order(tmp_path):
+def test_freezing_order(record_of):
     """What the page says of AFLoRA: when each kind of matrix froze, which is last in every run, and its FLOPs."""
-    record, page = of_study("aflora-tuned", tmp_path), told()
+    record, page = record_of("aflora-tuned"), told()
     kinds = ("intermediate.dense.A", "output.dense.A", "output.dense.B", "intermediate.dense.B")
     every: dict[str, list[int]] = {kind: [] for kind in kinds}
     for cell in cells_of(record, "aflora"):

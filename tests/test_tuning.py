@@ -23,8 +23,9 @@ from lrkit.study.needs import Source
 from lrkit.study.plan import lay_out, study_from
 from lrkit.study.proposing import proposals
 from lrkit.study.records import frame, read_study
+from lrkit.study.run_settings import HEAD_LR
 from lrkit.study.space import domain, grid
-from lrkit.study.tuned import chosen_of, trials_of
+from lrkit.study.tuned import _wider, chosen_of, trials_of
 
 RATES = [0.003, 0.05]
 
@@ -212,6 +213,43 @@ def test_tuned_beside_given(place, done, tmp_path):
     assert chosen_of(record, 0, "data") == chosen_of(before, 0, "data")
 
 
+def test_what_tasks_give_is_the_default(place, tmp_path):
+    """What a row has without tuning is what its cell at the settings given trains with: the task's own come first."""
+    task = {"data": str(place / "data"), "run": {"lr": 0.02}, "set": {"parameterization.alpha": 1.5}}
+    space = {"run.lr": [1e-3, 1e-2], "run.head_lr": [1e-2, 3e-3], "parameterization.alpha": [1.0, 2.0]}
+    tune = {"space": space, "seeds": 1, "defaults": True}
+    run(asked(place, tune, rows=[], seeds=1, tasks=[task]), tmp_path / "own")
+    record = read_study(tmp_path / "own")
+    (cell,) = record.untuned
+    trained = {
+        "run.lr": cell.config["run"]["lr"],
+        "run.head_lr": cell.config["run"]["head_lr"] or HEAD_LR,
+        "parameterization.alpha": cell.config["method"]["parameterization"]["alpha"],
+    }
+    assert chosen_of(record, 0, "data").default == trained == {**trained, "run.lr": 0.02, "parameterization.alpha": 1.5}
+    other = {"data": str(shutil.copytree(place / "data", tmp_path / "other"))}
+    run(
+        asked(place, tune, rows=[], seeds=1, tasks=[other]), tmp_path / "own"
+    )  # and those of a task that is not asked for
+    assert chosen_of(read_study(tmp_path / "own"), 0, "data").default == trained
+
+
+@pytest.mark.parametrize(
+    ("tried", "end", "wider"),
+    [
+        ([1, 2], -1, [1, 2]),
+        ([2, 3], -1, [1, 2, 3]),
+        ([4, 8, 16], -1, [1, 2, 4, 8, 16]),
+        ([4, 8], 1, [4, 8, 16, 32]),
+        ([0, 1], 1, [0, 1, 2, 3]),
+        ([0.5, 1], -1, [0.125, 0.25, 0.5, 1]),
+    ],
+)
+def test_wider_of_whole_numbers(tried, end, wider):
+    """Beyond ranks and steps whole ones are tried, none below 1."""
+    assert _wider(tried, end) == ",".join(map(str, wider))
+
+
 def source(score):
     result = CellResult(
         scores={"accuracy": score}, steps=1, parameters=Parameters(start=1, now=1, average=1.0, head=1, step=1)
@@ -283,7 +321,7 @@ def test_proposals_follow_from_results():
 def test_sampler_in_a_study(place, tmp_path):
     """With Optuna each row has as many trials, each at what was proposed to it; computed from a part of them, the same."""
     tune = {
-        "space": {"run.lr": "log(1e-3,1e-1)", "scheduler.warmup": [1, 2]},
+        "space": {"run.lr": "log(1e-3,1e-1)", "scheduler.warmup": [2, 3]},
         "sampler": "tpe",
         "trials": 3,
         "batch": 2,

@@ -17,7 +17,7 @@ from lrkit.study.cell_folder import is_packed
 from lrkit.study.jobs import Job
 from lrkit.study.place import try_folder
 from lrkit.study.plan import Plan, changes
-from lrkit.study.rates import implied, rates_of
+from lrkit.study.rates import given, implied, rates_of
 from lrkit.study.retuned import with_tuning
 from lrkit.study.store import canonical, lock
 from lrkit.study.study_file import (
@@ -106,6 +106,7 @@ def _planned(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], n
                 control="" if row.control is None else row.control.kind,
                 source="" if row.control is None else plan.rows[row.control.row].label,
                 tuned=row.tuned,
+                given={spec.name: given(plan, row, spec) for spec in plan.tasks} if row.tuned else {},
                 **row.attach,
             )
             for row in plan.rows
@@ -262,7 +263,9 @@ def _joined_rows(
             if not gives_way(at, index):
                 raise _refusal(where, f'row "{row.label}" is another method there')
             gone.add(at)
-        rows[at] = attrs.evolve(row, tuned=row.tuned or was.tuned)
+        rows[at] = attrs.evolve(
+            row, tuned=row.tuned or was.tuned, rates=was.rates | row.rates, given=was.given | row.given
+        )
     return rows, place, lambda cell: cell.row not in gone
 
 

@@ -42,6 +42,7 @@ class RowRecord:
         control: the control of another row that it is; empty for none.
         source: label of the row that it controls; empty for none.
         tuned: what each setting that is tuned is called in its method or run, by the name that it was asked for by.
+        given: what these settings are without tuning: task to path to value; empty in older studies.
     """
 
     label: str
@@ -54,6 +55,7 @@ class RowRecord:
     control: str = ""
     source: str = ""
     tuned: dict[str, str] = attrs.field(factory=dict, repr=False)
+    given: dict[str, dict[str, Any]] = attrs.field(factory=dict, repr=False)
 
     @property
     def lr(self) -> str:

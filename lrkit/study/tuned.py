@@ -46,7 +46,8 @@ class Choice:
         settings: path to value.
         default: path to the value that the row has without tuning.
         edges: paths whose chosen value is the least or the greatest that was tried.
-        widen: what the same command is given to try further values, ``--tune run.lr=...``; empty if none is at an edge.
+        widen: what the same command is given to try further values, ``--tune run.lr=...``; empty if none is at an edge
+            beyond which there is something, as below a rank of 1 there is not.
             Where trials depend on one another, by TPE or halving, a wider range begins a study anew: with ``--out ANOTHER``.
     """
 
@@ -127,13 +128,14 @@ def chosen_of(record: "StudyRecord", row: int, task: str) -> Choice | None:
     except LrkitError:
         return None
     tune, paths = _tune(record), record.rows[row].tuned
-    edges, words = [], []
+    edges, words, wider = [], [], False
     for name, path in paths.items():
         tried = tune.domains[name]
         end = _end(tried, best.settings.get(path))
         if end:
             edges.append(path)
         words.append(f"--tune {name}={_wider(tried, end)}")
+        wider |= _wider(tried, end) != _wider(tried, 0)
     if tune.sampler == "tpe" or tune.halving is not None:  # `retuned` refuses the range in a folder that has trials
         words.append("--out ANOTHER")
     return Choice(
@@ -141,7 +143,7 @@ def chosen_of(record: "StudyRecord", row: int, task: str) -> Choice | None:
         settings=best.settings,
         default={path: _default(record, row, task, path) for path in paths.values()},
         edges=tuple(edges),
-        widen=" ".join(words) if edges else "",
+        widen=" ".join(words) if wider else "",
     )
 
 
@@ -161,8 +163,10 @@ def _tune(record: "StudyRecord") -> TuneSpec:
 
 
 def _default(record: "StudyRecord", row: int, task: str, path: str) -> Any:
-    """Return the value that a row has without tuning."""
+    """Return the value that a row has on a task without tuning; of an older study, without the task's own settings."""
     own, name = record.rows[row], path.removeprefix("run.")
+    if path in own.given.get(task, {}):
+        return own.given[task][path]
     if not path.startswith("run."):
         return at(own.method, path)
     given = {**attrs.asdict(RunSettings()), **record.run, **own.run, **own.rates.get(task, {})}
@@ -198,7 +202,8 @@ def _wider(tried: Domain, end: int) -> str:
         more = [float(f"{last * (last / before) ** k:.3g}") for k in (1, 2)]
     else:
         more = [last + k * (last - before) for k in (1, 2)]
-    more = [int(each) if isinstance(last, int) and each == int(each) else each for each in more]
+    if all(isinstance(each, int) for each in tried):  # ranks and steps are whole, and 1 is the least
+        more = [*{max(round(each), min(1, last)) for each in more} - {*tried}]
     return ",".join(map(str, sorted([*tried, *more])))
 
 

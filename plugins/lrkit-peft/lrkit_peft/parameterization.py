@@ -198,8 +198,23 @@ class Around(nn.Module):
         self._inside = True
         try:
             return self._tuner[0](**named, **kwargs)
+        except (RuntimeError, IndexError) as error:
+            self._check_room(named | kwargs, error)
+            raise
         finally:
             self._inside = False
+
+    def _check_room(self, given: Mapping[str, Any], error: Exception) -> None:
+        """Raise LrkitError if an error came of a prompt and rows that are longer than the model has positions."""
+        rows = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+        tuner = self._tuner[0]
+        positions = getattr(tuner.base_model.config.get_text_config(), "max_position_embeddings", None)
+        prompt = tuner.active_peft_config.num_virtual_tokens
+        if rows is not None and positions is not None and rows.shape[1] + prompt > positions:
+            raise lrkit.LrkitError(
+                f"a row of {rows.shape[1]} tokens and num_virtual_tokens = {prompt} are more than the model's {positions} "
+                "positions: lower run.max_length, or truncate the rows"
+            ) from error
 
 
 def _takes_a_past(model: nn.Module) -> bool:

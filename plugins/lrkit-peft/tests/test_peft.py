@@ -244,6 +244,16 @@ def test_a_prompt_leaves_the_model_s_own_forward_behind() -> None:
         lrkit.attach(model, lrkit_peft.peft_prompt_tuning(), targets=["query"])
 
 
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompt_and_row_fit_into_the_positions(kind: str) -> None:
+    """A row that leaves no positions for the prompt is refused in one line; one that just leaves enough is not."""
+    model, _ = ours(CASES[kind])
+    positions = model.config.max_position_embeddings
+    model(input_ids=torch.ones(1, positions - 3, dtype=torch.long))
+    with pytest.raises(lrkit.LrkitError, match=f"of {positions - 2} tokens .* 3 are more than the model's {positions}"):
+        model(input_ids=torch.ones(1, positions - 2, dtype=torch.long))
+
+
 def test_what_peft_or_lrkit_cannot_do_is_one_line() -> None:
     def refused(message: str, parameterization: Callable[[], Peft], name: str = "bert", **settings: Any) -> None:
         model = models.make(name)

@@ -6,7 +6,7 @@ is named.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from lrkit.actions import Freeze, Prune
 from lrkit.errors import LrkitError
@@ -223,3 +223,13 @@ def lrkit_methods() -> Mapping[str, Callable[..., Method]]:
         "adalora": adalora,
         "aflora": aflora,
     }
+
+
+if not TYPE_CHECKING:  # a type checker knows what is missing
+
+    def __getattr__(name: str) -> NoReturn:
+        """Say where methods of plug-ins are to be had. Raise AttributeError."""
+        raise AttributeError(
+            f"lrkit.methods has no {name}: a plug-in's method is a function of its package, such as lrkit_calibrated.eva, "
+            f'and lrkit.registry.current().method("NAME") makes any'
+        )

@@ -194,8 +194,8 @@ def divisor(rank: float, scale: Scale) -> float:
 
 
 def most_of(rank: Rank) -> int:
-    """Return the highest rank that a layer may begin with."""
-    return rank if isinstance(rank, int) else max(rank.values())
+    """Return the highest rank that a layer may begin with. Raise LrkitError if it is neither an int nor a table of ranks."""
+    return rank if isinstance(rank, int) else max(as_ranks(rank).values())
 
 
 # ---- as a setting ----------------------------------------------------------------------------------------------------

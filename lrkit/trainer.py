@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,8 +41,7 @@ class AdaptCallback(TrainerCallback):
 
     Args:
         adapted: the handle that `lrkit.attach` returned for the Trainer's model.
-        resume_from: the checkpoint folder to load, if it is not ``args.resume_from_checkpoint`` and not in the
-            Trainer's ``output_dir``.
+        resume_from: the folder to load, if it is not the checkpoint that the Trainer resumes from.
         log: True to log `figures` (ranks, budget, scores) beside each loss, as the penalty always is; ``"layers"`` for each
             layer's rank as well.
     """
@@ -56,6 +55,8 @@ class AdaptCallback(TrainerCallback):
     ) -> None:
         if log not in (True, False, "layers"):
             raise LrkitError(f'log must be True, False or "layers", not {shown(log)}')
+        if not isinstance(adapted, Adapted):
+            raise LrkitError(f"AdaptCallback takes the handle that lrkit.attach returned, not {type(adapted).__name__}")
         self.adapted = adapted
         self.resume_from = resume_from
         self.log = log
@@ -68,6 +69,7 @@ class AdaptCallback(TrainerCallback):
 
         Before it calls `on_train_begin`, the Trainer loads weights, and makes its optimizer of what requires a gradient.
         """
+        self._check_model(kwargs.get("model"))
         self.adapted.take_ranks()
         asleep = self.adapted.controller.components.asleep()
         for p in self.adapted.parameters():
@@ -113,6 +115,15 @@ class AdaptCallback(TrainerCallback):
         self._training = True
         _call_last(get_reporting_integration_callbacks(args.report_to))  # type: ignore[no-untyped-call]
 
+    def _check_model(self, model: Any) -> None:
+        """Refuse a Trainer of another model."""
+        there = None if model is None else {id(p) for p in model.parameters()}
+        if there is not None and not all(id(p) in there for p in self.adapted.parameters()):
+            raise LrkitError(
+                "AdaptCallback has the handle of another model than the Trainer's: give it what lrkit.attach(model, ...) "
+                "returned for that one"
+            )
+
     def _calibrate(self, loader: Any) -> None:
         """Calibrate by the first batches of a Trainer, and its loss."""
         trainer = _calling(Trainer)
@@ -140,15 +151,16 @@ class AdaptCallback(TrainerCallback):
             )
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
-        tried = [
-            Path(folder)
-            for folder in (
-                self.resume_from,
-                args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None,
-                Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}",
-            )
-            if folder is not None
-        ]
+        """Find the folder of the checkpoint that the Trainer resumes from."""
+        local = next(
+            (found for found in _locals(Trainer) if isinstance(found.get("resume_from_checkpoint"), str)), None
+        )
+        own = (
+            args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None,
+            Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}",
+        )
+        resumed = own if local is None else (local["resume_from_checkpoint"],)  # it tells a callback of the step alone
+        tried = [Path(folder) for folder in (self.resume_from, *resumed) if folder is not None]
         for folder in tried:
             if (folder / checkpoint.FILE).is_file():
                 return folder
@@ -184,10 +196,11 @@ class AdaptCallback(TrainerCallback):
     ) -> None:
         """Let go of the optimizer, and load the Trainer's best checkpoint if it did."""
         self._training, self._start = False, None
-        self.adapted.unbind()
+        self.adapted.unbind(quietly=True)
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and (Path(best) / checkpoint.FILE).is_file():
             self.adapted.load_state_dict(checkpoint.read(Path(best)))
+        self.adapted.check_finished()
 
 
 def _call_last(trackers: Sequence[type[TrainerCallback]]) -> None:
@@ -206,12 +219,16 @@ def _calling(kind: type[Any]) -> Any:
 
     It is found on the call stack; None if there is none.
     """
+    return next((found["self"] for found in _locals(kind)), None)
+
+
+def _locals(kind: type[Any]) -> Iterator[dict[str, Any]]:
+    """Yield the local names of each call of a class's methods that is going on now, the innermost first."""
     frame = inspect.currentframe()
     while frame is not None:
-        found, frame = frame.f_locals.get("self"), frame.f_back
-        if isinstance(found, kind):
-            return found
-    return None
+        found, frame = frame.f_locals, frame.f_back
+        if isinstance(found.get("self"), kind):
+            yield found
 
 
 _PREFIX = "lrkit/"

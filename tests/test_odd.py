@@ -170,7 +170,10 @@ def test_best_model_loaded(tmp_path):
         return metrics | {"eval_best": 1.0 if t.state.global_step == 8 else 0.0}
 
     t.evaluate = evaluate
-    t.train()
+    with pytest.warns(
+        lrkit.LrkitWarning, match="ends at step 8 of 20, before the last decision at step 15: the budget was"
+    ):
+        t.train()
     assert adapted.step == 8
     assert adapted.summary().step == 8
     saved = checkpoint.read(tmp_path / "checkpoint-8")["tensors"]

@@ -434,6 +434,8 @@ def test_folder_stands_in(place, tmp_path):
         from lrkit.study.graph import jobs_of
 
         keys.append(jobs_of(lay_out(standing_in(study, {"glue/mrpc": folder})))[0].key)
+        both = small(place, seeds=1, swap={}, rows=[], tasks=[{"task": "glue/mrpc", "data": str(folder)}])
+        assert jobs_of(lay_out(both))[0].key == keys[-1], "as a study file says it"
     table = lrkit.ablate(study, out=tmp_path / "study", workers=0, costs=False, data={"glue/mrpc": data})
 
     assert keys[0] == keys[1] == read_study(tmp_path / "study").cells[0].key

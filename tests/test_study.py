@@ -248,11 +248,20 @@ def test_study_grows(place, tmp_path):
     # A part of it asked for again takes nothing away.
     execute_here(small(place, rows=[], swap={}), out)
     assert len(read_json(out / "study.json")["cells"]) == 6
-    scored = [{**attrs.asdict(small(place).tasks[0]), "options": {"metric": "matthews"}}]
+    scored, longer, scaled = (
+        [{**attrs.asdict(small(place).tasks[0]), what: given}]
+        for what, given in (
+            ("options", {"metric": "matthews"}),
+            ("run", {"steps": 5}),
+            ("set", {"parameterization.alpha": 64.0}),
+        )
+    )
     for changes, what in (
         ({"base": "lora", "set": {}, "swap": {}}, "its base"),
         ({"run": {"steps": 9, "max_length": 12}}, "run is"),
         ({"tasks": scored}, "options of data are"),
+        ({"tasks": longer}, 'run of data are {} there and {"steps":5} here'),
+        ({"tasks": scaled}, "set of data are"),
     ):
         with pytest.raises(lrkit.LrkitError, match=f"holds another study: {what}"):
             execute_here(small(place, **changes), out)

@@ -148,6 +148,19 @@ def test_resume_from_checkpoint_is_bitwise_the_run(method, tmp_path):
     assert adapted.summary() == other.summary()
 
 
+def test_resume_from_elsewhere_takes_all_of_it(tmp_path):
+    """A checkpoint of another run is resumed as a whole, although a folder of this run has one of the same step."""
+    kwargs = {"save_strategy": "steps", "save_steps": 9, "save_total_limit": 3}
+    t, adapted = trainer("bert", METHODS["adalora"], tmp_path / "a", **kwargs)
+    t.train()
+    trainer("bert", METHODS["adalora"], tmp_path / "b", learning_rate=1e-3, **kwargs)[0].train()
+    again, other = trainer("bert", METHODS["adalora"], tmp_path / "b", **kwargs)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-9"))
+    for (name, one), (_, two) in zip(t.model.state_dict().items(), again.model.state_dict().items(), strict=True):
+        assert torch.equal(one, two), name
+    assert adapted.history == other.history
+
+
 def test_resume_without_the_adaptive_state_is_refused(tmp_path):
     kwargs = {"save_strategy": "steps", "save_steps": 9}
     t, _ = trainer("bert", METHODS["adalora"], tmp_path, **kwargs)
@@ -173,3 +186,36 @@ def test_plain_checkpoint_loads_strictly():
     assert all(torch.equal(plain.state_dict()[name], value) for name, value in other.items())
     with pytest.raises(RuntimeError, match="Missing key"):  # a part of an adapter is none
         plain.load_state_dict(other | {"0.0.A": own[0]})
+
+
+def test_callback_of_another_model_is_refused(tmp_path):
+    """A handle of another model, and what is no handle, are named when the Trainer is made."""
+    other = lrkit.attach(models.make("bert"), METHODS["adalora"])
+    with pytest.raises(lrkit.LrkitError, match="the handle of another model"):
+        trainer("bert", METHODS["adalora"], tmp_path, callback=lambda adapted: lrkit.trainer.AdaptCallback(other))
+    with pytest.raises(lrkit.LrkitError, match=r"takes the handle that lrkit\.attach returned, not BertForSeq"):
+        trainer(
+            "bert", METHODS["adalora"], tmp_path, callback=lambda adapted: lrkit.trainer.AdaptCallback(adapted.model)
+        )
+
+
+def test_weights_of_other_ranks_are_not_saved(tmp_path):
+    """After weights of an earlier step were loaded into the model alone, a save is refused; with its state it is not."""
+    method = attrs.evolve(METHODS["adalora"], action=lrkit.actions.Prune(cut="always"))
+    t, adapted = trainer("bert", method, tmp_path, save_strategy="steps", save_steps=9)
+    t.train()
+    weights, state = adapted.model.state_dict(), adapted.state_dict()
+    again, other = trainer("bert", method, tmp_path / "other", max_steps=20)
+    again.train()
+    first = lrkit.attach(models.make("bert"), method).model.state_dict()
+    other.model.load_state_dict(first)
+    with pytest.raises(lrkit.LrkitError, match=r"at the run's ranks: weights of another step were loaded"):
+        other.save(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+    other.load_state_dict(state)
+    other.save(tmp_path / "kept")
+    assert all(
+        torch.equal(value, weights[name])
+        for name, value in other.model.state_dict().items()
+        if "classifier" not in name
+    )

@@ -235,19 +235,23 @@ def test_what_tasks_give_is_the_default(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tried", "end", "wider"),
+    ("path", "tried", "end", "wider"),
     [
-        ([1, 2], -1, [1, 2]),
-        ([2, 3], -1, [1, 2, 3]),
-        ([4, 8, 16], -1, [1, 2, 4, 8, 16]),
-        ([4, 8], 1, [4, 8, 16, 32]),
-        ([0, 1], 1, [0, 1, 2, 3]),
-        ([0.5, 1], -1, [0.125, 0.25, 0.5, 1]),
+        ("parameterization.rank", [1, 2], -1, [1, 2]),
+        ("parameterization.rank", [2, 3], -1, [1, 2, 3]),
+        ("parameterization.rank", [4, 8, 16], -1, [1, 2, 4, 8, 16]),
+        ("parameterization.rank", [4, 8], 1, [4, 8, 16, 32]),
+        ("scheduler.warmup", [0, 1], 1, [0, 1, 2, 3]),
+        ("parameterization.alpha", [0.5, 1], -1, [0.125, 0.25, 0.5, 1]),
+        ("parameterization.dropout", [0.0, 0.1], -1, [0.0, 0.1]),
+        ("run.weight_decay", [0.0, 0.01], -1, [0.0, 0.01]),
+        ("run.weight_decay", [0.0, 0.01], 1, [0.0, 0.01, 0.02, 0.03]),
+        ("run.lr_warmup", [0.5, 1.0], 1, [0.5, 1.0]),
     ],
 )
-def test_wider_of_whole_numbers(tried, end, wider):
-    """Beyond ranks and steps whole ones are tried, none below 1."""
-    assert _wider(tried, end) == ",".join(map(str, wider))
+def test_wider_is_what_a_setting_may_be(path, tried, end, wider):
+    """Beyond the values that were tried are those alone that the setting may have: ranks and steps are whole, from 1 on."""
+    assert _wider(tried, end, path) == ",".join(map(str, wider))
 
 
 def source(score):

@@ -10,6 +10,7 @@ import pytest
 
 from lrkit.loop.history import comebacks
 from lrkit.study.claims import judge, to_markdown
+from lrkit.study.recall import recalls_of
 from lrkit.study.records import read_study
 from lrkit.study.taken import unpack
 from lrkit.study.tuned import trials_of
@@ -89,6 +90,22 @@ def in_module(ranks, end):
 def correlation(some, others):
     """Pearson's correlation of two runs' ranks over the layers."""
     return statistics.correlation(list(some.values()), [others[name] for name in some])
+
+
+def test_recall_of_the_teacher(record_of):
+    """What the page and the README say of the right layers that AdaLoRA's ranks keep, and uniform ones."""
+    record, page = record_of("teacher"), told()
+    (task,) = {each.name for each in record.tasks}
+    found = {each.label: each for each in recalls_of(record, task)}
+    ours, uniform = found["adalora"], found["uniform"]
+    assert f"keep {100 * ours.recall:.0f} % of what the two right layers" in page
+    assert f"({ours.low:.2f} to {ours.high:.2f}; uniform ranks {100 * uniform.recall:.0f} %)" in page
+    both = f"{ours.draws - len(ours.misses)} of {ours.draws}"
+    assert (
+        f"{ours.found} of {ours.right} right layers keep half of their first rank or more, both of a teacher in {both}"
+        in page
+    )
+    assert f"(both in {both} draws)" in (DOCS.parent / "README.md").read_text()
 
 
 def test_ranks_of_controls(record_of):

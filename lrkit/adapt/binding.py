@@ -247,7 +247,8 @@ class Binding:
             self.controller.warn(
                 "unbound",
                 "an optimizer steps the adapters' parameters, but the method is not bound to it: nothing is adaptive. "
-                "Call adapted.bind(optimizer, total_steps=...) before training",
+                "Call adapted.bind(optimizer, total_steps=...) before training, or give transformers' Trainer "
+                "callbacks=[AdaptCallback(adapted)]",
             )
         elif self._looked:
             liveness.leave(self)  # nothing more to notice

@@ -129,7 +129,7 @@ def _backward(loss_of: LossOf, batch: Any) -> None:
 
 
 def _drops(name: str, value: object) -> bool:
-    """Return whether a module's attribute is a rate of dropout, or of layers left out."""
+    """Return whether an attribute of a module or its config is a rate of dropout, or of layers left out."""
     return isinstance(value, float) and ("drop" in name)
 
 
@@ -138,9 +138,11 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluate the model for a while. Afterwards gradients, modes, buffers and random generators are as they were."""
     modes = [(module, module.training) for module in model.modules()]
     # transformers recomputes activations (gradient checkpointing) in the mode for training alone, in which such a module
-    # drops by rates of its own.
+    # drops by rates of its own, or of the config that it reads.
     recomputed = [module for module, _ in modes if getattr(module, "gradient_checkpointing", False) is True]
-    rates = [(module, name, rate) for module in recomputed for name, rate in vars(module).items() if _drops(name, rate)]
+    configs = {id(config): config for module in recomputed if (config := getattr(module, "config", None)) is not None}
+    dropping: list[Any] = [*recomputed, *configs.values()]
+    rates = [(owner, name, rate) for owner in dropping for name, rate in vars(owner).items() if _drops(name, rate)]
     grads = [(p, p.grad) for p in model.parameters()]
     # A quantized base keeps weights in large whole-number buffers, to which no forward pass writes.
     buffers = [
@@ -155,16 +157,16 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = False
             for module in recomputed:
                 module.training = True
-            for module, name, _ in rates:
-                setattr(module, name, 0.0)
+            for owner, name, _ in rates:
+                setattr(owner, name, 0.0)
             for p, _ in grads:
                 p.grad = None
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
-            for module, name, rate in rates:
-                setattr(module, name, rate)
+            for owner, name, rate in rates:
+                setattr(owner, name, rate)
             for p, grad in grads:
                 p.grad = grad
             for module, name, buffer, before in buffers:

@@ -50,11 +50,16 @@ class Archive:
     weights: Weights
 
     def state(self, controller: Controller) -> dict[str, Any]:
-        """Return copies of all that is adaptive: ``{"meta": JSON data, "tensors": name to tensor}``."""
+        """Return copies of all that is adaptive: ``{"meta": JSON data, "tensors": name to tensor}``.
+
+        Raises:
+            LrkitError: weights of other ranks than the run's were loaded into the model.
+        """
         if cast := self.weights.cast():
             controller.warn("cast", cast)
-        weights = {WEIGHT + name: whole(tensor.detach()).clone() for name, tensor in self.weights.saved().items()}
         saved = controller.saved(to_plain(self.method), self.head, copy.deepcopy(self.base))
+        self.weights.check_ranks(controller.run.shapes(saved.ranks))
+        weights = {WEIGHT + name: whole(tensor.detach()).clone() for name, tensor in self.weights.saved().items()}
         layers = summarize(controller, 0).layers
         ranked = bool(layers) and all(layer.rank is not None for layer in layers)
         saved = attrs.evolve(saved, allocation=in_effect(layers) if ranked else None)

@@ -10,7 +10,7 @@ from lrkit.adapt.choice import Choice
 from lrkit.adapt.heads import head_parameters
 from lrkit.adapt.masters import Masters
 from lrkit.adapt.sharding import Moves, reshard, several
-from lrkit.errors import shown
+from lrkit.errors import LrkitError, shown
 from lrkit.loop.state import misfit
 from lrkit.shards import held, is_sharded, mine
 from lrkit.units import Part, resize
@@ -138,6 +138,19 @@ class Weights:
         self.put_back()
         parameters = {name: p for name, p in self._model.named_parameters() if id(p) in self._saved}
         return {**parameters, **{name: self._model.get_buffer(name) for name in self._buffers}}
+
+    def check_ranks(self, shapes: Mapping[int, tuple[int, ...]]) -> None:
+        """Raise LrkitError if a tensor has another shape than at the run's ranks: weights of another step were loaded.
+
+        Args:
+            shapes: as in `check`, at the run's ranks.
+        """
+        for name, tensor in self.saved().items():
+            if tensor.shape != shapes.get(id(tensor), tensor.shape):
+                raise LrkitError(
+                    f"{name} is {list(tensor.shape)}, and {list(shapes[id(tensor)])} at the run's ranks: weights of another "
+                    "step were loaded into the model. Load that step's state as well, by load_state_dict of the handle"
+                )
 
     def check(self, given: Mapping[str, Tensor], shapes: Mapping[int, tuple[int, ...]]) -> None:
         """Raise LrkitError if tensors of a state cannot be taken over.

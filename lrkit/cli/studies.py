@@ -105,12 +105,13 @@ def ablate(
 
     The same command again goes on with what is missing. lrkit ablate --list shows the studies that ship.
     """
-    from lrkit.registry import current
     from lrkit.study.asked import standing_in, with_options
     from lrkit.study.catalogue import catalogue
     from lrkit.study.execute import check
     from lrkit.study.old import check_old
+    from lrkit.study.packed import read_pack
     from lrkit.study.plan import lay_out
+    from lrkit.study.pool import chosen
     from lrkit.study.taken import source_of
 
     if list_:
@@ -129,8 +130,9 @@ def ablate(
     plan = lay_out(with_options(asked, words.options(sets or [])))
     if dry_run:
         check_old(keep_old, recompute)
-        current().get("executor", executor)
-        source_of(packed, what, out or Path())
+        chosen(executor, 1 if workers is None else workers, threads or 1, address)
+        if (source := source_of(packed, what, out or Path())) is not None:
+            read_pack(source.path)
         study_screen.show_plan(plan, check(plan), as_json)
         return
     if out is None:

@@ -178,8 +178,10 @@ def study_from(plain: Mapping[str, Any], where: str = "study") -> Study:
         raise LrkitError(f"{where}: margin must be a number above 0{MARGIN}, not {study.margin:g}")
     loading = loading_from(study.loading, f"{where}: loading")
     for spec in study.tasks:
-        if (spec.task is None) == (spec.data is None):
-            raise LrkitError(f"{where}: tasks: each has either task (a name) or data (a folder)")
+        if spec.task is None and spec.data is None:
+            raise LrkitError(
+                f"{where}: tasks: each has task (a name), data (a folder), or both, if it stands in for the task's"
+            )
     return attrs.evolve(study, loading=loading.to_plain())
 
 

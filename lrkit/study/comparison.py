@@ -138,13 +138,18 @@ def _row(record: StudyRecord, index: int, task: str, cost: Cost | None) -> Table
         low_90=ends_90[0] if ends_90 else None,
         high_90=ends_90[1] if ends_90 else None,
         margin=None if is_base else record.margin,
-        p_equivalent=None if record.margin is None or not differences else equivalence_p(differences, record.margin),
+        p_equivalent=_equivalence(differences, record.margin),
     )
     notes = _row_notes(row, left_out, all_equal(differences))
     if row.warning and row.guess is not None:
         guess = scale_on(record, task, [row.guess]).text(row.guess)
         notes.append(f"mean {row.warning.replace('the', 'the best')}, {guess} (†).")
     return attrs.evolve(row, notes=(*notes, *([f"cost not measured: {cost.error}."] if cost and cost.error else [])))
+
+
+def _equivalence(differences: Sequence[float], margin: float | None) -> float | None:
+    """Return the p of equivalence; None without a margin, and if all differences are equal: such scores are too coarse."""
+    return None if margin is None or not differences or all_equal(differences) else equivalence_p(differences, margin)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

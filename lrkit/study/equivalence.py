@@ -74,7 +74,9 @@ def why_open(row: "TableRow", scale: "Scale") -> str:
         return (
             f"open: with {pairs} no one-sided p is below {least}, so neither a difference nor equivalence can be shown."
         )
+    if row.p_equivalent is None:
+        return "open: all differences are equal, so that the scores are too coarse to tell."
     margin = f"±{scale.number(row.margin or 0.0)}"
-    if row.p_equivalent is not None and row.p_equivalent < LEVEL:
+    if row.p_equivalent < LEVEL:
         return f"open: the 90 % interval is inside {margin}, but not so after Holm's correction over the rows."
     return f"open: no difference is shown, and the 90 % interval is not inside {margin}."

@@ -76,6 +76,8 @@ def check(plan: Plan, steps: dict[tuple[str, str], int] | None = None) -> dict[s
             majority=task.majority,
             higher_is_better=task.higher_is_better,
             options=spec.options,
+            run=spec.run,
+            set=spec.set,
         )
         net = empty_model(plan.study.model, task.head, loading_from(plan.study.loading))
         for row in plan.rows:

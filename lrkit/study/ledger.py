@@ -143,10 +143,12 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
     if found := differing(there, mine, ("model", "loading", "targets", "train_also", "run")):
         key, was, now = found
         raise _refusal(where, f"{key} is {was} there and {now} here")
-    were = {task.name: task.options for task in there.tasks}
+    were = {task.name: task for task in there.tasks}
     for task in mine.tasks:
-        if (was := canonical(were.get(task.name, task.options))) != (now := canonical(task.options)):
-            raise _refusal(where, f"options of {task.name} are {was} there and {now} here")
+        for what in ("options", "run", "set"):
+            was, now = (getattr(each, what) for each in (were.get(task.name, task), task))
+            if None not in (was, now) and canonical(was) != canonical(now):
+                raise _refusal(where, f"{what} of {task.name} are {canonical(was)} there and {canonical(now)} here")
     mine = _called_alike(mine, there, where)
     stated = {what: _stated(there, mine, what, where) for what in ("margin", "claims")}
     there = with_tuning(there, mine, where)

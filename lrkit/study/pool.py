@@ -40,11 +40,13 @@ def chosen(executor: str | Executor, workers: int, threads: int, address: str | 
         address: of a cluster.
 
     Raises:
-        LrkitError: no executor of that name.
+        LrkitError: no executor of that name, or an address for this process.
     """
     if isinstance(executor, Executor):
         return lambda: _Borrowed(executor)
     if workers == 0:
+        if address is not None:
+            raise LrkitError("--address is for executors on other machines, and --workers 0 trains in this process")
         return Here
     from lrkit.registry import current
 

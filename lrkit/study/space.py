@@ -186,6 +186,8 @@ def tune_from(plain: Any, where: str) -> TuneSpec:
     Raises:
         LrkitError: an unknown key, or a value of the wrong type.
     """
+    if isinstance(plain, Mapping) and "space" not in plain:
+        raise LrkitError(f"{where}.space is missing: the settings to tune and their values, or --tune PATH=A,B,...")
     converter = strict_converter(forbid_extra_keys=True)
     converter.register_structure_hook(int | list[int], lambda value, _: value)
     spec = structured(plain, TuneSpec, converter, root=where)

@@ -68,8 +68,8 @@ class RowRecord:
 class TaskRecord:
     """One task: its name, its metric's name, the best trivial answers' score if known, and the direction.
 
-    For example, a lower perplexity is a better one: its `higher_is_better` is False. Options are those that the study
-    gives it.
+    For example, a lower perplexity is a better one: its `higher_is_better` is False. Options, and settings of runs and
+    methods on this task alone (`run`, `set`), are those that the study gives it; of an older study the latter are not known.
     """
 
     name: str
@@ -77,6 +77,8 @@ class TaskRecord:
     majority: float | None = None
     higher_is_better: bool = True
     options: dict[str, Any] = attrs.field(factory=dict)
+    run: dict[str, Any] | None = None
+    set: dict[str, Any] | None = None
 
 
 @attrs.frozen(kw_only=True)

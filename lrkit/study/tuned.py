@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -9,7 +10,7 @@ import attrs
 from lrkit.errors import LrkitError
 from lrkit.settings import at
 from lrkit.study.choosing import best_of, survivors
-from lrkit.study.run_settings import RunSettings
+from lrkit.study.run_settings import RunSettings, settings_from
 from lrkit.study.space import Domain, Log, TuneSpec, grid, space_of, tune_from
 
 if TYPE_CHECKING:
@@ -134,8 +135,8 @@ def chosen_of(record: "StudyRecord", row: int, task: str) -> Choice | None:
         end = _end(tried, best.settings.get(path))
         if end:
             edges.append(path)
-        words.append(f"--tune {name}={_wider(tried, end)}")
-        wider |= _wider(tried, end) != _wider(tried, 0)
+        words.append(f"--tune {name}={_wider(tried, end, path)}")
+        wider |= _wider(tried, end, path) != _wider(tried, 0, path)
     if tune.sampler == "tpe" or tune.halving is not None:  # `retuned` refuses the range in a folder that has trials
         words.append("--out ANOTHER")
     return Choice(
@@ -186,8 +187,8 @@ def _end(tried: Domain, value: Any) -> int:
     return -1 if value <= min(numbers) else 1 if value >= max(numbers) else 0
 
 
-def _wider(tried: Domain, end: int) -> str:
-    """Write what is to be tried: if a value at an end was chosen, with two more beyond it."""
+def _wider(tried: Domain, end: int, path: str) -> str:
+    """Write what is to be tried: if a value at an end was chosen, with up to two more beyond it that may be."""
     if isinstance(tried, Log):
         if tried.points is None:
             return str(Log(tried.low / 10 if end < 0 else tried.low, tried.high * 10 if end > 0 else tried.high))
@@ -204,7 +205,18 @@ def _wider(tried: Domain, end: int) -> str:
         more = [last + k * (last - before) for k in (1, 2)]
     if all(isinstance(each, int) for each in tried):  # ranks and steps are whole, and 1 is the least
         more = [*{max(round(each), min(1, last)) for each in more} - {*tried}]
-    return ",".join(map(str, sorted([*tried, *more])))
+    return ",".join(map(str, sorted([*tried, *(each for each in more if _may_be(path, each, tried))])))
+
+
+def _may_be(path: str, value: float, tried: Sequence[Any]) -> bool:
+    """Return whether a setting may have a value: by its own check if it is a run's, else unless it is the first below 0."""
+    if not path.startswith("run."):
+        return value >= 0 or min(tried) < 0
+    try:
+        settings_from({path.removeprefix("run."): value})
+    except LrkitError:
+        return False
+    return True
 
 
 def _tried(

@@ -108,6 +108,8 @@ def inherited(tune: TuneSpec, source: Mapping[str, str], plain: Mapping[str, Any
 
 
 def _lacks(name: str, label: str) -> str:
+    if name in attrs.fields_dict(RunSettings):
+        return f'tune: row "{label}" has no setting "{name}" (did you mean "run.{name}"?)'
     return (
         f'tune: row "{label}" has no setting "{name}", and a grid would give it fewer trials than the others: tune it in a '
         'study without this row, or take sampler = "tpe" (--sampler tpe --trials N), which gives each row as many'

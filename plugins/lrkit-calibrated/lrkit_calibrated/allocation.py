@@ -1,5 +1,6 @@
 """Actions that give each layer a rank, once, before the first step."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import lrkit
 from lrkit.actions import Ballot, Fate, Verdict, best
+from lrkit.ranks import Rank
 from lrkit.settings import one_of, whole
 from lrkit.units import UnitKind
 from lrkit_calibrated.shares import filled, saturated, shares_of
@@ -83,6 +85,15 @@ class ShareOut(_Allocation):
         if self.least > self.most:
             raise lrkit.LrkitError(f"ShareOut: least {self.least} is above most {self.most}")
 
+    def around(self, rank: Rank) -> "ShareOut":
+        """Return it, if its bounds have room for a mean rank. Raise LrkitError if they do not."""
+        if isinstance(rank, int) and not self.least <= rank <= self.most:
+            raise lrkit.LrkitError(
+                f"a mean rank of {rank} lies outside of least {self.least} to most {self.most} a layer, so that "
+                "the ranks' sum would not be the budget"
+            )
+        return self
+
     def decide(self, ballot: Ballot) -> Verdict:
         """Share out the budget among the layers that have components."""
         there = torch.bincount(ballot.blocks, minlength=ballot.layers)
@@ -90,6 +101,13 @@ class ShareOut(_Allocation):
         sums.index_add_(0, ballot.blocks, ballot.scores.double())
         layers = there.nonzero().flatten().tolist()
         importance = (sums / there.clamp_min(1))[layers].tolist()
+        if not self.least * len(layers) <= ballot.budget <= self.most * len(layers):
+            warnings.warn(
+                f"ShareOut: a budget of {ballot.budget} in {len(layers)} layers lies outside of least {self.least} to most "
+                f"{self.most} a layer, and the ranks' sum is not the budget",
+                lrkit.LrkitWarning,
+                stacklevel=2,
+            )
         ranks = [0] * ballot.layers
         for layer, rank in zip(
             layers, self._ranks(importance, self._sizes(ballot, layers), ballot.budget), strict=True

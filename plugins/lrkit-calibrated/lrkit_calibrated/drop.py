@@ -124,7 +124,7 @@ def lora_drop(*, rank: Rank = 8, alpha: float = 16.0, threshold: float = 0.9, sa
         threshold: T = 0.9 in the paper.
         sample: the share of the run by which outputs are measured; the paper samples 10 % of the data.
     """
-    if not 0.0 < sample < 1.0:
+    if not isinstance(sample, float) or not 0.0 < sample < 1.0:
         raise lrkit.LrkitError(f"lora-drop sample must be above 0 and below 1, not {sample!r}")
     return lrkit.Method(
         parameterization=lrkit.parameterizations.LoRA(rank=rank, alpha=alpha),

@@ -161,6 +161,16 @@ class EvaLoRA(AllocatedLoRA):
         default="first-rank", validator=attrs.fields(AllocatedLoRA).scale_of.validator
     )
 
+    def __attrs_post_init__(self) -> None:
+        """Refuse ranks of a table that ρ makes no whole numbers of: a share of the candidates is the budget then."""
+        super().__attrs_post_init__()
+        ranks = () if isinstance(self.rank, int) else self.rank.values()
+        if odd := [rank for rank in ranks if not float(rank * self.rho).is_integer()]:
+            raise lrkit.LrkitError(
+                f"{type(self).__name__}: rho {self.rho:g} times a table's rank {odd[0]} is no whole number of candidates, "
+                "and the ranks' sum would not be the table's: take rho = 2"
+            )
+
     @property
     def components(self) -> Rank:
         """Return ρ r."""

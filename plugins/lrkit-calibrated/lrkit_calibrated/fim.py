@@ -83,7 +83,7 @@ def fim_lora(
             least=least,
             most=2 * most_of(rank) if most is None else most,
             rule="filled" if variant == "paper" else "saturated",
-        ),
+        ).around(rank),
     )
 
 

@@ -135,7 +135,7 @@ def gora(
             least=max(1, middle // 2) if least is None else least,
             most=4 * middle if most is None else most,
             rule="rounded" if variant == "paper" else "floored",
-        ),
+        ).around(rank),
     )
 
 

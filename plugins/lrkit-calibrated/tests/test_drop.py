@@ -104,6 +104,6 @@ def test_nothing_measured_drops_nothing():
 
 def test_wrong_samples_are_refused():
     """A sample of nothing, or of the whole run, is refused in one line."""
-    for sample in (0.0, 1.0, -1.0):
+    for sample in (0.0, 1.0, -1.0, "a", None):
         with pytest.raises(lrkit.LrkitError, match="sample must be"):
             lora_drop(sample=sample)

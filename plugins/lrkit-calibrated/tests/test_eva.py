@@ -186,7 +186,9 @@ def test_nothing_square_is_kept():
 
 
 def test_ranks_may_be_a_table():
-    """ρ times each layer's own rank is its most, and the sum is the table's."""
+    """ρ times each layer's own rank is its most, and the sum is the table's; a ρ that cannot keep it is refused."""
+    with pytest.raises(lrkit.LrkitError, match=r"rho 1.25 times a table's rank 2 is no whole number"):
+        eva(rank={"query": 2, "*": 4}, rho=1.25)
     table = {"query": 2, "*": 4}
     adapted = calibrated(models.make("bert", seed=3), eva(rank=table), [models.ragged(i) for i in range(2)])
     ranks = {layer.name: layer.rank for layer in adapted.summary().layers}

@@ -5,8 +5,9 @@ import models
 import peft
 import pytest
 import torch
-from lrkit_calibrated import AllocatedLoRA, MeanSquaredGradient, fim_lora
+from lrkit_calibrated import AllocatedLoRA, MeanSquaredGradient, fim_lora, gora
 from lrkit_calibrated.shares import filled, saturated
+from transformers import FalconConfig, FalconForSequenceClassification
 
 import lrkit
 from lrkit.testing import MethodContract, MetricContract, ParameterizationContract, only
@@ -96,3 +97,38 @@ def test_a_scale_follows_or_stays():
             assert adapter.export_factors()[3] == pytest.approx(16 / r)
     with pytest.raises(lrkit.LrkitError, match=r"pissa.*first-rank"):
         AllocatedLoRA(init="pissa")
+
+
+def test_bounds_around_the_budget():
+    """Bounds without room for the budget are refused if there is one rank, and told of when deciding if there is a table."""
+    for bounds in ({"rank": 1, "least": 4, "most": 6}, {"rank": 8, "most": 4}):
+        with pytest.raises(lrkit.LrkitError, match=r"mean rank of \d lies outside of least \d to most \d"):
+            fim_lora(**bounds)
+    adapted = lrkit.attach(models.make("bert", seed=3), fim_lora(rank={"*": 1}, least=4, most=6))
+    with pytest.warns(lrkit.LrkitWarning, match="budget of 12 in 12 layers lies outside of least 4 to most 6"):
+        adapted.calibrate(BATCHES[:2])
+    for method in (fim_lora, gora):
+        with pytest.raises(lrkit.LrkitError, match="ranks must have an entry"):
+            method(rank={})
+
+
+def test_dropout_of_a_config_is_out():
+    """Blocks that recompute activations, and read their dropout from the config, drop nothing: the ranks are the same."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_labels": 2, "pad_token_id": 0}
+    config = FalconConfig(vocab_size=40, hidden_dropout=0.3, **sizes)
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {"input_ids": torch.randint(1, 40, (4, 8), generator=generator), "labels": torch.arange(4) % 2}
+        for _ in range(3)
+    ]
+    ranks = []
+    for seed in range(4):
+        torch.manual_seed(0)
+        model = FalconForSequenceClassification(config)
+        models.checkpoint_activations(model)
+        adapted = lrkit.attach(model, fim_lora(rank=2))
+        torch.manual_seed(seed)
+        adapted.calibrate(batches)
+        ranks.append([layer.rank for layer in adapted.summary().layers])
+        assert config.hidden_dropout == model.config.hidden_dropout == 0.3
+    assert all(each == ranks[0] for each in ranks)

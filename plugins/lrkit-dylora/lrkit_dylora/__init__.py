@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import lrkit
-from lrkit.ranks import Rank
+from lrkit.ranks import Rank, most_of
 from lrkit.settings import Time
 from lrkit_dylora.parts import AtEachStep, Draw, Nested, NestedLoRA, Position, Updates, truncate
 
@@ -29,7 +29,13 @@ def dylora(
         updates: which components train: ``"all"`` first b; or the b-th ``"row"`` alone, the paper's frozen mode.
         interval: steps between draws.
         final_rank: the rank of the model after training; None for r_max.
+
+    Raises:
+        LrkitError: `least` or `final_rank` is above r_max.
     """
+    for name, given in (("least", least), ("final_rank", final_rank)):
+        if isinstance(given, int) and given > most_of(rank):
+            raise lrkit.LrkitError(f"dylora: {name} {given} is above the highest rank, {most_of(rank)}")
     return lrkit.Method(
         parameterization=NestedLoRA(rank=rank, alpha=alpha, updates=updates),
         metric=Position(),

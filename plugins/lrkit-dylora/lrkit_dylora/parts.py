@@ -202,7 +202,7 @@ def truncate(adapted: lrkit.Adapted, rank: int) -> None:
         rank: r.
 
     Raises:
-        LrkitError: no policy draws, the run has not ended, or r is below 1.
+        LrkitError: no policy draws, the run has not ended, or r is below 1 or above every layer's rank.
     """
     drawn = [state for state in adapted.controller.policies if isinstance(state.policy.action, Draw)]
     if not drawn:
@@ -213,6 +213,8 @@ def truncate(adapted: lrkit.Adapted, rank: int) -> None:
         raise lrkit.LrkitError(f"rank must be a whole number from 1 on, not {rank!r}")
     if not all(state.ended for state in drawn):
         raise lrkit.LrkitError(f"truncate goes after the last step, and this run is at step {adapted.step}")
+    if rank > (most := max(block.count for state in drawn for block in state.blocks)):
+        raise lrkit.LrkitError(f"rank {rank} was not trained: the highest is {most}")
     for state in drawn:
         places = torch.cat([torch.arange(block.count) for block in state.blocks])
         state.kept = (places < rank).to(state.kept.device)

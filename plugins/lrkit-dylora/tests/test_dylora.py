@@ -243,6 +243,12 @@ def test_wrong_uses_are_refused() -> None:
         truncate(adapted, 1)
     with pytest.raises(lrkit.LrkitError, match="from 1 on"):
         truncate(adapted, 0)
+    _, ended, _ = run("all", 3)
+    with pytest.raises(lrkit.LrkitError, match=f"rank {RANK + 1} was not trained: the highest is {RANK}"):
+        truncate(ended, RANK + 1)
+    for name in ("least", "final_rank"):
+        with pytest.raises(lrkit.LrkitError, match=f"{name} 5 is above the highest rank, 2"):
+            lrkit_dylora.dylora(rank=2, **{name: 5})
     _, other = rigs.toy(lrkit.methods.adalora())
     with pytest.raises(lrkit.LrkitError, match="by dylora"):
         truncate(other, 1)

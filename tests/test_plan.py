@@ -214,7 +214,7 @@ WRONG = {
     "task key": ({"base": "lora", "tasks": [{"tusk": "x"}]}, '"tusk" (did you mean "task"?)'),
     "no task": ({"base": "lora", "tasks": [{"run": {"steps": 2}}]}, "each has task (a name), data (a folder), or both"),
     "tune a run's": ({"base": "lora", "tune": {"space": {"lr": [1e-3, 1e-2]}}}, '"lr" (did you mean "run.lr"?)'),
-    "tune nothing": ({"base": "lora", "tune": {"seeds": 2}}, "tune.space is missing: the settings to tune"),
+    "tune nothing": ({"base": "lora", "tune": {"seeds": 2}}, "tune space is missing: the settings to tune"),
     "seeds": ({"base": "lora", "seeds": "six"}, "seeds must be a number of seeds (6)"),
     "no seeds": ({"base": "lora", "seeds": 0}, "seeds must be a number of seeds (6)"),
     "twice a seed": ({"base": "lora", "seeds": [1, 1]}, "different seeds"),

@@ -70,14 +70,15 @@ class Findings:
             ]
             screen.say("")
             screen.table(heads, lines, "tuned")
+            ends: dict[str, list[str]] = {}
             for each in self.tuned:
                 if each["widen"]:
-                    screen.say(
-                        f"{each['row']}, {each['task']}: chosen at the edge of the range: {each['widen']} widens it"
-                    )
+                    ends.setdefault(each["widen"], []).append(f"{each['row']} ({each['task']})")
+            for wider, places in ends.items():
+                screen.say(f"chosen at the edge of the range by {', '.join(places)}: {screen.whole(wider)} widens it")
         if self.claims:
-            heads = [Column("claim"), Column("verdict"), Column("difference", number=True), Column("because")]
-            rows = [[each.claim.name, each.verdict, screen.whole(each.difference), each.why] for each in self.claims]
+            heads = [Column("claim"), Column("verdict"), Column("difference"), Column("because")]
+            rows = [[each.claim.name, each.verdict, _by_task(each.difference), each.why] for each in self.claims]
             screen.say("")
             screen.table(heads, rows, "claims")
 
@@ -94,6 +95,11 @@ def _tuned(record: "StudyRecord") -> list[dict[str, Any]]:
                 told = {"row": row.label, "task": task.name, "trials": trials, "settings": choice.settings}
                 found.append(told | {"widen": choice.widen})
     return found
+
+
+def _by_task(difference: str) -> str:
+    """Return a claim's differences so that lines break between two tasks alone."""
+    return "; ".join(map(screen.whole, difference.split("; ")))
 
 
 def _settings(settings: "Mapping[str, Any]") -> str:

@@ -121,38 +121,41 @@ def run_jobs(
 
         ended: SimpleQueue[Future[Any]] = SimpleQueue()
 
-        def submit(keys: Iterable[str]) -> int:
-            """Hand in those of some cells that wait for no other any more; return their number."""
-            ready = [key for key in keys if key in left and not any(source in left for source in left[key].sources)]
-            for key in ready:
+        def submit(keys: Iterable[str]) -> None:
+            """Hand in those of some cells that wait for no other any more, and take what ends meanwhile."""
+            for key in [key for key in keys if key in left and not any(source in left for source in left[key].sources)]:
                 future = pool.submit(run_cell, left[key].cell.to_plain(), str(cells / key), plain)  # noqa: B023 (this round's)
                 futures[future] = left[key]  # noqa: B023
                 future.add_done_callback(ended.put)  # noqa: B023
-            return len(ready)
+                while not ended.empty():  # noqa: B023
+                    take(ended.get())  # noqa: B023
+
+        def take(future: Future[Any]) -> None:
+            """Tell of a cell that has ended, and hand in those that waited for it."""
+            nonlocal cause
+            job = futures.pop(future)  # noqa: B023
+            key = job.key
+            error = future.exception()
+            if error is None:
+                answer: Mapping[str, Any] = future.result()
+            else:
+                cause = error
+                # A pool whose worker died fails all that it had; a cell that had not begun is not to blame.
+                innocent = isinstance(error, BrokenExecutor) and attempts_size(cells / key) == begun[key]  # noqa: B023
+                tries[key] += not innocent
+                if tries[key] < _TRIES:
+                    return
+                line = f"its worker died {tries[key]} times ({line_of(error)})"
+                note_failure(cells / key, line, line)
+                answer = {"key": key, "status": "failed", "score": None, "error": line}
+            end(job, answer)
+            if not isinstance(cause, BrokenExecutor):
+                submit(needing.get(key, ()))
 
         try:
-            pending = submit(left)
-            while pending:
-                future = ended.get()
-                pending -= 1
-                job = futures.pop(future)
-                key = job.key
-                error = future.exception()
-                if error is None:
-                    answer: Mapping[str, Any] = future.result()
-                else:
-                    cause = error
-                    # A pool whose worker died fails all that it had; a cell that had not begun is not to blame.
-                    innocent = isinstance(error, BrokenExecutor) and attempts_size(cells / key) == begun[key]
-                    tries[key] += not innocent
-                    if tries[key] < _TRIES:
-                        continue
-                    line = f"its worker died {tries[key]} times ({line_of(error)})"
-                    note_failure(cells / key, line, line)
-                    answer = {"key": key, "status": "failed", "score": None, "error": line}
-                end(job, answer)
-                if not isinstance(cause, BrokenExecutor):
-                    pending += submit(needing.get(key, ()))
+            submit(left)
+            while futures:
+                take(ended.get())
             clean = True
         except BrokenExecutor as error:
             cause = (

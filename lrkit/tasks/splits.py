@@ -46,7 +46,13 @@ class Place:
             LrkitError: there is no such folder or file, or there are two.
         """
         if not is_folder(self.folder):
-            raise LrkitError(f"{self.folder}: no such folder")
+            name, equals, folder = str(self.folder).partition("=")
+            hint = (
+                f": give {folder} alone, or TASK=FOLDER to `lrkit ablate --data`"
+                if equals and is_folder(Path(folder))
+                else ""
+            )
+            raise LrkitError(f"{cut(str(self.folder), 200)}: no such folder{hint}")
         asked = self.names.get(split)
         for name in SPLITS[split] if asked is None else (asked,):
             there = [name + suffix for suffix in SUFFIXES if os.path.lexists(self.folder / (name + suffix))]

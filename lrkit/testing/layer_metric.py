@@ -45,7 +45,10 @@ def _begun(metric: LayerMetric, layer: Layer) -> State:
     with calling("begin"):
         state = metric.begin(layer)
     good = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    expect(good, f"begin must return a dict of tensors by name, not {type(state).__name__}")
+    found = type(state).__name__
+    if isinstance(state, dict) and not good:
+        found = ", ".join(f"{k!r}: {type(v).__name__}" for k, v in state.items())
+    expect(good, f"begin must return a dict of tensors by name, not {found}")
     return state
 
 

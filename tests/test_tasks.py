@@ -369,7 +369,9 @@ def test_bad_rows_refused(tmp_path: Path, train: list[object], validation: list[
 
 def test_bad_files_refused(tmp_path: Path) -> None:
     """A folder without its files, and files that are not rows, are refused."""
-    with pytest.raises(LrkitError, match=r"glue/sst2=.*: no such folder: give .* alone, or TASK=FOLDER to `lrkit ablate"):
+    with pytest.raises(
+        LrkitError, match=r"glue/sst2=.*: no such folder: give .* alone, or TASK=FOLDER to `lrkit ablate"
+    ):
         load_folder(f"glue/sst2={tmp_path}")
     with pytest.raises(LrkitError, match="nowhere: no such folder"):
         load_folder(tmp_path / "nowhere")

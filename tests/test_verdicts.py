@@ -194,3 +194,30 @@ def test_freezing_order(record_of):
     }
     assert f"{flops['aflora'] / flops['lora']:.2f} times as many as LoRA's" in page
     assert f"{flops['aflora'] / flops['elora']:.2f} times as many as ELoRA's" in page
+
+
+def test_choices_of_aflora(record_of):
+    """What the page says of the rows of `aflora-choices`: their means, their sizes, and when the last matrix freezes."""
+    record, page = record_of("aflora-choices"), told()
+    labels = [row.label for row in record.rows]
+    means = {
+        task: {
+            label: 100 * statistics.fmean(cell.result.score for cell in cells_of(record, label) if cell.task == task)
+            for label in labels
+        }
+        for task in ("movies", "glue/sst2")
+    }
+    every = means["movies"].values()
+    others = [mean for label, mean in means["glue/sst2"].items() if label != "attention"]
+    assert f"between {min(every):.1f} and {max(every):.1f} % on movies" in page
+    assert f"between {min(others):.1f} and {max(others):.1f} % on SST-2" in page
+    assert max(mean for mean in others) - means["glue/sst2"]["attention"] > 1.0
+    at_first = [cells_of(record, label)[0].result.parameters for label in ("aflora", "attention", "both")]
+    sizes = [f"{(each.start - each.now) / 1000:.0f},000" for each in at_first]
+    assert f"start with {sizes[0]} parameters, the attention's with {sizes[1]}, both with {sizes[2]}" in page
+    last = {
+        max(decision.step for decision in cell.decisions if decision.lost)
+        for label in labels
+        for cell in cells_of(record, label)
+    }
+    assert f"frozen after step {min(last)} to {max(last)} of 120, by row" in page

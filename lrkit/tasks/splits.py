@@ -52,7 +52,7 @@ class Place:
                 if equals and is_folder(Path(folder))
                 else ""
             )
-            raise LrkitError(f"{cut(str(self.folder), 200)}: no such folder{hint}")
+            raise LrkitError(f"{self.folder}: no such folder{hint}")
         asked = self.names.get(split)
         for name in SPLITS[split] if asked is None else (asked,):
             there = [name + suffix for suffix in SUFFIXES if os.path.lexists(self.folder / (name + suffix))]

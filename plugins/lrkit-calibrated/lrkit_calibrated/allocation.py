@@ -1,6 +1,5 @@
 """Actions that give each layer a rank, once, before the first step."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
@@ -86,11 +85,12 @@ class ShareOut(_Allocation):
             raise lrkit.LrkitError(f"ShareOut: least {self.least} is above most {self.most}")
 
     def around(self, rank: Rank) -> "ShareOut":
-        """Return it, if its bounds have room for a mean rank. Raise LrkitError if they do not."""
-        if isinstance(rank, int) and not self.least <= rank <= self.most:
+        """Return it, if its bounds have room for the ranks' sum. Raise LrkitError if all ranks lie beyond one of them."""
+        ranks = [rank] if isinstance(rank, int) else list(rank.values())
+        if max(ranks) < self.least or min(ranks) > self.most:
+            told = f"a mean rank of {ranks[0]}" if isinstance(rank, int) else f"ranks of {min(ranks)} to {max(ranks)}"
             raise lrkit.LrkitError(
-                f"a mean rank of {rank} lies outside of least {self.least} to most {self.most} a layer, so that "
-                "the ranks' sum would not be the budget"
+                f"{told} cannot be kept with least {self.least} and most {self.most} a layer: the sum would be another"
             )
         return self
 
@@ -101,13 +101,6 @@ class ShareOut(_Allocation):
         sums.index_add_(0, ballot.blocks, ballot.scores.double())
         layers = there.nonzero().flatten().tolist()
         importance = (sums / there.clamp_min(1))[layers].tolist()
-        if not self.least * len(layers) <= ballot.budget <= self.most * len(layers):
-            warnings.warn(
-                f"ShareOut: a budget of {ballot.budget} in {len(layers)} layers lies outside of least {self.least} to most "
-                f"{self.most} a layer, and the ranks' sum is not the budget",
-                lrkit.LrkitWarning,
-                stacklevel=2,
-            )
         ranks = [0] * ballot.layers
         for layer, rank in zip(
             layers, self._ranks(importance, self._sizes(ballot, layers), ballot.budget), strict=True

@@ -152,14 +152,13 @@ class AdaptCallback(TrainerCallback):
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Find the folder of the checkpoint that the Trainer resumes from."""
-        local = next(
-            (found for found in _locals(Trainer) if isinstance(found.get("resume_from_checkpoint"), str)), None
-        )
+        given = (found.get("resume_from_checkpoint") for found in _locals(Trainer))
+        local = next((each for each in given if isinstance(each, str | os.PathLike)), None)
         own = (
             args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None,
             Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}",
         )
-        resumed = own if local is None else (local["resume_from_checkpoint"],)  # it tells a callback of the step alone
+        resumed = own if local is None else (local,)  # it tells a callback of the step alone
         tried = [Path(folder) for folder in (self.resume_from, *resumed) if folder is not None]
         for folder in tried:
             if (folder / checkpoint.FILE).is_file():

@@ -1,5 +1,7 @@
 """transformers' Trainer with nothing but the callback: it binds, adds the penalty while training, saves and resumes."""
 
+from pathlib import Path
+
 import attrs
 import models
 import pytest
@@ -148,14 +150,15 @@ def test_resume_from_checkpoint_is_bitwise_the_run(method, tmp_path):
     assert adapted.summary() == other.summary()
 
 
-def test_resume_from_elsewhere_takes_all_of_it(tmp_path):
+@pytest.mark.parametrize("as_given", [str, Path])
+def test_resume_from_elsewhere_takes_all_of_it(as_given, tmp_path):
     """A checkpoint of another run is resumed as a whole, although a folder of this run has one of the same step."""
     kwargs = {"save_strategy": "steps", "save_steps": 9, "save_total_limit": 3}
     t, adapted = trainer("bert", METHODS["adalora"], tmp_path / "a", **kwargs)
     t.train()
     trainer("bert", METHODS["adalora"], tmp_path / "b", learning_rate=1e-3, **kwargs)[0].train()
     again, other = trainer("bert", METHODS["adalora"], tmp_path / "b", **kwargs)
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-9"))
+    again.train(resume_from_checkpoint=as_given(tmp_path / "a" / "checkpoint-9"))
     for (name, one), (_, two) in zip(t.model.state_dict().items(), again.model.state_dict().items(), strict=True):
         assert torch.equal(one, two), name
     assert adapted.history == other.history

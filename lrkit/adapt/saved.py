@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lrkit.adapt.found import in_effect
 from lrkit.adapt.summary import summarize
-from lrkit.adapt.weights import Weights
+from lrkit.adapt.weights import Weights, check_ranks
 from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError, shown
 from lrkit.loop import state as states
@@ -58,8 +58,9 @@ class Archive:
         if cast := self.weights.cast():
             controller.warn("cast", cast)
         saved = controller.saved(to_plain(self.method), self.head, copy.deepcopy(self.base))
-        self.weights.check_ranks(controller.run.shapes(saved.ranks))
-        weights = {WEIGHT + name: whole(tensor.detach()).clone() for name, tensor in self.weights.saved().items()}
+        mine = self.weights.saved()
+        check_ranks(mine, controller.run.shapes(saved.ranks))
+        weights = {WEIGHT + name: whole(tensor.detach()).clone() for name, tensor in mine.items()}
         layers = summarize(controller, 0).layers
         ranked = bool(layers) and all(layer.rank is not None for layer in layers)
         saved = attrs.evolve(saved, allocation=in_effect(layers) if ranked else None)

@@ -139,19 +139,6 @@ class Weights:
         parameters = {name: p for name, p in self._model.named_parameters() if id(p) in self._saved}
         return {**parameters, **{name: self._model.get_buffer(name) for name in self._buffers}}
 
-    def check_ranks(self, shapes: Mapping[int, tuple[int, ...]]) -> None:
-        """Raise LrkitError if a tensor has another shape than at the run's ranks: weights of another step were loaded.
-
-        Args:
-            shapes: as in `check`, at the run's ranks.
-        """
-        for name, tensor in self.saved().items():
-            if tensor.shape != shapes.get(id(tensor), tensor.shape):
-                raise LrkitError(
-                    f"{name} is {list(tensor.shape)}, and {list(shapes[id(tensor)])} at the run's ranks: weights of another "
-                    "step were loaded into the model. Load that step's state as well, by load_state_dict of the handle"
-                )
-
     def check(self, given: Mapping[str, Tensor], shapes: Mapping[int, tuple[int, ...]]) -> None:
         """Raise LrkitError if tensors of a state cannot be taken over.
 
@@ -274,3 +261,18 @@ def _belongs(state: torch.Size, shape: torch.Size) -> bool:
     if len(state) == len(shape):
         return all(a in (b, 1) for a, b in zip(state, shape, strict=True))
     return set(state) <= {*shape, 1}
+
+
+def check_ranks(saved: Mapping[str, Tensor], shapes: Mapping[int, tuple[int, ...]]) -> None:
+    """Raise LrkitError if a tensor has another shape than at the run's ranks: weights of another step were loaded.
+
+    Args:
+        saved: the model's tensors by name, as `Weights.saved` returns them.
+        shapes: as in `Weights.check`, at the run's ranks.
+    """
+    for name, tensor in saved.items():
+        if tensor.shape != shapes.get(id(tensor), tensor.shape):
+            raise LrkitError(
+                f"{name} is {list(tensor.shape)}, and {list(shapes[id(tensor)])} at the run's ranks: weights of another "
+                "step were loaded into the model. Load that step's state as well, by load_state_dict of the handle"
+            )

@@ -44,13 +44,13 @@ def chosen(executor: str | Executor, workers: int, threads: int, address: str | 
     """
     if isinstance(executor, Executor):
         return lambda: _Borrowed(executor)
+    from lrkit.registry import current
+
+    current().get("executor", executor)
     if workers == 0:
         if address is not None:
             raise LrkitError("--address is for executors on other machines, and --workers 0 trains in this process")
         return Here
-    from lrkit.registry import current
-
-    current().get("executor", executor)
     return lambda: _made(executor, workers, threads, address)
 
 

@@ -135,8 +135,9 @@ def chosen_of(record: "StudyRecord", row: int, task: str) -> Choice | None:
         end = _end(tried, best.settings.get(path))
         if end:
             edges.append(path)
-        words.append(f"--tune {name}={_wider(tried, end, path)}")
-        wider |= _wider(tried, end, path) != _wider(tried, 0, path)
+        said = _wider(tried, end, path)
+        words.append(f"--tune {name}={said}")
+        wider |= said != _wider(tried, 0, path)
     if tune.sampler == "tpe" or tune.halving is not None:  # `retuned` refuses the range in a folder that has trials
         words.append("--out ANOTHER")
     return Choice(

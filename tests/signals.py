@@ -44,7 +44,6 @@ class GradientNorm(LayerMetric):
 
     def observe(self, seen: Seen, state: Mapping[str, Tensor]) -> None:
         """Add gᵀ x."""
-        assert seen.g is not None
         state["gradient"].addmm_(seen.g.t(), seen.x)
 
     def score(self, layer: Layer, state: Mapping[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ import lrkit
 from lrkit.cli import main
 from lrkit.cli.doctor import examine
 from lrkit.cli.plugins import parts_of
-from lrkit.cli.scaffold import KINDS, written
+from lrkit.cli.scaffold import KINDS, REGISTERED, written
 from lrkit.registry import PluginWarning, Registry
 
 NAMES = {kind: f"lrkit-acme-{kind}" for kind in KINDS}
@@ -291,7 +291,7 @@ def test_every_kind_has_a_template() -> None:
         texts = written("some-odd-name", kind)
         assert compile(texts["some_odd_name.py"], "module", "exec")
         assert '"some-odd-name"' in texts["some_odd_name.py"]
-    assert set(KINDS) < set(lrkit.registry.KINDS)
+    assert set(REGISTERED) == set(KINDS) and set(REGISTERED.values()) < set(lrkit.registry.KINDS)
 
 
 def test_further_policies_are_shown():

@@ -7,12 +7,16 @@ from importlib.resources import files
 
 from lrkit.errors import LrkitError, nearest
 
-KINDS = ("metric", "scheduler", "action", "parameterization", "method", "task")
+KINDS = ("metric", "layer-metric", "scheduler", "action", "parameterization", "method", "task")
 """The kinds that there is a template for."""
+
+REGISTERED = {**{kind: kind for kind in KINDS}, "layer-metric": "metric"}
+"""The kind that what each template makes is registered as."""
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.IGNORECASE)
 _USE = {
     "metric": "lrkit run adalora --swap metric={}",
+    "layer-metric": "lrkit run adalora --swap metric={}",
     "scheduler": "lrkit run adalora --swap scheduler={}",
     "action": "lrkit run adalora --swap action={}",
     "parameterization": "lrkit run adalora --swap parameterization={}",
@@ -49,11 +53,11 @@ def written(name: str, kind: str) -> dict[str, str]:
             raise LrkitError(f'"{name}" makes no Python name: the {what} would be called {word}')
     if importlib.util.find_spec(module) is not None:
         raise LrkitError(f'a module "{module}" can be imported already, and would be in the way: choose another name')
-    _check_free(name, offered, kind)
+    _check_free(name, offered, REGISTERED[kind])
     words = {
         "example-distribution": distribution,
         "example_use": f"```sh\n{_USE[kind].format(offered)}\n```",
-        "example_kind": kind,
+        "example_kind": REGISTERED[kind],
         # In a method's module, its function; everywhere else the module.
         "def example_name": f"def {function}",
         ": example_name}": f": {function}}}",
@@ -65,8 +69,10 @@ def written(name: str, kind: str) -> dict[str, str]:
         "ExampleName": cls,
     }
 
-    def text(template: str) -> str:
-        read = (files("lrkit") / "templates" / template).read_text(encoding="utf-8")
+    template = kind.replace("-", "_")
+
+    def text(file: str) -> str:
+        read = (files("lrkit") / "templates" / file).read_text(encoding="utf-8")
         for old, new in words.items():
             read = read.replace(old, new)
         return read
@@ -74,8 +80,8 @@ def written(name: str, kind: str) -> dict[str, str]:
     return {
         "pyproject.toml": text("pyproject.txt"),
         "README.md": text("readme.txt"),
-        f"{module}.py": text(f"{kind}.py"),
-        f"tests/test_{module}.py": text(f"{kind}_test.txt") + text("offered_test.txt"),
+        f"{module}.py": text(f"{template}.py"),
+        f"tests/test_{module}.py": text(f"{template}_test.txt") + text("offered_test.txt"),
     }
 
 

@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from lrkit.errors import LrkitError
 from lrkit.layers import beneath
 from lrkit.metrics.base import Importance
 from lrkit.shards import whole
@@ -50,16 +51,26 @@ class Seen:
     Args:
         layer: the layer.
         x: its inputs, float32 [n, d_in].
-        g: the loss's gradient by its outputs, float32 [n, d_out]; None for a metric that reads inputs alone.
+        g: the loss's gradient by its outputs, float32 [n, d_out]; None for a metric that reads inputs alone, whose look at
+            it raises LrkitError.
         labelled: for rows that are tokens with labels, whether the label is not -100, bool [n]; None if no labels fit.
         step: how many steps have been observed, this one included: 1, 2, ...; each batch of a calibration counts as one.
     """
 
     layer: Layer
     x: Tensor
-    g: Tensor | None
+    _g: Tensor | None
     labelled: Tensor | None
     step: int
+
+    @property
+    def g(self) -> Tensor:
+        """Return the gradients [n, d_out]. Raises LrkitError if the metric does not say that it reads them."""
+        if self._g is None:
+            raise LrkitError(
+                'seen.g is not there for a metric of reads = "inputs": let its class say reads = "gradient"'
+            )
+        return self._g
 
 
 @attrs.frozen(kw_only=True)

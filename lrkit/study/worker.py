@@ -3,6 +3,9 @@
 A cell with several devices is launched by torchrun, as so many processes of this module.
 """
 
+import contextlib
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -97,9 +100,18 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
                 line = cut(" ".join(str(error).split())) if isinstance(error, LrkitError) else line_of(error)
                 note_failure(place, line, traceback.format_exc())
                 return answer | {"status": "failed", "error": line}
+            finally:
+                _give_back()
         tidy(place)
         scores = read_json(place / "result.json")["scores"]
         return answer | {"score": next(iter(scores.values()), None), "seconds": time.monotonic() - begin}
+
+
+def _give_back() -> None:
+    """Return the memory of a trained model to the system: glibc keeps more than loky lets a worker grow, and it ends it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # elsewhere than with glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _attempt(cell: Cell, place: Path, conditions: Conditions) -> None:

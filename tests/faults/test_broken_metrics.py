@@ -341,6 +341,27 @@ def test_check_says_the_same():
     assert {finding.clause: finding.message for finding in check(component)} == said
 
 
+def test_gradients_not_asked_for():
+    """A layer metric that uses gradients and does not say that it reads them is told what to say."""
+
+    @frozen
+    class Asks(lrkit.LayerMetric):
+        """The squared norm of dL/dW. Source: this test."""
+
+        def begin(self, layer):
+            return {"gradient": torch.zeros(layer.d_out, layer.d_in)}
+
+        def observe(self, seen, state):
+            state["gradient"].add_(seen.g.t() @ seen.x)
+
+        def score(self, layer, state):
+            return state["gradient"].square().sum().expand(layer.units)
+
+    findings = check(Asks())
+    assert len(findings) >= 5
+    assert all('let its class say reads = "gradient"' in f.message for f in findings)
+
+
 def test_class_without_defaults():
     """A class that cannot be built breaks one clause, and the message says how."""
     (finding,) = check(type(metric_with_a_setting_without_default()))

@@ -35,7 +35,6 @@ class WeightGradient(LayerMetric):
 
     def observe(self, seen: Seen, state: Mapping[str, Tensor]) -> None:
         """Add gᵀ x."""
-        assert seen.g is not None
         state["gradient"].addmm_(seen.g.t(), seen.x)
         state["batches"].fill_(seen.step)
 

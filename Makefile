@@ -114,7 +114,7 @@ release: .venv/.installed ## sdists and wheels of lrkit and each plug-in in dist
 	@unset PYTHONPATH; room=$$(mktemp -d); trap 'rm -rf "$$room"' EXIT; set -e; \
 	$(call venv,$$room/twine); $$room/twine/bin/python -m pip -qq install $(TWINE); \
 	$$room/twine/bin/python -m twine check --strict dist/*; \
-	$(call venv,$$room/env); $$room/env/bin/python -m pip -qq install -c constraints.txt torch dist/*.whl; \
+	$(call venv,$$room/env); $$room/env/bin/python -m pip -qq install torch==$$(sed -n 's/^torch==//p' constraints.txt) dist/*.whl; \
 	cd $$room; export LRKIT_CACHE=$$room/cache; \
 	env/bin/lrkit plugins; env/bin/lrkit demo --steps 20; env/bin/lrkit run sora --set run.steps=20
 	@echo "dist/ is ready: docs/contributing.md says how it is published"

@@ -1,7 +1,4 @@
-"""Count parameters, FLOPs and bytes on the model itself; nothing is estimated.
-
-Counting needs no weights. For example, a model of any size can be attached to and run on the meta device in a moment.
-"""
+"""Count parameters, FLOPs and bytes on the model itself, without weights (on the meta device) if need be."""
 
 import math
 from bisect import bisect_left
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.adapt.adapted import Adapted, attach
+from lrkit.adapt.taps import resting
 from lrkit.counting import counter
 from lrkit.errors import LrkitError
 from lrkit.layers.logical import as_floats, entries
@@ -96,10 +94,6 @@ def count(method: "Method", model: nn.Module, *, total_steps: int, **attach_sett
         model=entries(model) - head,
         total_steps=total_steps,
     )
-
-
-def _unique(model: nn.Module) -> list[nn.Parameter]:
-    return list(dict.fromkeys(model.parameters()))
 
 
 @attrs.frozen
@@ -205,24 +199,30 @@ class Flops:
 def flops(model: nn.Module, batch: Mapping[str, Tensor], loss: "Callable[[Any], Tensor] | None" = None) -> Flops:
     """Count one forward and backward pass of the model as it is now: frozen matrices and cut ranks cost nothing.
 
-    Quantized layers cost as much as the float layers that they stand for.
+    Quantized layers cost as much as float ones. No metric takes anything in here, nor is its work counted.
 
     Args:
         model: any model. If it is on the meta device, so must be the batch.
         batch: keyword arguments of its forward.
         loss: from the model's output to a scalar; None for its ``loss``, or the sum of its first output.
 
-    Returns:
-        The counts. The parameters' gradients stay as they were.
+    The parameters' gradients stay as they were.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    with resting():
+        return passes(model, batch, loss)
+
+
+def passes(model: nn.Module, batch: Mapping[str, Tensor], loss: "Callable[[Any], Tensor] | None" = None) -> Flops:
+    """Count as `flops`, and what hooks compute; the forward pass alone if gradients are turned off."""
+    parameters = [p for p in model.parameters() if p.requires_grad and torch.is_grad_enabled()]
     # torch does not count its product of sorted rows, which transformers takes for experts that are not adapted.
     with experts_by(model, "batched_mm" if any(p.is_meta for p in model.parameters()) else "eager"):
         with as_floats(model), counter() as forward:
             output = model(**batch)
-        scalar = loss(output) if loss is not None else _scalar(output)
         with counter() as backward:
-            torch.autograd.grad(scalar, parameters, allow_unused=True)
+            if parameters:
+                scalar = loss(output) if loss is not None else _scalar(output)
+                torch.autograd.grad(scalar, parameters, allow_unused=True)
     return Flops(forward=forward.get_total_flops(), backward=backward.get_total_flops())
 
 
@@ -284,7 +284,7 @@ def memory(adapted: Adapted, optimizer: torch.optim.Optimizer | None = None) -> 
         adapted: the handle.
         optimizer: the one that has state to count; None for none.
     """
-    unique = _unique(adapted.model)
+    unique = list(adapted.model.parameters())
     states = optimizer.state.values() if optimizer is not None else ()
     policies = adapted.controller.policies
     own = [tensor for state in policies for tensor in (state.kept, *state.statistics.held())]

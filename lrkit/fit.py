@@ -171,7 +171,7 @@ def no_optimizer_yet(scheduler: Scheduler, action: Action) -> str | None:
 
 def no_entries(metric: Importance, action: Action) -> str | None:
     """Refuse an action that goes by entry-wise scores beside a metric that scores units as they are."""
-    if metric.reads not in ("inputs", "gradient"):
+    if metric.reads not in ("nothing", "inputs", "gradient"):
         return None
     asked = []
 

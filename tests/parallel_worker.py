@@ -39,7 +39,14 @@ SWITCH = attrs.evolve(
     scheduler=FromTheStart(target=1, start=1, interval=3, ending="open"),
     action=lrkit.actions.Switch(),
 )
-CHOSEN = {"chance": CHANCE, "switch": SWITCH}
+# Blocks of the base's own weights; the optimizer's state of one that stops waits for it.
+BLOCKS = lrkit.Method(
+    parameterization=lrkit.parameterizations.Full(),
+    metric=lrkit.metrics.Random(),
+    scheduler=lrkit.schedulers.Constant(target=1, interval=3, ending="open"),
+    action=lrkit.actions.Switch(state="kept"),
+)
+CHOSEN = {"chance": CHANCE, "switch": SWITCH, "blocks": BLOCKS}
 
 
 def start(method, seed=3):

@@ -519,8 +519,8 @@ def test_trainer_that_begins_again_is_calibrated_once(tmp_path):
 
 def test_flops_count_calibration():
     """A run's FLOPs are those of its steps and of its calibration, whole batches each."""
+    from lrkit.study.flops import run_flops
     from lrkit.study.run_settings import RunSettings
-    from lrkit.study.trainer import run_flops
 
     log = [{"step": 0, "flops_of_a_row": 10.0, "flops_of_calibration": 36.0}, {"step": 3, "flops_of_a_row": 8.0}]
     found = run_flops(log, RunSettings(batch_size=2))

@@ -44,7 +44,10 @@ def processes(mode, world, folder):
 
 
 MODES = {
-    2: ("ddp:adalora", "ddp:aflora", "accumulate:hybrid", "ddp:chance", "ddp:switch", "ddp:cut end", "ddp:cut always")
+    2: (
+        *("ddp:adalora", "ddp:aflora", "accumulate:hybrid", "ddp:chance", "ddp:switch", "ddp:blocks"),
+        *("ddp:cut end", "ddp:cut always"),
+    )
 }
 """By how many processes, what they do. tests/integrations/test_more_processes.py has three."""
 
@@ -73,6 +76,8 @@ def test_ddp_ranks_decide_alike_and_end_where_one_process_ends(world, mode, ende
     counts = [sum(step) for step in results[0]["sent"]]
     if name == "aflora":  # a frozen matrix's gradient is neither computed nor sent
         assert counts[0] - counts[-1] == 8
+    if name == "blocks":
+        assert min(counts) < max(counts) == len(results[0]["sent"][0]) and any(d.returned for d in adapted.history)
     if name == "switch":
         assert len(set(counts)) == 1 and any(d.returned for d in adapted.history)
         assert counts[0] < len(results[0]["sent"][0])

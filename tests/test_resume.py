@@ -30,7 +30,23 @@ PRUNE = lrkit.Policy(
     scheduler=lrkit.schedulers.Cubic(target=1, warmup=2, final=3, interval=2),
     action=lrkit.actions.Prune(),
 )
+
+
+def switching(parameterization, metric, **action):
+    """A method of which half of the units train, others every second step."""
+    return lrkit.Method(
+        parameterization=parameterization,
+        metric=metric,
+        scheduler=lrkit.schedulers.Constant(target=0.5, interval=2, ending="open"),
+        action=lrkit.actions.Switch(**action),
+    )
+
+
 DRAWN = {
+    "blocks in turn": switching(lrkit.parameterizations.Full(), lrkit.metrics.Random(), state="kept"),
+    "matrices in turn": switching(
+        lrkit.parameterizations.LoRA(rank=2), lrkit.metrics.GradientUncertainty(), unit="matrix", state="new"
+    ),
     **{name: attrs.evolve(m) for name, m in METHODS.items() if name not in ("adalora", "aflora", "hybrid")},
     "adalora": lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=4, interval=3),
     "adalora released": lrkit.methods.adalora(rank=4, target_rank=2, warmup=2, final=4, interval=3, variant="released"),

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 import lrkit
 import lrkit.testing
+from lrkit import accounting
+from lrkit.study.flops import of_calibration
 from lrkit.testing.runs import POINTS, Run, resumes
 
 
@@ -271,7 +273,7 @@ def test_silence_is_said():
     _, adapted, optimizer = attached()
     for p in adapted.parameters():
         p.grad = torch.ones_like(p)
-    with pytest.warns(lrkit.LrkitWarning, match="no gradient has come back"):
+    with pytest.warns(lrkit.LrkitWarning, match="nothing has come through any of them"):
         optimizer.step()
 
 
@@ -361,6 +363,71 @@ def test_calibration_reads_layers(metric):
     lost = sorted(want[name] for name in decision.lost)  # query, key and value have one input, and one score
     assert (decision.step, lost) == (0, pytest.approx(sorted(want.values())[: len(want) - decision.kept]))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_inputs_need_no_backward(monkeypatch):
+    """A calibration by inputs alone runs forward: no labels, no gradient; one by gradients goes without neither."""
+    monkeypatch.setattr(torch.Tensor, "backward", None)
+    how = attrs.evolve(freezing(InputNorm()), scheduler=lrkit.schedulers.Once(target=0.5, calibration=2))
+    model = make("bert", seed=3).eval()
+    adapted = lrkit.attach(model, how)
+    batches = [masked(seed) for seed in range(2)]
+    want = by_hand(model, adapted, batches)
+    for data in batches:
+        del data["labels"]
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    adapted.calibrate(batches)
+    assert seen == [False, False]
+    (decision,) = adapted.history
+    lost = sorted(want[name] for name in decision.lost)
+    assert lost == pytest.approx(sorted(want.values())[: len(want) - decision.kept])
+    by_gradient = lrkit.attach(make("bert", seed=3).eval(), attrs.evolve(how, metric=GradientNorm()))
+    with pytest.raises(lrkit.LrkitError, match="returns no loss for this batch"):
+        by_gradient.calibrate(batches)
+
+
+def test_recomputing_models_calibrate_forward():
+    """A model that recomputes its activations shows the inputs of a calibration once, and without a word."""
+    how = attrs.evolve(freezing(InputNorm()), scheduler=lrkit.schedulers.Once(target=0.5, calibration=2))
+    lost = []
+    for recompute in (False, True):
+        model = make("bert", seed=3).train()
+        if recompute:
+            new = getattr(model, "activation_checkpointing_enable", None)
+            (new or model.gradient_checkpointing_enable)({"use_reentrant": True})
+        adapted = lrkit.attach(model, how)
+        adapted.calibrate([masked(0)])
+        lost.append(adapted.history)
+        assert model.training
+    assert lost[0] == lost[1]
+
+
+@pytest.mark.parametrize("metric", [InputNorm(), GradientNorm()])
+def test_counting_shows_nothing(metric):
+    """A pass that is counted is no part of the run: no metric takes it in, before a step, in one, or in a calibration."""
+    model, adapted, optimizer = attached(how=freezing(metric))
+    once = attrs.evolve(freezing(metric), scheduler=lrkit.schedulers.Once(target=0.5, calibration=2))
+    fresh = lrkit.attach(other := make("bert", seed=3).eval(), once)
+    for step in range(3):
+        accounting.flops(model, masked(7))
+        model(**masked(step)).loss.backward()
+        accounting.flops(model, masked(8))
+        optimizer.step()
+        optimizer.zero_grad()
+    found = of_calibration(fresh, masked(7))
+    plain, alone, by = attached(how=freezing(metric))
+    for step in range(3):
+        plain(**masked(step)).loss.backward()
+        by.step()
+        by.zero_grad()
+    for name, state in streams(alone).items():
+        assert all(torch.equal(values, streams(adapted)[name][key]) for key, values in state.items())
+        assert not any(values.any() for values in streams(fresh)[name].values())
+    # gᵀ x is a multiply-add for each entry of the weight and each token; a sum of squares is none.
+    work, tokens = accounting.flops(other, masked(7)), masked(7)["input_ids"].numel()
+    products = sum(2 * tokens * layer.base.weight.numel() for layer in fresh.adapters.values())
+    assert found == (work.forward if isinstance(metric, InputNorm) else work.total + products)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import models
 import pytest
 import torch
 import transformers
+from rigs import OPTIMIZERS
 from torch import nn
 
 import lrkit
@@ -46,14 +47,14 @@ def switching(
     )
 
 
-def start(method: lrkit.Method, kind: str = "bert", **attach: Any) -> tuple[Any, Any, Any]:
+def start(method: lrkit.Method, kind: str = "bert", *, optimizer: str = "adamw", **attach: Any) -> tuple[Any, Any, Any]:
     """Attach and bind; without dropout."""
     model = models.make(kind, seed=3).eval()
     torch.manual_seed(5)  # of which chance lets blocks return
     adapted = lrkit.attach(model, method, **attach)
-    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2, weight_decay=0.1)
-    adapted.bind(optimizer, total_steps=STEPS)
-    return model, adapted, optimizer
+    made = OPTIMIZERS[optimizer](adapted.parameters())
+    adapted.bind(made, total_steps=STEPS)
+    return model, adapted, made
 
 
 def step(model: Any, adapted: Any, optimizer: Any) -> None:
@@ -161,11 +162,20 @@ def test_an_int_counts_blocks() -> None:
 # ---- what a switch does to a run ----
 
 
-@pytest.mark.parametrize("state", ["new", "kept"])
-@pytest.mark.parametrize("form", [Full(), LoRA(rank=2)], ids=["full", "lora"])
-def test_a_run_is_the_plain_loop(state: str, form: Any) -> None:
+HALF = ((Full(), "kept"), (LoRA(rank=2), "new"))
+
+
+@pytest.mark.parametrize(
+    ("form", "state", "kind"),
+    [
+        *((form, state, "adamw") for form in (Full(), LoRA(rank=2)) for state in ("new", "kept")),
+        *((form, state, kind) for kind in OPTIMIZERS for form, state in HALF if kind != "adamw"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
+)
+def test_a_run_is_the_plain_loop(state: str, form: Any, kind: str) -> None:
     """The run is bitwise that of a loop in plain torch, which sets flags and drops the optimizer's state by hand."""
-    model, adapted, optimizer = start(switching(form, state=state))
+    model, adapted, optimizer = start(switching(form, state=state), optimizer=kind)
     for _ in range(STEPS):
         step(model, adapted, optimizer)
     trains = {d.step: d for d in adapted.history}
@@ -173,7 +183,7 @@ def test_a_run_is_the_plain_loop(state: str, form: Any) -> None:
 
     plain, other, _ = start(lrkit.Method(parameterization=form))
     other.unbind()
-    by_hand = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.1)
+    by_hand = OPTIMIZERS[kind](other.parameters())
     mine = {id(p) for p in other.parameters()}
     for at in range(STEPS):
         plain(**models.batch(seed=at, rows=4)).loss.backward()

@@ -126,7 +126,7 @@ class Binding:
         waiting = beginning.waiting(self.controller, calibrated=True)
         if waiting:
             self.controller.peers = parallel.peers(None)
-        with self.taps.hung(waiting):
+        with self.taps.hung(waiting, forward=beginning.forward_alone(waiting)):
             moved = calibration.calibrate(self._model, self._weights, self.controller, waiting, batches, loss)
         if moved:
             self.follow()

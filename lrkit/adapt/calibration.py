@@ -1,4 +1,4 @@
-"""Batches before the first step: gradients are observed and thrown away, and the decisions of step 0 are taken by them."""
+"""Batches before the first step: what comes of them is observed and thrown away, and the decisions of step 0 go by it."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lrkit.adapt import sharding
 from lrkit.adapt.sharding import several
 from lrkit.adapt.weights import Weights
-from lrkit.errors import LrkitError, LrkitWarning
+from lrkit.errors import LrkitError, LrkitWarning, listing
 from lrkit.loop import beginning
 from lrkit.loop.controller import Controller
 from lrkit.loop.policy import PolicyState, leave_out
@@ -22,6 +22,14 @@ LossOf = Callable[[Any], Tensor]
 """Gives the loss of a batch, a scalar with a graph."""
 
 _LARGE = 1 << 16
+_GRADIENTS = (
+    "gradient has come back to the adapters",
+    "Is the loss finite, and does it depend on the adapted layers?",
+)
+_INPUTS = (
+    "input has gone through the adapted layers",
+    "Hooks do not run inside torch.compile: compile the model afterwards",
+)
 
 
 def calibrate(
@@ -40,13 +48,14 @@ def calibrate(
         loop: its loop.
         states: the policies that wait for a calibration. If there are none, nothing is done but to warn.
         batches: at least one.
-        loss: the loss of a batch; None for the model's own.
+        loss: the loss of a batch; None for the model's own. Where inputs alone are read, its value counts for nothing.
 
     Returns:
         Whether tensors have stopped training, or are of another size.
 
     Raises:
-        LrkitError: no batches, one without a loss, or none with a finite gradient. Nothing is decided then.
+        LrkitError: no batches, or one without a loss; none with a finite gradient, or with finite inputs if nothing else is
+            read. Nothing is decided then.
     """
     if not states:
         asks = any(policy.scheduler.calibration for policy in loop.run.method.policies)
@@ -58,17 +67,22 @@ def calibrate(
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         raise LrkitError(f"calibrate takes a list of batches, or an iterator, not {type(batches).__name__}")
     agree(weights, loop)
-    dead = loop.liveness.dead
+    dead, forward = loop.liveness.dead, beginning.forward_alone(states)
     try:
-        with _undisturbed(model):
+        with _undisturbed(model, recomputing=not forward):
             seen, arrived, left = 0, False, iter(batches)
+            unseen = {name for state in states for name in state.statistics.reads} if forward else set()
             while (batch := _next(left, loop, weights)) is not None:
-                _backward(loss or model_loss(model), batch)
+                if forward:
+                    _forward(loss or (lambda batch: model(**_fields(batch))), batch)
+                else:
+                    _backward(loss or model_loss(model), batch)
                 weights.put_back()
-                if several():
+                if several() and not forward:
                     _average(weights.parameters())
-                beginning.observe(loop, states)
-                arrived = arrived or _arrived(weights.adapter())
+                shown = beginning.observe(loop, states)
+                unseen -= shown
+                arrived = arrived or (bool(shown) if forward else _arrived(weights.adapter()))
                 for p in model.parameters():
                     p.grad = None
                 seen += 1
@@ -76,9 +90,13 @@ def calibrate(
                 where = ", in this process or another" if several() else ""
                 raise LrkitError(f"calibrate needs at least one batch, and was given none{where}")
             if not _told(arrived, weights):
-                raise LrkitError(
-                    f"no finite gradient has come back to the adapters in any of {seen} batches: nothing can be decided "
-                    "by them. Is the loss finite, and does it depend on the adapted layers?"
+                what, hint = _INPUTS if forward else _GRADIENTS
+                raise LrkitError(f"no finite {what} in any of {seen} batches: nothing can be decided by them. {hint}")
+            if unseen and not several():
+                loop.warn(
+                    "unseen layers",
+                    f"no input has gone through {len(unseen)} of the adapted layers in any of {seen} batches, and they are "
+                    f"ranked as layers that see nothing: {listing(sorted(unseen))}",
                 )
         return beginning.decide(loop, states, None)
     except BaseException:
@@ -103,12 +121,7 @@ def model_loss(model: nn.Module) -> LossOf:
     """Return a function from a batch, a dict, to the loss in the model's outputs. Raises LrkitError if there is none."""
 
     def of(batch: Any) -> Tensor:
-        if not isinstance(batch, Mapping):
-            raise LrkitError(
-                f"a batch to calibrate by must be a dict, as the model takes it, not {type(batch).__name__}: or give "
-                "calibrate(batches, loss=...), a function from a batch to its loss"
-            )
-        outputs = model(**batch)
+        outputs = model(**_fields(batch))
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
         if loss is None:
             raise LrkitError(
@@ -118,6 +131,21 @@ def model_loss(model: nn.Module) -> LossOf:
         return loss  # type: ignore[no-any-return]
 
     return of
+
+
+def _fields(batch: Any) -> Mapping[str, Any]:
+    """Return a batch, which has to be a dict."""
+    if not isinstance(batch, Mapping):
+        raise LrkitError(
+            f"a batch to calibrate by must be a dict, as the model takes it, not {type(batch).__name__}: or give "
+            "calibrate(batches, loss=...), a function from a batch to its loss"
+        )
+    return batch
+
+
+@torch.no_grad()
+def _forward(call: Callable[[Any], Any], batch: Any) -> None:
+    call(batch)
 
 
 def _backward(loss_of: LossOf, batch: Any) -> None:
@@ -134,12 +162,17 @@ def _drops(name: str, value: object) -> bool:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluate the model for a while. Afterwards gradients, modes, buffers and random generators are as they were."""
+def _undisturbed(model: nn.Module, *, recomputing: bool) -> Iterator[None]:
+    """Evaluate the model for a while. Afterwards gradients, modes, buffers and random generators are as they were.
+
+    Args:
+        model: the model.
+        recomputing: let it recompute activations for a backward pass, if it does so.
+    """
     modes = [(module, module.training) for module in model.modules()]
     # transformers recomputes activations (gradient checkpointing) in the mode for training alone, in which such a module
     # drops by rates of its own, or of the config that it reads.
-    recomputed = [module for module, _ in modes if getattr(module, "gradient_checkpointing", False) is True]
+    recomputed = [m for m, _ in modes if recomputing and getattr(m, "gradient_checkpointing", False) is True]
     configs = {id(config): config for module in recomputed if (config := getattr(module, "config", None)) is not None}
     dropping: list[Any] = [*recomputed, *configs.values()]
     rates = [(owner, name, rate) for owner in dropping for name, rate in vars(owner).items() if _drops(name, rate)]

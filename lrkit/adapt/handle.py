@@ -106,10 +106,10 @@ class Adapted(Trained):
     def calibrate(self, batches: Iterable[Any], loss: LossOf | None = None) -> None:
         """Show batches to a method that decides by them before the first step (`lrkit.Scheduler`, `calibration`).
 
-        Call it before `bind`. Each batch runs forward and backward, without dropout (as in EVA's code); gradients, modes,
-        buffers and random generators are as before. Of several processes each gives its own: all begin as the first does,
-        gradients are averaged, and the shortest list ends it. `batches` are dicts with labels, as the model takes them: at
-        least one, and all are used. `loss` gives the loss of a batch, for other models and batches.
+        Call it before `bind`. Each batch runs forward, and backward if a metric reads gradients, without dropout (as in
+        EVA's code); gradients, modes, buffers and random generators are as before. Of several processes each gives its own:
+        all begin as the first does, gradients are averaged, and the shortest list ends it. `batches` are dicts with labels,
+        as the model takes them: at least one, and all are used. `loss` gives the loss of other batches.
 
         Raise LrkitError, with nothing decided, if there is no batch or no loss. Warn if there is nothing to calibrate.
         """

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import attrs
@@ -112,6 +113,24 @@ class _Kept(torch.autograd.Function):
         return None, None
 
 
+_resting: ContextVar[bool] = ContextVar("_resting", default=False)
+
+
+@contextmanager
+def resting() -> Iterator[None]:
+    """Let no metric take in what goes through any model meanwhile: for a pass that is no part of a run."""
+    token = _resting.set(True)
+    try:
+        yield
+    finally:
+        _resting.reset(token)
+
+
+def _off() -> bool:
+    """Return whether hooks have to do nothing. A compiled model has no rows to show, which the step says."""
+    return torch.compiler.is_compiling() or _resting.get()
+
+
 class Taps:
     """The hooks of one adapted model: none unless a metric reads layers in the next step.
 
@@ -136,6 +155,7 @@ class Taps:
         self._waiting: list[bool] = []
         """Calls whose gradients are still to come: whether the marks of each tell anything."""
         self._readers: Sequence[PolicyState] = ()
+        self._forward = False  # whether rows count as they go in, and no gradient is waited for
 
     def hang(self, readers: Sequence[PolicyState]) -> None:
         """Put hooks on the layers that these policies read, and take away all others.
@@ -157,17 +177,24 @@ class Taps:
             self._handles.append(module.register_forward_hook(_Tap(self, name), with_kwargs=True))
 
     @contextmanager
-    def hung(self, readers: Sequence[PolicyState]) -> Iterator[None]:
-        """Put hooks for these policies, and take them away at the end."""
+    def hung(self, readers: Sequence[PolicyState], *, forward: bool = False) -> Iterator[None]:
+        """Put hooks for these policies, and take them away at the end.
+
+        Args:
+            readers: policies that read layers.
+            forward: rows count as they go in, with gradients or without: for policies that read inputs alone.
+        """
         self.hang(readers)
+        self._forward = forward
         try:
             yield
         finally:
+            self._forward = False
             self.hang(())
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A call without gradients, such as an evaluation, leaves the marks of those that wait for theirs.
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if not _off() and (torch.is_grad_enabled() or self._forward):
             self._marks, self._inside = Marks.of(model, args, kwargs), True
             self._waiting.append(self._marks.tell)
 
@@ -176,6 +203,10 @@ class Taps:
 
     def through(self, name: str, module: Any, x: Tensor, y: Tensor) -> None:
         """Follow a layer's input and output, until the output's gradient arrives."""
+        if self._forward:
+            with torch.no_grad():
+                self._arrive(name, module, x, y, self._marks.rows(name, x.shape[:-1]))
+            return
         if not (torch.is_grad_enabled() and y.requires_grad):
             return
         kept: Any = _Kept.apply(torch.zeros(0, requires_grad=True), x.detach())  # type: ignore[no-untyped-call]
@@ -227,8 +258,7 @@ class _Tap:
         self._taps, self._name = taps, name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-        # A compiled model has no rows to show, which the step says.
-        if self._taps is not None and isinstance(y, Tensor) and not torch.compiler.is_compiling():
+        if self._taps is not None and isinstance(y, Tensor) and not _off():
             self._taps.through(self._name, module, args[0] if args else next(iter(kwargs.values())), y)
 
     def __deepcopy__(self, memo: object) -> "_Tap":

@@ -52,12 +52,17 @@ def refusal(loop: Controller) -> str | None:
     )
 
 
-def observe(loop: Controller, states: Sequence[PolicyState]) -> None:
-    """Let policies observe the gradients of one batch."""
+def forward_alone(states: Sequence[PolicyState]) -> bool:
+    """Return whether the policies read nothing that a backward pass computes."""
+    return all(state.policy.metric.reads == "inputs" for state in states)
+
+
+def observe(loop: Controller, states: Sequence[PolicyState]) -> set[str]:
+    """Let policies observe one batch. Returns the layers that finite rows have gone through for them."""
     loop.look()
     for state in states:
         state.follow_device()
-        loop.take_in(state, 0, None)
+    return {name for state in states if (seen := loop.take_in(state, 0, None)).finite for name in seen.shown}
 
 
 def decide(loop: Controller, states: Sequence[PolicyState], optimizer: torch.optim.Optimizer | None) -> bool:

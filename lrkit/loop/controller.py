@@ -234,11 +234,12 @@ class Controller:
         of: GradientOf = own_gradient,
         *,
         scoring: bool = False,
-    ) -> None:
-        """Let a policy observe the gradients of a step, or at step 0 of a batch; say what was wrong with them."""
+    ) -> Observed:
+        """Let a policy observe a step, or at step 0 a batch; say what was wrong with it, and return it."""
         seen: Observed = state.statistics.observe(scale, of, scoring=scoring, peers=self.peers)
         for key, message in seen.warnings(step):
             self.warn(key, message)
+        return seen
 
     def _decide(self, state: PolicyState, optimizer: torch.optim.Optimizer | None) -> tuple[Decision, bool]:
         """Take one policy's decision, and carry it out. Returns its record, and whether tensors stopped or were resized."""

@@ -19,19 +19,21 @@ class Observed:
         missing: how many of the tensors that train have no gradient: they count as zero.
         of: how many tensors train.
         silent: whether a metric reads layers, and no row has gone through any in this step.
+        shown: names of the layers that rows have gone through.
     """
 
     finite: bool = True
     missing: int = 0
     of: int = 0
     silent: bool = False
+    shown: frozenset[str] = frozenset()
 
     def warnings(self, step: int) -> Iterator[tuple[str, str]]:
         """Yield what is to be said of it once, each with a key."""
         if self.silent:
             yield (
                 "silent",
-                f"a metric reads layers, and no gradient has come back through any of them at step {step}: hooks do not run "
+                f"a metric reads layers, and nothing has come through any of them at step {step}: hooks do not run "
                 "inside torch.compile (compile the model with the loss's backward outside, or not at all), nor before bind",
             )
         if self.missing:

@@ -184,12 +184,11 @@ class Streams:
         self.observations += 1
         if peers is not None:
             self._merge(peers)
-        silent = not self._seen
-        self._seen = set()
+        shown, self._seen = frozenset(self._seen), set()
         finite = self._finite is None or self.layout.device.type != "cpu" or bool(self._finite)
         if self.layout.device.type == "cpu":
             self._finite = None
-        return Observed(finite, silent=silent)
+        return Observed(finite, silent=not shown, shown=shown)
 
     @torch.no_grad()
     def _merge(self, peers: Peers) -> None:

@@ -196,8 +196,9 @@ def _train(
     tell: Callable[[str], None],
     samples: int,
 ) -> Result:
+    from lrkit.study.flops import run_flops
     from lrkit.study.recorder import Ending, Recorder, Watch
-    from lrkit.study.trainer import run_flops, trainer_for
+    from lrkit.study.trainer import trainer_for
     from lrkit.trainer import AdaptCallback
 
     in_force = rates(adapted.method.parameterization, settings.lr, settings.head_lr)

@@ -2,9 +2,9 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,11 @@ import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lrkit.accounting import flops
 from lrkit.adapt.adapted import Adapted
 from lrkit.loop import beginning
 from lrkit.settings import in_steps
+from lrkit.study import flops as counts
 from lrkit.study.batches import ByLength, tokens_in
-from lrkit.study.files import RunFlops
 from lrkit.study.loaded import Tokens
 from lrkit.study.run_settings import RunSettings
 from lrkit.tasks.objective import Objective
@@ -170,25 +169,25 @@ class RunTrainer(Trainer):
         if asked := beginning.batches(self._adapted.controller):
             rows: Any = self.train_dataset
             there = math.ceil(len(rows) / (self.args.train_batch_size * self.args.world_size))
-            self._calibration = min(asked, there) * self._flops()
+            self._calibration = min(asked, there) * self._flops(counts.of_calibration)
         return asked
 
     def _log_flops(self) -> None:
         trains = self._adapted.summary().now
         if self._counted is None or self._counted[0] != trains:
-            self._counted = trains, self._flops()
+            self._counted = trains, self._flops(counts.of_step)
         before, self._calibration = self._calibration, 0.0
         self.log({"flops_of_a_row": self._counted[1], **({"flops_of_calibration": before} if before else {})})
 
-    def _flops(self) -> float:
+    def _flops(self, count: Callable[[Adapted, Mapping[str, torch.Tensor]], int]) -> float:
         model = self._adapted.model
         sample = {key: value.to(self.args.device) for key, value in self._sample.items()}
         was = model.training
         model.eval()  # the penalty is a batch's, not a row's
         with torch.random.fork_rng(), self.compute_loss_context_manager():
-            counted = flops(model, sample)
+            counted = count(self._adapted, sample)
         model.train(was)
-        return float(counted.total)
+        return float(counted)
 
 
 def trainer_for(
@@ -263,23 +262,3 @@ def trainer_for(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
-
-
-def run_flops(log: Sequence[dict[str, Any]], settings: RunSettings) -> RunFlops:
-    """Sum up the FLOPs of a whole run from those that were counted at some of its steps.
-
-    Between two of these, half the steps cost as much as each. A calibration before the first step is in the sum.
-
-    Args:
-        log: the Trainer's.
-        settings: how the run trained.
-    """
-    points = [(line["step"], line["flops_of_a_row"]) for line in log if "flops_of_a_row" in line]
-    last = points[-1][0]
-    total = sum((b - a) * (at_a + at_b) / 2 for (a, at_a), (b, at_b) in pairwise(points))
-    mean = total / (last - points[0][0]) if last > points[0][0] else points[0][1]
-    size = settings.batch_size
-    before = sum(line.get("flops_of_calibration", 0.0) for line in log)
-    return RunFlops(
-        run=(mean * (last + 1) + before) * size, first_step=points[0][1] * size, last_step=points[-1][1] * size
-    )

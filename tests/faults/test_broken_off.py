@@ -51,6 +51,21 @@ class Count(lrkit.metrics.LayerMetric):
         return state["rows"].expand(layer.units).clone()
 
 
+@attrs.frozen(kw_only=True)
+class CountBack(Count):
+    """How many rows of a layer have had a gradient. Source: none."""
+
+    reads = "gradient"
+
+
+def said(metric):
+    """A layer that no gradient reaches is said where gradients are computed."""
+    return pytest.warns(lrkit.LrkitWarning) if metric.reads == "gradient" else contextlib.nullcontext()
+
+
+COUNTS = pytest.mark.parametrize("metric", [Count(), CountBack()], ids=["inputs", "gradients"])
+
+
 def batch(number, **more):
     generator = torch.Generator().manual_seed(number)
     return {
@@ -242,21 +257,22 @@ def test_gradients_after_a_broken_backward():
 LATE = ((True, False, True), (True, True, True))
 
 
-def counting(calibration, target=0.5):
+def counting(calibration, target=0.5, metric=None):
     scheduler = lrkit.schedulers.Once(target=target, calibration=calibration)
     return lrkit.Method(
         parameterization=lrkit.parameterizations.SVD(rank=4),
-        metric=Count(),
+        metric=metric or Count(),
         scheduler=scheduler,
         action=lrkit.actions.Prune(),
     )
 
 
+@COUNTS
 @pytest.mark.parametrize("uses", [LATE, LATE[::-1]])
-def test_batches_of_a_late_layer_count(uses):
+def test_batches_of_a_late_layer_count(uses, metric):
     """The batch that reaches a layer counts, whether it is the first one or not: its 8 rows are the lowest score."""
-    _, adapted = attached(counting(calibration=2, target=1.0))
-    with pytest.warns(lrkit.LrkitWarning) if uses is LATE else contextlib.nullcontext():
+    _, adapted = attached(counting(calibration=2, target=1.0, metric=metric))
+    with said(metric) if uses is LATE else contextlib.nullcontext():
         adapted.calibrate([batch(number, use=use) for number, use in enumerate(uses)])
     assert adapted.history[0].threshold == 8
 
@@ -278,7 +294,16 @@ def test_rows_of_a_late_layer():
     assert seen == [dict(zip(LAYERS, rows, strict=True)) for rows in ((8, 0, 8), (16, 8, 16), (24, 16, 24))]
 
 
-def test_calibration_after_a_failed_one():
+@COUNTS
+def test_a_layer_that_sees_nothing_is_said(metric):
+    """A layer that no batch of a calibration goes through is named, whatever is read."""
+    _, adapted = attached(counting(calibration=2, target=1.0, metric=metric))
+    with pytest.warns(lrkit.LrkitWarning, match=f"no (input|gradient) .* 1 of .*{LAYERS[1]}"):
+        adapted.calibrate([batch(0, use=LATE[0]), batch(1, use=LATE[0])])
+
+
+@COUNTS
+def test_calibration_after_a_failed_one(metric):
     """Nothing that a calibration saw before it failed is left, not even that a layer was not reached."""
 
     def batches(fails):
@@ -287,24 +312,25 @@ def test_calibration_after_a_failed_one():
             raise RuntimeError("broken off")
         yield batch(1)
 
-    _, adapted = attached(counting(calibration=2))
-    with pytest.warns(lrkit.LrkitWarning), pytest.raises(RuntimeError, match="broken off"):
+    _, adapted = attached(counting(calibration=2, metric=metric))
+    with said(metric), pytest.raises(RuntimeError, match="broken off"):
         adapted.calibrate(batches(fails=True))
     assert adapted.controller.liveness.dead is None
-    _, other = attached(counting(calibration=2))
+    _, other = attached(counting(calibration=2, metric=metric))
     for each in (adapted, other):
         each.calibrate([batch(1), batch(2)])
     assert adapted.history == other.history
 
 
-def test_a_failed_calibration_beside_another_policy():
+@COUNTS
+def test_a_failed_calibration_beside_another_policy(metric):
     """A policy that was not calibrated ranks all layers again, too: its statistics are those of the beginning."""
     gradients = lrkit.Policy(
         metric=lrkit.metrics.GradientUncertainty(),
         scheduler=lrkit.schedulers.Cubic(target=0.5, warmup=2, final=2),
         action=lrkit.actions.Freeze(),
     )
-    _, adapted = attached(attrs.evolve(counting(calibration=2), also=(gradients,)))
+    _, adapted = attached(attrs.evolve(counting(calibration=2, metric=metric), also=(gradients,)))
 
     def buffers():
         return {name: values.clone() for name, values in adapted.controller.policies[1].statistics.buffers.items()}
@@ -314,7 +340,7 @@ def test_a_failed_calibration_beside_another_policy():
         raise RuntimeError("broken off")
 
     before = buffers()
-    with pytest.warns(lrkit.LrkitWarning), pytest.raises(RuntimeError, match="broken off"):
+    with said(metric), pytest.raises(RuntimeError, match="broken off"):
         adapted.calibrate(batches())
     after = buffers()
     assert {name: values.shape for name, values in after.items()} == {n: v.shape for n, v in before.items()}

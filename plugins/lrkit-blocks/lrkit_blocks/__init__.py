@@ -6,7 +6,7 @@ from typing import Literal
 import lrkit
 from lrkit.settings import Amount, Time
 from lrkit_blocks.adagradselect import EpsilonGreedy, GradientNorm
-from lrkit_blocks.lisa import Coins, Lots, Periodic
+from lrkit_blocks.lisa import Coins, Periodic
 
 
 def lisa(
@@ -31,7 +31,7 @@ def lisa(
         raise lrkit.LrkitError(f'lisa draw must be "number" or "probability", not {draw!r}')
     return lrkit.Method(
         parameterization=lrkit.parameterizations.Full(),
-        metric=Lots(),
+        metric=lrkit.metrics.Random(),
         scheduler=Periodic(target=active, interval=interval),
         action=lrkit.actions.Switch(state=state) if draw == "number" else Coins(state=state),
     )
@@ -76,8 +76,8 @@ def adagradselect(
 
 @lrkit.hookimpl
 def lrkit_metrics() -> Mapping[str, type[lrkit.Metric]]:
-    """Offer lots, and norms of gradients."""
-    return {"lots": Lots, "gradient-norm": GradientNorm}
+    """Offer norms of gradients."""
+    return {"gradient-norm": GradientNorm}
 
 
 @lrkit.hookimpl
@@ -98,4 +98,4 @@ def lrkit_methods() -> Mapping[str, Callable[..., lrkit.Method]]:
     return {"lisa": lisa, "adagradselect": adagradselect}
 
 
-__all__ = ["Coins", "EpsilonGreedy", "GradientNorm", "Lots", "Periodic", "adagradselect", "lisa"]
+__all__ = ["Coins", "EpsilonGreedy", "GradientNorm", "Periodic", "adagradselect", "lisa"]

@@ -1,38 +1,13 @@
-"""The parts of LISA that lrkit has not: lots, a decision before the first step and one every K (Pan et al., 2403.17919)."""
+"""The parts of LISA that lrkit has not: a decision before the first step and one every K (Pan et al., 2403.17919)."""
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import attrs
 import torch
-from torch import Tensor
 
 import lrkit
 from lrkit.actions import Ballot, Switch, Verdict
-from lrkit.metrics import Parts
 from lrkit.settings import OWN, Amount, Time, count_or_share, one_of
-
-
-@attrs.frozen(kw_only=True)
-class Lots(lrkit.Metric):
-    """Each unit draws a uniform number in [0, 1) at every decision, and nothing else is looked at. Source: arXiv 2403.17919.
-
-    It is `lrkit.metrics.Random` without its cost: no tensor is gathered, so that a decision about all blocks of a large
-    model needs no memory.
-
-    Args:
-        measure: without effect, since nothing is measured.
-    """
-
-    reads: ClassVar = "nothing"
-
-    def score(self, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Zero for every entry [N], of which there are none: `reduce` draws."""
-        return torch.zeros_like(weight)
-
-    def reduce(self, parts: Parts) -> Tensor:
-        """One draw for each unit [blocks, units]."""
-        return parts.draws
 
 
 @attrs.frozen(kw_only=True)

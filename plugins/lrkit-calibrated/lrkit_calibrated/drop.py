@@ -105,18 +105,8 @@ def lora_drop(*, rank: Rank = 8, alpha: float = 16.0, threshold: float = 0.9, sa
     All layers train for the first `sample` of the run. Then g_i = Σ ‖ΔW_i x‖² over the inputs of these steps is divided by
     the sum over all layers, and the layers with the largest stay, as few as have `threshold` of the whole (section 3).
 
-    Known: the score is the sum over the steps that are measured of the squared norm of what the adapter adds, ΔW as it is in
-    each step, against outputs by hand in float64; the layers that stay are the fewest that reach the threshold; a layer that
-    is dropped computes what the plain model does; a resumed run is the run. What differs from the paper:
-
-    - No sharing. The paper gives all layers that are dropped one common LoRA, by which a method would change its
-      parameterization on the way; here they have none, and train no further.
-    - A layer is one adapted linear map: query and value of a block are ranked apart.
-    - The paper draws a sample of 10 % of the data, trains on it and measures on it. Here the first steps of the run are the
-      sample: each batch is measured with ΔW as it is then, and the run goes on from there, not from the start.
-    - Rows that the attention mask calls padding are left out.
-
-    Not known: the released code, of which none was found; and the paper's scores, which have not been run here.
+    What differs from the paper, and what is known, is in README.md: above all, that the layers which are dropped share no
+    common LoRA.
 
     Args:
         rank: r of every layer.

@@ -138,7 +138,8 @@ def budget(view: View, task: str) -> Figures:
             svg = lines(
                 curves, x_label="step", y_label=counted, x_range=x_range, y_range=y_range, show="{:,.1f}".format
             )
-            left = f"{curves[1].y[-1]:,.4g} of {units:,.0f} {counted} left"
+            there = curves[1].y[-1]
+            left = f"{f'{there:,.0f}' if there >= 1000 else f'{there:.4g}'} of {units:,.0f} {counted} left"
             which = "" if policy == 0 else f", policy {policy}"
             panels.append(Panel(svg=Markup(svg), row=row, title=which, aside=left))
     caption = (

@@ -143,7 +143,7 @@ def budget(view: View, task: str) -> Figures:
             which = "" if policy == 0 else f", policy {policy}"
             panels.append(Panel(svg=Markup(svg), row=row, title=which, aside=left))
     caption = (
-        "Units kept after each decision, mean over seeds (shaded: lowest to highest). Thick and grey: what the "
+        "What is kept after each decision, mean over seeds (shaded: lowest to highest). Thick and grey: what the "
         "scheduler planned."
     )
     return [Panels(panels=panels, caption=caption)] if panels else []

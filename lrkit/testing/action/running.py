@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lrkit import metrics
+from lrkit.fit import no_entries
 from lrkit.testing.action.clauses import ActionClauses
 from lrkit.testing.action.stage import Nothing, on
 from lrkit.testing.base import clause
@@ -14,6 +15,8 @@ from lrkit.testing.findings import calling, expect
 from lrkit.testing.neighbours import builtin_metrics, builtin_parameterizations, or_refused, taken
 from lrkit.testing.runs import POINTS, Run, decides, resumes
 from lrkit.units import present, split
+
+_EITHER = (metrics.Random(), metrics.GradientUncertainty())
 
 
 class Running(ActionClauses):
@@ -57,7 +60,9 @@ class Running(ActionClauses):
         for parameterization in self._fitting(component) if component.fate == "frozen" else ():
             with calling(f"a run with {parameterization!r}"), warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                run = Run(on(component, parameterization, metric=metrics.Random()), 10)
+                # Chance lets units come back; an action that goes by scores of entries does not take it.
+                metric = next(m for m in _EITHER if no_entries(m, component) is None)
+                run = Run(on(component, parameterization, metric=metric), 10)
                 (state,) = run.adapted.controller.policies
                 for _ in range(10):
                     kept = split(state.kept, state.blocks)

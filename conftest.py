@@ -5,6 +5,7 @@ same on every machine, and two pytest-xdist workers do not fight over two cores.
 changes it.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -54,6 +55,12 @@ def _adapters_stay_fused() -> Iterator[None]:
     if (module := sys.modules.get("lrkit.parameterizations.lowrank")) and not module.LowRank.fused:
         module.LowRank.fused = True
         pytest.fail("LowRank.fused is not what it was before the test")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what collecting has made out of garbage collections: each run of transformers' Trainer begins with a whole one."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:

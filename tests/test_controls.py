@@ -18,7 +18,7 @@ from lrkit.study.records import read_study
 from lrkit.study.settling import settle
 
 KINDS = ("found", "transplanted", "shuffled", "random", "uniform", "cut-at-end")
-SEEDS = (3, 5, 8)
+SEEDS = (3, 5)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def done(place, tmp_path_factory):
     """The study of all controls, run to its end."""
     out = tmp_path_factory.mktemp("controls")
     outcome = execute(lay_out(asked(place)), out, workers=0, threads=1, costs=False)
-    assert (outcome.done, outcome.failed) == (7 * 3, ())
+    assert (outcome.done, outcome.failed) == (7 * len(SEEDS), ())
     return out
 
 
@@ -168,13 +168,13 @@ def test_source_that_fails(place, tmp_path, monkeypatch):
     rows = [{"from": "adalora", "control": kind} for kind in ("found", "uniform")]
     outcome = execute(lay_out(asked(place, rows=rows)), tmp_path / "s", workers=0, threads=1, costs=False)
     failed = dict(outcome.failed)
-    assert outcome.done == 6
+    assert outcome.done == 3
     assert failed.pop("adalora, data, seed 5") == "RuntimeError: no memory left"
     line = "it needs the cell of adalora, data, seed 5, which failed"
     assert failed == {f"adalora, {kind}, data, seed 5": line for kind in ("found", "uniform")}
     monkeypatch.undo()
     again = execute(lay_out(asked(place, rows=rows)), tmp_path / "s", workers=0, threads=1, costs=False)
-    assert (again.done, again.ran, again.failed) == (9, 3, ())
+    assert (again.done, again.ran, again.failed) == (6, 3, ())
 
 
 @pytest.mark.parametrize(

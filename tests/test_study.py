@@ -105,11 +105,30 @@ def ends(pid):
     return False
 
 
-def test_killed_study_resumes(place, tmp_path, undisturbed):
+def test_killed_study_goes_on(place, tmp_path, undisturbed):
+    """A study whose process is killed amid a cell ends its workers, and comes to the same bytes as one that never was."""
+    out = tmp_path / "killed"
+    process = start(place, out, 2)
+    pids = wait_for_checkpoint(process, out)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    outlived = [pid for pid in pids if not ends(pid)]
+    for pid in outlived:
+        os.kill(pid, signal.SIGKILL)
+    assert not outlived, "a worker outlived its study"
+    outcome = execute(
+        lay_out(killed_study.study(place)), out, workers=0, threads=1, costs=False, checkpoint_seconds=0.0
+    )
+    assert (outcome.done, outcome.failed) == (6, ())
+    assert results(out) == undisturbed
+    assert any(e.get("from_step") for cell in (out / "cells").iterdir() for e in events(cell)), "nothing was resumed"
+
+
+def killed_study_resumes(place, tmp_path, undisturbed):
     """A study that is killed, and one of its workers, comes to the same bytes as one that never was.
 
     First the study's process alone is killed, amid a cell: its workers end as well, though no signal reaches them. Then all
-    of them, at random. At last a worker: that costs a retry from the checkpoint.
+    of them, at random. At last a worker: that costs a retry from the checkpoint. (tests/integrations/test_killed_study.py)
     """
     chance, out = random.Random(4), tmp_path / "killed"
     process = start(place, out, 2)

@@ -235,7 +235,7 @@ class MetricContract(PartContract):
 
     @clause
     def test_trains_or_is_refused_everywhere(self, component: Any) -> None:
-        """With each of lrkit's parameterizations and actions it trains and decides, or is refused with both sides named."""
+        """With each of lrkit's parameterizations and actions it is refused with both sides named, or trains and decides."""
         for name, method in taken(component, parameterization=builtin_parameterizations(), action=builtin_actions()):
             with calling(name):
                 run = Run(method, 10)

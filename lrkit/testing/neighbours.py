@@ -90,7 +90,10 @@ def or_refused(build: Callable[[], Method], *sides: object) -> Method | None:
 
 
 def taken(component: Any, **sides: Sequence[Any]) -> Iterator[tuple[str, Method]]:
-    """Yield what a run is called and its method, for each choice of other parts that is not refused.
+    """Yield what a run is called and its method, for choices of other parts that are not refused.
+
+    Every choice is composed, and refused in words or taken. Of those that are taken, as many are yielded as have each other
+    part in one of them: the component stands beside each, and not beside each pair of them.
 
     For example ``taken(metric, parameterization=builtin_parameterizations(), action=builtin_actions())``.
 
@@ -98,10 +101,13 @@ def taken(component: Any, **sides: Sequence[Any]) -> Iterator[tuple[str, Method]
         component: the component under test.
         sides: candidates for other places, by the place's name.
     """
-    for chosen in itertools.product(*sides.values()):
+    seen: set[tuple[int, int]] = set()
+    for places in itertools.product(*(range(len(side)) for side in sides.values())):
+        chosen = [side[place] for side, place in zip(sides.values(), places, strict=True)]
         build = functools.partial(method_with, component, **dict(zip(sides, chosen, strict=True)))
         method = or_refused(build, component, *chosen)
-        if method is not None:
+        if method is not None and not seen.issuperset(enumerate(places)):
+            seen.update(enumerate(places))
             yield f"a run with {' and '.join(map(repr, chosen))}", method
 
 

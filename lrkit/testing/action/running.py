@@ -80,7 +80,7 @@ class Running(ActionClauses):
 
     @clause
     def test_trains_with_all_it_takes(self, component: Any) -> None:
-        """With every parameterization and metric that is not refused it trains, decides, and can be cut if it prunes."""
+        """With each parameterization and metric that is not refused it trains, decides, and can be cut if it prunes."""
         for name, method in taken(component, parameterization=self._fitting(component), metric=builtin_metrics()):
             with calling(name):
                 run = Run(method, 10)

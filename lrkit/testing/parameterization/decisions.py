@@ -81,7 +81,7 @@ class Decisions(ParameterizationClauses):
 
     @clause
     def test_trains_or_is_refused_everywhere(self, component: Any) -> None:
-        """With each of lrkit's metrics and actions it trains and decides, or is refused with both sides named."""
+        """With each of lrkit's metrics and actions it is refused with both sides named, or trains and decides."""
         for name, method in taken(component, metric=builtin_metrics(), action=builtin_actions()):
             with calling(name):
                 run = Run(method, 10)

@@ -58,7 +58,7 @@ def _adapters_stay_fused() -> Iterator[None]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Leave what collecting has made out of garbage collections: each run of transformers' Trainer begins with a whole one."""
+    """Leave what collecting has made out of garbage collections: each run of the Trainer begins with a whole one."""
     gc.collect()
     gc.freeze()
 

@@ -136,7 +136,7 @@ def test_keys_name_the_source(place):
     """A control's key changes with the cell that it needs, and so does that of everything after it."""
     plain, other = (
         {(job.label, job.seed): job for job in jobs_of(lay_out(asked(place, **changes)))}
-        for changes in ({}, {"seeds": [3, 5]})
+        for changes in ({"seeds": [3, 5, 8]}, {"seeds": [3, 5]})
     )
     assert plain["adalora", 3].key == other["adalora", 3].key
     assert plain["adalora, found", 3].key == other["adalora, found", 3].key

@@ -221,3 +221,25 @@ def test_choices_of_aflora(record_of):
         for cell in cells_of(record, label)
     }
     assert f"frozen after step {min(last)} to {max(last)} of 120, by row" in page
+
+
+def test_choices_of_adalora(record_of):
+    """What the page says of the rows of `adalora-choices`: their means, and which components came back by which score."""
+    record, page = record_of("adalora-choices"), told()
+    for task, name in (("movies", "movies"), ("glue/sst2", "SST-2")):
+        means = [
+            100 * statistics.fmean(cell.result.score for cell in cells_of(record, row.label) if cell.task == task)
+            for row in record.rows
+        ]
+        assert f"between {min(means):.1f} and {max(means):.1f} % on {name}" in page
+    back = {}
+    for label in ("adalora", "sensitivity", "magnitude"):
+        _, came, stay = zip(*(comebacks(cell.decisions) for cell in cells_of(record, label)), strict=True)
+        back[label] = f"{statistics.fmean(came):.1f}", f"{statistics.fmean(stay):.1f}"
+        if label == "adalora":
+            lowest, highest = min(came), max(came)
+    assert (
+        f"{back['adalora'][0]} come back in a run ({lowest} to {highest}), of which {back['adalora'][1]} stay" in page
+    )
+    assert f"by the raw sensitivity {back['sensitivity'][0]} do, and {back['sensitivity'][1]} stay" in page
+    assert f"by the size of λ {back['magnitude'][0]}, and {back['magnitude'][1]}" in page

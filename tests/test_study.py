@@ -105,9 +105,8 @@ def ends(pid):
     return False
 
 
-def test_killed_study_goes_on(place, tmp_path, undisturbed):
-    """A study whose process is killed amid a cell ends its workers, and comes to the same bytes as one that never was."""
-    out = tmp_path / "killed"
+def kill_amid_a_cell(place, out):
+    """Begin the study, and kill its process alone while a cell runs: its workers end as well, without a signal."""
     process = start(place, out, 2)
     pids = wait_for_checkpoint(process, out)
     os.kill(process.pid, signal.SIGKILL)
@@ -116,6 +115,12 @@ def test_killed_study_goes_on(place, tmp_path, undisturbed):
     for pid in outlived:
         os.kill(pid, signal.SIGKILL)
     assert not outlived, "a worker outlived its study"
+
+
+def test_killed_study_goes_on(place, tmp_path, undisturbed):
+    """A study whose process is killed amid a cell ends its workers, and comes to the same bytes as one that never was."""
+    out = tmp_path / "killed"
+    kill_amid_a_cell(place, out)
     outcome = execute(
         lay_out(killed_study.study(place)), out, workers=0, threads=1, costs=False, checkpoint_seconds=0.0
     )
@@ -131,14 +136,7 @@ def killed_study_resumes(place, tmp_path, undisturbed):
     of them, at random. At last a worker: that costs a retry from the checkpoint. (tests/integrations/test_killed_study.py)
     """
     chance, out = random.Random(4), tmp_path / "killed"
-    process = start(place, out, 2)
-    pids = wait_for_checkpoint(process, out)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    outlived = [pid for pid in pids if not ends(pid)]
-    for pid in outlived:
-        os.kill(pid, signal.SIGKILL)
-    assert not outlived, "a worker outlived its study"
+    kill_amid_a_cell(place, out)
     process = start(place, out, 2)
     before, deadline = len(all_events(out)), time.monotonic() + 60
     while len(all_events(out)) == before and time.monotonic() < deadline:

@@ -249,7 +249,7 @@ class Layout:
                     parts.append(by_unit.unsqueeze(-1).flatten(2))
             mine = None if draw is None else functools.partial(self._drawn, draw, place, group)
             own = {name: self._of_group(values, place, group) for name, values in (memory or {}).items()}
-            scores.append(rule(Parts(parts, mine, own, (group.blocks, group.units))).flatten().to(self.device))
+            scores.append(rule(Parts(parts, mine, own)).flatten())
             place += group.blocks * group.units
         absent = torch.full((1,), -torch.inf, dtype=torch.float32, device=self.device)
         return torch.cat([*scores, absent]).index_select(0, self._order)

@@ -19,7 +19,6 @@ class Parts(tuple[Tensor, ...]):
         scores: the tensors.
         draw: makes `draws`; without it there are none.
         memory: what the metric remembers of each unit, by the names in `Importance.memory`, float32 [blocks, units] each.
-        shape: (blocks, units); None for that of the first tensor. A metric that reads nothing has no tensors.
     """
 
     def __new__(
@@ -27,17 +26,14 @@ class Parts(tuple[Tensor, ...]):
         scores: Iterable[Tensor],
         draw: Callable[[], Tensor] | None = None,
         memory: Mapping[str, Tensor] | None = None,
-        shape: tuple[int, int] | None = None,
     ) -> "Parts":
         """Make the tuple."""
         made = super().__new__(cls, scores)
         made._draw, made.memory = draw, memory or {}
-        made.shape = shape or ((made[0].shape[0], made[0].shape[1]) if made else (0, 0))
         return made
 
     _draw: Callable[[], Tensor] | None
     memory: Mapping[str, Tensor]
-    shape: tuple[int, int]
 
     @property
     def draws(self) -> Tensor:

@@ -114,16 +114,16 @@ class Position(lrkit.Metric):
         measure: without effect, since nothing is measured.
     """
 
-    reads: ClassVar = "nothing"
+    reads: ClassVar[Literal["all", "core", "component"]] = "component"
 
     def score(self, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Zero for every entry [N], of which there are none: `reduce` counts."""
+        """Zero for every entry [N]: `reduce` counts."""
         return weight.new_zeros(weight.shape)
 
     def reduce(self, parts: Parts) -> Tensor:
         """0, -1, -2, ... in each block [blocks, units]."""
-        blocks, units = parts.shape
-        return -torch.arange(units, dtype=torch.float32).expand(blocks, units)
+        blocks, units, _ = parts[0].shape
+        return -torch.arange(units, dtype=torch.float32, device=parts[0].device).expand(blocks, units).contiguous()
 
 
 @attrs.frozen(kw_only=True)

@@ -4,7 +4,7 @@ import os
 import pickle
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -79,3 +79,21 @@ def as_if_new() -> Iterator[None]:
             modes.enter_context(without_autocast(device))
         torch.set_default_dtype(torch.float32)
         yield
+
+
+@contextmanager
+def swapped(places: Iterable[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Put other values in places for a while, and what was there back afterwards, whatever happens.
+
+    Args:
+        places: a table, a name in it, and the value for it. A generator may look at the tables between two places.
+    """
+    held: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for table, name, value in places:
+            held.append((table, name, table[name]))
+            table[name] = value
+        yield
+    finally:
+        for table, name, before in reversed(held):
+            table[name] = before

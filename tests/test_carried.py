@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lrkit import carrying as place
 from lrkit.errors import LrkitError
+from lrkit.models import carrying as place
 from lrkit.study import carried
 from lrkit.study.carried import gguf, onnx, smollm2
 from lrkit.study.models import empty_model, load_config, source_of
@@ -32,7 +32,7 @@ CONTENT = b"the weights of a model"
 STAND_IN = """
 import hashlib, os, time
 from pathlib import Path
-from lrkit.carrying import Carried, Package, folder_for
+from lrkit.models.carrying import Carried, Package, folder_for
 
 def convert(files, folder):
     if log := os.environ.get("CONVERSIONS"):

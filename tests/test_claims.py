@@ -154,7 +154,7 @@ def test_open_claims_name_seeds(tmp_path):
         shown += combined_p(ahead) < 0.05 and standardized(ahead) > 0
         excluded += all(below_p(each, margin) < 0.05 for each in level)
     assert _shown(spreads, margin, 1, 6) == pytest.approx(shown / 400, abs=0.1)
-    assert _excluded(spreads, margin, 6) == pytest.approx(excluded / 400, abs=0.1)
+    assert _excluded(spreads, [margin] * 2, 6) == pytest.approx(excluded / 400, abs=0.1)
     assert seeds_to_show([1.0], 0.001) is None
     assert seeds_to_show([0.02, 0.03], 0.01, claims=5) > show
 
@@ -170,7 +170,30 @@ def test_tasks_that_disagree(tmp_path):
         wide = {"movies": spread(movies, 0.01), "rte": spread(rte, 0.01)}
         (found,) = judged(tmp_path / f"{movies}{rte}", wide, 0.001)
         assert found.verdict == "open" and ("(ahead on movies, behind on rte)" in found.why) == told
-        assert ("seeds would probably" in found.why) != told
+        assert ("show an advantage" in found.why) != told
+        assert ("which more seeds do not settle" in found.why) == told
+
+
+def test_seeds_beside_disagreement(tmp_path):
+    """If the advantage that is seen lies below the margin, seeds that would exclude the margin are named, and do it."""
+    seen, margin, spreads = (0.005, -0.006), 0.01, (0.012, 0.006)
+    wide = {"movies": spread(seen[0], spreads[0]), "rte": spread(seen[1], spreads[1])}
+    (found,) = judged(tmp_path / "s", wide, margin)
+    needed = seeds_to_exclude(spreads, margin, means=[seen[0], 0.0])
+    assert found.verdict == "open" and "do not settle" not in found.why
+    assert f"behind on rte); about {needed} seeds would probably (0.8) exclude an advantage of 0.01" in found.why
+    rng, excluded = np.random.default_rng(6), 0
+    for _ in range(400):
+        tasks = [list(rng.normal(mean, each, needed)) for mean, each in zip((seen[0], 0.0), spreads, strict=True)]
+        excluded += all(below_p(each, margin) < 0.05 for each in tasks)
+    assert 0.74 < excluded / 400 < 0.9
+
+
+def test_more_spread_needs_more_seeds():
+    """Seeds that exclude the margin never fall as differences vary more, and are never too many to name for small ones."""
+    for means in (None, [0.0051]):
+        needed = [seeds_to_exclude([sd], 0.01, means=means) for sd in np.linspace(0.001, 0.03, 120)]
+        assert None not in needed and needed == sorted(needed)
 
 
 def test_shown_everywhere(tmp_path, capsys):

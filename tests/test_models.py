@@ -19,8 +19,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from lrkit import carrying, models
+from lrkit import models
 from lrkit.errors import LrkitError
+from lrkit.models import carrying
 from lrkit.study.models import load_config, shipped_configs
 from lrkit.study.pretrained import load_model
 from lrkit.tasks import Head, load_task

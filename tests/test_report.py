@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrkit import LrkitError
-from lrkit.loop.history import Decision, comebacks
+from lrkit.loop.history import Decision
+from lrkit.study.comebacks import comebacks
 from lrkit.study.report import write_report
 
 BAD = '<script>alert("1")</script>&amp;'

@@ -20,10 +20,10 @@ import lrkit.trainer
 from lrkit import accounting
 from lrkit.actions import Freeze, Switch
 from lrkit.adapt.body import block_names
-from lrkit.loop.history import training
 from lrkit.metrics import GradientUncertainty, Random
 from lrkit.parameterizations import SVD, Full, LoRA
 from lrkit.schedulers import Constant, Scheduler
+from lrkit.study.comebacks import training
 from lrkit.testing import ActionContract
 
 STEPS = 12

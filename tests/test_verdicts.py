@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lrkit.loop.history import comebacks
 from lrkit.study.claims import judge, to_markdown
+from lrkit.study.comebacks import comebacks
 from lrkit.study.recall import recalls_of
 from lrkit.study.records import read_study
 from lrkit.study.taken import unpack
@@ -42,9 +42,9 @@ def rows(study):
 
 def printed(study, line):
     """The page's row of a line of claims.md: some of its columns."""
-    claim, verdict, difference, n, p, _, chosen, _ = line.strip("| ").split(" | ")
+    claim, verdict, difference, n, p, _, excluded, chosen, _ = line.strip("| ").split(" | ")
     name = claim.split("**")[1].replace("-", " ")
-    return f"| `{study}`: {name} | {verdict} | {difference} | {p} | {n} | {chosen} |"
+    return f"| `{study}`: {name} | {verdict} | {difference} | {p} | {excluded} | {n} | {chosen} |"
 
 
 def test_studies_with_rows():
@@ -212,6 +212,14 @@ def test_choices_of_aflora(record_of):
     assert f"between {min(every):.1f} and {max(every):.1f} % on movies" in page
     assert f"between {min(others):.1f} and {max(others):.1f} % on SST-2" in page
     assert max(mean for mean in others) - means["glue/sst2"]["attention"] > 1.0
+    trials = {
+        (row.label, trial.settings["run.lr"]): f"{100 * trial.mean:.1f}"
+        for index, row in enumerate(record.rows)
+        for trial in trials_of(record, index, "glue/sst2")
+    }
+    low, high = trials["attention", 0.01], trials["attention", 0.03]
+    assert f"chose 1e-2 (its two trials: {low} %, and {high} at 3e-2)" in page
+    assert f"(AFLoRA's trials: {trials['aflora', 0.03]} %, and {trials['aflora', 0.01]} at 1e-2)" in page
     at_first = [cells_of(record, label)[0].result.parameters for label in ("aflora", "attention", "both")]
     sizes = [f"{(each.start - each.now) / 1000:.0f},000" for each in at_first]
     assert f"start with {sizes[0]} parameters, the attention's with {sizes[1]}, both with {sizes[2]}" in page

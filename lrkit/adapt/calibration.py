@@ -89,7 +89,7 @@ def calibrate(
             if not seen:
                 where = ", in this process or another" if several() else ""
                 raise LrkitError(f"calibrate needs at least one batch, and was given none{where}")
-            if not _told(arrived, weights):
+            if not _all_say(arrived, weights, "MAX"):
                 what, hint = _INPUTS if forward else _GRADIENTS
                 raise LrkitError(f"no finite {what} in any of {seen} batches: nothing can be decided by them. {hint}")
             if unseen and not several():
@@ -217,13 +217,13 @@ def _arrived(adapter: Iterable[nn.Parameter]) -> bool:
 # ---- several processes ----
 
 
-def _told(arrived: bool, weights: Weights) -> bool:
-    """Return whether gradients have arrived in this process or another."""
+def _all_say(here: bool, weights: Weights, how: str) -> bool:
+    """Return whether something is so in one of several processes (``"MAX"``), or in all of them (``"MIN"``)."""
     if not several():
-        return arrived
+        return here
     distributed: Any = torch.distributed
-    flag = torch.tensor(float(arrived), device=weights.parameters()[0].device)
-    distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+    flag = torch.tensor(float(here), device=weights.parameters()[0].device)
+    distributed.all_reduce(flag, op=getattr(distributed.ReduceOp, how))
     return bool(flag)
 
 
@@ -243,12 +243,7 @@ def agree(weights: Weights, loop: Controller) -> None:
 def _next(left: Iterator[Any], loop: Controller, weights: Weights) -> Any:
     """Return the next batch; None once this process or another has none left."""
     batch = next(left, None)
-    if not several():
-        return batch
-    distributed: Any = torch.distributed
-    all_have = torch.tensor(float(batch is not None), device=weights.parameters()[0].device)
-    distributed.all_reduce(all_have, op=distributed.ReduceOp.MIN)
-    if bool(all_have):
+    if _all_say(batch is not None, weights, "MIN"):
         return batch
     if batch is not None:
         loop.warn(

@@ -6,6 +6,7 @@ import attrs
 from torch import Tensor, nn
 
 from lrkit.errors import pattern
+from lrkit.layers.dequantized import features
 from lrkit.parameterizations.base import Target
 from lrkit.parameterizations.lowrank import layer_shape
 
@@ -131,7 +132,7 @@ def coverage(
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, int, Tensor | None]]:
     """Yield a module's own weights: name, entries, tensor. A quantized layer counts by sizes, not by packed bytes."""
-    shape = layer_shape(module) or _sizes(module)
+    shape = layer_shape(module) or features(module)
     if shape is not None:
         weight = module._parameters.get("weight")
         yield "weight", shape[0] * shape[1], weight
@@ -139,16 +140,6 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, int, Tensor | None]]:
     for name, p in module._parameters.items():
         if p is not None and p.ndim >= 2 and not name.endswith("bias"):
             yield name, p.numel(), p
-
-
-def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Return the sizes of a module that has ``in_features`` and ``out_features``, whatever its weight is stored in."""
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if module._modules or not all(isinstance(size, int) for size in sizes):
-        return None
-    d_in, d_out = sizes
-    assert isinstance(d_in, int) and isinstance(d_out, int)
-    return d_in, d_out
 
 
 def _by_kind(kinds: Mapping[tuple[str, str], tuple[int, Mapping[str, None]]]) -> dict[str, int]:

@@ -14,16 +14,6 @@ from lrkit.layers.dequantized import is_packed, whole_weight
 from lrkit.precision import is_plain
 from lrkit.shards import is_sharded
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
-
 
 def merged(model: nn.Module, name: str, layer: nn.Module, adapter: Any = None) -> nn.Linear:
     """Return a plain layer with the dequantized weight and an adapter's ΔW. The layer and the adapter stay as they are.
@@ -90,8 +80,9 @@ def _dtype(model: nn.Module, layer: nn.Module, weight: Tensor) -> torch.dtype:
 
 def _with_hooks(plain: nn.Linear, layer: nn.Module) -> nn.Linear:
     """Return a layer with the hooks of the one whose place it takes."""
-    for hooks in _HOOKS:
-        getattr(plain, hooks).update(getattr(layer, hooks))
+    for name, hooks in vars(plain).items():
+        if name.startswith(("_forward_", "_backward_")):
+            hooks.update(getattr(layer, name))
     if hasattr(layer, "_hf_hook"):
         sys.modules["accelerate.hooks"].add_hook_to_module(plain, vars(layer)["_hf_hook"])
     return plain

@@ -3,17 +3,19 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrkit.process import swapped
+
 Place = tuple[nn.Module, str, nn.Module]
 """A parent, the attribute, and the module that stands there without the adapter."""
 
 
-@contextmanager
-def without(places: list[Place], values: list[tuple[Tensor, Tensor]], model: nn.Module) -> Iterator[None]:
+def without(places: list[Place], values: list[tuple[Tensor, Tensor]], model: nn.Module) -> AbstractContextManager[None]:
     """Put the layers and the values from before attach in their places, and take them out again, whatever happens.
 
     Values are put in as other tensors, not written over: a graph that was made on either side of the change stays right, and
@@ -24,27 +26,25 @@ def without(places: list[Place], values: list[tuple[Tensor, Tensor]], model: nn.
         values: parameters and buffers that have been trained, each with its value from before.
         model: the model that holds them.
     """
-    before = {id(now): (now, was) for now, was in values}
-    held: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for parent, name, original in places:
-            adapter = parent._modules[name]
-            assert adapter is not None
-            held.append((parent._modules, name, adapter))
-            original.train(adapter.training)
-            parent._modules[name] = original
-        for module in list(model.modules()) if before else ():
-            for table in (module._parameters, module._buffers):
-                for name, now in list(table.items()):
-                    if now is not None and id(now) in before:
-                        was = before[id(now)][1]
-                        held.append((table, name, now))
-                        new = nn.Parameter(was, requires_grad=False) if isinstance(now, nn.Parameter) else was
-                        table[name] = new  # type: ignore[assignment]
-        yield
-    finally:
-        for table, name, module in reversed(held):
-            table[name] = module
+    return swapped(chain(_layers(places), _values(values, model)))
+
+
+def _layers(places: list[Place]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    for parent, name, original in places:
+        adapter = parent._modules[name]
+        assert adapter is not None
+        original.train(adapter.training)
+        yield parent._modules, name, original
+
+
+def _values(values: list[tuple[Tensor, Tensor]], model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    before = {id(now): was for now, was in values}
+    for module in list(model.modules()) if before else ():
+        for table in (module._parameters, module._buffers):
+            for name, now in list(table.items()):
+                if now is not None and id(now) in before:
+                    was = before[id(now)]
+                    yield table, name, nn.Parameter(was, requires_grad=False) if isinstance(now, nn.Parameter) else was
 
 
 class Reference(nn.Module):

@@ -1,7 +1,7 @@
 """FSDP2 (`fully_shard`): follow parameters to the sharded ones that take their places, and refuse what cannot work."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from lrkit.loop.controller import Controller
 from lrkit.loop.gradients import on_gradient
 from lrkit.loop.remembered import Peers
+from lrkit.process import swapped
 from lrkit.shards import is_sharded, told, whole
 
 Moves = Mapping[int, nn.Parameter]
@@ -117,24 +118,20 @@ def one_seed(seed: int, model: nn.Module) -> int:
     return seed if first is None else int(told(torch.tensor(seed, dtype=torch.int64), first)[0])
 
 
-@contextmanager
-def gathered(adapters: Sequence[nn.Module]) -> Iterator[None]:
+def gathered(adapters: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """Put whole tensors in the places of sharded parameters for a while; gradients go back to each process's part.
 
     Call it on every process alike. The base layers of the adapters stay as they are.
     """
-    held: list[tuple[dict[str, Any], str, nn.Parameter]] = []
-    try:
-        for adapter in adapters:
-            base = {id(p) for p in getattr(adapter, "base", nn.Module()).parameters()}
-            for module in adapter.modules():
-                for name, p in list(module._parameters.items()):
-                    if p is not None and id(p) not in base and is_sharded(p):
-                        held.append((module._parameters, name, p))
-                        full: Any = whole(p)
-                        full._is_param = True  # noqa: SLF001 - so that `get_parameter` takes it
-                        module._parameters[name] = full
-        yield
-    finally:
-        for table, name, p in held:
-            table[name] = p
+    return swapped(_whole(adapters))
+
+
+def _whole(adapters: Sequence[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    for adapter in adapters:
+        base = {id(p) for p in getattr(adapter, "base", nn.Module()).parameters()}
+        for module in adapter.modules():
+            for name, p in list(module._parameters.items()):
+                if p is not None and id(p) not in base and is_sharded(p):
+                    full: Any = whole(p)
+                    full._is_param = True  # noqa: SLF001 - so that `get_parameter` takes it
+                    yield module._parameters, name, full

@@ -244,9 +244,6 @@ class Taps:
             else:
                 state.statistics.take(name, rows[tokens], None, None if labelled is None else labelled[tokens], peers)
 
-    def __deepcopy__(self, memo: object) -> "Taps":
-        return Taps(nn.Module())
-
     def __reduce__(self) -> tuple[Any, ...]:
         return Taps, (nn.Module(),)
 
@@ -260,9 +257,6 @@ class _Tap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
         if self._taps is not None and isinstance(y, Tensor) and not _off():
             self._taps.through(self._name, module, args[0] if args else next(iter(kwargs.values())), y)
-
-    def __deepcopy__(self, memo: object) -> "_Tap":
-        return _Tap(None, self._name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Tap, (None, self._name)

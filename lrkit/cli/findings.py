@@ -77,8 +77,11 @@ class Findings:
             for wider, places in ends.items():
                 screen.say(f"chosen at the edge of the range by {', '.join(places)}: {screen.whole(wider)} widens it")
         if self.claims:
-            heads = [Column("claim"), Column("verdict"), Column("difference"), Column("because")]
-            rows = [[each.claim.name, each.verdict, _by_task(each.difference), each.why] for each in self.claims]
+            heads = [Column("claim"), Column("verdict"), Column("difference"), Column("p (margin)"), Column("because")]
+            rows = [
+                [each.claim.name, each.verdict, _by_task(each.difference), each.against_margin, each.why]
+                for each in self.claims
+            ]
             screen.say("")
             screen.table(heads, rows, "claims")
 

@@ -1,7 +1,6 @@
 """Sizes and costs of quantized layers: those of the float layers that they stand for."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +8,7 @@ from torch.nn import functional as F
 
 from lrkit.layers.dequantized import features, is_packed
 from lrkit.layers.probe import held
+from lrkit.process import swapped
 
 
 def entries(model: nn.Module) -> int:
@@ -43,24 +43,16 @@ class _Float(nn.Module):
         return F.linear(x, x.new_zeros(()).expand(self.sizes[::-1]))
 
 
-@contextmanager
-def as_floats(model: nn.Module) -> Iterator[None]:
+def as_floats(model: nn.Module) -> AbstractContextManager[None]:
     """Let quantized linear layers compute what costs as much as their float layers, for a ``with`` block, to count it.
 
     The kernels of quantization are not known to a counter of operations.
     """
-    found = [
-        (parent, name, layer)
-        for parent in model.modules()
-        for name, layer in parent._modules.items()
-        if layer is not None and is_packed(layer)
-    ]
-    try:
-        for parent, name, layer in found:
-            sizes = features(layer)
-            assert sizes is not None
-            parent._modules[name] = _Float(layer, sizes)
-        yield
-    finally:
-        for parent, name, layer in found:
-            parent._modules[name] = layer
+    return swapped(
+        [
+            (parent._modules, name, _Float(layer, sizes))
+            for parent in model.modules()
+            for name, layer in parent._modules.items()
+            if layer is not None and is_packed(layer) and (sizes := features(layer)) is not None
+        ]
+    )

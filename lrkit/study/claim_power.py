@@ -7,13 +7,15 @@ a dozen pairs their p moves in steps too small to matter.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from functools import cache
 
 from lrkit.study.paired import ENOUGH_PAIRS, LEVEL
-from lrkit.study.power import fewest
+from lrkit.study.power import MOST, fewest
 
 _SAMPLES = 20_000
+_FAR = 30.0  # standard deviations, beyond which a tail is 0
 
 
 def seeds_to_show(spreads: Sequence[float], margin: float, *, claims: int = 1, power: float = 0.8) -> int | None:
@@ -34,12 +36,39 @@ def seeds_to_show(spreads: Sequence[float], margin: float, *, claims: int = 1, p
     return fewest(lambda seeds: _shown(tuple(spreads), margin, claims, seeds) >= power, ENOUGH_PAIRS)
 
 
-def seeds_to_exclude(spreads: Sequence[float], margin: float, *, power: float = 0.8) -> int | None:
-    """Return the fewest seeds that are likely to exclude an advantage of the margin on every task, if there is none.
+def seeds_to_exclude(
+    spreads: Sequence[float], margin: float, *, means: Sequence[float] | None = None, power: float = 0.8
+) -> int | None:
+    """Return the fewest seeds that are likely to exclude an advantage of the margin on every task.
 
-    Arguments and result as of `seeds_to_show`.
+    Args:
+        spreads: as of `seeds_to_show`.
+        margin: the advantage, above 0.
+        means: the true advantage on each task, below the margin; None for none at all.
+        power: the wanted probability.
+
+    Returns:
+        As `seeds_to_show`.
     """
-    return fewest(lambda seeds: _excluded(spreads, margin, seeds) >= power, ENOUGH_PAIRS)
+    left = [margin - mean for mean in means or [0.0] * len(spreads)]
+    return fewest(lambda seeds: _excluded(spreads, left, seeds) >= power, ENOUGH_PAIRS)
+
+
+def seeds_to_decide(differences: Sequence[Sequence[float]], margin: float, claims: int) -> str:
+    """Say how many seeds would decide an open claim, by how its differences vary; empty if these are too few."""
+    spreads = [statistics.stdev(each) for each in differences if len(each) > 2]
+    if len(spreads) < len(differences):
+        return ""
+    show, exclude = seeds_to_show(spreads, margin, claims=claims), seeds_to_exclude(spreads, margin)
+    return (
+        f"; {told(show)} seeds would probably (0.8) show an advantage of {margin:g}, {told(exclude)} exclude it if there "
+        "is none"
+    )
+
+
+def told(seeds: int | None) -> str:
+    """Say a number of seeds in words: ``about 14``."""
+    return f"over {MOST:,}" if seeds is None else f"about {seeds:,}"
 
 
 @cache  # a report judges its claims for the terminal, the page and a file
@@ -57,12 +86,14 @@ def _shown(spreads: tuple[float, ...], margin: float, claims: int, seeds: int) -
     return float((total * math.sqrt(seeds / len(spreads)) > ndtri(1 - LEVEL / claims / 2)).mean())
 
 
-def _excluded(spreads: Sequence[float], margin: float, seeds: int) -> float:
-    """Return the probability that one-sided tests exclude the margin on every task."""
+def _excluded(spreads: Sequence[float], left: Sequence[float], seeds: int) -> float:
+    """Return the probability that one-sided tests exclude the margin on every task, which lies `left` above the truth."""
     from scipy.special import nctdtr, stdtrit
 
     critical = float(stdtrit(seeds - 1, 1 - LEVEL))
-    return math.prod(1 - float(nctdtr(seeds - 1, margin * math.sqrt(seeds) / each, critical)) for each in spreads)
+    far = [gap * math.sqrt(seeds) / each for each, gap in zip(spreads, left, strict=True)]
+    # scipy gives NaN for a tail of less than the smallest float, which is none at all.
+    return math.prod(1 - float(nctdtr(seeds - 1, each, critical)) for each in far if each < critical + _FAR)
 
 
-__all__ = ["seeds_to_exclude", "seeds_to_show"]
+__all__ = ["seeds_to_decide", "seeds_to_exclude", "seeds_to_show", "told"]

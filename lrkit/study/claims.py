@@ -25,12 +25,11 @@ from typing import Literal
 import attrs
 
 from lrkit.study.claim import Claim
-from lrkit.study.claim_power import seeds_to_exclude, seeds_to_show
+from lrkit.study.claim_power import seeds_to_decide, seeds_to_exclude, told
 from lrkit.study.combined import combined_p, standardized
 from lrkit.study.comparison import gains_between, over_rows, scale_on
 from lrkit.study.equivalence import below_p
 from lrkit.study.paired import LEVEL, all_equal, interval, smallest_p
-from lrkit.study.power import MOST
 from lrkit.study.results import StudyRecord
 from lrkit.study.scores import Scale
 from lrkit.study.setting_texts import ordered, short_name, value_text
@@ -108,6 +107,11 @@ class Judged:
         several = len(self.tasks) > 1
         return tuple(f"{each.task} {each.words}" if several else each.words for each in self.tasks)
 
+    @property
+    def against_margin(self) -> str:
+        """Return the one-sided p of "the advantage is the margin or more" on each task: ``0.001 / 0.053``."""
+        return " / ".join(f"{each.p_below:.2g}" for each in self.tasks if each.p_below is not None) or "-"
+
 
 def judge(record: StudyRecord) -> tuple[Judged, ...]:
     """Judge every claim of a study, in its order.
@@ -134,7 +138,9 @@ def judge(record: StudyRecord) -> tuple[Judged, ...]:
             others = waits and (p[index] or 0.0) < LEVEL
             verdict, why = _verdict(tasks, margin, ahead, p_holm, others)
             if verdict == "open" and margin is not None and not others:
-                why += _disagreement(tasks) or _seeds([*each.differences.values()], margin, len(pairs))
+                why += _disagreement(tasks, [*each.differences.values()], margin) or seeds_to_decide(
+                    [*each.differences.values()], margin, len(pairs)
+                )
         found.append(
             Judged(
                 claim=claim,
@@ -217,27 +223,23 @@ def _verdict(
     return "open", f"p {p_holm:.2g}, and an advantage of {margin:g} is not excluded on every task"
 
 
-def _disagreement(tasks: Sequence[OnTask]) -> str:
-    """Say that the first row is ahead on one task and behind on another, if one of the two is shown; empty otherwise."""
+def _disagreement(tasks: Sequence[OnTask], differences: Sequence[Sequence[float]], margin: float) -> str:
+    """Say that the first row is ahead on one task and behind on another, if one of the two is shown; empty otherwise.
+
+    Then more seeds can do no more than exclude an advantage of the margin, and not even that if one is seen.
+    """
     ahead = [each for each in tasks if each.difference > 0]
     behind = [each for each in tasks if each.difference < 0]
     shown = any(each.low is not None and each.high is not None and each.low * each.high > 0 for each in tasks)
     if not (ahead and behind and shown):
         return ""
     names = " and ".join(each.task for each in ahead), " and ".join(each.task for each in behind)
-    return f": the tasks disagree (ahead on {names[0]}, behind on {names[1]}), which more seeds do not settle"
-
-
-def _seeds(differences: Sequence[Sequence[float]], margin: float, claims: int) -> str:
-    """Say how many seeds would decide an open claim, by how its differences vary; empty if these are too few."""
-    spreads = [statistics.stdev(each) for each in differences if len(each) > 2]
-    if len(spreads) < len(differences):
-        return ""
-    show, exclude = seeds_to_show(spreads, margin, claims=claims), seeds_to_exclude(spreads, margin)
-    told = [f"over {MOST:,}" if each is None else f"about {each:,}" for each in (show, exclude)]
-    return (
-        f"; {told[0]} seeds would probably (0.8) show an advantage of {margin:g}, {told[1]} exclude it if there is none"
-    )
+    what = f": the tasks disagree (ahead on {names[0]}, behind on {names[1]})"
+    if any(each.difference >= margin for each in ahead):
+        return f"{what}, which more seeds do not settle"
+    means = [max(each.difference, 0.0) for each in tasks]
+    seeds = seeds_to_exclude([statistics.stdev(each) for each in differences], margin, means=means)
+    return f"{what}; {told(seeds)} seeds would probably (0.8) exclude an advantage of {margin:g} if differences stay so"
 
 
 def _count(pairs: int) -> str:
@@ -245,7 +247,7 @@ def _count(pairs: int) -> str:
 
 
 def to_markdown(record: StudyRecord, judged: Sequence[Judged]) -> str:
-    """Return the claims as a Markdown table: claim, verdict, differences, n, p, margin, what was chosen, the reason.
+    """Return the claims as a Markdown table. Its ``p (margin)`` is that of "the margin or more" on each task, one-sided.
 
     Values that differ from task to task stand in the order of the tasks, ``0.01 / 0.003``.
 
@@ -254,8 +256,8 @@ def to_markdown(record: StudyRecord, judged: Sequence[Judged]) -> str:
         judged: its claims, as `judge` returns them.
     """
     head = (
-        "| claim | verdict | difference [95 % interval] | n | p (Holm) | margin | chosen | because |\n"
-        "|---|---|---|---|---|---|---|---|\n"
+        "| claim | verdict | difference [95 % interval] | n | p (Holm) | margin | p (margin) | chosen | because |\n"
+        "|---|---|---|---|---|---|---|---|---|\n"
     )
     lines = []
     for each in judged:
@@ -267,6 +269,7 @@ def to_markdown(record: StudyRecord, judged: Sequence[Judged]) -> str:
             " / ".join(map(str, dict.fromkeys(task.n for task in each.tasks))) or "-",
             "-" if each.p_holm is None else f"{each.p_holm:.2g}",
             "-" if each.margin is None else f"{each.margin:g}",
+            each.against_margin,
             "<br>".join(map(markdown, chosen)),
             markdown(each.why),
         )

@@ -21,6 +21,7 @@ OUTSIDE = (
     "study/charts",
     "study/columns.py",
     "study/combined.py",
+    "study/comebacks.py",
     "study/claim.py",
     "study/claims.py",
     "study/comparison.py",

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from lrkit.loop.history import switches, training
 from lrkit.study.charts import Canvas, Cell, Curve, Style, drawing, grid_of
 from lrkit.study.charts.axes import limit
 from lrkit.study.charts.curves import draw_curve
 from lrkit.study.charts.maps import draw_cells
 from lrkit.study.charts.palette import LIGHT
+from lrkit.study.comebacks import switches, training
 
 if TYPE_CHECKING:
     from lrkit.study.run import Result

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from lrkit.errors import LrkitError
-from lrkit.fetching import cache_folder, no_pip, pip_download
+from lrkit.models.fetching import cache_folder, no_pip, pip_download
 from lrkit.moves import replacing
 from lrkit.tasks.classification import Classification
 

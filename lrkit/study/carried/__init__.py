@@ -10,7 +10,7 @@ and not quite equal to them.
 from pathlib import Path
 from typing import Any
 
-from lrkit.carrying import folder_for
+from lrkit.models.carrying import folder_for
 from lrkit.study.carried.catalogue import MODELS
 
 __all__ = ["MODELS", "config_of", "folder_of"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from lrkit.carrying import Carried, Package
+from lrkit.models.carrying import Carried, Package
 from lrkit.study.carried import distilbert, flan_t5, mpnet, smollm2
 
 _MPNET = (  # each part's wheel, and the part of the zip file in it

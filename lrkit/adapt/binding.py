@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,6 +17,7 @@ from lrkit.errors import LrkitError, listing
 from lrkit.loop import beginning, liveness
 from lrkit.loop.controller import Controller
 from lrkit.loop.gradients import Unclipped
+from lrkit.loop.resizing import outgrown
 
 
 class Binding:
@@ -91,7 +93,8 @@ class Binding:
         held = set().union(*map(held_by, optimizers))
         if reason := self._weights.refusal(held, self.controller.components.asleep()):
             raise LrkitError(reason)
-        if reason := self.controller.objection(total_steps):
+        run = self.controller.run
+        if reason := self.controller.objection(total_steps) or outgrown(optimizers, run.modules, run.parts, run.ranks):
             raise LrkitError(reason)
         self._tell_others(held)
         self.controller.begin(total_steps)
@@ -126,7 +129,8 @@ class Binding:
         waiting = beginning.waiting(self.controller, calibrated=True)
         if waiting:
             self.controller.peers = parallel.peers(None)
-        with self.taps.hung(waiting, forward=beginning.forward_alone(waiting)):
+        # What is made in the mode for inference could never train.
+        with torch.inference_mode(False), self.taps.hung(waiting, forward=beginning.forward_alone(waiting)):
             moved = calibration.calibrate(self._model, self._weights, self.controller, waiting, batches, loss)
         if moved:
             self.follow()

@@ -22,6 +22,7 @@ LossOf = Callable[[Any], Tensor]
 """Gives the loss of a batch, a scalar with a graph."""
 
 _LARGE = 1 << 16
+_END = object()  # a batch may be anything, None as well
 _GRADIENTS = (
     "gradient has come back to the adapters",
     "Is the loss finite, and does it depend on the adapted layers?",
@@ -71,8 +72,9 @@ def calibrate(
     try:
         with _undisturbed(model, recomputing=not forward):
             seen, arrived, left = 0, False, iter(batches)
-            unseen = {name for state in states for name in state.statistics.reads} if forward else set()
-            while (batch := _next(left, loop, weights)) is not None:
+            unseen = {name for state in states for name in state.statistics.reads}
+            blind = bool(unseen)
+            while (batch := _next(left, loop, weights)) is not _END:
                 if forward:
                     _forward(loss or (lambda batch: model(**_fields(batch))), batch)
                 else:
@@ -82,6 +84,7 @@ def calibrate(
                     _average(weights.parameters())
                 shown = beginning.observe(loop, states)
                 unseen -= shown
+                blind = blind and not shown
                 arrived = arrived or (bool(shown) if forward else _arrived(weights.adapter()))
                 for p in model.parameters():
                     p.grad = None
@@ -89,10 +92,11 @@ def calibrate(
             if not seen:
                 where = ", in this process or another" if several() else ""
                 raise LrkitError(f"calibrate needs at least one batch, and was given none{where}")
-            if not _all_say(arrived, weights, "MAX"):
-                what, hint = _INPUTS if forward else _GRADIENTS
+            dark = not _all_say(not blind, weights, "MAX")
+            if dark or not _all_say(arrived, weights, "MAX"):
+                what, hint = _INPUTS if dark else _GRADIENTS
                 raise LrkitError(f"no finite {what} in any of {seen} batches: nothing can be decided by them. {hint}")
-            if unseen and not several():
+            if forward and unseen and not several():
                 loop.warn(
                     "unseen layers",
                     f"no input has gone through {len(unseen)} of the adapted layers in any of {seen} batches, and they are "
@@ -241,15 +245,15 @@ def agree(weights: Weights, loop: Controller) -> None:
 
 
 def _next(left: Iterator[Any], loop: Controller, weights: Weights) -> Any:
-    """Return the next batch; None once this process or another has none left."""
-    batch = next(left, None)
-    if _all_say(batch is not None, weights, "MIN"):
+    """Return the next batch; `_END` once this process or another has none left."""
+    batch = next(left, _END)
+    if _all_say(batch is not _END, weights, "MIN"):
         return batch
-    if batch is not None:
+    if batch is not _END:
         loop.warn(
             "calibration", "another process has fewer batches to calibrate by: those beyond its last are left out"
         )
-    return None
+    return _END
 
 
 def _average(trained: list[nn.Parameter]) -> None:

@@ -62,7 +62,8 @@ def objection(policies: Sequence[PolicyState], step: int, before: int | None, to
 
 def unfinished(policies: Sequence[PolicyState], step: int, total_steps: int | None) -> str | None:
     """Say what training that ends now leaves undone; None if every last decision has been taken."""
-    ends = [s.times.number(s.times.last) for s in policies if not s.ended and s.times is not None]
+    # Of a decision that no step of the run is due for `forewarnings` has spoken.
+    ends = [s.times.number(s.times.last) for s in policies if not s.ended and s.times and s.times.last > step]
     if not ends:
         return None
     return (

@@ -84,8 +84,14 @@ def run_cell(plain: dict[str, Any], folder: str, conditions: dict[str, Any]) -> 
     begin = time.monotonic()
     cell, place = Cell(**plain), Path(folder)
     settled = Conditions(**conditions)
-    place.mkdir(parents=True, exist_ok=True)
     answer: dict[str, Any] = {"key": cell.key, "status": "done", "score": None, "error": None, "seconds": None}
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return answer | {
+            "status": "failed",
+            "error": f"{place} cannot be made ({error.strerror}): remove what is there",
+        }
     with _training, as_it_was(), lock(place / "lock") as mine:
         if not mine:
             return answer | {"status": "busy"}

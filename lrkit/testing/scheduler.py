@@ -1,11 +1,13 @@
 """Ask what every scheduler must keep: a budget that falls from start to target, at times that follow from the step."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import attrs
 
 from lrkit import parameterizations
+from lrkit.compose import from_plain, to_plain
 from lrkit.errors import LrkitError
 from lrkit.method import Method
 from lrkit.schedulers import Scheduler, Timetable
@@ -78,6 +80,22 @@ class SchedulerContract(PartContract):
                     if low <= high:
                         times = scheduler.over(total, units=units, layers=layers)
                         yield times, high, low, f"{name}{total} steps, {units} units"
+
+    @clause
+    def test_amounts_read_back(self, component: Any) -> None:
+        """A number of units or steps is one after a save as well, and a share a share: an int must not become a float."""
+        for name in ("start", "target", "warmup", "final", "interval"):
+            for value in (getattr(component, name), 1):
+                try:
+                    method = self._host(attrs.evolve(component, **{name: value}))
+                except LrkitError:
+                    continue
+                back = getattr(from_plain(json.loads(json.dumps(to_plain(method)))).scheduler, name)
+                expect(
+                    type(back) is type(value),
+                    f"{name}={value!r} is read back as {back!r}, which means another budget: annotate it as "
+                    "lrkit.settings.Amount or Time, or refuse an int",
+                )
 
     @clause
     def test_budget_never_grows(self, component: Any) -> None:

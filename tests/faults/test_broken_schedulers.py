@@ -10,6 +10,7 @@ import pytest
 from faulty import COMMON, NEVER_DUE, Cosine, Specimens, timed, variant
 
 from lrkit.schedulers import Timetable
+from lrkit.settings import real
 
 fault = Specimens("scheduler")
 
@@ -112,6 +113,17 @@ def scheduler_that_counts_calls():
         return (1 - progress) ** (1 + len(calls) % 2)
 
     return variant(Cosine, decay=decay)
+
+
+@fault("amounts read back")
+def scheduler_that_takes_units_for_a_share():
+    @attrs.frozen(kw_only=True)
+    class Broken(Cosine):
+        """Broken on purpose: its settings are target and start, Source: this test."""
+
+        target: float = attrs.field(default=1.0, validator=real(0.0, 1.0))
+
+    return Broken()
 
 
 @fault("leaves global state alone")

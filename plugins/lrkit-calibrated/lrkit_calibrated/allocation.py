@@ -37,7 +37,7 @@ class _Allocation(lrkit.Action):
         """Leave it to the verdict: lrkit cuts what is there, and adds what is fresh."""
         return
 
-    def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int]:
+    def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int] | None:
         """All go, and as many come as there is room for."""
         return units, budget
 
@@ -93,6 +93,10 @@ class ShareOut(_Allocation):
                 f"{told} cannot be kept with least {self.least} and most {self.most} a layer: the sum would be another"
             )
         return self
+
+    def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int] | None:
+        """As many come as the budget says, but for rules that round each rank for itself: None."""
+        return super().turnover(units, budget, layers) if self.rule in ("filled", "saturated") else None
 
     def decide(self, ballot: Ballot) -> Verdict:
         """Share out the budget among the layers that have components."""

@@ -1,5 +1,7 @@
 """GoRA: importance, ranks and B against the paper's formulas in float64, from gradients of the plain model."""
 
+import warnings
+
 import lrkit_calibrated
 import models
 import numpy as np
@@ -39,6 +41,20 @@ def gradients(names):
         (model(**batch).loss / len(BATCHES)).backward()
     layers = {name: model.get_submodule(name) for name in names}
     return {name: (layer.weight.detach().numpy(), layer.weight.grad.numpy()) for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("method", [gora(rank=2), lrkit_calibrated.eva(rank=2)], ids=["backward", "forward"])
+def test_hooks_that_do_not_run_decide_nothing(method):
+    """Where no row is seen, as inside torch.compile, nothing is decided; batches through the model itself then count."""
+    adapted = lrkit.attach(models.make("bert", seed=3), method)
+    compiled = torch.compile(adapted.model, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(lrkit.LrkitError, match=r"no finite input has gone through .* compile the model afterwards"):
+            adapted.calibrate(BATCHES[:1], loss=lambda batch: compiled(**batch).loss)
+    assert adapted.history == []
+    adapted.calibrate(BATCHES)
+    assert [decision.step for decision in adapted.history] == [0]
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])

@@ -14,7 +14,7 @@ from lrkit.metrics import Parts
 from lrkit.parameterizations import LowRank, Target
 from lrkit.parameterizations.lowrank import new_factor
 from lrkit.ranks import SCALES, Rank, ScaleBy, as_rank, is_rank
-from lrkit.settings import one_of, real, whole
+from lrkit.settings import Amount, count_or_share, one_of, real, whole
 from lrkit.shards import held, mine
 from lrkit.units import UnitKind, split
 
@@ -135,7 +135,7 @@ class AtEachStep(lrkit.schedulers.Constant):
 
     at_start = True
 
-    target: float = attrs.field(default=1.0, validator=real(0.0, 1.0))
+    target: Amount = attrs.field(default=1.0, validator=count_or_share())
 
 
 @attrs.frozen(kw_only=True)
@@ -167,6 +167,10 @@ class Draw(lrkit.Action):
         if not any(part.core and not part.trains for part in parameterization.parts):
             return "a draw opens and shuts gates, core values that never train, and this parameterization has none"
         return None
+
+    def turnover(self, units: int, budget: int, layers: int) -> None:
+        """Return None: how many act is drawn."""
+        return
 
     def decide(self, ballot: Ballot) -> Verdict:
         """Draw b, and keep each block's b best."""

@@ -121,6 +121,14 @@ def test_a_run_against_a_plain_one(updates: Any) -> None:
         torch.testing.assert_close(adapter.B.double(), getattr(plain, name).b, rtol=1e-3, atol=1e-4)
 
 
+def test_counted_before_a_run() -> None:
+    """How much acts is drawn: the range that is counted beforehand has what a run comes to."""
+    _, adapted, _ = run("all", 20)
+    counted = lrkit.accounting.count(adapted.method, rigs.Toy(), total_steps=20, targets=[*adapted.adapters])
+    low, high = counted.average_range
+    assert low < adapted.summary().average < counted.average == high
+
+
 def test_history_shows_the_draws() -> None:
     """A record at step 0, and after each step; the last one has all components again."""
     _, adapted, acted = run("all", 20)

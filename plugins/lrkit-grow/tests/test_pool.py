@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lrkit_grow import LateCubic, PoolExchange, ProjectedSVD
+from torch import nn
 
 import lrkit
 from lrkit.actions import Ballot
@@ -169,6 +170,18 @@ def test_a_run_by_hand(taper: bool) -> None:
                 assert (now[name]["core"][-came:].abs() <= 0.0101).all()
                 norms = now[name]["A"][-came:].norm(dim=1)
                 assert ((norms - 1).abs() < 0.05).all()
+
+
+def test_counted_before_a_run() -> None:
+    """Components may move to larger matrices: the range that is counted beforehand has the run that does so."""
+    method = lrkit_grow.elalora(rank=3, count=2, warmup=0, final=2, interval=1, variant="released")
+    model = rigs.Toy()
+    adapted, _ = run(method, 20)
+    counted = lrkit.accounting.count(method, model, total_steps=20, targets=[*adapted.adapters])
+    sizes = {name: sum(layer.weight.shape) + 1 for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    largest = max(sizes.values())
+    assert counted.end_range == (0, 3 * len(sizes) * largest)
+    assert counted.average_range[0] <= adapted.summary().average <= counted.average_range[1]
 
 
 def test_new_ones_see_what_stays() -> None:

@@ -21,7 +21,7 @@ import pytest
 
 import lrkit
 from lrkit import from_plain, hookimpl, methods
-from lrkit.cli import compose, main, words
+from lrkit.cli import compose, main, screen, words
 from lrkit.compose import to_plain
 from lrkit.errors import LrkitError
 from lrkit.method import FIELDS
@@ -609,6 +609,36 @@ def test_everything_can_be_shown(call: Call, name: str) -> None:
         if attrs.has(value):
             named = {f"{each['kind']}.{f.name}": repr(f.default) for f in attrs.fields(value)}
             assert {s["path"]: s["default"] for s in each["settings"]} == named
+
+
+def test_items_flow_on_terminals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list's item of a docstring is one text, broken anew for the terminal; what is indented further stays as it is."""
+    monkeypatch.setattr("lrkit.cli.screen.width", lambda: 40)
+    text = "First line\nsecond.\n\n- an item that is\n  written in two lines\n- another\n\n    code = 1\n    more = 2"
+    screen.say(text, reflow=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "First line second.",
+        "",
+        "- an item that is written in two lines",
+        "- another",
+        "",
+        "    code = 1",
+        "    more = 2",
+    ]
+
+
+def test_seeds_by_number_or_name() -> None:
+    """A number is how many, a comma makes it a name, and a number that looks like a name is told."""
+    assert (words.seeds("6"), words.seeds("3,4"), words.seeds("101,")) == (6, [3, 4], [101])
+    with pytest.warns(lrkit.LrkitWarning, match="for the one seed 101 write 101,"):
+        assert words.seeds("101") == 101
+
+
+def test_packs_are_named(refused: Callable[..., str], tmp_path: Path) -> None:
+    """A packed study where a study's folder is wanted: the command that unpacks it."""
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "cells.jsonl.gz").write_bytes(b"")
+    assert f"is a packed study: `lrkit unpack {tmp_path / 'pack'}" in refused("report", str(tmp_path / "pack"))
 
 
 def test_nothing_else_is_shown(refused: Callable[..., str]) -> None:

@@ -315,6 +315,11 @@ def test_busy_cell_is_left(place, tmp_path):
     )
     held.stdout.readline()
     assert run_cell(cell.to_plain(), str(folder), {})["status"] == "busy"
+    blocked = folder.parent / "blocked"
+    blocked.symlink_to("nowhere")
+    answer = run_cell(cell.to_plain(), str(blocked), {})
+    assert answer["status"] == "failed" and f"{blocked} cannot be made (File exists)" in answer["error"]
+    blocked.unlink()
     assert [p.name for p in folder.iterdir()] == ["lock"]
     held.kill()
     held.communicate()

@@ -59,7 +59,7 @@ Tune = Annotated[
     ),
 ]
 TuneSeeds = Annotated[
-    str | None, typer.Option("--tune-seeds", help="Seeds of each trial: how many (2), or which: 101,102.")
+    str | None, typer.Option("--tune-seeds", help="Seeds of each trial: how many (2), or which: 101,102; one is 101,")
 ]
 Sampler = Annotated[str | None, typer.Option("--sampler", help="grid: every combination. tpe: Optuna proposes them.")]
 Trials = Annotated[int | None, typer.Option("--trials", help="How many trials each row has, for --sampler tpe.", min=1)]

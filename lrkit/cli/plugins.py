@@ -63,7 +63,7 @@ def new(
     for path, text in texts.items():
         write_text(folder / path, text)
     screen.say(f"written: {' '.join(str(folder / path) for path in texts)}")
-    screen.say(f"next: python -m pytest {folder}; pip install -e {folder}; lrkit plugins doctor")
+    screen.say(f"next: python -m pytest {folder}; pip install -e {folder}; lrkit plugins doctor {name}")
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------------------
@@ -187,7 +187,9 @@ def settings_of(component: Any) -> list[tuple[str, str, str, str]]:
     return [
         (
             name,
-            "" if p.annotation is p.empty else inspect.formatannotation(p.annotation).replace("typing.", ""),
+            ""
+            if p.annotation is p.empty
+            else inspect.formatannotation(p.annotation).replace("typing.", "").replace("collections.abc.", ""),
             "" if p.default is p.empty or p.default is attrs.NOTHING else foreign.text_of(p.default),
             said.get(name, ""),
         )

@@ -62,8 +62,8 @@ def say(text: str, *, reflow: bool = False) -> None:
         reflow: whether a terminal's lines may join those of the text, as in a docstring's paragraphs.
     """
     if (room := width()) is not None:
-        # A list's item and an indented line begin a line of their own.
-        text = re.sub(r"(?<=\S)\n(?=[^\s\-*>|])", " ", text) if reflow else text
+        # A list's item begins a line of its own, and so does a line that is indented by more than an item's text.
+        text = re.sub(r"(?<=\S)\n(?: {2})?(?=[^\s\-*>|])", " ", text) if reflow else text
         text = "\n".join(part for line in text.split("\n") for part in wrapped(line, room))
     typer.echo(text)
 

@@ -43,7 +43,7 @@ def ablate(
         Path | None, typer.Option(help="The study's folder; the same command again goes on with it.")
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="movies, glue/NAME, squad, ...; may be repeated.")
+        list[str] | None, typer.Option("--task", metavar="NAME", help="movies, glue/NAME, squad, ...; may be repeated.")
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -60,7 +60,8 @@ def ablate(
     train_also: TrainAlso = None,
     sets: Set = None,
     leave_out: Annotated[
-        list[str] | None, typer.Option("--leave-out", help="penalty, policy, or also: a row without it.")
+        list[str] | None,
+        typer.Option("--leave-out", metavar="PART", help="penalty, policy, or also: a row without it."),
     ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="All combinations of the swaps.")] = False,
     tune: Tune = None,
@@ -77,7 +78,8 @@ def ablate(
     costs: Annotated[bool, typer.Option(help="Measure time and memory of each row after the cells.")] = True,
     checkpoint: Annotated[float, typer.Option(help="Seconds between checkpoints.", min=0.0)] = 60.0,
     report_to: Annotated[
-        list[str] | None, typer.Option("--report-to", help="Trackers for the curves, such as tensorboard.")
+        list[str] | None,
+        typer.Option("--report-to", metavar="NAME", help="Trackers for the curves, such as tensorboard."),
     ] = None,
     keep_old: Annotated[
         bool, typer.Option("--keep-old", help="Keep cells of other code, instead of computing them again.")

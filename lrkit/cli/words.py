@@ -1,6 +1,7 @@
 """Read what is typed after a command: ``KEY=VALUE``, values, lists of names, and a method with its changes."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 from lrkit.cli import hints
 from lrkit.cli.ranks import Reader, reader
 from lrkit.cli.screen import left_out
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.reading import parse_json
 
 if TYPE_CHECKING:
     from lrkit.method import Method
     from lrkit.study.loading import Loading
     from lrkit.tasks import Task
+
+
+_MANY = 50  # seeds, beyond which a number of them is rather the name of one
 
 
 def value(text: str) -> Any:
@@ -125,9 +129,13 @@ def divided(sets: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def seeds(text: str) -> Any:
-    """Read seeds: how many (``"6"``), or which (``"3,4,5"``)."""
-    numbers = [value(part) for part in text.split(",")]
-    return numbers if "," in text else numbers[0]
+    """Read seeds: how many (``"6"``), or which (``"3,4,5"``; one is ``"3,"``). A number that may be meant as one is told."""
+    numbers = [value(part) for part in text.removesuffix(",").split(",")]
+    if "," in text:
+        return numbers
+    if isinstance(numbers[0], int) and numbers[0] > _MANY:
+        warnings.warn(f"{text} is how many seeds: for the one seed {text} write {text},", LrkitWarning, stacklevel=2)
+    return numbers[0]
 
 
 def tuning(

@@ -39,6 +39,8 @@ def read_study(folder: str | Path) -> StudyRecord:
         raise LrkitError(f"{folder} is no folder: a study's folder is what `lrkit ablate` writes")
     study = read_study_file(folder)
     if study is None:
+        if (folder / "cells.jsonl.gz").is_file():
+            raise LrkitError(f"{folder} is a packed study: `lrkit unpack {folder} FOLDER` makes a study's folder of it")
         raise LrkitError(f"{folder} holds no study.json: a study's folder is what `lrkit ablate` writes")
     tuned = study.tune is not None
     return StudyRecord(

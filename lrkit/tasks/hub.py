@@ -59,7 +59,8 @@ def load_hub(name: str, repository: str, config: str | None = None) -> datasets.
         if there:
             why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise LrkitError(
-            f"cannot load {name}: {why}; for local files (train.jsonl and validation.jsonl) use --data FOLDER"
+            f"cannot load {name}: {why}; for local files (train and validation: .jsonl, .csv, .parquet) use --data FOLDER, "
+            f"or in a study --data {name}=FOLDER"
         ) from error
 
 

@@ -153,9 +153,7 @@ def _removed(state: PolicyState) -> list[tuple[int, _Removed]]:
     """Count what one policy takes out of training, by spans of equal steps; negative if it adds some."""
     costs = state.costs
     sizes = sorted(size for size, block in zip(costs.sizes, state.blocks, strict=True) for _ in range(block.count))
-    below = [0]
-    for size in sizes:
-        below.append(below[-1] + size)
+    below = [0, *accumulate(sizes)]
     if not is_known(state.policy.action):
         # Their number is known only after a run: from the first decision on none go, or all, or all go to the largest layer.
         assert state.times is not None
@@ -163,7 +161,7 @@ def _removed(state: PolicyState) -> list[tuple[int, _Removed]]:
         first = next((each.start for each in state.times.decisions()), total)
         least = min(0, below[-1] - state.units * sizes[-1]) if state.policy.action.grows else 0
         spans = [(first, _Removed(0, 0, 0.0)), (total - first, _Removed(least, below[-1], 0.0))]
-        return [(times, removed) for times, removed in spans if times]
+        return [(steps, removed) for steps, removed in spans if steps]
     removed = []
     # Step t trains what the decision after step t - 1 kept.
     for times, there, cut, _ in _but_last(state.course()):

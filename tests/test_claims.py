@@ -183,10 +183,10 @@ def test_seeds_beside_disagreement(tmp_path):
     assert found.verdict == "open" and "do not settle" not in found.why
     assert f"behind on rte); about {needed} seeds would probably (0.8) exclude an advantage of 0.01" in found.why
     rng, excluded = np.random.default_rng(6), 0
-    for _ in range(400):
+    for _ in range(100):
         tasks = [list(rng.normal(mean, each, needed)) for mean, each in zip((seen[0], 0.0), spreads, strict=True)]
         excluded += all(below_p(each, margin) < 0.05 for each in tasks)
-    assert 0.74 < excluded / 400 < 0.9
+    assert 0.7 < excluded / 100 < 0.95
 
 
 def test_more_spread_needs_more_seeds():

@@ -93,8 +93,10 @@ class Binding:
         held = set().union(*map(held_by, optimizers))
         if reason := self._weights.refusal(held, self.controller.components.asleep()):
             raise LrkitError(reason)
-        run = self.controller.run
-        if reason := self.controller.objection(total_steps) or outgrown(optimizers, run.modules, run.parts, run.ranks):
+        if reason := self.controller.objection(total_steps):
+            raise LrkitError(reason)
+        run, ranks = self.controller.run, self.controller.components.ranks
+        if reason := outgrown(optimizers, run.modules, run.parts, ranks):
             raise LrkitError(reason)
         self._tell_others(held)
         self.controller.begin(total_steps)

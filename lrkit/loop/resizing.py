@@ -82,26 +82,23 @@ class Ranks:
 
 
 def outgrown(
-    optimizers: Sequence[torch.optim.Optimizer],
-    modules: Mapping[str, nn.Module],
-    parts: Sequence[Part],
-    ranks: Mapping[str, int],
+    optimizers: Sequence[torch.optim.Optimizer], modules: Mapping[str, nn.Module], parts: Sequence[Part], ranks: Ranks
 ) -> str | None:
     """Say that an optimizer's state is of the ranks at first, and that these are others now; None if it is not.
 
     For example Adagrad makes its sums when it is made, and a calibration gives other ranks afterwards.
     """
-    for name, module in modules.items():
+    for name, first in ranks.initial.items() if ranks.components else ():
         for part in parts:
-            p, axis = part.of(module), part.axis
-            if axis is None or p.shape[axis] == ranks[name]:
+            p, axis = part.of(modules[name]), part.axis
+            if axis is None or p.shape[axis] == first:
                 continue
-            first = (*p.shape[:axis], ranks[name], *p.shape[axis + 1 :])
+            shape = (*p.shape[:axis], first, *p.shape[axis + 1 :])
             for optimizer in optimizers:
-                if any(isinstance(t, Tensor) and t.shape == first for t in optimizer.state.get(p, {}).values()):
+                if any(isinstance(t, Tensor) and t.shape == shape for t in optimizer.state.get(p, {}).values()):
                     return (
-                        f"{type(optimizer).__name__} keeps state of rank {ranks[name]} for {name}, which has rank "
-                        f"{p.shape[axis]} now: make it from adapted.parameters() after calibrate, or after load"
+                        f"{type(optimizer).__name__} keeps state of rank {first} for {name}, which has rank {p.shape[axis]} "
+                        "now: make it from adapted.parameters() after calibrate, or after load"
                     )
     return None
 

@@ -251,3 +251,39 @@ def test_choices_of_adalora(record_of):
     )
     assert f"by the raw sensitivity {back['sensitivity'][0]} do, and {back['sensitivity'][1]} stay" in page
     assert f"by the size of λ {back['magnitude'][0]}, and {back['magnitude'][1]}" in page
+
+
+def test_newer_allocators(record_of):
+    """What the page says of the rows of `newer`: means, ranks by module, agreement of seeds, and moves of L1RA."""
+    record, page = record_of("newer"), told()
+    means = {
+        (label, task): 100
+        * statistics.fmean(cell.result.score for cell in cells_of(record, label) if cell.task == task)
+        for label in ("lora", "eva", "fim-lora", "l1ra")
+        for task in ("movies", "glue/sst2")
+    }
+    fim, lora = ([means[label, task] for task in ("movies", "glue/sst2")] for label in ("fim-lora", "lora"))
+    assert f"({fim[0]:.1f} against {lora[0]:.1f} % on movies, {fim[1]:.1f} against {lora[1]:.1f} on SST-2)" in page
+    behind = [f"{lora[i] - means['eva', task]:.1f}" for i, task in enumerate(("movies", "glue/sst2"))]
+    assert f"behind on both tasks, by {behind[0]} and {behind[1]} points" in page
+    behind = [f"{lora[i] - means['l1ra', task]:.1f}" for i, task in enumerate(("movies", "glue/sst2"))]
+    assert f"behind on both, by {behind[0]} and {behind[1]} points" in page
+    ranks = ranks_of(record, "fim-lora", "movies")
+    value, first, second = (in_module(ranks, each) for each in ("self.value", FIRST, SECOND))
+    query, key = (in_module(ranks, f"self.{each}") for each in ("query", "key"))
+    assert f"value ({value:.1f} on movies) and the FFN ({first:.1f} and {second:.1f})" in page
+    assert f"query and key ({query:.1f} and {key:.1f})" in page
+    agree = statistics.fmean(correlation(*two) for two in itertools.combinations(ranks.values(), 2))
+    assert f"two seeds' ranks correlate by {agree:.2f}" in page
+    ranks = ranks_of(record, "eva", "movies")
+    assert f"attention's output ({in_module(ranks, OUTPUT):.1f} on movies)" in page
+    assert f"less in the FFN ({in_module(ranks, FIRST):.1f} and {in_module(ranks, SECOND):.1f})" in page
+    moves = {"lost": [], "fresh": []}
+    for task in ("movies", "glue/sst2"):
+        runs = [cell.decisions for cell in cells_of(record, "l1ra") if cell.task == task]
+        for key in moves:
+            moves[key].append(statistics.fmean(sum(len(getattr(each, key)) for each in run) for run in runs))
+    lost, fresh = ([round(number) for number in sorted(each)] for each in moves.values())
+    assert f"({lost[0]} to {lost[1]} leave a layer in a run, and {fresh[0]} to {fresh[1]} come to another)" in page
+    trials = {each.settings["run.lr"]: each.mean for each in trials_of(record, 1, "movies")}
+    assert trials[0.003] < 0.5 < trials[0.001]

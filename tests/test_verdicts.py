@@ -287,3 +287,16 @@ def test_newer_allocators(record_of):
     assert f"({lost[0]} to {lost[1]} leave a layer in a run, and {fresh[0]} to {fresh[1]} come to another)" in page
     trials = {each.settings["run.lr"]: each.mean for each in trials_of(record, 1, "movies")}
     assert trials[0.003] < 0.5 < trials[0.001]
+
+
+def test_ffn_again(record_of):
+    """What the page says of the FFN beside the attention at one rate."""
+    record, page = record_of("ffn-again"), told()
+    ffn, same = (
+        100 * statistics.fmean(cell.result.score for cell in cells_of(record, label))
+        for label in ("aflora", "attention-same-rate")
+    )
+    own, at_one = judge(record)
+    assert (own.verdict, at_one.verdict) == ("open", "not replicated")
+    assert f"ahead by {100 * own.tasks[0].difference:.1f} (p {own.p_holm:.2g}, open)" in page
+    assert f"not ahead at all ({ffn:.1f} and {same:.1f} %; an advantage of a point is excluded)" in page

@@ -72,8 +72,7 @@ def calibrate(
     try:
         with _undisturbed(model, recomputing=not forward):
             seen, arrived, left = 0, False, iter(batches)
-            unseen = {name for state in states for name in state.statistics.reads}
-            blind = bool(unseen)
+            reads, shown = {name for state in states for name in state.statistics.reads}, set[str]()
             while (batch := _next(left, loop, weights)) is not _END:
                 if forward:
                     _forward(loss or (lambda batch: model(**_fields(batch))), batch)
@@ -82,21 +81,19 @@ def calibrate(
                 weights.put_back()
                 if several() and not forward:
                     _average(weights.parameters())
-                shown = beginning.observe(loop, states)
-                unseen -= shown
-                blind = blind and not shown
-                arrived = arrived or (bool(shown) if forward else _arrived(weights.adapter()))
+                shown |= beginning.observe(loop, states)
+                arrived = arrived or forward or _arrived(weights.adapter())
                 for p in model.parameters():
                     p.grad = None
                 seen += 1
             if not seen:
                 where = ", in this process or another" if several() else ""
                 raise LrkitError(f"calibrate needs at least one batch, and was given none{where}")
-            dark = not _all_say(not blind, weights, "MAX")
-            if dark or not _all_say(arrived, weights, "MAX"):
-                what, hint = _INPUTS if dark else _GRADIENTS
+            blind = bool(reads) and not _all_say(bool(shown), weights, "MAX")
+            if blind or not _all_say(arrived, weights, "MAX"):
+                what, hint = _INPUTS if blind else _GRADIENTS
                 raise LrkitError(f"no finite {what} in any of {seen} batches: nothing can be decided by them. {hint}")
-            if forward and unseen and not several():
+            if forward and (unseen := reads - shown) and not several():
                 loop.warn(
                     "unseen layers",
                     f"no input has gone through {len(unseen)} of the adapted layers in any of {seen} batches, and they are "

@@ -187,14 +187,17 @@ def settings_of(component: Any) -> list[tuple[str, str, str, str]]:
     return [
         (
             name,
-            ""
-            if p.annotation is p.empty
-            else inspect.formatannotation(p.annotation).replace("typing.", "").replace("collections.abc.", ""),
+            "" if p.annotation is p.empty else _type_of(p.annotation),
             "" if p.default is p.empty or p.default is attrs.NOTHING else foreign.text_of(p.default),
             said.get(name, ""),
         )
         for name, p in inspect.signature(component).parameters.items()
     ]
+
+
+def _type_of(annotation: Any) -> str:
+    """Write an annotation without the modules that it comes from."""
+    return re.sub(r"\b(typing|collections\.abc)\.", "", inspect.formatannotation(annotation))
 
 
 def _arguments(text: str) -> dict[str, str]:

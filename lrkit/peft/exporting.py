@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lrkit.moves import umask
 from lrkit.peft.draft import Draft
 from lrkit.peft.formats import TARGETS
 from lrkit.peft.twin import twin
+from lrkit.process import swapped
 
 TOLERANCE = 1e-6
 """How far logits may be apart, in float64 arithmetic; a share of the largest logit if that is above 1."""
@@ -170,29 +171,23 @@ def _tokens(model: nn.Module) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, **decoded}
 
 
-@contextmanager
-def _in_float64(model: nn.Module, as_computed: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _in_float64(model: nn.Module, as_computed: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
     """Put float64 copies in the places of a model's floating-point tensors for a while.
 
     `torch.func.functional_call` does so by name, and leaves its copies behind in a module that has two names.
     """
-    held: list[tuple[Any, str, Tensor]] = [
-        (table, name, tensor)
-        for module in model.modules()
-        for table in (module._parameters, module._buffers)
-        for name, tensor in table.items()
-        if tensor is not None and tensor.is_floating_point()
-    ]
-    wide: dict[int, Any] = {}
-    try:
-        for table, name, tensor in held:
-            if id(tensor) not in wide:
-                wide[id(tensor)] = as_computed(tensor).detach().double()
-            table[name] = wide[id(tensor)]
-        yield
-    finally:
-        for table, name, tensor in held:
-            table[name] = tensor
+    return swapped(_wide(model, as_computed))
+
+
+def _wide(model: nn.Module, as_computed: Callable[[Tensor], Tensor]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    wide: dict[int, Tensor] = {}
+    for module in list(model.modules()):
+        for table in (module._parameters, module._buffers):
+            for name, tensor in list(table.items()):
+                if tensor is not None and tensor.is_floating_point():
+                    if id(tensor) not in wide:
+                        wide[id(tensor)] = as_computed(tensor).detach().double()
+                    yield table, name, wide[id(tensor)]
 
 
 @torch.no_grad()

@@ -61,12 +61,12 @@ def seeds_to_decide(differences: Sequence[Sequence[float]], margin: float, claim
         return ""
     show, exclude = seeds_to_show(spreads, margin, claims=claims), seeds_to_exclude(spreads, margin)
     return (
-        f"; {told(show)} seeds would probably (0.8) show an advantage of {margin:g}, {told(exclude)} exclude it if there "
-        "is none"
+        f"; {in_words(show)} seeds would probably (0.8) show an advantage of {margin:g}, {in_words(exclude)} exclude it if "
+        "there is none"
     )
 
 
-def told(seeds: int | None) -> str:
+def in_words(seeds: int | None) -> str:
     """Say a number of seeds in words: ``about 14``."""
     return f"over {MOST:,}" if seeds is None else f"about {seeds:,}"
 
@@ -96,4 +96,4 @@ def _excluded(spreads: Sequence[float], left: Sequence[float], seeds: int) -> fl
     return math.prod(1 - float(nctdtr(seeds - 1, each, critical)) for each in far if each < critical + _FAR)
 
 
-__all__ = ["seeds_to_decide", "seeds_to_exclude", "seeds_to_show", "told"]
+__all__ = ["in_words", "seeds_to_decide", "seeds_to_exclude", "seeds_to_show"]

@@ -25,7 +25,7 @@ from typing import Literal
 import attrs
 
 from lrkit.study.claim import Claim
-from lrkit.study.claim_power import seeds_to_decide, seeds_to_exclude, told
+from lrkit.study.claim_power import in_words, seeds_to_decide, seeds_to_exclude
 from lrkit.study.combined import combined_p, standardized
 from lrkit.study.comparison import gains_between, over_rows, scale_on
 from lrkit.study.equivalence import below_p
@@ -134,13 +134,12 @@ def judge(record: StudyRecord) -> tuple[Judged, ...]:
         why, p_holm = untested[index], None
         if not why:
             p_holm = corrected[index]
-            ahead = standardized([*each.differences.values()]) > 0
+            differences = [*each.differences.values()]
+            ahead = standardized(differences) > 0
             others = waits and (p[index] or 0.0) < LEVEL
             verdict, why = _verdict(tasks, margin, ahead, p_holm, others)
             if verdict == "open" and margin is not None and not others:
-                why += _disagreement(tasks, [*each.differences.values()], margin) or seeds_to_decide(
-                    [*each.differences.values()], margin, len(pairs)
-                )
+                why += _disagreement(tasks, differences, margin) or seeds_to_decide(differences, margin, len(pairs))
         found.append(
             Judged(
                 claim=claim,
@@ -239,7 +238,7 @@ def _disagreement(tasks: Sequence[OnTask], differences: Sequence[Sequence[float]
         return f"{what}, which more seeds do not settle"
     means = [max(each.difference, 0.0) for each in tasks]
     seeds = seeds_to_exclude([statistics.stdev(each) for each in differences], margin, means=means)
-    return f"{what}; {told(seeds)} seeds would probably (0.8) exclude an advantage of {margin:g} if differences stay so"
+    return f"{what}; {in_words(seeds)} seeds would probably (0.8) exclude an advantage of {margin:g} if differences stay so"
 
 
 def _count(pairs: int) -> str:

@@ -91,6 +91,7 @@ check: .venv/.installed ## lint, format, rooms, types, documentation
 	$(PY) -m ruff format --check .
 	PYTHONPATH=. .venv/bin/lint-imports --no-cache
 	$(PY) -P -m pytest -q tests/test_house.py
+	$(PY) -P tests/mutants.py --check
 	$(PY) -m mypy --strict lrkit
 	@$(MAKE) --no-print-directory docs
 

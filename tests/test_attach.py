@@ -196,7 +196,10 @@ def test_paper_counts():
             active = active - set(changes[step].lost) | set(changes[step].returned)
     assert adapted.summary().now == sum(sizes[name.partition("[")[0]] for name in active)
     assert adapted.summary().average == pytest.approx(total / 20, rel=1e-12)
-    assert "on average" in str(adapted.summary())
+    table = str(adapted.summary()).splitlines()
+    assert table[0].split() == ["layer", "of", "bert.encoder.layer", "state", "at", "start", "now", "on", "average"]
+    assert [f"bert.encoder.layer.{row.split()[0]}" for row in table[1:-3]] == list(adapted.adapters)
+    assert max(map(len, table)) <= 80
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lrkit.adapt import checkpoint, foresight
@@ -56,7 +57,8 @@ def attach(
     if not isinstance(method, Method):
         raise LrkitError(f"attach takes a lrkit.Method, such as lrkit.methods.adalora(), not {method!r}")
     check_model(model)
-    return Adapted(model, method, targets, train_also, exclude=exclude, slices=slices)
+    with torch.inference_mode(False):  # what is made in the mode for inference could never train
+        return Adapted(model, method, targets, train_also, exclude=exclude, slices=slices)
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> Adapted:
@@ -70,7 +72,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> Adapted:
         LrkitError: no such file, a truncated or foreign one, or one that does not fit this model. The model is then as
             it was.
     """
-    with checkpoint.stored(Path(folder)) as stored:
+    with torch.inference_mode(False), checkpoint.stored(Path(folder)) as stored:
         saved = states.read({"meta": stored.meta, "tensors": {}})
         saved.check()
         method = from_plain(saved.method)

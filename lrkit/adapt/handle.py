@@ -101,7 +101,8 @@ class Adapted(Trained):
         Raise LrkitError if it is bound already, or if optimizer, schedules or way of training in parallel do not fit.
         """
         self._graft.check()
-        self._binding.bind(optimizer, total_steps, penalty, scaler)
+        with torch.inference_mode(False):  # what is made in the mode for inference could never train
+            self._binding.bind(optimizer, total_steps, penalty, scaler)
 
     def calibrate(self, batches: Iterable[Any], loss: LossOf | None = None) -> None:
         """Show batches to a method that decides by them before the first step (`lrkit.Scheduler`, `calibration`).

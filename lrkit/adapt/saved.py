@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -66,6 +67,7 @@ class Archive:
         saved = attrs.evolve(saved, allocation=in_effect(layers) if ranked else None)
         return {"meta": saved.to_plain(), "tensors": {**controller.tensors(), **weights}}
 
+    @torch.inference_mode(False)  # what is made in the mode for inference could never train
     def load(
         self,
         saved: states.Saved,
@@ -89,6 +91,7 @@ class Archive:
         cast = self.weights.take(given, optimizer)
         return Loaded(controller.loaded(saved, tensors), cast)
 
+    @torch.inference_mode(False)
     def rewind(
         self,
         saved: states.Saved,

@@ -1,5 +1,6 @@
 """The summary of a run so far: each layer's rank or frozen state, and its trainable parameters."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -105,12 +106,14 @@ class Summary:
         return {"layers": [layer.to_plain() for layer in self.layers], **totals, **rest}
 
     def __str__(self) -> str:
-        """Return a table."""
-        rows: list[Sequence[str]] = [("layer", "state", "at start", "now", "on average")]
-        rows += [
-            (layer.name, layer.state, f"{layer.start:,}", f"{layer.now:,}", f"{layer.average:,.0f}")
-            for layer in self.layers
+        """Return a table. Of layers that stand in one module, that module's name is in the head alone."""
+        within = _within([layer.name for layer in self.layers])
+        rows: list[Sequence[str]] = [
+            (f"layer of {within}" if within else "layer", "state", "at start", "now", "on average")
         ]
+        for layer in self.layers:
+            name, counts = layer.name.removeprefix(f"{within}."), (f"{layer.start:,}", f"{layer.now:,}")
+            rows.append((name, layer.state, *counts, f"{layer.average:,.0f}"))
         if self.beside:
             rows.append(("in no layer", "", f"{self.beside:,}", f"{self.beside_now:,}", f"{self.beside_average:,.0f}"))
         rows.append(("adapters", "", f"{self.start:,}", f"{self.now:,}", f"{self.average:,.0f}"))
@@ -121,6 +124,13 @@ class Summary:
             for row in rows
         )
         return table if self.coverage is None else f"{table}\n{self.coverage}"
+
+
+def _within(names: Sequence[str]) -> str:
+    """Return the path of the module in which all of these layers stand: ``"bert.encoder.layer"``, or nothing."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared)
 
 
 def summarize(controller: "Controller", head: int, coverage: "Coverage | None" = None) -> Summary:

@@ -278,6 +278,7 @@ class Controller:
         self.liveness.doubt(state.blocks, returned)
         return decision, settled or verdict.cut or bool(fresh)
 
+    @torch.inference_mode(False)
     def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
         """Cut components that are masked and add nothing, once every policy has ended. The parameters stay the same objects.
 

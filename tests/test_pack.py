@@ -66,7 +66,7 @@ def packed(whole):
 def of_other_code(monkeypatch):
     """Let everything from here on be of other code."""
     monkeypatch.setattr("lrkit.study.cell.code_of", lambda method, task: "0ther")
-    monkeypatch.setattr("lrkit.study.ledger.code_of", lambda method, task: "0ther")
+    monkeypatch.setattr("lrkit.study.joining.code_of", lambda method, task: "0ther")
     monkeypatch.setattr("lrkit.study.worker.code_of", lambda method, task: "0ther")
 
 

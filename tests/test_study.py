@@ -19,8 +19,10 @@ import folders
 import killed_study
 import pytest
 import torch
+from command_line import ask
 
 import lrkit
+from lrkit.cli import main
 from lrkit.study.cell import Cell, make_cell
 from lrkit.study.code import inside
 from lrkit.study.execute import execute
@@ -287,6 +289,26 @@ def test_study_grows(place, tmp_path):
     (tmp_path / "other" / "file").write_text("mine")
     with pytest.raises(lrkit.LrkitError, match="holds no study: nothing is overwritten"):
         execute_here(small(place), tmp_path / "other")
+
+
+def test_dry_run_counts_what_is_done(place, tmp_path, capsys):
+    """Of a named folder a dry run says how many cells are done, or refuses it as the run would; it writes nothing."""
+    out = tmp_path / "out"
+    words = ["ablate", "adalora", "--data", str(place / "data"), "--model", str(place / "model"), "--seeds", "0,3"]
+    words += [w for s in ("run.steps=4", "run.max_length=12", "warmup=1", "final=1") for w in ("--set", s)]
+    dry = [*words, "--out", out, "--dry-run"]
+    assert ask(capsys, *dry)["done"] == 0 and not out.exists()
+    ask(capsys, *words, "--out", out, "--workers", "0", "--no-costs")
+    assert ask(capsys, *dry)["done"] == 2
+    grown = ask(capsys, *dry, "--swap", "metric=magnitude")
+    assert (grown["done"], grown["cells"]) == (2, 4)
+    next(out.glob("cells/*/result.json")).unlink()
+    assert ask(capsys, *dry)["done"] == 1 and "done" not in ask(capsys, *words, "--dry-run")
+    before = sorted(out.rglob("*"))
+    with pytest.raises(SystemExit) as caught:
+        main([w.replace("length=12", "length=13") for w in map(str, dry)])
+    assert caught.value.code == 2 and "holds another study: run is" in capsys.readouterr().err
+    assert sorted(out.rglob("*")) == before
 
 
 def test_checked_before_spending(place, tmp_path):

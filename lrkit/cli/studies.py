@@ -110,6 +110,7 @@ def ablate(
     from lrkit.study.asked import standing_in, with_options
     from lrkit.study.catalogue import catalogue
     from lrkit.study.execute import check
+    from lrkit.study.missing import count_done
     from lrkit.study.old import check_old
     from lrkit.study.packed import read_pack
     from lrkit.study.plan import lay_out
@@ -135,7 +136,9 @@ def ablate(
         chosen(executor, 1 if workers is None else workers, threads or 1, address)
         if (source := source_of(packed, what, out or Path())) is not None:
             read_pack(source.path)
-        study_screen.show_plan(plan, check(plan), as_json)
+        tasks = check(plan)
+        done = None if out is None else count_done(plan, tasks, out, keep_old=keep_old, recompute=recompute)
+        study_screen.show_plan(plan, tasks, as_json, done)
         return
     if out is None:
         raise LrkitError("give the study's folder: --out DIR")

@@ -37,13 +37,14 @@ def limits(plan: "Plan") -> list[str]:
     return [*([alone] if len(plan.rows) == 1 else []), *([few] if few else [])]
 
 
-def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
+def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool, done: tuple[int, int] | None = None) -> None:
     """Print a study that is laid out: each row with its changes and rates, and how many cells there are.
 
     Args:
         plan: the study.
         tasks: names of the tasks.
         as_json: print plain data instead.
+        done: cells that are done in its folder, and all of them; None if no folder was named.
     """
     from lrkit.study.paired import too_few_seeds
     from lrkit.study.plan import changes
@@ -57,6 +58,7 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
         told |= {"options": {task.name: task.options for task in plan.tasks if task.options}}
         told |= {"margin": plan.study.margin, "claims": [claim.name for claim in plan.study.claims]}
         told |= {"trials": trials} if plan.study.tune is not None else {}
+        told |= {} if done is None else {"done": done[0]}
         screen.say_json(told | {"too_few_seeds": too_few_seeds(len(plan.rows) - 1, len(plan.seeds))})
         return
     shown = [
@@ -72,6 +74,8 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool) -> None:
     counted = (_count(len(plan.rows), "row"), _count(len(plan.seeds), "seed"), _count(cells, "cell"))
     before = f"{_count(trials, 'trial cell')} ({plan.study.tune.told()}), then " if plan.study.tune is not None else ""
     screen.say(f"{before}{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
+    if done is not None:
+        screen.say(f"{done[0]} of {_count(done[1], 'cell')} {'is' if done[0] == 1 else 'are'} done in this folder.")
     for task in plan.tasks:
         if task.options:
             screen.say(

@@ -1,6 +1,5 @@
 """Run a study: `check` all of it, write its plan, run the cells that are missing, and measure costs: `execute`."""
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -11,12 +10,13 @@ import attrs
 from lrkit.compose import to_plain
 from lrkit.errors import LrkitError, nearest, shown
 from lrkit.study.cell import components_of
-from lrkit.study.cell_folder import digest_of_result, follows, forget, has_result, is_done, is_packed, tidy_done
+from lrkit.study.cell_folder import forget, has_result, is_packed, tidy_done
 from lrkit.study.executors import gpus
 from lrkit.study.graph import jobs_of
 from lrkit.study.jobs import Job, Told, row_devices
 from lrkit.study.ledger import write_plan
 from lrkit.study.loading import loading_from
+from lrkit.study.missing import missing_of
 from lrkit.study.old import check_old, tell_damaged, with_old
 from lrkit.study.plan import Plan
 from lrkit.study.pool import chosen, run_jobs
@@ -219,15 +219,9 @@ def run_missing(
         take_in(packed, plan, jobs, tasks, folder)
     jobs = with_old(jobs, folder, keep_old, recompute)
     again = {job.key for job in jobs if recompute and is_packed(cells / job.key)}
-    done = {job.key for job in jobs if is_done(cells / job.key)} - again
-    waiting: dict[str, Job] = {}
-    digest = functools.cache(digest_of_result)  # many cells need the same ones
-    for job in jobs:  # a cell whose source is run again may have to follow it
-        again_too = any(source in waiting for source in job.sources)
-        if job.key not in done or again_too or not follows(cells / job.key, digest):
-            waiting[job.key] = job
-    done -= waiting.keys()
-    total = len({job.key for job in jobs})
+    waiting = missing_of(jobs, cells, again)
+    done = {job.key for job in jobs} - waiting.keys()
+    total = len(done) + len(waiting)
     first = executor() if waiting else None  # an executor that cannot be had is told before anything is written
     try:
         write_plan(plan, jobs, tasks, folder)

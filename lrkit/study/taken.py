@@ -16,7 +16,8 @@ from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.study.cell import Cell
 from lrkit.study.cell_folder import PACKED, is_done
 from lrkit.study.jobs import Job
-from lrkit.study.ledger import check_same, joined
+from lrkit.study.joining import joined
+from lrkit.study.ledger import check_same
 from lrkit.study.packed import PACK, Pack, PackedCell, Place, places, read_pack
 from lrkit.study.place import try_folder
 from lrkit.study.plan import Plan

@@ -247,6 +247,14 @@ def test_inference_mode_is_left(name):
     assert same(*ends)
 
 
+def test_what_will_be_left_is_told():
+    """What a decision at step 0 leaves undone is told at the calibration: `bind` comes when the schedule has ended."""
+    method = attrs.evolve(METHODS["masked"], scheduler=Once(target=0.0, calibration=6))
+    _, adapted = attached(method)
+    with pytest.warns(lrkit.LrkitWarning, match=r"Once.target = 0.0: after the last decision, at step 0, no component"):
+        adapted.calibrate(BATCHES)
+
+
 def test_state_of_other_ranks_is_refused():
     """An optimizer that made its state before the ranks were decided is refused with the line to move."""
     _, adapted = attached(METHODS["cut"])

@@ -8,6 +8,7 @@ import attrs
 import models
 import pytest
 import torch
+from signals import InputNorm
 from test_attach import METHODS, fit, logits
 from test_trainer import trainer
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 import lrkit
 from lrkit import accounting
 from lrkit.adapt import checkpoint
+from lrkit.schedulers import Constant
 
 
 class Net(nn.Module):
@@ -360,6 +362,21 @@ def test_statistics_follow_device():
         assert state.statistics.layout.device.type == "meta"
         assert {b.device.type for b in state.statistics.buffers.values()} == {"meta"}
         assert state.kept.device.type == "meta"
+
+
+def test_streams_follow_device():
+    """So do the tensors of a metric that reads layers, at the first rows that come on the other device."""
+    model = models.make("bert")
+    method = attrs.evolve(
+        METHODS["lora"], metric=InputNorm(), scheduler=Constant(final=2), action=lrkit.actions.Freeze()
+    )
+    adapted = lrkit.attach(model, method)
+    adapted.bind(torch.optim.AdamW(adapted.parameters()), total_steps=5)
+    model.to("meta")
+    batch = {key: value.to("meta") for key, value in models.batch().items() if key != "attention_mask"}
+    model(**batch).logits.sum().backward()
+    (state,) = adapted.controller.policies
+    assert {t.device.type for t in state.statistics.held()} == {"meta"}
 
 
 @attrs.frozen(kw_only=True)

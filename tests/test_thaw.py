@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
+import folders
 import models
 import pytest
 import torch
@@ -419,3 +420,31 @@ def test_trainers_hold_all_blocks(tmp_path: Path) -> None:
         adapted.controller.policies[0].blocks, adapted.controller.policies[0].kept
     )
     assert {id(p) for p in adapted.parameters() if not p.requires_grad} == held_down
+
+
+def test_flops_follow_who_trains(tmp_path, monkeypatch):
+    """Of as many parameters in other layers the backward pass reaches less deep or deeper: each draw is counted anew."""
+    from lrkit.study import trainer as study_trainer
+    from lrkit.study.run import train
+    from lrkit.study.run_settings import RunSettings
+
+    place = folders.write_place(tmp_path, layers=2)
+    method = lrkit.Method(
+        parameterization=lrkit.parameterizations.LoRA(rank=2),
+        metric=lrkit.metrics.Random(),
+        scheduler=lrkit.schedulers.Constant(target=1 / 6, interval=1, ending="open"),
+        action=lrkit.actions.Switch(unit="layer"),
+    )
+    found, count = {}, study_trainer.counts.of_step
+
+    def spy(adapted, sample):
+        lowest = next(i for i, p in enumerate(adapted.parameters()) if p.requires_grad)
+        return found.setdefault(lowest, count(adapted, sample))
+
+    monkeypatch.setattr(study_trainer.counts, "of_step", spy)
+    settings = RunSettings(steps=8, batch_size=4, max_length=12)
+    task = lrkit.tasks.load_task(data=str(place / "data"))
+    train(method, task, model=str(place / "model"), targets=["query", "key", "value"], settings=settings)
+    assert len(found) > 2
+    deepest_first = [found[at] for at in sorted(found)]
+    assert deepest_first == sorted(deepest_first, reverse=True) and len(set(deepest_first)) > 1

@@ -1,6 +1,7 @@
 """A method's tie to optimizers: the loop runs at their steps, and the penalty's gradient goes into their tensors."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -131,8 +132,9 @@ class Binding:
         waiting = beginning.waiting(self.controller, calibrated=True)
         if waiting:
             self.controller.peers = parallel.peers(None)
-        # What is made in the mode for inference could never train.
-        with torch.inference_mode(False), self.taps.hung(waiting, forward=beginning.forward_alone(waiting)):
+        # If nothing waits, the hooks of a method that is bound stay as they are.
+        reading = self.taps.hung(waiting, forward=beginning.forward_alone(waiting)) if waiting else nullcontext()
+        with torch.inference_mode(False), reading:  # what is made in the mode for inference could never train
             moved = calibration.calibrate(self._model, self._weights, self.controller, waiting, batches, loss)
         if moved:
             self.follow()

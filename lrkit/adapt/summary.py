@@ -29,6 +29,7 @@ class LayerSummary:
         d_in: size of the layer's input; None if it is no linear map, or not known.
         d_out: size of its output, likewise.
         maps: how many maps of these sizes the layer stacks, one per expert; the ranks are the sums over all of them.
+        scale: the factor of its increment now, such as α/r; None if it has none, or it is not known.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LayerSummary:
     d_in: int | None = None
     d_out: int | None = None
     maps: int = 1
+    scale: float | None = None
 
     @property
     def state(self) -> str:
@@ -55,8 +57,8 @@ class LayerSummary:
         return ", ".join(words) or "-"
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the same as plain data, without sizes that are not known, and without `maps` if that is 1."""
-        silent = {"d_in": None, "d_out": None, "maps": 1}
+        """Return the same as plain data, without sizes and scales that are not known, and without `maps` if that is 1."""
+        silent = {"d_in": None, "d_out": None, "maps": 1, "scale": None}
         return {key: value for key, value in attrs.asdict(self).items() if key not in silent or value != silent[key]}
 
 
@@ -152,7 +154,8 @@ def summarize(controller: "Controller", head: int, coverage: "Coverage | None" =
         frozen = tuple(part.name for part in matrices if run.froze(part.of(module)))
         trains = run.starts[name], counts[name], average[name]
         d_in, d_out = layer_shape(getattr(module, "base", module)) or (None, None)
-        layers.append(LayerSummary(name, rank, initial, frozen, *trains, d_in, d_out, maps_of(module)))
+        scale = None if (scaling := getattr(module, "scaling", None)) is None else float(scaling)
+        layers.append(LayerSummary(name, rank, initial, frozen, *trains, d_in, d_out, maps_of(module), scale))
     beside = run.starts[BESIDE], counts[BESIDE], average[BESIDE]
     return Summary(tuple(layers), head, controller.step, beside[0], coverage, *beside[1:])
 

@@ -234,6 +234,7 @@ class Taps:
         # A convolution's rows are no tokens, whatever its sizes.
         tokens, labelled = which if math.prod(x.shape[:-1]) == len(rows) else (None, None)
         for state in self._readers:
+            state.follow_device()  # the model may have moved since attach
             if state.policy.metric.reads == "gradient":
                 grads = kind.out_rows(base, g).float() / (self.scale() * (1 if peers is None else peers.count))
                 if len(grads) != len(rows):

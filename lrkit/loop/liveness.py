@@ -42,10 +42,13 @@ class Liveness:
         names = [name for name in self._adapters if name in open_] if open_ else []
         if not names:
             return False
-        live = {name for name in names if self._reached(self._adapters[name])}
+        arrived = {name: self._arrived(self._adapters[name]) for name in names}
+        enough = all if self._whole else any
+        live = {name for name, each in arrived.items() if each and enough(each)}
         if not live and all(p.grad is None for p in self._others):
             return False  # where there is no gradient at all nothing is known
-        self.dead, self._doubted = [name for name in names if name not in live], set()
+        # A layer of rank 0 has nothing that trains, and so neither lives nor is dead.
+        self.dead, self._doubted = [name for name in names if arrived[name] and name not in live], set()
         return self.dead != (before or [])
 
     def doubt(self, blocks: Sequence[Block], returned: Collection[str]) -> None:
@@ -54,9 +57,9 @@ class Liveness:
         if again:
             self._doubted |= {n for n, m in self._adapters.items() if any(id(p) in again for p in m.parameters())}
 
-    def _reached(self, module: nn.Module) -> bool:
-        found = [p.grad is not None for p in module.parameters() if p.requires_grad and id(p) in self._trained]
-        return not found or (all(found) if self._whole else any(found))
+    def _arrived(self, module: nn.Module) -> list[bool]:
+        """Tell of each tensor of an adapter that trains whether it has a gradient."""
+        return [p.grad is not None for p in module.parameters() if p.requires_grad and id(p) in self._trained]
 
 
 def unreached(modules: Mapping[str, Sequence[nn.Parameter]]) -> list[str]:

@@ -59,6 +59,8 @@ class Once(Constant):
         calibration: how many batches the metric sees before the decision. A Trainer takes so many; a bare loop gives as
             many as it likes. 0 for a metric that needs none (`lrkit.metrics.Magnitude`, for example): the decision is then
             taken by `bind`.
+        start: counts for nothing: the one decision goes by `target`.
+        interval: counts for nothing, likewise.
         warmup: always 0.
         final: always the whole run.
         first_step: always 1.

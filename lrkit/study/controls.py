@@ -12,12 +12,12 @@ Each control of a row trains that row's parameterization, with its penalty and s
 All but the last need the row's own cell: see `lrkit.study.needs`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attrs
 
-from lrkit.compose import with_setting
+from lrkit.compose import from_plain, with_setting
 from lrkit.errors import LrkitError, nearest
 from lrkit.ranks import divisor
 from lrkit.study.composing import without
@@ -96,7 +96,7 @@ def controlled(plain: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     The ranks are the method's own until `allocated` fills them in.
 
     Raises:
-        LrkitError: the method has no policy, or no ranks.
+        LrkitError: the method has no policy, or no ranks; or its adapters begin with others than it is given.
     """
     if plain["metric"] is None:
         raise LrkitError(f'control "{kind}" asks where the rank went, and the row has no policy that moves any')
@@ -104,7 +104,15 @@ def controlled(plain: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
         name = plain["parameterization"]["name"]
         raise LrkitError(f'control "{kind}" gives ranks, and parameterization "{name}" has none')
     if kind != "cut-at-end":
-        return without({**plain, "also": []}, "policy")
+        alone = without({**plain, "also": []}, "policy")
+        part = from_plain(alone).parameterization
+        if part.components != getattr(part, "rank", None):
+            given = f"{plain['parameterization']['name']} of rank {plain['parameterization']['rank']}"
+            raise LrkitError(
+                f'control "{kind}" trains at ranks that are given, and parameterization {given} begins with '
+                f"{part.components}: in the control, set what makes it more than it is given"
+            )
+        return alone
     copy = dict(plain)
     for path, value in (("warmup", 1.0), ("final", 0.0)):
         copy = with_setting(copy, f"scheduler.{path}", value)
@@ -174,8 +182,9 @@ _OWN_SCALES = (
 def _same_scale(method: dict[str, Any], source: Source, made: "Allocation") -> dict[str, Any]:
     """Set α so that the increment is scaled as in the source, in every layer.
 
-    With α/r there, r being its first or its first mean rank, it is α'/(mean rank) here, α' = α · (mean rank)/r; with α/√r it
-    is α' = α · √(mean rank)/√r. The method has the source's α, or its own if that is tuned.
+    With one scale α/r in all layers there, it is α'/(mean rank) here, α' = α · (mean rank)/r; with α/√r it is
+    α' = α · √(mean rank)/√r. If each layer there is scaled by its own rank in the end (FIM-LoRA, GoRA), so it is here. The
+    method has the source's α, or its own if that is tuned.
 
     Raises:
         LrkitError: the source's layers have scales of their own.
@@ -184,10 +193,26 @@ def _same_scale(method: dict[str, Any], source: Source, made: "Allocation") -> d
     alpha = method["parameterization"].get("alpha")
     if alpha is None:
         return method
-    first = [layer.initial_rank or 0 for layer in source.result.layers]
-    if part.get("scale_by") != "mean-rank" and len({*first}) > 1:
-        raise LrkitError(_OWN_SCALES)
+    by = part.get("scale", "rank")
+    kept = [layer for layer in source.result.layers if layer.rank and layer.scale is not None]
+    if kept and not _equal(layer.scale for layer in kept):
+        if not _equal((layer.scale or 0.0) * divisor(layer.rank or 1, by) / part["alpha"] for layer in kept):
+            raise LrkitError(_OWN_SCALES)
+        # Each layer there is scaled by the rank that it was given, and so it is here.
+        return with_setting(method, "parameterization.scale_by", "own-rank")
+    if kept:
+        there = part["alpha"] / kept[0].scale
+    else:  # a cell from before scales were written down
+        first = [layer.initial_rank or 0 for layer in source.result.layers]
+        if part.get("scale_by") != "mean-rank" and len({*first}) > 1:
+            raise LrkitError(_OWN_SCALES)
+        there = divisor(sum(first) / len(first), by)
     mean = made.total / len(made.layers())
     method = with_setting(method, "parameterization.scale_by", "mean-rank")
-    here, there = (divisor(rank, part.get("scale", "rank")) for rank in (mean, sum(first) / len(first)))
-    return with_setting(method, "parameterization.alpha", alpha * here / there)
+    return with_setting(method, "parameterization.alpha", alpha * divisor(mean, by) / there)
+
+
+def _equal(numbers: Iterable[float | None]) -> bool:
+    """Return whether all of these are equal, but for rounding."""
+    found = [number or 0.0 for number in numbers]
+    return max(found) - min(found) <= 1e-6 * max(map(abs, found))

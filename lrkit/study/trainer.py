@@ -55,7 +55,7 @@ class RunTrainer(Trainer):
         self._adapted, self._rows, self._objective, self._order = adapted, rows, objective, order
         self._sample = rows.sample if objective is None else objective.inputs(rows.sample)
         last = self.args.max_steps - 1
-        self._counted: tuple[int, float] | None = None
+        self._counted: tuple[tuple[int, ...], float] | None = None
         self._calibration = 0.0
         self._points = {round(i * last / (_POINTS - 1)) for i in range(_POINTS)}
         self._tokens: torch.Tensor | int = 0
@@ -173,7 +173,8 @@ class RunTrainer(Trainer):
         return asked
 
     def _log_flops(self) -> None:
-        trains = self._adapted.summary().now
+        # Of as many parameters in other layers the backward pass may be another.
+        trains = self._adapted.summary().now, *(p.requires_grad for p in self._adapted.parameters())
         if self._counted is None or self._counted[0] != trains:
             self._counted = trains, self._flops(counts.of_step)
         before, self._calibration = self._calibration, 0.0

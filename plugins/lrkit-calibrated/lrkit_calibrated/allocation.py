@@ -31,6 +31,8 @@ class _Allocation(lrkit.Action):
         """Components that are given begin with an increment of zero only where no core value scales them."""
         if any(part.core for part in parameterization.parts):
             return "it gives layers fresh components, whose core value (λ) it does not know"
+        if any(part.started for part in parameterization.parts):
+            return "it draws all components anew, and those that go would take pieces of the base's weight with them"
         return None
 
     def apply(self, blocks: Sequence[lrkit.Block], kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:

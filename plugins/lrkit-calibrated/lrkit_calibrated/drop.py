@@ -72,9 +72,14 @@ class Drop(lrkit.Action):
 
     def refusal(self, parameterization: lrkit.Parameterization) -> str | None:
         """Ask for matrices that train, since nothing else is set to zero."""
-        if any(part.matrix and part.trains for part in parameterization.parts):
-            return None
-        return "it drops projection matrices that train, and this parameterization has none"
+        parts = [part for part in parameterization.parts if part.trains]
+        if not any(part.matrix for part in parts):
+            return "it drops projection matrices that train, and this parameterization has none"
+        if any(part.started for part in parts):
+            return "matrices of zeros would take the piece of the base's weight with them that they began with"
+        if left := [part.name for part in parts if part.axis is None and not part.matrix]:
+            return f"a layer whose matrices are dropped would train its {left[0]} on"
+        return None
 
     def decide(self, ballot: Ballot) -> Verdict:
         """Keep the fewest candidates whose scores sum to T of all candidates' scores."""

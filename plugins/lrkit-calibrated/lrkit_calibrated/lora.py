@@ -22,19 +22,27 @@ class Rescaled(LowRank):
         a: as `LowRank` takes it.
         b: as `LowRank` takes it.
         alpha: α.
+        rank: r of the scale at first.
         scale: the divisor, ``"rank"`` or ``"sqrt-rank"``.
         dropout: as `LowRank` takes it.
     """
 
     def __init__(
-        self, base: Any, a: Any, b: Any, *, alpha: float, scale: Literal["rank", "sqrt-rank"], dropout: float = 0.0
+        self,
+        base: Any,
+        a: Any,
+        b: Any,
+        *,
+        alpha: float,
+        rank: float,
+        scale: Literal["rank", "sqrt-rank"],
+        dropout: float = 0.0,
     ) -> None:
         self._alpha, self._divisor = alpha, scale
         super().__init__(base, a, b, dropout=dropout)
-        first = float(max(1, self.rank // self.maps))
-        self.scale_rank = nn.Parameter(torch.full((1,), first, device=a.device), requires_grad=False)
+        self.scale_rank = nn.Parameter(torch.full((1,), float(rank), device=a.device), requires_grad=False)
         self._read: tuple[int, int] | None = None
-        self._now = alpha / divisor(first, scale)
+        self._now = alpha / divisor(rank, scale)
 
     @property
     def scaling(self) -> float:
@@ -75,9 +83,12 @@ class AllocatedLoRA(LoRA):
     )
 
     def __attrs_post_init__(self) -> None:
-        """Refuse a start whose increment is counted from the base's weight with a scale that may change."""
-        if self.scale_of == "new-rank" and self.init not in ("kaiming", "orthogonal"):
-            raise LrkitError(f'{type(self).__name__}: init="{self.init}" goes with scale_of="first-rank" alone')
+        """Refuse any other start: components that a layer is given begin as in ``"kaiming"``, in the place of all it had."""
+        if self.init != "kaiming":
+            raise LrkitError(
+                f'{type(self).__name__}: init="{self.init}" would be lost, since all components are drawn anew when layers '
+                'are given their ranks: leave it at "kaiming"'
+            )
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer with A and B beside it."""
@@ -85,7 +96,8 @@ class AllocatedLoRA(LoRA):
         if self.scale_of == "first-rank":
             return made
         plain: Any = made
-        return Rescaled(target, plain.A, plain.B, alpha=self.alpha, scale=self.scale, dropout=self.dropout)
+        rank = target.scale_rank(self.rank, self.scale_by)
+        return Rescaled(target, plain.A, plain.B, alpha=self.alpha, rank=rank, scale=self.scale, dropout=self.dropout)
 
     def fresh(
         self, module: nn.Module, count: int, generator: torch.Generator, memory: Mapping[str, Tensor]

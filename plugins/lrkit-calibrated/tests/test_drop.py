@@ -107,3 +107,37 @@ def test_wrong_samples_are_refused():
     for sample in (0.0, 1.0, -1.0, "a", None):
         with pytest.raises(lrkit.LrkitError, match="sample must be"):
             lora_drop(sample=sample)
+
+
+@pytest.mark.parametrize(
+    ("parameterization", "why"),
+    [
+        (lrkit.parameterizations.DoRA(), "would train its magnitude on"),
+        (lrkit.parameterizations.VectorScaled(), "would train its out_scale on"),
+        (lrkit.parameterizations.LoRA(init="pissa"), "take the piece of the base's weight with them"),
+    ],
+)
+def test_layers_that_would_not_be_dropped(parameterization, why):
+    """An adapter that is more than its matrices, or whose zeros change the layer, is refused."""
+    with pytest.raises(lrkit.LrkitError, match=why):
+        attrs.evolve(lora_drop(), parameterization=parameterization)
+
+
+def test_needless_calibration_loses_nothing():
+    """`calibrate` on a method that is bound and asks for none says so, and the next step's rows count as ever."""
+    scores = []
+    for needless in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+        adapted = lrkit.attach(model, lora_drop(rank=3, sample=0.5), targets=["0", "2"], train_also=())
+        optimizer = torch.optim.AdamW(adapted.parameters(), lr=0.05)
+        adapted.bind(optimizer, total_steps=20)
+        for step in range(3):
+            if needless and step == 1:
+                with pytest.warns(lrkit.LrkitWarning, match="asks for no calibration"):
+                    adapted.calibrate([])
+            model(torch.randn(16, 6, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        scores.append(adapted.scores())
+    assert scores[0] == scores[1]

@@ -1,5 +1,7 @@
 """EVA beside PEFT's, and its incremental PCA beside an SVD of all rows at once."""
 
+import warnings
+
 import lrkit_calibrated
 import models
 import numpy as np
@@ -183,6 +185,22 @@ def test_nothing_square_is_kept():
     for name, adapter in adapted.adapters.items():
         kept = sum(values.numel() for values in state.statistics.kept_of(name).values())
         assert kept == 9 * adapter.d_in + 8 + 2
+
+
+def test_layers_of_rank_0_change_nothing():
+    """Layers that a table gives nothing are beside the ranking: the others' ranks are those of a model without them."""
+    batches = [models.ragged(i) for i in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = calibrated(models.make("bert", seed=3), eva(rank={"query": 0, "*": 4}), batches)
+    model = models.make("bert", seed=3)
+    wanted = lrkit.attach(model, eva(rank={"*": 4}), exclude=["query"])
+    wanted.calibrate(batches)
+    ranks = {layer.name: layer.rank for layer in table.summary().layers}
+    assert {name: rank for name, rank in ranks.items() if not name.endswith("query")} == {
+        layer.name: layer.rank for layer in wanted.summary().layers
+    }
+    assert all(rank == 0 for name, rank in ranks.items() if name.endswith("query"))
 
 
 def test_ranks_may_be_a_table():

@@ -1,5 +1,6 @@
 """FIM-LoRA: the metric and the ranks against plain backward passes in float64."""
 
+import attrs
 import lrkit_calibrated
 import models
 import peft
@@ -95,8 +96,21 @@ def test_a_scale_follows_or_stays():
             r = adapter.rank if scale_of == "new-rank" else 4
             assert adapter.scaling == pytest.approx(16 / r)
             assert adapter.export_factors()[3] == pytest.approx(16 / r)
-    with pytest.raises(lrkit.LrkitError, match=r"pissa.*first-rank"):
-        AllocatedLoRA(init="pissa")
+    table = {"query": 2, "*": 4}
+    for by, wanted in (("own-rank", [4.0, 8.0]), ("mean-rank", [16 / (11 / 3)])):
+        alone = lrkit.Method(parameterization=AllocatedLoRA(rank=table, scale_by=by))
+        found = {a.scaling for a in lrkit.attach(models.make("bert"), alone).adapters.values()}
+        assert sorted(found) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_other_starts_refused(init):
+    """All components are drawn anew: another start would be lost, and one from the base would take a piece of it along."""
+    with pytest.raises(lrkit.LrkitError, match=f'init="{init}" would be lost'):
+        AllocatedLoRA(init=init)
+    if init != "orthogonal":
+        with pytest.raises(lrkit.LrkitError, match="take pieces of the base's weight with them"):
+            attrs.evolve(fim_lora(), parameterization=lrkit.parameterizations.LoRA(init=init))
 
 
 def test_bounds_around_the_budget():

@@ -300,3 +300,25 @@ def test_ffn_again(record_of):
     assert (own.verdict, at_one.verdict) == ("open", "not replicated")
     assert f"ahead by {100 * own.tasks[0].difference:.1f} (p {own.p_holm:.2g}, open)" in page
     assert f"not ahead at all ({ffn:.1f} and {same:.1f} %; an advantage of a point is excluded)" in page
+
+
+def test_questions(record_of):
+    """The means and the trials that the page compares, in F1."""
+    record, page = record_of("questions"), told()
+    mean = {row: statistics.fmean(cell.result.score for cell in cells_of(record, row)) for row in ("lora", "adalora")}
+    assert (
+        f"AdaLoRA's F1 on questions about a text is {100 * mean['adalora']:.1f}, LoRA's {100 * mean['lora']:.1f}"
+        in page
+    )
+    (guess,) = (task.majority for task in record.tasks)
+    assert f"the best answer without learning has {100 * guess:.1f}" in page
+    trial = {}
+    for index, row in enumerate(record.rows):
+        for each in trials_of(record, index, "squad"):
+            trial[row.label, each.settings["run.lr"]] = f"{100 * each.mean:.1f}"
+    low, best = trial["lora", 0.001], trial["lora", 0.003]
+    lora = f"it chose 3e-3 ({best} in its trial; {low} at 1e-3), and at 1e-2 it learns nothing"
+    assert f"{lora} ({trial['lora', 0.01]})" in page
+    assert f"({trial['adalora', 0.001]} at 1e-3, {trial['adalora', 0.003]} at 3e-3)" in page
+    assert f"AdaLoRA bears 1e-2, and there it has {trial['adalora', 0.01]}" in page
+    assert all(float(trial["lora", rate]) > float(trial["adalora", rate]) for rate in (0.001, 0.003))

@@ -12,7 +12,7 @@ Each control of a row trains that row's parameterization, with its penalty and s
 All but the last need the row's own cell: see `lrkit.study.needs`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attrs
@@ -194,14 +194,16 @@ def _same_scale(method: dict[str, Any], source: Source, made: "Allocation") -> d
     if alpha is None:
         return method
     by = part.get("scale", "rank")
-    kept = [layer for layer in source.result.layers if layer.rank and layer.scale is not None]
-    if kept and not _equal(layer.scale for layer in kept):
-        if not _equal((layer.scale or 0.0) * divisor(layer.rank or 1, by) / part["alpha"] for layer in kept):
+    scaled = [layer for layer in source.result.layers if layer.initial_rank and layer.scale is not None]
+    if scaled and not _equal([layer.scale or 0.0 for layer in scaled]):
+        kept = [layer for layer in scaled if layer.rank]
+        own = [(layer.scale or 0.0) * divisor((layer.rank or 1) / layer.maps, by) for layer in kept]
+        if not _equal([part["alpha"], *own]):
             raise LrkitError(_OWN_SCALES)
         # Each layer there is scaled by the rank that it was given, and so it is here.
         return with_setting(method, "parameterization.scale_by", "own-rank")
-    if kept:
-        there = part["alpha"] / kept[0].scale
+    if scaled:
+        there = part["alpha"] / scaled[0].scale
     else:  # a cell from before scales were written down
         first = [layer.initial_rank or 0 for layer in source.result.layers]
         if part.get("scale_by") != "mean-rank" and len({*first}) > 1:
@@ -212,7 +214,6 @@ def _same_scale(method: dict[str, Any], source: Source, made: "Allocation") -> d
     return with_setting(method, "parameterization.alpha", alpha * divisor(mean, by) / there)
 
 
-def _equal(numbers: Iterable[float | None]) -> bool:
-    """Return whether all of these are equal, but for rounding."""
-    found = [number or 0.0 for number in numbers]
-    return max(found) - min(found) <= 1e-6 * max(map(abs, found))
+def _equal(numbers: Sequence[float]) -> bool:
+    """Return whether all of these, at least one, are equal but for rounding."""
+    return max(numbers) - min(numbers) <= 1e-6 * max(map(abs, numbers))

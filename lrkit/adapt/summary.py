@@ -154,7 +154,8 @@ def summarize(controller: "Controller", head: int, coverage: "Coverage | None" =
         frozen = tuple(part.name for part in matrices if run.froze(part.of(module)))
         trains = run.starts[name], counts[name], average[name]
         d_in, d_out = layer_shape(getattr(module, "base", module)) or (None, None)
-        scale = None if (scaling := getattr(module, "scaling", None)) is None else float(scaling)
+        scaling = getattr(module, "scaling", None)  # of a module of PEFT it is a table by adapter
+        scale = float(scaling) if isinstance(scaling, float | int) else None
         layers.append(LayerSummary(name, rank, initial, frozen, *trains, d_in, d_out, maps_of(module), scale))
     beside = run.starts[BESIDE], counts[BESIDE], average[BESIDE]
     return Summary(tuple(layers), head, controller.step, beside[0], coverage, *beside[1:])

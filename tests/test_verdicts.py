@@ -322,3 +322,17 @@ def test_questions(record_of):
     assert f"({trial['adalora', 0.001]} at 1e-3, {trial['adalora', 0.003]} at 3e-3)" in page
     assert f"AdaLoRA bears 1e-2, and there it has {trial['adalora', 0.01]}" in page
     assert all(float(trial["lora", rate]) > float(trial["adalora", rate]) for rate in (0.001, 0.003))
+
+
+def test_prompts(record_of):
+    """The perplexities that the page compares, and that every seed agrees."""
+    record, page = record_of("prompts"), told()
+    scores = {row: [cell.result.score for cell in cells_of(record, row)] for row in ("lora", "aflora")}
+    mean = {row: statistics.fmean(each) for row, each in scores.items()}
+    assert f"LoRA's perplexity is {mean['lora']:.3f}, AFLoRA's {mean['aflora']:.3f}" in page
+    assert all(a < b for a, b in zip(scores["lora"], scores["aflora"], strict=True))
+    size = {row: statistics.fmean(c.result.parameters.average for c in cells_of(record, row)) / 1000 for row in scores}
+    assert f"{size['aflora']:,.0f},000 parameters on average against {size['lora']:,.0f},000" in page
+    for index in (0, 1):
+        trial = [f"{each.mean:.2f}" for each in trials_of(record, index, "gsm8k")]
+        assert f"{trial[0]}, {trial[1]} and {trial[2]}" in page

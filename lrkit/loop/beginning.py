@@ -82,8 +82,7 @@ def decide(loop: Controller, states: Sequence[PolicyState], optimizer: torch.opt
         state.times = rules.timetable(state, loop.total_steps or MOST_STEPS)
         metric, scheduler = state.policy.metric, type(state.policy.scheduler).__name__
         if not loop.total_steps and not state.times.last:  # `bind` will pass over a schedule that has ended
-            for key, message in rules.forewarnings(state, state.times):
-                loop.warn(f"{key} {state.index}", message)
+            rules.forewarn(state, state.times, loop.warn)
         lose = state.times.budget(0) < state.costs.whole
         if lose and remembers(metric) and not state.statistics.observations:
             loop.warn(

@@ -131,8 +131,7 @@ class Controller:
         """Say once what a run of so many steps will not reach by its schedules."""
         for state in self.policies:
             if not state.ended:
-                for key, message in rules.forewarnings(state, state.over(total_steps)):
-                    self.warn(f"{key} {state.index}", message)
+                rules.forewarn(state, state.over(total_steps), self.warn)
 
     def objection(self, total_steps: int) -> str | None:
         """Say why a run that has begun cannot go on as one of so many steps; None if it can."""

@@ -1,6 +1,6 @@
 """Questions to a policy before a run: does its schedule fit, what will it miss, what would another length change."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from lrkit.errors import LrkitError, shown
 from lrkit.loop.course import course, is_known
@@ -70,6 +70,12 @@ def unfinished(policies: Sequence[PolicyState], step: int, total_steps: int | No
         f"training ends at step {step} of {total_steps}, before the last decision at step {max(ends)}: the budget was not "
         "reached"
     )
+
+
+def forewarn(state: PolicyState, times: Timetable, warn: Callable[[str, str], None]) -> None:
+    """Warn once of each thing that a run will not reach by a policy's schedule, bound to the run."""
+    for key, message in forewarnings(state, times):
+        warn(f"{key} {state.index}", message)
 
 
 def forewarnings(state: PolicyState, times: Timetable) -> Iterator[tuple[str, str]]:

@@ -10,13 +10,13 @@ import attrs
 from lrkit.compose import to_plain
 from lrkit.errors import LrkitError, nearest, shown
 from lrkit.study.cell import components_of
-from lrkit.study.cell_folder import forget, has_result, is_packed, tidy_done
+from lrkit.study.cell_folder import forget, has_result, tidy_done
 from lrkit.study.executors import gpus
 from lrkit.study.graph import jobs_of
 from lrkit.study.jobs import Job, Told, row_devices
 from lrkit.study.ledger import write_plan
 from lrkit.study.loading import loading_from
-from lrkit.study.missing import missing_of
+from lrkit.study.missing import made_anew, missing_of
 from lrkit.study.old import check_old, tell_damaged, with_old
 from lrkit.study.plan import Plan
 from lrkit.study.pool import chosen, run_jobs
@@ -218,7 +218,7 @@ def run_missing(
     if packed is not None and not recompute:
         take_in(packed, plan, jobs, tasks, folder)
     jobs = with_old(jobs, folder, keep_old, recompute)
-    again = {job.key for job in jobs if recompute and is_packed(cells / job.key)}
+    again = made_anew(jobs, cells, recompute)
     waiting = missing_of(jobs, cells, again)
     done = {job.key for job in jobs} - waiting.keys()
     total = len(done) + len(waiting)

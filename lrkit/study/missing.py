@@ -25,6 +25,11 @@ def missing_of(jobs: Sequence[Job], cells: Path, again: AbstractSet[str]) -> dic
     return missing
 
 
+def made_anew(jobs: Sequence[Job], cells: Path, recompute: bool) -> set[str]:
+    """Return the keys of the cells that were taken in from a pack, if these are computed again."""
+    return {job.key for job in jobs if recompute and is_packed(cells / job.key)}
+
+
 def count_done(
     plan: Plan, tasks: Mapping[str, TaskRecord], folder: Path, *, keep_old: bool = False, recompute: bool = False
 ) -> tuple[int, int]:
@@ -36,6 +41,6 @@ def count_done(
     cells = folder / "cells"
     jobs = with_old(jobs_of(plan), folder, keep_old, recompute)
     check_folder(plan, jobs, tasks, folder)
-    missing = missing_of(jobs, cells, {job.key for job in jobs if recompute and is_packed(cells / job.key)})
+    missing = missing_of(jobs, cells, made_anew(jobs, cells, recompute))
     every = {job.key for job in jobs}
     return len(every) - len(missing), len(every)

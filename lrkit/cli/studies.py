@@ -115,6 +115,7 @@ def ablate(
     from lrkit.study.packed import read_pack
     from lrkit.study.plan import lay_out
     from lrkit.study.pool import chosen
+    from lrkit.study.precision import slow_bf16
     from lrkit.study.taken import source_of
 
     if list_:
@@ -139,6 +140,9 @@ def ablate(
         tasks = check(plan)
         done = None if out is None else count_done(plan, tasks, out, keep_old=keep_old, recompute=recompute)
         study_screen.show_plan(plan, tasks, as_json, done)
+        each_run = (plan.settings(row, each, 0).bf16 for row in plan.rows for each in plan.tasks)
+        if executor == "local" and (line := slow_bf16(each_run)) is not None:
+            screen.complain(line)
         return
     if out is None:
         raise LrkitError("give the study's folder: --out DIR")

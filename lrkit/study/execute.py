@@ -1,6 +1,7 @@
 """Run a study: `check` all of it, write its plan, run the cells that are missing, and measure costs: `execute`."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import attrs
 
 from lrkit.compose import to_plain
-from lrkit.errors import LrkitError, nearest, shown
+from lrkit.errors import LrkitError, LrkitWarning, nearest, shown
 from lrkit.study.cell import components_of
 from lrkit.study.cell_folder import forget, has_result, tidy_done
 from lrkit.study.executors import gpus
@@ -20,6 +21,7 @@ from lrkit.study.missing import made_anew, missing_of
 from lrkit.study.old import check_old, tell_damaged, with_old
 from lrkit.study.plan import Plan
 from lrkit.study.pool import chosen, run_jobs
+from lrkit.study.precision import slow_bf16
 from lrkit.study.run_settings import steps_of
 from lrkit.study.scores import check_share
 from lrkit.study.study_file import TaskRecord
@@ -162,7 +164,14 @@ def execute(
         checkpoint_seconds=checkpoint_seconds,
         report_to=report_to,
     )
-    begun = None if started is None else lambda missing, total: started(missing, total, max(1, at_once))
+
+    def begun(missing: Sequence[Job], total: int) -> None:
+        # Cells of other executors run elsewhere, and this machine says nothing about them.
+        if executor == "local" and (line := slow_bf16(job.cell.run["bf16"] for job in missing)) is not None:
+            warnings.warn(line, LrkitWarning, stacklevel=5)
+        if started is not None:
+            started(missing, total, max(1, at_once))
+
     outcome = run_missing(
         plan,
         folder,
@@ -188,7 +197,7 @@ def run_missing(
     executor: Callable[[], Executor],
     conditions: Conditions,
     told: Told | None,
-    started: Callable[[Sequence[Job], int], None] | None,
+    started: Callable[[Sequence[Job], int], None],
     keep_old: bool,
     recompute: bool = False,
     packed: Source | None = None,
@@ -234,8 +243,7 @@ def run_missing(
     tell_damaged(folder, list(waiting))
     for key in done:
         tidy_done(cells / key)
-    if started is not None:
-        started(list(waiting.values()), total)
+    started(list(waiting.values()), total)
     answers = {} if first is None else run_jobs(waiting, cells, first, executor, conditions, told, total)
     names = {job.key: str(job) for job in jobs}
     return Outcome(

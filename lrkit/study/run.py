@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from lrkit.errors import LrkitWarning
 from lrkit.loop.history import Decision
 from lrkit.study.checkpoints import Record
 from lrkit.study.files import CellResult, Parameters, RunFlops
 from lrkit.study.loaded import AS_EVER, Tokens, forget, model_for, steps_for, tokens_for
 from lrkit.study.loading import Loading
+from lrkit.study.precision import slow_bf16
 from lrkit.study.run_settings import Progress, RunSettings, rates, settings_from, steps_of, total_steps
 
 if TYPE_CHECKING:
@@ -134,6 +136,8 @@ def train(
     from lrkit.adapt.adapted import attach
 
     settings = settings or RunSettings()
+    if (slow := slow_bf16([settings.bf16])) is not None:
+        warnings.warn(slow, LrkitWarning, stacklevel=2)
     tell = say or (lambda _: None)
     there = len(task.train)
     used = min(there, settings.train_rows or there)

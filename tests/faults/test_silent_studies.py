@@ -299,6 +299,7 @@ def test_counts_that_are_not_exact(capsys):
     assert "--json has the range" in found
 
 
+@pytest.mark.filterwarnings("ignore:run.bf16:lrkit.errors.LrkitWarning")
 def test_second_run_in_bfloat16():
     """A run in bfloat16 computes so in whichever place of its process: accelerate's mark on the model would turn it off."""
     losses = []

@@ -251,6 +251,7 @@ def test_threads_that_the_environment_asks_for(place, tmp_path, monkeypatch):
     assert json.loads(env.read_text())["threads"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:run.bf16:lrkit.errors.LrkitWarning")
 def test_a_run_leaves_nothing_to_the_next(place, tmp_path):
     """Each cell saves the bytes that it saves alone, whatever ran before: bfloat16, another seed, another method."""
     rows = [

@@ -268,21 +268,20 @@ class Bytes:
         gradients: of all parameters that have one.
         optimizer: the optimizer's state.
         adaptive: lrkit's own: statistics, masks, and indices of units.
+        buffers: of the whole model; some quantized layers (GPTQ's) keep their weights there.
+        copies: old values for `detach`, of what trains and was the model's own: of all in full fine-tuning.
     """
 
     parameters: int
     gradients: int
     optimizer: int
     adaptive: int
+    buffers: int
+    copies: int
 
 
 def memory(adapted: Adapted, optimizer: torch.optim.Optimizer | None = None) -> Bytes:
-    """Count the bytes that a run holds now.
-
-    Args:
-        adapted: the handle.
-        optimizer: the one that has state to count; None for none.
-    """
+    """Count the bytes that a run holds now, with those of an optimizer's state if one is given."""
     unique = list(adapted.model.parameters())
     states = optimizer.state.values() if optimizer is not None else ()
     policies = adapted.controller.policies
@@ -292,6 +291,8 @@ def memory(adapted: Adapted, optimizer: torch.optim.Optimizer | None = None) -> 
         gradients=_bytes([p.grad for p in unique if p.grad is not None]),
         optimizer=_bytes([v for state in states for v in state.values() if isinstance(v, Tensor)]),
         adaptive=_bytes(own),
+        buffers=_bytes(list(adapted.model.buffers())),
+        copies=_bytes(adapted.copies()),
     )
 
 

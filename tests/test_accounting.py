@@ -169,6 +169,8 @@ def test_bytes_fall():
     first = accounting.memory(adapted, optimizer)
     ranked = sum(m.A.numel() + m.B.numel() for m in adapted.adapters.values() if m.A.requires_grad)
     assert first.adaptive <= 8 * ranked + 1024
+    assert first.copies == 4 * sum(p.numel() for p in adapted.head_parameters()) > 0
+    assert first.buffers == sum(b.numel() * b.element_size() for b in model.buffers()) > 0
     trained = sum(p.numel() for p in adapted.parameters())
     assert first.optimizer == 8 * trained + 4 * len(list(adapted.parameters()))
     fit(model, adapted, steps=19, optimizer=optimizer, bind=False)

@@ -45,7 +45,7 @@ def spread(mean, sd=0.004):
     [
         (0.02, 0.015, 0.01, "replicated", "ahead"),
         (-0.02, -0.015, 0.01, "not replicated", "behind"),
-        (0.0, 0.0, 0.01, "not replicated", "an advantage of 0.01 is excluded on every task"),
+        (0.0, 0.0, 0.01, "not replicated", "an advantage of 1 point is excluded on every task"),
         (0.0, 0.0, 0.001, "open", "is not excluded on every task"),
         (0.0, 0.0, None, "open", "no margin was stated"),
     ],
@@ -145,7 +145,8 @@ def test_open_claims_name_seeds(tmp_path):
     (found,) = judged(tmp_path / "s", wide)
     show, exclude = seeds_to_show([0.02, 0.03], 0.01), seeds_to_exclude([0.02, 0.03], 0.01)
     assert (
-        f"; about {show} seeds would probably (0.8) show an advantage of 0.01, about {exclude} exclude it" in found.why
+        f"; about {show} seeds would probably (0.8) show an advantage of 1 point, about {exclude} exclude it"
+        in found.why
     )
     rng, spreads, margin = np.random.default_rng(5), (0.006, 0.008), 0.01
     shown = excluded = 0
@@ -181,7 +182,7 @@ def test_seeds_beside_disagreement(tmp_path):
     (found,) = judged(tmp_path / "s", wide, margin)
     needed = seeds_to_exclude(spreads, margin, means=[seen[0], 0.0])
     assert found.verdict == "open" and "do not settle" not in found.why
-    assert f"behind on rte); about {needed} seeds would probably (0.8) exclude an advantage of 0.01" in found.why
+    assert f"behind on rte); about {needed} seeds would probably (0.8) exclude an advantage of 1 point" in found.why
     rng, excluded = np.random.default_rng(6), 0
     for _ in range(100):
         tasks = [list(rng.normal(mean, each, needed)) for mean, each in zip((seen[0], 0.0), spreads, strict=True)]

@@ -37,6 +37,7 @@ from lrkit.study.study_file import (
     read_study_file,
     write_study_file,
 )
+from lrkit.study.tuned import lr_of
 
 SPECIMENS = Path(__file__).parent / "specimens"
 
@@ -163,7 +164,10 @@ def test_old_studies_read_the_same() -> None:
     expected = json.loads((SPECIMENS / "study_as_read.json").read_text())
     record = read_study(SPECIMENS / "study")
     found: dict[str, Any] = {"title": record.title, "cells": []}
-    found["rows"] = [[r.label, r.lr, [[c.path, c.base, c.value] for c in r.changes]] for r in record.rows]
+    found["rows"] = [
+        [row.label, lr_of(record, n, record.tasks[0].name), [[c.path, c.base, c.value] for c in row.changes]]
+        for n, row in enumerate(record.rows)
+    ]
     found["tasks"] = [[task.name, task.metric, task.majority] for task in record.tasks]
     for cell in record.cells:
         result = cell.result
@@ -238,7 +242,7 @@ def test_missing_keys_have_defaults(tmp_path: Path) -> None:
     study = read_study_file(tmp_path)
     assert study is not None
     assert (study.train_also, study.note, study.costs) == ("auto", "", ())
-    assert {(row.lr, row.targets, row.train_also) for row in study.rows} == {("", None, None)}
+    assert all((row.rates, row.targets, row.train_also) == ({}, None, None) for row in study.rows)
     assert all(cell.old for cell in read_study(tmp_path).cells)
 
 

@@ -213,8 +213,8 @@ def test_table_by_hand(tmp_path: Path) -> None:
     assert (uneven.n, uneven.pairs, uneven.few_pairs, uneven.smallest_p) == (6, 6, False, 2 / 64)
     # Two rows tested: 2 * 2/64 = 0.0625 at best. 7 pairs: 2 * 2/128 = 0.031.
     assert table.limits == (
-        "With 2 rows tested and at most 6 pairs, no p can be below 0.062 after Holm's correction, whatever the scores; "
-        "7 pairs could bring it below 0.05.",
+        "With 2 rows beside the base and at most 6 pairs, no p can be below 0.062 after Holm's correction, whatever the "
+        "scores; 7 pairs could bring it below 0.05.",
     )
 
 
@@ -269,7 +269,7 @@ def test_table_per_task(tmp_path: Path) -> None:
     # Holm within a task: two rows there, whatever is tested elsewhere
     assert [row.p_holm for row in table.rows] == [None, 2 / 32, 2 * 2 / 64, None, 2 * 2 / 64, 2 * 2 / 64]
     assert table.limits[0].startswith("rte: Fewer than six pairs")
-    assert table.limits[1].startswith("movies: With 2 rows tested and at most 6 pairs")
+    assert table.limits[1].startswith("movies: With 2 rows beside the base and at most 6 pairs")
     alone = table_of(tmp_path / "alone", tasks=["movies"], **settings)
     for beside, by_itself in zip(table.of("movies").rows, alone.rows, strict=True):
         for name in ("mean", "sd", "pairs", "difference", "low", "high", "p", "p_holm"):

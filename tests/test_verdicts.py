@@ -6,6 +6,7 @@ import re
 import statistics
 from pathlib import Path
 
+import all_methods
 import pytest
 
 from lrkit.study.claims import judge, to_markdown
@@ -336,3 +337,20 @@ def test_prompts(record_of):
     for index in (0, 1):
         trial = [f"{each.mean:.2f}" for each in trials_of(record, index, "gsm8k")]
         assert f"{trial[0]}, {trial[1]} and {trial[2]}" in page
+
+
+def test_all_methods(record_of):
+    """The table of all methods is that of the packed cells, and no row is ahead of the tuned LoRA, as the page says."""
+    record, page = record_of("all-methods"), (DOCS / "methods" / "index.md").read_text()
+    lines = all_methods.table(record)
+    assert "\n".join(lines) in page
+    assert {status for status, count in record.counts.items() if count} == {"done"} and len(record.cells) == 2 * len(
+        record.rows
+    )
+    scores = {
+        row.label: statistics.fmean(each.score for each in record.cells_of(n)) for n, row in enumerate(record.rows)
+    }
+    assert max(scores, key=scores.get) == "lora, tuned"
+    guess = {each.result.majority for each in record.cells}
+    assert f"constant guess has {100 * statistics.fmean(guess):.1f} %" in page and len(guess) == 1
+    assert {each.result.parameters.head for each in record.cells} == {148_610}

@@ -116,6 +116,7 @@ class Verdict:
         fresh: how many new components each block gets; empty for none.
         core: the core value that each of them begins with; 0 leaves every output as it is.
         budget: the number of units that it went by, for the history; None for the ballot's budget.
+        told: what the user should know of this decision, in one line that becomes a warning: nothing was measured, say.
     """
 
     kept: Tensor
@@ -123,6 +124,7 @@ class Verdict:
     fresh: tuple[int, ...] = ()
     core: float = 0.0
     budget: int | None = None
+    told: str = ""
 
 
 def unsound(action: "Action", verdict: object, ballot: Ballot, most: int) -> str | None:

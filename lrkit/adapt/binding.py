@@ -185,6 +185,12 @@ class Binding:
         if loaded.cast:
             self.controller.warn("cast state", loaded.cast)
 
+    def compact(self) -> dict[str, int]:
+        """Cut components as `Adapted.compact` says."""
+        ranks = self.controller.compact(self.last())
+        self.follow()
+        return ranks
+
     def follow(self) -> None:
         """Let DDP follow tensors that have stopped training, train again, or are of another size."""
         self._outer.follow()

@@ -1,7 +1,6 @@
 """Modules and their places: adapters are put into a model, taken out for a while or for good, and merged into it."""
 
 import copy
-import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from lrkit.adapt.names import keep_names
 from lrkit.adapt.quantized import Layout
 from lrkit.adapt.reference import without
 from lrkit.adapt.sharding import refusal_to_attach
+from lrkit.adapt.surround import AROUND, ASIDE, Surround, set_forward
 from lrkit.errors import LrkitError, LrkitWarning, listing
 from lrkit.layers import kind_of
 from lrkit.layers.dequantized import is_packed
@@ -25,8 +25,6 @@ from lrkit.precision import is_plain
 from lrkit.shards import is_sharded
 
 _MARK = "_lrkit_adapted"
-_AROUND = "lrkit_around"
-_ASIDE = "_lrkit_aside"
 _OURS = f"{__package__}."
 
 
@@ -93,8 +91,7 @@ class Graft:
         replaced = {place.name: place for place in self._places}
         self._handles: list[Any] = [Layout(model)]
         self._handles += [handle for each in replaced.values() for handle in keep_names(each.after, each.before)]
-        if self.around is not None:
-            _surround(model, self.around)
+        self._surround = None if self.around is None else Surround(model, self.around)
         self.saves = pretrained.SaveNotice(model, replaced)
         self._depth = 0
         self.alive = True
@@ -135,7 +132,7 @@ class Graft:
                 yield
                 return
             if self.around is not None:
-                self.around.__dict__[_ASIDE] = True
+                self.around.__dict__[ASIDE] = True
             places = [(place.parent, place.attribute, place.before) for place in self._places]
             values = [(kept.tensor, self.masters.original(kept)) for kept in self.masters.kept]
             with without(places, values, self.model):
@@ -143,7 +140,7 @@ class Graft:
         finally:
             self._depth -= 1
             if self.around is not None and not self._depth:
-                self.around.__dict__.pop(_ASIDE, None)
+                self.around.__dict__.pop(ASIDE, None)
 
     def original(self, trained: set[int]) -> nn.Module:
         """Return a copy of the model as it was before attach.
@@ -161,7 +158,10 @@ class Graft:
         if self.around is not None:
             memo[id(self.around)] = None
         model = copy.deepcopy(self.model, memo)
-        _leave_alone(model)
+        if self._surround is not None:
+            model._modules.pop(AROUND, None)
+            # Whoever has wrapped the model's forward since, such as accelerate, wrapped that of the model, not of the copy.
+            set_forward(model, copy.deepcopy(self._surround.before, memo))
         delattr(model, _MARK)
         self.masters.restore_copies(memo)
         pretrained.strip(model)
@@ -212,7 +212,11 @@ class Graft:
         plain = {name: merged(self.model, name, self.originals[name], self.adapters[name]) for name in packed}
         for name, merge in merges.items():
             if name not in plain:
-                merge()
+                try:
+                    merge()
+                except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # of a plug-in's layer
+                    kind = type(self.adapters[name]).__name__
+                    raise LrkitError(f"{name}: {kind} cannot be merged: {' '.join(str(error).split())}") from error
         self.masters.settle()
         for place in self._places:
             place.before = plain.get(place.name, place.before)
@@ -239,7 +243,8 @@ class Graft:
         for place in self._places:
             setattr(place.parent, place.attribute, place.before.train(place.after.training))
             place.after.__dict__.pop(_MARK, None)
-        _leave_alone(self.model)
+        if self._surround is not None:
+            self._surround.leave()
         for p, flag in self._flags:
             p.requires_grad_(flag)
             p.grad = None
@@ -255,24 +260,3 @@ def _places(model: nn.Module, after: Mapping[str, nn.Module]) -> list[_Place]:
         for attribute, child in parent._modules.items()
         if child is not None and id(child) in names
     ]
-
-
-def _surround(model: nn.Module, around: nn.Module) -> None:
-    """Let the model's calls go through a module, which becomes a part of it."""
-    call = model.forward
-
-    @functools.wraps(call)  # the Trainer looks at the signature
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs) if _ASIDE in around.__dict__ else around(call, *args, **kwargs)
-
-    model.add_module(_AROUND, around)
-    model.__dict__["forward"] = forward
-
-
-def _leave_alone(model: nn.Module) -> None:
-    """Undo `_surround`, if it was done."""
-    if _AROUND in model._modules:
-        del model._modules[_AROUND]
-        call = model.__dict__.pop("forward").__wrapped__
-        if getattr(call, "__func__", None) is not type(model).forward:
-            model.__dict__["forward"] = call  # somebody else had replaced it before

@@ -247,7 +247,7 @@ class Adapted(Trained):
         self._graft.check()
         if not all(state.ended for state in self.controller.policies):
             raise LrkitError("masked components can still come back: compact() after the last decision")
-        return self.controller.compact(self._binding.last())
+        return self._binding.compact()
 
     def disabled(self) -> AbstractContextManager[None]:
         """Run the model as it was before `attach`, for a ``with`` block: its outputs bit for bit, a trained head's included.

@@ -88,7 +88,7 @@ class Archive:
         if controller.total_steps is None and saved.total_steps is not None:
             controller.foretell(saved.total_steps)
         # All was checked above, and nothing below can fail.
-        cast = self.weights.take(given, optimizer)
+        cast = self.weights.take(given, optimizer, self.weights.off(controller.components.frozen()))
         return Loaded(controller.loaded(saved, tensors), cast)
 
     @torch.inference_mode(False)

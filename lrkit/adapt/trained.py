@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lrkit.adapt.graft import Graft
 from lrkit.adapt.weights import Weights
@@ -49,6 +49,10 @@ class Trained:
         """Return the parameters that were put into the model, whether they train or not."""
         self._graft.check()
         return [p for p in self.model.parameters() if id(p) in self._weights.added]
+
+    def copies(self) -> list[Tensor]:
+        """Return the old values that `detach` puts back: of a head that trains, or of all in `full`."""
+        return [kept.copy for kept in self._graft.masters.kept]
 
     def parameter_groups(
         self,

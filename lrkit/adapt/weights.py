@@ -15,6 +15,11 @@ from lrkit.loop.state import misfit
 from lrkit.shards import held, is_sharded, mine
 from lrkit.units import Part, resize
 
+_REPLACED = (
+    "the model's parameters are no longer those that were attached: something (FSDP, quantization, a cast that makes new "
+    "ones, resize_token_embeddings) has replaced them: do that before attach"
+)
+
 LastOptimizer = Callable[[], torch.optim.Optimizer | None]
 """Returns the optimizer that is or was bound last, if it still lives."""
 
@@ -110,10 +115,7 @@ class Weights:
         """
         named = list(self.named())
         if len(named) != len(self.trained):
-            return (
-                "the model's parameters are no longer those that were attached: something (FSDP, quantization, a cast that "
-                "makes new ones) has replaced them"
-            )
+            return _REPLACED
         missing = [name for name, p in named if (p.requires_grad or id(p) in later) and id(p) not in held]
         if missing:
             when = " after fully_shard" if any(is_sharded(p) for _, p in named) else ""
@@ -137,6 +139,8 @@ class Weights:
         """Return the tensors that a state holds, by name: all that trains, and what the adapters keep beside it."""
         self.put_back()
         parameters = {name: p for name, p in self._model.named_parameters() if id(p) in self._saved}
+        if len(parameters) < len(self._saved):
+            raise LrkitError(_REPLACED)
         return {**parameters, **{name: self._model.get_buffer(name) for name in self._buffers}}
 
     def check(self, given: Mapping[str, Tensor], shapes: Mapping[int, tuple[int, ...]]) -> None:
@@ -158,8 +162,19 @@ class Weights:
             if tensor.shape != here.shape and is_sharded(here):
                 raise misfit(f"{name} has other ranks, and is sharded: load it into the model before fully_shard")
 
+    def off(self, frozen: Collection[int]) -> set[int]:
+        """Return the ``id`` of each tensor that has entries, and that somebody froze by hand: a LoRA-FA's A, say.
+
+        Args:
+            frozen: those that the method froze.
+        """
+        live = [p for p in self.parameters() if p.numel() and self._empty.get(id(p), p).numel()]
+        return {id(p) for p in live if not p.requires_grad and id(p) not in frozen}
+
     @torch.no_grad()
-    def take(self, given: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None) -> str | None:
+    def take(
+        self, given: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None, off: Collection[int] = ()
+    ) -> str | None:
         """Take over tensors that `check` has passed.
 
         A state in another precision is followed, unless these parameters were cast since attach.
@@ -167,6 +182,7 @@ class Weights:
         Args:
             given: tensors by name.
             optimizer: its state for a tensor of another rank goes.
+            off: what `off` returns: it stays frozen, whatever the state's step.
 
         Returns:
             A warning about the precision, or None.
@@ -189,13 +205,13 @@ class Weights:
                 assert isinstance(p, nn.Parameter)  # `check` was given other shapes for components alone
                 _make_room(p, tensor.shape, optimizer)
             held(p).copy_(mine(tensor, p))
-        self._set_flags()  # the state may be of an earlier step, when less was frozen
+        self._set_flags(off)  # the state may be of an earlier step, when less was frozen
         return told
 
-    def _set_flags(self) -> None:
-        """Let all train that has entries, but for the adapters that began with rank 0 and still have it."""
+    def _set_flags(self, off: Collection[int] = ()) -> None:
+        """Let all train that has entries and is not `off`, but for the adapters that began with rank 0 and still have it."""
         for p in self.parameters():
-            p.requires_grad_(p.numel() > 0 and self._empty.get(id(p), p).numel() > 0)
+            p.requires_grad_(p.numel() > 0 and self._empty.get(id(p), p).numel() > 0 and id(p) not in off)
 
 
 def _lasts(model: nn.Module, buffer: str) -> bool:

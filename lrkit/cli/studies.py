@@ -127,7 +127,7 @@ def ablate(
     changes = _changes(swap, task, folders, seeds, targets, train_also, sets, leave_out)
     changes |= {"model": model} if model is not None else {}
     changes |= {"margin": margin} if margin is not None else {}
-    changes |= {"loading": words.loading(sets or [], trust=trust_remote_code).to_plain()}
+    changes |= {"loading": words.loading_given(sets or [], trust=trust_remote_code)}
     changes |= {"grid": True} if grid else {}
     changes |= {"tune": words.tuning(tune, tune_seeds, sampler, trials, halving)}
     asked = standing_in(_study(what, changes, sets or [], profile), in_place)

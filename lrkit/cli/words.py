@@ -103,13 +103,26 @@ def loading(sets: Sequence[str], *, trust: bool) -> "Loading":
     """
     from lrkit.study.loading import loading_from
 
+    return loading_from(loading_given(sets, trust=trust))
+
+
+def loading_given(sets: Sequence[str], *, trust: bool) -> dict[str, Any]:
+    """Read the same as plain data of what was typed alone: ``model.dtype=float32`` replaces what a study file says.
+
+    Raises:
+        LrkitError: as `loading`.
+    """
+    from lrkit.study.loading import loading_from
+
     pairs = map(pair, sets)
     given = {key.removeprefix("model."): value(said) for key, said in pairs if key.startswith("model.")}
     if "trust_remote_code" in given:
         raise LrkitError("code that comes with a model is allowed by --trust-remote-code, not by --set")
     if isinstance(given.get("revision"), int | float):  # a branch or commit of digits alone
         given["revision"] = dict(map(pair, sets))["model.revision"]
-    return loading_from(given | ({"trust_remote_code": True} if trust else {}))
+    given |= {"trust_remote_code": True} if trust else {}
+    checked = loading_from(given)
+    return {name: getattr(checked, name) for name in given}
 
 
 def _setting(key: str, said: str) -> Any:

@@ -26,6 +26,13 @@ class Around(nn.Module):
                 raise
             return vars(base)[name]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A model that ties its weights again (``tie_weights``) gives the layer its own.
+        if name == "weight" and isinstance(value, nn.Parameter) and "base" in self._modules:
+            self.base.weight = value
+        else:
+            super().__setattr__(name, value)
+
     @property
     def weight(self) -> Tensor:
         """Return the base's weight, so that code that looks at ``layer.weight.dtype`` goes on working."""

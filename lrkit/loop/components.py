@@ -66,6 +66,10 @@ class Components:
         for state in self.policies if changed else ():
             state.follow()
 
+    def frozen(self) -> set[int]:
+        """Return the ``id`` of each tensor that a policy has frozen."""
+        return {each for state in self.policies for each in state.fate.frozen(state.blocks, state.kept)}
+
     def asleep(self) -> set[int]:
         """Return the ``id`` of each tensor that does not train now, and may after a later decision."""
         wakes: set[int] = set()

@@ -250,6 +250,8 @@ class Controller:
         if decided.skipped:
             self.warn("finite", f"gradients are not finite before step {self.step}: the statistics skip this step")
         verdict, before = decided.verdict, state.kept
+        if verdict.told:
+            self.warn(f"told by policy {state.index}", verdict.told)
         state.kept = verdict.kept
         action.apply(state.blocks, verdict.kept, optimizer)
         lost, returned = (state.names(units) for units in (before & ~verdict.kept, verdict.kept & ~before))

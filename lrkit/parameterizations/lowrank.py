@@ -45,6 +45,8 @@ class LowRank(Adapter):
     out_scale: nn.Parameter | None
     additive: ClassVar[bool] = True
     """Whether the layer computes (W + ΔW) x + bias, with ΔW by `factors`. So a layer that is tied to it can follow."""
+    gate: float | None = None
+    """What all core values are at the start if they are gates, which no factor is to go into; None if they are not."""
     fused = True
     """Set to False on the class to compute every adapter by `reference`, for tests and comparisons."""
 
@@ -217,7 +219,7 @@ class LowRank(Adapter):
 
         If this adapter has core values and none are given, they become ΔW's singular values. An SVD of the product has at
         most r components, so nothing is lost. Of a layer that stacks several maps the sizes are [maps · r], and the SVD is
-        each map's.
+        each map's. Core values that are gates stay as they are at the start (`gate`), and A and B take all of ΔW.
 
         Args:
             a: A [r, d_in].
@@ -240,17 +242,19 @@ class LowRank(Adapter):
         a, b = a.double(), b.double()
         if core is not None:
             core = core.double()
-        elif self.core is not None:
+        elif self.core is not None and self.gate is None:
             maps = zip(
                 a.view(self.maps, rank, self.d_in), b.reshape(self.d_out, self.maps, rank).unbind(1), strict=True
             )
             parts = zip(*(_singular(*each) for each in maps), strict=True)
             a, b, core = (torch.cat(each, dim=axis) for each, axis in zip(parts, (0, 1, 0), strict=True))
         rank, ratio = len(a) // self.maps, scaling / self.scaling
-        if self.core is None:
+        if self.core is None or self.gate is not None:
             a = a if core is None else core[:, None] * a
-            b = b * ratio
+            b = b * (ratio / (self.gate or 1.0))
             self.B.zero_()
+            if self.core is not None:
+                self.core.fill_(self.gate or 1.0)
         else:
             assert core is not None
             self.core.zero_()

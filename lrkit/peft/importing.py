@@ -53,6 +53,13 @@ def from_peft(model: nn.Module, folder: str | os.PathLike[str], method: Method |
     if not isinstance(method, Method):
         raise LrkitError(f"from_peft takes a lrkit.Method, such as lrkit.methods.adalora(), not {shown(method)}")
     parameterization = method.parameterization
+    if anew := [
+        policy for policy in method.policies if policy.scheduler.calibration and policy.action.fate == "removed"
+    ]:
+        raise LrkitError(
+            f"{anew[0].action!r} replaces all components before the first step, and what PEFT trained with them: give a "
+            "method that goes on from it"
+        )
     if (twin := weightless(model)) is not None:
         given = sum(factors.a.numel() + factors.b.numel() for factors in saved.layers.values())
         check_fresh(twin, find_targets(twin, list(saved.layers), exact=True), parameterization, given)

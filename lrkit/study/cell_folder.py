@@ -24,7 +24,7 @@ def is_packed(folder: Path) -> bool:
 
 def forget(folder: Path) -> None:
     """Take back that a cell is done or begun, so that it is run again from its first step."""
-    for name in ("result.json", PACKED):
+    for name in ("result.json", PACKED, "history.jsonl", "metrics.jsonl"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 

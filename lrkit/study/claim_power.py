@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from functools import cache
 
-from lrkit.study.paired import ENOUGH_PAIRS, LEVEL
+from lrkit.study.paired import ENOUGH_PAIRS, LEVEL, enough_pairs
 from lrkit.study.power import MOST, fewest
 
 _SAMPLES = 20_000
@@ -33,7 +33,9 @@ def seeds_to_show(spreads: Sequence[float], margin: float, *, claims: int = 1, p
     Returns:
         Seeds of each row on each task; None if more than 1,000 are needed.
     """
-    return fewest(lambda seeds: _shown(tuple(spreads), margin, claims, seeds) >= power, ENOUGH_PAIRS)
+    # Of several tasks six seeds each give the test patterns enough, however many claims there are.
+    least = enough_pairs(claims) if len(spreads) == 1 else ENOUGH_PAIRS
+    return fewest(lambda seeds: _shown(tuple(spreads), margin, claims, seeds) >= power, least)
 
 
 def seeds_to_exclude(
@@ -54,14 +56,21 @@ def seeds_to_exclude(
     return fewest(lambda seeds: _excluded(spreads, left, seeds) >= power, ENOUGH_PAIRS)
 
 
-def seeds_to_decide(differences: Sequence[Sequence[float]], margin: float, claims: int) -> str:
-    """Say how many seeds would decide an open claim, by how its differences vary; empty if these are too few."""
+def seeds_to_decide(differences: Sequence[Sequence[float]], margin: float, claims: int, words: str) -> str:
+    """Say how many seeds would decide an open claim, by how its differences vary; empty if these are too few.
+
+    Args:
+        differences: of each task.
+        margin: the advantage, above 0.
+        claims: how many the study has.
+        words: the margin as it is told.
+    """
     spreads = [statistics.stdev(each) for each in differences if len(each) > 2]
     if len(spreads) < len(differences):
         return ""
     show, exclude = seeds_to_show(spreads, margin, claims=claims), seeds_to_exclude(spreads, margin)
     return (
-        f"; {in_words(show)} seeds would probably (0.8) show an advantage of {margin:g}, {in_words(exclude)} exclude it if "
+        f"; {in_words(show)} seeds would probably (0.8) show an advantage of {words}, {in_words(exclude)} exclude it if "
         "there is none"
     )
 

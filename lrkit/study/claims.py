@@ -27,11 +27,11 @@ import attrs
 from lrkit.study.claim import Claim
 from lrkit.study.claim_power import in_words, seeds_to_decide, seeds_to_exclude
 from lrkit.study.combined import combined_p, standardized
-from lrkit.study.comparison import gains_between, over_rows, scale_on
+from lrkit.study.comparison import gains_between, mixed_pairs, over_rows, scale_on
 from lrkit.study.equivalence import below_p
 from lrkit.study.paired import LEVEL, all_equal, interval, smallest_p
 from lrkit.study.results import StudyRecord
-from lrkit.study.scores import Scale
+from lrkit.study.scores import Scale, margin_words
 from lrkit.study.setting_texts import ordered, short_name, value_text
 from lrkit.study.texts import markdown
 from lrkit.study.tuned import chosen_of, lr_of
@@ -124,7 +124,7 @@ def judge(record: StudyRecord) -> tuple[Judged, ...]:
     pairs = [_pairs(record, labels[claim.higher], labels[claim.lower]) for claim in record.claims]
     untested = [_untested(each) for each in pairs]
     p = [combined_p([*each.differences.values()]) if each.differences else None for each in pairs]
-    corrected = over_rows({i: 1.0 if untested[i] else p[i] for i in range(len(pairs))})
+    corrected = over_rows({i: 1.0 if untested[i] or each is None else each for i, each in enumerate(p)})
     waits = any(each.missing for each in pairs)
     found = []
     for index, (claim, each) in enumerate(zip(record.claims, pairs, strict=True)):
@@ -139,7 +139,10 @@ def judge(record: StudyRecord) -> tuple[Judged, ...]:
             others = waits and (p[index] or 0.0) < LEVEL
             verdict, why = _verdict(tasks, margin, ahead, p_holm, others)
             if verdict == "open" and margin is not None and not others:
-                why += _disagreement(tasks, differences, margin) or seeds_to_decide(differences, margin, len(pairs))
+                why += _disagreement(tasks, differences, margin) or seeds_to_decide(
+                    differences, margin, len(pairs), margin_words(margin, [one.scale for one in tasks])
+                )
+        why += f"; in {_count(each.mixed)} one is of older code than the other" if each.mixed else ""
         found.append(
             Judged(
                 claim=claim,
@@ -158,24 +161,26 @@ def judge(record: StudyRecord) -> tuple[Judged, ...]:
 
 @attrs.frozen
 class _Pairs:
-    """The differences of two rows by task, for tasks that have any; pairs that are still to come; those that diverged."""
+    """The differences of two rows by task, for tasks that have any; pairs still to come, diverged, or of mixed code."""
 
     differences: dict[str, list[float]]
     missing: int
     diverged: int
+    mixed: int
 
 
 def _pairs(record: StudyRecord, higher: int, lower: int) -> _Pairs:
     differences: dict[str, list[float]] = {}
-    missing = diverged = 0
+    missing = diverged = mixed = 0
     for task in record.tasks:
         found, left_out = gains_between(record, higher, lower, task.name)
         seeds = {cell.seed for row in (higher, lower) for cell in record.cells_of(row, task.name)}
         missing += len(seeds) - len(found) - left_out
         diverged += left_out
+        mixed += mixed_pairs(record, higher, lower, task.name)
         if found:
             differences[task.name] = found
-    return _Pairs(differences, missing, diverged)
+    return _Pairs(differences, missing, diverged, mixed)
 
 
 def _untested(pairs: _Pairs) -> str:
@@ -214,12 +219,13 @@ def _verdict(
         return "open", "p is below 0.05 before Holm's correction, which waits for the other claims"
     if margin is None:
         return "open", f"p {p_holm:.2g}, and no margin was stated"
+    words = margin_words(margin, [each.scale for each in tasks])
     if all(each.p_below is not None and each.p_below < LEVEL for each in tasks):
-        return "not replicated", f"an advantage of {margin:g} is excluded on every task"
+        return "not replicated", f"an advantage of {words} is excluded on every task"
     few = [each for each in tasks if smallest_p(each.n) / 2 >= LEVEL]
     if few:
         return "open", f"with {few[0].n} pairs nothing can be excluded"
-    return "open", f"p {p_holm:.2g}, and an advantage of {margin:g} is not excluded on every task"
+    return "open", f"p {p_holm:.2g}, and an advantage of {words} is not excluded on every task"
 
 
 def _disagreement(tasks: Sequence[OnTask], differences: Sequence[Sequence[float]], margin: float) -> str:
@@ -236,9 +242,12 @@ def _disagreement(tasks: Sequence[OnTask], differences: Sequence[Sequence[float]
     what = f": the tasks disagree (ahead on {names[0]}, behind on {names[1]})"
     if any(each.difference >= margin for each in ahead):
         return f"{what}, which more seeds do not settle"
+    if any(len(each) < 3 for each in differences):
+        return what
     means = [max(each.difference, 0.0) for each in tasks]
     seeds = seeds_to_exclude([statistics.stdev(each) for each in differences], margin, means=means)
-    return f"{what}; {in_words(seeds)} seeds would probably (0.8) exclude an advantage of {margin:g} if differences stay so"
+    many, words = in_words(seeds), margin_words(margin, [each.scale for each in tasks])
+    return f"{what}; {many} seeds would probably (0.8) exclude an advantage of {words} if differences stay so"
 
 
 def _count(pairs: int) -> str:
@@ -267,7 +276,7 @@ def to_markdown(record: StudyRecord, judged: Sequence[Judged]) -> str:
             "<br>".join(map(markdown, each.differences)) or "-",
             " / ".join(map(str, dict.fromkeys(task.n for task in each.tasks))) or "-",
             "-" if each.p_holm is None else f"{each.p_holm:.2g}",
-            "-" if each.margin is None else f"{each.margin:g}",
+            "-" if each.margin is None else margin_words(each.margin, [task.scale for task in each.tasks]),
             each.against_margin,
             "<br>".join(map(markdown, chosen)),
             markdown(each.why),

@@ -87,7 +87,8 @@ def combine(record: StudyRecord) -> tuple[Combined, ...]:
         if len(tasks) > 1:
             found[index] = tasks
     p: Mapping[int, float] = {index: combined_p(tasks) for index, tasks in found.items()}
-    adjusted = over_rows(p)
+    # A row without pairs, or not yet, counts as well: no p rises later.
+    adjusted = over_rows({index: p.get(index, 1.0) for index in range(len(record.rows)) if index != record.base})
     return tuple(
         Combined(
             index=index,

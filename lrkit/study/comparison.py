@@ -42,16 +42,21 @@ def rows_of(record: StudyRecord, task: str, costs: Mapping[tuple[int, str], Cost
         costs: (row, task) to cost.
     """
     rows = [_row(record, index, task, costs.get((index, task))) for index in range(len(record.rows))]
-    different = over_rows({row.index: row.p for row in rows})
-    equivalent = over_rows({row.index: row.p_equivalent for row in rows})
+    different = _over_all(rows, {row.index: row.p for row in rows})
+    equivalent = _over_all(rows, {row.index: row.p_equivalent for row in rows})
     scale = scale_on(record, task, [row.mean for row in rows if row.mean is not None])
     return [_judged(row, different.get(row.index), equivalent.get(row.index), scale) for row in rows]
 
 
-def over_rows(p: Mapping[int, float | None]) -> dict[int, float]:
-    """Correct p by Holm's method over the rows that have one, by the row's index."""
-    tested = {index: value for index, value in p.items() if value is not None}
-    return dict(zip(tested, holm(list(tested.values())), strict=True))
+def over_rows(p: Mapping[int, float]) -> dict[int, float]:
+    """Correct p by Holm's method, by the row's index."""
+    return dict(zip(p, holm(list(p.values())), strict=True))
+
+
+def _over_all(rows: Sequence[TableRow], p: Mapping[int, float | None]) -> dict[int, float]:
+    """Correct p over all rows but the base: one without a pair, or not yet, counts with p = 1, so that no p rises later."""
+    counted = {row.index: 1.0 if (value := p[row.index]) is None else value for row in rows if not row.is_base}
+    return {index: value for index, value in over_rows(counted).items() if p[index] is not None}
 
 
 def _judged(row: TableRow, p_holm: float | None, p_equivalent_holm: float | None, scale: Scale) -> TableRow:
@@ -72,6 +77,14 @@ def differences_between(record: StudyRecord, row: int, other: int, task: str) ->
     both = [(own, its) for own, its in pairs if own is not None and its is not None]
     differences = [own - its for own, its in both if math.isfinite(own) and math.isfinite(its)]
     return differences, len(both) - len(differences)
+
+
+def mixed_pairs(record: StudyRecord, row: int, other: int, task: str) -> int:
+    """Count the pairs of which one cell is of the code that the study was last run with, and the other of older code."""
+    old = {cell.seed: cell.old for cell in record.cells_of(other, task) if cell.result is not None}
+    return sum(
+        old.get(cell.seed, cell.old) != cell.old for cell in record.cells_of(row, task) if cell.result is not None
+    )
 
 
 def gains_between(record: StudyRecord, row: int, other: int, task: str) -> tuple[list[float], int]:
@@ -141,6 +154,8 @@ def _row(record: StudyRecord, index: int, task: str, cost: Cost | None) -> Table
         p_equivalent=_equivalence(differences, record.margin),
     )
     notes = _row_notes(row, left_out, all_equal(differences))
+    if mixed := 0 if is_base else mixed_pairs(record, index, record.base, task):
+        notes.append(f"{mixed} of {row.pairs} pairs are of a cell of older code beside one of newer code.")
     if row.warning and row.guess is not None:
         guess = scale_on(record, task, [row.guess]).text(row.guess)
         notes.append(f"mean {row.warning.replace('the', 'the best')}, {guess} (†).")
@@ -193,13 +208,13 @@ def limits_of(rows: Sequence[TableRow]) -> list[str]:
             f"the 95 % interval is unbounded. Only with six or more ({smallest_p(ENOUGH_PAIRS):g}) can p fall below "
             f"{LEVEL}."
         )
-    tested = [row.pairs for row in rows if row.pairs]
-    # The smallest p of all is multiplied by how many rows are tested.
-    least_holm = len(tested) * smallest_p(max(tested, default=0))
-    if len(tested) > 1 and not few and least_holm >= LEVEL:
+    # The smallest p of all is multiplied by how many rows there are beside the base, those without a pair as well.
+    many, most = sum(not row.is_base for row in rows), max((row.pairs for row in rows), default=0)
+    least_holm = many * smallest_p(most)
+    if many > 1 and most and not few and least_holm >= LEVEL:
         limits.append(
-            f"With {len(tested)} rows tested and at most {max(tested)} pairs, no p can be below {least_holm:.2g} after "
-            f"Holm's correction, whatever the scores; {enough_pairs(len(tested))} pairs could bring it below {LEVEL}."
+            f"With {many} rows beside the base and at most {most} pairs, no p can be below {least_holm:.2g} after "
+            f"Holm's correction, whatever the scores; {enough_pairs(many)} pairs could bring it below {LEVEL}."
         )
     return limits
 

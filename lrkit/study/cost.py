@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lrkit.compose import from_plain
-from lrkit.errors import LrkitError
+from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.study.cell import Cell
 from lrkit.study.cell_folder import is_packed
 from lrkit.study.jobs import cell_of
@@ -48,8 +48,10 @@ def measure(plan: Plan, folder: Path, *, threads: int, told: Callable[[str], Non
     """
     (folder / "costs").mkdir(exist_ok=True)
     with lock(folder / "costs" / "lock") as mine:
-        if mine:  # another process measures this study: two at once would measure each other
+        if mine:
             _measure_all(plan, folder, threads, told)
+        else:  # two at once would measure each other
+            warnings.warn(f"another process measures the costs of {folder}: go on later", LrkitWarning, stacklevel=3)
 
 
 def _measure_all(plan: Plan, folder: Path, threads: int, told: Callable[[str], None] | None) -> None:
@@ -127,12 +129,8 @@ def _in_own_process(asked: Mapping[str, Any], folder: Path, path: Path, key: str
     """Measure a row in a process that has done nothing else, and write its file."""
     request = path.with_suffix(".request.json")
     write_json(request, asked)
-    done = subprocess.run(
-        [sys.executable, "-m", "lrkit.study.cost", str(request), str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "lrkit.study.cost", str(request), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     request.unlink(missing_ok=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:

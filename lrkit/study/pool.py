@@ -48,6 +48,8 @@ def chosen(executor: str | Executor, workers: int, threads: int, address: str | 
 
     current().get("executor", executor)
     if workers == 0:
+        if executor != "local":
+            raise LrkitError(f"--workers 0 trains in this process, and not by --executor {executor}: give 1 or more")
         if address is not None:
             raise LrkitError("--address is for executors on other machines, and --workers 0 trains in this process")
         return Here

@@ -159,8 +159,8 @@ class Recorder(TrainerCallback):
             for decision in self._adapted.history[self._decisions :]:
                 self._history.write(attrs.asdict(decision))
         self._decisions = len(self._adapted.history)
-        if state.global_step >= state.max_steps:
-            return
+        if state.global_step >= state.max_steps or control.should_training_stop:
+            return  # a run that went on from a checkpoint of its last step would take one more
         asked = self._record.stop is not None and self._record.stop()
         if asked and self._asked is None:
             self._asked = time.monotonic()

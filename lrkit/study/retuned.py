@@ -41,10 +41,14 @@ def with_tuning(there: StudyFile, mine: StudyFile, folder: Path) -> StudyFile:
         )
     seeds = {*mine.seeds} or {*there.seeds}  # trials alone leave no test seed behind
     here = {(mine.rows[trial.row].label, trial.task) for trial in mine.trials}
-    for cell in (*there.trials, *(cell for cell in there.cells if cell.tuned)):
+    kept = [
+        *((cell, True) for cell in there.trials),
+        *((cell, cell.seed in seeds) for cell in there.cells if cell.tuned),
+    ]
+    for cell, asked in kept:
         # The base is the base, whatever it is called.
         label = mine.rows[0].label if cell.row == there.base else there.rows[cell.row].label
-        if (label, cell.task) not in here or (cell in there.cells and cell.seed not in seeds):
+        if (label, cell.task) not in here or not asked:
             raise LrkitError(
                 f"{folder} has tuned cells of {label}, {cell.task}, seed {cell.seed}, which is not asked for now: give all "
                 f"rows, tasks and seeds with further values, or {hint}"

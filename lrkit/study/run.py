@@ -22,6 +22,7 @@ from lrkit.study.loaded import AS_EVER, Tokens, forget, model_for, steps_for, to
 from lrkit.study.loading import Loading
 from lrkit.study.precision import slow_bf16
 from lrkit.study.run_settings import Progress, RunSettings, rates, settings_from, steps_of, total_steps
+from lrkit.study.scores import unless_diverged
 
 if TYPE_CHECKING:
     from lrkit.adapt.adapted import Adapted
@@ -226,8 +227,8 @@ def _train(
             callbacks=[
                 AdaptCallback(adapted, log=bool(trackers)),
                 watch,
+                *([] if stop is None else [Ending(stop)]),  # before the recorder, which has nothing to keep at the end
                 *([] if recorder is None else [recorder]),
-                *([] if stop is None else [Ending(stop)]),
             ],
         )
         latest = None if record is None else record.latest()
@@ -258,7 +259,7 @@ def _train(
         model=model,
         loading=loading.to_plain(),
         settings=attrs.asdict(settings) | dict(zip(("lr", "head_lr"), in_force, strict=True)),
-        scores=task.score(predictions, task.references())
+        scores=unless_diverged(task.score(predictions, task.references()), adapted.parameters())
         | ({} if objective is None else objective.judge(adapted.summary().layers)),
         truth=() if objective is None else objective.truth,
         options=task.set_options(),

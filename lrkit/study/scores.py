@@ -1,10 +1,15 @@
 """Write a score: a share as percent, and any other score as it is."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 
 from lrkit.errors import LrkitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHARES = {"accuracy", "f1", "precision", "recall", "em", "final_number"}
 _GROUPS = ("has_answer_", "no_answer_", "best_")
@@ -67,6 +72,26 @@ def check_share(value: float | None, called: str, score: str) -> None:
     """Raise LrkitError for a margin or size that no difference of shares can reach: per cent were meant."""
     if value is not None and value >= 1 and is_share(score):
         raise LrkitError(f"{called} must be below 1{MARGIN}, not {value:g}: {score} is a share")
+
+
+def margin_words(margin: float, scales: Sequence[Scale]) -> str:
+    """Write a margin as the differences of scores are written: in points if all are shares, and else as it was stated."""
+    if not scales or any(scale.unit != "%" for scale in scales):
+        return f"{margin:g}"
+    return f"{100 * margin:g} point{'' if margin == 0.01 else 's'}"
+
+
+def unless_diverged(scores: dict[str, float], trained: Iterable["Tensor"]) -> dict[str, float]:
+    """Return scores, all NaN if the model has diverged.
+
+    A task that scores numbers sees it by its predictions; one that scores texts does not: a model whose weights are NaN
+    still writes something.
+
+    Args:
+        scores: by name.
+        trained: the parameters that were trained.
+    """
+    return scores if all(bool(p.isfinite().all()) for p in trained) else dict.fromkeys(scores, math.nan)
 
 
 def is_share(name: str) -> bool:

@@ -57,12 +57,6 @@ class RowRecord:
     tuned: dict[str, str] = attrs.field(factory=dict, repr=False)
     given: dict[str, dict[str, Any]] = attrs.field(factory=dict, repr=False)
 
-    @property
-    def lr(self) -> str:
-        """Show the adapters' learning rate, or those of the tasks; empty if it is not known."""
-        found = sorted({rate["lr"] for rate in self.rates.values() if "lr" in rate})
-        return " / ".join(f"{rate:g}" for rate in found)
-
 
 @attrs.frozen(kw_only=True)
 class TaskRecord:

@@ -19,6 +19,7 @@ from lrkit.study import flops as counts
 from lrkit.study.batches import ByLength, tokens_in
 from lrkit.study.loaded import Tokens
 from lrkit.study.run_settings import RunSettings
+from lrkit.study.scores import unless_diverged
 from lrkit.tasks.objective import Objective
 
 _POINTS = 8
@@ -257,7 +258,7 @@ def trainer_for(
         train_dataset=tokens.train,
         eval_dataset=tokens.validation,
         data_collator=tokens.task.collator(tokens.tokenizer, training=True),
-        compute_metrics=lambda found: tokens.score(found.predictions),
+        compute_metrics=lambda found: unless_diverged(tokens.score(found.predictions), adapted.parameters()),
         optimizers=(optimizer, schedule),
         callbacks=list(callbacks),
     )

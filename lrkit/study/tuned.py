@@ -151,13 +151,14 @@ def chosen_of(record: "StudyRecord", row: int, task: str) -> Choice | None:
 
 def lr_of(record: "StudyRecord", row: int, task: str) -> str:
     """Show a row's learning rate on a task: the chosen one if it is tuned, and empty until it is chosen."""
-    if record.tune is None or "run.lr" not in record.rows[row].tuned.values():
-        return record.rows[row].lr
-    choice = chosen_of(record, row, task)
-    if choice is None:
-        return ""
-    lr = choice.settings["run.lr"]  # None is the method's own rate, which may have been tried as well
-    return record.rows[row].lr if lr is None else f"{lr:g}"
+    own = record.rows[row].rates.get(task, {}).get("lr")
+    if record.tune is not None and "run.lr" in record.rows[row].tuned.values():
+        choice = chosen_of(record, row, task)
+        if choice is None:
+            return ""
+        chosen = choice.settings["run.lr"]  # None is the method's own rate, which may have been tried as well
+        own = own if chosen is None else chosen
+    return "" if own is None else f"{own:g}"
 
 
 def _tune(record: "StudyRecord") -> TuneSpec:

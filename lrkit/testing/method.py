@@ -101,8 +101,8 @@ class MethodContract(Contract):
     @clause
     def test_saved_and_taken_out(self, component: Any) -> None:
         """After training it can be saved and loaded, merged or refused in one line, and taken out again."""
-        run = Run(self._method(component), 10)
-        run.to(10)
+        run = Run(self._method(component), 20)
+        run.to(20)
         x, _ = batch()
         outputs = run.model.eval()(x)
         with tempfile.TemporaryDirectory() as folder, calling("save or load"):

@@ -12,9 +12,10 @@ from lrkit.parameterizations import Target
 
 @attrs.frozen(kw_only=True)
 class BitFit(lrkit.Parameterization):
-    """Every bias of the model trains, those of layer norms and embeddings too. Source: arXiv 2106.10199, section 3.
+    """Every parameter called ``bias`` trains, those of layer norms and of the head too. Source: arXiv 2106.10199, section 3.
 
-    Nothing is put into the model. Each adapted layer's bias is a unit that freezing acts on.
+    A bias by another name stays frozen: ``q_bias`` of DeBERTa, ``in_proj_bias`` of
+    ``nn.MultiheadAttention``. Nothing is put into the model. Each adapted layer's bias is a unit that freezing acts on.
     """
 
     learning_rate: ClassVar[float] = 1e-3
@@ -26,11 +27,11 @@ class BitFit(lrkit.Parameterization):
 
     def choose(self, targets: Sequence[Target]) -> Sequence[Target]:
         """Choose the layers that have a bias."""
-        return [target for target in targets if target.maps == 1 and target.layer.bias is not None]
+        return [target for target in targets if target.maps == 1 and getattr(target.layer, "bias", None) is not None]
 
     def build(self, target: Target) -> nn.Module:
         """Return the layer itself."""
-        if target.layer.bias is None:
+        if getattr(target.layer, "bias", None) is None:  # an embedding has none by any name
             raise lrkit.LrkitError(f"BitFit trains biases, and {target.name} has none: leave it out of targets")
         return target.layer
 

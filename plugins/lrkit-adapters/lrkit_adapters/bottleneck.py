@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import lrkit
 from lrkit.adapt.targets import find_targets
+from lrkit.layers import Convolution
 from lrkit.parameterizations import Adapter, Target
 from lrkit.parameterizations.lowrank import layer_shape
 from lrkit.settings import flag, one_of, whole
@@ -124,7 +125,14 @@ class _Bottlenecks(lrkit.Parameterization):
         return self.width
 
     def build(self, target: Target) -> nn.Module:
-        """Return the layer with a bottleneck after it. W_up is zero, so that at first nothing changes."""
+        """Return the layer with a bottleneck after it. W_up is zero, so that at first nothing changes.
+
+        Raises:
+            LrkitError: a convolution, whose outputs do not lie along the last axis.
+        """
+        if isinstance(target.kind, Convolution):
+            kind = type(target.layer).__name__
+            raise lrkit.LrkitError(f"{target.name}: a bottleneck comes after a linear map, not a {kind}")
         return Bottleneck(target.layer, target.d_out, self.width, self.activation)
 
     def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:

@@ -448,3 +448,17 @@ def test_table_two_is_shown(squad: None, call: Call) -> None:
     """`lrkit ablate --dry-run` checks its rows on the model, and lists them."""
     told = call("ablate", "adalora-table-2", "--dry-run")
     assert len(told["rows"]) == 5
+
+
+def test_layers_that_a_method_cannot_take() -> None:
+    """An embedding has no bias, and outputs of a convolution do not lie along the last axis: one line names the layer."""
+    for method, layer, says in (
+        (lrkit_adapters.bitfit(), nn.Embedding(5, 4), "BitFit trains biases, and 0 has none"),
+        (
+            lrkit_adapters.pfeiffer(after="linear"),
+            nn.Conv1d(4, 4, 1),
+            "0: a bottleneck comes after a linear map, not a Conv1d",
+        ),
+    ):
+        with pytest.raises(lrkit.LrkitError, match=says):
+            lrkit.attach(nn.Sequential(layer), method, targets=["0"], train_also=())

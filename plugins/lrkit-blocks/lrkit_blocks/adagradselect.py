@@ -49,6 +49,7 @@ class EpsilonGreedy(Switch):
 
     Source: arXiv 2512.15764. At decision t = 0, 1, ... the best are kept with probability ε exp(-decay · t), and with
     probability 0 from `exploration` on. Otherwise p is drawn from Dirichlet(counts + δ), and units are chosen by p.
+    `by` says how the best by their scores are ranked, and nothing of the draw.
 
     Args:
         exploration: how many decisions there are before ε is 0.

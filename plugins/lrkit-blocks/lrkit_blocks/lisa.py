@@ -7,6 +7,7 @@ import torch
 
 import lrkit
 from lrkit.actions import Ballot, Switch, Verdict
+from lrkit.actions.base import By
 from lrkit.settings import OWN, Amount, Time, count_or_share, one_of
 
 
@@ -40,8 +41,11 @@ class Periodic(lrkit.schedulers.Constant):
 class Coins(Switch):
     """Each unit trains with probability γ/N, whatever the others do. Source: arXiv 2403.17919v1, Algorithm 1.
 
-    How many train is γ on average, and another number at each decision. Scores count for nothing.
+    How many train is γ on average, and another number at each decision. Scores and costs count for nothing, so that `by`
+    has one value.
     """
+
+    by: By = attrs.field(default="score", validator=one_of(("score",)), metadata=OWN)
 
     exact: ClassVar[bool] = False
 

@@ -47,6 +47,12 @@ def _added(seen: Seen) -> Tensor:
     return seen.x.new_zeros(len(seen.x), 1)
 
 
+_NOTHING = (
+    "drop: no layer has added anything yet, so that every one stays: measure more than one step (B is zero in the first), "
+    "by a larger `sample` of lora_drop or a longer run"
+)
+
+
 @attrs.frozen(kw_only=True)
 class Drop(lrkit.Action):
     """The best layers stay, as few as have a share T of all scores; the others lose their ΔW.
@@ -54,7 +60,7 @@ class Drop(lrkit.Action):
     Source: arXiv 2402.07721, section 3.
 
     A layer that is dropped has A = B = 0, and stops training for good. It goes by no budget: the scheduler says when. If all
-    scores are zero, as after a sample of one step, in which B is still zero, every layer stays.
+    scores are zero, as after a sample of one step, in which B is still zero, every layer stays, and a warning says so.
 
     Args:
         threshold: T, the share of all scores that the layers which stay have together: 0.9 in the paper.
@@ -85,7 +91,7 @@ class Drop(lrkit.Action):
         """Keep the fewest candidates whose scores sum to T of all candidates' scores."""
         scores = torch.where(ballot.candidates, ballot.scores.double().clamp(min=0), 0.0)
         if not bool(scores.any()):
-            return Verdict(ballot.candidates, budget=len(scores))
+            return Verdict(ballot.candidates, budget=len(scores), told=_NOTHING)
         order = torch.argsort(scores, descending=True, stable=True)
         before = torch.cumsum(scores[order], 0) - scores[order]
         kept = torch.zeros_like(ballot.candidates)

@@ -2,6 +2,7 @@
 
 import folders
 import lrkit_calibrated
+import models
 import pytest
 
 import lrkit
@@ -65,3 +66,12 @@ def test_more_than_it_is_given_refused(tmp_path):
     place = folders.write_place(tmp_path, layers=1)
     with pytest.raises(lrkit.LrkitError, match=r'row eva, found: control "found" trains at .* of rank 4 begins with 8'):
         lay_out(asked(place, "eva", {}, {}))
+
+
+@pytest.mark.parametrize("method", [lrkit_calibrated.eva, lrkit_calibrated.fim_lora, lrkit_calibrated.gora])
+def test_what_peft_trained_is_not_replaced(method, tmp_path):
+    """A method that draws all components before the first step would throw away what PEFT trained: refused."""
+    adapted = lrkit.attach(models.make("bert"), lrkit.methods.lora(rank=2))
+    lrkit.export(adapted, tmp_path)
+    with pytest.raises(lrkit.LrkitError, match="replaces all components before the first step, and what PEFT trained"):
+        lrkit.from_peft(models.make("bert"), tmp_path, method(rank=4))

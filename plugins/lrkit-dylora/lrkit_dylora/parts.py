@@ -43,6 +43,7 @@ class Nested(LowRank):
         gates.requires_grad_(False)
         super().__init__(target, a, b, core=gates, scaling=scaling, dropout=dropout)
         self.row = row
+        self.gate = 1.0
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A [r, d_in], and B [d_out, r] times r/b; both without a graph but for what trains."""

@@ -64,7 +64,9 @@ class RankVectorLoRA(lrkit.Parameterization):
         nn.init.zeros_(b)
         nn.init.constant_(core, 1 / self.pace)
         scaling = self.pace * self.alpha / target.scale_rank(self.rank, self.scale_by)
-        return LowRank(target, a, b, core=core, scaling=scaling, dropout=self.dropout)
+        adapter = LowRank(target, a, b, core=core, scaling=scaling, dropout=self.dropout)
+        adapter.gate = 1 / self.pace
+        return adapter
 
     def fresh(
         self, module: nn.Module, count: int, generator: torch.Generator, memory: Mapping[str, Tensor]

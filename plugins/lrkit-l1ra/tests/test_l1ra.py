@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -268,3 +269,22 @@ def test_wrong_settings_are_refused() -> None:
     optimizer.param_groups[0]["lr"] = None
     with pytest.raises(lrkit.LrkitError, match="needs a learning rate"):
         Shrink().proximal(adapted.controller.policies[0].blocks, 1.0, optimizer)
+
+
+def test_what_peft_trained_goes_on(tmp_path: Path) -> None:
+    """After `from_peft`, and after a first step that changes nothing, outputs are PEFT's: gates stay what they are."""
+    adapted = lrkit.attach(models.make("bert"), lrkit.methods.lora(rank=2))
+    with torch.no_grad():
+        for p in adapted.parameters():
+            p.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(0))
+    adapted.model.eval()
+    batch = models.batch()
+    want = adapted.model(**batch).logits
+    lrkit.export(adapted, tmp_path)
+    again = lrkit.from_peft(models.make("bert"), tmp_path, lrkit_l1ra.l1ra(rank=4))
+    torch.testing.assert_close(again.model.eval()(**batch).logits, want, atol=1e-5, rtol=0.0)
+    optimizer = torch.optim.SGD(again.parameters(), lr=0.0)
+    again.bind(optimizer, total_steps=50)
+    again.model(**batch).loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(again.model(**batch).logits, want, atol=1e-5, rtol=0.0)

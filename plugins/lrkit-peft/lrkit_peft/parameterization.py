@@ -13,6 +13,7 @@ from torch import nn
 import lrkit
 from lrkit.errors import nearest
 from lrkit.parameterizations import Target
+from lrkit_peft.around import Around
 
 LAYERS = (
     *("LORA", "VERA", "IA3", "LN_TUNING"),
@@ -166,55 +167,18 @@ class Peft(lrkit.Parameterization):
             raise lrkit.LrkitError(
                 f"{self!r} hands keys and values to the model as its past, and {kind} takes no past_key_values"
             )
-        config = self._config({} if "task_type" in self.settings else {"task_type": task})
+        task = self.settings.get("task_type", task)
+        if self.config != "PREFIX_TUNING" and task in ("TOKEN_CLS", "QUESTION_ANS"):
+            raise lrkit.LrkitError(
+                f"{self!r} gives outputs of its prompt's tokens as well, and PEFT's loss of {task} takes them for tokens of "
+                "the text: PREFIX_TUNING does not"
+            )
+        config = self._config({"task_type": task})
         bones, _ = _skeleton(model)
         with _flags_kept(model), _peft_s_words(self):
             import peft
 
             return Around(peft.get_peft_model(bones, config), model)
-
-
-class Around(nn.Module):
-    """PEFT's forward of a prompt method around the plain model.
-
-    Args:
-        tuner: a ``PeftModel`` over a copy of the model's skeleton. Its changes to the skeleton (a second classifier) have no
-            effect, since it computes with the plain model.
-        model: the plain model.
-    """
-
-    def __init__(self, tuner: Any, model: nn.Module) -> None:
-        super().__init__()
-        tuner._modules["base_model"] = model
-        self.prompt_encoder = tuner.prompt_encoder
-        self._tuner = (tuner,)  # in a tuple, so that it is no submodule: the model would be a part of itself
-        self._inside = False
-
-    def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's output with PEFT's prompts before its input."""
-        if self._inside:
-            return call(*args, **kwargs)
-        named = dict(zip(inspect.signature(call).parameters, args, strict=False))
-        self._inside = True
-        try:
-            return self._tuner[0](**named, **kwargs)
-        except (RuntimeError, IndexError) as error:
-            self._check_room(named | kwargs, error)
-            raise
-        finally:
-            self._inside = False
-
-    def _check_room(self, given: Mapping[str, Any], error: Exception) -> None:
-        """Raise LrkitError if an error came of a prompt and rows that are longer than the model has positions."""
-        rows = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
-        tuner = self._tuner[0]
-        positions = getattr(tuner.base_model.config.get_text_config(), "max_position_embeddings", None)
-        prompt = tuner.active_peft_config.num_virtual_tokens
-        if rows is not None and positions is not None and rows.shape[1] + prompt > positions:
-            raise lrkit.LrkitError(
-                f"a row of {rows.shape[1]} tokens and num_virtual_tokens = {prompt} are more than the model's {positions} "
-                "positions: lower run.max_length, or truncate the rows"
-            ) from error
 
 
 def _takes_a_past(model: nn.Module) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import attrs
 import folders
 import lrkit_peft
@@ -15,6 +18,7 @@ import models
 import peft
 import pytest
 import torch
+import transformers
 from lrkit_peft import LAYERS, PROMPTS, Peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
@@ -242,6 +246,113 @@ def test_a_prompt_leaves_the_model_s_own_forward_behind() -> None:
     assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
     with pytest.raises(lrkit.LrkitError, match="has places of its own: leave targets out"):
         lrkit.attach(model, lrkit_peft.peft_prompt_tuning(), targets=["query"])
+
+
+def causal(kind: str) -> tuple[nn.Module, Any]:
+    """A small Llama that writes, with a prompt that says something."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, max_position_embeddings=64, **sizes))
+    adapted = lrkit.attach(model, lrkit.Method(parameterization=Peft(config=kind, settings=SETTINGS[kind])))
+    with torch.no_grad():
+        for p in adapted.adapter_parameters():
+            p.normal_(0, 1)
+    return model.eval(), adapted
+
+
+IDS = torch.arange(3, 17).reshape(2, 7)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_texts_go_on_from_the_cache(kind: str) -> None:
+    """With a cache and without one a model writes what it writes token by token: the prompt comes once, and first."""
+    model, _ = causal(kind)
+    by_hand = IDS
+    for _ in range(6):
+        by_hand = torch.cat([by_hand, model(by_hand, use_cache=False).logits[:, -1].argmax(-1)[:, None]], dim=1)
+    for use_cache in (True, False):
+        how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "use_cache": use_cache, "eos_token_id": None}
+        found = model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), pad_token_id=0, **how)  # type: ignore[operator]
+        assert torch.equal(found, by_hand)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_as_many_logits_as_tokens(kind: str) -> None:
+    """The logits are those of PEFT's model without its prompt's, and the loss is PEFT's."""
+    model, adapted = causal(kind)
+    mine = model(input_ids=IDS, labels=IDS)
+    adapted.around._base.call = type(model).forward.__get__(model)
+    whole = adapted.around._tuner[0](input_ids=IDS, labels=IDS)
+    assert mine.logits.shape[1] == IDS.shape[1]
+    assert torch.equal(mine.logits, whole.logits[:, -IDS.shape[1] :]) and torch.equal(mine.loss, whole.loss)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_a_copy_is_its_own(kind: str) -> None:
+    """A copy, by deepcopy or from a file, computes with its own weights."""
+    model, _ = causal(kind)
+    before = model(IDS).logits
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(IDS).logits, before)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.zero_()
+        assert not twin(IDS).logits.any()
+        assert torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at every tensor
+@pytest.mark.parametrize("wrapper", ["accelerate", "compile", "functools"])
+def test_detach_under_a_wrapper(wrapper: str) -> None:
+    """What somebody has put around the model's forward since stays, and the prompt goes."""
+    plain = causal("PROMPT_TUNING")[1].detach()(IDS).logits
+    model, adapted = causal("PROMPT_TUNING")
+    if wrapper == "accelerate":
+        accelerate.state.AcceleratorState._reset_state()
+        model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model, evaluation_mode=True)
+        plain = plain.bfloat16().float()
+    elif wrapper == "compile":
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        before = model.forward
+        model.forward = functools.wraps(before)(lambda *args, **kwargs: before(*args, **kwargs))
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert not torch.allclose(model(IDS).logits.float(), plain, atol=1e-2)
+    assert calls == [1] and not torch.is_autocast_enabled("cpu")
+    torch.testing.assert_close(adapted.original()(IDS).logits.float(), plain, atol=1e-2, rtol=0.0)
+    adapted.detach()
+    torch.testing.assert_close(
+        model(IDS).logits.float(), plain, atol=1e-2 if wrapper == "accelerate" else 0.0, rtol=0.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("head", "task"), [("ForTokenClassification", "TOKEN_CLS"), ("ForQuestionAnswering", "QUESTION_ANS")]
+)
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_losses_of_tokens(kind: str, head: str, task: str) -> None:
+    """PEFT's losses of tokens count the prompt's as well: refused, but for prefixes, which have no outputs."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = getattr(transformers, f"Bert{head}")(transformers.BertConfig(vocab_size=40, **sizes))
+    method = lrkit.Method(parameterization=Peft(config=kind, settings=SETTINGS[kind]))
+    if kind == "PREFIX_TUNING":
+        lrkit.attach(model, method)
+    else:
+        with pytest.raises(lrkit.LrkitError, match=f"PEFT's loss of {task} takes them for tokens of the text"):
+            lrkit.attach(model, method)
+
+
+def test_an_encoder_that_runs_by_itself() -> None:
+    """An encoder-decoder that writes runs its encoder past the prompt: refused in one line."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=64, **sizes))
+    lrkit.attach(model, lrkit.Method(parameterization=CASES["PROMPT_TUNING"]))
+    with pytest.raises(lrkit.LrkitError, match="generate runs an encoder by itself"):
+        model.generate(input_ids=IDS, max_new_tokens=2)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("kind", PROMPTS)

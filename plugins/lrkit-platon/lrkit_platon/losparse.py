@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lrkit
+from lrkit.layers import Convolution, Embedding
 from lrkit.parameterizations import Adapter, Target
 from lrkit.parameterizations.lowrank import new_factor, oriented_weight
 from lrkit.precision import is_plain
@@ -93,7 +94,11 @@ class LoSparse(lrkit.Parameterization):
         return [target for target in targets if target.maps == 1]
 
     def build(self, target: Target) -> nn.Module:
-        """Return the layer with its weight taken apart."""
+        """Return the layer with its weight taken apart. Raise LrkitError for anything but a linear map."""
+        if isinstance(target.kind, Convolution | Embedding):
+            raise lrkit.LrkitError(
+                f"{target.name}: LoSparse takes linear maps apart, not a {type(target.layer).__name__}"
+            )
         weight = getattr(target.layer, "weight", None)
         if not is_plain(weight):
             raise lrkit.LrkitError(f"{target.name}: the weight is quantized, and LoSparse takes it apart")

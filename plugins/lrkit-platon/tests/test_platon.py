@@ -19,6 +19,7 @@ from command_line import ask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lrkit_platon import LoSparse, LowRankPlusRows, Platon, ZeroBelow
+from torch import nn
 
 import lrkit
 from lrkit.actions import Ballot
@@ -326,3 +327,10 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(lrkit.LrkitError, match='losparse variant must be "paper" or "released"'):
         lrkit_platon.losparse(variant="code")  # type: ignore[arg-type]
     assert issubclass(LowRankPlusRows, torch.nn.Module)
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(5, 4), nn.Conv1d(4, 4, 1)])
+def test_linear_maps_alone_are_taken_apart(layer: nn.Module) -> None:
+    """Another layer's weight is refused in one line, before anything computes with it."""
+    with pytest.raises(lrkit.LrkitError, match=f"0: LoSparse takes linear maps apart, not a {type(layer).__name__}"):
+        lrkit.attach(nn.Sequential(layer), lrkit_platon.losparse(), targets=["0"], train_also=())

@@ -10,6 +10,8 @@ from lrkit.errors import LrkitError, nearest
 
 _MINUTES = {"": 1, "m": 1, "h": 60, "d": 24 * 60}
 _TEXTS = ("partition", "mem", "account", "qos", "constraint", "gres", "exclude", "nodelist", "comment")
+_LISTS = ("partition", "gres", "exclude", "nodelist")
+"""Those that may have several values, with commas between them."""
 _ALL = (*_TEXTS, "time", "gpus", "folder", "cluster")
 
 
@@ -43,11 +45,17 @@ class Asked:
 def asked_in(address: str) -> Asked:
     """Read an address: settings with commas between them; empty for the defaults.
 
+    What has no "=" goes on with the value before it, as in ``exclude=node1,node2,time=4h``; unless it is a setting's name.
+
     Raises:
         LrkitError: a setting that is not known, given twice, or without a value that fits.
     """
     given: dict[str, str] = {}
+    parts: list[str] = []
     for text in filter(None, (each.strip() for each in address.split(","))):
+        listed = parts and "=" not in text and text not in _ALL and parts[-1].partition("=")[0] in _LISTS
+        parts[-1:] = [f"{parts[-1]},{text}"] if listed else [*parts[-1:], text]
+    for text in parts:
         name, equals, value = text.partition("=")
         if name not in _ALL:
             raise LrkitError(f'--address: there is no "{name}"{nearest(name, _ALL)}; there are {", ".join(_ALL)}')

@@ -52,6 +52,13 @@ def test_address_is_read() -> None:
     assert known >= set(asked_in("".join(f"{name}=x," for name in lrkit_slurm.address._TEXTS)).parameters(1))
 
 
+def test_lists_keep_their_commas() -> None:
+    """A list of nodes is one value, and what comes after it another setting."""
+    asked = asked_in("exclude=node1,node2,time=4h,nodelist=a[1,3-4],partition=gpu, backup,mem=16GB")
+    assert asked.rest == {"exclude": "node1,node2", "nodelist": "a[1,3-4]", "partition": "gpu,backup", "mem": "16GB"}
+    assert asked.minutes == 240
+
+
 @pytest.mark.parametrize(
     ("address", "says"),
     [

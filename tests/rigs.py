@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+import models
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -123,3 +125,17 @@ class Recorder:
 def cores(adapted: Any) -> Tensor:
     """Every λ, in the order of the adapters."""
     return torch.cat([adapter.core.detach() for adapter in adapted.adapters.values()])
+
+
+def from_peft(method: lrkit.Method, folder: Path) -> tuple[Any, dict[str, Any], torch.Tensor]:
+    """A LoRA that PEFT could have trained, read back for a method: the handle, a batch, and PEFT's logits for it."""
+    adapted = lrkit.attach(models.make("bert"), lrkit.methods.lora(rank=2))
+    with torch.no_grad():
+        for p in adapted.parameters():
+            p.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(0))
+    batch = models.batch()
+    want = adapted.model.eval()(**batch).logits
+    lrkit.export(adapted, folder)
+    again = lrkit.from_peft(models.make("bert"), folder, method)
+    again.model.eval()
+    return again, batch, want

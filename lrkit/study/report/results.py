@@ -167,8 +167,6 @@ def _forest(view: View, row: TableRow, forest: str, bounds: tuple[float, float])
 
 
 def _sort_value(row: TableRow, key: str) -> str:
-    if key == "lr":
-        return row.lr.partition(" ")[0]
     named = {"score": "mean", "interval": "low", "interval_90": "low_90", "effect_interval": "effect_low"}
     named["speed"] = "tokens_per_second"
     value = getattr(row, named.get(key, key))

@@ -273,16 +273,8 @@ def test_wrong_settings_are_refused() -> None:
 
 def test_what_peft_trained_goes_on(tmp_path: Path) -> None:
     """After `from_peft`, and after a first step that changes nothing, outputs are PEFT's: gates stay what they are."""
-    adapted = lrkit.attach(models.make("bert"), lrkit.methods.lora(rank=2))
-    with torch.no_grad():
-        for p in adapted.parameters():
-            p.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(0))
-    adapted.model.eval()
-    batch = models.batch()
-    want = adapted.model(**batch).logits
-    lrkit.export(adapted, tmp_path)
-    again = lrkit.from_peft(models.make("bert"), tmp_path, lrkit_l1ra.l1ra(rank=4))
-    torch.testing.assert_close(again.model.eval()(**batch).logits, want, atol=1e-5, rtol=0.0)
+    again, batch, want = rigs.from_peft(lrkit_l1ra.l1ra(rank=4), tmp_path)
+    torch.testing.assert_close(again.model(**batch).logits, want, atol=1e-5, rtol=0.0)
     optimizer = torch.optim.SGD(again.parameters(), lr=0.0)
     again.bind(optimizer, total_steps=50)
     again.model(**batch).loss.backward()

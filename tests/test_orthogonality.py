@@ -101,9 +101,9 @@ def test_descending_it_makes_the_rows_orthonormal(seed: int, sizes: list[tuple[i
     factors = [
         (f / max(1.0, float(torch.linalg.matrix_norm(f, 2)))).requires_grad_() for f in random_factors(seed, sizes)
     ]
-    optimizer = torch.optim.SGD(factors, lr=0.05)
+    optimizer = torch.optim.SGD(factors, lr=0.1)
     values = []
-    for _ in range(400):
+    for _ in range(200):
         optimizer.zero_grad()
         value = orthogonality(factors, "squared")
         values.append(float(value.detach()))

@@ -8,7 +8,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import CombinedLoader
 
 from lrkit.adapt.adapted import Adapted
-from lrkit.loop import beginning
+from lrkit.errors import LrkitError
+from lrkit.loop import beginning, rules
 
 
 class AdaptCallback(Callback):  # type: ignore[misc] # Lightning is not installed where types are checked
@@ -37,15 +38,27 @@ class AdaptCallback(Callback):  # type: ignore[misc] # Lightning is not installe
         self._loaded = state_dict
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Load if the Trainer resumes, or calibrate; then bind."""
+        """Load if the Trainer resumes, or calibrate; then bind.
+
+        Raises:
+            LrkitError: the module optimizes by hand, so that nothing says where a step begins.
+        """
+        if not pl_module.automatic_optimization:
+            raise LrkitError(
+                "with automatic_optimization=False Lightning does not say where a step begins: leave the callback out, and "
+                "call adapted.bind(optimizers, total_steps=...) yourself, and add adapted.penalty() to the loss"
+            )
         self.adapted.unbind(quietly=True)
         if self._loaded is not None:
             self.adapted.load_state_dict(self._loaded)
         if beginning.batches(self.adapted.controller):
             self._calibrate(trainer, pl_module)
-        before, self._loaded = self.adapted.step - trainer.global_step, None
+        step, there, steps = self.adapted.step, trainer.global_step, int(trainer.estimated_stepping_batches)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        total = before + int(trainer.estimated_stepping_batches)
+        before = step - there
+        if self._loaded is not None:
+            before = rules.earlier(step, self.adapted.total_steps, there, steps, skipping=scaler is not None)
+        total, self._loaded = steps + before, None
         self.adapted.bind(trainer.optimizers, total_steps=total, penalty="gradient", scaler=scaler)
 
     def _calibrate(self, trainer: Any, module: Any) -> None:

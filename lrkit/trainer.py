@@ -19,7 +19,7 @@ from lrkit.adapt.adapted import Adapted
 from lrkit.adapt.quantized import let_train
 from lrkit.compose import to_plain
 from lrkit.errors import LrkitError, LrkitWarning, shown
-from lrkit.loop import beginning
+from lrkit.loop import beginning, rules
 from lrkit.shards import is_sharded
 
 
@@ -85,7 +85,12 @@ class AdaptCallback(TrainerCallback):
         self.adapted.unbind(quietly=True)
         if state.global_step > 0:
             self.adapted.load_state_dict(checkpoint.read(self._folder(args, state)))
-            self._check_step(state)
+        elif self.resume_from is not None and not self.adapted.step:
+            raise LrkitError(
+                f"AdaptCallback(resume_from={os.fspath(self.resume_from)!r}) says what belongs to the checkpoint that the "
+                "Trainer resumes from, and it begins at step 0: call train(resume_from_checkpoint=...), or leave "
+                "resume_from out"
+            )
         elif self._training and self._start is not None:
             self.adapted.rewind(self._start)
             warnings.warn(
@@ -103,17 +108,21 @@ class AdaptCallback(TrainerCallback):
             to_plain(
                 self.adapted.method
             )  # what has no name could not be saved, which the first checkpoint would find out
-        before = self.adapted.step - state.global_step
         optimizer = kwargs["optimizer"]
+        scaler = getattr(optimizer, "scaler", None)  # accelerate's
         self.adapted.bind(
-            optimizer,
-            total_steps=before + state.max_steps,
-            penalty="gradient",
-            scaler=getattr(optimizer, "scaler", None),  # accelerate's
+            optimizer, total_steps=state.max_steps + self._earlier(state, scaler), penalty="gradient", scaler=scaler
         )
         self.adapted.expect_saves()  # `on_save` writes the adapters beside the model
         self._training = True
         _call_last(get_reporting_integration_callbacks(args.report_to))  # type: ignore[no-untyped-call]
+
+    def _earlier(self, state: TrainerState, scaler: Any) -> int:
+        """Count the method's steps before this ``train()``."""
+        step, total = self.adapted.step, self.adapted.total_steps
+        if not state.global_step:
+            return step
+        return rules.earlier(step, total, state.global_step, state.max_steps, skipping=scaler is not None)
 
     def _check_model(self, model: Any) -> None:
         """Refuse a Trainer of another model."""
@@ -138,17 +147,6 @@ class AdaptCallback(TrainerCallback):
         self.adapted.calibrate(batches, None if trainer is None else loss)
         if hasattr(loader, "end"):
             loader.end()  # accelerate's: it has been left halfway
-
-    def _check_step(self, state: TrainerState) -> None:
-        """Refuse a state that is not of the step at which the Trainer resumes.
-
-        In a second ``train()`` the Trainer counts from 0 again, and the method goes on: it is ahead by the steps before.
-        """
-        ahead = self.adapted.step - state.global_step
-        if ahead and self.adapted.total_steps != ahead + state.max_steps:
-            raise LrkitError(
-                f"the Trainer resumes at step {state.global_step}, the lrkit state beside it is of step {self.adapted.step}"
-            )
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Find the folder of the checkpoint that the Trainer resumes from."""

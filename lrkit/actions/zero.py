@@ -1,13 +1,14 @@
 """Zero: every entry of a component that loses becomes zero (Prune-LoRA, arXiv 2303.10512, section 4.4)."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import attrs
 import torch
 from torch import Tensor
 
 from lrkit.actions.base import BY, Action, Ballot, By, Fate, Verdict, best
+from lrkit.errors import LrkitError
 from lrkit.settings import flag, one_of
 from lrkit.shards import held, mine
 from lrkit.units import Block, UnitKind, split
@@ -21,6 +22,9 @@ class Zero(Action):
     section 3 (rows). The optimizer's state for these entries is zeroed with them, so that no momentum moves them on. A
     component then comes back only if it has a gradient. A row of a plain weight has one, and grows again. A doublet of LoRA
     has none: each vector's gradient is a multiple of the other, and both are zero.
+
+    Raises:
+        LrkitError: the optimizer keeps whole numbers for a tensor's entries, and no table of what they mean.
 
     Args:
         once: False: all components are ranked at each decision, as the smoothed scores have it. True: what lost is out for
@@ -58,6 +62,18 @@ class Zero(Action):
                 shape[part.axis] = -1
                 lost = ~keep.to(tensor.device).view(shape)
                 state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
-                for values in (tensor, *state.values()):
+                for name, values in {"": tensor, **state}.items():
                     if isinstance(values, Tensor) and values.shape == tensor.shape:
-                        held(values).masked_fill_(mine(lost.expand(tensor.shape), tensor), 0)
+                        zero = 0 if values.is_floating_point() else _code_of_zero(state, name)
+                        held(values).masked_fill_(mine(lost.expand(tensor.shape), tensor), zero)
+
+
+def _code_of_zero(state: Mapping[str, Any], name: str) -> int:
+    """Return the code that stands for 0 in a state of 8 bits: bitsandbytes keeps the numbers of all codes beside it."""
+    codes = state.get(name.replace("state", "qmap"))
+    if not isinstance(codes, Tensor) or codes.ndim != 1:
+        raise LrkitError(
+            f'Zero cannot zero the optimizer\'s state "{name}", whole numbers without a table of what they mean: take an '
+            "optimizer whose state is of floating-point numbers"
+        )
+    return int(codes.abs().argmin())

@@ -14,6 +14,7 @@ from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.saved import Loaded
 from lrkit.adapt.taps import Taps
 from lrkit.adapt.weights import Weights
+from lrkit.adapt.wrappers import averaging, wrapping
 from lrkit.errors import LrkitError, listing
 from lrkit.loop import beginning, liveness
 from lrkit.loop.controller import Controller
@@ -85,7 +86,10 @@ class Binding:
             raise LrkitError(f"total_steps must be an int of at least 1, not {total_steps!r}")
         if penalty not in ("loss", "gradient"):
             raise LrkitError(f'penalty must be "loss" or "gradient", not {penalty!r}')
+        masks = any(state.masks for state in self.controller.policies)
         for each in optimizers:
+            if masks and (reason := averaging(each)):
+                raise LrkitError(reason)
             if reason := parallel.refusal(self._model, each, adaptive=bool(self.controller.policies)):
                 raise LrkitError(reason)
         trained = self._weights.parameters()
@@ -99,6 +103,8 @@ class Binding:
         run, ranks = self.controller.run, self.controller.components.ranks
         if reason := outgrown(optimizers, run.modules, run.parts, ranks):
             raise LrkitError(reason)
+        if masks and (told := wrapping(optimizer)):
+            self.controller.warn("wrapped", told)
         self._tell_others(held)
         self.controller.begin(total_steps)
         self.controller.seed = sharding.one_seed(self.controller.seed, self._model)
@@ -273,6 +279,8 @@ class Binding:
 
     def _met(self, ddp: Any) -> None:
         """Let chance be the same on every process of a DDP module, however each was seeded."""
+        if self.controller.policies and self.bound and (reason := parallel.joining(ddp)):
+            raise LrkitError(reason)
         if ddp is not self._outer.ddp and self.controller.policies:
             self.controller.seed = parallel.first_says(self.controller.seed, ddp)
             self.controller.peers = parallel.peers(ddp)

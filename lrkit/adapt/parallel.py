@@ -33,6 +33,16 @@ def refusal(model: nn.Module, optimizer: object, *, adaptive: bool) -> str | Non
     return None
 
 
+def joining(ddp: Any) -> str | None:
+    """Say so if a DDP module runs in its ``join``; None if it does not. Torch has no public sign of it."""
+    if not getattr(getattr(ddp, "_join_config", None), "enable", False):
+        return None
+    return (
+        "DDP's join() lets a process without batches answer the others' reductions and take no step, so that its masks and "
+        "statistics stay behind: give all processes as many batches (drop_last=True, or a DistributedSampler)"
+    )
+
+
 def wrapper() -> DistributedDataParallel | None:
     """Return the DDP module whose forward is running."""
     return DistributedDataParallel._active_ddp_module

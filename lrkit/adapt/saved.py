@@ -88,8 +88,11 @@ class Archive:
         if controller.total_steps is None and saved.total_steps is not None:
             controller.foretell(saved.total_steps)
         # All was checked above, and nothing below can fail.
-        cast = self.weights.take(given, optimizer, self.weights.off(controller.components.frozen()))
-        return Loaded(controller.loaded(saved, tensors), cast)
+        off = self.weights.off(controller.components.frozen()) | controller.components.off
+        cast = self.weights.take(given, optimizer, off)
+        loaded = controller.loaded(saved, tensors)
+        loaded.components.off.update(off)
+        return Loaded(loaded, cast)
 
     @torch.inference_mode(False)
     def rewind(

@@ -235,15 +235,26 @@ def take_ranks(adapter: nn.Module, parts: Sequence[Part], optimizer: LastOptimiz
         parts: its tensors.
         optimizer: its state for a tensor of another rank goes.
     """
+    adapter.register_load_state_dict_pre_hook(_TakeRanks(parts, optimizer))  # type: ignore[no-untyped-call]
 
-    def hook(module: nn.Module, given: dict[str, Tensor], prefix: str, *_: Any) -> None:
+
+class _TakeRanks:
+    """The hook of `take_ranks`. A copy of the model has one without an optimizer."""
+
+    def __init__(self, parts: Sequence[Part], optimizer: LastOptimizer | None = None) -> None:
+        self._parts, self._optimizer = parts, optimizer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _TakeRanks, (list(self._parts),)
+
+    def __call__(self, module: nn.Module, given: dict[str, Tensor], prefix: str, *_: Any) -> None:
         own = {prefix + name: p for name, p in module._parameters.items() if p is not None}
         if not own.keys() & given.keys():
             given |= own
             return
         found = [
             (part.of(module), given[prefix + part.name], part.axis)
-            for part in parts
+            for part in self._parts
             if part.axis is not None and prefix + part.name in given
         ]
         # Tensors of another layer are left to torch, which refuses them.
@@ -251,9 +262,7 @@ def take_ranks(adapter: nn.Module, parts: Sequence[Part], optimizer: LastOptimiz
         if alike and len({tensor.shape[axis] for _, tensor, axis in found}) == 1:
             for p, tensor, _axis in found:
                 if tensor.shape != p.shape:
-                    _make_room(p, tensor.shape, optimizer())
-
-    adapter.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+                    _make_room(p, tensor.shape, self._optimizer() if self._optimizer is not None else None)
 
 
 def _across(tensor: Tensor, axis: int) -> torch.Size | None:

@@ -25,12 +25,14 @@ class Components:
         policies: the state of each policy.
         ranks: the components that each layer stores.
         tally: counts what trains.
+        off: ``id`` of each tensor that somebody froze by hand, a LoRA-FA's A for example: it stays frozen.
     """
 
     run: Run
     policies: Sequence[PolicyState]
     ranks: Ranks
     tally: Tally
+    off: set[int] = attrs.field(factory=set)
 
     @property
     def _masking(self) -> list[PolicyState]:
@@ -60,11 +62,28 @@ class Components:
         self.count(step)
 
     def settle(self, *, changed: bool) -> None:
-        """Let a tensor train only if no policy has it frozen; statistics follow if any stopped, or trains again."""
+        """Let a tensor train only if nobody has it frozen; statistics follow if any stopped, or trains again."""
+        for p in self._tensors() if self.off else ():
+            p.requires_grad_(p.requires_grad and id(p) not in self.off)
         for state in self.policies:
             state.fate.restore(state.blocks, state.kept)
         for state in self.policies if changed else ():
             state.follow()
+
+    def look(self) -> None:
+        """See what somebody has frozen by hand since the last look, or lets train again. A policy's decision comes after."""
+        tensors = self._tensors()
+        if self.off or not all(p.requires_grad for p in tensors):
+            frozen = self.frozen() | self.run.idle(self.ranks.now())
+            by_hand = [p for p in tensors if p.numel() and id(p) not in frozen]
+            self.off.difference_update(id(p) for p in by_hand if p.requires_grad)
+            self.off.update(id(p) for p in by_hand if not p.requires_grad)
+
+    def _tensors(self) -> list[Tensor]:
+        """Return what trains at first in the layers and in the policies' units."""
+        adapters = (p for module in self.run.modules.values() for p in module.parameters())
+        units = (p for state in self.policies for block in state.blocks for p in block.tensors)
+        return [p for p in {id(p): p for p in (*adapters, *units)}.values() if id(p) in self.run.trained]
 
     def frozen(self) -> set[int]:
         """Return the ``id`` of each tensor that a policy has frozen."""
@@ -141,7 +160,8 @@ class Components:
         for name, how in resizes.items():
             memory = {} if state is None else state.statistics.kept_of(name)
             new = self._drawn(name, how.fresh, core, generator, memory) if how.fresh else {}
-            tensors |= resize_layer(self.run.modules[name], self.run.parts, how, new, optimizer, self.run.trained)
+            trained = self.run.trained - self.off
+            tensors |= resize_layer(self.run.modules[name], self.run.parts, how, new, optimizer, trained)
             fresh[name] = self.ranks.take(name, how)
         for state in self.policies:
             # A tensor that was frozen, then cut away whole, and has grown again stays frozen.

@@ -124,6 +124,7 @@ class Controller:
     def begin(self, total_steps: int) -> None:
         """Bind every schedule to the length of the run, and say what it will not reach. Raises as `schedule`."""
         self.schedule(total_steps)
+        self.components.look()
         self.components.settle(changed=False)  # for an optimizer that takes what trains, all may have been let train
         self.foretell(total_steps)
 
@@ -132,6 +133,8 @@ class Controller:
         for state in self.policies:
             if not state.ended:
                 rules.forewarn(state, state.over(total_steps), self.warn)
+            elif told := rules.over(state, self.step, total_steps):
+                self.warn(f"over {state.index}", told)
 
     def objection(self, total_steps: int) -> str | None:
         """Say why a run that has begun cannot go on as one of so many steps; None if it can."""
@@ -209,6 +212,7 @@ class Controller:
         changed = moved = False
         for state in self.policies:
             if state in due:
+                self.components.look()
                 decision, settled = self._decide(state, optimizer)
                 changed |= bool(decision.lost or decision.returned)
                 moved |= settled
@@ -244,8 +248,7 @@ class Controller:
         """Take one policy's decision, and carry it out. Returns its record, and whether tensors stopped or were resized."""
         assert state.times is not None
         action = state.policy.action
-        share = state.times.share(self.step)
-        standing = None if optimizer is None else action.proximal(state.blocks, share, optimizer)
+        standing = None if optimizer is None else action.proximal(state.blocks, state.times.share(self.step), optimizer)
         decided = state.decide(self.step, standing, seed_of(self.seed, self.step, state.index))
         if decided.skipped:
             self.warn("finite", f"gradients are not finite before step {self.step}: the statistics skip this step")
@@ -281,13 +284,9 @@ class Controller:
 
     @torch.inference_mode(False)
     def compact(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
-        """Cut components that are masked and add nothing, once every policy has ended. The parameters stay the same objects.
+        """Cut components that are masked and add nothing, once every policy has ended. Returns each layer's rank now.
 
-        Args:
-            optimizer: its state for these parameters is cut with them.
-
-        Returns:
-            Layer name to its rank now.
+        The parameters stay the same objects, and the optimizer's state is cut with them.
         """
         self.components.compact(optimizer)
         self.components.survey(self.step)

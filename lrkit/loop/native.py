@@ -103,8 +103,8 @@ def library() -> ctypes.CDLL | None:
     flags = ("-O3", "-fPIC", "-shared", *_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
     # The processor's abilities are among the flags: machines that share a home folder have a library each.
     key = hashlib.sha256("\0".join((source.read_text("utf-8"), compiler, *flags, platform.machine())).encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrkit"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrkit"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         target = folder / f"native-{key.hexdigest()[:24]}.so"
         if not target.exists():
@@ -112,7 +112,7 @@ def library() -> ctypes.CDLL | None:
             with replacing(target) as draft, resources.as_file(source) as path:
                 _compile([compiler, *flags, str(path), "-o", str(draft), "-lm"])
         return ctypes.CDLL(str(target))
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError, RuntimeError):  # the last one: a user without a home folder
         return None
 
 

@@ -121,6 +121,11 @@ class PolicyState:
         return kind_of(self.policy.metric).blank(self.policy.metric, self.layout(look))  # type: ignore[no-any-return]
 
     @property
+    def masks(self) -> bool:
+        """Whether units lie masked at times: until a schedule's end, if they are removed by then."""
+        return self.policy.action.fate == "masked" or (self.policy.action.fate == "removed" and not self.ended)
+
+    @property
     def wakes(self) -> bool:
         """Say whether units that lost may come back at a decision that is still to be taken."""
         return not (self.ended or self.policy.action.final)

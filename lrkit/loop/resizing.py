@@ -95,7 +95,9 @@ def outgrown(
                 continue
             shape = (*p.shape[:axis], first, *p.shape[axis + 1 :])
             for optimizer in optimizers:
-                if any(isinstance(t, Tensor) and t.shape == shape for t in optimizer.state.get(p, {}).values()):
+                sizes = [t.shape for t in optimizer.state.get(p, {}).values() if isinstance(t, Tensor) and t.ndim]
+                # Adafactor's state of a row may look like that of rank 1; then its column's does not.
+                if shape in sizes and all(size == shape or set(size) <= {*shape, 1} for size in sizes):
                     return (
                         f"{type(optimizer).__name__} keeps state of rank {first} for {name}, which has rank {p.shape[axis]} "
                         "now: make it from adapted.parameters() after calibrate, or after load"

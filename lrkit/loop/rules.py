@@ -60,6 +60,30 @@ def objection(policies: Sequence[PolicyState], step: int, before: int | None, to
     )
 
 
+def earlier(step: int, total_steps: int | None, there: int, steps: int, *, skipping: bool) -> int:
+    """Return the steps that a run took before the training that a trainer goes on with.
+
+    In a second training a trainer counts from 0 again, and the method goes on: it is ahead by the steps before. A scaler of
+    float16 skips steps, which a trainer counts and a method does not.
+
+    Args:
+        step: steps that the method has taken.
+        total_steps: its total steps until now; None if it was not bound.
+        there: the trainer's count of the steps of this training.
+        steps: the steps of this training.
+        skipping: whether a scaler may have skipped some.
+
+    Raises:
+        LrkitError: the method's state is not of the trainer's step.
+    """
+    ahead, before = step - there, (total_steps or 0) - steps
+    if not ahead or total_steps == ahead + steps:
+        return ahead
+    if skipping and before >= 0 and 0 <= step - before <= there:
+        return before
+    raise LrkitError(f"the Trainer resumes at step {there}, the lrkit state beside it is of step {step}")
+
+
 def unfinished(policies: Sequence[PolicyState], step: int, total_steps: int | None) -> str | None:
     """Say what training that ends now leaves undone; None if every last decision has been taken."""
     # Of a decision that no step of the run is due for `forewarnings` has spoken.
@@ -69,6 +93,19 @@ def unfinished(policies: Sequence[PolicyState], step: int, total_steps: int | No
     return (
         f"training ends at step {step} of {total_steps}, before the last decision at step {max(ends)}: the budget was not "
         "reached"
+    )
+
+
+def over(state: PolicyState, step: int, total_steps: int) -> str | None:
+    """Say that a policy's schedule has ended and the run goes on, if units would have come back; None if not."""
+    scheduler, action = state.policy.scheduler, state.policy.action
+    turns = scheduler.ending in ("open", "every-step") or (action.fate == "frozen" and not action.final)
+    if not (state.ended and turns and step and total_steps > step):
+        return None
+    return (
+        f"{action!r}: its schedule ended with step {step} of the run, and the next {total_steps - step} steps are trained "
+        f"with what the last decision left, {int(state.kept.sum())} of {len(state.kept)} units. For further decisions "
+        "train all steps in one run, or attach anew"
     )
 
 

@@ -9,12 +9,21 @@ from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from lrkit.errors import LrkitError
+
 OTHER_BYTES = "DO NOT MATCH THE HASHES"  # in pip's words, if the index serves another file than was asked for
 
 
 def cache_folder() -> Path:
-    """Return the folder of files that lrkit fetched: `$LRKIT_CACHE`, or `~/.cache/lrkit`."""
-    return Path(os.environ.get("LRKIT_CACHE") or Path.home() / ".cache" / "lrkit")
+    """Return the folder of files that lrkit fetched: `$LRKIT_CACHE`, or `~/.cache/lrkit`.
+
+    Raises:
+        LrkitError: the user has no home folder, as one without a name in a container, and ``LRKIT_CACHE`` is not set.
+    """
+    try:
+        return Path(os.environ.get("LRKIT_CACHE") or Path.home() / ".cache" / "lrkit")
+    except RuntimeError:
+        raise LrkitError("no home folder to keep what is fetched: set LRKIT_CACHE to a folder") from None
 
 
 def no_pip() -> str | None:

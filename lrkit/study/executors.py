@@ -6,7 +6,7 @@
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
-from typing import Any
+from typing import IO, Any
 
 from lrkit.errors import LrkitError
 from lrkit.hookspecs import hookimpl
@@ -95,7 +95,10 @@ def _lease(devices: int) -> None:
     names = visible.split(",") if visible else [str(i) for i in range(gpus())]
     leased = []
     for name in names:
-        file = open(os.path.join(tempfile.gettempdir(), f"lrkit-gpu-{name}.lock"), "ab")  # noqa: SIM115 (locked for good)
+        try:
+            file = _lock_file(os.path.join(tempfile.gettempdir(), f"lrkit-gpu-{name}.lock"))
+        except OSError:
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -108,6 +111,14 @@ def _lease(devices: int) -> None:
     if not leased:
         raise LrkitError("every GPU is leased to another cell")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(leased)
+
+
+def _lock_file(path: str) -> IO[bytes]:
+    """Open a file to lock, made by whoever came first: another user's can be read alone, which suffices."""
+    try:
+        return open(path, "ab")
+    except PermissionError:
+        return open(path, "rb")
 
 
 class _Ray(Executor):

@@ -60,7 +60,7 @@ def written(folder: Path, write: Callable[[Path], None]) -> tuple[Path, str]:
     except Exception as error:  # OSError, or what a library makes of a full disk
         why = line_of(error)
     last: Exception | None = None
-    for parent in (folder.absolute().parent, Path(tempfile.gettempdir()), Path.cwd(), Path.home()):
+    for parent in (folder.absolute().parent, Path(tempfile.gettempdir()), Path.cwd(), Path(os.path.expanduser("~"))):
         try:
             other = Path(tempfile.mkdtemp(prefix=f"{folder.name or 'lrkit'}-", dir=parent))
             write(other)

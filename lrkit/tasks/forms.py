@@ -6,6 +6,7 @@ SQuAD, of transformers' examples and of TRL.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
@@ -279,6 +280,9 @@ def form_of(row: Collection[str]) -> Form:
     if found:
         return found[0]
     if fields is not None:
+        near = [name for name in names if re.sub(r"\W", "", name).lower() in ("label", "labels")]
+        if near:
+            raise LrkitError(f'the field "{near[0]}" is not read: a label\'s field is called "label"')
         return PLAIN_TEXT if fields == ("text",) else labelled(fields)
     texts = " or ".join(" + ".join(fields) for fields in FIELDS)
     raise LrkitError(

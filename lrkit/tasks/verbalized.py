@@ -81,7 +81,7 @@ class Verbalized(Labelled):
         """Return the word of each label."""
         if self.words == "labels":
             return self.labels
-        return tuple(self.words.split(",")) if isinstance(self.words, str) else self.words
+        return tuple(word.strip() for word in self.words.split(",")) if isinstance(self.words, str) else self.words
 
     @property
     def prompt(self) -> str:

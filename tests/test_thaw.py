@@ -256,8 +256,11 @@ def test_optimizers_must_hold_all_blocks() -> None:
     adapted.bind(optimizer, total_steps=STEPS)
     for _ in range(3, STEPS):
         step(model, adapted, optimizer)
-    adapted.unbind()  # nothing changes any more, so that what is frozen need not be held
-    adapted.bind(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), total_steps=STEPS + 1)
+    adapted.unbind()  # nothing changes any more, so that what is frozen need not be held, and that is said
+    with pytest.warns(
+        lrkit.LrkitWarning, match=f"its schedule ended with step {STEPS} of the run, and the next 1 steps"
+    ):
+        adapted.bind(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), total_steps=STEPS + 1)
 
 
 def test_final_freezes_stay() -> None:

@@ -49,6 +49,7 @@ class Binding:
         self._outer = parallel.Outer(self._met)
         self._outer.hang_on(model)
         liveness.watch(self, Binding._watch)
+        watching.stay(controller.run.modules, self)
 
     def _new_penalty(self) -> Penalty:
         run = self.controller.run
@@ -88,20 +89,15 @@ class Binding:
             raise LrkitError(f'penalty must be "loss" or "gradient", not {penalty!r}')
         masks = any(state.masks for state in self.controller.policies)
         for each in optimizers:
-            if masks and (reason := averaging(each)):
-                raise LrkitError(reason)
-            if reason := parallel.refusal(self._model, each, adaptive=bool(self.controller.policies)):
+            reason = parallel.refusal(self._model, each, adaptive=bool(self.controller.policies))
+            if reason := reason or (averaging(each) if masks else None):
                 raise LrkitError(reason)
         trained = self._weights.parameters()
-        if reason := sharding.refusal(self._model, self.controller):
-            raise LrkitError(reason)
-        held = set().union(*map(held_by, optimizers))
-        if reason := self._weights.refusal(held, self.controller.components.asleep()):
-            raise LrkitError(reason)
-        if reason := self.controller.objection(total_steps):
+        held, asleep = set().union(*map(held_by, optimizers)), self.controller.components.asleep()
+        if reason := sharding.refusal(self._model, self.controller) or self._weights.refusal(held, asleep):
             raise LrkitError(reason)
         run, ranks = self.controller.run, self.controller.components.ranks
-        if reason := outgrown(optimizers, run.modules, run.parts, ranks):
+        if reason := self.controller.objection(total_steps) or outgrown(optimizers, run.modules, run.parts, ranks):
             raise LrkitError(reason)
         if masks and (told := wrapping(optimizer)):
             self.controller.warn("wrapped", told)

@@ -1,14 +1,18 @@
 """The look at a model before the first step that trains it: which modules have no gradient."""
 
-from collections.abc import Sequence
+import warnings
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lrkit.adapt.heads import head_parameters
+from lrkit.adapt.optimizers import held_by
 from lrkit.adapt.tied import passed_by
 from lrkit.adapt.weights import Weights
-from lrkit.errors import LrkitError, listing
+from lrkit.errors import LrkitError, LrkitWarning, listing
 from lrkit.loop import liveness
 from lrkit.loop.controller import Controller
 
@@ -55,3 +59,43 @@ def look(model: nn.Module, head: Sequence[str], weights: Weights, loop: Controll
             "find_unused_parameters=True)"
         )
     return True
+
+
+def stay(adapters: Mapping[str, nn.Module], binding: Any) -> None:
+    """Leave a `Left` with the first adapter, if the method has anything to do while it is bound."""
+    adaptive = binding.controller.policies or binding.penalty.exists
+    for adapter in list(adapters.values())[:1] if adaptive else ():
+        trained = {id(p) for each in adapters.values() for p in each.parameters() if p.requires_grad}
+        vars(adapter)["left"] = Left(binding, trained)
+
+
+class Left:
+    """Stays with an adapter, and warns if an optimizer trains the adapters after the handle has ended.
+
+    It holds neither the handle nor the model, so that both end when they would without it. A copy of the adapter has one
+    that does nothing.
+
+    Args:
+        binding: what ends with the handle; None for nothing to watch.
+        trained: ``id`` of each of the adapters' tensors.
+    """
+
+    def __init__(self, binding: object | None = None, trained: Collection[int] = ()) -> None:
+        self._trained = set(trained)
+        if binding is not None:
+            self._binding = weakref.ref(binding)
+            liveness.watch(self, Left.look)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Left, ()
+
+    def look(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at any optimizer before its step."""
+        if self._binding() is None and not self._trained.isdisjoint(held_by(optimizer)):
+            liveness.leave(self)
+            warnings.warn(
+                "an optimizer steps adapters whose handle is gone: nothing is adaptive. Keep what attach returns, "
+                "adapted = lrkit.attach(...), and call adapted.bind(optimizer, total_steps=...) before training",
+                LrkitWarning,
+                stacklevel=2,
+            )

@@ -175,7 +175,7 @@ class Weights:
     def take(
         self, given: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None, off: Collection[int] = ()
     ) -> str | None:
-        """Take over tensors that `check` has passed.
+        """Take over tensors that `check` has passed; return a warning about the precision, or None.
 
         A state in another precision is followed, unless these parameters were cast since attach.
 
@@ -183,9 +183,6 @@ class Weights:
             given: tensors by name.
             optimizer: its state for a tensor of another rank goes.
             off: what `off` returns: it stays frozen, whatever the state's step.
-
-        Returns:
-            A warning about the precision, or None.
         """
         saved = self.saved()
         odd = [name for name, tensor in given.items() if tensor.dtype != saved[name].dtype]
@@ -241,7 +238,7 @@ def take_ranks(adapter: nn.Module, parts: Sequence[Part], optimizer: LastOptimiz
 class _TakeRanks:
     """The hook of `take_ranks`. A copy of the model has one without an optimizer."""
 
-    def __init__(self, parts: Sequence[Part], optimizer: LastOptimizer | None = None) -> None:
+    def __init__(self, parts: Sequence[Part], optimizer: LastOptimizer = lambda: None) -> None:
         self._parts, self._optimizer = parts, optimizer
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -262,7 +259,7 @@ class _TakeRanks:
         if alike and len({tensor.shape[axis] for _, tensor, axis in found}) == 1:
             for p, tensor, _axis in found:
                 if tensor.shape != p.shape:
-                    _make_room(p, tensor.shape, self._optimizer() if self._optimizer is not None else None)
+                    _make_room(p, tensor.shape, self._optimizer())
 
 
 def _across(tensor: Tensor, axis: int) -> torch.Size | None:

@@ -22,7 +22,7 @@ def list_studies(found: Sequence[Any], as_json: bool) -> None:
         return
     rows = [[study.name, study.title, ", ".join(study.profiles), study.distribution] for study in found]
     screen.table([Column("study"), Column("title"), Column("--profile"), Column("from", extra=True)], rows)
-    screen.say("The first profile is the default: minilm is the embedded model and data, which need no network.")
+    screen.say("The first profile is the default: minilm is the embedded model and data, which pip fetches once.")
 
 
 def limits(plan: "Plan") -> list[str]:
@@ -85,6 +85,12 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool, done: tuple[int
         screen.say(f"Margin: ±{plan.study.margin:g} of the primary score, written down before the first cell.")
     if plan.study.claims:
         screen.say(f"Claims, judged when every cell is done: {', '.join(claim.name for claim in plan.study.claims)}.")
+    bare = [c.name for c in plan.study.claims if c.margin is None and plan.study.margin is None]
+    if bare:
+        screen.say(
+            f"Without a margin, which none can be given once a cell has begun: {', '.join(bare)}. That an advantage is too "
+            "small to matter cannot be found then."
+        )
     for line in limits(plan):
         screen.say(line)
 

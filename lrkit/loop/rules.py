@@ -147,7 +147,8 @@ def forewarnings(state: PolicyState, times: Timetable) -> Iterator[tuple[str, st
         yield (
             "none",
             f"{name}.target = {scheduler.target!r} is none of {state.costs.whole:,} {scheduler.amount}: after the decision "
-            f"at step {end} nothing trains that {action!r} acts on",
+            f"at step {0 if times.at_start and not times.budget(0) else end} nothing trains that {action!r} acts on, if it "
+            "keeps to its budget",
         )
     if not state.fate.counts and is_known(action) and budget < state.costs.least:
         yield (

@@ -129,7 +129,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     start = config.get("init_lora_weights", True)
     if not isinstance(start, bool | str) or start not in _STARTS:
         raise LrkitError(
-            f"{folder}: init_lora_weights={shown(start)} changes the base's weights: lrkit cannot represent it exactly"
+            f"{folder}: init_lora_weights={shown(start)} changes the base's weights: lrkit cannot represent it exactly. "
+            "Save it as a LoRA of the plain base, by PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     return config
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from lrkit.errors import LrkitError, nearest
+from lrkit.errors import LrkitError, nearest, shown
 from lrkit.settings import real
 
 
@@ -37,7 +37,7 @@ def check_claims(claims: Sequence[Claim], rows: Sequence[str]) -> None:
             raise LrkitError(f'two claims are called "{claim.name}"')
         for row in (claim.higher, claim.lower):
             if row not in rows:
-                hint = f"{nearest(row, rows)}; there are {', '.join(rows)}"
+                hint = f"{nearest(row, rows)}; there are {', '.join(map(shown, rows))}"
                 raise LrkitError(f'claim "{claim.name}": there is no row "{row}"{hint}')
         if claim.higher == claim.lower:
             raise LrkitError(f'claim "{claim.name}" compares row "{claim.higher}" with itself')

@@ -1,5 +1,6 @@
 """Faults that three readings had passed over: what a decision brought back, and what trained or ended without a word."""
 
+import gc
 import io
 import os
 import pickle
@@ -224,6 +225,26 @@ def test_adafactor_of_rank_one():
             shape[part.axis] = 1
             sgd.state[p]["sum"] = torch.zeros(shape)
     assert outgrown([sgd], run.modules, run.parts, ranks) is not None
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_dropped_handle_is_told(kept):
+    """If nobody keeps the handle, nothing can be bound: an optimizer that trains the adapters is told of it, once."""
+    model = models.make("bert", seed=2)
+    adapted = lrkit.attach(model, ADALORA)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    pickle.loads(pickle.dumps(model))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if not kept:
+            del adapted
+            gc.collect()
+        for step in range(2):
+            model(**models.batch(seed=step)).loss.backward()
+            optimizer.step()
+    found = [str(w.message).partition(":")[0] for w in said if "nothing is adaptive" in str(w.message)]
+    gone, unbound = "an optimizer steps adapters whose handle is gone", "an optimizer steps the adapters' parameters"
+    assert [each.split(", but")[0] for each in found] == [unbound if kept else gone]
 
 
 # ---- runs that go on ----

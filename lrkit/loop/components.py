@@ -63,7 +63,7 @@ class Components:
 
     def settle(self, *, changed: bool) -> None:
         """Let a tensor train only if nobody has it frozen; statistics follow if any stopped, or trains again."""
-        for p in self._tensors() if self.off else ():
+        for p in self._tensors if self.off else ():
             p.requires_grad_(p.requires_grad and id(p) not in self.off)
         for state in self.policies:
             state.fate.restore(state.blocks, state.kept)
@@ -72,13 +72,14 @@ class Components:
 
     def look(self) -> None:
         """See what somebody has frozen by hand since the last look, or lets train again. A policy's decision comes after."""
-        tensors = self._tensors()
+        tensors = self._tensors
         if self.off or not all(p.requires_grad for p in tensors):
             frozen = self.frozen() | self.run.idle(self.ranks.now())
             by_hand = [p for p in tensors if p.numel() and id(p) not in frozen]
             self.off.difference_update(id(p) for p in by_hand if p.requires_grad)
             self.off.update(id(p) for p in by_hand if not p.requires_grad)
 
+    @functools.cached_property  # a resize keeps the objects
     def _tensors(self) -> list[Tensor]:
         """Return what trains at first in the layers and in the policies' units."""
         adapters = (p for module in self.run.modules.values() for p in module.parameters())

@@ -85,8 +85,6 @@ def _component(registry: Registry, kind: Kind, plain: Any, place: str) -> Any:
     if plain is None:
         return None
     table = _table(plain, place)
-    if not isinstance(table["name"], str):
-        raise LrkitError(f"{place}: a name must be a text, not {shown(table['name'])}")
     cls = registry.get(kind, table.pop("name"))
     settings = check_settings(cls, table, place)
     try:
@@ -101,7 +99,7 @@ def _component(registry: Registry, kind: Kind, plain: Any, place: str) -> Any:
 def _table(value: Any, place: str) -> dict[str, Any]:
     """Return a component that is given by its name alone, or by a table, as a table."""
     table = {"name": value} if isinstance(value, str) else value
-    if not isinstance(table, Mapping) or "name" not in table:
+    if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
         raise LrkitError(f"{place} must be a name, or a table with a name and settings, not {shown(value)}")
     return dict(table)
 
@@ -194,8 +192,6 @@ def swapped(plain: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
     if value is None:
         return with_component(plain, path, None)
     table = _table(value, path)
-    if not isinstance(table["name"], str):
-        raise LrkitError(f"{path} must be a name, or a table with a name and settings, not {shown(table)}")
     copy, node = _descend(with_component(plain, path, table["name"]), path, path)
     settings = {field.name for field in attrs.fields(registries.current().get(kind, table.pop("name")))}
     for key, setting in table.items():
@@ -228,9 +224,8 @@ def compose(
     """
     settings = settings or {}
     known = arguments_of(base)
-    plain = (
-        as_plain(base) if isinstance(base, Mapping) else _called(base, {k: settings[k] for k in settings if k in known})
-    )
+    own = {name: value for name, value in settings.items() if name in known}
+    plain = as_plain(base) if isinstance(base, Mapping) else _called(base, own)
     for path, value in (swaps or {}).items():
         plain = swapped(plain, path, value)
     for path, value in settings.items():
@@ -265,7 +260,13 @@ def _called(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     except Exception:  # an annotation for type checkers alone, an object that can be called: the parts check the values
         hints = {}
     exact = {k: as_annotated(v, hints[k], f"{name} {k}") if k in hints else v for k, v in arguments.items()}
-    return to_plain(registries.current().method(name, **exact))
+    try:
+        return to_plain(registries.current().method(name, **exact))
+    except LrkitError as error:  # it may speak of a setting of a part, which an argument went into under another name
+        if not exact or any(word in str(error) for word in (name, *exact)):
+            raise
+        told = ", ".join(f"{key}={shown(value)}" for key, value in exact.items())
+        raise LrkitError(f"{name} with {told}: {error}") from error
 
 
 # ---- paths -----------------------------------------------------------------------------------------------------------

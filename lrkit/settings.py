@@ -202,6 +202,8 @@ def _in_words(hint: Any, value: Any) -> str:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Mapping:
         return f"a table of {_in_words(inner[1], None)}"
+    if origin is Literal:
+        return " | ".join(map(repr, inner))
     if origin in (Union, types.UnionType):
         told = [option for option in inner if isinstance(value, Mapping) or typing.get_origin(option) is not Mapping]
         return " | ".join("None" if option is type(None) else _in_words(option, value) for option in told)

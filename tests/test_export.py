@@ -607,6 +607,8 @@ def test_command_pushes(call: Any, ran: Path, tmp_path: Path) -> None:
     code, out, err = call(*asked)
     assert (code, err) == (0, "") and "written" not in out
     assert f"me/mine would get README.md ({there['README.md']:,} bytes)" in " ".join(out.split())
+    code, out, err = call(*asked, "--out", tmp_path / "named", "--base-model", "a/b")
+    assert (code, err) == (0, "") and "base_model: a/b\n" in (tmp_path / "named" / "README.md").read_text()
 
 
 def test_command_refuses(call: Any, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -621,7 +623,7 @@ def test_command_refuses(call: Any, ran: Path, tmp_path: Path, monkeypatch: pyte
     to, out = ("--to", "peft-lora"), ("--out", tmp_path / "out")
     refused("no lrkit state at", tmp_path / "nothing", *to, *out)
     refused("say where to: --out DIR, --push USER/NAME, or both", ran / "run", *to)
-    refused("--dry-run and --private are of --push", ran / "run", *to, *out, "--dry-run")
+    refused("--dry-run, --private and --base-model are of --push", ran / "run", *to, *out, "--dry-run")
     refused('a name on the hub is "user/name"', ran / "run", *to, *out, "--push", "a/b/c")
     refused(
         'no export to "peft" .*there are peft-lora, peft-adalora, vllm-lora, merged', ran / "run", "--to", "peft", *out

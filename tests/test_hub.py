@@ -1,5 +1,6 @@
 """`push_to_hub`: what an export writes and a model card are uploaded; the hub's own library reads the card back."""
 
+import json
 import re
 import types
 
@@ -110,11 +111,25 @@ def test_local_bases_stay_unnamed(base, no_network, tmp_path, monkeypatch):
     """A folder's path is no name on the hub, and is not told to anybody."""
     (tmp_path / "here" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    pushed = lrkit.push_to_hub(trained(base=base), "me/mine", dry_run=True)
+    pushed = lrkit.push_to_hub(trained(base=base), "me/mine", folder=tmp_path / "out", dry_run=True)
     card = ModelCard(pushed.card)
     assert card.data.base_model is None and "base_model" not in str(card.data)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    for file in (tmp_path / "out").rglob("*"):
+        assert not base or base.encode() not in file.read_bytes(), file.name
     assert not base or f'"{base}"' not in pushed.card
-    assert ModelCard(lrkit.push_to_hub(trained(), "m", base_model="a/b", dry_run=True).card).data.base_model == "a/b"
+    named = lrkit.push_to_hub(trained(), "m", base_model="a/b", folder=tmp_path / "named", dry_run=True)
+    assert ModelCard(named.card).data.base_model == "a/b"
+    assert json.loads((tmp_path / "named" / "adapter_config.json").read_text())["base_model_name_or_path"] == "a/b"
+
+
+def test_served_with_its_head(no_network, tmp_path):
+    """A card for vLLM serves the base with the trained head, which is in the repository; no path of this machine is told."""
+    pushed = lrkit.push_to_hub(trained(), "me/mine", to="vllm-lora", folder=tmp_path / "out", dry_run=True)
+    assert any(name.startswith("base/") for name in pushed.files)
+    assert "hf download me/mine --local-dir adapter\nvllm serve adapter/base --enable-lora" in pushed.card
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert str(tmp_path).encode() not in b"".join(f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file())
 
 
 def test_pushes_are_refused(no_network, monkeypatch, tmp_path):

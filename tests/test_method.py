@@ -26,7 +26,7 @@ from lrkit.metrics import GradientUncertainty, Magnitude, RatioUncertainty, Sens
 from lrkit.parameterizations import SVD, DoRA, Full, LoRA, VectorScaled
 from lrkit.registry import Registry
 from lrkit.schedulers import Constant, Cubic, Linear, Scheduler
-from lrkit.settings import real
+from lrkit.settings import as_annotated, real
 from lrkit.units import blocks_of
 
 NAMES = ["full", "lora", "dora", "svd-lora", "elora", "adalora", "aflora"]
@@ -1205,6 +1205,8 @@ def test_composed_by_swaps_alone(one: Method, other: Method) -> None:
     [
         ({"rnk": 3}, {}, r'method "adalora" has no argument "rnk" \(did you mean "rank"\?\)'),
         ({"rank": "8"}, {}, r"adalora rank must be int, not '8'"),
+        ({"target_rank": -3}, {}, r"^adalora with target_rank=-3: Cubic\.target must be an int"),
+        ({"rank": 4}, {}, r"^Cubic\.target = 8 is above the initial rank 4"),
         ({"metric.epsilon": 1.0}, {}, r'no setting "metric\.epsilon"'),
         ({}, {"metric": "magnitud"}, r'unknown metric "magnitud" \(did you mean "magnitude"\?\)'),
         ({}, {"metrc": "magnitude"}, r'no component "metrc" \(did you mean "metric"\?\)'),
@@ -1219,6 +1221,12 @@ def test_nothing_that_cannot_be_meant(settings: dict[str, Any], swaps: dict[str,
     with pytest.raises(LrkitError, match=message) as caught:
         compose("adalora", settings, swaps)
     assert "\n" not in str(caught.value)
+
+
+def test_choices_are_told_plainly() -> None:
+    """A value that is none of a few is refused with these, and not with a Python annotation."""
+    with pytest.raises(LrkitError, match=r"^x must be 'number' \| 'probability' \| None, not 'chance'$"):
+        as_annotated("chance", Literal["number", "probability"] | None, "x")
 
 
 def test_unknown_fates_are_refused() -> None:

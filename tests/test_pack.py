@@ -424,6 +424,34 @@ def test_shipped_study_found(place, packed, tmp_path, monkeypatch):
     assert outcome.ran == 1 and "not taken in" in told
 
 
+def test_dry_run_counts_pack(place, packed, tmp_path, capsys, monkeypatch):
+    """A study file goes on from the pack in the folder beside it, and a dry run counts the cells that it would take in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text(
+        f"""base = "adalora"
+set = {{rank = 4, target_rank = 2, warmup = 2, final = 3, interval = 1}}
+swap = {{metric = ["magnitude"]}}
+rows = [{{label = "aflora", base = "aflora"}}]
+tasks = [{{data = "{place / "data"}"}}]
+model = "{place / "model"}"
+seeds = 2
+run = {{steps = 8, batch_size = 4, max_length = 12, eval_every = 5}}
+"""
+    )
+    shutil.copytree(packed.parent, tmp_path / "mine")
+    before = files(tmp_path)
+    dry = ("ablate", "mine.toml", "--dry-run", "--json")
+
+    assert ask(capsys, *dry)["taken_in"] == ask(capsys, *dry, "--out", tmp_path / "new")["taken_in"] == 6
+    assert "taken_in" not in ask(capsys, *dry, "--recompute") and files(tmp_path) == before
+    source = taken.source_of(None, "mine.toml", tmp_path / "new")
+    assert source == Source(path=Path("mine") / PACK, asked=False)
+    outcome, _ = run(small(place), tmp_path / "new", packed=source)
+    assert outcome.ran == 0 and ask(capsys, *dry, "--out", tmp_path / "new")["taken_in"] == 0
+    (tmp_path / "mine" / PACK).unlink()
+    assert "taken_in" not in ask(capsys, *dry) and taken.source_of(None, "mine.toml", tmp_path / "new") is None
+
+
 def test_folder_stands_in(place, tmp_path):
     """A folder stands in for a task by name, with that task's metric; its content, and not its path, is in the key."""
     data = folders.write_data(tmp_path / "anything")

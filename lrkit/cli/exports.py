@@ -30,6 +30,9 @@ def export(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --push: show what would be uploaded, without a network.")
     ] = False,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="With --push: the base's name on the hub, for the card.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of the base model on the hub, if not RUN's own.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the base's weights, if not RUN's own: float32, ...")] = None,
     trust_remote_code: Trust = False,
@@ -52,8 +55,8 @@ def export(
         raise LrkitError(
             f'there is no export to "{to}"{nearest(to, peft.TARGETS)}; there are {", ".join(peft.TARGETS)}'
         )
-    if push is None and (dry_run or private):
-        raise LrkitError("--dry-run and --private are of --push USER/NAME")
+    if push is None and (dry_run or private or base_model is not None):
+        raise LrkitError("--dry-run, --private and --base-model are of --push USER/NAME")
     if out is None and push is None:
         raise LrkitError("say where to: --out DIR, --push USER/NAME, or both")
     if out is not None:
@@ -78,7 +81,14 @@ def export(
     pushed = None
     if push is not None:
         pushed = peft.push_to_hub(
-            adapted, push, to=to, folder=out, private=private or None, dry_run=dry_run, tokenizer=tokenizer
+            adapted,
+            push,
+            to=to,
+            folder=out,
+            private=private or None,
+            base_model=base_model,
+            dry_run=dry_run,
+            tokenizer=tokenizer,
         )
         exported = pushed.exported
     else:

@@ -112,11 +112,10 @@ def ablate(
     from lrkit.study.execute import check
     from lrkit.study.missing import count_done
     from lrkit.study.old import check_old
-    from lrkit.study.packed import read_pack
     from lrkit.study.plan import lay_out
     from lrkit.study.pool import chosen
     from lrkit.study.precision import slow_bf16
-    from lrkit.study.taken import source_of
+    from lrkit.study.taken import offered, source_of
 
     if list_:
         study_screen.list_studies(catalogue(), as_json)
@@ -135,11 +134,11 @@ def ablate(
     if dry_run:
         check_old(keep_old, recompute)
         chosen(executor, 1 if workers is None else workers, threads or 1, address)
-        if (source := source_of(packed, what, out or Path())) is not None:
-            read_pack(source.path)
         tasks = check(plan)
         done = None if out is None else count_done(plan, tasks, out, keep_old=keep_old, recompute=recompute)
-        study_screen.show_plan(plan, tasks, as_json, done)
+        source = None if recompute else source_of(packed, what, out or Path())
+        taken = None if source is None else (offered(source, plan, tasks, out), source.path)
+        study_screen.show_plan(plan, tasks, as_json, done, taken)
         each_run = (plan.settings(row, each, 0).bf16 for row in plan.rows for each in plan.tasks)
         if executor == "local" and (line := slow_bf16(each_run)) is not None:
             screen.complain(line)

@@ -7,6 +7,8 @@ from lrkit.cli import screen
 from lrkit.cli.tables import Column
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lrkit.study.plan import Plan
     from lrkit.study.recall import Recall
     from lrkit.study.statistics import Table
@@ -37,7 +39,13 @@ def limits(plan: "Plan") -> list[str]:
     return [*([alone] if len(plan.rows) == 1 else []), *([few] if few else [])]
 
 
-def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool, done: tuple[int, int] | None = None) -> None:
+def show_plan(
+    plan: "Plan",
+    tasks: Iterable[str],
+    as_json: bool,
+    done: tuple[int, int] | None = None,
+    taken: "tuple[int, Path] | None" = None,
+) -> None:
     """Print a study that is laid out: each row with its changes and rates, and how many cells there are.
 
     Args:
@@ -45,6 +53,7 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool, done: tuple[int
         tasks: names of the tasks.
         as_json: print plain data instead.
         done: cells that are done in its folder, and all of them; None if no folder was named.
+        taken: cells that would be taken in first, and the pack; None if there is none.
     """
     from lrkit.study.paired import too_few_seeds
     from lrkit.study.plan import changes
@@ -59,6 +68,7 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool, done: tuple[int
         told |= {"margin": plan.study.margin, "claims": [claim.name for claim in plan.study.claims]}
         told |= {"trials": trials} if plan.study.tune is not None else {}
         told |= {} if done is None else {"done": done[0]}
+        told |= {} if taken is None else {"taken_in": taken[0]}
         screen.say_json(told | {"too_few_seeds": too_few_seeds(len(plan.rows) - 1, len(plan.seeds))})
         return
     shown = [
@@ -76,6 +86,8 @@ def show_plan(plan: "Plan", tasks: Iterable[str], as_json: bool, done: tuple[int
     screen.say(f"{before}{counted[2]}: {counted[0]} on {', '.join(tasks)} with {counted[1]}. Every one can run.")
     if done is not None:
         screen.say(f"{done[0]} of {_count(done[1], 'cell')} {'is' if done[0] == 1 else 'are'} done in this folder.")
+    if taken is not None:
+        screen.say(f"{_count(taken[0], 'finished cell')} would be taken in first, from {taken[1]}.")
     for task in plan.tasks:
         if task.options:
             screen.say(

@@ -20,9 +20,12 @@ def timetable(state: PolicyState, total_steps: int) -> Timetable:
     scheduler, times = state.policy.scheduler, state.over(total_steps)
     whole, layer = state.costs.whole, state.costs.layer
     if isinstance(scheduler.target, int) and scheduler.target * layer > whole:
+        many = (
+            f" is {scheduler.target * layer:,} {scheduler.amount} in {state.layers} layers" if state.layers > 1 else ""
+        )
         raise LrkitError(
-            f"{type(scheduler).__name__}.target = {scheduler.target} is {scheduler.target * layer:,} {scheduler.amount} in "
-            f"{state.layers} layers, and there are {whole:,} at first: it must be at most their mean, or a share such as 0.5"
+            f"{type(scheduler).__name__}.target = {scheduler.target}{many}, and there are {whole:,} {scheduler.amount} at "
+            f"first: it must be at most {'their mean' if many else f'{whole:,}'}, or a share such as 0.5"
         )
     first, last = times.budget(-1), times.budget(total_steps + 1)
     if last > first and not state.policy.action.grows:

@@ -31,7 +31,7 @@ def card(adapted: Adapted, exported: Exported, repo_id: str, base_model: str | N
         repo_id: where it is going to be.
         base_model: the base's name on the hub; None for the one in the model's config, unless that is a folder.
     """
-    base = _base(adapted) if base_model is None else base_model
+    base = base_of(adapted) if base_model is None else base_model
     merged = exported.to == "merged"
     tags = ["lrkit"]
     if not merged:
@@ -45,7 +45,7 @@ def card(adapted: Adapted, exported: Exported, repo_id: str, base_model: str | N
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
-def _base(adapted: Adapted) -> str | None:
+def base_of(adapted: Adapted) -> str | None:
     """Return the name in the model's config, if it may be one on the hub."""
     name = getattr(getattr(adapted.model, "config", None), "name_or_path", "") or ""
     return None if refusal(name) is not None or os.path.exists(name) else name
@@ -102,7 +102,11 @@ def _loading(adapted: Adapted, exported: Exported, repo_id: str, base: str | Non
         yield f'```python\n{imports}\nmodel = {kind.__name__}.from_pretrained("{repo_id}")\n```\n'
         return
     if exported.to == "vllm-lora":
-        yield f"```bash\nvllm serve {name} --enable-lora --lora-modules adapter={repo_id}\n```\n"
+        first = ""
+        if any(file.startswith("base/") for file in exported.files):  # it holds the trained head
+            first, name = f"hf download {repo_id} --local-dir adapter\n", "adapter/base"
+            repo_id = "adapter"
+        yield f"```bash\n{first}vllm serve {name} --enable-lora --lora-modules adapter={repo_id}\n```\n"
         return
     yield "With PEFT:\n"
     yield f"```python\nfrom peft import PeftModel\n{imports}\nbase = {made}{what}"

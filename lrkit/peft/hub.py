@@ -1,5 +1,6 @@
 """Upload an export to the Hugging Face hub, with a model card."""
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from lrkit.adapt.adapted import Adapted
 from lrkit.errors import LrkitError, shown
-from lrkit.peft.card import card, refusal
+from lrkit.peft.card import base_of, card, refusal
 from lrkit.peft.exporting import Exported, export
+from lrkit.peft.files import CONFIG
 
 CARD = "README.md"
 
@@ -59,7 +61,8 @@ def push_to_hub(
         adapted: the trained handle. It stays as it is.
         repo_id: ``"user/name"``, or a name of one's own. The repository is made if it is not there.
         to: as `export` takes it.
-        base_model: the base's name on the hub, for the card; None for the one in the model's config.
+        base_model: the base's name on the hub, for the card and PEFT's configuration; None for the one in the model's
+            config, unless that is a folder, whose path is told to nobody.
         folder: a new or empty folder in which the files stay; None for none.
         private: whether a new repository is private; None for the account's default.
         token: of the hub; None for the one that is stored.
@@ -79,11 +82,22 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as place:
         inside = Path(place) / "export" if folder is None else Path(folder)
         exported = export(adapted, inside, to=to, tokenizer=tokenizer, batch=batch)
+        _name_base(inside, base_of(adapted) if base_model is None else base_model)
         text = str(card(adapted, exported, repo_id, base_model))
         (inside / CARD).write_text(text, encoding="utf-8")
         sizes = {name: (inside / name).stat().st_size for name in (CARD, *exported.files)}
         url = None if dry_run else _upload(inside, repo_id, private, token, message or f"Upload {to} by lrkit")
     return Pushed(repo_id=repo_id, url=url, files=sizes, card=text, exported=exported)
+
+
+def _name_base(folder: Path, base: str | None) -> None:
+    """Write the base's name on the hub into PEFT's configuration, in place of a folder's path on this machine."""
+    if not (folder / CONFIG).is_file():
+        return
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    own = (folder / "base").is_dir()  # a folder in a repository has no name on the hub
+    settings["base_model_name_or_path"] = None if own else base
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _upload(folder: Path, repo_id: str, private: bool | None, token: str | bool | None, message: str) -> str:

@@ -15,6 +15,7 @@ import attrs
 from lrkit.errors import LrkitError, LrkitWarning
 from lrkit.study.cell import Cell
 from lrkit.study.cell_folder import PACKED, is_done
+from lrkit.study.graph import jobs_of
 from lrkit.study.jobs import Job
 from lrkit.study.joining import joined
 from lrkit.study.ledger import check_same
@@ -46,12 +47,13 @@ def source_of(packed: object, name: object, out: Path) -> Source | None:
 
     Args:
         packed: the one that was asked for; None if none was.
-        name: of a study that ships; anything else if it is none.
+        name: of a study that ships, or a study file; anything else if it is neither.
         out: the study's folder.
 
     Returns:
-        The one that was asked for; else the one in the study's folder; else that of the study that ships below the current
-        folder, ``docs/replication/NAME/cells.jsonl.gz``; None if there is none.
+        The one that was asked for; else the one in the study's folder; else that of a study that ships below the current
+        folder, ``docs/replication/NAME/cells.jsonl.gz``, or of a file beside it: ``NAME/cells.jsonl.gz`` for ``NAME.toml``.
+        None if there is none.
     """
     from lrkit.study.catalogue import names
 
@@ -59,9 +61,12 @@ def source_of(packed: object, name: object, out: Path) -> Source | None:
         return Source(path=Path(str(packed)))
     if (out / PACK).is_file():
         return Source(path=out / PACK)
-    if isinstance(name, str) and name in names() and (path := REPLICATION / name / PACK).is_file():
-        return Source(path=path, asked=False)
-    return None
+    if not isinstance(name, str):
+        return None
+    ships = name in names()
+    beside = (REPLICATION / name if ships else Path(name.removesuffix(".toml"))) / PACK
+    found = (ships or name.endswith(".toml")) and beside.is_file()
+    return Source(path=beside, asked=False) if found else None
 
 
 def take_in(source: Source, plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord], folder: Path) -> int:
@@ -81,17 +86,8 @@ def take_in(source: Source, plan: Plan, jobs: Sequence[Job], tasks: Mapping[str,
         LrkitError: the pack cannot be read or is of another study, or the folder holds something else. Nothing is written
             then.
     """
-    pack = read_pack(source.path)
-    model = jobs[0].cell.versions.get("model")
-    if model is not None and any(cell.versions.get("model") == model for cell in pack.cells.values()):
-        pack = attrs.evolve(pack, study=attrs.evolve(pack.study, model=plan.study.model))  # the same, in another folder
-    try:
-        check_same(plan, jobs, tasks, pack.study, pack.path)
-        _check_inputs(pack, jobs)
-    except LrkitError as error:
-        if source.asked:
-            raise
-        warnings.warn(f"not taken in: {error}", LrkitWarning, stacklevel=5)
+    pack = _fitting(source, plan, jobs, tasks)
+    if pack is None:
         return 0
     there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     own = read_study_file(folder) if folder.is_dir() else None
@@ -105,6 +101,36 @@ def take_in(source: Source, plan: Plan, jobs: Sequence[Job], tasks: Mapping[str,
         again = "" if source.asked else " (recompute=True, --recompute, computes them here)"
         warnings.warn(f"{many} taken in from {pack.path}, of code {code}{again}", LrkitWarning, stacklevel=5)
     return len(taken)
+
+
+def offered(source: Source, plan: Plan, tasks: Mapping[str, TaskRecord], folder: Path | None) -> int:
+    """Count the cells of a pack that `take_in` would restore in a folder, None for a new one; nothing is written.
+
+    Raises:
+        LrkitError: the pack cannot be read, or is of another study.
+    """
+    pack = _fitting(source, plan, jobs_of(plan), tasks)
+    if pack is None:
+        return 0
+    own = read_study_file(folder) if folder is not None and folder.is_dir() else None
+    return len(pack.cells if own is None or folder is None else _waiting(pack, own, folder))
+
+
+def _fitting(source: Source, plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord]) -> Pack | None:
+    """Read a pack and see that it is of this study; None, and a warning, if one that was not asked for is of another."""
+    pack = read_pack(source.path)
+    model = jobs[0].cell.versions.get("model")
+    if model is not None and any(cell.versions.get("model") == model for cell in pack.cells.values()):
+        pack = attrs.evolve(pack, study=attrs.evolve(pack.study, model=plan.study.model))  # the same, in another folder
+    try:
+        check_same(plan, jobs, tasks, pack.study, pack.path)
+        _check_inputs(pack, jobs)
+    except LrkitError as error:
+        if source.asked:
+            raise
+        warnings.warn(f"not taken in: {error}", LrkitWarning, stacklevel=6)
+        return None
+    return pack
 
 
 def unpack(path: str | Path, folder: str | Path) -> int:

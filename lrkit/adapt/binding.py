@@ -237,19 +237,21 @@ class Binding:
 
     # ---- watching ----
 
-    def _watch(self, optimizer: Optimizer) -> None:
+    def _watch(self, optimizer: Optimizer, held: frozenset[int]) -> None:
         """Look at any optimizer before its step, as long as there may be something to say of it."""
         if not (self._looked or self.bound):
             self._weights.put_back()
-        if not self._looked and held_by(optimizer) & self._weights.trained:
+        if not (self._looked or held.isdisjoint(self._weights.trained)):
             self._first_look()
         # An optimizer that steps inside the bound one's step is one that it wraps.
         if self._steps is None or not (optimizer in self._steps.optimizers or self._steps.stepping):
-            self._notice(optimizer)
+            self._notice(held)
 
-    def _notice(self, optimizer: Optimizer) -> None:
+    def _notice(self, held: frozenset[int]) -> None:
         """Say that the method is not bound to an optimizer that steps the adapters' parameters."""
-        if held_by(optimizer).isdisjoint(map(id, self._weights.adapter())):
+        self._weights.put_back()
+        # The set of all that trains first: other models' optimizers step as well, and a walk through this one takes time.
+        if held.isdisjoint(self._weights.trained) or held.isdisjoint(map(id, self._weights.adapter())):
             return
         trained = self._weights.parameters()
         if reason := sharding.refusal(self._model, self.controller):

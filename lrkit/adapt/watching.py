@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from lrkit.adapt.heads import head_parameters
-from lrkit.adapt.optimizers import held_by
 from lrkit.adapt.tied import passed_by
 from lrkit.adapt.weights import Weights
 from lrkit.errors import LrkitError, LrkitWarning, listing
@@ -89,9 +88,9 @@ class Left:
     def __reduce__(self) -> tuple[Any, ...]:
         return Left, ()
 
-    def look(self, optimizer: torch.optim.Optimizer) -> None:
+    def look(self, optimizer: torch.optim.Optimizer, held: frozenset[int]) -> None:
         """Look at any optimizer before its step."""
-        if self._binding() is None and not self._trained.isdisjoint(held_by(optimizer)):
+        if self._binding() is None and not held.isdisjoint(self._trained):
             liveness.leave(self)
             warnings.warn(
                 "an optimizer steps adapters whose handle is gone: nothing is adaptive. Keep what attach returns, "

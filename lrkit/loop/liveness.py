@@ -70,12 +70,13 @@ def unreached(modules: Mapping[str, Sequence[nn.Parameter]]) -> list[str]:
     return [name for name, each in found.items() if each and not any(each)]
 
 
-_watchers: "weakref.WeakKeyDictionary[object, Callable[[Any, torch.optim.Optimizer], None]]" = (
-    weakref.WeakKeyDictionary()
-)
+Look = Callable[[Any, torch.optim.Optimizer, frozenset[int]], None]
+"""A look at an optimizer before its step: who looks, the optimizer, and the ``id`` of each tensor that it steps."""
+
+_watchers: "weakref.WeakKeyDictionary[object, Look]" = weakref.WeakKeyDictionary()
 
 
-def watch(who: object, call: Callable[[Any, torch.optim.Optimizer], None]) -> None:
+def watch(who: object, call: Look) -> None:
     """Call a function with `who` before each step of any optimizer, until `leave` or the end of `who`."""
     _look_out()
     _watchers[who] = call
@@ -91,7 +92,10 @@ def _look_out() -> None:
     """One hook for all, for good: torch does not bear that one is removed, by a garbage collection, in a step."""
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        held = (
+            frozenset(id(p) for group in optimizer.param_groups for p in group["params"]) if _watchers else frozenset()
+        )
         for who, call in list(_watchers.items()):
-            call(who, optimizer)
+            call(who, optimizer, held)
 
     register_optimizer_step_pre_hook(look)

@@ -93,7 +93,7 @@ def _facts(record: StudyRecord) -> Iterator[tuple[str, str]]:
     yield "Machine", ", ".join(_tally({k: c.env[k] for k in keys if c.env.get(k) is not None} for c in record.cells))
     packs = Counter((c.packed, c.code or "unknown") for c in (*record.cells, *record.trials) if c.packed)
     taken = [f"{n} {'cell' if n == 1 else 'cells'} from {name}, of code {code}" for (name, code), n in packs.items()]
-    yield "Taken in", "; ".join(taken)
+    yield "Taken in", "; ".join(taken) + (" (a digest of the files that decide a result)" if taken else "")
     times = [attempt.time for cell in record.cells for attempt in cell.attempts if attempt.time]
     yield "Last activity", max(times, default="")[:19].replace("T", " ")
 

@@ -55,7 +55,7 @@ def adagradselect(
     says where the paper's text was not at hand.
 
     Args:
-        active: how many blocks train at a time, or a share of them, cut to a whole number.
+        active: how many blocks train at a time, or a share of them, rounded.
         interval: steps between decisions.
         exploration: how many decisions the first phase has: those of the first epoch.
         epsilon: ε at first.

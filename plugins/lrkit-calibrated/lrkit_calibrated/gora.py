@@ -20,6 +20,8 @@ from lrkit_calibrated.lora import AllocatedLoRA
 class WeightGradient(LayerMetric):
     """mean(abs(W ∘ G)) of a layer's frozen weight W and its gradient G, averaged over batches; the same for all its units.
 
+    A batch that does not reach the layer does not count: for example, one without a token for this expert.
+
     Source: GoRA, arXiv 2502.12171, Eq. 5. G is kept until the last decision, float32 [d_out, d_in] per layer: as much as the
     weights themselves. The paper keeps it in the CPU's memory; here it lies where the layer does.
     """
@@ -27,16 +29,18 @@ class WeightGradient(LayerMetric):
     reads: ClassVar[Literal["inputs", "gradient"]] = "gradient"
 
     def begin(self, layer: Layer) -> dict[str, Tensor]:
-        """Return the sum of gradients and the number of batches, zero."""
+        """Return the sum of gradients, the number of batches that reached the layer, and the last one's number: zero."""
         return {
             "gradient": torch.zeros(layer.d_out, layer.d_in, device=layer.device),
             "batches": torch.zeros((), device=layer.device),
+            "last": torch.zeros((), device=layer.device),
         }
 
     def observe(self, seen: Seen, state: Mapping[str, Tensor]) -> None:
         """Add gᵀ x."""
         state["gradient"].addmm_(seen.g.t(), seen.x)
-        state["batches"].fill_(seen.step)
+        state["batches"].add_(state["last"] != seen.step)  # a batch may go through a layer more than once
+        state["last"].fill_(seen.step)
 
     def score(self, layer: Layer, state: Mapping[str, Tensor]) -> Tensor:
         """Return mean(abs(W ∘ G)) for each unit."""
@@ -44,10 +48,12 @@ class WeightGradient(LayerMetric):
         return (product / state["batches"].clamp_min(1)).float().expand(layer.units)
 
     def merge(self, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Add the gradients; the number of batches is the same for all."""
+        """Add the gradients. Those of one step are one batch, whatever processes have a part of it."""
+        first, *others = states
         return {
             "gradient": torch.stack([state["gradient"] for state in states]).sum(dim=0),
-            "batches": torch.stack([state["batches"] for state in states]).amax(dim=0),
+            "batches": first["batches"] + torch.stack([state["batches"] for state in others]).amax(dim=0),
+            "last": torch.stack([state["last"] for state in states]).amax(dim=0),
         }
 
 

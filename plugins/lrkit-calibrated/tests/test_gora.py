@@ -107,6 +107,44 @@ def test_it_begins_with_a_step_downhill():
     assert loss(0.0) == pytest.approx(before, abs=1e-12)
 
 
+class Branches(torch.nn.Module):
+    """A layer that every batch goes through, and one that only some do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.always, self.sometimes = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, x, both):
+        out = self.always(x) + self.sometimes(self.sometimes(x)) if both else self.always(x)
+        return {"loss": out.square().mean()}
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_order_of_batches_is_nothing(place):
+    """If one batch of five goes through a layer, twice, its G is that batch's gradient, whichever it is."""
+    torch.manual_seed(1)
+    rows = torch.randn(5, 32, 16)
+    batches = [{"x": x, "both": False} for x in rows[1:]]
+    batches.insert(place, {"x": rows[0], "both": True})
+    plain = Branches()
+    plain(rows[0], True)["loss"].backward()
+    gradient, weight = plain.sometimes.weight.grad.clone(), plain.sometimes.weight.detach()
+    plain.zero_grad()
+    for batch in batches:
+        (plain(**batch)["loss"] / 5).backward()
+    wanted = (weight * gradient).abs().mean(), (plain.always.weight * plain.always.weight.grad).abs().mean()
+    adapted = lrkit.attach(Branches(), gora(rank=40, least=1, most=200), targets=["always", "sometimes"], train_also=[])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lrkit.LrkitWarning)  # a layer without a gradient in some batch is told
+        adapted.calibrate(batches)
+    rank = {name: adapter.rank for name, adapter in adapted.adapters.items()}
+    assert rank["sometimes"] == round(80 * float((wanted[0] / sum(wanted)).detach()))
+    adapter = adapted.adapters["sometimes"]
+    size = 0.05 * np.sqrt(16 / adapter.rank) / adapter.scaling
+    assert torch.allclose(adapter.B.detach(), -size * gradient @ torch.linalg.pinv(adapter.A.detach()), atol=1e-6)
+
+
 def test_the_gradient_goes_after_the_decision():
     """One tensor of the weight's size per layer until then, and nothing afterwards."""
     adapted = lrkit.attach(models.make("bert"), gora(rank=4))

@@ -123,7 +123,13 @@ def elalora(
 
 
 def dynamic_dora(
-    *, rank: Rank = 12, target_rank: int = 8, warmup: Time = 0.15, final: Time = 0.5, interval: Time = 0.002
+    *,
+    rank: Rank = 12,
+    target_rank: int = 8,
+    warmup: Time = 0.15,
+    final: Time = 0.5,
+    interval: Time = 0.002,
+    alpha: float | None = None,
 ) -> lrkit.Method:
     """Dynamic DoRA (Mao et al., arXiv 2405.17357): components with the smallest share in their layer's norm are masked.
 
@@ -133,9 +139,10 @@ def dynamic_dora(
         warmup: t_i.
         final: t_f.
         interval: ΔT.
+        alpha: None for no scale; else α/(rank + 1e-5).
     """
     return lrkit.Method(
-        parameterization=lrkit.parameterizations.SVD(rank=rank, orthogonality=0),
+        parameterization=lrkit.parameterizations.SVD(rank=rank, alpha=alpha, orthogonality=0),
         metric=NormShare(),
         scheduler=LateCubic(target=target_rank, warmup=warmup, final=final, interval=interval),
         action=lrkit.actions.Prune(),

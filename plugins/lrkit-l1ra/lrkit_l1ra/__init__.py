@@ -17,6 +17,7 @@ def l1ra(
     interval: Time = 0.1,
     exclude_pruned: bool = True,
     restart: bool = True,
+    dropout: float = 0.0,
 ) -> lrkit.Method:
     """L1RA (Singh et al., arXiv 2509.04884): an L1 step shrinks a rank vector; what is zero moves to other layers.
 
@@ -32,10 +33,11 @@ def l1ra(
         interval: steps between moves of ranks; there is none in the last interval of the run.
         exclude_pruned: whether layers that had a component to cut get none.
         restart: whether the adapters' optimizer state is dropped when ranks move.
+        dropout: of the adapter's input.
     """
     largest = 1 / RankVectorLoRA(pace=pace).pace
     return lrkit.Method(
-        parameterization=RankVectorLoRA(rank=rank, alpha=alpha, pace=pace),
+        parameterization=RankVectorLoRA(rank=rank, alpha=alpha, pace=pace, dropout=dropout),
         metric=lrkit.metrics.Magnitude(),
         scheduler=lrkit.schedulers.Constant(target=1.0, ending="open"),
         action=Shrink(strength=strength, most=largest),

@@ -17,7 +17,7 @@ def losparse(
     final: Time = 0.275,
     window: int = 10,
     beta1: float = 0.85,
-    beta2: float = 0.95,
+    beta2: float | None = None,
     variant: Literal["paper", "released"] = "paper",
 ) -> lrkit.Method:
     """LoSparse (Li et al., arXiv 2306.11222): W = U V + S, with S pruned row by row by PLATON's score.
@@ -32,9 +32,9 @@ def losparse(
         final: t_f, five times as long.
         window: steps that PLATON's sensitivity is averaged over, and between decisions.
         beta1: β1 of Ī.
-        beta2: β2 of Ū.
-        variant: ``"paper"``; or ``"released"``: sensitivity measured after the step, a threshold over entries that keeps
-            ties, momentum that is kept, and in the last phase scores that go on and a decision at every step.
+        beta2: β2 of Ū; None for PLATON's 0.95, and in the released variant for 1, by which Ī alone is the score.
+        variant: ``"paper"``; or ``"released"``: sensitivity measured after the step, Ī alone, a threshold over entries that
+            keeps ties, momentum that is kept, and in the last phase scores that go on and a decision at every step.
 
     Raises:
         lrkit.LrkitError: no such variant, or settings that do not fit together.
@@ -42,6 +42,7 @@ def losparse(
     if variant not in ("paper", "released"):
         raise lrkit.LrkitError(f'losparse variant must be "paper" or "released", not {variant!r}')
     released = variant == "released"
+    beta2 = (1.0 if released else 0.95) if beta2 is None else beta2
     return lrkit.Method(
         parameterization=LoSparse(ratio=ratio),
         metric=Platon(beta1=beta1, beta2=beta2, window=window, measure="after-step" if released else "before-step"),

@@ -1,7 +1,7 @@
 """PLATON: the upper confidence bound of a windowed sensitivity (Zhang et al., arXiv 2206.12562)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 import lrkit
 from lrkit.actions import Ballot, Verdict
+from lrkit.metrics.base import smooth
 from lrkit.settings import flag, real, whole
 
 
@@ -21,12 +22,28 @@ class Platon(lrkit.metrics.SensitivityUncertainty):
 
     Args:
         beta1: β1.
-        beta2: β2.
+        beta2: β2. 1: s = Ī alone, and no Ū is kept, as the released code has it.
         window: ΔT, 10 in the released code.
     """
 
-    beta2: float = attrs.field(default=0.95, validator=real(0.0, 1.0, below=True))
+    beta2: float = attrs.field(default=0.95, validator=real(0.0, 1.0))
     window: int = attrs.field(default=10, validator=whole(1))
+
+    @property
+    def buffers(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Ī; Ū unless β2 is 1; and the window's mean where there is a window."""
+        return tuple(name for name in super().buffers if name != "uncertainty" or self.beta2 < 1)
+
+    def update(self, importance: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Ī, then Ū unless β2 is 1."""
+        if self.beta2 < 1:
+            super().update(importance, state)
+        else:
+            smooth(state["importance"], importance, self.beta1)
+
+    def score(self, weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Ī · Ū, or Ī, [N]."""
+        return super().score(weight, state) if self.beta2 < 1 else state["importance"]
 
 
 @attrs.frozen(kw_only=True)

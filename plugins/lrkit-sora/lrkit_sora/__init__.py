@@ -14,7 +14,7 @@ def sora(
     *,
     rank: Rank = 4,
     alpha: float = 16.0,
-    strength: float = 0.6,
+    strength: float | None = None,
     stages: int = 6,
     warmup: Time = 0.3,
     variant: Literal["paper", "released"] = "paper",
@@ -27,13 +27,14 @@ def sora(
     Args:
         rank: r_max, the rank of every matrix at first.
         alpha: α.
-        strength: λ in the last stage (with the variant ``"released"`` ξ itself).
+        strength: λ in the last stage, 0.6 by default; in the released variant ξ itself, 7e-4 by default.
         stages: how many stages λ rises in, after one without a threshold; 1 for none: the same λ from `warmup` to the end.
         warmup: how long the gates train without a threshold.
         variant: ``"paper"``; or ``"released"``: ξ = λ whatever the learning rate, and zero below 2 ξ.
     """
     if variant not in ("paper", "released"):
         raise lrkit.LrkitError(f'sora variant must be "paper" or "released", not {variant!r}')
+    strength = {"paper": 0.6, "released": 7e-4}[variant] if strength is None else strength
     return lrkit.Method(
         parameterization=GatedLoRA(rank=rank, alpha=alpha),
         metric=lrkit.metrics.Magnitude(),

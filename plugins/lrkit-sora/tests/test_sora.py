@@ -217,6 +217,8 @@ def test_what_does_not_fit_is_refused() -> None:
         attrs.evolve(
             lrkit_sora.sora(), parameterization=lrkit.parameterizations.LoRA(), metric=lrkit.metrics.Sensitivity()
         )
+    strengths = [lrkit_sora.sora(variant=each).action.strength for each in ("paper", "released")]  # type: ignore[union-attr]
+    assert strengths == [0.6, 7e-4], "λ and ξ: at a rate of 1.2e-3 nearly the same threshold"
     with pytest.raises(lrkit.LrkitError, match='sora variant must be "paper" or "released"'):
         lrkit_sora.sora(variant="code")  # type: ignore[arg-type]
     assert copy.deepcopy(lrkit_sora.sora()) == lrkit_sora.sora()

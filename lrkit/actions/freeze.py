@@ -52,10 +52,11 @@ class Freeze(Action):
         count = ballot.entries.numel()
         low = int(count * (1 - ballot.share))
         if low == 0:
-            return Verdict(ballot.candidates)
+            return Verdict(ballot.candidates, budget=len(ballot.scores))
         # A unit of several matrices scores by the sum of their means; the quantile is one of single entries.
         threshold = torch.kthvalue(ballot.entries, low).values
-        return Verdict(ballot.candidates & (ballot.scores / ballot.parts >= threshold))
+        kept = ballot.candidates & (ballot.scores / ballot.parts >= threshold)
+        return Verdict(kept, budget=len(ballot.scores))  # how many go follows from the scores
 
     def turnover(self, units: int, budget: int, layers: int) -> tuple[int, int] | None:
         """Return how many matrices a decision freezes; None for the quantile rule, whose number follows from the scores."""

@@ -71,5 +71,5 @@ class Prune(Action):
         """Zero the core value of every component that is not kept."""
         cores = [block.core for block in blocks]
         masks = split(kept.to(cores[0].device, cores[0].dtype), blocks)
-        here = [mine(mask, core) for mask, core in zip(masks, cores, strict=True)]
+        here = [mine(mask.to(core.device), core) for mask, core in zip(masks, cores, strict=True)]
         torch._foreach_mul_([held(core) for core in cores], here)

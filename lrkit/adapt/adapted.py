@@ -72,7 +72,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> Adapted:
         LrkitError: no such file, a truncated or foreign one, or one that does not fit this model. The model is then as
             it was.
     """
-    with torch.inference_mode(False), checkpoint.stored(Path(folder)) as stored:
+    with torch.inference_mode(False), checkpoint.stored(Path(folder)) as stored:  # the mode: as in `attach`
         saved = states.read({"meta": stored.meta, "tensors": {}})
         saved.check()
         method = from_plain(saved.method)
@@ -84,4 +84,4 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> Adapted:
             foresight.check_fresh(twin, found, method.parameterization, given, saved, grows)
         tensors = stored.state()["tensors"]
         states.check_tensors(tensors)
-    return Adapted(model, method, saved.targets, saved.head, exact=True, state=(saved, tensors))
+        return Adapted(model, method, saved.targets, saved.head, exact=True, state=(saved, tensors))

@@ -65,7 +65,8 @@ class Binding:
         self._weights.follow(moves)
         old = self.controller
         run, saved = old.run.anew(self._weights.head()), old.saved({}, (), None)
-        self.controller = Controller(run, saved, old.tensors(), old.warn)
+        off = {id(moves[each]) if each in moves else each for each in old.components.off}
+        self.controller = Controller(run, saved, old.tensors(), old.warn, off)
         self.controller.schedule(old.total_steps)
         self.penalty = self._new_penalty()
 

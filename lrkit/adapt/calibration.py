@@ -212,7 +212,7 @@ def _undisturbed(model: nn.Module, *, recomputing: bool) -> Iterator[None]:
 def _arrived(adapter: Iterable[nn.Parameter]) -> bool:
     """Return whether a gradient has come back, and all that have are finite."""
     sums = [held(p.grad).sum() for p in adapter if p.grad is not None]
-    return bool(sums) and bool(torch.isfinite(torch.stack(sums)).all())
+    return bool(sums) and bool(torch.isfinite(torch.stack([each.to(sums[0].device) for each in sums])).all())
 
 
 # ---- several processes ----

@@ -84,15 +84,13 @@ class Archive:
         saved.check()
         given = {name.removeprefix(WEIGHT): tensor for name, tensor in tensors.items() if name.startswith(WEIGHT)}
         self.weights.check(given, controller.run.shapes(saved.ranks))
-        controller.check(saved, tensors)
+        off = self.weights.off(controller.components.frozen()) | controller.components.off
+        controller.check(saved, tensors, off)
         if controller.total_steps is None and saved.total_steps is not None:
             controller.foretell(saved.total_steps)
         # All was checked above, and nothing below can fail.
-        off = self.weights.off(controller.components.frozen()) | controller.components.off
         cast = self.weights.take(given, optimizer, off)
-        loaded = controller.loaded(saved, tensors)
-        loaded.components.off.update(off)
-        return Loaded(loaded, cast)
+        return Loaded(controller.loaded(saved, tensors, off), cast)
 
     @torch.inference_mode(False)
     def rewind(

@@ -189,13 +189,14 @@ class Weights:
         follow = [name for name in odd if self._dtypes.get(id(saved[name]), saved[name].dtype) == saved[name].dtype]
         told = None
         if odd:
+            how = ": it goes on as it was" if follow else ", to which the model was cast"
             told = (
-                f"the state was saved in {given[odd[0]].dtype} ({odd[0]}), and is loaded in {saved[odd[0]].dtype}"
-                + (": it goes on as it was" if follow else ", to which the model was cast")
+                f"the state was saved in {given[odd[0]].dtype} ({odd[0]}), and is loaded in {saved[odd[0]].dtype}{how}"
             )
         for name in follow:
             saved[name].grad = None
             saved[name].data = saved[name].data.to(given[name].dtype)
+        self._dtypes |= {id(saved[name]): given[name].dtype for name in follow if id(saved[name]) in self._dtypes}
         for name, tensor in given.items():
             p = saved[name]
             if tensor.shape != p.shape:

@@ -16,7 +16,7 @@ class Embedding(LayerKind):
 
     A subclass may multiply the row by its attribute ``embed_scale``, as transformers' do (Gemma 3, BART): the increment is
     multiplied too, so that ΔW is one of the weight. The row of ``padding_idx`` has no increment: its column of A begins at
-    zero, and no gradient reaches it, as with the layer's own weight.
+    zero, and no gradient reaches it, as with the layer's own weight, unless an output head is tied to it.
     """
 
     def sizes(self, layer: nn.Module) -> Sizes | None:

@@ -36,7 +36,7 @@ class Slice(nn.Module):
         self._owner = (owner,)  # in a tuple, so that it is no submodule
         self.layout, self.part = layout, part
         self.in_features, self.out_features = sizes.d_in, layout.groups * layout.sizes[part]
-        self.given: Tensor | None = None
+        self.given: tuple[Tensor, Tensor] | None = None
 
     @property
     def owner(self) -> nn.Module:
@@ -71,7 +71,8 @@ class Slice(nn.Module):
         """Return the owner's output [..., out_features] for x [..., in_features], of the slice's rows alone."""
         if self.given is None and (weight := SLICES.plain_weight(self)) is not None:
             return F.linear(x, weight, self.bias)
-        whole = self.owner(x) if self.given is None else self.given
+        # Another input than the one that the output is of, such as one with entries dropped, has an output of its own.
+        whole = self.given[1] if self.given is not None and self.given[0] is x else self.owner(x)
         return self.rows(whole, -1).flatten(-2)
 
     def extra_repr(self) -> str:
@@ -145,7 +146,7 @@ class Joined(Around):
         whole = None if all(SLICES.plain_weight(each) is not None for each in self._slices) else self.base(x)
         try:
             for each in self._slices:
-                each.given = whole
+                each.given = None if whole is None else (x, whole)
             pieces = [self.get_submodule(part)(x) for part in self._layout.sizes]
         finally:
             for each in self._slices:

@@ -70,6 +70,12 @@ class Components:
         for state in self.policies if changed else ():
             state.follow()
 
+    def begin(self, step: int) -> None:
+        """Follow what somebody has frozen by hand, or lets train again, before a run goes on after `step`."""
+        self.look()
+        self.settle(changed=False)  # for an optimizer that takes what trains, all may have been let train
+        self.survey(step)
+
     def look(self) -> None:
         """See what somebody has frozen by hand since the last look, or lets train again. A policy's decision comes after."""
         tensors = self._tensors

@@ -33,6 +33,7 @@ class Controller:
         saved: a saved run that `check` has passed; the adapters' tensors must hold its weights.
         tensors: its tensors.
         warn: says warnings once; a new one by default.
+        off: ``id`` of each tensor that somebody froze by hand.
     """
 
     def __init__(
@@ -41,27 +42,27 @@ class Controller:
         saved: Saved | None = None,
         tensors: Mapping[str, Tensor] | None = None,
         warn: Once | None = None,
+        off: Collection[int] = (),
     ) -> None:
-        self.run = run
+        self.run, self.step, off = run, 0, set(off)
         self.warn = Once() if warn is None else warn
         self.peers: Peers | None = None
-        self.step = 0
         self.total_steps: int | None = None
         self.history: list[Decision] = []
         self.liveness = Liveness(run.modules, run.trained, run.others, whole=run.penalized)
         tally = run.tally()
         if saved is None:
-            ranks, self.policies = Ranks(run.ranks), run.policies()
+            ranks, self.policies = Ranks(run.ranks), run.policies(off)
             for state in self.policies:
                 state.begin()
             # All chance follows from this and the step alone, so that a resumed run draws the same. To read the program's
             # own seed changes no number that is drawn later.
             self.seed = int(torch.randint(2**62, ())) if run.grows else torch.initial_seed() % 2**62
         else:
-            self._take(saved, tensors or {})
+            self._take(saved, tensors or {}, off)
             ranks = Ranks(run.ranks, saved.components, saved.numbered)
             tally.load(saved.step, fitting.sums_of(run, saved))
-        self.components = Components(run, self.policies, ranks, tally)
+        self.components = Components(run, self.policies, ranks, tally, off)
         self.components.survey(self.step)
 
     @property
@@ -74,11 +75,11 @@ class Controller:
         """The count of all that trains, layer by layer."""
         return self.components.tally
 
-    def _take(self, saved: Saved, tensors: Mapping[str, Tensor]) -> None:
+    def _take(self, saved: Saved, tensors: Mapping[str, Tensor], off: set[int]) -> None:
         self.step, self.total_steps, self.seed = saved.step, saved.total_steps, saved.seed
         self.history = list(saved.history)
         self.liveness.dead = None if saved.dead is None else list(saved.dead)
-        self.policies = fitting.policies_of(self.run, saved, tensors)
+        self.policies = fitting.policies_of(self.run, saved, tensors, off)
         for state in self.policies:
             # Only what the loaded tensors do not hold is made again; a mask is never applied a second time, since λ may
             # have moved since.
@@ -89,19 +90,19 @@ class Controller:
             if d.step == self.step:
                 self.liveness.doubt(self.policies[d.policy].blocks, d.returned)
 
-    def loaded(self, saved: Saved, tensors: Mapping[str, Tensor]) -> "Controller":
+    def loaded(self, saved: Saved, tensors: Mapping[str, Tensor], off: Collection[int]) -> "Controller":
         """Make the controller of a saved run of this method, which `check` has passed.
 
         If this one is bound for more steps, all schedules of the saved run have ended, and it goes on for as many.
         """
-        made = Controller(self.run, saved, tensors, self.warn)
+        made = Controller(self.run, saved, tensors, self.warn, off)
         made.schedule(max(self.total_steps or 0, made.total_steps or 0) or None)
         made.peers = self.peers
         return made
 
-    def check(self, saved: Saved, tensors: Mapping[str, Tensor]) -> None:
+    def check(self, saved: Saved, tensors: Mapping[str, Tensor], off: Collection[int] = ()) -> None:
         """Raise LrkitError if a state is not one of this run; change nothing."""
-        fitting.check(self.run, saved, tensors, self.total_steps)
+        fitting.check(self.run, saved, tensors, self.total_steps, off)
 
     def schedule(self, total_steps: int | None, *, dry: bool = False) -> None:
         """Bind every schedule that has not ended to the length of the run.
@@ -124,8 +125,7 @@ class Controller:
     def begin(self, total_steps: int) -> None:
         """Bind every schedule to the length of the run, and say what it will not reach. Raises as `schedule`."""
         self.schedule(total_steps)
-        self.components.look()
-        self.components.settle(changed=False)  # for an optimizer that takes what trains, all may have been let train
+        self.components.begin(self.step)
         self.foretell(total_steps)
 
     def foretell(self, total_steps: int) -> None:

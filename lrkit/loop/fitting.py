@@ -1,6 +1,6 @@
 """Does a saved run fit this one? It is built at the saved ranks, and sizes are compared; nothing is changed."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from lrkit.loop.run import BESIDE, Run
 from lrkit.loop.state import Saved, misfit
 
 
-def check(run: Run, saved: Saved, tensors: Mapping[str, Tensor], bound_for: int | None) -> None:
+def check(
+    run: Run, saved: Saved, tensors: Mapping[str, Tensor], bound_for: int | None, off: Collection[int] = ()
+) -> None:
     """Raise LrkitError if a state is not one of this run.
 
     Args:
@@ -22,6 +24,7 @@ def check(run: Run, saved: Saved, tensors: Mapping[str, Tensor], bound_for: int 
         saved: the state's data.
         tensors: its tensors: ``weight.*`` and ``policy.*``.
         bound_for: total steps that this run is bound for; None if it is not bound.
+        off: ``id`` of each tensor that somebody froze by hand.
     """
     total = bound_for if saved.total_steps is None else saved.total_steps
     # Once every schedule has ended, nothing depends on the total any more.
@@ -43,7 +46,7 @@ def check(run: Run, saved: Saved, tensors: Mapping[str, Tensor], bound_for: int 
 
     def look(p: nn.Parameter) -> tuple[tuple[int, ...], bool]:
         shape = shapes.get(id(p), tuple(p.shape))
-        return shape, id(p) not in frozen
+        return shape, id(p) not in frozen or id(p) in off
 
     for state in policies:
         prefix = f"policy.{state.index}"
@@ -60,14 +63,14 @@ def check(run: Run, saved: Saved, tensors: Mapping[str, Tensor], bound_for: int 
     _check_sums(run, saved, policies, frozen)
 
 
-def policies_of(run: Run, saved: Saved, tensors: Mapping[str, Tensor]) -> list[PolicyState]:
+def policies_of(run: Run, saved: Saved, tensors: Mapping[str, Tensor], off: Collection[int] = ()) -> list[PolicyState]:
     """Make each policy's state at the saved ranks, with its mask, and without statistics.
 
     Raises:
         LrkitError: tensors are missing or not expected, or a mask is not one of so many units.
     """
     numbers = {name: saved.numbers(name) for name in run.ranks}
-    policies = run.policies()
+    policies = run.policies(off)
     for state, record in zip(policies, saved.policies, strict=True):
         state.ended = record.ended
         prefix = f"policy.{state.index}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrkit.actions import Ballot, Verdict, unsound
 from lrkit.errors import LrkitError
@@ -49,14 +49,14 @@ class PolicyState:
         policy: the policy.
         blocks: its units at first.
         parts: all parts of the parameterization.
+        off: ``id`` of each tensor that somebody froze by hand. Its entries stay laid out as before, without a gradient.
     """
 
-    def __init__(self, index: int, policy: Policy, blocks: Sequence[Block], parts: Sequence[Part]) -> None:
-        self.index, self.policy, self.blocks = index, policy, list(blocks)
+    def __init__(
+        self, index: int, policy: Policy, blocks: Sequence[Block], parts: Sequence[Part], off: Collection[int] = ()
+    ) -> None:
+        self.index, self.policy, self.blocks, self.off = index, policy, list(blocks), off
         self.fate = fate_of(policy.action)
-        # Amounts that are given as an average are per layer that has such units: AFLoRA's FFN layers alone, say. Each expert
-        # of a stack counts as a layer.
-        self.layers = sum({id(block.module): block.maps for block in blocks}.values())
         self.units = sum(block.count for block in blocks)
         self.costs = Costs.of(policy.scheduler.amount, blocks, parts, self.capacity)
         self.times: Timetable | None = None
@@ -69,6 +69,11 @@ class PolicyState:
         self.kept = torch.ones(self.units, dtype=torch.bool, device=device)
         kind = kind_of(policy.metric)
         self.statistics: Remembered = kind.restored(policy.metric, kind.lay([], [], policy.metric.reads), {}, 0)
+
+    @property
+    def layers(self) -> int:
+        """How many layers an amount that is an average counts: those with such units. Each expert of a stack is one."""
+        return sum({id(block.module): block.maps for block in self.blocks}.values())
 
     @property
     def capacity(self) -> int:
@@ -105,14 +110,18 @@ class PolicyState:
         places = [(bisect.bisect_right(ends, unit), unit) for unit in units.nonzero().flatten().tolist()]
         return tuple(self.blocks[at].unit_names()[unit - ends[at]] for at, unit in places)
 
-    def layout(self, look: Look = as_is) -> Any:
+    def _look(self, p: nn.Parameter) -> tuple[tuple[int, ...], bool]:
+        shape, trains = as_is(p)
+        return shape, trains or id(p) in self.off
+
+    def layout(self, look: Look | None = None) -> Any:
         """Lay out all units that are still ranked, as the kind of statistics has them: none after the last decision."""
         blocks = [] if self.ended else self.blocks
         present = [] if self.ended else self.fate.ranked(self.kept, blocks)
         kind = kind_of(self.policy.metric)
         if kind.by_gradient:  # those that the loss does not reach have no entries to score
             present = [there and self._reached(block) for there, block in zip(present, blocks, strict=True)]
-        return kind.lay(blocks, present, self.policy.metric.reads, look)
+        return kind.lay(blocks, present, self.policy.metric.reads, look or self._look)
 
     def blank(self, look: Look) -> dict[str, Tensor]:
         """Return tensors of the names, shapes and types that the statistics have in a state, looked at by `look`."""

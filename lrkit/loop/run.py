@@ -1,6 +1,6 @@
 """The things that do not change while a run is trained: the method, the adapters, and what they were at first."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import attrs
 from torch import Tensor, nn
@@ -106,11 +106,11 @@ class Run:
         beside = [p for p in self.model.parameters() if id(p) not in head]
         return Tally(self.modules, self.method.parameterization.parts, self.trained, {BESIDE: beside})
 
-    def policies(self) -> list[PolicyState]:
-        """Make the state of each policy as it is at first, without statistics."""
+    def policies(self, off: Collection[int] = ()) -> list[PolicyState]:
+        """Make the state of each policy as it is at first, without statistics; `off` is what somebody froze by hand."""
         each = enumerate(zip(self.method.policies, self.blocks, strict=True))
         parts = self.method.parameterization.parts
-        return [PolicyState(index, policy, blocks, parts) for index, (policy, blocks) in each]
+        return [PolicyState(index, policy, blocks, parts, off) for index, (policy, blocks) in each]
 
     def anew(self, others: Sequence[nn.Parameter]) -> "Run":
         """Return the same run, with all parameters looked up again: others may stand in their places now.

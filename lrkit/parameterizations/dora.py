@@ -92,9 +92,11 @@ class Magnitude(LowRank):
         if self.bias is not None:
             plain = plain - kind.scale(base, torch.ones_like(y[..., :1]), self.bias.to(y.dtype), *where)
         ratio = self.magnitude / self.norms()
-        delta = self.increment(base, kind, z, y.dtype, *self.factors(), *where)
         # Exactly y at the start, where the ratio is 1 and ΔW is 0.
         further = kind.scale(base, plain, (ratio - 1).to(y.dtype), *where)
+        if not self.rank:
+            return y + further
+        delta = self.increment(base, kind, z, y.dtype, *self.factors(), *where)
         return y + further + kind.scale(base, delta, ratio.to(y.dtype), *where)
 
     def merged_weight(self) -> Tensor:
@@ -133,7 +135,7 @@ class DoRA(Parameterization):
     ``use_dora``. The base's weight is read at every call, so that it may not be quantized.
 
     Args:
-        rank: r, or a table of layer or pattern to rank; 0 leaves a layer its magnitude alone.
+        rank: r, or a table of layer or pattern to rank; 0 leaves a layer as it is: its magnitude trains as little.
         alpha: α; ΔW is scaled by α/r.
         form: ``"lora"``: ΔW = (α/r) B A as `LoRA` has it, which is as published; ``"svd"``: (α/r) P Λ Q as `SVD` has it,
             without its penalty: its core values λ let `lrkit.actions.Prune` take components out.

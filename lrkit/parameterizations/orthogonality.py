@@ -71,9 +71,9 @@ def orthogonality(factors: Sequence[Tensor], norm: Literal["squared", "mean"] = 
         raise ValueError("orthogonality of no factors")
     if norm not in ("squared", "mean"):
         raise ValueError(f'norm must be "squared" or "mean", not {norm!r}')
-    groups: dict[tuple[int, ...], list[Tensor]] = {}
+    groups: dict[tuple[object, ...], list[Tensor]] = {}
     for factor in factors:
-        groups.setdefault((*factor.shape, factor.t().is_contiguous()), []).append(factor)
+        groups.setdefault((*factor.shape, factor.t().is_contiguous(), factor.device), []).append(factor)
     squares: list[Tensor] = [_Deviation.apply(norm, *members) for members in groups.values()]  # type: ignore[no-untyped-call]
-    total = torch.stack(squares).sum()
+    total = torch.stack([each.to(squares[0].device) for each in squares]).sum()  # a model may lie on several devices
     return total / len(factors) if norm == "mean" else total

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrkit.errors import LrkitError, LrkitWarning
-from lrkit.parameterizations.adapter import further, new_factor
+from lrkit.parameterizations.adapter import further, new_factor, started
 from lrkit.parameterizations.base import Parameterization, Role, Target
 from lrkit.parameterizations.lowrank import LowRank
 from lrkit.ranks import Rank, as_rank, is_rank
@@ -88,7 +88,8 @@ class VectorScaled(Parameterization):
         # Kaiming's bound, whose fan-in is the initial rank for B.
         bound = math.sqrt(6 / max(1, module.first_rank // module.maps))
         columns = nn.init.uniform_(further(module, b, count), -bound, bound, generator=generator)
-        return {b.name: columns, a.name: nn.init.kaiming_uniform_(further(module, a, count), generator=generator)}
+        rows = nn.init.kaiming_uniform_(further(module, a, count), generator=generator)
+        return {b.name: columns, a.name: started(module, a, rows)}
 
     def adapt(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, nn.Module]:
         """Return all adapters. If `shared`, they hold the same two tensors, as wide as the widest layer."""

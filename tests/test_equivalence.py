@@ -349,7 +349,9 @@ def test_margin_is_kept(tmp_path: Path) -> None:
     assert margin == json.loads((tmp_path / "s" / "study.json").read_text())["margin"] == 0.02
     cells[0].mkdir(parents=True)
     assert planned(tmp_path / "s", 0.02)[0] == planned(tmp_path / "s", None)[0] == 0.02
-    with pytest.raises(lrkit.LrkitError, match=r"has the margin 0\.02, stated before its first cell, and not 0\.03"):
+    with pytest.raises(
+        lrkit.LrkitError, match=r"has the margin 0\.02, stated before its first test cell, and not 0\.03"
+    ):
         planned(tmp_path / "s", 0.03)
     assert read_study(tmp_path / "s").margin == 0.02
 
@@ -361,7 +363,7 @@ def test_margin_comes_first(tmp_path: Path) -> None:
     assert margin == 0.02
     assert planned(tmp_path / "late", None)[0] is None
     (tmp_path / "late" / "cells" / cells[0].name).mkdir(parents=True)
-    with pytest.raises(lrkit.LrkitError, match=r"a margin of 0\.02 must be stated before the first cell"):
+    with pytest.raises(lrkit.LrkitError, match=r"a margin of 0\.02 must be stated before the first test cell"):
         planned(tmp_path / "late", 0.02)
 
 

@@ -20,7 +20,7 @@ def new_folder(wanted: Path | None, default: str = "") -> Path:
         LrkitError: the folder holds something, or cannot be written to.
     """
     if wanted is not None:
-        if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+        if wanted.exists() and (not wanted.is_dir() or place.holds(wanted)):
             raise LrkitError(f"{wanted} exists and is not empty: nothing is overwritten, choose another --out")
         folder = wanted
     else:

@@ -72,6 +72,10 @@ def params(
         raise LrkitError("--ranks is of methods that are named: name one")
     given = None if ranks is None else words.ranks(ranks, model, "all-linear", sets or [], trust=trust_remote_code)
     composed = _composed(method or [], sets or [], swap or [], given)
+    if of_task := words.options(sets or []):
+        raise LrkitError(
+            f"task.{min(of_task)} is a setting of a task, and nothing is trained here: parameters are counted"
+        )
     where = attach_settings(words.divided(sets or [])[1])
     loading = words.loading(sets or [], trust=trust_remote_code)
     if others := [name for name in loading.to_plain() if name not in ("revision", "trust_remote_code")]:

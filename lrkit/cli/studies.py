@@ -109,7 +109,7 @@ def ablate(
     """
     from lrkit.study.asked import standing_in, with_options
     from lrkit.study.catalogue import catalogue
-    from lrkit.study.execute import check
+    from lrkit.study.execute import check, check_trackers
     from lrkit.study.missing import count_done
     from lrkit.study.old import check_old
     from lrkit.study.plan import lay_out
@@ -134,6 +134,7 @@ def ablate(
     if dry_run:
         check_old(keep_old, recompute)
         chosen(executor, 1 if workers is None else workers, threads or 1, address)
+        check_trackers(report_to or [])
         tasks = check(plan)
         done = None if out is None else count_done(plan, tasks, out, keep_old=keep_old, recompute=recompute)
         source = None if recompute else source_of(packed, what, out or Path())

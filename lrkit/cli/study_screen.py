@@ -94,7 +94,7 @@ def show_plan(
                 f"Task {task.name}: {', '.join(f'{key}={_said(value)}' for key, value in task.options.items())}."
             )
     if plan.study.margin is not None:
-        screen.say(f"Margin: ±{plan.study.margin:g} of the primary score, written down before the first cell.")
+        screen.say(f"Margin: ±{plan.study.margin:g} of the primary score, written down before the first test cell.")
     if plan.study.claims:
         screen.say(f"Claims, judged when every cell is done: {', '.join(claim.name for claim in plan.study.claims)}.")
     bare = [c.name for c in plan.study.claims if c.margin is None and plan.study.margin is None]

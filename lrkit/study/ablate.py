@@ -1,5 +1,6 @@
 """Ablations from Python: swap one component, run the seeds, get one table: `ablate`."""
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,13 @@ from lrkit.study.taken import source_of
 
 if TYPE_CHECKING:
     from lrkit.study.statistics import Table
+
+
+_OF_METHOD = (
+    *("swap", "task", "model", "loading", "targets", "train_also", "seeds", "run", "set", "rows", "leave_out", "grid"),
+    *("title", "margin", "tune"),
+)
+"""Arguments of `ablate` that a study has of its own."""
 
 
 def ablate(
@@ -64,7 +72,8 @@ def ablate(
 
     Args:
         base: a method's name, a `lrkit.Method`, or a whole study: a `Study`, the name of one that ships, or a path that ends
-            in ``.toml`` (then only the arguments on how to run it count).
+            in ``.toml``. A study says by itself what is compared: `swap` and all that follows but `out`, `profile`, `data`
+            and how to run it are of a method alone.
         swap: component or setting to the values to try: ``{"metric": ["magnitude"], "action.ties": ["threshold"]}``. A
             component is a name, a table with a name and settings, or an instance.
         out: the study's folder; a new one, or the same study's.
@@ -82,7 +91,7 @@ def ablate(
         grid: all combinations of `swap`.
         title: for the report.
         margin: differences of the primary score that are smaller than this do not matter (0.01 is one point of accuracy):
-            rows are also tested for equivalence. It is written down before the first cell, and stays.
+            rows are also tested for equivalence. It is written down before the first test cell, and stays.
         tune: settings that trials choose before the test cells, for every row by itself: ``{"run.lr": [3e-4, 1e-3]}``, or
             ``[tune]`` of a study file: ``{"space": {"run.lr": "log(1e-4,1e-2,5)"}, "seeds": 2, "sampler": "grid"}``.
         profile: of a study file, such as ``"paper"``; None for its first.
@@ -105,8 +114,10 @@ def ablate(
         The table; ``table.frame()`` is a pandas frame.
 
     Raises:
-        LrkitError: something in the study cannot run (told before the first step), or `out` holds something else.
+        LrkitError: something in the study cannot run (told before the first step), or `out` holds something else; or an
+            argument is of a method, and a study was given.
     """
+    asked = dict(locals())
     from lrkit.study.paired import too_few_seeds
     from lrkit.study.records import read_study
     from lrkit.study.report import write_report
@@ -117,6 +128,8 @@ def ablate(
         base, profile = study_named(base, profile=profile), None
     if profile is not None:
         raise LrkitError(f'ablate: profile="{profile}" is of a study file, and base is none')
+    if isinstance(base, Study):
+        _refuse_of_method(asked)
     study = (
         base
         if isinstance(base, Study)
@@ -148,6 +161,17 @@ def ablate(
         warnings.warn(f"cell {name} failed: {error}", LrkitWarning, stacklevel=2)
     write_report(outcome.folder)
     return compare(read_study(outcome.folder))
+
+
+def _refuse_of_method(asked: Mapping[str, Any]) -> None:
+    """Raise LrkitError for an argument of `ablate` that a study has of its own, by name to value."""
+    defaults = inspect.signature(ablate).parameters
+    given = [name for name in _OF_METHOD if asked[name] != defaults[name].default]
+    if given:
+        raise LrkitError(
+            f"ablate: {', '.join(given)} {'is' if len(given) == 1 else 'are'} of a method that is ablated, and a study has "
+            "its own: change the study, attrs.evolve(study, seeds=...), or the file"
+        )
 
 
 def _study(

@@ -1,4 +1,4 @@
-"""Claims of a study: stated in its file before the first cell runs, and judged by one rule. No torch here.
+"""Claims of a study: stated in its file before the first test cell runs, and judged by one rule. No torch here.
 
 A claim says that one row scores better than another. Its differences d are paired by task and seed, the first row's score
 minus the second's, and the other way round on a task whose lower scores are better; so they are advantages. Its margin m is
@@ -31,7 +31,7 @@ from lrkit.study.comparison import gains_between, mixed_pairs, over_rows, scale_
 from lrkit.study.equivalence import below_p
 from lrkit.study.paired import LEVEL, all_equal, interval, smallest_p
 from lrkit.study.results import StudyRecord
-from lrkit.study.scores import Scale, margin_words
+from lrkit.study.scores import Scale, margin_words, p_text
 from lrkit.study.setting_texts import ordered, short_name, value_text
 from lrkit.study.texts import markdown
 from lrkit.study.tuned import chosen_of, lr_of
@@ -110,7 +110,7 @@ class Judged:
     @property
     def against_margin(self) -> str:
         """Return the one-sided p of "the advantage is the margin or more" on each task: ``0.001 / 0.053``."""
-        return " / ".join(f"{each.p_below:.2g}" for each in self.tasks if each.p_below is not None) or "-"
+        return " / ".join(p_text(each.p_below) for each in self.tasks if each.p_below is not None) or "-"
 
 
 def judge(record: StudyRecord) -> tuple[Judged, ...]:
@@ -213,19 +213,19 @@ def _verdict(
     tasks: Sequence[OnTask], margin: float | None, ahead: bool, p_holm: float, waits: bool
 ) -> tuple[Verdict, str]:
     """Return a tested claim's verdict by the rule of this module, and its reason."""
+    p = p_text(p_holm)
     if p_holm < LEVEL:
-        return ("replicated", f"ahead, p {p_holm:.2g}") if ahead else ("not replicated", f"behind, p {p_holm:.2g}")
+        return ("replicated", f"ahead, p {p}") if ahead else ("not replicated", f"behind, p {p}")
     if waits:
         return "open", "p is below 0.05 before Holm's correction, which waits for the other claims"
     if margin is None:
-        return "open", f"p {p_holm:.2g}, and no margin was stated"
+        return "open", f"p {p}, and no margin was stated"
     words = margin_words(margin, [each.scale for each in tasks])
     if all(each.p_below is not None and each.p_below < LEVEL for each in tasks):
         return "not replicated", f"an advantage of {words} is excluded on every task"
-    few = [each for each in tasks if smallest_p(each.n) / 2 >= LEVEL]
-    if few:
+    if few := [each for each in tasks if smallest_p(each.n) / 2 >= LEVEL]:
         return "open", f"with {few[0].n} pairs nothing can be excluded"
-    return "open", f"p {p_holm:.2g}, and an advantage of {words} is not excluded on every task"
+    return "open", f"p {p}, and an advantage of {words} is not excluded on every task"
 
 
 def _disagreement(tasks: Sequence[OnTask], differences: Sequence[Sequence[float]], margin: float) -> str:
@@ -275,7 +275,7 @@ def to_markdown(record: StudyRecord, judged: Sequence[Judged]) -> str:
             each.verdict,
             "<br>".join(map(markdown, each.differences)) or "-",
             " / ".join(map(str, dict.fromkeys(task.n for task in each.tasks))) or "-",
-            "-" if each.p_holm is None else f"{each.p_holm:.2g}",
+            "-" if each.p_holm is None else p_text(each.p_holm),
             "-" if each.margin is None else margin_words(each.margin, [task.scale for task in each.tasks]),
             each.against_margin,
             "<br>".join(map(markdown, chosen)),

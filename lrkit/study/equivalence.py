@@ -5,7 +5,7 @@ difference is -m or less, and whether it is m or more; if both are rejected at 0
 within ±m. Each is a sign-flip test as in `lrkit.study.paired`, of d_i + m and of d_i - m, so the answer is yes exactly if
 the 90 % interval of the mean lies inside ±m. With n pairs no one-sided p is below 1/2^n: four pairs can show nothing.
 
-The margin must be stated before the first cell: with one chosen afterwards, anything is equivalent.
+The margin must be stated before the first test cell: with one chosen afterwards, anything is equivalent.
 """
 
 import math

@@ -157,7 +157,7 @@ def execute(
     make = chosen(executor, at_once, each, address)
     if not isinstance(executor, Executor) and at_once:
         _check_workers_know(plan)
-    _check_trackers(report_to)
+    check_trackers(report_to)
     conditions = Conditions(
         # A cell in several processes shares its threads among them.
         threads=max(1, each // devices) if not isinstance(executor, Executor) or threads else None,
@@ -275,7 +275,7 @@ def _check_workers_know(plan: Plan) -> None:
             )
 
 
-def _check_trackers(names: Sequence[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Raise LrkitError for a tracker that transformers does not know."""
     if names:
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK

@@ -44,8 +44,8 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
     stated = {what: _stated(there, mine, what, where) for what in ("margin", "claims")}
     there = with_tuning(there, mine, where)
     rows, place, stays = _joined_rows(there, mine, where, yields)
-    cells = _joined_cells([c for c in there.cells if stays(c)], mine.cells, place, rows)
-    trials = _joined_cells([c for c in there.trials if stays(c)], mine.trials, place, rows)
+    cells = _joined_cells([c for c in there.cells if stays(c.row)], mine.cells, place, rows)
+    trials = _joined_cells([c for c in there.trials if stays(c.row)], mine.trials, place, rows)
     setups = {c.task: c.setup for c in mine.cells}
     stale = [c for c in cells if c.key not in packed and c.setup != setups.get(c.task, c.setup)]
     if stale:
@@ -54,6 +54,8 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
             f'{len(stale)} of its cells, such as row "{rows[stale[0].row].label}" on {stale[0].task}, are of other data, '
             "another model or other versions of lrkit, torch or transformers, and cannot be compared with these",
         )
+    # Costs are ratios to the base's: where it gave way, all of them go.
+    costs = tuple(c for c in there.costs if stays(c.row) and stays(there.base))
     return attrs.evolve(
         mine,
         title=mine.title or there.title,
@@ -64,7 +66,7 @@ def joined(there: StudyFile, mine: StudyFile, where: Path, *, yields: bool, pack
         cells=cells,
         trials=trials,
         tune=mine.tune or there.tune,
-        costs=there.costs,
+        costs=costs,
         published=mine.published or there.published,
         **stated,
     )
@@ -86,23 +88,23 @@ def _stated(there: StudyFile, mine: StudyFile, what: str, folder: Path) -> Any:
     """Return the margin or the claims of both plans; those that are there if none are asked for now.
 
     Raises:
-        LrkitError: they are others, or the first ones after a cell was begun: they are stated before.
+        LrkitError: they are others, or the first ones after a test cell was begun. (Trials may come before.)
     """
     was, now = getattr(there, what), getattr(mine, what)
     if not now or now == was:
         return was
     if was:
         told = (
-            f"the margin {was:g}, stated before its first cell, and not {now:g}"
+            f"the margin {was:g}, stated before its first test cell, and not {now:g}"
             if what == "margin"
-            else ("other claims, stated before its first cell")
+            else ("other claims, stated before its first test cell")
         )
         raise LrkitError(f"{folder} has {told}: leave the {what} out, or choose another --out")
     if any((folder / "cells" / cell.key).exists() for cell in there.cells):
         told = f"a margin of {now:g}" if what == "margin" else "claims"
         raise LrkitError(
-            f"{folder} has cells already and no {what}: {told} must be stated before the first cell; leave the {what} out, "
-            "or choose another --out"
+            f"{folder} has test cells already and no {what}: {told} must be stated before the first test cell; leave the "
+            f"{what} out, or choose another --out"
         )
     return now
 
@@ -124,11 +126,11 @@ def _joined_cells(
 
 def _joined_rows(
     there: StudyFile, mine: StudyFile, where: Path, yields: bool
-) -> tuple[list[RowRecord], dict[int, int], Callable[[CellEntry], bool]]:
+) -> tuple[list[RowRecord], dict[int, int], Callable[[int], bool]]:
     """Join the rows.
 
     Returns:
-        All rows; for each of mine its index among them; and a function that tells if a cell that is there stays.
+        All rows; for each of mine its index among them; and a function that tells if the cells of a row that is there stay.
     """
     gone: set[int] = set()
     codes = {c.row: c.code for c in mine.cells}
@@ -159,7 +161,7 @@ def _joined_rows(
         rows[at] = attrs.evolve(
             row, tuned=row.tuned or was.tuned, rates=was.rates | row.rates, given=was.given | row.given
         )
-    return rows, place, lambda cell: cell.row not in gone
+    return rows, place, lambda row: row not in gone
 
 
 def _refusal(where: Path, reason: str) -> LrkitError:

@@ -10,7 +10,7 @@ from lrkit.errors import LrkitError
 from lrkit.study.cell_folder import is_packed
 from lrkit.study.jobs import Job
 from lrkit.study.joining import called_alike, joined
-from lrkit.study.place import try_folder
+from lrkit.study.place import holds, try_folder
 from lrkit.study.plan import Plan, changes
 from lrkit.study.rates import given, implied, rates_of
 from lrkit.study.store import lock
@@ -58,7 +58,7 @@ def _check_free(folder: Path) -> None:
         raise LrkitError(f"{folder} is a file: choose another --out")
     # A process that was killed while it wrote the first study.json left a draft, and nothing else.
     drafts = (".study.json.", "study.lock")
-    others = [p for p in folder.iterdir() if not p.name.startswith(drafts)] if folder.exists() else []
+    others = [p for p in holds(folder) if not p.name.startswith(drafts)] if folder.exists() else []
     if others and not (folder / "study.json").exists():
         raise LrkitError(f"{folder} exists and holds no study: nothing is overwritten, choose another --out")
 
@@ -87,7 +87,7 @@ def check_same(plan: Plan, jobs: Sequence[Job], tasks: Mapping[str, TaskRecord],
         was, now = getattr(there, what), getattr(mine, what)
         if now and now != was:
             begun = f"with {'another' if what == 'margin' else 'other'} {what}" if was else f"without {what}"
-            raise LrkitError(f"{where} was begun {begun}, which a study states before its first cell")
+            raise LrkitError(f"{where} was begun {begun}, which a study states before its first test cell")
     if not {task.name for task in there.tasks} & set(tasks):
         theirs = ", ".join(task.name for task in there.tasks)
         raise LrkitError(f"{where} is of other tasks ({theirs}) than this study ({', '.join(tasks)})")

@@ -16,6 +16,18 @@ def missing(folder: Path) -> list[Path]:
     return list(itertools.takewhile(lambda each: not os.path.lexists(each), (folder, *folder.absolute().parents)))
 
 
+_TRIED = ".lrkit-"
+
+
+def holds(folder: Path) -> list[Path]:
+    """List what a folder holds, without what a process that was killed while it tried the folder has left."""
+
+    def left(path: Path) -> bool:
+        return path.name.startswith(_TRIED) or (path.name == "cells" and path.is_dir() and not holds(path))
+
+    return [path for path in folder.iterdir() if not left(path)]
+
+
 def try_folder(folder: Path) -> None:
     """Make a folder, write a file into it, and delete again all that was not there before.
 
@@ -25,7 +37,7 @@ def try_folder(folder: Path) -> None:
     made = missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".lrkit-")
+        handle, name = tempfile.mkstemp(dir=folder, prefix=_TRIED)
         try:
             os.write(handle, b"x" * 4096)
             os.fsync(handle)

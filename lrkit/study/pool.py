@@ -40,18 +40,20 @@ def chosen(executor: str | Executor, workers: int, threads: int, address: str | 
         address: of a cluster.
 
     Raises:
-        LrkitError: no executor of that name, or an address for this process.
+        LrkitError: no executor of that name, or an address for this machine.
     """
     if isinstance(executor, Executor):
         return lambda: _Borrowed(executor)
     from lrkit.registry import current
 
     current().get("executor", executor)
+    if address is not None and executor == "local":
+        raise LrkitError(
+            "--address is for executors on other machines, such as ray, and the executor local is on this one"
+        )
     if workers == 0:
         if executor != "local":
             raise LrkitError(f"--workers 0 trains in this process, and not by --executor {executor}: give 1 or more")
-        if address is not None:
-            raise LrkitError("--address is for executors on other machines, and --workers 0 trains in this process")
         return Here
     return lambda: _made(executor, workers, threads, address)
 

@@ -200,7 +200,7 @@ class StudyRecord:
         trials: the cells that settings were tried in.
         untuned: of a tuned study, the cells that ran with the settings that were given.
         margin: differences of the primary score that are smaller do not matter; None if none was stated.
-        claims: what was claimed of the rows before the first cell.
+        claims: what was claimed of the rows before the first test cell.
         published: values that others published.
     """
 

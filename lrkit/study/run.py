@@ -17,12 +17,12 @@ import attrs
 from lrkit.errors import LrkitWarning
 from lrkit.loop.history import Decision
 from lrkit.study.checkpoints import Record
+from lrkit.study.divergence import unless_diverged
 from lrkit.study.files import CellResult, Parameters, RunFlops
 from lrkit.study.loaded import AS_EVER, Tokens, forget, model_for, steps_for, tokens_for
 from lrkit.study.loading import Loading
 from lrkit.study.precision import slow_bf16
 from lrkit.study.run_settings import Progress, RunSettings, rates, settings_from, steps_of, total_steps
-from lrkit.study.scores import unless_diverged
 
 if TYPE_CHECKING:
     from lrkit.adapt.adapted import Adapted

@@ -1,17 +1,13 @@
 """Write a score: a share as percent, and any other score as it is."""
 
-import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import attrs
 
 from lrkit.errors import LrkitError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 _SHARES = {"accuracy", "f1", "precision", "recall", "em", "final_number"}
+_WITHIN_ONE = {"pearson", "spearman", "matthews", "explained"}
 _GROUPS = ("has_answer_", "no_answer_", "best_")
 """Begin the names of scores of a part of the rows, or at the best threshold."""
 
@@ -70,8 +66,9 @@ def scale_of(names: Iterable[str], values: Iterable[float] = (), *, higher_is_be
 
 def check_share(value: float | None, called: str, score: str) -> None:
     """Raise LrkitError for a margin or size that no difference of shares can reach: per cent were meant."""
-    if value is not None and value >= 1 and is_share(score):
-        raise LrkitError(f"{called} must be below 1{MARGIN}, not {value:g}: {score} is a share")
+    if value is not None and value >= 1 and (is_share(score) or score in _WITHIN_ONE):
+        what = "is a share" if is_share(score) else "is at most 1"
+        raise LrkitError(f"{called} must be below 1{MARGIN}, not {value:g}: {score} {what}")
 
 
 def margin_words(margin: float, scales: Sequence[Scale]) -> str:
@@ -81,17 +78,9 @@ def margin_words(margin: float, scales: Sequence[Scale]) -> str:
     return f"{100 * margin:g} point{'' if margin == 0.01 else 's'}"
 
 
-def unless_diverged(scores: dict[str, float], trained: Iterable["Tensor"]) -> dict[str, float]:
-    """Return scores, all NaN if the model has diverged.
-
-    A task that scores numbers sees it by its predictions; one that scores texts does not: a model whose weights are NaN
-    still writes something.
-
-    Args:
-        scores: by name.
-        trained: the parameters that were trained.
-    """
-    return scores if all(bool(p.isfinite().all()) for p in trained) else dict.fromkeys(scores, math.nan)
+def p_text(p: float) -> str:
+    """Write a p: two digits, and a third one where two would hide on which side of 0.05 it lies."""
+    return f"{p:.3g}" if f"{p:.2g}" == "0.05" else f"{p:.2g}"
 
 
 def is_share(name: str) -> bool:

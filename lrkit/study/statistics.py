@@ -78,9 +78,9 @@ def _margin(record: StudyRecord, means: Sequence[float]) -> str:
     scale = scale_of([score_name(record, task.name) for task in record.tasks], means)
     points = " points" if scale.unit else ""
     return (
-        f"Margin: ±{scale.number(record.margin or 0.0)}{points}, stated before the first cell. A row is different from the "
-        "base, equivalent to it within the margin, negligible (both are shown) or open (neither is), by the two p, which "
-        "are corrected over the rows (Holm)."
+        f"Margin: ±{scale.number(record.margin or 0.0)}{points}, stated before the first test cell. A row is different from "
+        "the base, equivalent to it within the margin, negligible (both are shown) or open (neither is), by the two p, "
+        "which are corrected over the rows (Holm)."
     )
 
 

@@ -37,7 +37,7 @@ class Table:
         limits: sentences on what p cannot show with so few pairs or so many rows.
         notes: further sentences that belong under the table as a whole.
         combined: the rows on all tasks together, if there are several tasks.
-        margin: differences that are smaller do not matter, as stated before the first cell; None if none was.
+        margin: differences that are smaller do not matter, as stated before the first test cell; None if none was.
         higher_is_better: of each task, if a larger score is a better one; empty if it is so of all.
     """
 

@@ -47,7 +47,7 @@ class TableRow:
         low_90: lower end of the difference's 90 % interval, the one that an equivalence test at 0.05 inverts; None with
             fewer than five pairs.
         high_90: upper end.
-        margin: differences that are smaller do not matter: as stated before the first cell; None if none was.
+        margin: differences that are smaller do not matter: as stated before the first test cell; None if none was.
         p_equivalent: p of the two one-sided tests against the margin (`lrkit.study.equivalence.equivalence_p`).
         p_equivalent_holm: Holm-corrected over the rows of the task's table.
         verdict: ``"different"``, ``"equivalent"``, ``"negligible"`` (both) or ``"open"`` (neither), as

@@ -20,7 +20,7 @@ from lrkit.study.jobs import Job
 from lrkit.study.joining import joined
 from lrkit.study.ledger import check_same
 from lrkit.study.packed import PACK, Pack, PackedCell, Place, places, read_pack
-from lrkit.study.place import try_folder
+from lrkit.study.place import holds, try_folder
 from lrkit.study.plan import Plan
 from lrkit.study.store import FORMAT, LIST, Lines, check_sum, lock, write_json
 from lrkit.study.study_file import CellEntry, StudyFile, TaskRecord, TrialEntry, read_study_file, write_study_file
@@ -89,7 +89,7 @@ def take_in(source: Source, plan: Plan, jobs: Sequence[Job], tasks: Mapping[str,
     pack = _fitting(source, plan, jobs, tasks)
     if pack is None:
         return 0
-    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    there = [path.name for path in holds(folder)] if folder.is_dir() else []
     own = read_study_file(folder) if folder.is_dir() else None
     allowed = (PACK, "cells.csv", ".study.json.", "study.lock")  # the last two: of a process that was killed
     if own is None and not all(name.startswith(allowed) for name in there):
@@ -233,7 +233,11 @@ def _merged(pack: Pack, own: StudyFile | None, waiting: Mapping[Place, CellEntry
         trials=tuple(entry for entry in stay if isinstance(entry, TrialEntry)),
     )
     study = joined(pack.study, own, pack.path, yields=False, packed=pack.cells)
-    return attrs.evolve(study, costs=own.costs or pack.study.costs)
+    # The pack's rows come first; a cost that was measured here goes with its row, wherever that stands now.
+    labels = [row.label for row in study.rows]
+    here = [attrs.evolve(c, row=c.row and labels.index(own.rows[c.row].label)) for c in own.costs]
+    costs = {(cost.row, cost.task): cost for cost in (*pack.study.costs, *here)}
+    return attrs.evolve(study, costs=tuple(costs.values()))
 
 
 def _placed(packed: PackedCell, here: Cell | None) -> PackedCell:

@@ -17,9 +17,9 @@ from lrkit.loop import beginning
 from lrkit.settings import in_steps
 from lrkit.study import flops as counts
 from lrkit.study.batches import ByLength, tokens_in
+from lrkit.study.divergence import unless_diverged
 from lrkit.study.loaded import Tokens
 from lrkit.study.run_settings import RunSettings
-from lrkit.study.scores import unless_diverged
 from lrkit.tasks.objective import Objective
 
 _POINTS = 8

@@ -90,7 +90,7 @@ def test_late_claims_beside_wider_tuning(write, rates):
     folder = write("s", tune=tuned)
     for cell in read_study_file(folder).cells:
         (folder / "cells" / cell.key).mkdir(parents=True)
-    with pytest.raises(LrkitError, match="must be stated before the first cell"):
+    with pytest.raises(LrkitError, match="must be stated before the first test cell"):
         write("s", label="AdaLoRA", tune={**tuned, "space": {"run.lr": rates}}, margin=0.01, claims=[CLAIM])
 
 

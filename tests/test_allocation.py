@@ -373,7 +373,7 @@ def test_budgets_begin_with_what_is_there() -> None:
     assert adapted.controller.policies[0].units == adapted.controller.policies[0].times.budget(0) == 17
     matrices, _ = begun(METHODS["aflora"], 1)
     assert matrices.controller.policies[0].units == 2 * 11  # A and B of the layers that have a rank
-    with pytest.raises(lrkit.LrkitError, match="is 24 units in 12 layers, and there are 17 at first"):
+    with pytest.raises(lrkit.LrkitError, match="is 24 units in 12 layers, and there are 17 units at first"):
         begun(lrkit.methods.adalora(rank=TABLE, target_rank=2), 1)
     with pytest.raises(lrkit.LrkitError, match="target = 4 is above the initial rank 3"):
         lrkit.methods.adalora(rank=TABLE, target_rank=4)

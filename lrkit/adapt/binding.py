@@ -243,7 +243,8 @@ class Binding:
         if not (self._looked or self.bound):
             self._weights.put_back()
         if not (self._looked or held.isdisjoint(self._weights.trained)):
-            self._first_look()
+            # Name the modules that train and have no gradient, before the first step that has any.
+            self._looked = watching.look(self._model, self._head, self._weights, self.controller, self._outer.ddp)
         # An optimizer that steps inside the bound one's step is one that it wraps.
         if self._steps is None or not (optimizer in self._steps.optimizers or self._steps.stepping):
             self._notice(held)
@@ -271,10 +272,6 @@ class Binding:
             )
         elif self._looked:
             liveness.leave(self)  # nothing more to notice
-
-    def _first_look(self) -> None:
-        """Name the modules that train and have no gradient, before the first step that has any."""
-        self._looked = watching.look(self._model, self._head, self._weights, self.controller, self._outer.ddp)
 
     def _met(self, ddp: Any) -> None:
         """Let chance be the same on every process of a DDP module, however each was seeded."""

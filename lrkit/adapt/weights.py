@@ -190,9 +190,8 @@ class Weights:
         told = None
         if odd:
             how = ": it goes on as it was" if follow else ", to which the model was cast"
-            told = (
-                f"the state was saved in {given[odd[0]].dtype} ({odd[0]}), and is loaded in {saved[odd[0]].dtype}{how}"
-            )
+            was, now = given[odd[0]].dtype, saved[odd[0]].dtype
+            told = f"the state was saved in {was} ({odd[0]}), and is loaded in {now}{how}"
         for name in follow:
             saved[name].grad = None
             saved[name].data = saved[name].data.to(given[name].dtype)

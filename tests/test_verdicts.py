@@ -123,12 +123,19 @@ def test_ranks_of_controls(record_of):
     assert f"cut at the end agree as well ({alike[0]:.2f} and {alike[1]:.2f})" in page
     assert f"{empty[0]:.0f} and {empty[1]:.0f} layers end with no rank" in page
     assert f"correlation {unlike[0]:.2f} and {unlike[1]:.2f}" in page
-    found, cut = ranks_of(record, "adalora"), ranks_of(record, "cut-at-end")
-    first = [in_module(cut, f"self.{name}") for name in ("query", "key")]
-    assert f"query and key ({first[0]:.1f} and {first[1]:.1f} of 8" in page
-    assert f"second matrix ({in_module(cut, SECOND):.1f})" in page
-    here = [in_module(found, f"self.{name}") for name in ("query", "key")]
-    assert f"the opposite ({here[0]:.1f}, {here[1]:.1f} and {in_module(found, SECOND):.1f})" in page
+    here, there = (
+        [f"{in_module(ranks_of(record, label), name):.1f}" for name in ("self.query", "self.key", SECOND)]
+        for label in ("adalora", "cut-at-end")
+    )
+    assert (
+        f"query and key than one cut after step 120 ({here[0]} and {here[1]} against {there[0]} and {there[1]} of 8"
+        in page
+    )
+    assert f"second matrix ({here[2]} against {there[2]})" in page
+    for task, place in (("movies", "movies"), ("glue/sst2", "SST-2")):
+        cells = [cells_of(record, row.label) for row in record.rows]
+        means = [100 * statistics.fmean(c.result.scores["accuracy"] for c in row if c.task == task) for row in cells]
+        assert f"{min(means):.1f} and {max(means):.1f} % on {place}" in page
 
 
 def test_ranks_of_adalora(record_of):

@@ -92,7 +92,7 @@ def _sentences(steps: int) -> Demo:
             "aflora": methods.aflora(rank=4),
         },
         task=task,
-        settings=RunSettings(steps=steps, max_length=64, group_by_length=True),  # half the padding, nearly half the time
+        settings=RunSettings(steps=steps, max_length=64, group_by_length=True),  # nearly half the time
         rates={"lora": 3e-3, "aflora": 3e-2},  # the best of docs/decisions.md for 120 steps on this task
     )
 

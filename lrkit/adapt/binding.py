@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrkit.adapt import calibration, parallel, sharding, watching
-from lrkit.adapt.optimizers import Steps, as_long_as_alive, as_one, held_by, unwrapped
+from lrkit.adapt.optimizers import Steps, as_long_as_alive, as_one, unwrapped
 from lrkit.adapt.penalty import Penalty, looks
 from lrkit.adapt.saved import Loaded
 from lrkit.adapt.taps import Taps
@@ -94,7 +94,7 @@ class Binding:
             if reason := reason or (averaging(each) if masks else None):
                 raise LrkitError(reason)
         trained = self._weights.parameters()
-        held, asleep = set().union(*map(held_by, optimizers)), self.controller.components.asleep()
+        held, asleep = set().union(*map(liveness.held_by, optimizers)), self.controller.components.asleep()
         if reason := sharding.refusal(self._model, self.controller) or self._weights.refusal(held, asleep):
             raise LrkitError(reason)
         run, ranks = self.controller.run, self.controller.components.ranks

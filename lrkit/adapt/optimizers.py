@@ -15,13 +15,9 @@ from torch.optim import Optimizer
 from lrkit.adapt import parallel
 from lrkit.errors import LrkitError
 from lrkit.loop.gradients import on_accumulated
+from lrkit.loop.liveness import held_by
 
 _DEPTH = 16  # frames from `GradScaler.step` to a hook of the optimizer, wrappers around its step included
-
-
-def held_by(optimizer: Optimizer) -> set[int]:
-    """Return the ``id`` of every tensor that an optimizer steps."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def unwrapped(given: object) -> list[Optimizer]:

@@ -70,6 +70,11 @@ def unreached(modules: Mapping[str, Sequence[nn.Parameter]]) -> list[str]:
     return [name for name, each in found.items() if each and not any(each)]
 
 
+def held_by(optimizer: torch.optim.Optimizer) -> frozenset[int]:
+    """Return the ``id`` of every tensor that an optimizer steps."""
+    return frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
+
+
 Look = Callable[[Any, torch.optim.Optimizer, frozenset[int]], None]
 """A look at an optimizer before its step: who looks, the optimizer, and the ``id`` of each tensor that it steps."""
 
@@ -92,9 +97,7 @@ def _look_out() -> None:
     """One hook for all, for good: torch does not bear that one is removed, by a garbage collection, in a step."""
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        held = (
-            frozenset(id(p) for group in optimizer.param_groups for p in group["params"]) if _watchers else frozenset()
-        )
+        held = held_by(optimizer) if _watchers else frozenset()
         for who, call in list(_watchers.items()):
             call(who, optimizer, held)
 
